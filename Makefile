@@ -1,0 +1,36 @@
+# Everything a newcomer needs is `make demo` and `make test`; both build .venv from requirements.lock themselves.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint bench soak install lock clean
+
+demo: install  ## the whole way on data that needs no download
+	$(BIN)/penult demo -o demo --overwrite
+
+test: install
+	$(BIN)/python -m pytest -q
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install  ## minutes; writes the tables in docs/benchmarks.md
+	$(BIN)/python benchmarks/cpu.py
+
+install: .venv/installed
+
+# An interrupted installation leaves no stamp, so the next call starts over from a clean folder.
+.venv/installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "penult needs Python 3.11 or newer; set PYTHON=python3.x"; exit 1; }
+	rm -rf .venv
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+lock:  ## refresh requirements.lock from pyproject.toml (needs uv)
+	uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --generate-hashes --no-header --upgrade -q -o requirements.lock
+
+clean:
+	rm -rf .venv demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache
