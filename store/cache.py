@@ -1,0 +1,390 @@
+"""A cache directory: read features by content and by split, append shards, replace the sample table."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import hdf5, shard
+from .errors import BadDataError, CorruptCacheError, InputMissingError, OutputExistsError, StorageError
+from .fingerprint import Fingerprint
+from .lock import writer_lock
+from .samples import Row, SampleTable
+from .splits import hash_rank_split
+
+log = logging.getLogger("penult.store")
+
+FORMAT_VERSION = 1
+SHARD_BYTES = 64 * 2**20  # commit at this size ..
+SHARD_SECONDS = 30.0  # .. or after this long, so that a small data set does not lose everything to a kill
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some samples of a cache with their features.
+
+    Attributes:
+        X: features ``(n, d)``, float32, or float16 where all rows are stored so.
+        y: labels ``(n,)`` of dtype str.
+        sha256: content digest of each sample, 32 bytes.
+        paths: relative path of each sample.
+        groups: what must not be divided; by default the content digest.
+        name: the split it came from.
+    """
+
+    X: NDArray[np.floating[Any]]
+    y: NDArray[np.str_]
+    sha256: Sequence[bytes]
+    paths: Sequence[bytes]
+    groups: Sequence[bytes]
+    name: str = ""
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+class FeatureCache:
+    """A finished cache, for reading. Takes no lock, writes nothing.
+
+    Args:
+        path: the cache directory.
+
+    Raises:
+        InputMissingError: there is no cache, or it was never finished.
+        CorruptCacheError: its files are damaged or of a newer format.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            message = f"{self.path} does not exist or is not a cache directory"
+            raise InputMissingError(message)
+        if not (self.path / "samples.h5").is_file():
+            kind = "an unfinished cache; run the same extract command again to continue it"
+            kind = kind if (self.path / "shards").is_dir() else "not a penult cache (it has no samples.h5)"
+            message = f"{self.path} is {kind}"
+            raise InputMissingError(message)
+        self.meta = read_meta(self.path)
+        self.fingerprint = Fingerprint(self.meta["fingerprint"])
+        self.samples = SampleTable.read(self.path / "samples.h5")
+
+    @property
+    def backbone(self) -> Path:
+        """The ONNX file that made the features."""
+        return self.path / "backbone.onnx"
+
+    @property
+    def root(self) -> Path:
+        """The folder that the samples' paths are relative to, when they were last extracted."""
+        import os
+
+        return Path(os.fsdecode(bytes.fromhex(self.samples.facts["root"])))
+
+    @cached_property
+    def shards(self) -> list[shard.Shard]:
+        """The shards of this cache's fingerprint, in the order of writing."""
+        found = [shard.read_shard(path) for path in shard_paths(self.path)]
+        return [s for s in found if s.fingerprint == self.fingerprint.canonical]
+
+    @cached_property
+    def _index(self) -> tuple[NDArray[np.bytes_], NDArray[np.intp], NDArray[np.intp]]:
+        """Sorted keys, and the shard and the row of each."""
+        keys = np.concatenate([s.sha256 for s in self.shards]) if self.shards else np.empty(0, "S32")
+        owner = np.repeat(np.arange(len(self.shards)), [len(s.sha256) for s in self.shards])
+        row = np.concatenate([np.arange(len(s.sha256)) for s in self.shards]) if self.shards else np.empty(0, np.intp)
+        order = np.argsort(keys, kind="stable")
+        return keys[order], owner[order], row[order]
+
+    @property
+    def dim(self) -> int:
+        """Length of a feature vector."""
+        return self.shards[0].dim if self.shards else 0
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """float16 if every row is stored so, else float32."""
+        kinds = {s.dtype for s in self.shards}
+        return np.dtype(np.float16) if kinds == {np.dtype(np.float16)} else np.dtype(np.float32)
+
+    def features(self, sha256: Sequence[bytes]) -> NDArray[np.floating[Any]]:
+        """Features by content digest, ``(n, dim)`` in `dtype` and the order asked for.
+
+        Raises:
+            CorruptCacheError: some are not there (a shard is missing or damaged).
+        """
+        keys, owner, row = self._index
+        wanted = np.frombuffer(b"".join(sha256), "S32")
+        place = np.searchsorted(keys, wanted)
+        found = place < len(keys)
+        found[found] = keys[place[found]] == wanted[found]
+        if not found.all():
+            missing = int((~found).sum())
+            message = (
+                f"{self.path} lacks the features of {missing} of {len(wanted)} samples: a shard is missing. "
+                f"Run the same extract command again; it computes what is missing"
+            )
+            raise CorruptCacheError(message)
+        out = np.empty((len(wanted), self.dim), self.dtype)
+        owners = owner[place]
+        for i in np.unique(owners):
+            mine = np.flatnonzero(owners == i)
+            out[mine] = shard.read_rows(self.shards[i], row[place[mine]])
+        return out
+
+    def rows(self, split: str | None = None) -> list[Row]:
+        """The ok rows of a split, or all of them.
+
+        Raises:
+            BadDataError: there is no such split; names those there are.
+        """
+        rows = [row for row in self.samples.rows if row.ok and (split is None or row.split == split)]
+        if not rows and split is not None:
+            have = ", ".join(self.samples.splits()) or "no splits at all"
+            message = f"{self.path} has no samples in split {split!r}; it has {have}"
+            raise BadDataError(message)
+        return rows
+
+    def subset(self, split: str | None = None) -> Subset:
+        """Features and labels of a split as `extract` stored it, or of everything.
+
+        Raises:
+            BadDataError: no such split, or samples without a label.
+        """
+        return self._subset(self.rows(split), split or "all")
+
+    def split(self, *, test: float = 0.2, val: float = 0.0, seed: int = 0) -> tuple[Subset, ...]:
+        """Divide the cache anew by hash rank, whatever split it stores: ``(train, test)``, or ``(train, val, test)``.
+
+        Raises:
+            BadDataError: a class is too small for the splits asked for.
+        """
+        rows = self.rows()
+        names = assign_splits(rows, val=val, test=test, seed=seed)
+        wanted = ["train", *(["val"] if val else []), *(["test"] if test else [])]
+        return tuple(
+            self._subset([row for row, name in zip(rows, names, strict=True) if name == want], want) for want in wanted
+        )
+
+    def _subset(self, rows: Sequence[Row], name: str) -> Subset:
+        unlabelled = [row for row in rows if row.label is None]
+        if unlabelled or not rows:
+            message = (
+                f"{self.path}: {len(unlabelled)} of {len(rows)} samples have no label (such as {unlabelled[0].name})"
+                if rows
+                else f"{self.path} has no usable samples"
+            )
+            raise BadDataError(message)
+        digests = [row.sha256 for row in rows]
+        return Subset(
+            X=self.features(digests),
+            y=np.array([row.label for row in rows], dtype=str),
+            sha256=digests,
+            paths=[row.path for row in rows],
+            groups=[row.group or row.sha256 for row in rows],
+            name=name,
+        )
+
+
+def assign_splits(rows: Sequence[Row], *, val: float, test: float, seed: int) -> list[str]:
+    """Hash-rank splits of rows, by their group where they have one, else by content (so duplicates stay together)."""
+    return hash_rank_split(
+        [row.label or "" for row in rows], [row.group or row.sha256 for row in rows], val=val, test=test, seed=seed
+    )
+
+
+def shard_paths(cache: Path) -> list[Path]:
+    """Complete shards, in the order of writing."""
+    return sorted(path for path in (cache / "shards").glob("*.h5") if shard.NAME.fullmatch(path.name))
+
+
+def read_meta(cache: Path) -> dict[str, Any]:
+    """``cache.json``, or what the shards tell where it is lost.
+
+    Raises:
+        CorruptCacheError: neither tells a fingerprint, or the format is newer than this penult.
+    """
+    try:
+        meta = json.loads((cache / "cache.json").read_text())
+    except (OSError, ValueError):
+        fingerprints = {shard.read_shard(path).fingerprint for path in shard_paths(cache)}
+        if len(fingerprints) != 1:
+            message = f"{cache}: cache.json is lost and {len(fingerprints)} fingerprints stand in the shards"
+            raise CorruptCacheError(message) from None
+        return {"format": FORMAT_VERSION, "fingerprint": Fingerprint.parse(fingerprints.pop()).fields, "facts": {}}
+    if not isinstance(meta, dict) or not isinstance(meta.get("fingerprint"), dict):
+        message = f"{cache}/cache.json is not a cache description"
+        raise CorruptCacheError(message)
+    if meta.get("format") != FORMAT_VERSION:
+        message = (
+            f"{cache} has format version {meta.get('format')}; this penult reads version {FORMAT_VERSION}. Upgrade penult."
+        )
+        raise CorruptCacheError(message)
+    return meta
+
+
+class CacheWriter:
+    """Appends features to a locked cache directory; made by `open_writer`.
+
+    Attributes:
+        path: the cache directory.
+        meta: cache.json as it stands, or None in a new cache.
+        known: content digests that have features already, once `begin` was called.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.fresh = not shard_paths(path) and not (path / "cache.json").exists()
+        self.meta = None if self.fresh else read_meta(path)
+        self.known: set[bytes] = set()
+        self._fingerprint = Fingerprint({})
+        self._pending: list[tuple[NDArray[np.float32], Sequence[bytes], Sequence[bytes]]] = []
+        self._pending_bytes = 0
+        self._pending_since = 0.0
+        self._number = 0
+
+    def begin(self, fingerprint: Fingerprint, facts: dict[str, Any]) -> None:
+        """Agree on the fingerprint and load the keys of what is there. Damaged shards are removed, to be done again.
+
+        Args:
+            fingerprint: of every row to come.
+            facts: what is good to know and decides nothing: library versions, where weights came from, batch size.
+
+        Raises:
+            FingerprintMismatchError: the cache was made differently; names the fields.
+        """
+        if self.meta is not None:
+            Fingerprint(self.meta["fingerprint"]).require(fingerprint, mine=f"{self.path}", theirs="this run")
+        self._fingerprint = fingerprint
+        for path in shard_paths(self.path):
+            self._number = max(self._number, int(path.name.partition("-")[0]) + 1)
+            try:
+                found = shard.read_shard(path)
+            except CorruptCacheError as error:
+                log.warning("%s; its images are computed again", error)
+                path.unlink()
+                continue
+            if found.fingerprint == fingerprint.canonical:
+                raw = found.sha256.tobytes()
+                self.known.update(raw[i : i + 32] for i in range(0, len(raw), 32))
+        self.write_meta(fingerprint, facts)
+
+    def write_meta(self, fingerprint: Fingerprint, facts: dict[str, Any]) -> None:
+        """Replace cache.json, if it would change."""
+        meta = {"format": FORMAT_VERSION, "fingerprint": dict(fingerprint.fields), "facts": facts}
+        if meta != self.meta:
+            hdf5.commit(self.path / "cache.json", (json.dumps(meta, indent=2, sort_keys=True) + "\n").encode())
+            self.meta = meta
+
+    def append(self, features: NDArray[np.float32], sha256: Sequence[bytes], paths: Sequence[bytes]) -> None:
+        """Add rows ``(n, d)`` to the shard in memory.
+
+        Raises:
+            BadDataError: NaN or infinity, with the count and a path.
+        """
+        bad = np.asarray(~np.isfinite(features).all(axis=1))
+        if bad.any():
+            first = Row(paths[int(np.flatnonzero(bad)[0])]).name
+            message = f"the backbone gave NaN or infinity for {int(bad.sum())} of {len(bad)} images (such as {first})"
+            raise BadDataError(message)
+        if not self._pending:
+            self._pending_since = time.monotonic()
+        self._pending.append((features, sha256, paths))
+        self._pending_bytes += features.nbytes
+
+    @property
+    def due(self) -> bool:
+        """Whether the shard in memory is large or old enough to be committed."""
+        if not self._pending:
+            return False
+        return self._pending_bytes >= SHARD_BYTES or time.monotonic() - self._pending_since >= SHARD_SECONDS
+
+    def commit(self) -> int:
+        """Commit the shard in memory and return its number of rows (rule 11 may make it two files)."""
+        if not self._pending:
+            return 0
+        features = np.concatenate([block[0] for block in self._pending])
+        digests = [digest for block in self._pending for digest in block[1]]
+        paths = [path for block in self._pending for path in block[2]]
+        auto = self._fingerprint.fields.get("storage") == "auto"
+        half = shard.fits_float16(features) if auto else np.zeros(len(features), bool)
+        if auto and not half.all():
+            log.warning("%d of %d rows do not fit float16 and are stored as float32", (~half).sum(), len(half))
+        for dtype, chosen in ((np.float16, np.flatnonzero(half)), (np.float32, np.flatnonzero(~half))):
+            if len(chosen):
+                shard.write_shard(
+                    self.path / "shards",
+                    self._number,
+                    features[chosen].astype(dtype),
+                    [digests[i] for i in chosen],
+                    [paths[i] for i in chosen],
+                    self._fingerprint,
+                )
+                self._number += 1
+        self.known.update(digests)
+        self._pending, self._pending_bytes = [], 0
+        return len(features)
+
+    def finish(self, table: SampleTable) -> bool:
+        """Replace the sample table and the ledger; False if nothing would change."""
+        current = self.read_samples()
+        ledger = "".join(
+            json.dumps({"path": row.name, "code": row.code, "message": row.message}) + "\n" for row in table.rows if not row.ok
+        )
+        unchanged = current is not None and list(current.rows) == list(table.rows) and current.facts == table.facts
+        if unchanged and (self.path / "ledger.jsonl").is_file():
+            return False
+        hdf5.commit(self.path / "ledger.jsonl", ledger.encode())
+        hdf5.commit(self.path / "samples.h5", table.to_bytes())
+        return True
+
+    def read_samples(self) -> SampleTable | None:
+        """The sample table as it stands; None where there is none or it is damaged (it can be made again)."""
+        try:
+            return SampleTable.read(self.path / "samples.h5")
+        except InputMissingError:
+            return None
+        except CorruptCacheError as error:
+            log.warning("%s; it is made again", error)
+            return None
+
+
+@contextmanager
+def open_writer(path: Path) -> Iterator[CacheWriter]:
+    """Create or continue a cache directory under its writer's lock.
+
+    Raises:
+        OutputExistsError: the path is taken by something that is not a cache.
+        LockedError: another run writes it.
+        StorageError: it cannot be created.
+    """
+    if path.exists():
+        mine = path.is_dir() and (
+            (path / "cache.json").exists() or (path / "shards").is_dir() or not any(set(path.iterdir()) - {path / ".lock"})
+        )
+        if not mine:
+            message = f"{path} exists and is not a penult cache; choose another name"
+            raise OutputExistsError(message)
+    try:
+        (path / "shards").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"cannot create {path}: {error.strerror}"
+        raise StorageError(message) from error
+    with writer_lock(path):
+        for left in [*path.glob(".*.tmp"), *(path / "shards").glob(".*.tmp")]:  # of killed runs; we hold the lock
+            left.unlink()
+        yield CacheWriter(path)
+
+
+def with_splits(rows: Iterable[Row], names: Iterable[str]) -> list[Row]:
+    """The rows with their splits replaced."""
+    return [replace(row, split=name) for row, name in zip(rows, names, strict=True)]

@@ -1,0 +1,86 @@
+"""Every error penult raises on purpose, with the exit code a scheduler sees.
+
+::
+
+    PenultError                        70
+    |-- UsageError (ValueError)         2  flags that do not fit each other or the data
+    |-- BadDataError (ValueError)      65  the data cannot give a trustworthy answer
+    |   |-- CorruptCacheError              a file is damaged, hostile or of a newer format
+    |   |-- FingerprintMismatchError       two things were made by different backbones
+    |   |-- BudgetExceededError            more failed inputs than allowed
+    |   |-- GateError                      a figure is below the gate
+    |-- InputMissingError (FileNotFoundError)  66
+    |-- DeviceUnavailableError (RuntimeError)  69  the requested device is not really there
+    |-- OutputExistsError (FileExistsError)    73
+    |-- StorageError (OSError)                 74  disk full, I/O error
+    |-- LockedError (RuntimeError)             75  another run holds the cache
+    |-- JobFileError (ValueError)              78
+    |-- InterruptedRunError             128 + signal number; resumable
+
+The codes are those of BSD's ``sysexits.h`` where it has one. Anything else that escapes is a bug and exits 70 with a
+traceback.
+"""
+
+from __future__ import annotations
+
+
+class PenultError(Exception):
+    """Root of the tree. ``exit_code`` is the process exit status of the command that raised it."""
+
+    exit_code = 70
+
+
+class UsageError(PenultError, ValueError):
+    exit_code = 2
+
+
+class BadDataError(PenultError, ValueError):
+    exit_code = 65
+
+
+class CorruptCacheError(BadDataError):
+    pass
+
+
+class FingerprintMismatchError(BadDataError):
+    pass
+
+
+class BudgetExceededError(BadDataError):
+    pass
+
+
+class GateError(BadDataError):
+    pass
+
+
+class InputMissingError(PenultError, FileNotFoundError):
+    exit_code = 66
+
+
+class DeviceUnavailableError(PenultError, RuntimeError):
+    exit_code = 69
+
+
+class OutputExistsError(PenultError, FileExistsError):
+    exit_code = 73
+
+
+class StorageError(PenultError, OSError):
+    exit_code = 74
+
+
+class LockedError(PenultError, RuntimeError):
+    exit_code = 75
+
+
+class JobFileError(PenultError, ValueError):
+    exit_code = 78
+
+
+class InterruptedRunError(PenultError):
+    """A signal ended the run after everything finished so far was committed."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"interrupted by signal {signum}; run the same command again to continue")
+        self.exit_code = 128 + signum

@@ -1,0 +1,92 @@
+"""The feature contract: everything that decides the numbers in a cache, compared field by field."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import CorruptCacheError, FingerprintMismatchError
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Named facts (JSON values; nested objects are compared leaf by leaf). Equal fingerprints mean comparable features."""
+
+    fields: Mapping[str, Any]
+
+    @property
+    def canonical(self) -> str:
+        """Its one JSON text: sorted keys, no spaces, as stored in every shard."""
+        return json.dumps(self.fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+    @property
+    def key(self) -> str:
+        """SHA-256 of `canonical`, as 64 hexadecimal digits."""
+        return hashlib.sha256(self.canonical.encode()).hexdigest()
+
+    @classmethod
+    def parse(cls, text: str) -> Fingerprint:
+        """Read `canonical` back.
+
+        Raises:
+            CorruptCacheError: it is not a JSON object.
+        """
+        try:
+            fields = json.loads(text)
+        except ValueError:
+            fields = None
+        if not isinstance(fields, dict):
+            message = f"not a fingerprint: {text[:80]!r}"
+            raise CorruptCacheError(message)
+        return cls(fields)
+
+    def leaves(self) -> dict[str, Any]:
+        """Every fact under a dotted name, such as ``pixels.crop``."""
+        return dict(_leaves("", self.fields))
+
+    def differences(self, other: Fingerprint, ignore: Collection[str] = ()) -> dict[str, tuple[Any, Any]]:
+        """The dotted names whose values differ, each with (mine, theirs); absent is None."""
+        mine, theirs = self.leaves(), other.leaves()
+        return {
+            name: (mine.get(name), theirs.get(name))
+            for name in sorted({*mine, *theirs})
+            if name not in ignore and mine.get(name) != theirs.get(name)
+        }
+
+    def require(self, other: Fingerprint, *, mine: str, theirs: str, ignore: Collection[str] = ()) -> None:
+        """Refuse to combine two things that were not made alike.
+
+        Args:
+            other: what must agree with this one.
+            mine: what this fingerprint belongs to, for the message.
+            theirs: what the other belongs to.
+            ignore: dotted names that may differ.
+
+        Raises:
+            FingerprintMismatchError: names every field that differs.
+        """
+        differences = self.differences(other, ignore)
+        if differences:
+            listing = "; ".join(f"{name}: {short(a)} against {short(b)}" for name, (a, b) in differences.items())
+            message = f"{mine} and {theirs} do not go together. They differ in {listing}"
+            raise FingerprintMismatchError(message)
+
+
+def short(value: Any) -> str:
+    """A value as it fits a message: digests by their first twelve digits."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    is_digest = len(text) == 64 and all(c in "0123456789abcdef" for c in text)
+    return f"{text[:12]}.." if is_digest else text
+
+
+def _leaves(prefix: str, node: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, value in node.items():
+        if isinstance(value, Mapping):
+            found += _leaves(f"{prefix}{name}.", value)
+        else:
+            found.append((prefix + name, value))
+    return found

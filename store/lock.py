@@ -1,0 +1,34 @@
+"""One writer per cache. The lock is the operating system's, so a killed holder leaves nothing stale."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import LockedError, StorageError
+
+
+@contextmanager
+def writer_lock(directory: Path) -> Iterator[None]:
+    """Hold the exclusive lock of a cache directory.
+
+    Raises:
+        LockedError: another process holds it; nothing was waited for.
+        StorageError: the directory cannot be written to.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(directory / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        message = f"{directory} is being written by another run; try again when it has ended"
+        raise LockedError(message) from error
+    except OSError as error:
+        message = f"cannot lock {directory}: {error.strerror or error}"
+        raise StorageError(message) from error
+    try:
+        yield
+    finally:
+        lock.release()

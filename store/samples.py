@@ -1,0 +1,158 @@
+"""The sample table: what the dataset is now (path, content, label, split, group and outcome of every input)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import hdf5
+from .errors import CorruptCacheError
+
+ENCODING_TYPE = "penult-samples"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One input and its outcome. ``code`` is None where it is ok; ``sha256`` is 32 bytes, or empty where unread."""
+
+    path: bytes
+    label: str | None = None
+    split: str | None = None
+    group: bytes = b""
+    sha256: bytes = b""
+    code: str | None = None
+    message: str = ""
+    stat: tuple[int, int, int] = (0, 0, 0)
+
+    @property
+    def ok(self) -> bool:
+        return self.code is None
+
+    @property
+    def name(self) -> str:
+        """The path for people and JSON: undecodable bytes and control characters are escaped."""
+        return display(self.path)
+
+
+@dataclass(frozen=True)
+class SampleTable:
+    """All rows, ordered by path.
+
+    Attributes:
+        rows: one per input.
+        facts: JSON facts about the whole: ``root``, ``split`` (how it came about), ``budget_exceeded``.
+    """
+
+    rows: Sequence[Row]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """inputs, ok, duplicates, failed; ok + duplicates + failed = inputs, always."""
+        good = [row.sha256 for row in self.rows if row.ok]
+        unique = len(set(good))
+        return {
+            "inputs": len(self.rows),
+            "ok": unique,
+            "duplicates": len(good) - unique,
+            "failed": len(self.rows) - len(good),
+        }
+
+    @property
+    def classes(self) -> list[str]:
+        """The distinct labels of the ok rows, sorted."""
+        return sorted({row.label for row in self.rows if row.ok and row.label is not None})
+
+    def splits(self) -> list[str]:
+        """The distinct splits of the ok rows, in the order train, val, test, others."""
+        order = {"train": 0, "val": 1, "test": 2}
+        return sorted({row.split for row in self.rows if row.ok and row.split}, key=lambda s: (order.get(s, 3), s))
+
+    def to_bytes(self) -> bytes:
+        """The complete HDF5 file."""
+        rows = self.rows
+        digests = b"".join(row.sha256 or bytes(32) for row in rows)
+        datasets: dict[str, NDArray[Any]] = {
+            "status": np.array([not row.ok for row in rows], np.uint8),
+            "sha256": np.frombuffer(digests, np.uint8).reshape(len(rows), 32),
+            "stat": np.array([row.stat for row in rows], np.int64).reshape(len(rows), 3),
+            **hdf5.pack_strings("path", [row.path for row in rows]),
+            **hdf5.pack_strings("group", [row.group for row in rows]),
+            **hdf5.pack_strings("message", [row.message.encode() for row in rows]),
+        }
+        for name in ("label", "split", "code"):
+            values = [getattr(row, name) for row in rows]
+            names = sorted({value for value in values if value is not None})
+            index = {value: i for i, value in enumerate(names)}
+            datasets[name] = np.array([index.get(value, -1) for value in values], np.int32)
+            datasets |= hdf5.pack_strings(f"{name}-names", [value.encode() for value in names])
+        facts = json.dumps(self.facts, sort_keys=True)
+        return hdf5.build(ENCODING_TYPE, datasets, {"rows": len(rows), "facts": facts})[0]
+
+    @classmethod
+    def read(cls, path: Path) -> SampleTable:
+        """Read ``samples.h5``, checking its digest (it is small, and everything else hangs on it).
+
+        Raises:
+            InputMissingError: there is none.
+            CorruptCacheError: it is damaged or its columns disagree.
+        """
+        hdf5.verify(path, ENCODING_TYPE)
+        with hdf5.open_checked(path, ENCODING_TYPE) as (datasets, attrs):
+            n = int(attrs["rows"])
+            paths, groups, messages = (hdf5.unpack_strings(datasets, name) for name in ("path", "group", "message"))
+            digests = datasets["sha256"][()].tobytes()
+            stats = datasets["stat"][()].tolist()
+            columns = {}
+            for name in ("label", "split", "code"):
+                names = [None, *(value.decode() for value in hdf5.unpack_strings(datasets, f"{name}-names"))]
+                columns[name] = [names[i + 1] for i in datasets[name][()].tolist()]
+            lengths = {
+                len(paths),
+                len(groups),
+                len(messages),
+                len(digests) // 32,
+                len(stats),
+                *map(len, columns.values()),
+            }
+            if lengths != {n}:
+                message = f"{path}: columns of {sorted(lengths)} rows where {n} are declared"
+                raise CorruptCacheError(message)
+            rows = [
+                Row(
+                    path=check_relative(paths[i]),
+                    label=columns["label"][i],
+                    split=columns["split"][i],
+                    group=groups[i],
+                    sha256=digests[32 * i : 32 * i + 32] if any(digests[32 * i : 32 * i + 32]) else b"",
+                    code=columns["code"][i],
+                    message=messages[i].decode(),
+                    stat=tuple(stats[i]),
+                )
+                for i in range(n)
+            ]
+            return cls(rows, json.loads(str(attrs["facts"])))
+
+
+def check_relative(path: bytes) -> bytes:
+    """Return a stored path if it stays below the root.
+
+    Raises:
+        CorruptCacheError: it is empty, absolute, has a NUL or a ``..``.
+    """
+    if not path or path.startswith(b"/") or b"\0" in path or b".." in path.split(b"/"):
+        message = f"the path {display(path)!r} leaves the dataset's root; refused"
+        raise CorruptCacheError(message)
+    return path
+
+
+def display(path: bytes) -> str:
+    """A path for people: bytes that are not UTF-8, and control characters, as ``\\xNN``; safe in a log or a terminal."""
+    text = path.decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

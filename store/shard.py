@@ -1,0 +1,109 @@
+"""One immutable HDF5 file of features, keyed by the digest of the bytes they came from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import hdf5
+from .errors import CorruptCacheError
+from .fingerprint import Fingerprint
+
+ENCODING_TYPE = "penult-shard"
+NAME = re.compile(r"(\d{5,})-[0-9a-f]{12}\.h5")
+MAX_ROUNDING = 5e-4  # relative L2 of a row stored as float16, CONTRACTS: "stored float16 vs float32"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What is known of a shard without reading its features.
+
+    Attributes:
+        path: its file.
+        sha256: keys of the rows, ``(n,)`` of dtype ``S32``.
+        dim: length of a feature vector.
+        dtype: float16 or float32.
+        fingerprint: canonical JSON.
+    """
+
+    path: Path
+    sha256: NDArray[np.bytes_]
+    dim: int
+    dtype: np.dtype[Any]
+    fingerprint: str
+
+
+def fits_float16(features: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """For each row of ``(n, d)`` float32, whether float16 keeps it to a relative L2 error of `MAX_ROUNDING` (rule 11)."""
+    with np.errstate(over="ignore", under="ignore"):
+        rounded = features.astype(np.float16).astype(np.float32)
+    error = np.linalg.norm((rounded - features).astype(np.float64), axis=1)
+    norm = np.linalg.norm(features.astype(np.float64), axis=1)
+    return np.asarray(np.isfinite(rounded).all(axis=1) & (error <= MAX_ROUNDING * norm))
+
+
+def write_shard(
+    directory: Path,
+    number: int,
+    features: NDArray[np.floating[Any]],
+    sha256: Sequence[bytes],
+    paths: Sequence[bytes],
+    fingerprint: Fingerprint,
+) -> Path:
+    """Commit one shard.
+
+    Args:
+        directory: the cache's ``shards`` folder.
+        number: its place in the order of writing.
+        features: ``(n, d)`` float16 or float32, finite.
+        sha256: n digests of 32 bytes.
+        paths: n relative paths.
+        fingerprint: of all rows.
+
+    Raises:
+        StorageError: the disk is full or failed; nothing of it is visible.
+    """
+    datasets = {
+        "features": np.ascontiguousarray(features),
+        "sha256": np.frombuffer(b"".join(sha256), np.uint8).reshape(len(sha256), 32),
+        **hdf5.pack_strings("path", paths),
+    }
+    data, digest = hdf5.build(ENCODING_TYPE, datasets, {"rows": len(sha256), "fingerprint": fingerprint.canonical})
+    path = directory / f"{number:05d}-{digest[:12]}.h5"
+    hdf5.commit(path, data)
+    return path
+
+
+def read_shard(path: Path) -> Shard:
+    """Open a shard's index.
+
+    Raises:
+        CorruptCacheError: the file is damaged or refused.
+    """
+    with hdf5.open_checked(path, ENCODING_TYPE) as (datasets, attrs):
+        features, keys = datasets["features"], datasets["sha256"]
+        n = int(attrs["rows"])
+        if features.ndim != 2 or features.shape[0] != n or keys.shape != (n, 32) or keys.dtype != np.uint8:
+            message = f"{path}: features {features.shape} and keys {keys.shape} do not fit {n} rows"
+            raise CorruptCacheError(message)
+        if features.dtype not in (np.float16, np.float32):
+            message = f"{path}: features have type {features.dtype}"
+            raise CorruptCacheError(message)
+        sha256 = keys[()].view("S32").reshape(n)
+        return Shard(path, sha256, features.shape[1], features.dtype, str(attrs["fingerprint"]))
+
+
+def read_rows(shard: Shard, rows: NDArray[np.intp]) -> NDArray[np.floating[Any]]:
+    """The features of some rows, ``(len(rows), d)`` in the shard's dtype and the order asked for."""
+    with hdf5.open_checked(shard.path, ENCODING_TYPE) as (datasets, _):
+        features = datasets["features"]
+        if len(rows) * 4 > features.shape[0]:
+            return np.asarray(features[()][rows])
+        unique, inverse = np.unique(rows, return_inverse=True)  # HDF5 wants increasing row numbers
+        return np.asarray(features[unique][inverse])
