@@ -1,0 +1,322 @@
+"""The registry of backbones: torchvision's classification networks and their weights, one row each.
+
+A backbone is data, not a class: its name, where its weights come from and the preprocessing that travels with them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from store.errors import BadDataError, InputMissingError, UsageError
+
+from .preprocess import Preprocess
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """What to extract with; cheap to make, nothing is loaded.
+
+    Attributes:
+        name: a torchvision classification network (``resnet50``), or the path of an ONNX file made by ``penult export``.
+        weights: None (torchvision's default), a torchvision weights name (``IMAGENET1K_V2``), the path of a ``.pth`` file
+            with a state dict, or ``random``, ``random:SEED``.
+        preset: the torchvision weights whose preprocessing a ``.pth`` file goes with. Needed where its content is not known:
+            V1 and V2 presets differ by points of accuracy.
+        resize, crop: replace the preset's sizes, pixels.
+    """
+
+    name: str
+    weights: str | None = None
+    preset: str | None = None
+    resize: int | None = None
+    crop: int | None = None
+
+    @property
+    def is_file(self) -> bool:
+        return self.name.endswith(".onnx")
+
+    @property
+    def weights_file(self) -> Path | None:
+        """The ``.pth`` file, where weights is one."""
+        return Path(self.weights) if self.weights and self.weights.endswith((".pth", ".pt", ".bin")) else None
+
+    @property
+    def seed(self) -> int | None:
+        """The seed of random weights; None where they are not random."""
+        if self.weights is None or self.weights.partition(":")[0] != "random":
+            return None
+        try:
+            return int(self.weights.partition(":")[2] or 0)
+        except ValueError:
+            message = f"--weights {self.weights}: the seed must be an integer, as in random:7"
+            raise UsageError(message) from None
+
+    def facts(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def names() -> list[str]:
+    """All torchvision classification networks, sorted. Imports torchvision (seconds)."""
+    import torchvision
+
+    return sorted(torchvision.models.list_models(module=torchvision.models))
+
+
+def weights_of(name: str) -> dict[str, Any]:
+    """The weights entries of a network by name, torchvision's default first.
+
+    Raises:
+        UsageError: no such network; names the nearest.
+    """
+    import torchvision
+
+    known = names()
+    if name not in known:
+        near = difflib.get_close_matches(name.lower().replace("-", ""), known, n=3, cutoff=0.5)
+        hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
+        message = f"No backbone {name!r}.{hint} `penult backbones` lists them all."
+        raise UsageError(message)
+    enum = torchvision.models.get_model_weights(name)
+    entries = {entry.name: entry for entry in enum}
+    default = getattr(enum, "DEFAULT", None)
+    if default is not None:
+        entries = {default.name: default, **entries}
+    return entries
+
+
+def choose_weights(name: str, wanted: str | None, flag: str) -> Any:
+    """One weights entry of a network; its default where nothing is asked for.
+
+    Raises:
+        UsageError: unknown; names those there are.
+    """
+    entries = weights_of(name)
+    if wanted in (None, "DEFAULT"):
+        return next(iter(entries.values()))
+    if wanted not in entries:
+        message = f"{flag} {wanted}: {name} has {', '.join(entries)}"
+        raise UsageError(message)
+    return entries[wanted]
+
+
+def row(name: str) -> dict[str, Any]:
+    """What `penult backbones` shows of one network, as JSON: weights with accuracy, input, parameters, GFLOPs, source."""
+    entries = weights_of(name)
+    weights = {}
+    for key, entry in entries.items():
+        meta = entry.meta
+        weights[key] = {
+            **Preprocess.from_torchvision(entry.transforms()).facts(),
+            "top1": meta["_metrics"]["ImageNet-1K"]["acc@1"],
+            "parameters": meta["num_params"],
+            "gflops": meta["_ops"],
+            "source": entry.url,
+            "licence": meta.get("license", "BSD-3-Clause"),  # torchvision's own, unless the weights say otherwise
+        }
+    return {"name": name, "default": next(iter(weights)), "weights": weights}
+
+
+def rows() -> Iterator[dict[str, Any]]:
+    """`row` of every network."""
+    return (row(name) for name in names())
+
+
+@contextmanager
+def _loading(state: Mapping[str, Any]) -> Iterator[None]:
+    """Let torchvision's builders load this state dict where they would download one.
+
+    So the network is built exactly as torchvision builds it for these weights: GoogLeNet and Inception then transform their
+    input and drop their auxiliary heads, without a table of such cases here.
+    """
+    from torchvision.models import WeightsEnum
+
+    with mock.patch.object(WeightsEnum, "get_state_dict", return_value=state):
+        yield
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A network with its weights.
+
+    Attributes:
+        network: ``torch.nn.Module`` in eval mode, float32, on the CPU.
+        preprocess: what its input must have gone through.
+        weights_name: ``IMAGENET1K_V1``, a file's name, or ``random:0``.
+        weights_digest: `digest` of its state dict.
+    """
+
+    network: Any
+    preprocess: Preprocess
+    weights_name: str
+    weights_digest: str
+
+
+def load(backbone: Backbone) -> Loaded:
+    """Build a torchvision network with its weights.
+
+    Raises:
+        UsageError: unknown name, weights or preset.
+        InputMissingError: the weights are not here and cannot be downloaded; says which file to bring and where it goes.
+        BadDataError: the file does not fit the network.
+    """
+    import torchvision
+
+    entry = choose_weights(backbone.name, _preset_name(backbone), "--preset")
+    if backbone.seed is not None:
+        network = _random(backbone.name, backbone.seed)
+        weights_name = f"random:{backbone.seed}"
+    else:
+        file = backbone.weights_file
+        state = download(entry) if file is None else read_state(file)
+        weights_name = entry.name if file is None else file.name
+        state = with_classifier(backbone.name, state)
+        try:
+            with _loading(state):
+                network = torchvision.models.get_model(backbone.name, weights=entry)
+        except RuntimeError as error:
+            message = f"{weights_name} does not fit {backbone.name}: {str(error).strip().splitlines()[-1].strip()}"
+            raise BadDataError(message) from error
+    preprocess = Preprocess.from_torchvision(entry.transforms())
+    if backbone.resize or backbone.crop:
+        sizes = {"resize": backbone.resize or preprocess.resize, "crop": backbone.crop or preprocess.crop}
+        preprocess = Preprocess.from_facts({**preprocess.facts(), **sizes})
+    return Loaded(network.eval(), preprocess, weights_name, digest(network.state_dict()))
+
+
+def _preset_name(backbone: Backbone) -> str | None:
+    if backbone.weights_file is None:
+        return backbone.preset if backbone.seed is not None else backbone.weights or backbone.preset
+    if backbone.preset is not None:
+        return backbone.preset
+    file = backbone.weights_file
+    entries = weights_of(backbone.name)
+    # torchvision's own files carry the beginning of their SHA-256 in their name, as in resnet18-f37072fd.pth
+    prefix = file_digest(file)[:8]
+    for name, entry in entries.items():
+        if Path(entry.url).stem.endswith(f"-{prefix}"):
+            return name
+    message = (
+        f"{file.name} is not one of torchvision's files for {backbone.name}, so its preprocessing is unknown. "
+        f"State it with --preset {'|'.join(entries)}"
+    )
+    raise UsageError(message)
+
+
+def _random(name: str, seed: int) -> Any:
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return untrained(name)
+
+
+def untrained(name: str) -> Any:
+    """A network as its constructor initialises it, without the warnings that some give about future defaults."""
+    import torchvision
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return torchvision.models.get_model(name, weights=None)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal.
+
+    Raises:
+        InputMissingError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        message = f"cannot read {path}: {error.strerror}"
+        raise InputMissingError(message) from error
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state dict in a ``.pth`` file, loaded without executing anything in it (``weights_only``).
+
+    Raises:
+        InputMissingError: no such file.
+        BadDataError: it is not a state dict.
+    """
+    import torch
+
+    if not path.is_file():
+        message = f"cannot read {path}: no such file"
+        raise InputMissingError(message)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, ...
+        message = f"{path} is not a state dict that can be loaded safely: {str(error).splitlines()[0]}"
+        raise BadDataError(message) from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        message = f"{path} holds no state dict (names to tensors)"
+        raise BadDataError(message)
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def download(entry: Any) -> dict[str, Any]:
+    """Torchvision's weights from torch's own cache, downloaded once and checked against the digest in the file's name.
+
+    Raises:
+        InputMissingError: there is no network; says which file to bring and where it goes.
+    """
+    import torch
+
+    name = Path(entry.url).name
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    try:
+        return dict(entry.get_state_dict(progress=False, check_hash=True))
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "reason", None) or error
+        message = (
+            f"cannot download {name} ({reason}). Bring that file (its SHA-256 begins with "
+            f"{Path(name).stem.rpartition('-')[2]}) from a machine with internet, address {entry.url}, and put it "
+            f"into {folder}, or pass --weights FILE.pth; --weights random goes on without"
+        )
+        raise InputMissingError(message) from error
+
+
+def with_classifier(name: str, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict with the last layer as the network expects it.
+
+    The classifier is cut off anyway, so a checkpoint fine-tuned on other classes, or saved without its head, is as good.
+    """
+    import torch
+
+    with torch.device("meta"):
+        expected = untrained(name).state_dict()
+    fixed = dict(state)
+    for key in _classifier_keys(expected):
+        found = state.get(key)
+        if found is None or found.shape != expected[key].shape:
+            fixed[key] = torch.zeros(expected[key].shape)
+    return fixed
+
+
+def _classifier_keys(state: Mapping[str, Any]) -> set[str]:
+    """The tensors of the last module: the classification layer in all of torchvision's networks."""
+    last = list(state)[-1].rpartition(".")[0]
+    return {key for key in state if key.rpartition(".")[0] == last}
+
+
+def digest(state: Mapping[str, Any]) -> str:
+    """SHA-256 over the named tensors of a network but its last layer, hexadecimal; independent of the file they came from."""
+    sha = hashlib.sha256()
+    for name in sorted(set(state) - _classifier_keys(state)):
+        array = state[name].detach().cpu().contiguous().numpy()
+        sha.update(f"{name}\0{array.dtype.str}\0{','.join(map(str, array.shape))}\0".encode())
+        sha.update(array.reshape(-1).data)
+    return sha.hexdigest()

@@ -1,0 +1,183 @@
+"""torch -> ONNX without the classifier, checked against torch before anyone uses it.
+
+Runs in a child process: torch and torchvision are a gigabyte and seconds that the extracting process need not carry.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import store.errors
+from store import hdf5
+from store.errors import BadDataError, PenultError
+
+from . import onnxfile
+from .backbones import Backbone, Loaded, load
+from .onnxfile import BackboneFacts
+
+log = logging.getLogger("penult.extractor")
+
+PARITY_BATCHES = (1, 7)
+PARITY = 1e-5  # relative L2 per row, CONTRACTS: "CPU ONNX Runtime fp32 vs torch fp32 on identical pixels"
+OPSET = 20
+
+
+def export(backbone: Backbone, path: Path) -> BackboneFacts:
+    """Export a torchvision backbone in a child process.
+
+    Args:
+        backbone: what to export.
+        path: the ONNX file; an existing one is replaced when the new one is complete.
+
+    Raises:
+        PenultError: whatever `load` and `to_onnx` raise, from the child.
+    """
+    request = json.dumps({"backbone": backbone.facts(), "path": str(path.absolute()), "sys.path": sys.path})
+    code = (
+        "import json, sys; request = json.load(sys.stdin); sys.path[:] = request['sys.path']; "
+        "from extractor.export import _child; _child(request)"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], input=request, capture_output=True, text=True, check=False)
+    try:
+        answer = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        message = f"the export of {backbone.name} died (exit {done.returncode})"
+        error = PenultError(message)
+        error.add_note(done.stderr[-4000:])
+        raise error from None
+    if "error" in answer:
+        kind = getattr(store.errors, answer["error"], PenultError)
+        raise kind(answer["message"])
+    return BackboneFacts.from_json(answer["facts"])
+
+
+def _child(request: dict[str, Any]) -> None:
+    # Exporters print; the answer must be the only thing on stdout.
+    answer_to, sys.stdout = sys.stdout, sys.stderr
+    try:
+        loaded = load(Backbone(**request["backbone"]))
+        facts = to_onnx(loaded, request["backbone"]["name"], Path(request["path"]))
+        answer = {"facts": facts.to_json()}
+    except PenultError as error:
+        answer = {"error": type(error).__name__, "message": str(error)}
+    print(json.dumps(answer), file=answer_to)
+
+
+def to_onnx(loaded: Loaded, name: str, path: Path) -> BackboneFacts:
+    """Export a loaded network up to the input of its last classification layer.
+
+    The whole network is exported and the graph cut by `onnxfile.penultimate`; torch's own features come from a hook on the
+    last Linear or Conv2d that runs. Two independent ways must agree at batch 1 and 7.
+
+    Raises:
+        BadDataError: they differ by more than `PARITY`.
+        StorageError: the file cannot be written.
+    """
+    import onnx
+    import torch
+
+    side = loaded.preprocess.crop
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(n, 3, side, side, generator=generator) for n in PARITY_BATCHES]
+    module, features_of = torch_penultimate(loaded.network, batches[0])
+    program = torch.onnx.export(
+        loaded.network,
+        (torch.randn(2, 3, side, side, generator=generator),),
+        dynamo=True,
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        input_names=["pixels"],
+        output_names=["logits"],
+        opset_version=OPSET,
+        verbose=False,
+    )
+    if program is None:
+        message = f"torch exported nothing for {name}"
+        raise BadDataError(message)
+    whole = program.model_proto
+    model, pooling, dim = onnxfile.cut(whole, onnxfile.penultimate(whole))
+    facts = BackboneFacts(
+        name=name,
+        weights=loaded.weights_name,
+        weights_sha256=loaded.weights_digest,
+        layer=f"input of {module}",
+        pooling=pooling,
+        dim=dim,
+        preprocess=loaded.preprocess,
+    )
+    onnxfile.write_facts(model, facts)
+    data = model.SerializeToString()
+    onnx.checker.check_model(data)
+    check_parity(data, [batch.numpy() for batch in batches], features_of, name)
+    hdf5.commit(path, data)
+    return facts
+
+
+def torch_penultimate(network: Any, example: Any) -> tuple[str, Callable[[NDArray[np.float32]], NDArray[np.float32]]]:
+    """The penultimate features of a torch network, without looking at any graph.
+
+    Returns:
+        The name of the last Linear or Conv2d that runs, and a function from ``(n, 3, h, w)`` to its input ``(n, d)``, a
+        spatial one averaged.
+    """
+    import torch
+
+    ran: list[str] = []
+    layers = {n: m for n, m in network.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
+    hooks = [m.register_forward_pre_hook(lambda *_, name=n: ran.append(name)) for n, m in layers.items()]
+    with torch.inference_mode():
+        network(example)
+    for hook in hooks:
+        hook.remove()
+    last = ran[-1]
+
+    def features(batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        caught = []
+        hook = layers[last].register_forward_pre_hook(lambda _module, inputs: caught.append(inputs[0]))
+        try:
+            with torch.inference_mode():
+                network(torch.from_numpy(batch))
+        finally:
+            hook.remove()
+        tensor = caught[0]
+        return np.asarray((tensor.mean(dim=(2, 3)) if tensor.ndim == 4 else tensor).numpy(), np.float32)
+
+    return last, features
+
+
+def check_parity(
+    model: bytes,
+    batches: list[NDArray[np.float32]],
+    features_of: Callable[[NDArray[np.float32]], NDArray[np.float32]],
+    name: str,
+) -> None:
+    """Compare ONNX Runtime with torch.
+
+    Raises:
+        BadDataError: a row differs by more than `PARITY`.
+    """
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    for batch in batches:
+        expected, found = features_of(batch), session.run(None, {session.get_inputs()[0].name: batch})[0]
+        worst = relative_l2(found, expected).max()
+        log.debug("%s: ONNX Runtime against torch at batch %d: %.1e", name, len(batch), worst)
+        if not worst <= PARITY:
+            message = f"the exported {name} differs from torch by {worst:.1e} at batch {len(batch)}; the limit is {PARITY}"
+            raise BadDataError(message)
+
+
+def relative_l2(found: NDArray[np.floating[Any]], expected: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """Per row of ``(n, d)``: norm of the difference over norm of the expected row; 0 where both are zero."""
+    difference = np.linalg.norm(found.astype(np.float64) - expected, axis=1)
+    norm = np.linalg.norm(expected.astype(np.float64), axis=1)
+    return np.asarray(np.divide(difference, norm, out=np.where(difference == 0, 0.0, np.inf), where=norm > 0))

@@ -1,0 +1,116 @@
+"""Bytes to upright RGB pixels, within limits; whatever cannot be decoded faithfully is refused with a code.
+
+What is done to what cameras, scanners and the web produce (the pixel path named `PIXEL_PATH`):
+
+- the format is found from the content, never from the name, and only among `FORMATS`;
+- EXIF orientation is applied; a broken tag is ignored;
+- transparency is composited on white; palette, CMYK and YCbCr are converted by Pillow without a colour profile;
+- 16-bit grey is scaled to 8 bits (value / 257), not clipped; 32-bit integer and float images are refused;
+- of animations and multi-page files the first frame is taken.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+PIXEL_PATH = "pillow-1"
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "MPO")
+MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs, 0.5 GB as RGB
+HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heif", b"mif1", b"msf1")
+
+# Pillow warns from half its limit on; MAX_PIXELS is the limit here, and refusing is an error rather than a warning.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class ImageError(Exception):
+    """An input that cannot be used.
+
+    Attributes:
+        code: one of the ledger's codes, such as ``truncated``.
+    """
+
+    def __init__(self, *, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def decode(data: bytes) -> Image.Image:
+    """An image of mode RGB, upright.
+
+    Raises:
+        ImageError: with code ``not_an_image``, ``truncated``, ``unsupported_format``, ``unsupported_mode`` or ``too_large``.
+    """
+    image = _open(data)
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError(code="too_large", message=f"{image.width} x {image.height} pixels; the limit is {MAX_PIXELS}")
+    if _is_cut(image.format or "", data):
+        raise ImageError(code="truncated", message=f"the {image.format} data has no end marker")
+    try:
+        image.load()
+        upright = _upright(image)
+    except MemoryError as error:
+        raise ImageError(code="too_large", message="not enough memory to decode it") from error
+    except Exception as error:  # Pillow's plugins raise anything from SyntaxError to struct.error on damaged data
+        code = "truncated" if "truncated" in str(error) or "not enough" in str(error) else "not_an_image"
+        raise ImageError(code=code, message=f"{type(error).__name__}: {error}") from error
+    return to_rgb(upright)
+
+
+def _open(data: bytes) -> Image.Image:
+    if not data:
+        raise ImageError(code="not_an_image", message="the file is empty")
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ImageError(code="too_large", message=str(error)) from error
+    except UnidentifiedImageError as error:
+        if data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS:
+            raise ImageError(code="unsupported_format", message="HEIC/HEIF; convert it to JPEG or PNG first") from error
+        raise ImageError(code="not_an_image", message=f"begins with {data[:8]!r}, none of {', '.join(FORMATS)}") from error
+    except Exception as error:
+        raise ImageError(code="not_an_image", message=f"{type(error).__name__}: {error}") from error
+
+
+def _is_cut(image_format: str, data: bytes) -> bool:
+    """Whether the end marker is missing, which decoders forgive by painting grey.
+
+    In JPEG the marker cannot occur inside a scan (0xff is stuffed there), so the last end marker must follow the last scan.
+    """
+    if image_format in ("JPEG", "MPO"):
+        return data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
+    if image_format == "PNG":
+        return b"IEND\xaeB`\x82" not in data
+    return False
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # a broken tag says nothing about the pixels, which did load
+        return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any mode to RGB as the module docstring says.
+
+    Raises:
+        ImageError: code ``unsupported_mode`` for 32-bit integer and float samples.
+    """
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ImageError(
+            code="unsupported_mode", message=f"samples of mode {image.mode!r} have no known range; convert to 8 or 16 bits"
+        )
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")

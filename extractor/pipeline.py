@@ -1,0 +1,469 @@
+"""Plan, run shard after shard, finalize: from a source to a finished cache.
+
+`run_shard` is the unit: it pulls decoded images, embeds them, commits one shard and returns its counts. A run that dies
+between two of them has lost only what was not committed, and the next one continues from the shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from store.cache import CacheWriter, FeatureCache, assign_splits, open_writer
+from store.errors import BadDataError, BudgetExceededError, InterruptedRunError, StorageError, UsageError
+from store.fingerprint import Fingerprint
+from store.samples import Row, SampleTable
+
+from .backbones import Backbone, file_digest
+from .export import export
+from .images import ImageError, decode
+from .onnxfile import BackboneFacts, read_facts
+from .preprocess import Preprocess
+from .progress import Progress, StopFlag, stop_on_signal
+from .session import Embedder, resolve_device
+from .sources import Sample, Source
+
+log = logging.getLogger("penult.extractor")
+
+Clock = dict[str, float]  # seconds by stage
+
+LIBRARIES = ("penult", "torch", "torchvision", "onnx", "onnxruntime-gpu", "onnxruntime", "h5py", "numpy", "pillow")
+MIN_BUDGET = 3
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to extract; the defaults are the command line's.
+
+    Attributes:
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
+        batch_size: images per inference call; None for the device's default.
+        workers: decoding threads; None for the number of cores.
+        storage: ``auto`` (float16 where the values fit) or ``float32``.
+        val_fraction, test_fraction, seed: the split, where the data has none.
+        fail_fast: stop at the first input that fails.
+        max_failures: budget as a number, ``"N"``, or a share, ``"P%"`` (then at least 3 files).
+        retry_failed: try recorded failures again.
+        verify_content: read and hash files even where size, time and inode are unchanged.
+        limit: only the first so many inputs.
+        overwrite: start a new cache in place of an old one.
+        quiet: no progress line.
+    """
+
+    device: str = "auto"
+    batch_size: int | None = None
+    workers: int | None = None
+    storage: str = "auto"
+    val_fraction: float = 0.2
+    test_fraction: float = 0.2
+    seed: int = 0
+    fail_fast: bool = False
+    max_failures: str = "1%"
+    retry_failed: bool = False
+    verify_content: bool = False
+    limit: int | None = None
+    overwrite: bool = False
+    quiet: bool = False
+
+    def budget(self, inputs: int) -> int:
+        """How many inputs may fail."""
+        text = self.max_failures.strip()
+        try:
+            if text.endswith("%"):
+                return max(MIN_BUDGET, int(float(text[:-1]) / 100 * inputs))
+            return int(text)
+        except ValueError:
+            message = f"--max-failures {text}: expected a number such as 10, or a share such as 1%"
+            raise UsageError(message) from None
+
+
+@dataclass
+class Summary:
+    """What a run did; ok + duplicates + failed = inputs.
+
+    Attributes:
+        inputs, ok, duplicates, failed: outcome of every input; ok counts distinct contents.
+        computed: images that went through the backbone in this run.
+        inference_calls: calls of the backbone in this run.
+        seconds: wall time by stage (``read+decode`` is summed over the workers; ``wait`` is the embedding waiting for it).
+        codes: number of failures by code.
+    """
+
+    cache: str = ""
+    inputs: int = 0
+    ok: int = 0
+    duplicates: int = 0
+    failed: int = 0
+    computed: int = 0
+    inference_calls: int = 0
+    provider: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+    codes: dict[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class _Outcome:
+    """What became of one file that had to be read."""
+
+    index: int
+    row: Row
+    pixels: NDArray[np.uint8] | None = None
+
+
+class Reader:
+    """Reads, hashes and decodes files in a few threads, a bounded number ahead, in the order asked for."""
+
+    def __init__(self, root: Path, preprocess: Preprocess, known: set[bytes], workers: int) -> None:
+        self._root, self._preprocess, self._workers = os.fsencode(root), preprocess, workers
+        self._claimed, self._lock = set(known), Lock()
+        self.seconds: Clock = defaultdict(float)
+
+    def stream(self, todo: Sequence[tuple[int, Sample]], stop: StopFlag) -> Iterator[_Outcome]:
+        """Outcomes in the order of ``todo``; ends early when ``stop`` is set."""
+        ahead = self._workers * 8
+        with ThreadPoolExecutor(self._workers, "penult-decode") as pool:
+            pending: deque[Future[_Outcome]] = deque()
+            try:
+                for index, sample in todo:
+                    pending.append(pool.submit(self._read, index, sample))
+                    if len(pending) >= ahead:
+                        yield pending.popleft().result()
+                    if stop:
+                        return
+                while pending and not stop:
+                    yield pending.popleft().result()
+            finally:
+                for future in pending:
+                    future.cancel()
+
+    def _read(self, index: int, sample: Sample) -> _Outcome:
+        start = time.perf_counter()
+        row = Row(sample.path, sample.label, sample.split, sample.group)
+        try:
+            data, stat = read_file(self._root + b"/" + sample.path)
+            digest = hashlib.sha256(data).digest()
+            row = replace(row, sha256=digest, stat=stat)
+            if not self._claim(digest):
+                return _Outcome(index, row)
+            return _Outcome(index, row, self._preprocess.pixels(decode(data)))
+        except ImageError as error:
+            return _Outcome(index, replace(row, code=error.code, message=str(error)))
+        finally:
+            self.seconds["read+decode"] += time.perf_counter() - start
+
+    def _claim(self, digest: bytes) -> bool:
+        """Whether this content is new; whoever asks first embeds it."""
+        with self._lock:
+            new = digest not in self._claimed
+            self._claimed.add(digest)
+            return new
+
+
+def read_file(path: bytes | str) -> tuple[bytes, tuple[int, int, int]]:
+    """Content and (size, mtime_ns, inode) of a regular file.
+
+    Raises:
+        ImageError: code ``not_found`` or ``unreadable``.
+    """
+    try:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            stat = os.fstat(file.fileno())
+            return file.read(), (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    except FileNotFoundError as error:
+        raise ImageError(code="not_found", message="no such file") from error
+    except OSError as error:
+        raise ImageError(code="unreadable", message=error.strerror or str(error)) from error
+
+
+def extract(source: Source, backbone: Backbone, cache: str | Path, options: Options | None = None) -> FeatureCache:
+    """Make or update a cache; the Python face of `run_extract`, which also returns the summary."""
+    run_extract(source, backbone, Path(cache), options or Options())
+    return FeatureCache(cache)
+
+
+def run_extract(source: Source, backbone: Backbone, cache: Path, options: Options) -> Summary:
+    """Pass every image of a source that has no features yet through the backbone once.
+
+    Raises:
+        BudgetExceededError: more inputs failed than allowed; what succeeded is kept.
+        FingerprintMismatchError: the cache was made differently.
+        InterruptedRunError: SIGINT or SIGTERM came; everything embedded until then is committed.
+        PenultError: see the tree in ``store.errors``.
+    """
+    started = time.perf_counter()
+    samples = source.samples()[: options.limit]
+    budget = options.budget(len(samples))
+    _check_splits_possible(samples, options)
+    device = resolve_device(options.device)
+    if options.overwrite and (cache / "shards").is_dir():
+        shutil.rmtree(cache)
+    with open_writer(cache) as writer, stop_on_signal() as stop:
+        facts, notes = prepare_backbone(writer, backbone)
+        # The session proves the device before any image is read.
+        embedder = Embedder(cache / "backbone.onnx", device=device, batch_size=options.batch_size)
+        writer.begin(fingerprint(facts, embedder.provider, options.storage), {**notes, **_versions()})
+        _check_disk(cache, len(samples) * facts.dim * (4 if options.storage == "float32" else 2))
+
+        outcomes, todo = plan(samples, writer, source.root, options)
+        reader = Reader(source.root, facts.preprocess, writer.known, options.workers or os.cpu_count() or 1)
+        clock: Clock = defaultdict(float)
+        computed = 0
+        with Progress(len(todo), "extract", quiet=options.quiet) as progress:
+            stream = reader.stream(todo, stop)
+            while result := run_shard(stream, embedder, facts.preprocess, writer, progress, clock):
+                for outcome in result.outcomes:
+                    outcomes[outcome.index] = outcome.row
+                computed += result.computed
+                if options.fail_fast and any(not outcome.row.ok for outcome in result.outcomes):
+                    break
+        if stop:
+            raise InterruptedRunError(stop.signum)
+        rows = [row for row in outcomes if row is not None]
+        if options.fail_fast:
+            _fail_fast(rows)
+        failed = sum(not row.ok for row in rows)
+        rows, rule = resolve_splits(rows, options)
+        root = os.fsencode(Path(source.root).absolute()).hex()
+        table = SampleTable(rows, {"root": root, "split": rule, "budget_exceeded": failed > budget})
+        changed = writer.finish(table)
+    summary = Summary(
+        cache=str(cache),
+        **table.counts,
+        computed=computed,
+        inference_calls=embedder.calls,
+        provider=embedder.provider,
+        seconds={**_rounded(reader.seconds), **_rounded(clock), "total": round(time.perf_counter() - started, 3)},
+        codes=dict(Counter(row.code for row in rows if row.code)),
+    )
+    if not computed:
+        log.info("nothing to compute: all features are cached%s", "" if changed else ", and the dataset is unchanged")
+    if failed > budget:
+        message = (
+            f"{failed} of {len(rows)} inputs failed and --max-failures {options.max_failures} allows {budget}; "
+            f"see {cache}/ledger.jsonl"
+        )
+        raise BudgetExceededError(message)
+    return summary
+
+
+def prepare_backbone(writer: CacheWriter, backbone: Backbone) -> tuple[BackboneFacts, dict[str, Any]]:
+    """Put ``backbone.onnx`` into a cache, or recognise that the one there is what is asked for, without importing torch.
+
+    Returns:
+        What the file says of itself, and notes for cache.json by which the next run recognises the request.
+    """
+    path = writer.path / "backbone.onnx"
+    request = backbone.facts()
+    file = Path(backbone.name) if backbone.is_file else backbone.weights_file
+    if file is not None:
+        request["file_sha256"] = file_digest(file)
+        request["weights"] = None  # the content counts, not where it lies
+    elif backbone.seed is None:
+        request["torchvision"] = version("torchvision")  # it decides what the default weights are
+    before = (writer.meta or {}).get("facts", {})
+    if path.is_file() and before.get("request") == request and before.get("backbone_sha256") == file_digest(path):
+        log.info("using %s as exported before", path)
+        return read_facts(path), {
+            "request": request,
+            "backbone_sha256": before["backbone_sha256"],
+            "weights": before["weights"],
+        }
+    if backbone.seed is not None:
+        log.warning(
+            "RANDOM WEIGHTS (seed %d): %s is untrained, its features are a random projection", backbone.seed, backbone.name
+        )
+    # A cache that has features keeps its file until the new one is known to match.
+    target = path if writer.fresh else path.with_name(".backbone.onnx.tmp")
+    facts = _import_onnx(Path(backbone.name), target) if backbone.is_file else export(backbone, target)
+    if not writer.fresh:
+        _replace_matching(writer, facts, target, path)
+    log.info("exported %s (%s), %d features from the %s", facts.name, facts.weights, facts.dim, facts.layer)
+    return facts, {"request": request, "backbone_sha256": file_digest(path), "weights": facts.weights}
+
+
+def _import_onnx(file: Path, target: Path) -> BackboneFacts:
+    facts = replace(read_facts(file), weights_sha256=file_digest(file))
+    shutil.copyfile(file, target)
+    return facts
+
+
+def _replace_matching(writer: CacheWriter, facts: BackboneFacts, new: Path, path: Path) -> None:
+    """Take a newly exported file into a cache that has features, if it gives the same ones.
+
+    Raises:
+        FingerprintMismatchError: it does not; the cache stays as it was.
+    """
+    assert writer.meta is not None
+    there = Fingerprint(writer.meta["fingerprint"])
+    mine = Fingerprint({**there.fields, **facts.fingerprint()})
+    try:
+        there.require(mine, mine=str(writer.path), theirs="this run")
+    except BadDataError:
+        new.unlink()
+        raise
+    new.replace(path)
+
+
+def fingerprint(facts: BackboneFacts, provider: str, storage: str) -> Fingerprint:
+    """Everything that decides the numbers."""
+    decided = {"precision": "fp32", "provider": provider, "tf32": False, "storage": storage}
+    return Fingerprint({**facts.fingerprint(), **decided})
+
+
+def plan(
+    samples: Sequence[Sample], writer: CacheWriter, root: Path, options: Options
+) -> tuple[list[Row | None], list[tuple[int, Sample]]]:
+    """What is known already and what must be read.
+
+    A file with the size, time and inode of the last run is not opened: its outcome then is its outcome now, provided its
+    features are there. Labels, splits and groups are always the source's.
+
+    Returns:
+        One row per sample (None where it must be read), and the samples to read with their places.
+    """
+    before = writer.read_samples()
+    known = {row.path: row for row in before.rows} if before and not options.verify_content else {}
+    base = os.fsencode(root)
+    rows: list[Row | None] = []
+    todo = []
+    for index, sample in enumerate(samples):
+        row = known.get(sample.path)
+        if row is not None and (row.sha256 in writer.known if row.ok else not options.retry_failed):
+            try:
+                stat = os.stat(base + b"/" + sample.path)  # noqa: PTH116 - a Path cannot hold every name
+                same = row.stat == (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+            except OSError:
+                same = False
+            if same:
+                rows.append(replace(row, label=sample.label, split=sample.split, group=sample.group))
+                continue
+        rows.append(None)
+        todo.append((index, sample))
+    return rows, todo
+
+
+@dataclass
+class ShardResult:
+    """What one call of `run_shard` finished."""
+
+    outcomes: list[_Outcome]
+    computed: int
+
+
+def run_shard(
+    stream: Iterator[_Outcome],
+    embedder: Embedder,
+    preprocess: Preprocess,
+    writer: CacheWriter,
+    progress: Progress,
+    clock: Clock,
+) -> ShardResult | None:
+    """Embed from the stream until a shard is due, and commit it; None when the stream has ended.
+
+    Repeating it is harmless: rows are keyed by content, and only a committed shard counts.
+    """
+    result = ShardResult([], 0)
+    batch: list[_Outcome] = []
+
+    def embed() -> None:
+        pixels = np.stack([outcome.pixels for outcome in batch if outcome.pixels is not None])
+        begin = time.perf_counter()
+        features = embedder(preprocess.normalise(pixels))
+        clock["embed"] += time.perf_counter() - begin
+        writer.append(features, [outcome.row.sha256 for outcome in batch], [outcome.row.path for outcome in batch])
+        result.computed += len(batch)
+        batch.clear()
+
+    while not writer.due:
+        begin = time.perf_counter()
+        outcome = next(stream, None)
+        clock["wait"] += time.perf_counter() - begin
+        if outcome is None:
+            break
+        progress.advance()
+        result.outcomes.append(outcome)
+        if outcome.pixels is not None:
+            batch.append(outcome)
+            if len(batch) == embedder.batch_size:
+                embed()
+                for done in result.outcomes:
+                    done.pixels = None
+    if batch:
+        embed()
+        for done in result.outcomes:
+            done.pixels = None
+    begin = time.perf_counter()
+    writer.commit()
+    clock["write"] += time.perf_counter() - begin
+    return result if result.outcomes else None
+
+
+def resolve_splits(rows: Sequence[Row], options: Options) -> tuple[list[Row], dict[str, Any]]:
+    """The stored split of every row, and how it came about.
+
+    Splits of the source win. Otherwise, where there are labels, the ok rows are divided by hash rank. A class that became
+    too small because its files failed is an error that names it.
+    """
+    if any(row.split for row in rows):
+        return list(rows), {"rule": "source"}
+    good = [row for row in rows if row.ok]
+    if not good or any(row.label is None for row in good):
+        return list(rows), {"rule": "none"}
+    names = assign_splits(good, val=options.val_fraction, test=options.test_fraction, seed=options.seed)
+    split_of = {row.path: name for row, name in zip(good, names, strict=True)}
+    rule = {"rule": "hash-rank", "val": options.val_fraction, "test": options.test_fraction, "seed": options.seed}
+    return [replace(row, split=split_of.get(row.path)) for row in rows], rule
+
+
+def _check_splits_possible(samples: Sequence[Sample], options: Options) -> None:
+    """Refuse before computing what `resolve_splits` would refuse after hours."""
+    if any(sample.split for sample in samples) or any(sample.label is None for sample in samples):
+        return
+    resolve_splits([Row(s.path, s.label, None, s.group, sha256=hashlib.sha256(s.path).digest()) for s in samples], options)
+
+
+def _check_disk(cache: Path, needed: int) -> None:
+    free = shutil.disk_usage(cache).free
+    if needed > free:
+        message = f"{cache} needs about {needed / 2**20:.0f} MiB and the disk has {free / 2**20:.0f} MiB free"
+        raise StorageError(message)
+
+
+def _fail_fast(rows: Sequence[Row]) -> None:
+    for row in rows:
+        if not row.ok:
+            message = f"{row.name}: {row.code}: {row.message} (--on-error fail)"
+            raise BudgetExceededError(message)
+
+
+def _versions() -> dict[str, Any]:
+    from importlib.metadata import PackageNotFoundError
+
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # onnxruntime has one of two names
+            continue
+    return {"versions": found}
+
+
+def _rounded(clock: Clock) -> dict[str, float]:
+    return {name: round(value, 3) for name, value in clock.items()}

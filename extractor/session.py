@@ -1,0 +1,165 @@
+"""ONNX Runtime, asked what it did rather than what it offers."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from store.errors import BadDataError, DeviceUnavailableError, UsageError
+
+log = logging.getLogger("penult.extractor")
+
+OUT_OF_MEMORY = ("BFCArena", "Failed to allocate memory", "CUDA_ERROR_OUT_OF_MEMORY", "out of memory")
+DEFAULT_BATCH = {"cpu": 8, "cuda": 64}  # on a CPU large batches lose: they fall out of its caches
+
+
+def nvidia_driver_present() -> bool:
+    """Whether this machine has an NVIDIA driver (Linux, or Linux in Windows)."""
+    return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg"))
+
+
+def resolve_device(device: str) -> str:
+    """``auto`` to ``cuda`` where there is a driver and a CUDA build, else to ``cpu``, said in the log; others as they are.
+
+    Raises:
+        UsageError: not ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+    """
+    kind, _, number = device.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (number and (kind != "cuda" or not number.isdecimal())):
+        message = f"--device {device}: expected auto, cpu, cuda or cuda:N"
+        raise UsageError(message)
+    if device != "auto":
+        return device
+    import onnxruntime
+
+    if nvidia_driver_present() and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        return "cuda"
+    log.info("no GPU here: running on the CPU")
+    return "cpu"
+
+
+class Embedder:
+    """A backbone in an ONNX Runtime session: normalised pixels in, features out.
+
+    Every batch is padded to one shape, so that a GPU's memory stays flat and results do not depend on the last batch.
+
+    Args:
+        model: the ONNX file.
+        device: ``cpu``, ``cuda`` or ``cuda:N`` (see `resolve_device`).
+        batch_size: images per call; None for the device's default.
+        threads: intra-op threads on the CPU; None for all cores.
+
+    Attributes:
+        provider: family, ``cpu`` or ``cuda``, proven after the session exists.
+        batch_size: as in use; halved when a GPU ran out of memory.
+        calls: number of inference calls so far.
+
+    Raises:
+        DeviceUnavailableError: the device is not really there.
+        BadDataError: the file is no usable network.
+    """
+
+    def __init__(self, model: Path, *, device: str = "cpu", batch_size: int | None = None, threads: int | None = None) -> None:
+        self.provider = device.partition(":")[0]
+        self.batch_size = batch_size or DEFAULT_BATCH[self.provider]
+        self.calls = 0
+        self._model, self._device, self._threads = model, device, threads or os.cpu_count() or 1
+        self._session = self._open()
+        shape = self._session.get_outputs()[0].shape
+        self.dim = int(shape[1]) if len(shape) == 2 and isinstance(shape[1], int) else 0
+        if not 0 < self.dim <= 65536:
+            message = f"{model} gives an output of shape {shape}; expected (n, d) with d at most 65536"
+            raise BadDataError(message)
+        self._input = self._session.get_inputs()[0].name
+
+    def _open(self) -> Any:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = self._threads
+        # Spinning threads steal the cores that decode; measured +60 % end to end where both share them.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        providers: list[Any] = ["CPUExecutionProvider"]
+        if self.provider == "cuda":
+            self._prepare_cuda(onnxruntime)
+            number = int(self._device.partition(":")[2] or 0)
+            cuda = {"device_id": number, "arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
+            providers.insert(0, ("CUDAExecutionProvider", cuda))
+        try:
+            session = onnxruntime.InferenceSession(str(self._model), options, providers=providers)
+        except Exception as error:  # onnxruntime's exceptions have no common public base
+            if self.provider == "cuda":
+                message = f"--device {self._device}: {_first_line(error)}"
+                raise DeviceUnavailableError(message) from error
+            message = f"{self._model} cannot be run: {_first_line(error)}"
+            raise BadDataError(message) from error
+        if self.provider == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
+            message = (
+                f"--device {self._device}: ONNX Runtime made a session on {session.get_providers()[0]} instead: "
+                f"the CUDA provider did not load (does the driver support CUDA {_cuda_version(onnxruntime)}, is cuDNN 9 here?)"
+            )
+            raise DeviceUnavailableError(message)
+        return session
+
+    def _prepare_cuda(self, onnxruntime: Any) -> None:
+        """Find the CUDA libraries in torch's wheels, and give the reasons that ONNX Runtime would only log."""
+        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            message = f"--device {self._device}: this onnxruntime has no CUDA provider; install onnxruntime-gpu"
+            raise DeviceUnavailableError(message)
+        if not nvidia_driver_present():
+            message = (
+                f"--device {self._device}: this machine has no NVIDIA driver (no /dev/nvidiactl). "
+                f"Install the driver, or pass --device cpu"
+            )
+            raise DeviceUnavailableError(message)
+        onnxruntime.set_default_logger_severity(4)
+        onnxruntime.preload_dlls()
+
+    def __call__(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Features of ``(n, 3, h, w)`` float32, n at most `batch_size`: ``(n, dim)`` float32.
+
+        A GPU that runs out of memory gets a new session and half the batch, down to one image.
+
+        Raises:
+            BadDataError: the network refuses the input.
+        """
+        rows = []
+        start = 0
+        while start < len(batch):
+            part = batch[start : start + self.batch_size]
+            try:
+                rows.append(self._run(part))
+            except Exception as error:
+                if not any(sign in str(error) for sign in OUT_OF_MEMORY):
+                    message = f"{self._model}: {_first_line(error)}"
+                    raise BadDataError(message) from error
+                if self.batch_size == 1:
+                    message = f"--device {self._device}: out of memory with a single image"
+                    raise DeviceUnavailableError(message) from error
+                self.batch_size //= 2
+                log.warning("out of memory on %s: going on with batches of %d", self._device, self.batch_size)
+                del self._session
+                self._session = self._open()
+                continue
+            start += len(part)
+        return np.concatenate(rows)
+
+    def _run(self, part: NDArray[np.float32]) -> NDArray[np.float32]:
+        short = self.batch_size - len(part)
+        padded = np.concatenate([part, np.zeros((short, *part.shape[1:]), np.float32)]) if short else part
+        self.calls += 1
+        return np.asarray(self._session.run(None, {self._input: padded})[0][: len(part)], np.float32)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _cuda_version(onnxruntime: Any) -> str:
+    return str(getattr(onnxruntime, "cuda_version", "")) or "13"
