@@ -256,7 +256,8 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, ...
-        message = f"{path} is not a state dict that can be loaded safely: {str(error).splitlines()[0]}"
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        message = f"{path} is not a state dict that can be loaded safely: {reason}"
         raise BadDataError(message) from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
@@ -278,7 +279,7 @@ def download(entry: Any) -> dict[str, Any]:
     name = Path(entry.url).name
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     try:
-        return dict(entry.get_state_dict(progress=False, check_hash=True))
+        return dict(entry.get_state_dict(progress=False, check_hash=True, weights_only=True))
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "reason", None) or error
         message = (
@@ -287,6 +288,9 @@ def download(entry: Any) -> dict[str, Any]:
             f"into {folder}, or pass --weights FILE.pth; --weights random goes on without"
         )
         raise InputMissingError(message) from error
+    except Exception as error:  # what a file that is there raises when it is not what its name says
+        message = f"{folder / name} is not a state dict that can be loaded safely; delete it and try again"
+        raise BadDataError(message) from error
 
 
 def with_classifier(name: str, state: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from store import hdf5
 from store.errors import BadDataError, PenultError
 
 from . import onnxfile
-from .backbones import Backbone, Loaded, load
+from .backbones import Backbone, Loaded, choose_weights, load, untrained
 from .onnxfile import BackboneFacts
 
 log = logging.getLogger("penult.extractor")
@@ -151,6 +151,28 @@ def torch_penultimate(network: Any, example: Any) -> tuple[str, Callable[[NDArra
         return np.asarray((tensor.mean(dim=(2, 3)) if tensor.ndim == 4 else tensor).numpy(), np.float32)
 
     return last, features
+
+
+def describe(name: str) -> dict[str, Any]:
+    """What a network's features are, found without weights: dim, layer and pooling, as JSON.
+
+    Raises:
+        UsageError: no such network.
+    """
+    import torch
+
+    entry = choose_weights(name, None, "--weights")
+    side = entry.transforms().crop_size[0]
+    with torch.device("meta"):
+        network = untrained(name).eval()
+        shapes: list[Any] = []
+        last, _ = torch_penultimate(network, torch.empty(1, 3, side, side))
+        module = network.get_submodule(last)
+        module.register_forward_pre_hook(lambda _module, inputs: shapes.append(inputs[0].shape))
+        with torch.inference_mode():
+            network(torch.empty(1, 3, side, side))
+    pooling = "average" if len(shapes[0]) == 4 else "none"
+    return {"dim": int(shapes[0][1]), "layer": f"input of {last}", "pooling": pooling}
 
 
 def check_parity(

@@ -12,14 +12,18 @@ What is done to what cameras, scanners and the web produce (the pixel path named
 from __future__ import annotations
 
 import io
+import re
 import warnings
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 PIXEL_PATH = "pillow-1"
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "MPO")
+# MPO opens as JPEG; naming it here would make Pillow fail with a KeyError on everything it does not know.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs, 0.5 GB as RGB
+JPEG_MARKER = re.compile(rb"\xff+([\x02-\xcf\xd9-\xfe])", re.DOTALL)  # begins a segment: neither stuffing nor restart
+MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")  # of JPEG and PNG: what begins so was once a picture
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heif", b"mif1", b"msf1")
 
 # Pillow warns from half its limit on; MAX_PIXELS is the limit here, and refusing is an error rather than a warning.
@@ -55,7 +59,7 @@ def decode(data: bytes) -> Image.Image:
     except MemoryError as error:
         raise ImageError(code="too_large", message="not enough memory to decode it") from error
     except Exception as error:  # Pillow's plugins raise anything from SyntaxError to struct.error on damaged data
-        code = "truncated" if "truncated" in str(error) or "not enough" in str(error) else "not_an_image"
+        code = "truncated" if "truncated" in str(error).lower() or "not enough" in str(error) else "not_an_image"
         raise ImageError(code=code, message=f"{type(error).__name__}: {error}") from error
     return to_rgb(upright)
 
@@ -67,21 +71,28 @@ def _open(data: bytes) -> Image.Image:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise ImageError(code="too_large", message=str(error)) from error
-    except UnidentifiedImageError as error:
+    except Exception as error:  # UnidentifiedImageError, or whatever a plugin raises on a damaged header
         if data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS:
             raise ImageError(code="unsupported_format", message="HEIC/HEIF; convert it to JPEG or PNG first") from error
+        if data.startswith(MAGIC):
+            raise ImageError(code="truncated", message=f"cut inside its header, after {len(data)} bytes") from error
+        if not isinstance(error, UnidentifiedImageError):
+            raise ImageError(code="not_an_image", message=f"{type(error).__name__}: {error}") from error
         raise ImageError(code="not_an_image", message=f"begins with {data[:8]!r}, none of {', '.join(FORMATS)}") from error
-    except Exception as error:
-        raise ImageError(code="not_an_image", message=f"{type(error).__name__}: {error}") from error
 
 
 def _is_cut(image_format: str, data: bytes) -> bool:
     """Whether the end marker is missing, which decoders forgive by painting grey.
 
-    In JPEG the marker cannot occur inside a scan (0xff is stuffed there), so the last end marker must follow the last scan.
+    JPEG is walked segment by segment: a thumbnail inside one has an end marker of its own, and phones append films.
     """
     if image_format in ("JPEG", "MPO"):
-        return data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
+        at = 2
+        while found := JPEG_MARKER.search(data, at):
+            if found[1] == b"\xd9":
+                return False
+            at = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
+        return True
     if image_format == "PNG":
         return b"IEND\xaeB`\x82" not in data
     return False
@@ -100,7 +111,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ImageError: code ``unsupported_mode`` for 32-bit integer and float samples.
     """
-    if image.mode == "RGB":
+    if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode.startswith("I;16"):
         grey = np.asarray(image).astype(np.uint32)

@@ -12,19 +12,20 @@ import os
 import shutil
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from store import hdf5
 from store.cache import CacheWriter, FeatureCache, assign_splits, open_writer
-from store.errors import BadDataError, BudgetExceededError, InterruptedRunError, StorageError, UsageError
+from store.errors import BudgetExceededError, InterruptedRunError, StorageError, UsageError
 from store.fingerprint import Fingerprint
 from store.samples import Row, SampleTable
 
@@ -43,6 +44,10 @@ Clock = dict[str, float]  # seconds by stage
 
 LIBRARIES = ("penult", "torch", "torchvision", "onnx", "onnxruntime-gpu", "onnxruntime", "h5py", "numpy", "pillow")
 MIN_BUDGET = 3
+AHEAD = 8  # decoded images per worker that wait at most
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,22 @@ class Summary:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    def text(self) -> str:
+        """For people: one line that reconciles, one that says what the run did."""
+        codes = f" ({', '.join(f'{code} {count}' for code, count in sorted(self.codes.items()))})" if self.codes else ""
+        lines = [f"{self.inputs} inputs = {self.ok} ok + {self.duplicates} duplicates + {self.failed} failed{codes}"]
+        total = self.seconds["total"]
+        if self.computed:
+            rate = self.computed / max(self.seconds["wait"] + self.seconds["embed"], 1e-9)
+            lines.append(
+                f"{self.computed} computed on {self.provider} in {total:.1f} s, {rate:.0f} images/s "
+                f"(waiting for images {self.seconds['wait']:.1f} s, backbone {self.seconds['embed']:.1f} s, "
+                f"writing {self.seconds['write']:.1f} s)"
+            )
+        else:
+            lines.append(f"nothing to compute, 0 inference calls, {total:.1f} s")
+        return "\n".join(lines)
+
 
 @dataclass
 class _Outcome:
@@ -137,21 +158,7 @@ class Reader:
 
     def stream(self, todo: Sequence[tuple[int, Sample]], stop: StopFlag) -> Iterator[_Outcome]:
         """Outcomes in the order of ``todo``; ends early when ``stop`` is set."""
-        ahead = self._workers * 8
-        with ThreadPoolExecutor(self._workers, "penult-decode") as pool:
-            pending: deque[Future[_Outcome]] = deque()
-            try:
-                for index, sample in todo:
-                    pending.append(pool.submit(self._read, index, sample))
-                    if len(pending) >= ahead:
-                        yield pending.popleft().result()
-                    if stop:
-                        return
-                while pending and not stop:
-                    yield pending.popleft().result()
-            finally:
-                for future in pending:
-                    future.cancel()
+        return ahead(lambda item: self._read(*item), todo, self._workers, stop)
 
     def _read(self, index: int, sample: Sample) -> _Outcome:
         start = time.perf_counter()
@@ -174,6 +181,24 @@ class Reader:
             new = digest not in self._claimed
             self._claimed.add(digest)
             return new
+
+
+def ahead(function: Callable[[T], R], items: Iterable[T], workers: int, stop: StopFlag) -> Iterator[R]:
+    """Results in order, computed by a few threads a bounded number of items ahead of the consumer."""
+    with ThreadPoolExecutor(workers, "penult-decode") as pool:
+        pending: deque[Future[R]] = deque()
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) >= workers * AHEAD:
+                    yield pending.popleft().result()
+                if stop:
+                    return
+            while pending and not stop:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
 
 
 def read_file(path: bytes | str) -> tuple[bytes, tuple[int, int, int]]:
@@ -212,13 +237,11 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
     budget = options.budget(len(samples))
     _check_splits_possible(samples, options)
     device = resolve_device(options.device)
-    if options.overwrite and (cache / "shards").is_dir():
-        shutil.rmtree(cache)
     with open_writer(cache) as writer, stop_on_signal() as stop:
-        facts, notes = prepare_backbone(writer, backbone)
+        facts, notes = prepare_backbone(writer, backbone, overwrite=options.overwrite)
         # The session proves the device before any image is read.
         embedder = Embedder(cache / "backbone.onnx", device=device, batch_size=options.batch_size)
-        writer.begin(fingerprint(facts, embedder.provider, options.storage), {**notes, **_versions()})
+        writer.begin(fingerprint(facts, embedder.provider, options.storage), {**notes, "versions": library_versions()})
         _check_disk(cache, len(samples) * facts.dim * (4 if options.storage == "float32" else 2))
 
         outcomes, todo = plan(samples, writer, source.root, options)
@@ -227,21 +250,25 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
         computed = 0
         with Progress(len(todo), "extract", quiet=options.quiet) as progress:
             stream = reader.stream(todo, stop)
-            while result := run_shard(stream, embedder, facts.preprocess, writer, progress, clock):
+            while result := run_shard(stream, embedder, facts.preprocess, writer, progress, clock, fail_fast=options.fail_fast):
                 for outcome in result.outcomes:
                     outcomes[outcome.index] = outcome.row
                 computed += result.computed
-                if options.fail_fast and any(not outcome.row.ok for outcome in result.outcomes):
+                if options.fail_fast and not result.outcomes[-1].row.ok:
                     break
         if stop:
             raise InterruptedRunError(stop.signum)
-        rows = [row for row in outcomes if row is not None]
+        rows = _fail_copies([row for row in outcomes if row is not None], writer.known)
         if options.fail_fast:
             _fail_fast(rows)
         failed = sum(not row.ok for row in rows)
         rows, rule = resolve_splits(rows, options)
-        root = os.fsencode(Path(source.root).absolute()).hex()
-        table = SampleTable(rows, {"root": root, "split": rule, "budget_exceeded": failed > budget})
+        before = writer.read_samples()
+        spent = (before.facts.get("extract_seconds", 0.0) if before else 0.0) + (
+            clock["wait"] + clock["embed"] if computed else 0
+        )
+        facts_now = {**_facts(source, rule, rows, options), "extract_seconds": round(spent, 3)}
+        table = SampleTable(rows, facts_now)
         changed = writer.finish(table)
     summary = Summary(
         cache=str(cache),
@@ -263,7 +290,9 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
     return summary
 
 
-def prepare_backbone(writer: CacheWriter, backbone: Backbone) -> tuple[BackboneFacts, dict[str, Any]]:
+def prepare_backbone(
+    writer: CacheWriter, backbone: Backbone, *, overwrite: bool = False
+) -> tuple[BackboneFacts, dict[str, Any]]:
     """Put ``backbone.onnx`` into a cache, or recognise that the one there is what is asked for, without importing torch.
 
     Returns:
@@ -277,48 +306,45 @@ def prepare_backbone(writer: CacheWriter, backbone: Backbone) -> tuple[BackboneF
         request["weights"] = None  # the content counts, not where it lies
     elif backbone.seed is None:
         request["torchvision"] = version("torchvision")  # it decides what the default weights are
-    before = (writer.meta or {}).get("facts", {})
+    before = {} if overwrite else (writer.meta or {}).get("facts", {})
     if path.is_file() and before.get("request") == request and before.get("backbone_sha256") == file_digest(path):
         log.info("using %s as exported before", path)
-        return read_facts(path), {
-            "request": request,
-            "backbone_sha256": before["backbone_sha256"],
-            "weights": before["weights"],
-        }
+        facts = replace(read_facts(path), weights_sha256=(writer.meta or {})["fingerprint"]["weights"])
+        return facts, {key: before[key] for key in ("request", "backbone_sha256", "weights")}
     if backbone.seed is not None:
         log.warning(
             "RANDOM WEIGHTS (seed %d): %s is untrained, its features are a random projection", backbone.seed, backbone.name
         )
-    # A cache that has features keeps its file until the new one is known to match.
-    target = path if writer.fresh else path.with_name(".backbone.onnx.tmp")
-    facts = _import_onnx(Path(backbone.name), target) if backbone.is_file else export(backbone, target)
-    if not writer.fresh:
-        _replace_matching(writer, facts, target, path)
+    # A cache keeps its file, and its features, until the new file is there and known to match or meant to replace them.
+    new = path.with_name(".backbone.onnx.tmp")
+    facts = _import_onnx(Path(backbone.name), new) if backbone.is_file else export(backbone, new)
+    try:
+        if overwrite:
+            writer.clear()
+        _require_match(writer, facts)
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+    hdf5.fsync_directory(path.parent)
     log.info("exported %s (%s), %d features from the %s", facts.name, facts.weights, facts.dim, facts.layer)
     return facts, {"request": request, "backbone_sha256": file_digest(path), "weights": facts.weights}
 
 
 def _import_onnx(file: Path, target: Path) -> BackboneFacts:
-    facts = replace(read_facts(file), weights_sha256=file_digest(file))
-    shutil.copyfile(file, target)
-    return facts
+    facts, data = read_facts(file), file.read_bytes()
+    hdf5.commit(target, data)
+    return replace(facts, weights_sha256=hashlib.sha256(data).hexdigest())
 
 
-def _replace_matching(writer: CacheWriter, facts: BackboneFacts, new: Path, path: Path) -> None:
-    """Take a newly exported file into a cache that has features, if it gives the same ones.
+def _require_match(writer: CacheWriter, facts: BackboneFacts) -> None:
+    """Look before a new file goes into a cache that has features.
 
     Raises:
-        FingerprintMismatchError: it does not; the cache stays as it was.
+        FingerprintMismatchError: it gives other ones; the cache stays as it was.
     """
-    assert writer.meta is not None
-    there = Fingerprint(writer.meta["fingerprint"])
-    mine = Fingerprint({**there.fields, **facts.fingerprint()})
-    try:
-        there.require(mine, mine=str(writer.path), theirs="this run")
-    except BadDataError:
-        new.unlink()
-        raise
-    new.replace(path)
+    if writer.meta is not None:
+        there = Fingerprint(writer.meta["fingerprint"])
+        there.require(Fingerprint({**there.fields, **facts.fingerprint()}), mine=str(writer.path), theirs="this run")
 
 
 def fingerprint(facts: BackboneFacts, provider: str, storage: str) -> Fingerprint:
@@ -359,6 +385,22 @@ def plan(
     return rows, todo
 
 
+def survey(source: Source, preprocess: Preprocess, options: Options) -> SampleTable:
+    """Read, hash and decode every input without embedding any: the sample table that `run_extract` would write."""
+    samples = source.samples()[: options.limit]
+    _check_splits_possible(samples, options)
+    reader = Reader(source.root, preprocess, set(), options.workers or os.cpu_count() or 1)
+    rows = _fail_copies([outcome.row for outcome in reader.stream(list(enumerate(samples)), StopFlag())], set())
+    rows, rule = resolve_splits(rows, options)
+    return SampleTable(rows, _facts(source, rule, rows, options))
+
+
+def _facts(source: Source, rule: dict[str, Any], rows: Sequence[Row], options: Options) -> dict[str, Any]:
+    root = os.fsencode(Path(source.root).absolute()).hex()
+    exceeded = sum(not row.ok for row in rows) > options.budget(len(rows))
+    return {"root": root, "split": rule, "budget_exceeded": exceeded}
+
+
 @dataclass
 class ShardResult:
     """What one call of `run_shard` finished."""
@@ -374,8 +416,12 @@ def run_shard(
     writer: CacheWriter,
     progress: Progress,
     clock: Clock,
+    *,
+    fail_fast: bool = False,
 ) -> ShardResult | None:
     """Embed from the stream until a shard is due, and commit it; None when the stream has ended.
+
+    With ``fail_fast`` the shard also ends at the first failed input, which is then the last outcome.
 
     Repeating it is harmless: rows are keyed by content, and only a committed shard counts.
     """
@@ -399,6 +445,8 @@ def run_shard(
             break
         progress.advance()
         result.outcomes.append(outcome)
+        if fail_fast and not outcome.row.ok:
+            break
         if outcome.pixels is not None:
             batch.append(outcome)
             if len(batch) == embedder.batch_size:
@@ -446,6 +494,17 @@ def _check_disk(cache: Path, needed: int) -> None:
         raise StorageError(message)
 
 
+def _fail_copies(rows: list[Row], known: set[bytes]) -> list[Row]:
+    """Give the copies of a file that failed its failure: only the first of them was decoded."""
+    failures = {row.sha256: row for row in rows if not row.ok and row.sha256}
+    return [
+        replace(row, code=failures[row.sha256].code, message=failures[row.sha256].message)
+        if row.ok and row.sha256 in failures and row.sha256 not in known
+        else row
+        for row in rows
+    ]
+
+
 def _fail_fast(rows: Sequence[Row]) -> None:
     for row in rows:
         if not row.ok:
@@ -453,7 +512,8 @@ def _fail_fast(rows: Sequence[Row]) -> None:
             raise BudgetExceededError(message)
 
 
-def _versions() -> dict[str, Any]:
+def library_versions() -> dict[str, str]:
+    """The versions that made something, for its record."""
     from importlib.metadata import PackageNotFoundError
 
     found = {}
@@ -462,7 +522,7 @@ def _versions() -> dict[str, Any]:
             found[name] = version(name)
         except PackageNotFoundError:  # onnxruntime has one of two names
             continue
-    return {"versions": found}
+    return found
 
 
 def _rounded(clock: Clock) -> dict[str, float]:

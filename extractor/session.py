@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +28,38 @@ def resolve_device(device: str) -> str:
     """``auto`` to ``cuda`` where there is a driver and a CUDA build, else to ``cpu``, said in the log; others as they are.
 
     Raises:
+        DeviceUnavailableError: CUDA was asked for and cannot be here; `Embedder` proves the rest.
         UsageError: not ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     """
     kind, _, number = device.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (number and (kind != "cuda" or not number.isdecimal())):
         message = f"--device {device}: expected auto, cpu, cuda or cuda:N"
         raise UsageError(message)
-    if device != "auto":
-        return device
     import onnxruntime
 
-    if nvidia_driver_present() and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+    available = onnxruntime.get_available_providers()
+    if kind == "cuda":
+        if "CUDAExecutionProvider" not in available:
+            message = f"--device {device}: this onnxruntime has no CUDA provider; install onnxruntime-gpu"
+            raise DeviceUnavailableError(message)
+        if not nvidia_driver_present():
+            message = (
+                f"--device {device}: this machine has no NVIDIA driver (no /dev/nvidiactl). "
+                f"Install the driver, or pass --device cpu"
+            )
+            raise DeviceUnavailableError(message)
+    if device != "auto":
+        return device
+    if nvidia_driver_present() and "CUDAExecutionProvider" in available:
         return "cuda"
-    log.info("no GPU here: running on the CPU")
+    _say_cpu()
     return "cpu"
+
+
+@cache
+def _say_cpu() -> None:
+    """Once per process: never silent, never a litany."""
+    log.info("no GPU here: running on the CPU")
 
 
 class Embedder:
@@ -87,7 +106,8 @@ class Embedder:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         providers: list[Any] = ["CPUExecutionProvider"]
         if self.provider == "cuda":
-            self._prepare_cuda(onnxruntime)
+            onnxruntime.set_default_logger_severity(4)  # what it would log is raised instead
+            onnxruntime.preload_dlls()  # finds CUDA and cuDNN in torch's wheels
             number = int(self._device.partition(":")[2] or 0)
             cuda = {"device_id": number, "arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
             providers.insert(0, ("CUDAExecutionProvider", cuda))
@@ -106,20 +126,6 @@ class Embedder:
             )
             raise DeviceUnavailableError(message)
         return session
-
-    def _prepare_cuda(self, onnxruntime: Any) -> None:
-        """Find the CUDA libraries in torch's wheels, and give the reasons that ONNX Runtime would only log."""
-        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            message = f"--device {self._device}: this onnxruntime has no CUDA provider; install onnxruntime-gpu"
-            raise DeviceUnavailableError(message)
-        if not nvidia_driver_present():
-            message = (
-                f"--device {self._device}: this machine has no NVIDIA driver (no /dev/nvidiactl). "
-                f"Install the driver, or pass --device cpu"
-            )
-            raise DeviceUnavailableError(message)
-        onnxruntime.set_default_logger_severity(4)
-        onnxruntime.preload_dlls()
 
     def __call__(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
         """Features of ``(n, 3, h, w)`` float32, n at most `batch_size`: ``(n, dim)`` float32.

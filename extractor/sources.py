@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import logging
 import os
@@ -79,20 +80,31 @@ class ImageFolder:
             log.warning("%d file(s) beside the class folders of %s are not samples", len(top_files), root)
         for folder in folders:
             split = SPLIT_FOLDERS[os.fsdecode(folder).lower()] if splits else None
-            for path in self._walk(base, folder, links):
+            before = len(found)
+            for path in self._walk(base, folder, folders, links):
                 parts = path.split(b"/")
                 label = parts[1] if splits else parts[0]
                 if splits and len(parts) < 3:
                     message = f"{display(path)} lies in a split folder but in no class folder"
                     raise BadDataError(message)
                 found.append(Sample(path, display(label), split))
+            if len(found) == before:
+                log.warning("the folder %s in %s is empty", display(folder), root)
         if links[0]:
             log.warning("%d symbolic link(s) in %s were not followed (--follow-symlinks follows them)", links[0], root)
         return _finish(found, root, self.group_by)
 
-    def _walk(self, base: bytes, top: bytes, links: list[int]) -> Iterator[bytes]:
+    def everything(self) -> list[Sample]:
+        """All files below the root without labels, whatever the folders mean."""
+        base, links = os.fsencode(self.root), [0]
+        files, folders = _scan(base, follow=self.follow_symlinks, links=links)
+        below = [path for folder in folders if not folder.startswith(b".") for path in self._walk(base, folder, folders, links)]
+        return _finish([Sample(path) for path in [*files, *below]], Path(self.root), None)
+
+    def _walk(self, base: bytes, top: bytes, tops: list[bytes], links: list[int]) -> Iterator[bytes]:
         """Relative paths of the regular files below a folder; with links followed, each real folder is visited once."""
-        pending, seen = [top], {os.path.realpath(base + b"/" + top)}
+        # A link back to the root, or to another class, must not bring that class's files in under this label.
+        pending, seen = [top], {os.path.realpath(base), *(os.path.realpath(base + b"/" + folder) for folder in tops)}
         while pending:
             folder = pending.pop()
             files, folders = _scan(base + b"/" + folder, follow=self.follow_symlinks, links=links)
@@ -121,24 +133,37 @@ class Manifest:
 
     def samples(self) -> list[Sample]:
         try:
-            text = Path(self.path).read_text("utf-8-sig", "surrogateescape")
+            text = Path(self.path).read_bytes().decode("utf-8-sig", "surrogateescape")
         except OSError as error:
             message = f"cannot read {self.path}: {error.strerror}"
             raise InputMissingError(message) from error
         if not Path(self.root).is_dir():
             message = f"the root {self.root} is not a folder"
             raise InputMissingError(message)
-        reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
-        header = reader.fieldnames or []
+        # Neither str.splitlines nor universal newlines: names may hold U+2028 or, in quotes, a carriage return.
+        delimiter = "\t" if Path(self.path).suffix.lower() == ".tsv" else ","
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        try:
+            header = reader.fieldnames or []
+        except csv.Error as error:
+            message = f"{self.path}, line 1: {error}"
+            raise BadDataError(message) from error
         if "path" not in header:
             message = f"{self.path}: no column 'path' in its first line (found: {', '.join(header) or 'nothing'})"
             raise BadDataError(message)
         column = self.group_by if self.group_by and self.group_by in header else "group"
         found: list[Sample] = []
         try:
-            found.extend(self._sample(record, reader.line_num, column) for record in reader)
+            lines: dict[bytes, int] = {}
+            for record in reader:
+                sample = self._sample(record, reader.line_num, column)
+                first = lines.setdefault(sample.path, reader.line_num)
+                if first != reader.line_num:
+                    message = f"{self.path}, line {reader.line_num}: {display(sample.path)} stands in line {first} already"
+                    raise BadDataError(message)
+                found.append(sample)
         except csv.Error as error:
-            message = f"{self.path}, line {reader.line_num}: {error}"
+            message = f"{self.path}, line {reader.reader.line_num}: {error}"
             raise BadDataError(message) from error
         missing = [sample for sample in found if sample.split is None]
         if missing and len(missing) < len(found):
@@ -153,12 +178,12 @@ class Manifest:
 
         if None in record:
             refuse("more fields than the header has")
-        if any(record.get(name) is None for name in COLUMNS if name in record):
+        if any(record.get(name) is None for name in (*COLUMNS, group_column) if name in record):
             refuse("fewer fields than the header has")
-        path = os.fsencode(record["path"].strip())
+        path = os.fsencode(record["path"])
         while path.startswith(b"./"):
             path = path[2:]
-        if not path:
+        if not path.strip():
             refuse("empty path")
         if path.startswith(b"/") or b".." in path.split(b"/") or b"\0" in path:
             refuse(f"{display(path)} leaves the root; paths are relative to {self.root} (see --root)")
@@ -167,7 +192,7 @@ class Manifest:
             refuse(f"split {split!r}; expected train, val or test")
         return Sample(
             path=path,
-            label=(record.get("label") or "").strip() or None,
+            label=display((record.get("label") or "").strip().encode("utf-8", "surrogateescape")) or None,
             split=SPLIT_FOLDERS[split] if split else None,
             group=(record.get(group_column) or "").strip().encode("utf-8", "surrogateescape"),
         )
@@ -234,5 +259,5 @@ def _finish(samples: list[Sample], origin: Path, group_by: str | None) -> list[S
         if match is None:
             message = f"--group-by {group_by!r} does not match {display(sample.path)}"
             raise UsageError(message)
-        grouped.append(replace(sample, group=match.group(1) if pattern.groups else match.group()))
+        grouped.append(replace(sample, group=(match.group(1) or b"") if pattern.groups else match.group()))
     return grouped

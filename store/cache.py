@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import hdf5, shard
-from .errors import BadDataError, CorruptCacheError, InputMissingError, OutputExistsError, StorageError
+from .errors import BadDataError, CorruptCacheError, InputMissingError, NewerFormatError, OutputExistsError, StorageError
 from .fingerprint import Fingerprint
 from .lock import writer_lock
 from .samples import Row, SampleTable
@@ -86,9 +87,7 @@ class FeatureCache:
     @property
     def root(self) -> Path:
         """The folder that the samples' paths are relative to, when they were last extracted."""
-        import os
-
-        return Path(os.fsdecode(bytes.fromhex(self.samples.facts["root"])))
+        return self.samples.root
 
     @cached_property
     def shards(self) -> list[shard.Shard]:
@@ -141,6 +140,32 @@ class FeatureCache:
             out[mine] = shard.read_rows(self.shards[i], row[place[mine]])
         return out
 
+    def describe(self) -> dict[str, Any]:
+        """What `penult info` shows, as JSON."""
+        splits = self.samples.splits()
+        labels: dict[str, dict[str, int]] = {}
+        for row in self.rows():
+            per = labels.setdefault(row.label if row.label is not None else "(no label)", {})
+            per[row.split or "(none)"] = per.get(row.split or "(none)", 0) + 1
+        return {
+            "path": str(self.path),
+            "format": self.meta["format"],
+            "rows": sum(len(s.sha256) for s in self.shards),
+            "dim": self.dim,
+            "dtype": str(self.dtype),
+            "shards": len(self.shards),
+            "counts": self.samples.counts,
+            "splits": splits,
+            "split_rule": self.samples.facts.get("split"),
+            "labels": dict(sorted(labels.items())),
+            "failures": [
+                {"path": row.name, "code": row.code, "message": row.message} for row in self.samples.rows if not row.ok
+            ],
+            "root": os.fsencode(self.root).decode("utf-8", "backslashreplace"),
+            "fingerprint": dict(self.fingerprint.fields),
+            "facts": self.meta["facts"],
+        }
+
     def rows(self, split: str | None = None) -> list[Row]:
         """The ok rows of a split, or all of them.
 
@@ -160,7 +185,7 @@ class FeatureCache:
         Raises:
             BadDataError: no such split, or samples without a label.
         """
-        return self._subset(self.rows(split), split or "all")
+        return self.of_rows(self.rows(split), split or "all")
 
     def split(self, *, test: float = 0.2, val: float = 0.0, seed: int = 0) -> tuple[Subset, ...]:
         """Divide the cache anew by hash rank, whatever split it stores: ``(train, test)``, or ``(train, val, test)``.
@@ -172,10 +197,15 @@ class FeatureCache:
         names = assign_splits(rows, val=val, test=test, seed=seed)
         wanted = ["train", *(["val"] if val else []), *(["test"] if test else [])]
         return tuple(
-            self._subset([row for row, name in zip(rows, names, strict=True) if name == want], want) for want in wanted
+            self.of_rows([row for row, name in zip(rows, names, strict=True) if name == want], want) for want in wanted
         )
 
-    def _subset(self, rows: Sequence[Row], name: str) -> Subset:
+    def of_rows(self, rows: Sequence[Row], name: str) -> Subset:
+        """Features and labels of some of this cache's ok rows.
+
+        Raises:
+            BadDataError: there are none, or some have no label.
+        """
         unlabelled = [row for row in rows if row.label is None]
         if unlabelled or not rows:
             message = (
@@ -216,7 +246,10 @@ def read_meta(cache: Path) -> dict[str, Any]:
     try:
         meta = json.loads((cache / "cache.json").read_text())
     except (OSError, ValueError):
-        fingerprints = {shard.read_shard(path).fingerprint for path in shard_paths(cache)}
+        fingerprints = set()
+        for path in shard_paths(cache):
+            with suppress(CorruptCacheError):  # the others tell as well
+                fingerprints.add(shard.read_shard(path).fingerprint)
         if len(fingerprints) != 1:
             message = f"{cache}: cache.json is lost and {len(fingerprints)} fingerprints stand in the shards"
             raise CorruptCacheError(message) from None
@@ -228,7 +261,7 @@ def read_meta(cache: Path) -> dict[str, Any]:
         message = (
             f"{cache} has format version {meta.get('format')}; this penult reads version {FORMAT_VERSION}. Upgrade penult."
         )
-        raise CorruptCacheError(message)
+        raise NewerFormatError(message)
     return meta
 
 
@@ -237,20 +270,35 @@ class CacheWriter:
 
     Attributes:
         path: the cache directory.
-        meta: cache.json as it stands, or None in a new cache.
         known: content digests that have features already, once `begin` was called.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.fresh = not shard_paths(path) and not (path / "cache.json").exists()
-        self.meta = None if self.fresh else read_meta(path)
         self.known: set[bytes] = set()
         self._fingerprint = Fingerprint({})
         self._pending: list[tuple[NDArray[np.float32], Sequence[bytes], Sequence[bytes]]] = []
         self._pending_bytes = 0
         self._pending_since = 0.0
         self._number = 0
+
+    @property
+    def fresh(self) -> bool:
+        """Whether there is nothing in it yet."""
+        return not shard_paths(self.path) and not (self.path / "cache.json").exists()
+
+    @cached_property
+    def meta(self) -> dict[str, Any] | None:
+        """cache.json as it stands; None in a fresh cache."""
+        return None if self.fresh else read_meta(self.path)
+
+    def clear(self) -> None:
+        """Empty the cache: only what is ours, and the sample table first, for without it no reader takes the rest."""
+        for name in ("samples.h5", "ledger.jsonl", "cache.json"):
+            (self.path / name).unlink(missing_ok=True)
+        for path in shard_paths(self.path):
+            path.unlink()
+        self.__dict__.pop("meta", None)
 
     def begin(self, fingerprint: Fingerprint, facts: dict[str, Any]) -> None:
         """Agree on the fingerprint and load the keys of what is there. Damaged shards are removed, to be done again.
@@ -268,7 +316,13 @@ class CacheWriter:
         for path in shard_paths(self.path):
             self._number = max(self._number, int(path.name.partition("-")[0]) + 1)
             try:
+                path.open("rb").close()  # what cannot be opened is not damaged: an I/O error or a permission, exit 74
                 found = shard.read_shard(path)
+            except OSError as error:
+                message = f"cannot read {path}: {error.strerror}"
+                raise StorageError(message) from error
+            except NewerFormatError:
+                raise
             except CorruptCacheError as error:
                 log.warning("%s; its images are computed again", error)
                 path.unlink()

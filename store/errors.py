@@ -5,7 +5,8 @@
     PenultError                        70
     |-- UsageError (ValueError)         2  flags that do not fit each other or the data
     |-- BadDataError (ValueError)      65  the data cannot give a trustworthy answer
-    |   |-- CorruptCacheError              a file is damaged, hostile or of a newer format
+    |   |-- CorruptCacheError              a file is damaged or hostile
+    |   |   |-- NewerFormatError               a newer penult wrote it
     |   |-- FingerprintMismatchError       two things were made by different backbones
     |   |-- BudgetExceededError            more failed inputs than allowed
     |   |-- GateError                      a figure is below the gate
@@ -39,6 +40,10 @@ class BadDataError(PenultError, ValueError):
 
 
 class CorruptCacheError(BadDataError):
+    pass
+
+
+class NewerFormatError(CorruptCacheError):
     pass
 
 

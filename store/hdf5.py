@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 os.environ.setdefault("HDF5_PLUGIN_PRELOAD", "::")
 import h5py
 
-from .errors import CorruptCacheError, InputMissingError, StorageError
+from .errors import CorruptCacheError, InputMissingError, NewerFormatError, PenultError, StorageError
 
 Array = NDArray[Any]
 ENCODING_VERSION = 1
@@ -138,7 +138,7 @@ def open_checked(path: Path, encoding_type: str) -> Iterator[tuple[dict[str, Any
             version = attrs.get("encoding-version")
             if not isinstance(version, int) or version > ENCODING_VERSION:
                 message = f"{path} has format version {version}; this penult reads up to {ENCODING_VERSION}. Upgrade penult."
-                raise CorruptCacheError(message)
+                raise NewerFormatError(message)
             datasets = {}
             for name in file:
                 if type(file.get(name, getlink=True)) is not h5py.HardLink:
@@ -152,9 +152,9 @@ def open_checked(path: Path, encoding_type: str) -> Iterator[tuple[dict[str, Any
                         raise CorruptCacheError(message)
                     datasets[name] = item
             yield datasets, attrs
-    except (OSError, KeyError, RuntimeError, UnicodeDecodeError, TypeError) as error:
-        if isinstance(error, InputMissingError):
-            raise
+    except PenultError:
+        raise
+    except (OSError, LookupError, RuntimeError, TypeError, ValueError) as error:
         message = f"{path} is damaged: {error}"
         raise CorruptCacheError(message) from error
 

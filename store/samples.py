@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,11 @@ class SampleTable:
 
     rows: Sequence[Row]
     facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def root(self) -> Path:
+        """The folder that paths are relative to."""
+        return Path(os.fsdecode(bytes.fromhex(self.facts["root"])))
 
     @property
     def counts(self) -> dict[str, int]:
@@ -112,7 +118,16 @@ class SampleTable:
             columns = {}
             for name in ("label", "split", "code"):
                 names = [None, *(value.decode() for value in hdf5.unpack_strings(datasets, f"{name}-names"))]
-                columns[name] = [names[i + 1] for i in datasets[name][()].tolist()]
+                places = datasets[name][()]
+                if places.size and not -1 <= places.min() <= places.max() < len(names) - 1:
+                    message = f"{path}: {name!r} points outside its {len(names) - 1} names"
+                    raise CorruptCacheError(message)
+                columns[name] = [names[i + 1] for i in places.tolist()]
+            shapes = (datasets["sha256"].shape, datasets["stat"].shape, datasets["status"].shape)
+            failed = [code is not None for code in columns["code"]]
+            if shapes != ((n, 32), (n, 3), (n,)) or datasets["status"][()].astype(bool).tolist() != failed:
+                message = f"{path}: its columns of shapes {shapes} and its {sum(failed)} failures do not fit together"
+                raise CorruptCacheError(message)
             lengths = {
                 len(paths),
                 len(groups),

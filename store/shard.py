@@ -48,6 +48,16 @@ def fits_float16(features: NDArray[np.float32]) -> NDArray[np.bool_]:
     return np.asarray(np.isfinite(rounded).all(axis=1) & (error <= MAX_ROUNDING * norm))
 
 
+def as_stored(features: NDArray[np.float32], storage: str) -> NDArray[np.float32]:
+    """Features ``(n, d)`` as they come back from a cache with this ``storage``, so that what was never cached compares."""
+    if storage != "auto":
+        return features
+    half = fits_float16(features)
+    rounded = features.copy()
+    rounded[half] = features[half].astype(np.float16)
+    return rounded
+
+
 def write_shard(
     directory: Path,
     number: int,

@@ -26,7 +26,7 @@ def hash_rank_split(labels: Sequence[str], groups: Sequence[bytes], *, val: floa
 
     Raises:
         UsageError: the fractions leave nothing to train on.
-        BadDataError: a class has too few groups for the splits asked for; names it.
+        BadDataError: a class has too few groups for the splits asked for, or is missing from one of them; names it.
     """
     if not (0 <= val < 1 and 0 <= test < 1 and val + test < 1):
         message = f"--val-fraction {val} and --test-fraction {test} leave nothing to train on; their sum must be below 1"
@@ -34,24 +34,31 @@ def hash_rank_split(labels: Sequence[str], groups: Sequence[bytes], *, val: floa
     members: dict[bytes, list[int]] = defaultdict(list)
     for i, group in enumerate(groups):
         members[group].append(i)
-    by_class: dict[str, list[bytes]] = defaultdict(list)
-    for group, rows in members.items():
-        votes = Counter(labels[i] for i in rows)
-        by_class[min(votes, key=lambda label: (-votes[label], label))].append(group)
-
-    split = ["train"] * len(labels)
     prefix = f"{seed}:".encode()
-    for label in sorted(set(labels)):
-        ranked = sorted(by_class[label], key=lambda group: (hashlib.sha256(prefix + group).digest(), group))
-        total = sum(len(members[group]) for group in ranked)
-        wanted = [(name, fraction) for name, fraction in (("test", test), ("val", val)) if fraction]
-        if len(ranked) < 1 + len(wanted):
-            needs = ", ".join(["train", *(name for name, _ in wanted)])
+    wanted = [(name, fraction) for name, fraction in (("test", test), ("val", val)) if fraction]
+    names = ["train", *(name for name, _ in wanted)]
+    owners: dict[str, int] = Counter(label for rows in members.values() for label in {labels[i] for i in rows})
+    for label, count in sorted(owners.items()):
+        if count < len(names):
             message = (
-                f"class {label!r} has {len(ranked)} distinct sample(s) or group(s), too few for {needs}. "
+                f"class {label!r} has {count} distinct sample(s) or group(s), too few for {', '.join(names)}. "
                 f"Add samples, leave the class out, or ask for fewer splits (--val-fraction 0, --test-fraction 0)"
             )
             raise BadDataError(message)
+
+    def rank(key: bytes) -> bytes:
+        return hashlib.sha256(prefix + key).digest()
+
+    by_class: dict[str, list[bytes]] = defaultdict(list)
+    for group, rows in members.items():
+        votes = Counter(labels[i] for i in rows)
+        # a tie goes to either class by hash; to the first in the alphabet, it would always be the same one
+        by_class[min(votes, key=lambda label: (-votes[label], rank(group + label.encode())))].append(group)
+
+    split = ["train"] * len(labels)
+    for label in sorted(by_class):
+        ranked = sorted(by_class[label], key=lambda group: (rank(group), group))
+        total = sum(len(members[group]) for group in ranked)
         position = 0
         for order, (name, fraction) in enumerate(wanted):
             quota, reserved = math.ceil(fraction * total), len(wanted) - order  # one group each for those that follow
@@ -61,4 +68,10 @@ def hash_rank_split(labels: Sequence[str], groups: Sequence[bytes], *, val: floa
                     split[i] = name
                 taken += len(members[ranked[position]])
                 position += 1
+    present = set(zip(labels, split, strict=True))
+    for label in sorted(owners):
+        missing = [name for name in names if (label, name) not in present]
+        if missing:
+            message = f"no group with class {label!r} came into {', '.join(missing)}; try another --seed, or larger fractions"
+            raise BadDataError(message)
     return split

@@ -1,0 +1,83 @@
+"""What every test file may ask for: small synthetic pictures, a dataset of them, and one exported backbone per session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from extractor.backbones import Backbone
+from extractor.export import export
+from extractor.session import nvidia_driver_present
+
+REPO = Path(__file__).resolve().parent.parent
+ASSETS = Path(os.environ.get("PENULT_TEST_ASSETS") or REPO.parent / "shared")
+
+MakeImage = Callable[..., Path]
+MakeDataset = Callable[..., Path]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("assets") and not ASSETS.is_dir():
+            item.add_marker(pytest.mark.skip(reason=f"no shared assets: {ASSETS} does not exist (see PENULT_TEST_ASSETS)"))
+        if item.get_closest_marker("gpu") and not nvidia_driver_present():
+            item.add_marker(pytest.mark.skip(reason="this machine has no NVIDIA driver"))
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The folder of real photos and weights; only for tests marked ``assets``."""
+    return ASSETS
+
+
+def write_image(path: Path, seed: int = 0, size: tuple[int, int] = (80, 60), fmt: str | None = None, **options: Any) -> Path:
+    """A smooth coloured pattern that depends on the seed: compresses like a photo, and no two seeds give equal bytes."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    coarse.resize(size, Image.Resampling.BICUBIC).save(path, fmt, **options)
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_image() -> MakeImage:
+    """``make_image(path, seed=0, size=(80, 60), fmt=None, **save_options) -> path``; makes the folder too."""
+    return write_image
+
+
+@pytest.fixture(scope="session")
+def dataset() -> MakeDataset:
+    """``dataset(root, {"ants": 6, "bees": 6}, seed=0) -> root``: a folder per class, ``ants/000.jpg`` and so on, all distinct.
+
+    A name may have a split before it, as in ``train/ants``.
+    """
+
+    def make(root: Path, classes: Mapping[str, int] | None = None, seed: int = 0) -> Path:
+        number = 1000 * seed
+        for label, count in (classes or {"ants": 6, "bees": 6}).items():
+            for i in range(count):
+                number += 1
+                write_image(root / label / f"{i:03d}.jpg", number)
+        return root
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def backbone_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SqueezeNet with random weights for 64 x 64 pixels, as ONNX: 512 features, a spatial layer that is averaged."""
+    path = tmp_path_factory.mktemp("backbone") / "squeezenet.onnx"
+    export(Backbone("squeezenet1_1", "random:0", resize=72, crop=64), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def backbone(backbone_file: Path) -> Backbone:
+    """`backbone_file` as `extract` takes it; making a cache with it costs milliseconds and no torch."""
+    return Backbone(str(backbone_file))

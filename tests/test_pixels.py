@@ -1,0 +1,448 @@
+"""From bytes to pixels: decoding with its limits and codes, and preprocessing bit for bit as torchvision does it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from extractor.images import MAX_PIXELS, ImageError, decode
+from extractor.preprocess import Preprocess, probe
+
+REPO = Path(__file__).resolve().parent.parent
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+STANDARD = Preprocess(256, 224, "bilinear", MEAN, STD)
+
+
+def noise(size: tuple[int, int] = (80, 60), seed: int = 0) -> Image.Image:
+    width, height = size
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def encoded(image: Image.Image, fmt: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, fmt, **options)
+    return buffer.getvalue()
+
+
+def code_of(data: bytes) -> str:
+    with pytest.raises(ImageError) as caught:
+        decode(data)
+    assert str(caught.value)
+    return caught.value.code
+
+
+def png(width: int, height: int, data: bytes = b"", depth: int = 8, colour: int = 2) -> bytes:
+    """A PNG from its chunks, so that its header may lie."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+
+
+# --- equal to torchvision ----------------------------------------------------------------------------------------------
+
+PRESETS = {
+    "256/224 bilinear": (256, 224, "bilinear"),
+    "232/224 bicubic": (232, 224, "bicubic"),
+    "342/299 bilinear": (342, 299, "bilinear"),
+    "224/224 bicubic": (224, 224, "bicubic"),
+    "256/288 bilinear": (256, 288, "bilinear"),  # crops more than there is: padded with black
+    "128/191 bilinear": (128, 191, "bilinear"),
+}
+SIZES = [
+    (500, 375),
+    (375, 500),
+    (256, 256),
+    (257, 300),
+    (64, 48),
+    (33, 90),
+    (301, 299),
+    (1000, 100),
+    (224, 511),
+    (1, 1),
+    (9, 4),
+]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_pixels_and_tensor_are_torchvisions_bit_for_bit(name: str) -> None:
+    import torch
+    from torchvision.transforms._presets import ImageClassification
+    from torchvision.transforms.functional import InterpolationMode, center_crop, pil_to_tensor
+    from torchvision.transforms.functional import resize as resized
+
+    resize, crop, interpolation = PRESETS[name]
+    mode = InterpolationMode(interpolation)
+    preset = ImageClassification(crop_size=crop, resize_size=resize, interpolation=mode)
+    ours = Preprocess.from_torchvision(preset)
+    assert ours == Preprocess(resize, crop, interpolation, MEAN, STD)
+    for seed, size in enumerate(SIZES):
+        image = noise(size, seed)
+        pixels = ours.pixels(image)
+        assert pixels.dtype == np.uint8
+        assert pixels.shape == (crop, crop, 3)
+        before = center_crop(resized(image, [resize], interpolation=mode, antialias=True), [crop])
+        np.testing.assert_array_equal(pixels, pil_to_tensor(before).permute(1, 2, 0).numpy(), err_msg=str(size))
+        tensor = ours.normalise(pixels[None])[0]
+        assert tensor.dtype == np.float32
+        assert tensor.flags.c_contiguous
+        assert torch.equal(torch.from_numpy(tensor), preset(image)), size
+
+
+def test_normalising_does_not_depend_on_the_batch() -> None:
+    batch = np.random.default_rng(0).integers(0, 256, (5, 7, 6, 3), np.uint8)
+    together = STANDARD.normalise(batch)
+    assert together.shape == (5, 3, 7, 6)
+    for i in range(5):
+        np.testing.assert_array_equal(STANDARD.normalise(batch[i : i + 1])[0], together[i])
+
+
+@pytest.mark.parametrize("architecture", ["inception_v3", "googlenet", "resnet50", "vit_b_16", "efficientnet_b0", "swin_t"])
+def test_registry_presets_are_read_as_torchvision_states_them(architecture: str) -> None:
+    import torchvision
+
+    for entry in torchvision.models.get_model_weights(architecture):
+        preset = entry.transforms()
+        ours = Preprocess.from_torchvision(preset)
+        image = noise((350, 417), 1)
+        np.testing.assert_array_equal(ours.normalise(ours.pixels(image)[None])[0], preset(image).numpy(), err_msg=str(entry))
+
+
+@pytest.mark.assets
+def test_real_photos_are_preprocessed_as_torchvision_does(assets: Path) -> None:
+    from torchvision.models import ResNet50_Weights
+
+    preset = ResNet50_Weights.IMAGENET1K_V2.transforms()
+    ours = Preprocess.from_torchvision(preset)
+    photos = sorted((assets / "data/photos").rglob("*.*"))[:8]
+    assert len(photos) == 8
+    for photo in photos:
+        with Image.open(photo) as image:
+            expected = preset(image.convert("RGB")).numpy()
+        np.testing.assert_array_equal(ours.normalise(ours.pixels(decode(photo.read_bytes()))[None])[0], expected)
+
+
+def test_facts_survive_json_and_the_fingerprint_knows_every_field() -> None:
+    assert Preprocess.from_facts({**STANDARD.facts(), "mean": list(MEAN)}) == STANDARD
+    base = STANDARD.fingerprint()
+    assert base["resize"] == 256
+    assert base["mean"] == list(MEAN)
+    for change in ({"resize": 232}, {"crop": 192}, {"interpolation": "bicubic"}, {"mean": (0.5, 0.5, 0.5)}, {"std": (1, 1, 1)}):
+        assert Preprocess.from_facts({**STANDARD.facts(), **change}).fingerprint() != base
+
+
+def test_the_probe_is_the_hash_of_a_fixed_pictures_pixels() -> None:
+    data = (REPO / "extractor/probe.jpg").read_bytes()
+    assert probe(STANDARD) == hashlib.sha256(STANDARD.pixels(decode(data)).tobytes()).hexdigest()
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.getexif()[0x0112] != 1  # so that the probe would show a change in orientation
+    assert probe(STANDARD) != probe(Preprocess(256, 224, "bicubic", MEAN, STD))
+
+
+# --- what pictures may look like ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", ["PNG", "BMP", "TIFF", "PPM", "WEBP", "GIF"])
+def test_lossless_formats_give_the_very_pixels(fmt: str) -> None:
+    image = noise().quantize(200).convert("RGB") if fmt == "GIF" else noise()
+    found = decode(encoded(image, fmt, **({"lossless": True} if fmt == "WEBP" else {})))
+    assert found.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(image))
+
+
+@pytest.mark.parametrize("fmt", ["JPEG", "AVIF"])
+def test_lossy_formats_are_decoded_by_pillow(fmt: str) -> None:
+    data = encoded(noise(), fmt)
+    with Image.open(io.BytesIO(data)) as image:
+        np.testing.assert_array_equal(np.asarray(decode(data)), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation: int) -> None:
+    turned = {
+        1: lambda a: a,
+        2: lambda a: a[:, ::-1],
+        3: lambda a: a[::-1, ::-1],
+        4: lambda a: a[::-1],
+        5: lambda a: a.transpose(1, 0, 2),
+        6: lambda a: np.rot90(a, -1),
+        7: lambda a: a.transpose(1, 0, 2)[::-1, ::-1],
+        8: lambda a: np.rot90(a),
+    }
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = noise((30, 20))
+    found = np.asarray(decode(encoded(image, "PNG", exif=exif)))
+    np.testing.assert_array_equal(found, turned[orientation](np.asarray(image)))
+    upright = decode(encoded(noise((300, 200)), "JPEG", exif=exif))
+    assert upright.size == ((200, 300) if orientation >= 5 else (300, 200))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x09\0"]
+)
+def test_a_broken_exif_tag_is_ignored(exif: bytes) -> None:
+    image = noise((30, 20))
+    assert decode(encoded(image, "JPEG", exif=exif)).size == (30, 20)
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_an_orientation_that_does_not_exist_is_ignored(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    np.testing.assert_array_equal(np.asarray(decode(encoded(noise(), "PNG", exif=exif))), np.asarray(noise()))
+
+
+def pixel(data: bytes) -> list[int]:
+    found = np.asarray(decode(data))
+    assert (found == found[0, 0]).all()
+    return [int(value) for value in found[0, 0]]
+
+
+def test_transparency_is_composited_on_white() -> None:
+    assert pixel(encoded(Image.new("RGBA", (9, 9), (200, 100, 0, 0)), "PNG")) == [255, 255, 255]
+    assert pixel(encoded(Image.new("RGBA", (9, 9), (200, 100, 0, 255)), "PNG")) == [200, 100, 0]
+    assert pixel(encoded(Image.new("RGBA", (9, 9), (200, 100, 0, 51)), "PNG")) == [244, 224, 204]  # 0.2 c + 0.8 * 255
+    assert pixel(encoded(Image.new("LA", (9, 9), (100, 51)), "PNG")) == [224, 224, 224]
+    assert pixel(encoded(Image.new("LA", (9, 9), (100, 255)), "TIFF")) == [100, 100, 100]
+
+
+def test_a_transparent_colour_without_an_alpha_channel_is_white_too() -> None:
+    assert pixel(encoded(Image.new("RGB", (9, 9), (1, 2, 3)), "PNG", transparency=(1, 2, 3))) == [255, 255, 255]
+    assert pixel(encoded(Image.new("RGB", (9, 9), (1, 2, 4)), "PNG", transparency=(1, 2, 3))) == [1, 2, 4]
+    assert pixel(encoded(Image.new("L", (9, 9), 7), "PNG", transparency=7)) == [255, 255, 255]
+    assert pixel(encoded(Image.new("L", (9, 9), 8), "PNG", transparency=7)) == [8, 8, 8]
+
+
+def test_a_palette_is_resolved_and_its_transparent_colours_are_white() -> None:
+    image = Image.new("P", (9, 9), 1)
+    image.putpalette([0, 0, 0, 10, 20, 30, 40, 50, 60])
+    assert pixel(encoded(image, "PNG")) == [10, 20, 30]
+    assert pixel(encoded(image, "PNG", transparency=1)) == [255, 255, 255]
+    assert pixel(encoded(image, "PNG", transparency=2)) == [10, 20, 30]
+    assert pixel(encoded(image, "PNG", transparency=bytes([255, 0]))) == [255, 255, 255]
+    assert pixel(encoded(image, "GIF", transparency=1)) == [255, 255, 255]
+
+
+@pytest.mark.parametrize("fmt", ["PNG", "TIFF"])
+@pytest.mark.parametrize("value", [0, 1, 127, 128, 254, 255])
+def test_16_bit_grey_is_scaled_not_clipped(fmt: str, value: int) -> None:
+    assert pixel(encoded(Image.fromarray(np.full((9, 9), value * 257, np.uint16)), fmt)) == [value] * 3
+
+
+def test_16_bit_grey_is_rounded_to_the_nearest() -> None:
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    found = np.asarray(decode(encoded(Image.fromarray(values), "PNG")))[..., 0]
+    np.testing.assert_array_equal(found, np.round(values / 257.0).astype(np.uint8))
+
+
+def test_big_endian_16_bit_grey_is_the_same() -> None:
+    header = b"MM\0*\0\0\0\x08"
+    tags = [(256, 3, 1, 4), (257, 3, 1, 4), (258, 3, 1, 16), (259, 3, 1, 1), (262, 3, 1, 1), (277, 3, 1, 1), (279, 4, 1, 32)]
+    entries = b"".join(
+        struct.pack(">HHI", tag, kind, n) + (struct.pack(">HH", v, 0) if kind == 3 else struct.pack(">I", v))
+        for tag, kind, n, v in tags[:5]
+    )
+    strip = struct.pack(">HHII", 273, 4, 1, 8 + 2 + 12 * 8 + 4)
+    rest = struct.pack(">HHIHH", 277, 3, 1, 1, 0) + struct.pack(">HHII", 279, 4, 1, 32)
+    data = header + struct.pack(">H", 8) + entries + strip + rest + bytes(4) + struct.pack(">16H", *[127 * 257] * 16)
+    assert pixel(data) == [127, 127, 127]
+
+
+def test_print_colours_and_single_bits_are_converted() -> None:
+    assert pixel(encoded(Image.new("1", (9, 9), 1), "PNG")) == [255, 255, 255]
+    assert pixel(encoded(Image.new("1", (9, 9), 0), "TIFF")) == [0, 0, 0]
+    assert pixel(encoded(Image.new("CMYK", (9, 9), (0, 0, 0, 0)), "TIFF")) == [255, 255, 255]
+    assert pixel(encoded(Image.new("CMYK", (9, 9), (0, 255, 255, 0)), "TIFF")) == [255, 0, 0]
+    red = pixel(encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=95))
+    assert red[0] > 250
+    assert max(red[1:]) < 5
+
+
+@pytest.mark.parametrize("image", [Image.new("F", (9, 9), 0.5), Image.new("I", (9, 9), 70000)], ids=["float", "int32"])
+def test_samples_without_a_known_range_are_refused(image: Image.Image) -> None:
+    assert code_of(encoded(image, "TIFF")) == "unsupported_mode"
+
+
+def test_16_bit_portable_maps_are_refused_rather_than_clipped() -> None:
+    """Pillow reads them as 32-bit integers, which have no known range."""
+    assert code_of(encoded(Image.fromarray(np.full((9, 9), 127 * 257, np.uint16)), "PPM")) == "unsupported_mode"
+
+
+def test_a_picture_of_two_pictures_is_its_first() -> None:
+    """MPO: what stereo cameras and phones with depth write; it begins like any JPEG."""
+    first, second = noise((64, 48), 1), noise((64, 48), 2)
+    data = encoded(first, "MPO", save_all=True, append_images=[second])
+    with Image.open(io.BytesIO(data)) as image:
+        assert (image.format, image.n_frames) == ("MPO", 2)
+    np.testing.assert_array_equal(np.asarray(decode(data)), np.asarray(decode(encoded(first, "JPEG"))))
+
+
+@pytest.mark.parametrize("fmt", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_the_first_frame_of_an_animation_is_taken(fmt: str) -> None:
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue")]
+    options: dict[str, Any] = {"lossless": True} if fmt == "WEBP" else {}
+    data = encoded(frames[0], fmt, save_all=True, append_images=frames[1:], **options)
+    with Image.open(io.BytesIO(data)) as image:
+        assert getattr(image, "n_frames", 1) == 3
+    assert pixel(data) == [255, 0, 0]
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"heix", b"mif1", b"hevc"])
+def test_heic_is_named_not_skipped(brand: bytes) -> None:
+    data = b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1heic" + bytes(200)
+    with pytest.raises(ImageError, match="convert it to JPEG or PNG") as caught:
+        decode(data)
+    assert caught.value.code == "unsupported_format"
+
+
+# --- damage ------------------------------------------------------------------------------------------------------------
+
+
+def with_thumbnail() -> bytes:
+    """A JPEG with a whole JPEG inside its EXIF block, as cameras write it: two start and two end markers."""
+    thumbnail = encoded(noise((16, 12), 5), "JPEG")
+    ifd0 = struct.pack("<HHHII", 1, 0x0112, 3, 1, 1) + struct.pack("<I", 26)
+    ifd1 = struct.pack("<HHHIIHHIII", 2, 0x0201, 4, 1, 56, 0x0202, 4, 1, len(thumbnail), 0)
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + ifd0 + ifd1 + thumbnail
+    data = encoded(noise((120, 90)), "JPEG", exif=exif)
+    assert data.count(b"\xff\xd8\xff") == 2
+    return data
+
+
+CUTTABLE = {
+    "JPEG": lambda: encoded(noise((120, 90)), "JPEG"),
+    "progressive JPEG": lambda: encoded(noise((120, 90)), "JPEG", progressive=True),
+    "JPEG with thumbnail": with_thumbnail,
+    "JPEG with restarts": lambda: encoded(noise((120, 90)), "JPEG", restart_marker_blocks=4),
+    "grey JPEG": lambda: encoded(noise((120, 90)).convert("L"), "JPEG"),
+    "PNG": lambda: encoded(noise((120, 90)), "PNG"),
+    "flat PNG": lambda: encoded(Image.new("RGB", (300, 300)), "PNG"),
+    "BMP": lambda: encoded(noise((32, 20)), "BMP"),
+    "TIFF": lambda: encoded(noise((30, 20)), "TIFF", compression="tiff_lzw"),
+    "WEBP": lambda: encoded(noise((30, 20)), "WEBP"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data", "ignore:Truncated File Read")
+@pytest.mark.parametrize("name", CUTTABLE)
+def test_a_cut_file_is_never_a_picture(name: str) -> None:
+    data = CUTTABLE[name]()
+    decode(data)
+    places = [*np.linspace(1, len(data) - 2, 20).astype(int).tolist(), len(data) - 1]
+    codes = {place: code_of(data[:place]) for place in places}
+    assert set(codes.values()) <= {"truncated", "not_an_image"}, codes
+    if "JPEG" in name or "PNG" in name:
+        assert [codes[place] for place in places[-8:]] == ["truncated"] * 8, codes
+
+
+@pytest.mark.parametrize("tail", [b"\0" * 10, b"\xff\xda junk", b"\xff\xd9", b"ftypmp42 \xff\xda\xff\xc0 \xff\xd8\xff\xda"])
+def test_what_phones_append_to_a_jpeg_is_no_damage(tail: bytes) -> None:
+    data = encoded(noise(), "JPEG")
+    np.testing.assert_array_equal(np.asarray(decode(data + tail)), np.asarray(decode(data)))
+
+
+def test_a_damaged_png_chunk_is_no_picture() -> None:
+    data = bytearray(encoded(noise(), "PNG"))
+    data[len(data) // 2] ^= 0xFF
+    assert code_of(bytes(data)) in ("truncated", "not_an_image")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\0",
+        b"\xff\xd8",
+        b"<!DOCTYPE html><html>404</html>",
+        b"just text\n" * 100,
+        bytes(1000),
+        b"\xd0\xcf\x11\xe0Thumbs.db" * 9,
+    ],
+    ids=["empty", "one byte", "two bytes", "html", "text", "zeros", "Thumbs.db"],
+)
+def test_what_is_no_picture_is_said_to_be_none(data: bytes) -> None:
+    assert code_of(data) == "not_an_image"
+    with pytest.raises(ImageError, match="the file is empty" if not data else "begins with|syntax|truncated|marker"):
+        decode(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n",
+        b"SIMPLE  =                    T".ljust(80) + b"END".ljust(2800),
+        encoded(Image.new("RGB", (9, 9)), "ICO"),
+        encoded(Image.new("RGB", (9, 9)), "TGA"),
+        encoded(Image.new("RGB", (9, 9)), "PDF"),
+    ],
+    ids=["EPS", "FITS", "ICO", "TGA", "PDF"],
+)
+def test_formats_nobody_asked_for_are_not_tried(data: bytes) -> None:
+    assert code_of(data) == "not_an_image"
+
+
+# --- limits ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_thin_strip_is_refused_before_it_explodes() -> None:
+    """157 bytes on disk, 4.7 GB after a naive resize."""
+    strip = Image.new("RGB", (1, 20000))
+    data = encoded(strip, "PNG")
+    assert len(data) < 400
+    for image in (decode(data), strip.transpose(Image.Transpose.ROTATE_90)):
+        with pytest.raises(ImageError, match="20000") as caught:
+            STANDARD.pixels(image)
+        assert caught.value.code == "bad_aspect"
+
+
+def test_long_but_bearable_pictures_are_taken() -> None:
+    assert STANDARD.pixels(noise((20, 2000))).shape == (224, 224, 3)
+
+
+@pytest.mark.parametrize(("width", "height"), [(65535, 65535), (20000, 8948), (MAX_PIXELS + 1, 1), (2**31 - 1, 2**31 - 1)])
+def test_a_pixel_bomb_is_refused_by_its_header(width: int, height: int) -> None:
+    assert code_of(png(width, height)) == "too_large"
+
+
+def test_a_pixel_bomb_is_refused_without_allocating() -> None:
+    """In a child that may use 1 GB of address space more than it has; the declared picture would need 12."""
+    code = f"""
+import resource, sys
+sys.path.insert(0, {str(REPO)!r})
+from extractor.images import ImageError, decode
+from extractor.preprocess import Preprocess
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
+
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+
+before = peak()
+try:
+    decode(sys.stdin.buffer.read())
+except ImageError as error:
+    assert "memory" not in str(error), error
+    print(error.code, peak() - before < 2**25)
+"""
+    done = subprocess.run([sys.executable, "-c", code], input=png(65000, 65000), capture_output=True, check=False)
+    assert done.stdout.split() == [b"too_large", b"True"], done.stderr.decode()
+
+
+def test_a_png_that_inflates_without_end_stays_small() -> None:
+    """The header declares 10 x 10 pixels, the data inflates to 64 MB: only what the header needs is read."""
+    found = decode(png(10, 10, bytes(64 * 2**20)))
+    assert found.size == (10, 10)
