@@ -1,0 +1,154 @@
+"""What every trained head is in the end: standardise, a few dense layers, a temperature, softmax. In NumPy and in ONNX."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from store.errors import BadDataError
+
+Float32 = NDArray[np.float32]
+Fold = tuple[NDArray[np.intp], NDArray[np.intp]]  # row numbers to fit on, and to judge on
+OPSET = 20
+
+
+@dataclass(frozen=True)
+class DenseHead:
+    """A head as arrays; ReLU stands between its layers.
+
+    Attributes:
+        mean, scale: ``(d,)`` float32, subtracted and divided by.
+        layers: weight ``(out, in)`` and bias ``(out,)`` of each layer, float32; the last one has one output per class.
+        classes: labels in the order of the outputs.
+        temperature: logits are divided by it (Guo et al. 2017, "On Calibration of Modern Neural Networks").
+    """
+
+    mean: Float32
+    scale: Float32
+    layers: Sequence[tuple[Float32, Float32]]
+    classes: Sequence[str]
+    temperature: float = 1.0
+
+    def logits(self, X: ArrayLike) -> Float32:
+        """``(n, d)`` features to ``(n, k)`` logits, before the temperature."""
+        hidden = (np.asarray(X, np.float32) - self.mean) / self.scale
+        for weight, bias in self.layers[:-1]:
+            hidden = np.maximum(hidden @ weight.T + bias, 0)
+        weight, bias = self.layers[-1]
+        return np.asarray(hidden @ weight.T + bias, np.float32)
+
+    def probabilities(self, X: ArrayLike) -> Float32:
+        """``(n, d)`` features to ``(n, k)`` float32 probabilities."""
+        return softmax(self.logits(X) / np.float32(self.temperature))
+
+    def to_onnx(self) -> bytes:
+        """The ONNX file: ``features`` (n, d) float32 to ``probabilities`` (n, k) float32."""
+        from onnx import TensorProto, checker, helper, numpy_helper
+
+        arrays: dict[str, Float32] = {"mean": self.mean, "scale": self.scale}
+        nodes = [
+            helper.make_node("Sub", ["features", "mean"], ["centred"]),
+            helper.make_node("Div", ["centred", "scale"], ["standardised"]),
+        ]
+        name = "standardised"
+        for i, (weight, bias) in enumerate(self.layers):
+            arrays |= {f"weight{i}": weight, f"bias{i}": bias}
+            nodes.append(helper.make_node("Gemm", [name, f"weight{i}", f"bias{i}"], [f"dense{i}"], transB=1))
+            name = f"dense{i}"
+            if i < len(self.layers) - 1:
+                nodes.append(helper.make_node("Relu", [name], [f"relu{i}"]))
+                name = f"relu{i}"
+        arrays["temperature"] = np.array(self.temperature, np.float32)
+        nodes.append(helper.make_node("Div", [name, "temperature"], ["logits"]))
+        nodes.append(helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1))
+        graph = helper.make_graph(
+            nodes,
+            "head",
+            [helper.make_tensor_value_info("features", TensorProto.FLOAT, ["batch", len(self.mean)])],
+            [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["batch", len(self.classes)])],
+            [numpy_helper.from_array(np.ascontiguousarray(array, np.float32), key) for key, array in arrays.items()],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10, producer_name="penult")
+        checker.check_model(model)
+        return bytes(model.SerializeToString())
+
+    def calibrated(self, logits: ArrayLike, targets: NDArray[np.intp]) -> DenseHead:
+        """This head with the temperature that minimises the log-loss of logits it was not fitted on.
+
+        Args:
+            logits: ``(n, k)``, out of fold.
+            targets: ``(n,)`` class indices.
+        """
+        return replace(self, temperature=fit_temperature(np.asarray(logits), targets))
+
+
+def class_indices(y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.intp]]:
+    """The distinct labels, sorted, and the index of each row's label.
+
+    Raises:
+        ValueError: there is only one class (scikit-learn's law asks for this type).
+    """
+    classes, targets = np.unique(y, return_inverse=True)
+    if len(classes) < 2:
+        message = f"a classifier needs at least two classes; this data has one class, {str(classes[0])!r}"
+        raise ValueError(message)
+    return classes, targets
+
+
+def with_validation(
+    X: Float32, targets: NDArray[np.intp], validation: tuple[ArrayLike, ArrayLike], classes: NDArray[Any]
+) -> tuple[Float32, NDArray[np.intp], list[Fold]]:
+    """Training and validation rows one after the other, and the single fold that tells them apart.
+
+    Raises:
+        BadDataError: validation has a class that training lacks.
+    """
+    held, labels = np.asarray(validation[0], np.float32), np.asarray(validation[1])
+    unknown = sorted(set(labels.tolist()) - set(classes.tolist()))
+    if unknown:
+        message = f"validation has classes that training lacks: {', '.join(map(str, unknown))}"
+        raise BadDataError(message)
+    fold = np.arange(len(X)), len(X) + np.arange(len(held))
+    return np.concatenate([X, held]), np.concatenate([targets, np.searchsorted(classes, labels)]), [fold]
+
+
+def standardisation(X: NDArray[np.floating[Any]]) -> tuple[Float32, Float32]:
+    """Mean and standard deviation per feature, computed in float64; constant features keep a scale of 1."""
+    mean = X.mean(axis=0, dtype=np.float64)
+    scale = X.std(axis=0, dtype=np.float64)
+    scale[scale < 1e-12 * np.maximum(np.abs(mean), 1e-30)] = 1.0
+    scale[scale == 0] = 1.0
+    return mean.astype(np.float32), scale.astype(np.float32)
+
+
+def softmax(logits: NDArray[np.floating[Any]]) -> Float32:
+    """Row-wise softmax of ``(n, k)``, in float32."""
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(axis=1, keepdims=True), np.float32)
+
+
+def log_loss(logits: NDArray[np.floating[Any]], targets: NDArray[np.intp]) -> float:
+    """Mean negative log-likelihood of ``(n, k)`` logits, in float64, without clipping."""
+    wide = logits.astype(np.float64)
+    top = wide.max(axis=1)
+    total = top + np.log(np.exp(wide - top[:, None]).sum(axis=1))
+    return float(np.mean(total - wide[np.arange(len(targets)), targets]))
+
+
+def fit_temperature(logits: NDArray[np.floating[Any]], targets: NDArray[np.intp]) -> float:
+    """The temperature in [0.05, 20] with the least log-loss. Without a single error it would run to the lower end, where
+    every probability is 1; a data set that small proves no such certainty, so there the temperature stays at 1 or above.
+    """
+    from scipy.optimize import minimize_scalar
+
+    found = minimize_scalar(
+        lambda log_t: log_loss(logits / np.exp(log_t), targets), bounds=(np.log(0.05), np.log(20.0)), method="bounded"
+    )
+    temperature = float(np.exp(found.x))
+    if (logits.argmax(axis=1) == targets).all():
+        return max(temperature, 1.0)
+    return temperature
