@@ -1,0 +1,129 @@
+"""Training images as batches: decoded once, augmented with one generator per image and epoch, prepared a few ahead."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from extractor.images import ImageError, decode
+from extractor.preprocess import FILTERS, Preprocess
+from store.errors import BadDataError, InputMissingError
+
+if TYPE_CHECKING:
+    from .finetune import FineTuneOptions
+
+Item = tuple[Path, int]
+
+MAX_HELD = 2**29  # bytes of decoded images kept in memory; what does not fit is decoded again in every epoch
+CROP_AREA = (0.35, 1.0)  # torchvision's recipe begins at 0.08, which is for training from nothing
+CROP_RATIO = (3 / 4, 4 / 3)
+
+
+class Batches:
+    """Batches of normalised pixels ``(n, 3, crop, crop)`` and labels, made a few ahead where there are workers.
+
+    A last batch of one image joins the one before it: batch normalisation has no statistics of one.
+    """
+
+    def __init__(self, items: Sequence[Item], preprocess: Preprocess, options: FineTuneOptions, *, train: bool) -> None:
+        self._items, self._preprocess, self._options, self._train = items, preprocess, options, train
+        self._starts = list(range(0, len(items), options.batch_size))
+        if len(items) % options.batch_size == 1 and len(self._starts) > 1:
+            self._starts.pop()
+        self._epoch = 0
+        self._held: dict[int, Image.Image] = {}
+        self._free, self._lock = MAX_HELD, Lock()
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        self._epoch += 1
+        order = np.arange(len(self._items))
+        if self._train:
+            np.random.default_rng([self._options.seed, self._epoch]).shuffle(order)
+        parts = np.split(order, self._starts[1:])
+        if not self._options.workers:
+            yield from map(self._batch, parts)
+            return
+        with ThreadPoolExecutor(self._options.workers, "penult-augment") as pool:
+            pending: deque[Future[tuple[Any, Any]]] = deque()
+            for part in parts:
+                pending.append(pool.submit(self._batch, part))
+                if len(pending) > self._options.workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+
+    def _batch(self, part: NDArray[np.int64]) -> tuple[Any, Any]:
+        import torch
+
+        pixels = self._preprocess.normalise(np.stack([self._pixels(int(index)) for index in part]))
+        return torch.from_numpy(pixels), torch.tensor([self._items[index][1] for index in part])
+
+    def _pixels(self, index: int) -> NDArray[np.uint8]:
+        image = self._image(index)
+        if not (self._train and self._options.augment):
+            return self._preprocess.pixels(image)
+        # One generator per image and epoch: the same numbers whatever the order and the number of threads.
+        rng = np.random.default_rng([self._options.seed, self._epoch, index])
+        side = self._preprocess.crop
+        box = random_box(image.width, image.height, rng)
+        pixels = np.asarray(image.crop(box).resize((side, side), FILTERS[self._preprocess.interpolation]))
+        return pixels[:, ::-1] if rng.random() < 0.5 else pixels
+
+    def _image(self, index: int) -> Image.Image:
+        """The image at the size it has before cropping; `Preprocess.pixels` of it and of the original are the same."""
+        held = self._held.get(index)
+        if held is None:
+            held = read_resized(self._items[index][0], self._preprocess)
+            size = held.width * held.height * 3
+            with self._lock:
+                if size <= self._free:
+                    self._free -= size
+                    self._held[index] = held
+        return held
+
+
+def read_resized(path: Path, preprocess: Preprocess) -> Image.Image:
+    """Decode and resize as for extraction, without the crop.
+
+    Raises:
+        InputMissingError: it cannot be read.
+        BadDataError: it cannot be decoded.
+    """
+    try:
+        image = decode(path.read_bytes())
+        return image.resize(preprocess.resized(*image.size), FILTERS[preprocess.interpolation])
+    except OSError as error:
+        message = f"cannot read {path}: {error.strerror}; is it gone since the features were extracted?"
+        raise InputMissingError(message) from error
+    except ImageError as error:
+        message = f"{path}: {error.code}: {error}; has it changed since the features were extracted?"
+        raise BadDataError(message) from error
+
+
+def random_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of a random crop (Szegedy et al. 2014), drawn as torchvision's RandomResizedCrop does.
+
+    torchvision's own draws from torch's global generator, which threads would share with dropout.
+    """
+    for _ in range(10):
+        area = width * height * rng.uniform(*CROP_AREA)
+        ratio = math.exp(rng.uniform(*np.log(CROP_RATIO)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return left, top, left + w, top + h
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    return left, top, left + side, top + side
