@@ -1,0 +1,295 @@
+"""A saved head that needs nothing else: ONNX graphs, JSON facts, held-out predictions, a report. Never a pickle.
+
+::
+
+    pets.head/
+      backbone.onnx     pixels -> features (frozen, or fine-tuned)
+      head.onnx         features -> probabilities; standardisation and temperature inside
+      head.json         classes, task, fingerprint, preprocessing, split rule, settings, history, metrics, costs, digests
+      predictions.h5    held-out predictions per image (what `compare` pairs), and the digests of what was fitted
+      report.html
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from extractor.onnxfile import BackboneFacts
+from store import hdf5
+from store.errors import BadDataError, InputMissingError, OutputExistsError, StorageError
+from store.fingerprint import Fingerprint
+
+FORMAT_VERSION = 1
+PREDICTIONS = "penult-predictions"
+ALLOWED_DOMAINS = {"", "ai.onnx", "ai.onnx.ml"}
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a head said of held-out images.
+
+    Attributes:
+        sha256: content digest of each image, 32 bytes.
+        paths: relative path of each.
+        labels: true labels ``(n,)``.
+        probabilities: ``(n, k)`` float32, in the order of the bundle's classes.
+        split: what they were held out as.
+    """
+
+    sha256: Sequence[bytes]
+    paths: Sequence[bytes]
+    labels: NDArray[np.str_]
+    probabilities: NDArray[np.float32]
+    split: str = ""
+
+    @property
+    def ids(self) -> str:
+        """SHA-256 over the sorted (content, label) pairs: equal ids mean the same images with the same labels."""
+        pairs = sorted(zip(self.sha256, self.labels.tolist(), strict=True))
+        return hashlib.sha256(b"".join(digest + label.encode() + b"\0" for digest, label in pairs)).hexdigest()
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A head as it is saved and loaded.
+
+    Attributes:
+        path: its folder.
+        kind: ``frozen`` or ``fine-tuned``.
+        head: ``logistic``, ``mlp``, ``fine-tuned``.
+        task: ``single-label``.
+        classes: labels in the order of the outputs.
+        backbone: facts of ``backbone.onnx``.
+        fingerprint: of the features it takes.
+        split: how the samples were divided: ``fit``, ``chosen_on``, ``reported_on``, ``rule``.
+        hyperparameters, history: what was used and what was tried.
+        metrics: the held-out evaluation as JSON; None where nothing was held out.
+        cost: ``train_seconds``, ``extract_seconds``, ``images`` (passed through the backbone).
+        files: SHA-256 of the ONNX files.
+        versions: of the libraries.
+    """
+
+    path: Path
+    kind: str
+    head: str
+    classes: list[str]
+    backbone: BackboneFacts
+    fingerprint: Fingerprint
+    split: dict[str, Any]
+    hyperparameters: dict[str, Any]
+    history: list[dict[str, Any]]
+    metrics: dict[str, Any] | None
+    cost: dict[str, Any]
+    task: str = "single-label"
+    files: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def storage(self) -> str:
+        """How its features are rounded before the head sees them."""
+        return str(self.fingerprint.fields.get("storage", "float32"))
+
+    def to_json(self) -> dict[str, Any]:
+        facts = {key: value for key, value in vars(self).items() if key not in ("path", "backbone", "fingerprint")}
+        return {
+            "format": FORMAT_VERSION,
+            **facts,
+            "backbone": json.loads(self.backbone.to_json()),
+            "fingerprint": dict(self.fingerprint.fields),
+        }
+
+    @classmethod
+    def load(cls, path: str | Path) -> Bundle:
+        """Read the facts and check the digests of the ONNX files; no network is opened.
+
+        Raises:
+            InputMissingError: there is no bundle.
+            BadDataError: its facts cannot be read, are of a newer format, or a file was changed.
+        """
+        path = Path(path)
+        if not (path / "head.json").is_file():
+            message = f"{path} is not a bundle (it has no head.json); `penult train` and `penult finetune` make one"
+            raise InputMissingError(message)
+        try:
+            facts = json.loads((path / "head.json").read_text("utf-8"))
+            version = facts.pop("format")
+            if version != FORMAT_VERSION:
+                message = f"{path} has format version {version}; this penult reads version {FORMAT_VERSION}. Upgrade penult."
+                raise BadDataError(message)
+            backbone = BackboneFacts.from_json(json.dumps(facts.pop("backbone")))
+            bundle = cls(path=path, backbone=backbone, fingerprint=Fingerprint(facts.pop("fingerprint")), **facts)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            if isinstance(error, BadDataError):
+                raise
+            message = f"{path}/head.json is no description of a head: {error}"
+            raise BadDataError(message) from error
+        for name in ("backbone.onnx", "head.onnx"):
+            if not (path / name).is_file():
+                message = f"{path} lacks {name}"
+                raise InputMissingError(message)
+            if _digest(path / name) != bundle.files.get(name):
+                message = f"{path}/{name} is not the file that was saved (its SHA-256 differs)"
+                raise BadDataError(message)
+        return bundle
+
+    def predictions(self) -> Predictions:
+        """The held-out predictions.
+
+        Raises:
+            BadDataError: nothing was held out.
+        """
+        if self.metrics is None:
+            message = f"{self.path} was trained without held-out images, so it has no predictions to compare"
+            raise BadDataError(message)
+        with hdf5.open_checked(self.path / "predictions.h5", PREDICTIONS) as (datasets, attrs):
+            raw = datasets["sha256"][()].tobytes()
+            names = [value.decode() for value in hdf5.unpack_strings(datasets, "label-names")]
+            return Predictions(
+                sha256=[raw[i : i + 32] for i in range(0, len(raw), 32)],
+                paths=hdf5.unpack_strings(datasets, "path"),
+                labels=np.array(names, dtype=str)[datasets["label"][()]],
+                probabilities=datasets["probabilities"][()],
+                split=str(attrs["split"]),
+            )
+
+    def fitted(self) -> set[bytes]:
+        """Content digests of every image that any choice or fit looked at."""
+        with hdf5.open_checked(self.path / "predictions.h5", PREDICTIONS) as (datasets, _):
+            raw = datasets["fitted"][()].tobytes()
+        return {raw[i : i + 32] for i in range(0, len(raw), 32)}
+
+
+def save_bundle(
+    bundle: Bundle,
+    *,
+    backbone: Path,
+    head: bytes,
+    predictions: Predictions | None,
+    fitted: Sequence[bytes],
+    overwrite: bool = False,
+) -> Bundle:
+    """Write a bundle in one step: it is complete or it is not there.
+
+    Args:
+        bundle: the facts; ``files`` and ``versions`` are filled in here.
+        backbone: ONNX file to copy.
+        head: ONNX bytes.
+        predictions: on held-out images; None where there were none.
+        fitted: content digests of everything that was fitted or chosen on.
+        overwrite: replace an existing bundle.
+
+    Raises:
+        OutputExistsError: the path is taken (by something that is no bundle: also with ``overwrite``).
+        StorageError: it cannot be written.
+    """
+    from extractor.pipeline import library_versions
+
+    from .report import bundle_report
+
+    refuse_existing(bundle.path, overwrite=overwrite)
+    temporary = bundle.path.with_name(f".{bundle.path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        shutil.copyfile(backbone, temporary / "backbone.onnx")
+        hdf5.commit(temporary / "head.onnx", head)
+        files = {name: _digest(temporary / name) for name in ("backbone.onnx", "head.onnx")}
+        complete = Bundle(**{**vars(bundle), "files": files, "versions": library_versions()})
+        hdf5.commit(temporary / "predictions.h5", _predictions_file(predictions, fitted))
+        hdf5.commit(temporary / "report.html", bundle_report(complete).encode())
+        facts = json.dumps(complete.to_json(), indent=2, ensure_ascii=False) + "\n"
+        hdf5.commit(temporary / "head.json", facts.encode())
+        if bundle.path.exists():
+            old = temporary.with_suffix(".old")
+            bundle.path.rename(old)
+            temporary.rename(bundle.path)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(bundle.path)
+        hdf5.fsync_directory(bundle.path.parent)
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        message = f"cannot write {bundle.path}: {error.strerror}"
+        raise StorageError(message) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return complete
+
+
+def refuse_existing(path: Path, *, overwrite: bool) -> None:
+    """Look before any work is done.
+
+    Raises:
+        OutputExistsError: the path is taken and may not be replaced.
+    """
+    if not path.exists():
+        return
+    if not overwrite:
+        message = f"{path} exists; choose another name or pass --overwrite"
+        raise OutputExistsError(message)
+    if not (path / "head.json").is_file():
+        message = f"{path} exists and is not a bundle; it is not overwritten"
+        raise OutputExistsError(message)
+
+
+def _predictions_file(predictions: Predictions | None, fitted: Sequence[bytes]) -> bytes:
+    empty = Predictions([], [], np.array([], dtype=str), np.zeros((0, 0), np.float32))
+    held = predictions or empty
+    names, labels = np.unique(held.labels, return_inverse=True)
+    unique = sorted(set(fitted))
+    datasets: dict[str, NDArray[Any]] = {
+        "sha256": np.frombuffer(b"".join(held.sha256), np.uint8).reshape(-1, 32),
+        "label": labels.astype(np.int32),
+        "probabilities": held.probabilities.astype(np.float32),
+        "fitted": np.frombuffer(b"".join(unique), np.uint8).reshape(-1, 32),
+        **hdf5.pack_strings("path", held.paths),
+        **hdf5.pack_strings("label-names", [str(name).encode() for name in names]),
+    }
+    return hdf5.build(PREDICTIONS, datasets, {"rows": len(held.paths), "split": held.split})[0]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def head_function(path: Path) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+    """``head.onnx`` as a function from features to probabilities, on the CPU, after a look at what the file asks for.
+
+    Raises:
+        BadDataError: it is not ONNX, wants operators outside the standard ones, or data from other files.
+    """
+    import onnx
+    import onnxruntime
+
+    data = path.read_bytes()
+    try:
+        model = onnx.load_model_from_string(data)
+    except Exception as error:  # protobuf's DecodeError is not public
+        message = f"{path} is not an ONNX file"
+        raise BadDataError(message) from error
+    domains = {opset.domain for opset in model.opset_import} - ALLOWED_DOMAINS
+    external = [tensor.name for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    if domains or external:
+        message = f"{path} asks for {', '.join(sorted(domains)) or 'data from other files'}; refused"
+        raise BadDataError(message)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = min(os.cpu_count() or 1, 4)
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    return lambda features: np.asarray(session.run(None, {"features": features.astype(np.float32)})[0])

@@ -1,0 +1,183 @@
+"""The whole way on data that needs no download: scikit-learn's 1,797 handwritten digits, as image files."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from extractor.backbones import Backbone, load
+from extractor.pipeline import Options, Summary, run_extract
+from extractor.sources import ImageFolder
+from store.cache import FeatureCache, Subset
+from store.errors import InputMissingError, OutputExistsError
+
+from .bundle import Bundle
+from .compare import Compared, compare, comparison_report
+from .evaluate import Evaluation, score
+from .finetune import FineTuneOptions
+from .heldout import evaluate_bundle
+from .logistic import LogisticHead
+from .predict import Prediction, Predictor, list_images
+from .report import write_output
+from .train import make_head, train_finetuned, train_head
+
+log = logging.getLogger("penult.classifiers")
+
+BACKBONE = "resnet18"
+SIDE = 64  # pixels; the digits have 8 x 8, so nothing is lost and everything is ten times faster than at 224
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo found: first extraction, second extraction, figures, the comparison, some predictions, caveats."""
+
+    first: Summary
+    second: Summary
+    evaluation: Evaluation
+    comparison: list[Compared]
+    predictions: list[Prediction]
+    notes: list[str]
+    report: Path
+
+
+def write_digits(folder: Path, *, limit: int | None = None) -> int:
+    """Write the digits as 8-bit grey PNG files, 8 x 8 pixels, in a folder per class.
+
+    The images are the test set of the UCI "Optical Recognition of Handwritten Digits" data (Alpaydin and Kaynak 1998), which
+    comes with scikit-learn.
+
+    Returns:
+        The number of images.
+    """
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for label in range(10):
+        (folder / str(label)).mkdir(parents=True, exist_ok=True)
+    chosen = list(zip(digits.images, digits.target, strict=True))[:limit]
+    for number, (image, label) in enumerate(chosen):
+        grey = np.rint(image * (255 / 16)).astype(np.uint8)
+        Image.fromarray(grey).save(folder / str(label) / f"{number:04d}.png")
+    return len(chosen)
+
+
+def choose_backbone(weights: str | None) -> tuple[Backbone, list[str]]:
+    """The demo's backbone with ImageNet weights where they can be had, else untrained; and what that means, in words."""
+    if weights is None:
+        try:
+            load(Backbone(BACKBONE))
+            return Backbone(BACKBONE, resize=SIDE, crop=SIDE), [
+                f"{BACKBONE} with ImageNet weights: frozen features are what they are in practice."
+            ]
+        except InputMissingError as error:
+            log.warning("%s", error)
+            weights = "random:0"
+    backbone = Backbone(BACKBONE, weights, resize=SIDE, crop=SIDE)
+    if backbone.seed is None:
+        return backbone, [f"{BACKBONE} with the weights {weights}."]
+    note = (
+        f"{BACKBONE} has random weights here (seed {backbone.seed}): its features are a random projection of the image. "
+        f"The numbers show that everything works; they do not show what ImageNet features are worth. "
+        f"Raw pixels are the line to compare with."
+    )
+    return backbone, [note]
+
+
+def run_demo(
+    out: Path, *, weights: str | None = None, epochs: int = 3, limit: int | None = None, overwrite: bool = False
+) -> DemoResult:
+    """Images, features, heads, evaluation, predictions, fine-tuning and the comparison, below one folder.
+
+    Args:
+        out: made here; holds ``digits/``, ``digits.cache/``, three bundles and ``comparison.html``.
+        weights: as in `Backbone`; None tries torchvision's and falls back to random ones.
+        epochs: of fine-tuning.
+        limit: only so many digits.
+        overwrite: replace an earlier demo.
+
+    Raises:
+        OutputExistsError: the folder exists and is not an earlier demo, or may not be replaced.
+    """
+    _make_room(out, overwrite=overwrite)
+    count = write_digits(out / "digits", limit=limit)
+    log.info("wrote %d digits as PNG files into %s", count, out / "digits")
+    backbone, notes = choose_backbone(weights)
+    cache_path = out / "digits.cache"
+    first = run_extract(ImageFolder(out / "digits"), backbone, cache_path, Options())
+    log.info("extracted %d images with %d inference calls; now once more", first.computed, first.inference_calls)
+    second = run_extract(ImageFolder(out / "digits"), backbone, cache_path, Options())
+    cache = FeatureCache(cache_path)
+    bundles: list[Bundle] = []
+    for name in ("logistic", "mlp"):
+        bundles.append(train_head(cache, out / f"{name}.head", make_head(name)))
+        log.info("trained %s in %.1f s", name, bundles[-1].cost["train_seconds"])
+    log.info("fine-tuning the whole network for %d epochs, to compare", epochs)
+    untrained = backbone.seed is not None  # then batch norm has no statistics worth keeping, and all layers must learn
+    tuning = FineTuneOptions(epochs=epochs, batch_size=32, augment=False)  # flipped digits are other digits
+    if untrained:
+        tuning = replace(tuning, optimizer="adamw", lr=1e-3, head_lr_factor=1.0, batch_statistics=True)
+    bundles.append(train_finetuned(cache, out / "finetuned.head", backbone, tuning))
+    pixels, evaluation = raw_pixels(cache)
+    comparison = sorted([*compare(bundles), pixels], key=lambda line: -line.accuracy)
+    held_out = cache.rows("test")[:: max(len(cache.rows("test")) // 5, 1)][:5]
+    shown = [out / "digits" / row.path.decode() for row in held_out]
+    predictions = list(Predictor.of(bundles[0]).predict(list_images(shown)))
+    report = out / "comparison.html"
+    page = comparison_report(
+        comparison, notes=[*notes, *evaluation.notes], title="Handwritten digits: frozen features or fine-tuning?"
+    )
+    write_output(report, page.encode(), overwrite=True)
+    return DemoResult(
+        first=first,
+        second=second,
+        evaluation=evaluate_bundle(bundles[0], cache_path)[0],
+        comparison=comparison,
+        predictions=predictions,
+        notes=notes,
+        report=report,
+    )
+
+
+def raw_pixels(cache: FeatureCache) -> tuple[Compared, Evaluation]:
+    """Logistic regression on the 64 pixel values, on the same split: the line that features must beat."""
+    from PIL import Image
+
+    def pixels(split: str) -> tuple[np.ndarray[tuple[int, ...], np.dtype[np.float32]], Subset]:
+        subset = cache.subset(split)
+        rows = [np.asarray(Image.open(cache.root / path.decode()), np.float32).ravel() / 255 for path in subset.paths]
+        return np.stack(rows), subset
+
+    (X, train), (Xv, val), (Xt, test) = (pixels(split) for split in ("train", "val", "test"))
+    begin = time.perf_counter()
+    head = LogisticHead().fit(X, train.y, validation=(Xv, val.y), groups=train.groups)
+    seconds = time.perf_counter() - begin
+    evaluation = score(test.y, head.predict_proba(Xt), [str(label) for label in head.classes_], "test")
+    line = Compared(
+        name="raw pixels",
+        kind="no backbone",
+        n=evaluation.n,
+        accuracy=evaluation.accuracy,
+        accuracy_interval=evaluation.accuracy_interval,
+        macro_f1=evaluation.macro_f1,
+        train_seconds=round(seconds, 3),
+        extract_seconds=0.0,
+        images=0,
+    )
+    return line, evaluation
+
+
+def _make_room(out: Path, *, overwrite: bool) -> None:
+    if not out.exists():
+        return
+    ours = (out / "digits").is_dir()
+    if not ours or not overwrite:
+        reason = "choose another folder or pass --overwrite" if ours else "it is not an earlier demo; choose another folder"
+        message = f"{out} exists; {reason}"
+        raise OutputExistsError(message)
+    shutil.rmtree(out)

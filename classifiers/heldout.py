@@ -1,0 +1,181 @@
+"""Which samples may be fitted, which choices are made on, which are reported; and a bundle's figures on the last.
+
+- ``test`` present: choose on ``val`` where there is one (else k-fold inside ``train``), refit on both, report on ``test``;
+- only ``train`` and ``val``: ``val`` is held out and every choice is made by k-fold inside ``train``;
+- nothing held out: everything is fitted, nothing reported.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from extractor.pipeline import Options, survey
+from extractor.sources import open_source
+from store.cache import FeatureCache, assign_splits, with_splits
+from store.errors import BadDataError
+from store.samples import Row, SampleTable
+
+from .bundle import Bundle, Predictions, head_function
+from .evaluate import Evaluation, score
+from .predict import Predictor
+
+log = logging.getLogger("penult.classifiers")
+
+ACCEPTED = ("provider",)  # whose difference is said and accepted: CUDA and CPU agree to 1e-4
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The samples of each role.
+
+    Attributes:
+        fit: what is fitted.
+        choose: what choices are made on; empty means k-fold inside ``fit``.
+        report: what is held out; may be empty.
+        facts: JSON for the bundle: split names and the rule they came from.
+    """
+
+    fit: list[Row]
+    choose: list[Row]
+    report: list[Row]
+    facts: dict[str, Any]
+
+
+def assign_roles(table: SampleTable, *, val: float | None = None, test: float | None = None, seed: int = 0) -> Roles:
+    """Roles from the stored splits, or from new ones where fractions are given.
+
+    Raises:
+        BadDataError: more inputs failed than the extraction allowed; samples without a label; a class is too small.
+    """
+    if table.facts.get("budget_exceeded"):
+        message = "more inputs failed than --max-failures allows; look at the ledger, then extract again with a larger budget"
+        raise BadDataError(message)
+    rows = [row for row in table.rows if row.ok]
+    unlabelled = [row for row in rows if row.label is None]
+    if unlabelled or not rows:
+        example = f" (such as {unlabelled[0].name})" if unlabelled else ""
+        message = f"{len(unlabelled)} of {len(rows)} samples have no label{example}; training needs one for each"
+        raise BadDataError(message)
+    rule = dict(table.facts.get("split", {}))
+    if val is not None or test is not None:
+        val, test = 0.2 if val is None else val, 0.2 if test is None else test
+        rows = with_splits(rows, assign_splits(rows, val=val, test=test, seed=seed))
+        rule = {"rule": "hash-rank", "val": val, "test": test, "seed": seed, "override": True}
+    by_name: dict[str, list[Row]] = {}
+    for row in rows:
+        by_name.setdefault(row.split or "train", []).append(row)
+    reported_on = "test" if "test" in by_name else "val" if "val" in by_name else None
+    chosen_on = "val" if reported_on == "test" and "val" in by_name else None
+    fit = by_name.get("train", [])
+    if not fit:
+        message = f"there is no split 'train' to fit on; there is {', '.join(by_name)}"
+        raise BadDataError(message)
+    facts = {"fit": "train", "chosen_on": chosen_on or "folds of train", "reported_on": reported_on, **rule}
+    return Roles(fit, by_name.get(chosen_on or "", []), by_name.get(reported_on or "", []), facts)
+
+
+def inner_validation(rows: Sequence[Row], *, fraction: float = 0.2, seed: int = 0) -> tuple[list[Row], list[Row]]:
+    """Training rows divided once more by hash rank, for what cannot do k-fold: (fit, choose)."""
+    names = assign_splits(rows, val=fraction, test=0.0, seed=seed)
+    fit = [row for row, name in zip(rows, names, strict=True) if name == "train"]
+    return fit, [row for row, name in zip(rows, names, strict=True) if name == "val"]
+
+
+def predict_held_out(predictor: Predictor, rows: Sequence[Row], root: Path, split: str) -> Predictions:
+    """Pass held-out images through a predictor.
+
+    Raises:
+        BadDataError: one of them can no longer be read.
+    """
+    base = os.fsencode(root)
+    found = []
+    for prediction in predictor.predict(base + b"/" + row.path for row in rows):
+        if prediction.probabilities is None:
+            message = f"{prediction.name}: {prediction.code}: {prediction.message}"
+            raise BadDataError(message)
+        found.append(prediction.probabilities)
+    return as_predictions(rows, np.stack(found), split)
+
+
+def as_predictions(rows: Sequence[Row], probabilities: Any, split: str) -> Predictions:
+    """Rows and their probabilities, as they are saved."""
+    labels = np.array([row.label for row in rows], dtype=str)
+    return Predictions([row.sha256 for row in rows], [row.path for row in rows], labels, np.asarray(probabilities), split)
+
+
+def evaluate_bundle(
+    bundle: Bundle, data: str | Path, *, split: str | None = None, root: Path | None = None, **predictor_options: Any
+) -> tuple[Evaluation, Predictions]:
+    """A bundle's figures on a cache or a dataset, leaving out every image that was fitted or chosen on.
+
+    Cached features are used where the fingerprint matches; otherwise the images go through the bundle's own backbone.
+
+    Args:
+        bundle: what to evaluate.
+        data: a cache, or a dataset as `penult extract` takes it.
+        split: which part; by default the one the bundle was reported on, or everything where there are no splits.
+        root: where the images are, if they moved since they were extracted.
+        predictor_options: ``device``, ``batch_size``, ``workers``.
+
+    Raises:
+        BadDataError: everything asked for was fitted, or there is nothing to evaluate.
+    """
+    cache = FeatureCache(data) if (Path(data) / "samples.h5").is_file() else None
+    if cache is not None:
+        table = cache.samples
+    else:
+        table = survey(open_source(data, root=root), bundle.backbone.preprocess, Options(val_fraction=0, test_fraction=0))
+    rows, name = _rows_of(table, bundle, split)
+    fitted = bundle.fitted()
+    fresh = [row for row in rows if row.sha256 not in fitted]
+    if not fresh:
+        message = f"all {len(rows)} images of {data}, split {name!r}, were fitted or chosen on when {bundle.name} was trained"
+        raise BadDataError(message)
+    if len(fresh) < len(rows):
+        log.warning(
+            "%d of %d images were fitted when %s was trained; they are left out", len(rows) - len(fresh), len(rows), bundle.name
+        )
+    if cache is not None and _same_features(bundle, cache):
+        probabilities = head_function(bundle.path / "head.onnx")(cache.features([row.sha256 for row in fresh]))
+        predictions = as_predictions(fresh, probabilities, name)
+    else:
+        predictor = Predictor.of(bundle, **predictor_options)
+        predictions = predict_held_out(predictor, fresh, root or table.root, name)
+    return score(predictions.labels, predictions.probabilities, bundle.classes, name), predictions
+
+
+def _rows_of(table: SampleTable, bundle: Bundle, split: str | None) -> tuple[list[Row], str]:
+    rows = [row for row in table.rows if row.ok]
+    if split is None and bundle.split.get("override"):  # the bundle was trained on splits of its own
+        fractions = {key: bundle.split[key] for key in ("val", "test", "seed")}
+        rows = with_splits(rows, assign_splits(rows, **fractions))
+    have = {row.split for row in rows if row.split}
+    name = split or (bundle.split.get("reported_on") if bundle.split.get("reported_on") in have else None)
+    if name is not None:
+        rows = [row for row in rows if row.split == name]
+        if not rows:
+            message = f"there are no samples in split {name!r}; there is {', '.join(sorted(have)) or 'no split at all'}"
+            raise BadDataError(message)
+    if any(row.label is None for row in rows):
+        message = f"{sum(row.label is None for row in rows)} of {len(rows)} samples have no label to compare with"
+        raise BadDataError(message)
+    return rows, name or "all"
+
+
+def _same_features(bundle: Bundle, cache: FeatureCache) -> bool:
+    differences = bundle.fingerprint.differences(cache.fingerprint, ignore=ACCEPTED)
+    for field, (mine, theirs) in bundle.fingerprint.differences(cache.fingerprint).items():
+        if not differences:
+            log.warning("%s differs: %s was trained with %s, %s holds %s", field, bundle.name, mine, cache.path, theirs)
+    if differences:
+        log.info(
+            "%s holds other features than %s takes (%s): embedding the images", cache.path, bundle.name, ", ".join(differences)
+        )
+    return not differences

@@ -1,0 +1,156 @@
+"""Images to labels: decode, backbone, head, in a stream with bounded memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from extractor.images import ImageError, decode
+from extractor.pipeline import ahead, read_file
+from extractor.preprocess import Preprocess
+from extractor.progress import StopFlag
+from extractor.session import Embedder, resolve_device
+from extractor.sources import ImageFolder
+from store.errors import InputMissingError
+from store.samples import display
+from store.shard import as_stored
+
+from .bundle import Bundle, head_function
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a bundle says of one file.
+
+    Attributes:
+        path: as it was given.
+        label, probability: of the most probable class; None where the file cannot be used.
+        probabilities: ``(k,)`` in the order of the bundle's classes.
+        code, message: why the file cannot be used.
+    """
+
+    path: bytes
+    label: str | None = None
+    probability: float | None = None
+    probabilities: NDArray[np.float32] | None = None
+    code: str | None = None
+    message: str = ""
+
+    @property
+    def name(self) -> str:
+        return display(self.path)
+
+
+class Predictor:
+    """A backbone file and a head, ready to predict.
+
+    Args:
+        backbone: the ONNX file from pixels to features.
+        preprocess: what its input must have gone through.
+        head: features ``(n, d)`` float32 to probabilities ``(n, k)``.
+        classes: label of each column.
+        storage: how features were rounded in the cache that the head was trained on.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
+        batch_size: images per call of the backbone; None for the device's default.
+        workers: decoding threads; None for the number of cores.
+    """
+
+    def __init__(
+        self,
+        backbone: Path,
+        preprocess: Preprocess,
+        head: Callable[[NDArray[np.float32]], NDArray[np.float32]],
+        classes: Sequence[str],
+        *,
+        storage: str = "auto",
+        device: str = "auto",
+        batch_size: int | None = None,
+        workers: int | None = None,
+    ) -> None:
+        self.classes = list(classes)
+        self._backbone, self._preprocess, self._head, self._storage = backbone, preprocess, head, storage
+        self._device, self._batch_size = device, batch_size
+        self._workers = workers or os.cpu_count() or 1
+
+    @classmethod
+    def load(cls, path: str | Path, **options: Any) -> Self:
+        """Open a bundle; see `Bundle.load` for what is refused."""
+        return cls.of(Bundle.load(path), **options)
+
+    @classmethod
+    def of(cls, bundle: Bundle, **options: Any) -> Self:
+        """The predictor of a bundle that was loaded before."""
+        return cls(
+            bundle.path / "backbone.onnx",
+            bundle.backbone.preprocess,
+            head_function(bundle.path / "head.onnx"),
+            bundle.classes,
+            storage=bundle.storage,
+            **options,
+        )
+
+    def predict(self, paths: Iterable[str | bytes | Path]) -> Iterator[Prediction]:
+        """One prediction per file, in order; a bad file costs its own prediction and no other."""
+        for batch in _batches(
+            ahead(self._pixels, map(os.fsencode, paths), self._workers, StopFlag()), self.embedder.batch_size
+        ):
+            good = [pixels for _, pixels in batch if isinstance(pixels, np.ndarray)]
+            rows = iter(self._probabilities(np.stack(good)) if good else ())
+            for path, pixels in batch:
+                if isinstance(pixels, ImageError):
+                    yield Prediction(path, code=pixels.code, message=str(pixels))
+                    continue
+                row: NDArray[np.float32] = next(rows)
+                best = int(row.argmax())
+                yield Prediction(path, self.classes[best], float(row[best]), row)
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        """The backbone's session, opened on first use."""
+        return Embedder(self._backbone, device=resolve_device(self._device), batch_size=self._batch_size)
+
+    def _pixels(self, path: bytes) -> tuple[bytes, NDArray[np.uint8] | ImageError]:
+        try:
+            return path, self._preprocess.pixels(decode(read_file(path)[0]))
+        except ImageError as error:
+            return path, error
+
+    def _probabilities(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        features = self.embedder(self._preprocess.normalise(pixels))
+        return self._head(as_stored(features, self._storage))
+
+
+def list_images(inputs: Sequence[str | Path]) -> list[bytes]:
+    """The files that the arguments of `penult predict` mean: files as they are, folders with everything below them.
+
+    Raises:
+        InputMissingError: one does not exist, or a folder is empty.
+    """
+    found = []
+    for item in map(Path, inputs):
+        if item.is_dir():
+            found += [os.fsencode(item) + b"/" + sample.path for sample in ImageFolder(item).everything()]
+        elif item.exists():
+            found.append(os.fsencode(item))
+        else:
+            message = f"{item} does not exist"
+            raise InputMissingError(message)
+    return found
+
+
+def _batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    batch = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

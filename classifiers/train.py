@@ -1,0 +1,259 @@
+"""From a cache to a bundle: a head on cached features, or the whole network fine-tuned on the same split."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from extractor.backbones import Backbone, load
+from extractor.export import to_onnx
+from extractor.pipeline import Options, fingerprint, survey
+from extractor.session import resolve_device
+from extractor.sources import Source
+from store.cache import FeatureCache, Subset
+from store.errors import BadDataError, UsageError
+from store.samples import Row, SampleTable
+
+from .bundle import Bundle, refuse_existing, save_bundle
+from .dense import DenseHead
+from .evaluate import score
+from .finetune import FineTuneOptions, finetune
+from .heldout import Roles, as_predictions, assign_roles, inner_validation, predict_held_out
+from .predict import Predictor
+
+log = logging.getLogger("penult.classifiers")
+
+HEADS = ("logistic", "mlp")
+
+
+def make_head(name: str, **settings: Any) -> Any:
+    """An unfitted head by name; settings that are None keep its defaults.
+
+    Raises:
+        UsageError: no such head, or a setting that it does not have.
+    """
+    if name not in HEADS:
+        message = f"--head {name}: there is {', '.join(HEADS)}"
+        raise UsageError(message)
+    from .logistic import LogisticHead
+    from .mlp import MlpHead
+
+    head: Any = {"logistic": LogisticHead, "mlp": MlpHead}[name]()
+    given = {key: value for key, value in settings.items() if value is not None}
+    unknown = sorted(set(given) - set(head.get_params()))
+    if unknown:
+        message = f"the {name} head has no setting {', '.join(unknown)}"
+        raise UsageError(message)
+    return head.set_params(**given)
+
+
+def train_head(
+    cache: FeatureCache,
+    out: Path,
+    head: Any,
+    *,
+    val: float | None = None,
+    test: float | None = None,
+    split_seed: int = 0,
+    overwrite: bool = False,
+) -> Bundle:
+    """Fit a head on a cache's training rows, evaluate it on the held-out ones and save a bundle.
+
+    Args:
+        cache: the features.
+        out: the bundle's folder.
+        head: an unfitted `LogisticHead` or `MlpHead`.
+        val, test, split_seed: fractions for a split other than the stored one.
+        overwrite: replace an existing bundle.
+
+    Raises:
+        BadDataError: the data cannot be trained on; says why.
+        OutputExistsError: the bundle exists.
+    """
+    refuse_existing(out, overwrite=overwrite)
+    roles = assign_roles(cache.samples, val=val, test=test, seed=split_seed)
+    _need_two_classes(roles)
+    train = cache.of_rows(roles.fit, "train")
+    choose = cache.of_rows(roles.choose, "val") if roles.choose else None
+    begin = time.perf_counter()
+    head.fit(train.X, train.y, validation=(choose.X, choose.y) if choose else None, groups=train.groups)
+    seconds = time.perf_counter() - begin
+    held_out = cache.of_rows(roles.report, str(roles.facts["reported_on"])) if roles.report else None
+    return save_head(
+        cache,
+        out,
+        head,
+        fitted=[train, *([choose] if choose else [])],
+        held_out=held_out,
+        split=roles.facts,
+        seconds=seconds,
+        overwrite=overwrite,
+    )
+
+
+def save_head(
+    cache: FeatureCache,
+    out: str | Path,
+    head: Any,
+    *,
+    fitted: Sequence[Subset],
+    held_out: Subset | None,
+    split: dict[str, Any] | None = None,
+    seconds: float = 0.0,
+    overwrite: bool = False,
+) -> Bundle:
+    """Save a fitted head as a bundle.
+
+    Args:
+        cache: where its features came from; gives the backbone and the fingerprint.
+        out: the bundle's folder.
+        head: a fitted `LogisticHead` or `MlpHead`.
+        fitted: everything it was fitted or chosen on; `evaluate_bundle` will refuse these images.
+        held_out: what it is reported on; None for nothing.
+        split: facts about the split.
+        seconds: training time.
+        overwrite: replace an existing bundle.
+    """
+    from extractor.onnxfile import read_facts
+
+    metrics = predictions = None
+    if held_out is not None:
+        probabilities = head.dense_.probabilities(held_out.X)
+        rows = [
+            Row(path, label, held_out.name, sha256=digest)
+            for path, label, digest in zip(held_out.paths, held_out.y.tolist(), held_out.sha256, strict=True)
+        ]
+        predictions = as_predictions(rows, probabilities, held_out.name)
+        metrics = score(held_out.y, probabilities, list(head.dense_.classes), held_out.name).to_json()
+    else:
+        log.warning("nothing is held out, so nothing can be said about how good this head is")
+    # an ONNX file of somebody's own is identified by its digest, whatever its metadata says
+    facts = replace(read_facts(cache.backbone), weights_sha256=str(cache.fingerprint.fields["weights"]))
+    bundle = Bundle(
+        path=Path(out),
+        kind="frozen",
+        head=type(head).__name__.removesuffix("Head").lower(),
+        classes=list(head.dense_.classes),
+        backbone=facts,
+        fingerprint=cache.fingerprint,
+        split=split or {"reported_on": held_out.name if held_out else None, "rule": "caller"},
+        hyperparameters={**head.hyperparameters_, "temperature": head.temperature_},
+        history=list(head.history_),
+        metrics=metrics,
+        cost={
+            "train_seconds": round(seconds, 3),
+            "extract_seconds": cache.samples.facts.get("extract_seconds", 0.0),
+            "images": cache.samples.counts["ok"],
+        },
+    )
+    digests = [digest for subset in fitted for digest in subset.sha256]
+    return save_bundle(
+        bundle,
+        backbone=cache.backbone,
+        head=head.dense_.to_onnx(),
+        predictions=predictions,
+        fitted=digests,
+        overwrite=overwrite,
+    )
+
+
+def train_finetuned(
+    data: FeatureCache | Source,
+    out: Path,
+    backbone: Backbone,
+    options: FineTuneOptions,
+    *,
+    extract_options: Options | None = None,
+    root: Path | None = None,
+    overwrite: bool = False,
+) -> Bundle:
+    """Fine-tune the backbone end to end on the same split and save it as a bundle like any other.
+
+    Args:
+        data: a cache, whose sample table, root and failures are taken over (so that comparisons are paired), or a source.
+        out: the bundle's folder.
+        backbone: what to start from.
+        options: of the training.
+        extract_options: the split, where ``data`` is a source without one.
+        root: where the images are, if they moved since the cache was made.
+        overwrite: replace an existing bundle.
+
+    Raises:
+        BadDataError: the data cannot be trained on, or the training diverged.
+        OutputExistsError: the bundle exists.
+    """
+    refuse_existing(out, overwrite=overwrite)
+    if backbone.is_file:
+        message = f"{backbone.name} is an ONNX file; fine-tuning needs a torchvision network by name, with its weights"
+        raise UsageError(message)
+    if isinstance(data, FeatureCache):
+        table: SampleTable = data.samples
+    else:
+        table = survey(data, load(backbone).preprocess, extract_options or Options())
+    roles = assign_roles(table)
+    _need_two_classes(roles)
+    fit, choose = (roles.fit, roles.choose) if roles.choose else inner_validation(roles.fit, seed=options.seed)
+    if not roles.choose:
+        roles.facts["chosen_on"] = "a fifth of train, by hash rank"
+    classes = sorted({str(row.label) for row in roles.fit})
+    folder = root or table.root
+    tuned = finetune(_labelled(fit, folder, classes), _labelled(choose, folder, classes), len(classes), backbone, options)
+
+    zeros, ones = np.zeros(tuned.weight.shape[1], np.float32), np.ones(tuned.weight.shape[1], np.float32)
+    head = DenseHead(zeros, ones, [(tuned.weight, tuned.bias)], classes)
+    with tempfile.TemporaryDirectory(prefix="penult-") as temporary:
+        network = Path(temporary) / "backbone.onnx"
+        facts = to_onnx(tuned.loaded, backbone.name, network)
+        storage = "float32"  # its features are never cached, hence never rounded
+        predictor = Predictor(network, facts.preprocess, head.probabilities, classes, storage=storage, device=options.device)
+        predictions = metrics = None
+        if roles.report:
+            predictions = predict_held_out(predictor, roles.report, folder, str(roles.facts["reported_on"]))
+            metrics = score(predictions.labels, predictions.probabilities, classes, predictions.split).to_json()
+        bundle = Bundle(
+            path=out,
+            kind="fine-tuned",
+            head="fine-tuned",
+            classes=classes,
+            backbone=facts,
+            fingerprint=fingerprint(facts, resolve_device(options.device).partition(":")[0], storage),
+            split=roles.facts,
+            hyperparameters={
+                **vars(options),
+                "best_epoch": tuned.best_epoch,
+                "trained_parameters": tuned.trained_parameters,
+                "weights": backbone.weights and Path(backbone.weights).name,
+            },
+            history=tuned.history,
+            metrics=metrics,
+            cost={"train_seconds": round(tuned.seconds, 3), "extract_seconds": 0.0, "images": tuned.images},
+        )
+        fitted = [row.sha256 for row in [*fit, *choose]]
+        return save_bundle(
+            bundle, backbone=network, head=head.to_onnx(), predictions=predictions, fitted=fitted, overwrite=overwrite
+        )
+
+
+def _labelled(rows: Sequence[Row], root: Path, classes: list[str]) -> list[tuple[Path, int]]:
+    import os
+
+    index = {label: i for i, label in enumerate(classes)}
+    unknown = sorted({str(row.label) for row in rows} - set(classes))
+    if unknown:
+        message = f"validation has classes that training lacks: {', '.join(unknown)}"
+        raise BadDataError(message)
+    return [(root / os.fsdecode(row.path), index[str(row.label)]) for row in rows]
+
+
+def _need_two_classes(roles: Roles) -> None:
+    labels = {row.label for row in roles.fit}
+    if len(labels) < 2:
+        message = f"a classifier needs at least two classes; the training split has one, {labels.pop()!r}"
+        raise BadDataError(message)
