@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench soak install lock clean
+.PHONY: demo test lint bench install lock clean
 
 demo: install  ## the whole way on data that needs no download
 	$(BIN)/penult demo -o demo --overwrite

@@ -1,0 +1,563 @@
+"""The command line: parse, call, print. The only place that prints, exits, or turns an error into an exit code.
+
+Everything heavy is imported inside the command that needs it, so that ``penult --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from store.errors import PenultError
+
+if TYPE_CHECKING:
+    from classifiers.evaluate import Evaluation
+    from extractor.backbones import Backbone
+
+F = TypeVar("F", bound=Callable[..., Any])
+FOLDER = click.Path(path_type=Path)
+WITH_FAILURES = 3
+
+
+def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Several click options as one decorator, in the order of the help text."""
+
+    def decorate(function: F) -> F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+weights_options = options(
+    click.option("--weights", metavar="NAME|FILE.pth|random", help="Weights; torchvision's default where not given."),
+    click.option("--preset", metavar="NAME", help="Torchvision weights whose preprocessing a .pth file goes with."),
+    click.option("--resize", type=click.IntRange(1), help="Shorter side after resizing, pixels (the preset's)."),
+    click.option("--crop", type=click.IntRange(1), help="Side of the centred crop, pixels (the preset's)."),
+)
+backbone_options = options(
+    click.option("-m", "--backbone", required=True, metavar="NAME|FILE.onnx", help="Network; see `penult backbones`."),
+    weights_options,
+)
+run_options = options(
+    click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", help="Where to compute."),
+    click.option("-b", "--batch-size", default="auto", show_default=True, metavar="N|auto", help="Images per batch."),
+    click.option("-j", "--workers", default="auto", show_default=True, metavar="N|auto", help="Decoding threads."),
+)
+split_options = options(
+    click.option("--val-fraction", type=click.FloatRange(0, 1, max_open=True), help="Share for validation."),
+    click.option("--test-fraction", type=click.FloatRange(0, 1, max_open=True), help="Share held out."),
+)
+source_options = options(
+    click.option("--root", type=FOLDER, help="What the paths of a manifest are relative to."),
+    click.option("--group-by", metavar="COLUMN|REGEX", help="What must stay in one split: a column, or a pattern over paths."),
+    click.option("--follow-symlinks", is_flag=True, help="Follow symbolic links."),
+    click.option("--limit", type=click.IntRange(1), help="Only the first N inputs."),
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+
+
+def output_option(what: str) -> Callable[[F], F]:
+    return click.option("-o", "--output", required=True, type=FOLDER, help=what)
+
+
+class Ordered(click.Group):
+    """Commands in the order in which one needs them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=Ordered, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="penult", message="%(prog)s %(version)s")
+@click.option("-q", "--quiet", is_flag=True, help="Only warnings on stderr.")
+@click.option("-v", "--verbose", is_flag=True, help="More on stderr.")
+def cli(*, quiet: bool, verbose: bool) -> None:
+    """Extract once, train in seconds: cached features of frozen backbones.
+
+    Example: penult extract photos/ -m resnet50 -o photos.cache
+    """
+    level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
+    logger = logging.getLogger("penult")
+    logger.setLevel(level)
+    logger.handlers = [_StderrHandler()]
+
+
+class _StderrHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "warning: " if record.levelno >= logging.WARNING else ""
+        click.echo(prefix + record.getMessage(), err=True)
+
+
+@cli.command()
+@click.argument("name", required=False)
+@json_option
+def backbones(name: str | None, *, as_json: bool) -> None:
+    """List the backbones, or show one.
+
+    Example: penult backbones resnet50
+    """
+    from extractor.backbones import row, rows
+    from extractor.export import describe
+
+    if name is None:
+        listing = list(rows())
+        if as_json:
+            return print_json(listing)
+        cells = [
+            (
+                r["name"],
+                str(w["crop"]),
+                f"{w['parameters'] / 1e6:.1f} M",
+                f"{w['gflops']:.2f}",
+                f"{w['top1']:.1f} %",
+                " ".join(r["weights"]),
+            )
+            for r in listing
+            for w in [r["weights"][r["default"]]]
+        ]
+        return print_table(("backbone", "input", "parameters", "GFLOPs", "ImageNet top-1", "weights (default first)"), cells)
+    facts = {**row(name), **describe(name)}
+    if as_json:
+        return print_json(facts)
+    click.echo(f"{name}: {facts['dim']} features, the {facts['layer']} (pooling: {facts['pooling']})")
+    print_table(
+        ("weights", "input", "resize", "interpolation", "top-1", "licence"),
+        [
+            (key, str(w["crop"]), str(w["resize"]), w["interpolation"], f"{w['top1']:.1f} %", w["licence"])
+            for key, w in facts["weights"].items()
+        ],
+    )
+    return None
+
+
+@cli.command()
+@click.argument("name", metavar="BACKBONE")
+@weights_options
+@output_option("The ONNX file.")
+@overwrite_option
+def export(name: str, output: Path, *, overwrite: bool, **chosen: Any) -> None:
+    """Export a backbone to ONNX, cut at its penultimate layer and checked against torch.
+
+    Example: penult export resnet50 -o resnet50.onnx
+    """
+    from extractor.export import export as export_backbone
+    from store.errors import OutputExistsError
+
+    if output.exists() and not overwrite:
+        message = f"{output} exists; choose another name or pass --overwrite"
+        raise OutputExistsError(message)
+    facts = export_backbone(backbone_from({**chosen, "backbone": name}), output)
+    click.echo(f"{output}: {facts.name} ({facts.weights}), {facts.dim} features, {facts.layer}, pooling {facts.pooling}")
+
+
+@cli.command()
+@click.argument("data", type=FOLDER)
+@backbone_options
+@output_option("The cache, a folder.")
+@run_options
+@source_options
+@split_options
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the split.")
+@click.option(
+    "--storage",
+    type=click.Choice(["auto", "float32"]),
+    default="auto",
+    show_default=True,
+    help="float16 where the values fit, or float32 always.",
+)
+@click.option(
+    "--on-error", type=click.Choice(["skip", "fail"]), default="skip", show_default=True, help="What a bad file does."
+)
+@click.option(
+    "--max-failures", default="1%", show_default=True, metavar="N|P%", help="How many may fail; a share is at least 3."
+)
+@click.option("--retry-failed", is_flag=True, help="Try recorded failures again.")
+@click.option("--verify-content", is_flag=True, help="Read every file, even if size, time and inode are unchanged.")
+@overwrite_option
+@json_option
+def extract(data: Path, output: Path, *, as_json: bool, **given: Any) -> int:
+    """Pass every image through a backbone once and cache its features. Run it again to resume or to update.
+
+    DATA is a folder per class, train|val|test folders of these, a flat folder, or a CSV file with a column `path`.
+
+    Example: penult extract photos/ -m resnet50 -o photos.cache
+    """
+    from extractor.pipeline import Options, run_extract
+    from extractor.sources import open_source
+
+    source = open_source(data, root=given["root"], follow_symlinks=given["follow_symlinks"], group_by=given["group_by"])
+    chosen = Options(
+        device=given["device"],
+        batch_size=number(given["batch_size"], "--batch-size"),
+        workers=number(given["workers"], "--workers"),
+        fail_fast=given["on_error"] == "fail",
+        val_fraction=0.2 if given["val_fraction"] is None else given["val_fraction"],
+        test_fraction=0.2 if given["test_fraction"] is None else given["test_fraction"],
+        quiet=logging.getLogger("penult").level > logging.INFO,
+        **{
+            key: given[key]
+            for key in ("storage", "seed", "max_failures", "retry_failed", "verify_content", "limit", "overwrite")
+        },
+    )
+    summary = run_extract(source, backbone_from(given), output, chosen)
+    if as_json:
+        print_json(summary.to_json())
+    else:
+        click.echo(summary.text())
+    return WITH_FAILURES if summary.failed else 0
+
+
+@cli.command()
+@click.argument("cache", type=FOLDER)
+@json_option
+def info(cache: Path, *, as_json: bool) -> None:
+    """Show what is in a cache: fingerprint, rows, labels by split, failures.
+
+    Example: penult info photos.cache
+    """
+    from store.cache import FeatureCache
+    from store.fingerprint import short
+
+    opened = FeatureCache(cache)
+    facts = opened.describe()
+    if as_json:
+        return print_json(facts)
+    counts = facts["counts"]
+    click.echo(f"{cache}: {facts['rows']} rows of {facts['dim']} {facts['dtype']} features in {facts['shards']} shard(s)")
+    click.echo(f"{counts['inputs']} inputs = {counts['ok']} ok + {counts['duplicates']} duplicates + {counts['failed']} failed")
+    splits = facts["splits"]
+    labels = [(label, *(str(per.get(s, 0)) for s in splits), str(sum(per.values()))) for label, per in facts["labels"].items()]
+    print_table(("label", *splits, "images"), labels)
+    if facts["failures"]:
+        print_table(("failed", "code", "message"), [(f["path"], f["code"], f["message"]) for f in facts["failures"]], left=3)
+    leaves = opened.fingerprint.leaves().items()
+    return print_table(("fingerprint", "value"), [(key, short(value)) for key, value in leaves], left=2)
+
+
+@cli.command()
+@click.argument("cache", type=FOLDER)
+@output_option("The bundle, a folder.")
+@click.option("--head", type=click.Choice(["logistic", "mlp"]), default="logistic", show_default=True, help="Kind of head.")
+@click.option("--C", "C", type=click.FloatRange(0, min_open=True), help="logistic: one value instead of a search.")
+@click.option("--hidden", metavar="N,N", help="mlp: width of each hidden layer.")
+@click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), help="mlp: probability.")
+@click.option("--weight-decay", type=click.FloatRange(0), help="mlp: of AdamW.")
+@split_options
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the training, and of a split of its own.")
+@overwrite_option
+@json_option
+def train(cache: Path, output: Path, head: str, *, as_json: bool, overwrite: bool, **given: Any) -> None:
+    """Train a head on cached features and save it as a bundle.
+
+    The split stored in the cache is used; --val-fraction or --test-fraction make another one.
+
+    Example: penult train photos.cache --head logistic -o photos.head
+    """
+    from classifiers.train import make_head, train_head
+    from store.cache import FeatureCache
+
+    hidden = [number(width, "--hidden") for width in given["hidden"].split(",")] if given["hidden"] else None
+    settings = {"C": given["C"], "hidden": hidden, "dropout": given["dropout"], "weight_decay": given["weight_decay"]}
+    fractions = {"val": given["val_fraction"], "test": given["test_fraction"], "split_seed": given["seed"]}
+    made = make_head(head, seed=given["seed"], **settings)
+    bundle = train_head(FeatureCache(cache), output, made, overwrite=overwrite, **fractions)
+    print_bundle(bundle, as_json=as_json)
+
+
+@cli.command()
+@click.argument("data", type=FOLDER)
+@backbone_options
+@output_option("The bundle, a folder.")
+@click.option("--epochs", type=click.IntRange(1), help="At most so many.")
+@click.option("--lr", type=click.FloatRange(0, min_open=True), help="Learning rate of the transferred layers.")
+@click.option("--head-lr-factor", type=click.FloatRange(0, min_open=True), help="The new head learns so many times faster.")
+@click.option("--freeze-until", metavar="STAGE", help="Freeze what runs before this stage; `head` freezes everything.")
+@click.option("--optimizer", type=click.Choice(["sgd", "adamw"]), help="Which optimiser.")
+@click.option("--weight-decay", type=click.FloatRange(0), help="Of the optimiser.")
+@click.option("--patience", type=click.IntRange(1), help="Epochs without improvement before it stops.")
+@click.option("--augment/--no-augment", default=True, show_default=True, help="Random crops and flips.")
+@run_options
+@source_options
+@split_options
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the training, and of the split of DATA without one.")
+@overwrite_option
+@json_option
+def finetune(data: Path, output: Path, *, as_json: bool, overwrite: bool, **given: Any) -> None:
+    """Fine-tune a backbone end to end on the same split, to compare with frozen features.
+
+    DATA is a cache, whose samples and split are taken over, or a dataset as `penult extract` takes it.
+
+    Example: penult finetune photos.cache -m resnet50 -o photos-finetuned.head
+    """
+    from classifiers.finetune import FineTuneOptions
+    from classifiers.train import train_finetuned
+    from extractor.pipeline import Options
+    from extractor.sources import open_source
+    from store.cache import FeatureCache
+
+    names = (
+        "epochs",
+        "lr",
+        "head_lr_factor",
+        "freeze_until",
+        "optimizer",
+        "weight_decay",
+        "patience",
+        "augment",
+        "seed",
+        "device",
+    )
+    settings = {name: given[name] for name in names if given[name] is not None}
+    for name in ("batch_size", "workers"):
+        value = number(given[name], f"--{name.replace('_', '-')}")
+        settings |= {name: value} if value else {}
+    if (data / "samples.h5").is_file():
+        origin: Any = FeatureCache(data)
+    else:
+        origin = open_source(data, root=given["root"], follow_symlinks=given["follow_symlinks"], group_by=given["group_by"])
+    fractions = {key: given[key] for key in ("val_fraction", "test_fraction") if given[key] is not None}
+    split = Options(seed=given["seed"], limit=given["limit"], **fractions)
+    quiet = logging.getLogger("penult").level > logging.INFO
+    bundle = train_finetuned(
+        origin,
+        output,
+        backbone_from(given),
+        FineTuneOptions(quiet=quiet, **settings),
+        extract_options=split,
+        root=given["root"],
+        overwrite=overwrite,
+    )
+    print_bundle(bundle, as_json=as_json)
+
+
+@cli.command()
+@click.argument("bundle", type=FOLDER)
+@click.argument("data", type=FOLDER)
+@click.option("--split", help="Which part; by default the one that was held out in training.")
+@click.option("--min-accuracy", type=click.FloatRange(0, 1), help="Gate: exit 65 below it.")
+@click.option("--plot", type=FOLDER, help="Write the confusion matrix as .png, .svg or .pdf.")
+@click.option("--root", type=FOLDER, help="Where the images are, if they moved.")
+@run_options
+@overwrite_option
+@json_option
+def evaluate(bundle: Path, data: Path, *, as_json: bool, overwrite: bool, **given: Any) -> None:
+    """Evaluate a bundle on a cache or a dataset: accuracy with its interval, per class, confusion matrix.
+
+    Example: penult evaluate photos.head photos.cache --split test
+    """
+    from classifiers.bundle import Bundle
+    from classifiers.heldout import evaluate_bundle
+    from classifiers.report import save_confusion
+    from store.errors import GateError
+
+    result, _ = evaluate_bundle(Bundle.load(bundle), data, split=given["split"], root=given["root"], **runtime(given))
+    if given["plot"]:
+        save_confusion(result.to_json(), given["plot"], overwrite=overwrite)
+    if as_json:
+        print_json(result.to_json())
+    else:
+        print_evaluation(result)
+    gate = given["min_accuracy"]
+    if gate is not None and result.accuracy < gate:
+        message = f"gate not met: accuracy {result.accuracy:.4f} is below --min-accuracy {gate}"
+        raise GateError(message)
+
+
+@cli.command()
+@click.argument("bundle", type=FOLDER)
+@click.argument("images", nargs=-1, required=True, type=FOLDER)
+@click.option(
+    "--format", "form", type=click.Choice(["table", "csv", "jsonl"]), default="table", show_default=True, help="Output."
+)
+@run_options
+def predict(bundle: Path, images: Sequence[Path], form: str, **given: Any) -> int:
+    """Predict label and probability of images, or of everything in a folder.
+
+    Example: penult predict photos.head new/ --format csv > predictions.csv
+    """
+    from classifiers.predict import Predictor, list_images
+
+    predictor = Predictor.load(bundle, **runtime(given))
+    results = predictor.predict(list_images(images))
+    failed = 0
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    if form == "csv":
+        writer.writerow(["path", "label", "probability", "error", *predictor.classes])
+    for p in results:
+        failed += p.code is not None
+        each = [] if p.probabilities is None else [round(float(value), 6) for value in p.probabilities]
+        if form == "csv":
+            best = "" if p.probability is None else f"{p.probability:.6f}"
+            writer.writerow([p.name, p.label or "", best, p.code or "", *each])
+        elif form == "jsonl":
+            facts = {"path": p.name, "label": p.label, "probability": p.probability, "error": p.code, "message": p.message}
+            click.echo(json.dumps({**facts, "probabilities": dict(zip(predictor.classes, each, strict=False))}))
+        else:
+            click.echo(f"{p.name}\t{p.code}: {p.message}" if p.code else f"{p.name}\t{p.label}\t{p.probability:.4f}")
+    return WITH_FAILURES if failed else 0
+
+
+@cli.command()
+@click.argument("bundles", nargs=-1, required=True, type=FOLDER)
+@click.option("-o", "--output", type=FOLDER, help="Also write an HTML report.")
+@overwrite_option
+@json_option
+def compare(bundles: Sequence[Path], output: Path | None, *, overwrite: bool, as_json: bool) -> None:
+    """Compare bundles on the same held-out images: accuracy, interval, macro F1, cost.
+
+    Example: penult compare photos.head photos-finetuned.head -o report.html
+    """
+    from classifiers.bundle import Bundle
+    from classifiers.compare import COLUMNS, comparison_report
+    from classifiers.compare import compare as compare_bundles
+    from classifiers.report import write_output
+
+    lines = compare_bundles([Bundle.load(path) for path in bundles])
+    if output:
+        write_output(output, comparison_report(lines).encode(), overwrite=overwrite)
+    if as_json:
+        return print_json([line.to_json() for line in lines])
+    return print_table(COLUMNS, [line.cells() for line in lines], left=2)
+
+
+@cli.command()
+@click.argument("job", type=FOLDER)
+@json_option
+def run(job: Path, *, as_json: bool) -> int:
+    """Run a job file: extract, train, evaluate, and hold the result against its gate.
+
+    Example: penult run nightly.toml
+    """
+    from classifiers.jobs import run_job
+
+    result = run_job(job, quiet=logging.getLogger("penult").level > logging.INFO)
+    if as_json:
+        print_json(result.to_json())
+    else:
+        click.echo(result.extract.text())
+        print_evaluation(result.evaluation)
+    return WITH_FAILURES if result.extract.failed else 0
+
+
+@cli.command()
+@click.option("-o", "--output", type=FOLDER, default=Path("penult-demo"), show_default=True, help="Folder for all of it.")
+@click.option("--weights", metavar="NAME|FILE.pth|random", help="Of resnet18; torchvision's if they can be had, else random.")
+@click.option("--epochs", type=click.IntRange(1), default=3, show_default=True, help="Of fine-tuning.")
+@overwrite_option
+def demo(output: Path, weights: str | None, epochs: int, *, overwrite: bool) -> None:
+    """Show the whole way on handwritten digits that need no download, in about two minutes.
+
+    Example: penult demo -o demo
+    """
+    from classifiers.compare import COLUMNS
+    from classifiers.demo import run_demo
+
+    result = run_demo(output, weights=weights, epochs=epochs, overwrite=overwrite)
+    click.echo(f"\nFirst extraction   {result.first.text()}")
+    click.echo(f"Second extraction  {result.second.text()}")
+    click.echo("\nLogistic head on cached features")
+    print_evaluation(result.evaluation)
+    click.echo("\nSome predictions")
+    print_table(
+        ("image", "label", "probability"), [(p.name, p.label or "", f"{p.probability:.3f}") for p in result.predictions]
+    )
+    click.echo("\nFrozen features or fine-tuning?")
+    print_table(COLUMNS, [line.cells() for line in result.comparison], left=2)
+    for note in result.notes:
+        click.echo(f"\n{note}")
+    click.echo(f"\nReport: {result.report}   Bundles: {output}/*.head (each has a report.html)")
+
+
+def backbone_from(given: dict[str, Any]) -> Backbone:
+    from extractor.backbones import Backbone
+
+    return Backbone(given["backbone"], given["weights"], given["preset"], given["resize"], given["crop"])
+
+
+def runtime(given: dict[str, Any]) -> dict[str, Any]:
+    sizes = {name: number(given[name], f"--{name.replace('_', '-')}") for name in ("batch_size", "workers")}
+    return {"device": given["device"], **sizes}
+
+
+def number(text: str, flag: str) -> int | None:
+    """A positive integer, or None for ``auto``."""
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        message = f"{flag} {text}: expected a positive number"
+        raise click.UsageError(message)
+    return int(text)
+
+
+def print_json(facts: Any) -> None:
+    click.echo(json.dumps(facts, indent=2))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> None:
+    from classifiers.text import table
+
+    click.echo(table(columns, rows, left=left, width=None if sys.stdout.isatty() else 160))
+
+
+def print_bundle(bundle: Any, *, as_json: bool) -> None:
+    if as_json:
+        return print_json(bundle.to_json())
+    click.echo(f"{bundle.path}: {bundle.head} head, {len(bundle.classes)} classes, in {bundle.cost['train_seconds']:.1f} s")
+    metrics = bundle.metrics
+    if metrics:
+        low, high = metrics["accuracy_interval"]
+        split = bundle.split["reported_on"]
+        click.echo(f"accuracy {metrics['accuracy']:.4f} [{low:.4f}, {high:.4f}] on {metrics['n']} images of {split!r}")
+        for note in metrics["notes"]:
+            click.echo(f"warning: {note}", err=True)
+    return click.echo(f"report: {bundle.path / 'report.html'}")
+
+
+def print_evaluation(result: Evaluation) -> None:
+    from classifiers.text import evaluation_text
+
+    click.echo(evaluation_text(result, width=None if sys.stdout.isatty() else 160))
+    for note in result.notes:
+        click.echo(f"warning: {note}", err=True)
+
+
+def main() -> None:
+    """Run a command and exit with the code of CONTRACTS: a PenultError's own, 2 for usage, 70 for a bug with its traceback."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.exceptions.Exit as error:
+        code = error.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except (click.Abort, KeyboardInterrupt):
+        code = 130
+    except BrokenPipeError:  # `penult predict ... | head`: nobody reads on, and Python must not complain at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    except PenultError as error:
+        click.echo(f"error: {error}", err=True)
+        for note in getattr(error, "__notes__", ()):
+            click.echo(note, err=True)
+        code = error.exit_code
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+        code = 70
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""The command line as users and schedulers see it: output, exit codes, and how fast help answers."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import cli
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def penult(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """``penult("info", path) -> (exit code, stdout, stderr)``, in this process (torch need not be imported again)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["penult", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main()
+        out, err = capfd.readouterr()
+        return int(exit_info.value.code or 0), out, err
+
+    return call
+
+
+Penult = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory, dataset: Callable[..., Path]) -> Path:
+    return dataset(tmp_path_factory.mktemp("cli") / "photos", {"ants": 10, "bees": 10})
+
+
+def test_the_whole_way(penult: Penult, photos: Path, backbone_file: Path, tmp_path: Path) -> None:
+    cache, bundle = tmp_path / "p.cache", tmp_path / "p.head"
+    code, out, err = penult("extract", photos, "-m", backbone_file, "-o", cache)
+    assert code == 0, err
+    assert out.startswith("20 inputs = 20 ok + 0 duplicates + 0 failed\n20 computed on cpu")
+    code, out, err = penult("extract", photos, "-m", backbone_file, "-o", cache, "--json")
+    assert code == 0
+    again = json.loads(out)
+    assert (again["computed"], again["inference_calls"]) == (0, 0)
+    assert "nothing to compute" in err
+
+    code, out, _ = penult("info", cache)
+    assert code == 0
+    assert "20 rows of 512" in out
+    assert [line.split() for line in out.splitlines() if line.strip().startswith("ants")] == [["ants", "6", "2", "2", "10"]]
+    facts = json.loads(penult("info", cache, "--json")[1])
+    assert facts["counts"] == {"inputs": 20, "ok": 20, "duplicates": 0, "failed": 0}
+    assert facts["labels"]["bees"] == {"train": 6, "val": 2, "test": 2}
+    assert facts["fingerprint"]["layer"] == "input of classifier.1"
+
+    code, out, err = penult("train", cache, "--head", "logistic", "-o", bundle)
+    assert code == 0
+    assert "on 4 images of 'test'" in out
+    assert "too few to conclude" in err
+    assert penult("train", cache, "-o", bundle)[0] == 73
+
+    plot = tmp_path / "confusion.png"
+    code, out, err = penult("evaluate", bundle, cache, "--plot", plot)
+    assert code == 0
+    assert "95 % Wilson" in out
+    assert "true \\ predicted" in out
+    with Image.open(plot) as image:
+        assert image.format == "PNG"
+    assert penult("evaluate", bundle, cache, "--plot", plot)[0] == 73
+    figures = json.loads(penult("evaluate", bundle, cache, "--json")[1])
+    assert sum(map(sum, figures["confusion"])) == 4
+    assert penult("evaluate", bundle, cache, "--min-accuracy", "1.0")[0] == (0 if figures["accuracy"] == 1 else 65)
+    assert penult("evaluate", bundle, cache, "--split", "train")[0] == 65
+
+    images = [photos / "ants/000.jpg", photos / "bees/001.jpg"]
+    code, out, _ = penult("predict", bundle, *images, "--format", "csv")
+    table = list(csv.DictReader(io.StringIO(out)))
+    assert [row["path"] for row in table] == list(map(str, images))
+    assert all(float(row["ants"]) + float(row["bees"]) == pytest.approx(1, abs=2e-6) for row in table)
+    lines = [json.loads(line) for line in penult("predict", bundle, *images, "--format", "jsonl")[1].splitlines()]
+    assert [line["label"] for line in lines] == [row["label"] for row in table]
+    code, out, _ = penult("compare", bundle, bundle, "-o", tmp_path / "report.html")
+    assert code == 0
+    assert out.count("p.head") == 2
+    assert "<svg" in (tmp_path / "report.html").read_text()
+
+
+def test_recorded_failures_exit_3_and_beyond_the_budget_65(
+    penult: Penult, dataset: Callable[..., Path], backbone_file: Path, tmp_path: Path
+) -> None:
+    root = dataset(tmp_path / "photos", {"ants": 8, "bees": 8})
+    (root / "ants/broken.jpg").write_bytes((root / "ants/000.jpg").read_bytes()[:400])
+    (root / "bees/notes.jpg").write_text("not a picture")
+    code, out, _ = penult("extract", root, "-m", backbone_file, "-o", tmp_path / "c")
+    assert code == 3
+    assert out.startswith("18 inputs = 16 ok + 0 duplicates + 2 failed (not_an_image 1, truncated 1)")
+    assert penult("extract", root, "-m", backbone_file, "-o", tmp_path / "c")[0] == 3
+    ledger = [json.loads(line) for line in (tmp_path / "c/ledger.jsonl").read_text().splitlines()]
+    assert [(entry["path"], entry["code"]) for entry in ledger] == [
+        ("ants/broken.jpg", "truncated"),
+        ("bees/notes.jpg", "not_an_image"),
+    ]
+    code, _, err = penult("extract", root, "-m", backbone_file, "-o", tmp_path / "c", "--max-failures", "1")
+    assert code == 65
+    assert "2 of 18 inputs failed" in err
+    assert penult("train", tmp_path / "c", "-o", tmp_path / "h")[0] == 65
+    assert penult("extract", root, "-m", backbone_file, "-o", tmp_path / "d", "--on-error", "fail")[0] == 65
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["extract", "nowhere", "-m", "resnet18", "-o", "c"], 66, "nowhere does not exist"),
+        (["extract", "{photos}", "-m", "resnet-18", "-o", "c"], 2, "Did you mean 'resnet18'"),
+        (["extract", "{photos}", "-m", "resnet18", "-o", "c", "-b", "many"], 2, "-batch-size many"),
+        (["extract", "{photos}", "-m", "{backbone}", "-o", "c", "--device", "tpu"], 2, "expected auto, cpu, cuda"),
+        (["extract", "{photos}", "-m", "{backbone}", "-o", "{photos}"], 73, "is not a penult cache"),
+        (["extract", "{photos}", "-m", "{backbone}", "-o", "c", "--max-failures", "few"], 2, "such as 10, or a share"),
+        (["extract", "{photos}", "-m", "gone.onnx", "-o", "c"], 66, "gone.onnx"),
+        (["info", "nowhere"], 66, "does not exist"),
+        (["train", "{photos}", "-o", "h"], 66, "not a penult cache"),
+        (["evaluate", "nowhere", "nowhere"], 66, "is not a bundle"),
+        (["run", "nowhere.toml"], 66, "cannot read"),
+        (["export", "resnet18", "-o", "{backbone}"], 73, "--overwrite"),
+        (["train", "{photos}"], 2, "Missing option"),
+        (["frobnicate"], 2, "No such command"),
+    ],
+)
+def test_errors_say_what_and_exit_with_their_code(
+    penult: Penult,
+    photos: Path,
+    backbone_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    code: int,
+    says: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found, out, err = penult(*(a.format(photos=photos, backbone=backbone_file) for a in arguments))
+    assert (found, out) == (code, "")
+    assert says in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_said_and_leaves_nothing_behind(
+    penult: Penult, photos: Path, backbone_file: Path, tmp_path: Path
+) -> None:
+    code, _, err = penult("extract", photos, "-m", backbone_file, "-o", tmp_path / "c", "--device", "cuda")
+    assert code == 69
+    assert "--device cuda: this machine has no NVIDIA driver" in err
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_bug_exits_70_with_a_traceback(penult: Penult, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import store.cache
+
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(store.cache, "FeatureCache", broken)
+    code, _, err = penult("info", tmp_path)
+    assert code == 70
+    assert "ZeroDivisionError" in err
+
+
+JOB = """
+data = "photos"
+cache = "out.cache"
+bundle = "out.head"
+[backbone]
+name = "{backbone}"
+[train]
+head = "logistic"
+C = 1.0
+[gate]
+min_accuracy = {gate}
+"""
+
+
+def test_a_job_extracts_trains_evaluates_and_holds_its_gate(
+    penult: Penult, photos: Path, backbone_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "photos").symlink_to(photos)
+    job = tmp_path / "job.toml"
+    job.write_text(JOB.format(backbone=backbone_file, gate=0.0))
+    code, out, err = penult("run", job)
+    assert code == 0, err
+    assert "accuracy" in out
+    result = json.loads(penult("run", job, "--json")[1])
+    assert result["extract"]["inference_calls"] == 0
+    job.write_text(JOB.format(backbone=backbone_file, gate=1.0))
+    code, _, err = penult("run", job)
+    if result["evaluation"]["accuracy"] < 1:
+        assert code == 65
+        assert "gate not met" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            'data = "x"\ncache = "c"\nbundle = "b"\n[backbone]\nnam = "resnet18"\n',
+            "unknown key 'backbone.nam'; did you mean 'name'?",
+        ),
+        ('data = "x"\ndata = "y"\n', "is not TOML"),
+        ('data = "x"\ncache = "c"\nbundle = "b"\n', "the key 'backbone' is missing"),
+        ('data = 3\ncache = "c"\nbundle = "b"\n[backbone]\nname = "resnet18"\n', "'data'"),
+        (JOB.format(backbone="resnet18", gate='"0.9"'), "'gate.min_accuracy'"),
+        (JOB.format(backbone="resnet18", gate=1.5), "'gate.min_accuracy'"),
+        (JOB.format(backbone="resnet18", gate=0.5) + "[extract]\nworkers = 0\n", "'extract.workers'"),
+        (JOB.format(backbone="resnet18", gate=0.5) + "[extrat]\n", "unknown key 'extrat'; did you mean 'extract'?"),
+    ],
+)
+def test_wrong_job_files_exit_78_and_name_the_key(penult: Penult, tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "job.toml").write_text(text)
+    code, _, err = penult("run", tmp_path / "job.toml")
+    assert code == 78
+    assert says in err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["extract", "--help"]])
+def test_help_costs_less_than_0_3_s_of_cpu(arguments: list[str]) -> None:
+    """CPU time of a child, which a busy machine does not change much; importing torch alone would be ten times more."""
+
+    def cpu() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    best = 9.0
+    for _ in range(3):
+        before = cpu()
+        subprocess.run([sys.executable, REPO / "cli.py", *arguments], check=True, capture_output=True, cwd=REPO)
+        best = min(best, cpu() - before)
+    assert best < 0.3
+
+
+def test_nobody_reading_on_is_no_error(photos: Path, backbone_file: Path, tmp_path: Path) -> None:
+    script = f"{sys.executable} {REPO / 'cli.py'} -q backbones --json | head -1; echo status ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.splitlines()[-1] in ("status 141", "status 0")
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+def test_sigint_while_importing_or_computing_never_shows_a_traceback(photos: Path, backbone_file: Path, tmp_path: Path) -> None:
+    command = [sys.executable, REPO / "cli.py", "extract", photos, "-m", backbone_file, "-o", tmp_path / "c", "--json"]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPO, env={**os.environ})
+    assert child.stderr is not None
+    child.stderr.readline()  # the first thing it says; from here on it is inside the command
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert b"Traceback" not in err
+    assert child.returncode in (0, 130)

@@ -1,0 +1,44 @@
+"""The demo is the first thing anybody runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from classifiers.bundle import Bundle
+from classifiers.demo import run_demo, write_digits
+from extractor.sources import ImageFolder
+from store.cache import FeatureCache
+from store.errors import OutputExistsError
+
+
+def test_the_whole_way_on_a_few_digits(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "demo"
+    result = run_demo(out, weights="random", epochs=1, limit=300)
+    assert result.first.computed == result.first.inputs == 300
+    assert (result.second.computed, result.second.inference_calls) == (0, 0)
+    assert {line.name for line in result.comparison} == {"logistic.head", "mlp.head", "finetuned.head", "raw pixels"}
+    assert len({line.n for line in result.comparison}) == 1
+    assert next(line for line in result.comparison if line.name == "raw pixels").accuracy > 0.85
+    assert result.evaluation.accuracy > 0.8  # a random projection of digits is no bad feature
+    assert "random weights" in result.notes[0]
+    assert len(result.predictions) == 5
+    html = result.report.read_text()
+    assert "random weights" in html
+    assert "http" not in html.replace("http://www.w3.org", "")
+    assert Bundle.load(out / "finetuned.head").kind == "fine-tuned"
+    assert FeatureCache(out / "digits.cache").samples.counts["ok"] == 300
+    with pytest.raises(OutputExistsError, match="--overwrite"):
+        run_demo(out, weights="random")
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(OutputExistsError, match="not an earlier demo"):
+        run_demo(tmp_path / "mine", weights="random", overwrite=True)
+
+
+def test_digits_are_1797_distinct_files(tmp_path: Path) -> None:
+    assert write_digits(tmp_path) == 1797
+    samples = ImageFolder(tmp_path).samples()
+    assert len(samples) == 1797
+    assert {sample.label for sample in samples} == set("0123456789")
+    assert len({(tmp_path / sample.path.decode()).read_bytes() for sample in samples}) == 1797
