@@ -247,6 +247,31 @@ def info(cache: Path, *, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("cache", type=FOLDER)
+@json_option
+def verify(cache: Path, *, as_json: bool) -> None:
+    """Check every file of a cache against its checksum, and that every sample has its features. Exit 65 if not.
+
+    `penult extract` computes again what is damaged, and nothing else.
+
+    Example: penult verify photos.cache
+    """
+    from store.errors import CorruptCacheError
+    from store.verify import verify_cache
+
+    findings = verify_cache(cache)
+    if as_json:
+        print_json([finding.to_json() for finding in findings])
+    for finding in [] if as_json else findings:
+        click.echo(f"{finding.file}\t{finding.problem}")
+    if findings:
+        message = f"{cache}: {len(findings)} finding(s); the extract command that made it repairs it"
+        raise CorruptCacheError(message)
+    if not as_json:
+        click.echo(f"{cache}: sound")
+
+
+@cli.command()
+@click.argument("cache", type=FOLDER)
 @output_option("The bundle, a folder.")
 @click.option("--head", type=click.Choice(["logistic", "mlp"]), default="logistic", show_default=True, help="Kind of head.")
 @click.option("--C", "C", type=click.FloatRange(0, min_open=True), help="logistic: one value instead of a search.")

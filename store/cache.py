@@ -22,6 +22,7 @@ from .fingerprint import Fingerprint
 from .lock import writer_lock
 from .samples import Row, SampleTable
 from .splits import hash_rank_split
+from .verify import verify_files
 
 log = logging.getLogger("penult.store")
 
@@ -78,6 +79,7 @@ class FeatureCache:
         self.meta = read_meta(self.path)
         self.fingerprint = Fingerprint(self.meta["fingerprint"])
         self.samples = SampleTable.read(self.path / "samples.h5")
+        self._sound: set[int] = set()  # shards whose payload was checked
 
     @property
     def backbone(self) -> Path:
@@ -118,8 +120,10 @@ class FeatureCache:
     def features(self, sha256: Sequence[bytes]) -> NDArray[np.floating[Any]]:
         """Features by content digest, ``(n, dim)`` in `dtype` and the order asked for.
 
+        Each shard is checked completely when it is first read from.
+
         Raises:
-            CorruptCacheError: some are not there (a shard is missing or damaged).
+            CorruptCacheError: some are not there, or a shard is damaged; names it.
         """
         keys, owner, row = self._index
         wanted = np.frombuffer(b"".join(sha256), "S32")
@@ -135,7 +139,10 @@ class FeatureCache:
             raise CorruptCacheError(message)
         out = np.empty((len(wanted), self.dim), self.dtype)
         owners = owner[place]
-        for i in np.unique(owners):
+        for i in np.unique(owners).tolist():
+            if i not in self._sound:
+                hdf5.verify(self.shards[i].path, shard.ENCODING_TYPE)
+                self._sound.add(i)
             mine = np.flatnonzero(owners == i)
             out[mine] = shard.read_rows(self.shards[i], row[place[mine]])
         return out
@@ -313,20 +320,14 @@ class CacheWriter:
         if self.meta is not None:
             Fingerprint(self.meta["fingerprint"]).require(fingerprint, mine=f"{self.path}", theirs="this run")
         self._fingerprint = fingerprint
+        damaged = verify_files(shard_paths(self.path))
         for path in shard_paths(self.path):
             self._number = max(self._number, int(path.name.partition("-")[0]) + 1)
-            try:
-                path.open("rb").close()  # what cannot be opened is not damaged: an I/O error or a permission, exit 74
-                found = shard.read_shard(path)
-            except OSError as error:
-                message = f"cannot read {path}: {error.strerror}"
-                raise StorageError(message) from error
-            except NewerFormatError:
-                raise
-            except CorruptCacheError as error:
-                log.warning("%s; its images are computed again", error)
+            if path in damaged:
+                log.warning("%s; its images are computed again", damaged[path])
                 path.unlink()
                 continue
+            found = shard.read_shard(path)
             if found.fingerprint == fingerprint.canonical:
                 raw = found.sha256.tobytes()
                 self.known.update(raw[i : i + 32] for i in range(0, len(raw), 32))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import os
 import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ REPO = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def penult(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def penult(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple[int, str, str]]]:
     """``penult("info", path) -> (exit code, stdout, stderr)``, in this process (torch need not be imported again)."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
@@ -34,7 +35,11 @@ def penult(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -
         out, err = capfd.readouterr()
         return int(exit_info.value.code or 0), out, err
 
-    return call
+    logger = logging.getLogger("penult")
+    handlers, level = logger.handlers, logger.level
+    yield call
+    logger.handlers = handlers
+    logger.setLevel(level)
 
 
 Penult = Callable[..., tuple[int, str, str]]

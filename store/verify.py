@@ -1,0 +1,152 @@
+"""Read every byte of a cache and say what is damaged, in a child process: a damaged HDF5 file can hang or kill its reader."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import select
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from . import hdf5, samples, shard
+from .errors import CorruptCacheError, InputMissingError, NewerFormatError, PenultError, StorageError
+
+TIMEOUT = 60.0  # seconds for one file, plus what reading it takes at ..
+SLOWEST = 10e6  # .. bytes per second
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One damaged file.
+
+    Attributes:
+        file: relative to the cache.
+        problem: what is wrong with it.
+    """
+
+    file: str
+    problem: str
+
+    def to_json(self) -> dict[str, str]:
+        return asdict(self)
+
+
+def verify_cache(cache: Path) -> list[Finding]:
+    """Everything that is wrong with a cache: damaged files, a changed backbone, features that are missing.
+
+    Raises:
+        InputMissingError: there is no cache.
+    """
+    from .cache import FeatureCache, shard_paths
+
+    shards = shard_paths(cache)
+    table = cache / "samples.h5"
+    if not shards and not table.exists():
+        message = f"{cache} is not a penult cache"
+        raise InputMissingError(message)
+    files = [*shards, *([table] if table.exists() else [])]
+    findings = [Finding(str(path.relative_to(cache)), problem) for path, problem in verify_files(files).items()]
+    if findings:
+        return findings
+    try:
+        opened = FeatureCache(cache)
+    except PenultError as error:
+        return [Finding("", str(error))]
+    return [*_backbone(opened), *_missing(opened)]
+
+
+def _backbone(cache: Any) -> Iterator[Finding]:
+    recorded = cache.meta["facts"].get("backbone_sha256")
+    if not cache.backbone.is_file():
+        yield Finding("backbone.onnx", "is missing; the same extract command makes it again")
+    elif recorded:
+        with cache.backbone.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != recorded:
+            yield Finding("backbone.onnx", f"is {found[:12]}.., it was written as {recorded[:12]}..")
+
+
+def _missing(cache: Any) -> Iterator[Finding]:
+    raw = b"".join(s.sha256.tobytes() for s in cache.shards)
+    there = {raw[i : i + 32] for i in range(0, len(raw), 32)}
+    missing = [row for row in cache.rows() if row.sha256 not in there]
+    if missing:
+        yield Finding("shards", f"{len(missing)} images have no features (such as {missing[0].name}): a shard is missing")
+
+
+def verify_files(paths: Sequence[Path], *, timeout: float = TIMEOUT) -> dict[Path, str]:
+    """Which of these HDF5 files are damaged, and how. Survives files that kill or hang the reader.
+
+    Args:
+        paths: shards and sample tables.
+        timeout: seconds for one file, beyond the time its size takes.
+
+    Returns:
+        The problem of each damaged file; sound files are left out.
+
+    Raises:
+        NewerFormatError: a newer penult wrote one of them.
+        StorageError: one cannot be read, which is not damage: a permission, a failing disk.
+    """
+    pending, problems = list(paths), {}
+    while pending:
+        for path, problem in _in_child(pending, timeout):
+            pending.remove(path)
+            if problem:
+                problems[path] = problem
+    return problems
+
+
+def _in_child(paths: Sequence[Path], timeout: float) -> list[tuple[Path, str]]:
+    """Verify in one child, in order, until it is done, dies or hangs; the last result then is the file that did it."""
+    code = "import json, sys; request = json.load(sys.stdin); sys.path[:] = request['sys.path']; "
+    code += "from store.verify import _child; _child(request['paths'])"
+    command = [sys.executable, "-P", "-c", code]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
+    assert child.stdin is not None
+    assert child.stdout is not None
+    results: list[tuple[Path, str]] = []
+    with child:
+        names = [os.fsencode(path).hex() for path in paths]
+        child.stdin.write(json.dumps({"paths": names, "sys.path": sys.path}).encode())
+        child.stdin.close()
+        for path in paths:
+            patience = timeout + path.stat().st_size / SLOWEST
+            ready, _, _ = select.select([child.stdout], [], [], patience)
+            line = child.stdout.readline() if ready else b""
+            if not line:
+                child.kill()
+                status = child.wait()
+                died = f"kills its reader (exit {status})" if ready else f"hangs its reader (more than {patience:.0f} s)"
+                return [*results, (path, died)]
+            answer = json.loads(line)
+            if "error" in answer:
+                kind = NewerFormatError if answer["error"] == "NewerFormatError" else StorageError
+                raise kind(answer["message"])
+            results.append((path, answer["problem"]))
+    return results
+
+
+def _child(names: list[str]) -> None:
+    for name in names:
+        path = Path(os.fsdecode(bytes.fromhex(name)))
+        kind = samples.ENCODING_TYPE if path.name == "samples.h5" else shard.ENCODING_TYPE
+        try:
+            path.open("rb").close()
+            hdf5.verify(path, kind)
+            if kind == samples.ENCODING_TYPE:
+                samples.SampleTable.read(path)
+            else:
+                shard.read_shard(path)
+            answer = {"problem": ""}
+        except (NewerFormatError, OSError) as error:  # no damage: a newer penult, a permission, a failing disk
+            answer = {"error": type(error).__name__, "message": str(error)}
+        except CorruptCacheError as error:
+            answer = {"problem": str(error)}
+        sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
+        sys.stdout.buffer.flush()
