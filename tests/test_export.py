@@ -470,7 +470,7 @@ def test_auto_is_the_cpu_without_a_driver(monkeypatch: pytest.MonkeyPatch, caplo
     monkeypatch.setattr(session, "nvidia_driver_present", lambda: False)
     with caplog.at_level(logging.INFO):
         session._say_cpu.cache_clear()  # said once per process
-    assert resolve_device("auto") == "cpu"
+        assert resolve_device("auto") == "cpu"
     assert "running on the CPU" in caplog.text
     assert resolve_device("cpu") == "cpu"
     with pytest.raises(DeviceUnavailableError, match="--device cuda:1: this machine has no NVIDIA driver") as caught:
