@@ -63,6 +63,11 @@ source_options = options(
     click.option("--follow-symlinks", is_flag=True, help="Follow symbolic links."),
     click.option("--limit", type=click.IntRange(1), help="Only the first N inputs."),
 )
+observing_options = options(
+    click.option("--log-json", type=FOLDER, help="Append every message as one JSON object per line; the last is `summary`."),
+    click.option("--metrics", type=FOLDER, help="Write a Prometheus textfile (.prom), replaced whole."),
+    click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing."),
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 
@@ -87,13 +92,14 @@ def cli(*, quiet: bool, verbose: bool) -> None:
 
     Example: penult extract photos/ -m resnet50 -o photos.cache
     """
-    level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
     logger = logging.getLogger("penult")
-    logger.setLevel(level)
-    logger.handlers = [_StderrHandler()]
+    logger.setLevel(logging.DEBUG)
+    logger.handlers = [_StderrHandler(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)]
 
 
 class _StderrHandler(logging.Handler):
+    """Messages for people; warnings are marked."""
+
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
         click.echo(prefix + record.getMessage(), err=True)
@@ -184,6 +190,7 @@ def export(name: str, output: Path, *, overwrite: bool, **chosen: Any) -> None:
 )
 @click.option("--retry-failed", is_flag=True, help="Try recorded failures again.")
 @click.option("--verify-content", is_flag=True, help="Read every file, even if size, time and inode are unchanged.")
+@observing_options
 @overwrite_option
 @json_option
 def extract(data: Path, output: Path, *, as_json: bool, **given: Any) -> int:
@@ -193,7 +200,8 @@ def extract(data: Path, output: Path, *, as_json: bool, **given: Any) -> int:
 
     Example: penult extract photos/ -m resnet50 -o photos.cache
     """
-    from extractor.pipeline import Options, run_extract
+    from extractor.pipeline import Options, preview, run_extract
+    from extractor.progress import observed
     from extractor.sources import open_source
 
     source = open_source(data, root=given["root"], follow_symlinks=given["follow_symlinks"], group_by=given["group_by"])
@@ -204,18 +212,24 @@ def extract(data: Path, output: Path, *, as_json: bool, **given: Any) -> int:
         fail_fast=given["on_error"] == "fail",
         val_fraction=0.2 if given["val_fraction"] is None else given["val_fraction"],
         test_fraction=0.2 if given["test_fraction"] is None else given["test_fraction"],
-        quiet=logging.getLogger("penult").level > logging.INFO,
+        quiet=is_quiet(),
         **{
             key: given[key]
             for key in ("storage", "seed", "max_failures", "retry_failed", "verify_content", "limit", "overwrite")
         },
     )
-    summary = run_extract(source, backbone_from(given), output, chosen)
+    if given["dry_run"]:
+        print_preview(preview(source, output, chosen), as_json=as_json)
+        return 0
+    with observed(log_json=given["log_json"], metrics=given["metrics"]) as seen:
+        summary = run_extract(source, backbone_from(given), output, chosen)
+        code = WITH_FAILURES if summary.failed else 0
+        seen |= {"exit_code": code, "extract": summary.to_json()}
     if as_json:
         print_json(summary.to_json())
     else:
         click.echo(summary.text())
-    return WITH_FAILURES if summary.failed else 0
+    return code
 
 
 @cli.command()
@@ -353,7 +367,7 @@ def finetune(data: Path, output: Path, *, as_json: bool, overwrite: bool, **give
         origin = open_source(data, root=given["root"], follow_symlinks=given["follow_symlinks"], group_by=given["group_by"])
     fractions = {key: given[key] for key in ("val_fraction", "test_fraction") if given[key] is not None}
     split = Options(seed=given["seed"], limit=given["limit"], **fractions)
-    quiet = logging.getLogger("penult").level > logging.INFO
+    quiet = is_quiet()
     bundle = train_finetuned(
         origin,
         output,
@@ -458,21 +472,45 @@ def compare(bundles: Sequence[Path], output: Path | None, *, overwrite: bool, as
 
 @cli.command()
 @click.argument("job", type=FOLDER)
+@observing_options
 @json_option
-def run(job: Path, *, as_json: bool) -> int:
-    """Run a job file: extract, train, evaluate, and hold the result against its gate.
+def run(job: Path, *, as_json: bool, **given: Any) -> int:
+    """Run a job file: extract, train if anything changed, evaluate, and hold the result against its gate.
 
-    Example: penult run nightly.toml
+    Example: penult run nightly.toml --log-json nightly.jsonl --metrics nightly.prom
     """
-    from classifiers.jobs import run_job
+    from classifiers.jobs import preview_job, run_job
+    from extractor.progress import observed
 
-    result = run_job(job, quiet=logging.getLogger("penult").level > logging.INFO)
+    if given["dry_run"]:
+        would = preview_job(job)
+        print_preview({**would["extract"], "train": would["train"]}, as_json=as_json)
+        return 0
+    with observed(log_json=given["log_json"], metrics=given["metrics"]) as seen:
+        result = run_job(job, quiet=is_quiet(), record=seen)
     if as_json:
         print_json(result.to_json())
     else:
         click.echo(result.extract.text())
         print_evaluation(result.evaluation)
-    return WITH_FAILURES if result.extract.failed else 0
+    return result.exit_code
+
+
+@cli.command()
+@click.argument("job", type=FOLDER)
+@click.option("-n", "--last", type=click.IntRange(1), default=20, show_default=True, help="How many.")
+@json_option
+def runs(job: Path, last: int, *, as_json: bool) -> None:
+    """Show the history of a job: when, how it ended, what it computed, what came out.
+
+    Example: penult runs nightly.toml
+    """
+    from classifiers.jobs import RUN_COLUMNS, read_runs, run_cells
+
+    records = read_runs(job)[-last:]
+    if as_json:
+        return print_json(records)
+    return print_table(RUN_COLUMNS, [run_cells(record) for record in records])
 
 
 @cli.command()
@@ -523,6 +561,17 @@ def number(text: str, flag: str) -> int | None:
         message = f"{flag} {text}: expected a positive number"
         raise click.UsageError(message)
     return int(text)
+
+
+def is_quiet() -> bool:
+    return bool(click.get_current_context().find_root().params["quiet"])
+
+
+def print_preview(would: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        return print_json(would)
+    click.echo(f"{would['inputs']} inputs: {would['unchanged']} unchanged, {would['to_read']} to read (dry run, nothing done)")
+    return click.echo(f"train: {would['train']}") if "train" in would else None
 
 
 def print_json(facts: Any) -> None:

@@ -76,6 +76,7 @@ class Bundle:
         hyperparameters, history: what was used and what was tried.
         metrics: the held-out evaluation as JSON; None where nothing was held out.
         cost: ``train_seconds``, ``extract_seconds``, ``images`` (passed through the backbone).
+        made_from: digest of features, samples, labels, splits and settings; equal ones would give the same head again.
         files: SHA-256 of the ONNX files.
         versions: of the libraries.
     """
@@ -92,6 +93,7 @@ class Bundle:
     metrics: dict[str, Any] | None
     cost: dict[str, Any]
     task: str = "single-label"
+    made_from: str = ""
     files: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 

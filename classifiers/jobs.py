@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import difflib
+import json
 import logging
+import os
+import time
 import tomllib
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from extractor.backbones import Backbone
-from extractor.pipeline import Options, Summary, run_extract
-from extractor.sources import open_source
+from extractor.pipeline import Options, Summary, library_versions, preview, run_extract
+from extractor.sources import Source, open_source
 from store.cache import FeatureCache
-from store.errors import GateError, InputMissingError, JobFileError
+from store.errors import BadDataError, GateError, InputMissingError, JobFileError, PenultError
+from store.lock import file_lock
 
-from .bundle import refuse_existing
+from .bundle import Bundle, refuse_existing
 from .evaluate import Evaluation
 from .heldout import evaluate_bundle
-from .train import make_head, train_head
+from .report import interval
+from .train import made_from, make_head, train_head
 
 log = logging.getLogger("penult.classifiers")
 
@@ -83,14 +90,32 @@ class Job(_Section):
 
 @dataclass(frozen=True)
 class JobResult:
-    """What a run did and found."""
+    """What a run did and found.
+
+    Attributes:
+        extract: the summary of the extraction.
+        trained: False where features, samples and settings are those that the bundle was made from.
+        evaluation: on the held-out images.
+        bundle: where the head is.
+    """
 
     extract: Summary
+    trained: bool
     evaluation: Evaluation
     bundle: Path
 
+    @property
+    def exit_code(self) -> int:
+        """0, or 3 where inputs failed inside the budget."""
+        return 3 if self.extract.failed else 0
+
     def to_json(self) -> dict[str, Any]:
-        return {"extract": self.extract.to_json(), "evaluation": self.evaluation.to_json(), "bundle": str(self.bundle)}
+        return {
+            "extract": self.extract.to_json(),
+            "trained": self.trained,
+            "evaluation": self.evaluation.to_json(),
+            "bundle": str(self.bundle),
+        }
 
 
 def read_job(path: Path) -> Job:
@@ -131,17 +156,19 @@ def _explain(problem: Any) -> str:
     return f"{name!r}: {problem['msg'][0].lower()}{problem['msg'][1:]} (found {problem['input']!r})"
 
 
-def run_job(path: Path, *, quiet: bool = False) -> JobResult:
-    """Extract, train, evaluate and hold the result against the gate.
+@dataclass(frozen=True)
+class _Plan:
+    """A job with its paths resolved and its settings made."""
 
-    Raises:
-        GateError: the accuracy is below the gate; everything was written all the same.
-        PenultError: whatever the steps raise.
-    """
-    job = read_job(path)
-    here = path.absolute().parent
-    bundle = here / job.bundle
-    refuse_existing(bundle, overwrite=True)
+    source: Source
+    backbone: Backbone
+    options: Options
+    cache: Path
+    bundle: Path
+    head: Any
+
+
+def _resolve(job: Job, here: Path, *, quiet: bool) -> _Plan:
     settings = job.extract.model_dump()
     root = settings.pop("root")
     source = open_source(
@@ -155,10 +182,83 @@ def run_job(path: Path, *, quiet: bool = False) -> JobResult:
     for key in ("name", "weights"):  # a file lies where the job file says, a name is a name
         if chosen[key] and (here / chosen[key]).is_file():
             chosen[key] = str(here / chosen[key])
-    summary = run_extract(source, Backbone(**chosen), here / job.cache, options)
     wanted = job.train.model_dump()
-    trained = train_head(FeatureCache(here / job.cache), bundle, make_head(wanted.pop("head"), **wanted), overwrite=True)
-    evaluation, _ = evaluate_bundle(trained, here / job.cache, split=job.gate.split)
+    head = make_head(wanted.pop("head"), **wanted)
+    return _Plan(source, Backbone(**chosen), options, here / job.cache, here / job.bundle, head)
+
+
+def preview_job(path: Path) -> dict[str, Any]:
+    """What `run_job` would do, as JSON; nothing is written.
+
+    Raises:
+        JobFileError: the job file is wrong.
+        InputMissingError: the data is not there.
+    """
+    plan = _resolve(read_job(path), path.absolute().parent, quiet=True)
+    refuse_existing(plan.bundle, overwrite=True)
+    extract = preview(plan.source, plan.cache, plan.options)
+    unchanged = not extract["to_read"] and _made_already(plan) is not None
+    return {"extract": extract, "train": "unchanged" if unchanged else "yes, if features, labels or settings changed"}
+
+
+def _made_already(plan: _Plan) -> Bundle | None:
+    """The bundle that training would give again, if it is there and sound."""
+    try:
+        bundle = Bundle.load(plan.bundle)
+    except (InputMissingError, BadDataError):
+        return None
+    return bundle if bundle.made_from and bundle.made_from == _origin(plan) else None
+
+
+def _origin(plan: _Plan) -> str:
+    return made_from(FeatureCache(plan.cache), plan.head, val=None, test=None, split_seed=0)
+
+
+def run_job(path: Path, *, quiet: bool = False, record: dict[str, Any] | None = None) -> JobResult:
+    """Extract, train if anything changed, evaluate, and hold the result against the gate; one record per run is kept.
+
+    Args:
+        path: the job file.
+        quiet: no progress line.
+        record: filled in as the run goes on, with what also goes into `runs_file`; complete even where this raises.
+
+    Raises:
+        LockedError: this job is running already.
+        GateError: the accuracy is below the gate; everything was written all the same.
+        PenultError: whatever the steps raise.
+    """
+    job = read_job(path)
+    record = {} if record is None else record
+    record |= {"started": datetime.now(UTC).isoformat(timespec="seconds"), "exit_code": 70}
+    begin = time.perf_counter()
+    with file_lock(path.with_name(f".{path.name}.lock"), what=str(path)):
+        try:
+            result = _run(job, path, record, quiet=quiet)
+            record["exit_code"] = result.exit_code
+            return result
+        except PenultError as error:
+            record |= {**error.facts, "exit_code": error.exit_code, "error": str(error)}
+            raise
+        finally:
+            record |= {"seconds": round(time.perf_counter() - begin, 3), "versions": library_versions()}
+            _append(runs_file(path), record)
+
+
+def _run(job: Job, path: Path, record: dict[str, Any], *, quiet: bool) -> JobResult:
+    plan = _resolve(job, path.absolute().parent, quiet=quiet)
+    refuse_existing(plan.bundle, overwrite=True)
+    summary = run_extract(plan.source, plan.backbone, plan.cache, plan.options)
+    record["extract"] = summary.to_json()
+    bundle = _made_already(plan)
+    trained = bundle is None
+    if bundle is None:
+        bundle = train_head(FeatureCache(plan.cache), plan.bundle, plan.head, overwrite=True)
+    else:
+        log.info("features, labels and settings are unchanged: %s is kept", bundle.name)
+    record["trained"] = trained
+    evaluation, _ = evaluate_bundle(bundle, plan.cache, split=job.gate.split)
+    figures = ("split", "n", "accuracy", "accuracy_interval", "macro_f1")
+    record["evaluation"] = {name: value for name, value in evaluation.to_json().items() if name in figures}
     if evaluation.accuracy < job.gate.min_accuracy:
         low, high = evaluation.accuracy_interval
         message = (
@@ -166,4 +266,55 @@ def run_job(path: Path, *, quiet: bool = False) -> JobResult:
             f"{evaluation.split!r} is below min_accuracy {job.gate.min_accuracy}"
         )
         raise GateError(message)
-    return JobResult(summary, evaluation, bundle)
+    return JobResult(summary, trained, evaluation, plan.bundle)
+
+
+def runs_file(job: Path) -> Path:
+    """Where the records of a job's runs are kept: one JSON object per line, beside the job file."""
+    return job.with_name(f"{job.stem}.runs.jsonl")
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # the run itself is done; its record must not turn that around
+        log.warning("cannot write %s: %s", path, error.strerror)
+
+
+def read_runs(job: Path) -> list[dict[str, Any]]:
+    """The records of a job's runs, the oldest first; a line cut by a crash is left out.
+
+    Raises:
+        InputMissingError: it never ran.
+    """
+    path = runs_file(job)
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except OSError as error:
+        message = f"no runs of {job} are recorded ({path}: {error.strerror})"
+        raise InputMissingError(message) from error
+    records = []
+    for line in lines:
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return records
+
+
+RUN_COLUMNS = ("started", "exit", "seconds", "inputs", "failed", "computed", "trained", "accuracy", "95 % interval")
+
+
+def run_cells(record: dict[str, Any]) -> tuple[str, ...]:
+    """One record as text, in the order of `RUN_COLUMNS`; what a run did not get to is a dash."""
+    extract, evaluation = record.get("extract", {}), record.get("evaluation")
+    return (
+        record["started"],
+        str(record["exit_code"]),
+        f"{record['seconds']:.1f}",
+        *(str(extract.get(name, "-")) for name in ("inputs", "failed", "computed")),
+        {True: "yes", False: "unchanged"}.get(record.get("trained", ""), "-"),
+        f"{evaluation['accuracy']:.4f}" if evaluation else "-",
+        interval(evaluation["accuracy_interval"]) if evaluation else "-",
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import tempfile
 import time
@@ -78,6 +80,7 @@ def train_head(
         OutputExistsError: the bundle exists.
     """
     refuse_existing(out, overwrite=overwrite)
+    origin = made_from(cache, head, val=val, test=test, split_seed=split_seed)
     roles = assign_roles(cache.samples, val=val, test=test, seed=split_seed)
     _need_two_classes(roles)
     train = cache.of_rows(roles.fit, "train")
@@ -94,8 +97,16 @@ def train_head(
         held_out=held_out,
         split=roles.facts,
         seconds=seconds,
+        origin=origin,
         overwrite=overwrite,
     )
+
+
+def made_from(cache: FeatureCache, head: Any, **split: Any) -> str:
+    """Digest of everything that decides what `train_head` makes, hexadecimal."""
+    rows = [(row.sha256.hex(), row.label, row.split, row.group.hex()) for row in cache.rows()]
+    facts = [cache.fingerprint.fields, rows, type(head).__name__, head.get_params(), split, cache.samples.facts.get("split")]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def save_head(
@@ -107,6 +118,7 @@ def save_head(
     held_out: Subset | None,
     split: dict[str, Any] | None = None,
     seconds: float = 0.0,
+    origin: str = "",
     overwrite: bool = False,
 ) -> Bundle:
     """Save a fitted head as a bundle.
@@ -119,6 +131,7 @@ def save_head(
         held_out: what it is reported on; None for nothing.
         split: facts about the split.
         seconds: training time.
+        origin: what `made_from` says, if a later run shall recognise this one.
         overwrite: replace an existing bundle.
     """
     from extractor.onnxfile import read_facts
@@ -146,6 +159,7 @@ def save_head(
         split=split or {"reported_on": held_out.name if held_out else None, "rule": "caller"},
         hyperparameters={**head.hyperparameters_, "temperature": head.temperature_},
         history=list(head.history_),
+        made_from=origin,
         metrics=metrics,
         cost={
             "train_seconds": round(seconds, 3),

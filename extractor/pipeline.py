@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from store import hdf5
-from store.cache import CacheWriter, FeatureCache, assign_splits, open_writer
-from store.errors import BudgetExceededError, InterruptedRunError, StorageError, UsageError
+from store.cache import CacheWriter, FeatureCache, assign_splits, open_writer, shard_paths
+from store.errors import BudgetExceededError, InputMissingError, InterruptedRunError, StorageError, UsageError
 from store.fingerprint import Fingerprint
 from store.samples import Row, SampleTable
 
@@ -104,6 +104,8 @@ class Summary:
         inputs, ok, duplicates, failed: outcome of every input; ok counts distinct contents.
         computed: images that went through the backbone in this run.
         inference_calls: calls of the backbone in this run.
+        images_per_second: computed images over the time spent on them; 0 where there were none.
+        cache_bytes: size of all shards.
         seconds: wall time by stage (``read+decode`` is summed over the workers; ``wait`` is the embedding waiting for it).
         codes: number of failures by code.
     """
@@ -116,6 +118,8 @@ class Summary:
     computed: int = 0
     inference_calls: int = 0
     provider: str = ""
+    images_per_second: float = 0.0
+    cache_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     codes: dict[str, int] = field(default_factory=dict)
 
@@ -128,9 +132,8 @@ class Summary:
         lines = [f"{self.inputs} inputs = {self.ok} ok + {self.duplicates} duplicates + {self.failed} failed{codes}"]
         total = self.seconds["total"]
         if self.computed:
-            rate = self.computed / max(self.seconds["wait"] + self.seconds["embed"], 1e-9)
             lines.append(
-                f"{self.computed} computed on {self.provider} in {total:.1f} s, {rate:.0f} images/s "
+                f"{self.computed} computed on {self.provider} in {total:.1f} s, {self.images_per_second:.0f} images/s "
                 f"(waiting for images {self.seconds['wait']:.1f} s, backbone {self.seconds['embed']:.1f} s, "
                 f"writing {self.seconds['write']:.1f} s)"
             )
@@ -244,7 +247,8 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
         writer.begin(fingerprint(facts, embedder.provider, options.storage), {**notes, "versions": library_versions()})
         _check_disk(cache, len(samples) * facts.dim * (4 if options.storage == "float32" else 2))
 
-        outcomes, todo = plan(samples, writer, source.root, options)
+        before = writer.read_samples()
+        outcomes, todo = plan(samples, before, writer.known, source.root, options)
         reader = Reader(source.root, facts.preprocess, writer.known, options.workers or os.cpu_count() or 1)
         clock: Clock = defaultdict(float)
         computed = 0
@@ -254,6 +258,8 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
                 for outcome in result.outcomes:
                     outcomes[outcome.index] = outcome.row
                 computed += result.computed
+                done = {"event": "shard", "inputs": len(result.outcomes), "computed": result.computed}
+                log.debug("%(inputs)d inputs done, %(computed)d computed", done, extra={"facts": done})
                 if options.fail_fast and not result.outcomes[-1].row.ok:
                     break
         if stop:
@@ -263,7 +269,6 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
             _fail_fast(rows)
         failed = sum(not row.ok for row in rows)
         rows, rule = resolve_splits(rows, options)
-        before = writer.read_samples()
         spent = (before.facts.get("extract_seconds", 0.0) if before else 0.0) + (
             clock["wait"] + clock["embed"] if computed else 0
         )
@@ -276,6 +281,8 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
         computed=computed,
         inference_calls=embedder.calls,
         provider=embedder.provider,
+        images_per_second=round(computed / max(clock["wait"] + clock["embed"], 1e-9), 1),
+        cache_bytes=sum(path.stat().st_size for path in shard_paths(cache)),
         seconds={**_rounded(reader.seconds), **_rounded(clock), "total": round(time.perf_counter() - started, 3)},
         codes=dict(Counter(row.code for row in rows if row.code)),
     )
@@ -286,7 +293,7 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
             f"{failed} of {len(rows)} inputs failed and --max-failures {options.max_failures} allows {budget}; "
             f"see {cache}/ledger.jsonl"
         )
-        raise BudgetExceededError(message)
+        raise BudgetExceededError(message, facts={"extract": summary.to_json()})
     return summary
 
 
@@ -354,24 +361,30 @@ def fingerprint(facts: BackboneFacts, provider: str, storage: str) -> Fingerprin
 
 
 def plan(
-    samples: Sequence[Sample], writer: CacheWriter, root: Path, options: Options
+    samples: Sequence[Sample], before: SampleTable | None, cached: Set[bytes], root: Path, options: Options
 ) -> tuple[list[Row | None], list[tuple[int, Sample]]]:
     """What is known already and what must be read.
 
     A file with the size, time and inode of the last run is not opened: its outcome then is its outcome now, provided its
     features are there. Labels, splits and groups are always the source's.
 
+    Args:
+        samples: what the source has now.
+        before: the sample table of the last run.
+        cached: content digests that have features.
+        root: what paths are relative to.
+        options: ``retry_failed`` and ``verify_content`` count.
+
     Returns:
         One row per sample (None where it must be read), and the samples to read with their places.
     """
-    before = writer.read_samples()
     known = {row.path: row for row in before.rows} if before and not options.verify_content else {}
     base = os.fsencode(root)
     rows: list[Row | None] = []
     todo = []
     for index, sample in enumerate(samples):
         row = known.get(sample.path)
-        if row is not None and (row.sha256 in writer.known if row.ok else not options.retry_failed):
+        if row is not None and (row.sha256 in cached if row.ok else not options.retry_failed):
             try:
                 stat = os.stat(base + b"/" + sample.path)  # noqa: PTH116 - a Path cannot hold every name
                 same = row.stat == (stat.st_size, stat.st_mtime_ns, stat.st_ino)
@@ -383,6 +396,23 @@ def plan(
         rows.append(None)
         todo.append((index, sample))
     return rows, todo
+
+
+def preview(source: Source, cache: Path, options: Options) -> dict[str, int]:
+    """What `run_extract` would have to do, without doing any of it or writing anything.
+
+    Returns:
+        ``inputs``; ``unchanged``, which would not be opened; ``to_read``, of which those with unknown content are computed.
+    """
+    samples = source.samples()[: options.limit]
+    _check_splits_possible(samples, options)
+    try:
+        opened = FeatureCache(cache)
+    except InputMissingError:
+        return {"inputs": len(samples), "unchanged": 0, "to_read": len(samples)}
+    known = {digest for s in opened.shards for digest in s.digests()}
+    _, todo = plan(samples, opened.samples, known, source.root, options)
+    return {"inputs": len(samples), "unchanged": len(samples) - len(todo), "to_read": len(todo)}
 
 
 def survey(source: Source, preprocess: Preprocess, options: Options) -> SampleTable:

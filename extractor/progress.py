@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from store import hdf5
+from store.errors import PenultError, StorageError
+
 log = logging.getLogger("penult.extractor")
+
+LAST_SUCCESS = "penult_last_success_timestamp_seconds"
 
 
 class StopFlag:
@@ -97,3 +106,138 @@ class Progress:
         """Count steps as done."""
         if self._bar is not None:
             self._bar.advance(self._task, steps)
+
+
+class JsonLog(logging.Handler):
+    """Every log record as one JSON object per line, for machines; `summary` writes the last one.
+
+    Args:
+        path: the file; a run appends to it.
+
+    Raises:
+        StorageError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        try:
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            message = f"cannot write {path}: {error.strerror}"
+            raise StorageError(message) from error
+
+    def emit(self, record: logging.LogRecord) -> None:
+        facts = {"level": record.levelname.lower(), "logger": record.name, "message": record.getMessage()}
+        self._write(record.created, {**facts, **getattr(record, "facts", {})})
+
+    def summary(self, facts: dict[str, Any]) -> None:
+        """The last line: ``event`` is ``summary``."""
+        self._write(time.time(), {"event": "summary", **facts})
+
+    def _write(self, when: float, facts: dict[str, Any]) -> None:
+        stamp = datetime.fromtimestamp(when, UTC).isoformat(timespec="milliseconds")
+        self._file.write(json.dumps({"time": stamp, **facts}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class Metrics(logging.Handler):
+    """A Prometheus textfile, replaced whole: at the start, after every committed shard, and at the end.
+
+    Names of files are never labels. The time of the last success survives failures.
+
+    Args:
+        path: the file, such as ``/var/lib/node_exporter/penult.prom``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+        self._last_success = self._read_last_success()
+        self._write({}, None)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "facts", {}).get("event") == "shard":
+            self._write({}, None)
+
+    def summary(self, facts: dict[str, Any]) -> None:
+        """Write the figures of a run: ``exit_code``, and ``extract`` as `Summary.to_json` has it."""
+        code = int(facts["exit_code"])
+        if code in (0, 3):  # 3 is complete, with recorded failures inside the budget
+            self._last_success = time.time()
+        self._write(facts.get("extract") or {}, code)
+
+    def _read_last_success(self) -> float | None:
+        from prometheus_client.parser import text_string_to_metric_families
+
+        try:
+            families = list(text_string_to_metric_families(self._path.read_text("utf-8")))
+        except (OSError, ValueError):
+            return None
+        values = [sample.value for family in families for sample in family.samples if sample.name == LAST_SUCCESS]
+        return values[0] if values else None
+
+    def _write(self, extract: dict[str, Any], code: int | None) -> None:
+        from prometheus_client import CollectorRegistry, Gauge, generate_latest
+
+        registry = CollectorRegistry()
+        known: dict[str, Gauge] = {}
+
+        def gauge(name: str, text: str, value: float, **labels: str) -> None:
+            found = known.setdefault(name, known.get(name) or Gauge(name, text, list(labels), registry=registry))
+            (found.labels(**labels) if labels else found).set(value)
+
+        gauge("penult_heartbeat_timestamp_seconds", "When the run last made progress.", time.time())
+        if self._last_success is not None:
+            gauge(LAST_SUCCESS, "When a run last ended with exit code 0 or 3.", self._last_success)
+        if code is not None:
+            gauge("penult_exit_code", "Exit code of the last run.", code)
+        if extract:
+            for status in ("ok", "duplicates", "failed"):
+                gauge("penult_rows", "Inputs of the last run by status.", extract[status], status=status)
+            for stage, seconds in extract["seconds"].items():
+                gauge("penult_stage_seconds", "Seconds of the last run by stage.", seconds, stage=stage)
+            gauge(
+                "penult_images_per_second", "Rate of the last run; 0 where nothing was computed.", extract["images_per_second"]
+            )
+            gauge("penult_cache_bytes", "Size of the cache's shards.", extract["cache_bytes"])
+        try:
+            hdf5.commit(self._path, generate_latest(registry))
+        except StorageError as error:  # a run does not die of its metrics
+            log.warning("%s", error)
+
+
+@contextmanager
+def observed(*, log_json: Path | None = None, metrics: Path | None = None) -> Iterator[dict[str, Any]]:
+    """Keep the structured log and the metrics of a run, whichever way it ends.
+
+    Yields:
+        The facts of the last line; the body fills them in, ``exit_code`` above all.
+    """
+    logger = logging.getLogger("penult")
+    watchers: list[JsonLog | Metrics] = [JsonLog(log_json)] if log_json else []
+    watchers += [Metrics(metrics)] if metrics else []
+    level = logger.level
+    logger.setLevel(logging.DEBUG if watchers else level)  # they see everything; other handlers have levels of their own
+    for watcher in watchers:
+        logger.addHandler(watcher)
+    found: dict[str, Any] = {"exit_code": 70}
+    begin = time.perf_counter()
+    try:
+        yield found
+    except PenultError as error:
+        found |= {**error.facts, "exit_code": error.exit_code, "error": str(error)}
+        raise
+    except KeyboardInterrupt:
+        found["exit_code"] = 130
+        raise
+    finally:
+        found["seconds"] = round(time.perf_counter() - begin, 3)
+        logger.setLevel(level)
+        for watcher in watchers:
+            watcher.summary(found)
+            logger.removeHandler(watcher)
+            watcher.close()

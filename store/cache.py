@@ -329,8 +329,7 @@ class CacheWriter:
                 continue
             found = shard.read_shard(path)
             if found.fingerprint == fingerprint.canonical:
-                raw = found.sha256.tobytes()
-                self.known.update(raw[i : i + 32] for i in range(0, len(raw), 32))
+                self.known.update(found.digests())
         self.write_meta(fingerprint, facts)
 
     def write_meta(self, fingerprint: Fingerprint, facts: dict[str, Any]) -> None:

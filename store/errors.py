@@ -24,11 +24,22 @@ traceback.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class PenultError(Exception):
-    """Root of the tree. ``exit_code`` is the process exit status of the command that raised it."""
+    """Root of the tree.
+
+    Attributes:
+        exit_code: exit status of the command that raised it.
+        facts: JSON for machines: what the run had found before it ended so.
+    """
 
     exit_code = 70
+
+    def __init__(self, *arguments: object, facts: dict[str, Any] | None = None) -> None:
+        super().__init__(*arguments)
+        self.facts = facts or {}
 
 
 class UsageError(PenultError, ValueError):

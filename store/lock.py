@@ -17,16 +17,32 @@ def writer_lock(directory: Path) -> Iterator[None]:
         LockedError: another process holds it; nothing was waited for.
         StorageError: the directory cannot be written to.
     """
+    with file_lock(directory / ".lock", what=str(directory)):
+        yield
+
+
+@contextmanager
+def file_lock(path: Path, *, what: str) -> Iterator[None]:
+    """Hold an exclusive lock on a file, which is made where it is missing and stays.
+
+    Args:
+        path: the lock file.
+        what: what it stands for, for the message.
+
+    Raises:
+        LockedError: another process holds it; nothing was waited for.
+        StorageError: it cannot be made.
+    """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(directory / ".lock")
+    lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        message = f"{directory} is being written by another run; try again when it has ended"
+        message = f"{what} is in use by another run; try again when it has ended"
         raise LockedError(message) from error
     except OSError as error:
-        message = f"cannot lock {directory}: {error.strerror or error}"
+        message = f"cannot lock {what}: {error.strerror or error}"
         raise StorageError(message) from error
     try:
         yield

@@ -38,6 +38,11 @@ class Shard:
     dtype: np.dtype[Any]
     fingerprint: str
 
+    def digests(self) -> list[bytes]:
+        """The keys as 32 bytes each (NumPy strips the zeros that end an ``S32``)."""
+        raw = self.sha256.tobytes()
+        return [raw[i : i + 32] for i in range(0, len(raw), 32)]
+
 
 def fits_float16(features: NDArray[np.float32]) -> NDArray[np.bool_]:
     """For each row of ``(n, d)`` float32, whether float16 keeps it to a relative L2 error of `MAX_ROUNDING` (rule 11)."""

@@ -72,8 +72,7 @@ def _backbone(cache: Any) -> Iterator[Finding]:
 
 
 def _missing(cache: Any) -> Iterator[Finding]:
-    raw = b"".join(s.sha256.tobytes() for s in cache.shards)
-    there = {raw[i : i + 32] for i in range(0, len(raw), 32)}
+    there = {digest for s in cache.shards for digest in s.digests()}
     missing = [row for row in cache.rows() if row.sha256 not in there]
     if missing:
         yield Finding("shards", f"{len(missing)} images have no features (such as {missing[0].name}): a shard is missing")

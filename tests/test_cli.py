@@ -182,61 +182,6 @@ def test_a_bug_exits_70_with_a_traceback(penult: Penult, monkeypatch: pytest.Mon
     assert "ZeroDivisionError" in err
 
 
-JOB = """
-data = "photos"
-cache = "out.cache"
-bundle = "out.head"
-[backbone]
-name = "{backbone}"
-[train]
-head = "logistic"
-C = 1.0
-[gate]
-min_accuracy = {gate}
-"""
-
-
-def test_a_job_extracts_trains_evaluates_and_holds_its_gate(
-    penult: Penult, photos: Path, backbone_file: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "photos").symlink_to(photos)
-    job = tmp_path / "job.toml"
-    job.write_text(JOB.format(backbone=backbone_file, gate=0.0))
-    code, out, err = penult("run", job)
-    assert code == 0, err
-    assert "accuracy" in out
-    result = json.loads(penult("run", job, "--json")[1])
-    assert result["extract"]["inference_calls"] == 0
-    job.write_text(JOB.format(backbone=backbone_file, gate=1.0))
-    code, _, err = penult("run", job)
-    if result["evaluation"]["accuracy"] < 1:
-        assert code == 65
-        assert "gate not met" in err
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        (
-            'data = "x"\ncache = "c"\nbundle = "b"\n[backbone]\nnam = "resnet18"\n',
-            "unknown key 'backbone.nam'; did you mean 'name'?",
-        ),
-        ('data = "x"\ndata = "y"\n', "is not TOML"),
-        ('data = "x"\ncache = "c"\nbundle = "b"\n', "the key 'backbone' is missing"),
-        ('data = 3\ncache = "c"\nbundle = "b"\n[backbone]\nname = "resnet18"\n', "'data'"),
-        (JOB.format(backbone="resnet18", gate='"0.9"'), "'gate.min_accuracy'"),
-        (JOB.format(backbone="resnet18", gate=1.5), "'gate.min_accuracy'"),
-        (JOB.format(backbone="resnet18", gate=0.5) + "[extract]\nworkers = 0\n", "'extract.workers'"),
-        (JOB.format(backbone="resnet18", gate=0.5) + "[extrat]\n", "unknown key 'extrat'; did you mean 'extract'?"),
-    ],
-)
-def test_wrong_job_files_exit_78_and_name_the_key(penult: Penult, tmp_path: Path, text: str, says: str) -> None:
-    (tmp_path / "job.toml").write_text(text)
-    code, _, err = penult("run", tmp_path / "job.toml")
-    assert code == 78
-    assert says in err
-
-
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["extract", "--help"]])
 def test_help_costs_less_than_0_3_s_of_cpu(arguments: list[str]) -> None:
     """CPU time of a child, which a busy machine does not change much; importing torch alone would be ten times more."""

@@ -638,7 +638,7 @@ def test_a_second_process_is_turned_away_and_a_killed_one_leaves_nothing_stale(t
     fill(tmp_path / "c")
     with hold(tmp_path / "c") as holder:
         try:
-            with pytest.raises(LockedError, match="being written by another run") as caught, open_writer(tmp_path / "c"):
+            with pytest.raises(LockedError, match="in use by another run") as caught, open_writer(tmp_path / "c"):
                 pass
             assert caught.value.exit_code == 75
             assert len(FeatureCache(tmp_path / "c").subset()) == 8

@@ -1,0 +1,196 @@
+"""`penult run` as a scheduler calls it: what is done again, exit codes, the record, the structured log and the metrics."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+
+from classifiers.bundle import Bundle
+from classifiers.jobs import preview_job, read_job, read_runs, run_job, runs_file
+from extractor.progress import JsonLog, Metrics, observed
+from store.errors import BudgetExceededError, GateError, InputMissingError, JobFileError, LockedError, StorageError
+from store.lock import file_lock
+
+REPO = Path(__file__).resolve().parent.parent
+JOB = """
+data = "photos"
+cache = "out.cache"
+bundle = "out.head"
+[backbone]
+name = "{backbone}"
+[train]
+head = "logistic"
+C = {C}
+[gate]
+min_accuracy = {gate}
+"""
+
+
+def paint(folder: Path, label: str, tint: tuple[int, int, int], count: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    (folder / label).mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        pixels = np.clip(np.array(tint) + rng.normal(0, 60, (40, 48, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / label / f"{seed}-{i:03d}.png")
+
+
+@pytest.fixture
+def job(tmp_path: Path, backbone_file: Path) -> Callable[..., Path]:
+    """``job(gate=0.5, C=1.0)`` writes the job file; 15 red and 15 blue pictures are there."""
+    for seed, (label, tint) in enumerate({"blue": (40, 60, 200), "red": (200, 50, 40)}.items()):
+        paint(tmp_path / "photos", label, tint, 15, seed)
+
+    def write(gate: float | str = 0.5, C: float = 1.0, extra: str = "") -> Path:
+        path = tmp_path / "nightly.toml"
+        path.write_text(JOB.format(backbone=backbone_file, gate=gate, C=C) + extra)
+        return path
+
+    return write
+
+
+def metrics(path: Path) -> dict[str, float]:
+    """Samples by name, with labels as in the text."""
+    families = text_string_to_metric_families(path.read_text())
+    return {
+        sample.name + "".join(f"[{value}]" for value in sample.labels.values()): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def test_nothing_is_done_again_unless_it_changed(job: Callable[..., Path], tmp_path: Path) -> None:
+    first = run_job(job())
+    assert (first.exit_code, first.trained, first.extract.computed) == (0, True, 30)
+    made = (tmp_path / "out.head/head.json").stat().st_mtime_ns
+    second = run_job(job())
+    assert (second.trained, second.extract.computed, second.extract.inference_calls) == (False, 0, 0)
+    assert second.evaluation == first.evaluation
+    assert (tmp_path / "out.head/head.json").stat().st_mtime_ns == made
+    assert run_job(job(C=0.5)).trained  # other settings
+    paint(tmp_path / "photos", "red", (200, 50, 40), 1, seed=9)
+    added = run_job(job(C=0.5))
+    assert (added.trained, added.extract.computed) == (True, 1)
+    moved = tmp_path / "photos/red/9-000.png"
+    moved.rename(tmp_path / "photos/blue/9-000.png")  # the same image under another label
+    relabelled = run_job(job(C=0.5))
+    assert (relabelled.trained, relabelled.extract.computed) == (True, 0)
+
+
+def test_a_damaged_bundle_is_made_again(job: Callable[..., Path], tmp_path: Path) -> None:
+    run_job(job())
+    (tmp_path / "out.head/head.onnx").write_bytes(b"")
+    assert run_job(job()).trained
+    Bundle.load(tmp_path / "out.head")
+
+
+def test_every_ending_is_recorded(job: Callable[..., Path], tmp_path: Path) -> None:
+    run_job(job())
+    (tmp_path / "photos/red/broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    assert run_job(job()).exit_code == 3
+    for i in range(15):  # blue pictures under red, too: nobody can be right about all of them
+        source = tmp_path / f"photos/blue/0-{i:03d}.png"
+        Image.open(source).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / f"photos/red/x{i}.png")
+    with pytest.raises(GateError, match=r"gate not met: accuracy .* is below min_accuracy 1.0"):
+        run_job(job(gate=1.0))
+    with pytest.raises(BudgetExceededError):
+        run_job(job(extra='[extract]\nmax_failures = "0"\n'))
+    records = read_runs(job())
+    assert [record["exit_code"] for record in records] == [0, 3, 65, 65]
+    assert "gate not met" in records[2]["error"]
+    assert records[2]["evaluation"]["n"] > 0
+    assert records[3]["extract"]["failed"] == 1
+    assert all(record["versions"]["torch"] and record["seconds"] > 0 for record in records)
+    runs_file(job()).write_bytes(runs_file(job()).read_bytes() + b'{"cut by a cra')
+    assert len(read_runs(job())) == 4
+    with pytest.raises(InputMissingError, match="no runs"):
+        read_runs(tmp_path / "other.toml")
+
+
+def test_overlapping_starts_end_with_75(job: Callable[..., Path], tmp_path: Path) -> None:
+    path = job()
+    command = [sys.executable, REPO / "cli.py", "run", path]
+    with file_lock(tmp_path / ".nightly.toml.lock", what="the job"):
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPO)
+        with pytest.raises(LockedError):  # also within one process
+            run_job(path)
+    assert done.returncode == 75
+    assert "in use by another run" in done.stderr
+    assert not runs_file(path).exists()
+    assert run_job(path).exit_code == 0
+
+
+def test_a_dry_run_writes_nothing(job: Callable[..., Path], tmp_path: Path) -> None:
+    path = job()
+    before = sorted(tmp_path.rglob("*"))
+    assert preview_job(path) == {
+        "extract": {"inputs": 30, "unchanged": 0, "to_read": 30},
+        "train": "yes, if features, labels or settings changed",
+    }
+    assert sorted(tmp_path.rglob("*")) == before
+    run_job(path)
+    assert preview_job(path) == {"extract": {"inputs": 30, "unchanged": 30, "to_read": 0}, "train": "unchanged"}
+    (tmp_path / "photos/red/1-000.png").unlink()
+    paint(tmp_path / "photos", "red", (200, 50, 40), 2, seed=9)
+    assert preview_job(path)["extract"] == {"inputs": 31, "unchanged": 29, "to_read": 2}
+
+
+def test_the_structured_log_ends_with_a_summary_and_metrics_parse(job: Callable[..., Path], tmp_path: Path) -> None:
+    log, prom = tmp_path / "log.jsonl", tmp_path / "penult.prom"
+    path = job()
+    for gate in (0.0, 1.1):
+        try:
+            with observed(log_json=log, metrics=prom) as seen:
+                run_job(path if gate == 0 else job(extra='[extract]\nmax_failures = "-1"\n'), record=seen)
+        except BudgetExceededError:
+            assert gate
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    summaries = [line for line in lines if line.get("event") == "summary"]
+    assert [line["exit_code"] for line in summaries] == [0, 65]
+    assert lines[-1] == summaries[-1]
+    assert [line["computed"] for line in lines if line.get("event") == "shard"] == [30]
+    assert summaries[0]["evaluation"]["n"] == 6
+    found = metrics(prom)
+    assert found["penult_exit_code"] == 65
+    assert (found["penult_rows[ok]"], found["penult_rows[failed]"]) == (30, 0)
+    assert found["penult_cache_bytes"] > 30 * 512 * 2
+    assert 0 < found["penult_last_success_timestamp_seconds"] <= found["penult_heartbeat_timestamp_seconds"]
+    assert {name for name in found if name.startswith("penult_stage_seconds")} >= {"penult_stage_seconds[total]"}
+    assert "photos" not in prom.read_text()
+
+
+def test_a_log_that_cannot_be_written_is_said_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="cannot write"):
+        JsonLog(tmp_path / "no/such/folder/log.jsonl")
+    Metrics(tmp_path / "no/such/folder/m.prom")  # only warns: a run does not die of its metrics
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            'data = "x"\ncache = "c"\nbundle = "b"\n[backbone]\nnam = "resnet18"\n',
+            "unknown key 'backbone.nam'; did you mean 'name'?",
+        ),
+        ('data = "x"\ndata = "y"\n', "is not TOML"),
+        ('data = "x"\ncache = "c"\nbundle = "b"\n', "the key 'backbone' is missing"),
+        ('data = 3\ncache = "c"\nbundle = "b"\n[backbone]\nname = "resnet18"\n', "'data'"),
+        (JOB.format(backbone="resnet18", C=1.0, gate='"0.9"'), "'gate.min_accuracy'"),
+        (JOB.format(backbone="resnet18", C=1.0, gate=1.5), "'gate.min_accuracy'"),
+        (JOB.format(backbone="resnet18", C=1.0, gate=0.5) + "[extract]\nworkers = 0\n", "'extract.workers'"),
+        (JOB.format(backbone="resnet18", C=1.0, gate=0.5) + "[extrat]\n", "unknown key 'extrat'; did you mean 'extract'?"),
+    ],
+)
+def test_wrong_job_files_name_the_key(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "job.toml").write_text(text)
+    with pytest.raises(JobFileError) as caught:
+        read_job(tmp_path / "job.toml")
+    assert caught.value.exit_code == 78
+    assert says in str(caught.value)
