@@ -292,6 +292,13 @@ def verify(cache: Path, *, as_json: bool) -> None:
 @click.option("--hidden", metavar="N,N", help="mlp: width of each hidden layer.")
 @click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), help="mlp: probability.")
 @click.option("--weight-decay", type=click.FloatRange(0), help="mlp: of AdamW.")
+@click.option(
+    "--leaks",
+    type=click.Choice(["warn", "refuse", "allow"]),
+    default="warn",
+    show_default=True,
+    help="Images on both sides of the split, or under two labels.",
+)
 @split_options
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the training, and of a split of its own.")
 @overwrite_option
@@ -310,7 +317,7 @@ def train(cache: Path, output: Path, head: str, *, as_json: bool, overwrite: boo
     settings = {"C": given["C"], "hidden": hidden, "dropout": given["dropout"], "weight_decay": given["weight_decay"]}
     fractions = {"val": given["val_fraction"], "test": given["test_fraction"], "split_seed": given["seed"]}
     made = make_head(head, seed=given["seed"], **settings)
-    bundle = train_head(FeatureCache(cache), output, made, overwrite=overwrite, **fractions)
+    bundle = train_head(FeatureCache(cache), output, made, leaks=given["leaks"], overwrite=overwrite, **fractions)
     print_bundle(bundle, as_json=as_json)
 
 

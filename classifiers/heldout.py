@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,14 @@ class Roles:
         choose: what choices are made on; empty means k-fold inside ``fit``.
         report: what is held out; may be empty.
         facts: JSON for the bundle: split names and the rule they came from.
+        copies: what was left out of ``choose`` and ``report``, because its very bytes stand among what is fitted.
     """
 
     fit: list[Row]
     choose: list[Row]
     report: list[Row]
     facts: dict[str, Any]
+    copies: list[Row] = field(default_factory=list)
 
 
 def assign_roles(table: SampleTable, *, val: float | None = None, test: float | None = None, seed: int = 0) -> Roles:
@@ -77,8 +79,15 @@ def assign_roles(table: SampleTable, *, val: float | None = None, test: float | 
     if not fit:
         message = f"there is no split 'train' to fit on; there is {', '.join(by_name)}"
         raise BadDataError(message)
+    choose, report = by_name.get(chosen_on or "", []), by_name.get(reported_on or "", [])
+    seen = {row.sha256 for row in fit}
+    copies = [row for row in choose if row.sha256 in seen]
+    choose = [row for row in choose if row.sha256 not in seen]
+    seen |= {row.sha256 for row in choose}
+    copies += [row for row in report if row.sha256 in seen]
+    report = [row for row in report if row.sha256 not in seen]
     facts = {"fit": "train", "chosen_on": chosen_on or "folds of train", "reported_on": reported_on, **rule}
-    return Roles(fit, by_name.get(chosen_on or "", []), by_name.get(reported_on or "", []), facts)
+    return Roles(fit, choose, report, facts, copies)
 
 
 def inner_validation(rows: Sequence[Row], *, fraction: float = 0.2, seed: int = 0) -> tuple[list[Row], list[Row]]:
@@ -171,9 +180,9 @@ def _rows_of(table: SampleTable, bundle: Bundle, split: str | None) -> tuple[lis
 
 def _same_features(bundle: Bundle, cache: FeatureCache) -> bool:
     differences = bundle.fingerprint.differences(cache.fingerprint, ignore=ACCEPTED)
-    for field, (mine, theirs) in bundle.fingerprint.differences(cache.fingerprint).items():
+    for name, (mine, theirs) in bundle.fingerprint.differences(cache.fingerprint).items():
         if not differences:
-            log.warning("%s differs: %s was trained with %s, %s holds %s", field, bundle.name, mine, cache.path, theirs)
+            log.warning("%s differs: %s was trained with %s, %s holds %s", name, bundle.name, mine, cache.path, theirs)
     if differences:
         log.info(
             "%s holds other features than %s takes (%s): embedding the images", cache.path, bundle.name, ", ".join(differences)

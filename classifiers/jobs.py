@@ -69,6 +69,7 @@ class TrainSection(_Section):
     dropout: float | None = Field(None, ge=0, lt=1)
     weight_decay: float | None = Field(None, ge=0)
     seed: int | None = None
+    leaks: str = Field("warn", pattern="^(warn|refuse|allow)$")
 
 
 class GateSection(_Section):
@@ -166,6 +167,7 @@ class _Plan:
     cache: Path
     bundle: Path
     head: Any
+    leaks: str
 
 
 def _resolve(job: Job, here: Path, *, quiet: bool) -> _Plan:
@@ -183,8 +185,9 @@ def _resolve(job: Job, here: Path, *, quiet: bool) -> _Plan:
         if chosen[key] and (here / chosen[key]).is_file():
             chosen[key] = str(here / chosen[key])
     wanted = job.train.model_dump()
+    leaks = wanted.pop("leaks")
     head = make_head(wanted.pop("head"), **wanted)
-    return _Plan(source, Backbone(**chosen), options, here / job.cache, here / job.bundle, head)
+    return _Plan(source, Backbone(**chosen), options, here / job.cache, here / job.bundle, head, leaks)
 
 
 def preview_job(path: Path) -> dict[str, Any]:
@@ -252,7 +255,7 @@ def _run(job: Job, path: Path, record: dict[str, Any], *, quiet: bool) -> JobRes
     bundle = _made_already(plan)
     trained = bundle is None
     if bundle is None:
-        bundle = train_head(FeatureCache(plan.cache), plan.bundle, plan.head, overwrite=True)
+        bundle = train_head(FeatureCache(plan.cache), plan.bundle, plan.head, leaks=plan.leaks, overwrite=True)
     else:
         log.info("features, labels and settings are unchanged: %s is kept", bundle.name)
     record["trained"] = trained

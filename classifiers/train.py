@@ -21,13 +21,14 @@ from extractor.session import resolve_device
 from extractor.sources import Source
 from store.cache import FeatureCache, Subset
 from store.errors import BadDataError, UsageError
-from store.samples import Row, SampleTable
+from store.samples import Row, SampleTable, display
 
 from .bundle import Bundle, refuse_existing, save_bundle
 from .dense import DenseHead
 from .evaluate import score
 from .finetune import FineTuneOptions, finetune
 from .heldout import Roles, as_predictions, assign_roles, inner_validation, predict_held_out
+from .leaks import Leak, LeakReport, conflicting_labels, guard, near_copies
 from .predict import Predictor
 
 log = logging.getLogger("penult.classifiers")
@@ -64,6 +65,7 @@ def train_head(
     val: float | None = None,
     test: float | None = None,
     split_seed: int = 0,
+    leaks: str = "warn",
     overwrite: bool = False,
 ) -> Bundle:
     """Fit a head on a cache's training rows, evaluate it on the held-out ones and save a bundle.
@@ -73,6 +75,7 @@ def train_head(
         out: the bundle's folder.
         head: an unfitted `LogisticHead` or `MlpHead`.
         val, test, split_seed: fractions for a split other than the stored one.
+        leaks: what happens to images on both sides of the split: ``warn``, ``refuse`` or ``allow``; see `leaks`.
         overwrite: replace an existing bundle.
 
     Raises:
@@ -85,10 +88,12 @@ def train_head(
     _need_two_classes(roles)
     train = cache.of_rows(roles.fit, "train")
     choose = cache.of_rows(roles.choose, "val") if roles.choose else None
+    held_out = cache.of_rows(roles.report, str(roles.facts["reported_on"])) if roles.report else None
+    found = _look_for_leaks(cache, roles, [train, *([choose] if choose else [])], held_out)
+    guard(found, leaks)
     begin = time.perf_counter()
     head.fit(train.X, train.y, validation=(choose.X, choose.y) if choose else None, groups=train.groups)
     seconds = time.perf_counter() - begin
-    held_out = cache.of_rows(roles.report, str(roles.facts["reported_on"])) if roles.report else None
     return save_head(
         cache,
         out,
@@ -98,8 +103,39 @@ def train_head(
         split=roles.facts,
         seconds=seconds,
         origin=origin,
+        leaks=found,
         overwrite=overwrite,
     )
+
+
+def _look_for_leaks(cache: FeatureCache, roles: Roles, fitted: Sequence[Subset], held_out: Subset | None) -> LeakReport:
+    near: list[Leak] = []
+    searched = True
+    for subset in fitted if held_out else []:
+        more, looked = near_copies(subset, held_out) if held_out else ([], True)
+        near, searched = near + more, searched and looked
+    best = {leak.path: leak for leak in sorted(near, key=lambda leak: -leak.ratio)}  # the most suspicious of each image
+    return LeakReport(
+        copies=[row.name for row in roles.copies],
+        near=sorted(best.values(), key=lambda leak: leak.ratio),
+        conflicts=conflicting_labels(cache.samples.rows),
+        searched=searched,
+    )
+
+
+def _with_leaks(metrics: dict[str, Any], leaks: LeakReport, held_out: Subset, probabilities: Any, classes: list[str]) -> None:
+    """Put what was found into the metrics, with the figures without the images that look like fitted ones."""
+    metrics["leaks"] = leaks.to_json()
+    suspicious = {leak.path for leak in leaks.near}
+    keep = np.array([display(path) not in suspicious for path in held_out.paths])
+    if leaks.near and keep.any():
+        without = score(held_out.y[keep], probabilities[keep], classes, held_out.name)
+        low, high = without.accuracy_interval
+        metrics["notes"].append(
+            f"accuracy {metrics['accuracy']:.4f} with, {without.accuracy:.4f} [{low:.4f}, {high:.4f}] without the "
+            f"{len(leaks.near)} image(s) that look like copies of fitted ones"
+        )
+        metrics["leaks"] |= {"accuracy_without": without.accuracy, "n_without": without.n}
 
 
 def made_from(cache: FeatureCache, head: Any, **split: Any) -> str:
@@ -119,6 +155,7 @@ def save_head(
     split: dict[str, Any] | None = None,
     seconds: float = 0.0,
     origin: str = "",
+    leaks: LeakReport | None = None,
     overwrite: bool = False,
 ) -> Bundle:
     """Save a fitted head as a bundle.
@@ -131,6 +168,7 @@ def save_head(
         held_out: what it is reported on; None for nothing.
         split: facts about the split.
         seconds: training time.
+        leaks: what was found on both sides of the split.
         origin: what `made_from` says, if a later run shall recognise this one.
         overwrite: replace an existing bundle.
     """
@@ -145,6 +183,8 @@ def save_head(
         ]
         predictions = as_predictions(rows, probabilities, held_out.name)
         metrics = score(held_out.y, probabilities, list(head.dense_.classes), held_out.name).to_json()
+        if leaks is not None:
+            _with_leaks(metrics, leaks, held_out, probabilities, list(head.dense_.classes))
     else:
         log.warning("nothing is held out, so nothing can be said about how good this head is")
     # an ONNX file of somebody's own is identified by its digest, whatever its metadata says
