@@ -285,6 +285,88 @@ def verify(cache: Path, *, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("first", metavar="CACHE_A", type=FOLDER)
+@click.argument("second", metavar="CACHE_B", type=FOLDER)
+@click.option("--head", type=FOLDER, help="Also count the decisions of this bundle's head that flip.")
+@json_option
+def diff(first: Path, second: Path, head: Path | None, *, as_json: bool) -> None:
+    """Show what changed from one cache to another, image by image, and why.
+
+    Example: penult diff last-month.cache today.cache --head photos.head
+    """
+    from store.cache import FeatureCache
+    from store.drift import compare_caches
+
+    drift = compare_caches(FeatureCache(first), FeatureCache(second), predict=decisions(head))
+    print_drift(drift, as_json=as_json)
+
+
+@cli.command()
+@click.argument("cache", type=FOLDER)
+@click.option("--against", required=True, type=FOLDER, help="The golden cache, a folder or a compact file.")
+@click.option("--head", type=FOLDER, help="Also require that no decision of this bundle's head flips.")
+@click.option("--tolerance", type=click.FloatRange(0), help="Relative L2 per row; by default what the fingerprints allow.")
+@click.option("--update", is_flag=True, help="Show what changed, then make CACHE the golden one (a compact file).")
+@json_option
+def check(cache: Path, against: Path, head: Path | None, tolerance: float | None, *, update: bool, as_json: bool) -> None:
+    """Regression test on cached features: exit 65 unless CACHE holds what the golden cache holds.
+
+    Images, labels, storage type, fingerprint and features must agree; only CPU and GPU may differ.
+
+    Example: penult check today.cache --against golden.h5 --head photos.head
+    """
+    from store.cache import FeatureCache
+    from store.compact import write_compact
+    from store.drift import compare_caches
+    from store.errors import BadDataError
+
+    found = FeatureCache(cache)
+    if update and not against.exists():
+        click.echo(f"{against}: new, {write_compact(found, against, dtype=str(found.dtype))} rows", err=as_json)
+        return
+    drift = compare_caches(FeatureCache(against), found, predict=decisions(head), bound=tolerance)
+    print_drift(drift, as_json=as_json)
+    if update:
+        write_compact(found, against, dtype=str(found.dtype), overwrite=True)
+        click.echo(f"{against} is replaced", err=True)
+    elif not drift.passed:
+        message = f"{cache} does not match {against}: {'; '.join(drift.causes) or 'see the table'}"
+        raise BadDataError(message)
+
+
+@cli.command()
+@click.argument("cache", type=FOLDER)
+@click.option("-o", "--output", type=FOLDER, help="The HDF5 file to write.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    show_default=True,
+    help="MATLAB and HDFView read float32 only.",
+)
+@click.option("--prune", is_flag=True, help="Remove features of images that are gone from the cache itself.")
+@overwrite_option
+def compact(cache: Path, output: Path | None, dtype: str, *, prune: bool, overwrite: bool) -> None:
+    """Write a cache as one self-contained HDF5 file, or prune it.
+
+    Example: penult compact photos.cache -o photos.h5
+    """
+    from store.cache import FeatureCache
+    from store.compact import prune as prune_cache
+    from store.compact import write_compact
+
+    if not output and not prune:
+        message = "pass -o FILE.h5, --prune, or both"
+        raise click.UsageError(message)
+    if prune:
+        removed, kept = prune_cache(cache)
+        click.echo(f"{cache}: {removed} rows removed, {kept} kept")
+    if output:
+        rows = write_compact(FeatureCache(cache), output, dtype=dtype, overwrite=overwrite)
+        click.echo(f"{output}: {rows} rows, {output.stat().st_size / 2**20:.1f} MiB")
+
+
+@cli.command()
 @click.argument("cache", type=FOLDER)
 @output_option("The bundle, a folder.")
 @click.option("--head", type=click.Choice(["logistic", "mlp"]), default="logistic", show_default=True, help="Kind of head.")
@@ -350,7 +432,7 @@ def finetune(data: Path, output: Path, *, as_json: bool, overwrite: bool, **give
     from classifiers.train import train_finetuned
     from extractor.pipeline import Options
     from extractor.sources import open_source
-    from store.cache import FeatureCache
+    from store.cache import FeatureCache, is_cache
 
     names = (
         "epochs",
@@ -368,7 +450,7 @@ def finetune(data: Path, output: Path, *, as_json: bool, overwrite: bool, **give
     for name in ("batch_size", "workers"):
         value = number(given[name], f"--{name.replace('_', '-')}")
         settings |= {name: value} if value else {}
-    if (data / "samples.h5").is_file():
+    if is_cache(data):
         origin: Any = FeatureCache(data)
     else:
         origin = open_source(data, root=given["root"], follow_symlinks=given["follow_symlinks"], group_by=given["group_by"])
@@ -547,6 +629,25 @@ def demo(output: Path, weights: str | None, epochs: int, *, overwrite: bool) -> 
     for note in result.notes:
         click.echo(f"\n{note}")
     click.echo(f"\nReport: {result.report}   Bundles: {output}/*.head (each has a report.html)")
+
+
+def decisions(bundle: Path | None) -> Any:
+    """The class that a bundle's head decides for, as a function of features; None without a bundle."""
+    if bundle is None:
+        return None
+    from classifiers.bundle import Bundle, head_function
+
+    head = head_function(Bundle.load(bundle).path / "head.onnx")
+    return lambda features: head(features).argmax(axis=1)
+
+
+def print_drift(drift: Any, *, as_json: bool) -> None:
+    if as_json:
+        return print_json(drift.to_json())
+    print_table(("what", "value"), drift.rows(), left=2)
+    for cause in drift.causes:
+        click.echo(f"cause: {cause}")
+    return None
 
 
 def backbone_from(given: dict[str, Any]) -> Backbone:

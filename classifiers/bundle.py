@@ -179,7 +179,7 @@ class Bundle:
 def save_bundle(
     bundle: Bundle,
     *,
-    backbone: Path,
+    backbone: bytes,
     head: bytes,
     predictions: Predictions | None,
     fitted: Sequence[bytes],
@@ -189,7 +189,7 @@ def save_bundle(
 
     Args:
         bundle: the facts; ``files`` and ``versions`` are filled in here.
-        backbone: ONNX file to copy.
+        backbone: ONNX bytes.
         head: ONNX bytes.
         predictions: on held-out images; None where there were none.
         fitted: content digests of everything that was fitted or chosen on.
@@ -207,7 +207,7 @@ def save_bundle(
     temporary = bundle.path.with_name(f".{bundle.path.name}.{secrets.token_hex(6)}.tmp")
     try:
         temporary.mkdir(parents=True)
-        shutil.copyfile(backbone, temporary / "backbone.onnx")
+        hdf5.commit(temporary / "backbone.onnx", backbone)
         hdf5.commit(temporary / "head.onnx", head)
         files = {name: _digest(temporary / name) for name in ("backbone.onnx", "head.onnx")}
         complete = Bundle(**{**vars(bundle), "files": files, "versions": library_versions()})

@@ -18,7 +18,7 @@ import numpy as np
 
 from extractor.pipeline import Options, survey
 from extractor.sources import open_source
-from store.cache import FeatureCache, assign_splits, with_splits
+from store.cache import FeatureCache, assign_splits, is_cache, with_splits
 from store.errors import BadDataError
 from store.samples import Row, SampleTable
 
@@ -136,7 +136,7 @@ def evaluate_bundle(
     Raises:
         BadDataError: everything asked for was fitted, or there is nothing to evaluate.
     """
-    cache = FeatureCache(data) if (Path(data) / "samples.h5").is_file() else None
+    cache = FeatureCache(data) if is_cache(data) else None
     if cache is not None:
         table = cache.samples
     else:

@@ -187,8 +187,10 @@ def save_head(
             _with_leaks(metrics, leaks, held_out, probabilities, list(head.dense_.classes))
     else:
         log.warning("nothing is held out, so nothing can be said about how good this head is")
-    # an ONNX file of somebody's own is identified by its digest, whatever its metadata says
-    facts = replace(read_facts(cache.backbone), weights_sha256=str(cache.fingerprint.fields["weights"]))
+    with cache.backbone_file() as backbone:
+        # an ONNX file of somebody's own is identified by its digest, whatever its metadata says
+        facts = replace(read_facts(backbone), weights_sha256=str(cache.fingerprint.fields["weights"]))
+        data = backbone.read_bytes()
     bundle = Bundle(
         path=Path(out),
         kind="frozen",
@@ -210,7 +212,7 @@ def save_head(
     digests = [digest for subset in fitted for digest in subset.sha256]
     return save_bundle(
         bundle,
-        backbone=cache.backbone,
+        backbone=data,
         head=head.dense_.to_onnx(),
         predictions=predictions,
         fitted=digests,
@@ -291,7 +293,12 @@ def train_finetuned(
         )
         fitted = [row.sha256 for row in [*fit, *choose]]
         return save_bundle(
-            bundle, backbone=network, head=head.to_onnx(), predictions=predictions, fitted=fitted, overwrite=overwrite
+            bundle,
+            backbone=network.read_bytes(),
+            head=head.to_onnx(),
+            predictions=predictions,
+            fitted=fitted,
+            overwrite=overwrite,
         )
 
 

@@ -82,6 +82,11 @@ class SampleTable:
 
     def to_bytes(self) -> bytes:
         """The complete HDF5 file."""
+        facts = json.dumps(self.facts, sort_keys=True)
+        return hdf5.build(ENCODING_TYPE, self.datasets(), {"rows": len(self.rows), "facts": facts})[0]
+
+    def datasets(self) -> dict[str, NDArray[Any]]:
+        """The columns as FORMAT.md has them."""
         rows = self.rows
         digests = b"".join(row.sha256 or bytes(32) for row in rows)
         datasets: dict[str, NDArray[Any]] = {
@@ -98,19 +103,18 @@ class SampleTable:
             index = {value: i for i, value in enumerate(names)}
             datasets[name] = np.array([index.get(value, -1) for value in values], np.int32)
             datasets |= hdf5.pack_strings(f"{name}-names", [value.encode() for value in names])
-        facts = json.dumps(self.facts, sort_keys=True)
-        return hdf5.build(ENCODING_TYPE, datasets, {"rows": len(rows), "facts": facts})[0]
+        return datasets
 
     @classmethod
-    def read(cls, path: Path) -> SampleTable:
-        """Read ``samples.h5``, checking its digest (it is small, and everything else hangs on it).
+    def read(cls, path: Path, encoding_type: str = ENCODING_TYPE) -> SampleTable:
+        """Read ``samples.h5``, or the same columns of a compact file, checking its digest: everything else hangs on it.
 
         Raises:
             InputMissingError: there is none.
             CorruptCacheError: it is damaged or its columns disagree.
         """
-        hdf5.verify(path, ENCODING_TYPE)
-        with hdf5.open_checked(path, ENCODING_TYPE) as (datasets, attrs):
+        hdf5.verify(path, encoding_type)
+        with hdf5.open_checked(path, encoding_type) as (datasets, attrs):
             n = int(attrs["rows"])
             paths, groups, messages = (hdf5.unpack_strings(datasets, name) for name in ("path", "group", "message"))
             digests = datasets["sha256"][()].tobytes()
@@ -152,7 +156,7 @@ class SampleTable:
                 )
                 for i in range(n)
             ]
-            return cls(rows, json.loads(str(attrs["facts"])))
+            return cls(sorted(rows, key=lambda row: row.path), json.loads(str(attrs["facts"])))
 
 
 def check_relative(path: bytes) -> bytes:

@@ -30,6 +30,7 @@ class Shard:
         dim: length of a feature vector.
         dtype: float16 or float32.
         fingerprint: canonical JSON.
+        encoding_type: what the file calls itself; a compact file is read like one shard.
     """
 
     path: Path
@@ -37,6 +38,7 @@ class Shard:
     dim: int
     dtype: np.dtype[Any]
     fingerprint: str
+    encoding_type: str = ENCODING_TYPE
 
     def digests(self) -> list[bytes]:
         """The keys as 32 bytes each (NumPy strips the zeros that end an ``S32``)."""
@@ -116,7 +118,7 @@ def read_shard(path: Path) -> Shard:
 
 def read_rows(shard: Shard, rows: NDArray[np.intp]) -> NDArray[np.floating[Any]]:
     """The features of some rows, ``(len(rows), d)`` in the shard's dtype and the order asked for."""
-    with hdf5.open_checked(shard.path, ENCODING_TYPE) as (datasets, _):
+    with hdf5.open_checked(shard.path, shard.encoding_type) as (datasets, _):
         features = datasets["features"]
         if len(rows) * 4 > features.shape[0]:
             return np.asarray(features[()][rows])

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from . import hdf5, samples, shard
+from . import compact, hdf5, samples, shard
 from .errors import CorruptCacheError, InputMissingError, NewerFormatError, PenultError, StorageError
 
 TIMEOUT = 60.0  # seconds for one file, plus what reading it takes at ..
@@ -44,6 +44,8 @@ def verify_cache(cache: Path) -> list[Finding]:
     """
     from .cache import FeatureCache, shard_paths
 
+    if cache.is_file():
+        return [Finding(cache.name, problem) for problem in verify_files([cache]).values()]
     shards = shard_paths(cache)
     table = cache / "samples.h5"
     if not shards and not table.exists():
@@ -57,15 +59,24 @@ def verify_cache(cache: Path) -> list[Finding]:
         opened = FeatureCache(cache)
     except PenultError as error:
         return [Finding("", str(error))]
-    return [*_backbone(opened), *_missing(opened)]
+    return [*_derived(opened), *_backbone(opened), *_missing(opened)]
+
+
+def _derived(cache: Any) -> Iterator[Finding]:
+    from .cache import holds, ledger_bytes, meta_bytes
+
+    for name, data in (("cache.json", meta_bytes(cache.meta)), ("ledger.jsonl", ledger_bytes(cache.samples))):
+        if not holds(cache.path / name, data):
+            yield Finding(name, "is missing or damaged; the same extract command makes it again from the rest")
 
 
 def _backbone(cache: Any) -> Iterator[Finding]:
     recorded = cache.meta["facts"].get("backbone_sha256")
-    if not cache.backbone.is_file():
+    backbone = cache.path / "backbone.onnx"
+    if not backbone.is_file():
         yield Finding("backbone.onnx", "is missing; the same extract command makes it again")
     elif recorded:
-        with cache.backbone.open("rb") as file:
+        with backbone.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != recorded:
             yield Finding("backbone.onnx", f"is {found[:12]}.., it was written as {recorded[:12]}..")
@@ -135,13 +146,15 @@ def _child(names: list[str]) -> None:
     for name in names:
         path = Path(os.fsdecode(bytes.fromhex(name)))
         kind = samples.ENCODING_TYPE if path.name == "samples.h5" else shard.ENCODING_TYPE
+        if path.parent.name != "shards" and path.name != "samples.h5":
+            kind = compact.ENCODING_TYPE
         try:
             path.open("rb").close()
             hdf5.verify(path, kind)
-            if kind == samples.ENCODING_TYPE:
-                samples.SampleTable.read(path)
-            else:
+            if kind == shard.ENCODING_TYPE:
                 shard.read_shard(path)
+            else:
+                samples.SampleTable.read(path, kind)
             answer = {"problem": ""}
         except (NewerFormatError, OSError) as error:  # no damage: a newer penult, a permission, a failing disk
             answer = {"error": type(error).__name__, "message": str(error)}

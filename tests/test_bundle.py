@@ -248,4 +248,4 @@ def test_without_held_out_images_the_bundle_says_so(cache: FeatureCache, tmp_pat
     with pytest.raises(BadDataError, match="without held-out images"):
         compare([saved, saved])
     with pytest.raises(OutputExistsError):
-        save_bundle(saved, backbone=cache.backbone, head=b"", predictions=None, fitted=[])
+        save_bundle(saved, backbone=b"", head=b"", predictions=None, fitted=[])

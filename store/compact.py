@@ -1,0 +1,129 @@
+"""One self-contained HDF5 file of a cache, for MATLAB, HDFView and the archive; and pruning what no sample refers to."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import hdf5, shard
+from .errors import BadDataError, CorruptCacheError, OutputExistsError
+from .fingerprint import Fingerprint
+from .samples import SampleTable
+
+if TYPE_CHECKING:
+    from .cache import FeatureCache
+
+log = logging.getLogger("penult.store")
+
+ENCODING_TYPE = "penult-compact"
+DTYPES = ("float32", "float16")
+
+
+def write_compact(cache: FeatureCache, out: Path, *, dtype: str = "float32", overwrite: bool = False) -> int:
+    """Write a cache as one file; every reading command takes it in place of the folder. Removed images are left out.
+
+    Args:
+        cache: the cache; it is built in memory, about three times its size in ``dtype``.
+        out: the file.
+        dtype: ``float32``, which MATLAB and HDFView read, or ``float16``.
+        overwrite: replace an existing file.
+
+    Returns:
+        Number of rows of ``features``.
+
+    Raises:
+        OutputExistsError: the file exists.
+        BadDataError: float16 would not hold the values.
+        StorageError: it cannot be written.
+    """
+    if out.exists() and (not overwrite or not out.is_file()):
+        message = f"{out} exists; choose another name or pass --overwrite"
+        raise OutputExistsError(message)
+    good = cache.rows()
+    features = cache.features([row.sha256 for row in good]).astype(np.float32)
+    if dtype == "float16" and not (fits := shard.fits_float16(features)).all():
+        message = f"float16 would not hold {int((~fits).sum())} of {len(fits)} rows; use --dtype float32"
+        raise BadDataError(message)
+    failed = [row for row in cache.samples.rows if not row.ok]
+    with cache.backbone_file() as backbone:
+        onnx = np.frombuffer(backbone.read_bytes(), np.uint8)
+    table = SampleTable([*good, *failed], cache.samples.facts)
+    datasets = {**table.datasets(), "features": features.astype(dtype), "backbone-onnx": onnx}
+    attrs: dict[str, str | int] = {
+        "rows": len(table.rows),
+        "feature-rows": len(good),
+        "facts": json.dumps(table.facts, sort_keys=True),
+        "fingerprint": cache.fingerprint.canonical,
+        "cache": json.dumps(cache.meta["facts"], sort_keys=True),
+    }
+    hdf5.commit(out, hdf5.build(ENCODING_TYPE, datasets, attrs)[0])
+    return len(good)
+
+
+def open_compact(path: Path) -> tuple[shard.Shard, dict[str, Any]]:
+    """A compact file as one shard, and what cache.json would say.
+
+    Raises:
+        CorruptCacheError: its parts do not fit together.
+    """
+    with hdf5.open_checked(path, ENCODING_TYPE) as (datasets, attrs):
+        features, m = datasets["features"], int(attrs["feature-rows"])
+        keys = datasets["sha256"][()][:m]
+        if features.ndim != 2 or features.shape[0] != m or len(keys) != m or features.dtype not in (np.float16, np.float32):
+            message = f"{path}: features {features.shape} of type {features.dtype} do not fit {m} rows"
+            raise CorruptCacheError(message)
+        fingerprint = Fingerprint.parse(str(attrs["fingerprint"]))
+        sha256 = np.ascontiguousarray(keys).view("S32").reshape(m)
+        whole = shard.Shard(path, sha256, features.shape[1], features.dtype, fingerprint.canonical, ENCODING_TYPE)
+        return whole, {"format": 1, "fingerprint": fingerprint.fields, "facts": json.loads(str(attrs["cache"]))}
+
+
+def read_backbone(path: Path) -> bytes:
+    """The ONNX file inside a compact file."""
+    with hdf5.open_checked(path, ENCODING_TYPE) as (datasets, _):
+        return bytes(datasets["backbone-onnx"][()].tobytes())
+
+
+def prune(path: Path) -> tuple[int, int]:
+    """Remove the features of images that are no longer in the sample table, under the writer's lock.
+
+    New shards are committed before old ones are removed, so a crash in between leaves duplicates and no loss.
+
+    Returns:
+        Rows removed, and rows kept.
+
+    Raises:
+        LockedError: another run writes the cache.
+        CorruptCacheError: a shard is damaged; nothing of it is removed.
+    """
+    from .cache import FeatureCache, open_writer, shard_paths
+
+    with open_writer(path):
+        cache = FeatureCache(path)
+        wanted = {row.sha256 for row in cache.rows()}
+        removed = kept = 0
+        number = max((int(p.name.partition("-")[0]) for p in shard_paths(path)), default=-1) + 1
+        for old in cache.shards:
+            digests = old.digests()
+            keep = np.array([digest in wanted for digest in digests], bool)
+            kept += int(keep.sum())
+            removed += int((~keep).sum())
+            if keep.all():
+                continue
+            hdf5.verify(old.path, shard.ENCODING_TYPE)
+            if keep.any():
+                with hdf5.open_checked(old.path, shard.ENCODING_TYPE) as (datasets, _):
+                    names = hdf5.unpack_strings(datasets, "path")
+                places = np.flatnonzero(keep)
+                features = shard.read_rows(old, places)
+                chosen = places.tolist()
+                parts = ([digests[i] for i in chosen], [names[i] for i in chosen])
+                shard.write_shard(path / "shards", number, features, *parts, cache.fingerprint)
+                number += 1
+            old.path.unlink()
+        hdf5.fsync_directory(path / "shards")
+    return removed, kept

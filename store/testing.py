@@ -1,0 +1,74 @@
+"""Assertions for regression tests on cached features; import it in your own tests, nothing loads it by itself.
+
+::
+
+    from store.testing import assert_features_match, assert_metrics_match
+
+    def test_features_are_last_months():
+        assert_features_match("today.cache", "golden.h5")
+
+    def test_figures_are_last_months():
+        assert_metrics_match("today.head/head.json", "golden-head.json", tolerance=0.005)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .cache import FeatureCache
+from .drift import compare_caches
+
+FIGURES = ("accuracy", "macro_f1", "log_loss")
+
+
+def assert_features_match(cache: str | Path, golden: str | Path, *, bound: float | None = None) -> None:
+    """Fail unless a cache holds the images, labels, storage type and features of a golden one.
+
+    Args:
+        cache: what is tested: a cache folder or a compact file.
+        golden: what it must equal.
+        bound: allowed relative L2 per row; by default that of CONTRACTS 8 for two caches like these.
+
+    Raises:
+        AssertionError: with the causes and a table of what drifted.
+        PenultError: one of them cannot be read, or they have nothing in common.
+    """
+    drift = compare_caches(FeatureCache(golden), FeatureCache(cache), bound=bound)
+    if not drift.passed:
+        table = "\n".join(f"  {name}: {value}" for name, value in drift.rows())
+        message = f"{cache} does not match {golden}: {'; '.join(drift.causes) or 'the features drifted'}\n{table}"
+        raise AssertionError(message)
+
+
+def assert_metrics_match(
+    metrics: Mapping[str, Any] | str | Path, golden: Mapping[str, Any] | str | Path, *, tolerance: float = 0.0
+) -> None:
+    """Fail unless accuracy, macro F1 and log-loss are within a tolerance of the golden ones, on as many images.
+
+    Args:
+        metrics: an evaluation as JSON (`penult evaluate --json`), a bundle's ``head.json``, or the path of either.
+        golden: what it must equal.
+        tolerance: allowed absolute difference of each figure.
+
+    Raises:
+        AssertionError: names the figures that differ.
+    """
+    found, expected = _figures(metrics), _figures(golden)
+    wrong = [f"n: {found['n']} against {expected['n']}"] if found["n"] != expected["n"] else []
+    wrong += [
+        f"{name}: {found[name]:.6f} against {expected[name]:.6f}"
+        for name in FIGURES
+        if not abs(found[name] - expected[name]) <= tolerance
+    ]
+    if wrong:
+        message = f"the figures differ by more than {tolerance}: {'; '.join(wrong)}"
+        raise AssertionError(message)
+
+
+def _figures(source: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:
+    facts = source if isinstance(source, Mapping) else json.loads(Path(source).read_text("utf-8"))
+    found: Mapping[str, Any] = facts.get("metrics", facts)
+    return found
