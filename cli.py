@@ -6,6 +6,8 @@ Everything heavy is imported inside the command that needs it, so that ``penult 
 from __future__ import annotations
 
 import csv
+import errno
+import io
 import json
 import logging
 import os
@@ -23,8 +25,10 @@ if TYPE_CHECKING:
     from extractor.backbones import Backbone
 
 F = TypeVar("F", bound=Callable[..., Any])
-FOLDER = click.Path(path_type=Path)
+FOLDER = click.Path(path_type=Path, readable=False)  # what cannot be read is said by the command, with its own code
+SEED = click.IntRange(0, 2**32 - 1)
 WITH_FAILURES = 3
+CANNOT_CREATE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 
 
 def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
@@ -174,7 +178,7 @@ def export(name: str, output: Path, *, overwrite: bool, **chosen: Any) -> None:
 @run_options
 @source_options
 @split_options
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the split.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the split.")
 @click.option(
     "--storage",
     type=click.Choice(["auto", "float32"]),
@@ -382,7 +386,7 @@ def compact(cache: Path, output: Path | None, dtype: str, *, prune: bool, overwr
     help="Images on both sides of the split, or under two labels.",
 )
 @split_options
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the training, and of a split of its own.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the training, and of a split of its own.")
 @overwrite_option
 @json_option
 def train(cache: Path, output: Path, head: str, *, as_json: bool, overwrite: bool, **given: Any) -> None:
@@ -418,7 +422,7 @@ def train(cache: Path, output: Path, head: str, *, as_json: bool, overwrite: boo
 @run_options
 @source_options
 @split_options
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the training, and of the split of DATA without one.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the training, and of the split of DATA without one.")
 @overwrite_option
 @json_option
 def finetune(data: Path, output: Path, *, as_json: bool, overwrite: bool, **given: Any) -> None:
@@ -451,6 +455,11 @@ def finetune(data: Path, output: Path, *, as_json: bool, overwrite: bool, **give
         value = number(given[name], f"--{name.replace('_', '-')}")
         settings |= {name: value} if value else {}
     if is_cache(data):
+        unused = [name for name in ("val_fraction", "test_fraction", "group_by", "limit") if given[name] is not None]
+        if unused:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+            message = f"{flags}: {data} is a cache, and fine-tuning takes its samples and its split over"
+            raise click.UsageError(message)
         origin: Any = FeatureCache(data)
     else:
         origin = open_source(data, root=given["root"], follow_symlinks=given["follow_symlinks"], group_by=given["group_by"])
@@ -479,7 +488,7 @@ def finetune(data: Path, output: Path, *, as_json: bool, overwrite: bool, **give
 @run_options
 @overwrite_option
 @json_option
-def evaluate(bundle: Path, data: Path, *, as_json: bool, overwrite: bool, **given: Any) -> None:
+def evaluate(bundle: Path, data: Path, *, as_json: bool, overwrite: bool, **given: Any) -> int:
     """Evaluate a bundle on a cache or a dataset: accuracy with its interval, per class, confusion matrix.
 
     Example: penult evaluate photos.head photos.cache --split test
@@ -497,9 +506,10 @@ def evaluate(bundle: Path, data: Path, *, as_json: bool, overwrite: bool, **give
     else:
         print_evaluation(result)
     gate = given["min_accuracy"]
-    if gate is not None and result.accuracy < gate:
+    if gate is not None and not result.accuracy >= gate:
         message = f"gate not met: accuracy {result.accuracy:.4f} is below --min-accuracy {gate}"
         raise GateError(message)
+    return WITH_FAILURES if result.failed else 0
 
 
 @cli.command()
@@ -570,6 +580,7 @@ def run(job: Path, *, as_json: bool, **given: Any) -> int:
     """
     from classifiers.jobs import preview_job, run_job
     from extractor.progress import observed
+    from store.errors import GateError
 
     if given["dry_run"]:
         would = preview_job(job)
@@ -582,6 +593,8 @@ def run(job: Path, *, as_json: bool, **given: Any) -> int:
     else:
         click.echo(result.extract.text())
         print_evaluation(result.evaluation)
+    if result.gate_missed:
+        raise GateError(result.gate_missed)
     return result.exit_code
 
 
@@ -716,6 +729,9 @@ def print_evaluation(result: Evaluation) -> None:
 
 def main() -> None:
     """Run a command and exit with the code of CONTRACTS: a PenultError's own, 2 for usage, 70 for a bug with its traceback."""
+    for stream in (sys.stdout, sys.stderr):  # a label in another script must not end a run under LANG=C
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = cli.main(standalone_mode=False)
     except click.exceptions.Exit as error:
@@ -733,6 +749,9 @@ def main() -> None:
         for note in getattr(error, "__notes__", ()):
             click.echo(note, err=True)
         code = error.exit_code
+    except OSError as error:
+        click.echo(f"error: {error.filename or 'I/O'}: {error.strerror or error}", err=True)
+        code = 73 if error.errno in CANNOT_CREATE else 74
     except Exception:
         import traceback
 

@@ -18,7 +18,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,12 @@ from numpy.typing import NDArray
 
 from extractor.onnxfile import BackboneFacts
 from store import hdf5
-from store.errors import BadDataError, InputMissingError, OutputExistsError, StorageError
+from store.errors import BadDataError, InputMissingError, OutputExistsError, PenultError
 from store.fingerprint import Fingerprint
 
 FORMAT_VERSION = 1
 PREDICTIONS = "penult-predictions"
+BUNDLE_FILES = {"backbone.onnx", "head.onnx", "head.json", "predictions.h5", "report.html"}
 ALLOWED_DOMAINS = {"", "ai.onnx", "ai.onnx.ml"}
 
 
@@ -197,12 +198,14 @@ def save_bundle(
 
     Raises:
         OutputExistsError: the path is taken (by something that is no bundle: also with ``overwrite``).
-        StorageError: it cannot be written.
+        OutputError: the place cannot be written to.
+        StorageError: disk full, I/O error.
     """
     from extractor.pipeline import library_versions
 
     from .report import bundle_report
 
+    bundle = replace(bundle, path=bundle.path.absolute())
     refuse_existing(bundle.path, overwrite=overwrite)
     temporary = bundle.path.with_name(f".{bundle.path.name}.{secrets.token_hex(6)}.tmp")
     try:
@@ -210,27 +213,32 @@ def save_bundle(
         hdf5.commit(temporary / "backbone.onnx", backbone)
         hdf5.commit(temporary / "head.onnx", head)
         files = {name: _digest(temporary / name) for name in ("backbone.onnx", "head.onnx")}
-        complete = Bundle(**{**vars(bundle), "files": files, "versions": library_versions()})
+        complete = replace(bundle, files=files, versions=library_versions())
         hdf5.commit(temporary / "predictions.h5", _predictions_file(predictions, fitted))
         hdf5.commit(temporary / "report.html", bundle_report(complete).encode())
         facts = json.dumps(complete.to_json(), indent=2, ensure_ascii=False) + "\n"
         hdf5.commit(temporary / "head.json", facts.encode())
-        if bundle.path.exists():
-            old = temporary.with_suffix(".old")
-            bundle.path.rename(old)
-            temporary.rename(bundle.path)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(bundle.path)
-        hdf5.fsync_directory(bundle.path.parent)
+        install(temporary, bundle.path)
     except OSError as error:
-        if isinstance(error, StorageError):
+        if isinstance(error, PenultError):
             raise
         message = f"cannot write {bundle.path}: {error.strerror}"
-        raise StorageError(message) from error
+        raise hdf5.write_error(error)(message) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return complete
+
+
+def install(finished: Path, target: Path) -> None:
+    """Put a finished bundle folder where another one may be, which is there until the new one is."""
+    if target.exists():
+        old = target.with_name(f".{target.name}.{secrets.token_hex(6)}.old")
+        target.rename(old)
+        finished.rename(target)
+        shutil.rmtree(old)
+    else:
+        finished.rename(target)
+    hdf5.fsync_directory(target.parent)
 
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:
@@ -246,6 +254,10 @@ def refuse_existing(path: Path, *, overwrite: bool) -> None:
         raise OutputExistsError(message)
     if not (path / "head.json").is_file():
         message = f"{path} exists and is not a bundle; it is not overwritten"
+        raise OutputExistsError(message)
+    foreign = sorted({item.name for item in path.iterdir()} - BUNDLE_FILES)
+    if foreign:
+        message = f"{path} holds what is not a bundle's ({', '.join(foreign[:3])}); it is not overwritten"
         raise OutputExistsError(message)
 
 

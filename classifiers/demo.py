@@ -29,6 +29,8 @@ from .train import make_head, train_finetuned, train_head
 log = logging.getLogger("penult.classifiers")
 
 BACKBONE = "resnet18"
+MARKER = ".penult-demo"
+FOLDERS = ("digits", "digits.cache", "logistic.head", "mlp.head", "finetuned.head")
 SIDE = 64  # pixels; the digits have 8 x 8, so nothing is lost and everything is ten times faster than at 224
 
 
@@ -173,11 +175,14 @@ def raw_pixels(cache: FeatureCache) -> tuple[Compared, Evaluation]:
 
 
 def _make_room(out: Path, *, overwrite: bool) -> None:
-    if not out.exists():
-        return
-    ours = (out / "digits").is_dir()
-    if not ours or not overwrite:
-        reason = "choose another folder or pass --overwrite" if ours else "it is not an earlier demo; choose another folder"
-        message = f"{out} exists; {reason}"
-        raise OutputExistsError(message)
-    shutil.rmtree(out)
+    """Make the folder, or empty an earlier demo: only what a demo writes, whatever else lies there."""
+    if out.exists():
+        ours = (out / MARKER).is_file()
+        if not ours or not overwrite:
+            reason = "choose another folder or pass --overwrite" if ours else "it is not an earlier demo; choose another folder"
+            message = f"{out} exists; {reason}"
+            raise OutputExistsError(message)
+        for name in FOLDERS:
+            shutil.rmtree(out / name, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARKER).write_text("made by `penult demo`, which may replace what it wrote here\n")

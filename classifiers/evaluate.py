@@ -43,6 +43,7 @@ class Evaluation:
         confusion: ``confusion[i][j]`` images of class i were taken for class j.
         classes: labels in the order of the matrix.
         notes: what keeps these figures from being conclusive.
+        failed: inputs that could not be used and are in no figure.
     """
 
     split: str
@@ -56,6 +57,7 @@ class Evaluation:
     confusion: list[list[int]]
     classes: list[str]
     notes: list[str] = field(default_factory=list)
+    failed: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """As it reads back from a file: lists, no tuples."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,11 @@ def evaluate_bundle(
         table = cache.samples
     else:
         table = survey(open_source(data, root=root), bundle.backbone.preprocess, Options(val_fraction=0, test_fraction=0))
+        if table.facts["budget_exceeded"]:
+            message = f"{_failures(table)} of {data}: more than 1 %, so these figures would not be about this dataset"
+            raise BadDataError(message)
+        if table.counts["failed"]:
+            log.warning("%s; the figures are without them", _failures(table))
     rows, name = _rows_of(table, bundle, split)
     fitted = bundle.fitted()
     fresh = [row for row in rows if row.sha256 not in fitted]
@@ -157,12 +163,26 @@ def evaluate_bundle(
     else:
         predictor = Predictor.of(bundle, **predictor_options)
         predictions = predict_held_out(predictor, fresh, root or table.root, name)
-    return score(predictions.labels, predictions.probabilities, bundle.classes, name), predictions
+    evaluation = score(predictions.labels, predictions.probabilities, bundle.classes, name)
+    return replace(evaluation, failed=0 if cache is not None else table.counts["failed"]), predictions
+
+
+def _is_own_data(bundle: Bundle, rows: Sequence[Row]) -> bool:
+    """Whether everything the bundle was fitted on and reported on is here."""
+    here = {row.sha256 for row in rows}
+    held = set(bundle.predictions().sha256) if bundle.metrics is not None else set()
+    return bundle.fitted() | held <= here
+
+
+def _failures(table: SampleTable) -> str:
+    codes = Counter(row.code for row in table.rows if row.code)
+    listing = ", ".join(f"{code} {count}" for code, count in sorted(codes.items()))
+    return f"{sum(codes.values())} of {len(table.rows)} inputs cannot be used ({listing})"
 
 
 def _rows_of(table: SampleTable, bundle: Bundle, split: str | None) -> tuple[list[Row], str]:
     rows = [row for row in table.rows if row.ok]
-    if split is None and bundle.split.get("override"):  # the bundle was trained on splits of its own
+    if bundle.split.get("override") and _is_own_data(bundle, rows):  # it was trained on splits of its own
         fractions = {key: bundle.split[key] for key in ("val", "test", "seed")}
         rows = with_splits(rows, assign_splits(rows, **fractions))
     have = {row.split for row in rows if row.split}

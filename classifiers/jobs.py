@@ -6,6 +6,7 @@ import difflib
 import json
 import logging
 import os
+import shutil
 import time
 import tomllib
 from contextlib import suppress
@@ -14,16 +15,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from extractor.backbones import Backbone
 from extractor.pipeline import Options, Summary, library_versions, preview, run_extract
 from extractor.sources import Source, open_source
 from store.cache import FeatureCache
-from store.errors import BadDataError, GateError, InputMissingError, JobFileError, PenultError
+from store.errors import BadDataError, GateError, InputMissingError, JobFileError, PenultError, UsageError
 from store.lock import file_lock
 
-from .bundle import Bundle, refuse_existing
+from .bundle import Bundle, install, refuse_existing
 from .evaluate import Evaluation
 from .heldout import evaluate_bundle
 from .report import interval
@@ -65,10 +66,10 @@ class ExtractSection(_Section):
 class TrainSection(_Section):
     head: str = Field("logistic", pattern="^(logistic|mlp)$")
     C: float | None = Field(None, gt=0)
-    hidden: list[int] | None = None
+    hidden: list[PositiveInt] | None = None
     dropout: float | None = Field(None, ge=0, lt=1)
     weight_decay: float | None = Field(None, ge=0)
-    seed: int | None = None
+    seed: int | None = Field(None, ge=0, lt=2**32)
     leaks: str = Field("warn", pattern="^(warn|refuse|allow)$")
 
 
@@ -97,17 +98,21 @@ class JobResult:
         extract: the summary of the extraction.
         trained: False where features, samples and settings are those that the bundle was made from.
         evaluation: on the held-out images.
-        bundle: where the head is.
+        bundle: where the head is: the job's bundle, or ``<bundle>.rejected`` where a new head missed the gate.
+        gate_missed: why the gate is not met, in words; None where it is.
     """
 
     extract: Summary
     trained: bool
     evaluation: Evaluation
     bundle: Path
+    gate_missed: str | None = None
 
     @property
     def exit_code(self) -> int:
-        """0, or 3 where inputs failed inside the budget."""
+        """0, 3 where inputs failed inside the budget, 65 where the gate is not met."""
+        if self.gate_missed:
+            return GateError.exit_code
         return 3 if self.extract.failed else 0
 
     def to_json(self) -> dict[str, Any]:
@@ -116,6 +121,7 @@ class JobResult:
             "trained": self.trained,
             "evaluation": self.evaluation.to_json(),
             "bundle": str(self.bundle),
+            "gate_missed": self.gate_missed,
         }
 
 
@@ -127,12 +133,12 @@ def read_job(path: Path) -> Job:
         JobFileError: it is not TOML, or a key is unknown, missing, twice there or of the wrong type; names it.
     """
     try:
-        text = path.read_text("utf-8")
+        data = path.read_bytes()
     except OSError as error:
         message = f"cannot read {path}: {error.strerror}"
         raise InputMissingError(message) from error
     try:
-        return Job.model_validate(tomllib.loads(text))
+        return Job.model_validate(tomllib.loads(data.decode()))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         message = f"{path} is not TOML: {error}"
         raise JobFileError(message) from error
@@ -186,7 +192,12 @@ def _resolve(job: Job, here: Path, *, quiet: bool) -> _Plan:
             chosen[key] = str(here / chosen[key])
     wanted = job.train.model_dump()
     leaks = wanted.pop("leaks")
-    head = make_head(wanted.pop("head"), **wanted)
+    try:
+        head = make_head(wanted.pop("head"), **wanted)
+        options.budget(0)
+    except UsageError as error:
+        message = f"[train] or [extract]: {error}"
+        raise JobFileError(message) from error
     return _Plan(source, Backbone(**chosen), options, here / job.cache, here / job.bundle, head, leaks)
 
 
@@ -225,9 +236,10 @@ def run_job(path: Path, *, quiet: bool = False, record: dict[str, Any] | None = 
         quiet: no progress line.
         record: filled in as the run goes on, with what also goes into `runs_file`; complete even where this raises.
 
+    A head that misses the gate never takes the place of one that met it: it is kept beside it as ``<bundle>.rejected``.
+
     Raises:
         LockedError: this job is running already.
-        GateError: the accuracy is below the gate; everything was written all the same.
         PenultError: whatever the steps raise.
     """
     job = read_job(path)
@@ -238,6 +250,8 @@ def run_job(path: Path, *, quiet: bool = False, record: dict[str, Any] | None = 
         try:
             result = _run(job, path, record, quiet=quiet)
             record["exit_code"] = result.exit_code
+            if result.gate_missed:
+                record["error"] = result.gate_missed
             return result
         except PenultError as error:
             record |= {**error.facts, "exit_code": error.exit_code, "error": str(error)}
@@ -254,22 +268,38 @@ def _run(job: Job, path: Path, record: dict[str, Any], *, quiet: bool) -> JobRes
     record["extract"] = summary.to_json()
     bundle = _made_already(plan)
     trained = bundle is None
-    if bundle is None:
-        bundle = train_head(FeatureCache(plan.cache), plan.bundle, plan.head, leaks=plan.leaks, overwrite=True)
-    else:
-        log.info("features, labels and settings are unchanged: %s is kept", bundle.name)
+    staging = plan.bundle.with_name(f".{plan.bundle.name}.staging")
+    try:
+        if bundle is None:
+            shutil.rmtree(staging, ignore_errors=True)  # of a killed run; the job's lock is ours
+            staged = staging / plan.bundle.name
+            bundle = train_head(FeatureCache(plan.cache), staged, plan.head, leaks=plan.leaks)
+        else:
+            log.info("features, labels and settings are unchanged: %s is kept", bundle.name)
+        evaluation, _ = evaluate_bundle(bundle, plan.cache, split=job.gate.split)
+        missed = _gate(evaluation, job.gate.min_accuracy)
+        target = plan.bundle
+        if trained and missed:
+            target = plan.bundle.with_name(f"{plan.bundle.name}.rejected")
+            missed += f"; the new head is kept as {target.name}"
+        if trained:
+            install(bundle.path, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
     record["trained"] = trained
-    evaluation, _ = evaluate_bundle(bundle, plan.cache, split=job.gate.split)
     figures = ("split", "n", "accuracy", "accuracy_interval", "macro_f1")
     record["evaluation"] = {name: value for name, value in evaluation.to_json().items() if name in figures}
-    if evaluation.accuracy < job.gate.min_accuracy:
-        low, high = evaluation.accuracy_interval
-        message = (
-            f"gate not met: accuracy {evaluation.accuracy:.4f} [{low:.4f}, {high:.4f}] on {evaluation.n} images of "
-            f"{evaluation.split!r} is below min_accuracy {job.gate.min_accuracy}"
-        )
-        raise GateError(message)
-    return JobResult(summary, trained, evaluation, plan.bundle)
+    return JobResult(summary, trained, evaluation, target, missed)
+
+
+def _gate(evaluation: Evaluation, wanted: float) -> str | None:
+    if evaluation.accuracy >= wanted:
+        return None
+    low, high = evaluation.accuracy_interval
+    return (
+        f"gate not met: accuracy {evaluation.accuracy:.4f} [{low:.4f}, {high:.4f}] on {evaluation.n} images of "
+        f"{evaluation.split!r} is below min_accuracy {wanted}"
+    )
 
 
 def runs_file(job: Path) -> Path:

@@ -6,9 +6,11 @@ values, chosen on validation and refitted on everything. C = 1 / lambda with sum
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -18,6 +20,8 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from threadpoolctl import threadpool_limits
 
 from .dense import DenseHead, Fold, class_indices, log_loss, standardisation, with_validation
+
+log = logging.getLogger("penult.classifiers")
 
 CS = tuple(float(c) for c in np.logspace(-5, 3, 17))
 TOLERANCE = 1e-5  # of the gradient; with scikit-learn's 1e-4 a fit was seen to stop 46 % above the optimum
@@ -48,6 +52,16 @@ class _Problem:
             weight, bias = np.concatenate([0 * weight, weight]), np.concatenate([0 * bias, bias])
         converged = bool(np.max(model.n_iter_) < model.max_iter)
         return DenseHead(self._mean, self._scale, [(weight, bias)], self._classes), converged
+
+
+@dataclass(frozen=True)
+class _Point:
+    """What one value of C gave on the held-out rows of one fold."""
+
+    C: float
+    logits: NDArray[np.float32]
+    converged: bool
+    seconds: float
 
 
 class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
@@ -133,9 +147,13 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         fewest = min(len(np.unique(owners[targets == k])) for k in range(len(self.classes_)))
         n_splits = min(self.cv, fewest)
         if n_splits < 2:
+            if self.C is None:
+                log.warning("a class has a single training sample or group: C cannot be chosen and is 1, without calibration")
             return iter(())
         splitter = StratifiedGroupKFold(n_splits=n_splits, shuffle=True, random_state=self.seed)
-        return iter(splitter.split(X, targets, owners))
+        # Where groups span classes, a fold may take all of one class; what is fitted on the rest could not know it.
+        whole = len(self.classes_)
+        return iter([fold for fold in splitter.split(X, targets, owners) if len(np.unique(targets[fold[0]])) == whole])
 
     def _path(
         self, X: NDArray[np.float32], targets: NDArray[np.intp], folds: list[Fold]
@@ -143,29 +161,39 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Log-loss and accuracy out of fold for every C, warm-started from small to large, and the logits of each."""
         if not folds:
             return [], {}
-        Cs = [self.C] if self.C is not None else sorted(self.Cs)
-        problems = [self._problem(X[train], targets[train]) for train, _ in folds]
+        Cs = [float(C) for C in ([self.C] if self.C is not None else sorted(self.Cs))]
+        tried = [self._path_of_fold(X, targets, fold, Cs) for fold in folds]  # one standardised copy at a time
         truth = np.concatenate([targets[test] for _, test in folds])
         path: list[dict[str, float | bool]] = []
         held_out: dict[float, NDArray[np.float32]] = {}
-        for C in map(float, Cs):
-            begin = time.perf_counter()
-            results = [problem.fit(C) for problem in problems]
-            logits = np.concatenate([dense.logits(X[test]) for (dense, _), (_, test) in zip(results, folds, strict=True)])
-            held_out[C] = logits
+        for points in zip(*tried, strict=False):  # as far as the shortest
+            C = points[0].C
+            logits = held_out[C] = np.concatenate([point.logits for point in points])
             path.append(
                 {
                     "C": C,
                     "log_loss": log_loss(logits, truth),
                     "accuracy": float(np.mean(logits.argmax(axis=1) == truth)),
-                    "seconds": round(time.perf_counter() - begin, 4),
-                    "converged": all(converged for _, converged in results),
+                    "seconds": round(sum(point.seconds for point in points), 4),
+                    "converged": all(point.converged for point in points),
                 }
             )
-            losses = [float(point["log_loss"]) for point in path]
-            if len(path) - 1 - int(np.argmin(losses)) >= WORSE:
-                break
         return path, held_out
+
+    def _path_of_fold(self, X: NDArray[np.float32], targets: NDArray[np.intp], fold: Fold, Cs: list[float]) -> list[_Point]:
+        train, test = fold
+        problem = self._problem(X[train], targets[train])
+        points: list[_Point] = []
+        losses: list[float] = []
+        for C in Cs:
+            begin = time.perf_counter()
+            dense, converged = problem.fit(C)
+            logits = dense.logits(X[test])
+            points.append(_Point(C, logits, converged, time.perf_counter() - begin))
+            losses.append(log_loss(logits, targets[test]))
+            if len(losses) - 1 - int(np.argmin(losses)) >= WORSE:
+                break
+        return points
 
     def _problem(self, X: NDArray[np.float32], targets: NDArray[np.intp]) -> _Problem:
         return _Problem(X, targets, [str(label) for label in self.classes_], self.max_iter)
@@ -188,7 +216,13 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     @property
     def hyperparameters_(self) -> dict[str, Any]:
         """What was used, as JSON."""
-        return {"C": self.C_, "chosen": self.C is None, "max_iter": self.max_iter, "cv": self.cv, "seed": self.seed}
+        return {
+            "C": self.C_,
+            "chosen": self.C is None and bool(self.path_),
+            "max_iter": self.max_iter,
+            "cv": self.cv,
+            "seed": self.seed,
+        }
 
     @property
     def history_(self) -> list[dict[str, Any]]:

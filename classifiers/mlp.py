@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
@@ -17,6 +18,8 @@ from store.errors import BadDataError
 from store.splits import hash_rank_split
 
 from .dense import DenseHead, Fold, class_indices, standardisation, with_validation
+
+log = logging.getLogger("penult.classifiers")
 
 SMALL_BATCH = 2**20  # numbers; a smaller batch is done before a second thread has woken up
 
@@ -112,7 +115,8 @@ class MlpHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         owners = groups or [hashlib.sha256(row.tobytes()).digest() for row in X]
         try:
             names = hash_rank_split([str(label) for label in y], owners, val=self.validation_fraction, test=0.0, seed=self.seed)
-        except BadDataError:
+        except BadDataError as error:
+            log.warning("nothing to stop early on (%s): all %d epochs are trained", error, self.max_epochs)
             return np.arange(len(X)), np.empty(0, np.intp)
         inner = np.array(names) == "val"
         return np.flatnonzero(~inner), np.flatnonzero(inner)

@@ -131,17 +131,17 @@ def list_images(inputs: Sequence[str | Path]) -> list[bytes]:
     """The files that the arguments of `penult predict` mean: files as they are, folders with everything below them.
 
     Raises:
-        InputMissingError: one does not exist, or a folder is empty.
+        InputMissingError: none of them exists, or a folder is empty. One that is missing is a prediction with a code.
     """
     found = []
     for item in map(Path, inputs):
         if item.is_dir():
             found += [os.fsencode(item) + b"/" + sample.path for sample in ImageFolder(item).everything()]
-        elif item.exists():
-            found.append(os.fsencode(item))
         else:
-            message = f"{item} does not exist"
-            raise InputMissingError(message)
+            found.append(os.fsencode(item))
+    if not any(Path(os.fsdecode(path)).exists() for path in found):
+        message = f"{', '.join(map(str, inputs[:3]))}: no such file"
+        raise InputMissingError(message)
     return found
 
 

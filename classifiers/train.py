@@ -94,6 +94,8 @@ def train_head(
     begin = time.perf_counter()
     head.fit(train.X, train.y, validation=(choose.X, choose.y) if choose else None, groups=train.groups)
     seconds = time.perf_counter() - begin
+    if not head.history_:
+        roles.facts["chosen_on"] = None
     return save_head(
         cache,
         out,

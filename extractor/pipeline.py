@@ -64,7 +64,7 @@ class Options:
         max_failures: budget as a number, ``"N"``, or a share, ``"P%"`` (then at least 3 files).
         retry_failed: try recorded failures again.
         verify_content: read and hash files even where size, time and inode are unchanged.
-        limit: only the first so many inputs.
+        limit: only so many inputs, chosen by hash rank.
         overwrite: start a new cache in place of an old one.
         quiet: no progress line.
     """
@@ -88,6 +88,8 @@ class Options:
         """How many inputs may fail."""
         text = self.max_failures.strip()
         try:
+            if text.startswith("-"):
+                raise ValueError
             if text.endswith("%"):
                 return max(MIN_BUDGET, int(float(text[:-1]) / 100 * inputs))
             return int(text)
@@ -204,6 +206,14 @@ def ahead(function: Callable[[T], R], items: Iterable[T], workers: int, stop: St
                 future.cancel()
 
 
+def limited(samples: list[Sample], limit: int | None) -> list[Sample]:
+    """The first so many samples by hash rank of their paths, in order of path: some of every class and split."""
+    if limit is None or limit >= len(samples):
+        return samples
+    ranked = sorted(samples, key=lambda sample: hashlib.sha256(sample.path).digest())[:limit]
+    return sorted(ranked, key=lambda sample: sample.path)
+
+
 def read_file(path: bytes | str) -> tuple[bytes, tuple[int, int, int]]:
     """Content and (size, mtime_ns, inode) of a regular file.
 
@@ -236,7 +246,7 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
         PenultError: see the tree in ``store.errors``.
     """
     started = time.perf_counter()
-    samples = source.samples()[: options.limit]
+    samples = limited(source.samples(), options.limit)
     budget = options.budget(len(samples))
     _check_splits_possible(samples, options)
     device = resolve_device(options.device)
@@ -248,6 +258,10 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
         _check_disk(cache, len(samples) * facts.dim * (4 if options.storage == "float32" else 2))
 
         before = writer.read_samples()
+        if before and options.limit and len(samples) < len(before.rows):
+            log.warning(
+                "--limit leaves %d of the %d samples in the sample table; features are kept", len(samples), len(before.rows)
+            )
         outcomes, todo = plan(samples, before, writer.known, source.root, options)
         reader = Reader(source.root, facts.preprocess, writer.known, options.workers or os.cpu_count() or 1)
         clock: Clock = defaultdict(float)
@@ -307,6 +321,11 @@ def prepare_backbone(
     """
     path = writer.path / "backbone.onnx"
     request = backbone.facts()
+    if backbone.is_file and any(request[name] is not None for name in ("weights", "preset", "resize", "crop")):
+        message = (
+            f"{backbone.name} has its weights and its preprocessing inside: leave --weights, --preset, --resize, --crop out"
+        )
+        raise UsageError(message)
     file = Path(backbone.name) if backbone.is_file else backbone.weights_file
     if file is not None:
         request["file_sha256"] = file_digest(file)
@@ -324,8 +343,8 @@ def prepare_backbone(
         )
     # A cache keeps its file, and its features, until the new file is there and known to match or meant to replace them.
     new = path.with_name(".backbone.onnx.tmp")
-    facts = _import_onnx(Path(backbone.name), new) if backbone.is_file else export(backbone, new)
     try:
+        facts = _import_onnx(Path(backbone.name), new) if backbone.is_file else export(backbone, new)
         if overwrite:
             writer.clear()
         _require_match(writer, facts)
@@ -404,7 +423,7 @@ def preview(source: Source, cache: Path, options: Options) -> dict[str, int]:
     Returns:
         ``inputs``; ``unchanged``, which would not be opened; ``to_read``, of which those with unknown content are computed.
     """
-    samples = source.samples()[: options.limit]
+    samples = limited(source.samples(), options.limit)
     _check_splits_possible(samples, options)
     try:
         opened = FeatureCache(cache)
@@ -417,7 +436,7 @@ def preview(source: Source, cache: Path, options: Options) -> dict[str, int]:
 
 def survey(source: Source, preprocess: Preprocess, options: Options) -> SampleTable:
     """Read, hash and decode every input without embedding any: the sample table that `run_extract` would write."""
-    samples = source.samples()[: options.limit]
+    samples = limited(source.samples(), options.limit)
     _check_splits_possible(samples, options)
     reader = Reader(source.root, preprocess, set(), options.workers or os.cpu_count() or 1)
     rows = _fail_copies([outcome.row for outcome in reader.stream(list(enumerate(samples)), StopFlag())], set())
@@ -465,6 +484,8 @@ def run_shard(
         clock["embed"] += time.perf_counter() - begin
         writer.append(features, [outcome.row.sha256 for outcome in batch], [outcome.row.path for outcome in batch])
         result.computed += len(batch)
+        for done in batch:
+            done.pixels = None
         batch.clear()
 
     while not writer.due:
@@ -481,12 +502,8 @@ def run_shard(
             batch.append(outcome)
             if len(batch) == embedder.batch_size:
                 embed()
-                for done in result.outcomes:
-                    done.pixels = None
     if batch:
         embed()
-        for done in result.outcomes:
-            done.pixels = None
     begin = time.perf_counter()
     writer.commit()
     clock["write"] += time.perf_counter() - begin

@@ -206,7 +206,7 @@ class Metrics(logging.Handler):
             gauge("penult_cache_bytes", "Size of the cache's shards.", extract["cache_bytes"])
         try:
             hdf5.commit(self._path, generate_latest(registry))
-        except StorageError as error:  # a run does not die of its metrics
+        except PenultError as error:  # a run does not die of its metrics
             log.warning("%s", error)
 
 

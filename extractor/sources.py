@@ -18,7 +18,12 @@ from store.samples import display
 
 log = logging.getLogger("penult.extractor")
 
-SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLIT_FOLDERS = {
+    **{"train": "train", "training": "train", "test": "test", "testing": "test"},
+    **{"val": "val", "valid": "val", "validation": "val"},
+}
+SYSTEM_FILES = {b".DS_Store", b"desktop.ini", b".gitkeep", b".gitignore", b".directory"}  # written by file managers and git
+SYSTEM_FOLDERS = {b"__MACOSX"}
 COLUMNS = ("path", "label", "split", "group")
 
 
@@ -70,9 +75,7 @@ class ImageFolder:
         base = os.fsencode(root)
         links = [0]
         top_files, folders = _scan(base, follow=self.follow_symlinks, links=links)
-        folders = [name for name in folders if not name.startswith(b".")]
-        names = {os.fsdecode(name).lower() for name in folders}
-        splits = names and names <= set(SPLIT_FOLDERS) and "train" in names
+        splits = self._split_folders(base, folders)
         found: list[Sample] = []
         if not folders:
             found = [Sample(name) for name in top_files]
@@ -94,11 +97,35 @@ class ImageFolder:
             log.warning("%d symbolic link(s) in %s were not followed (--follow-symlinks follows them)", links[0], root)
         return _finish(found, root, self.group_by)
 
+    def _split_folders(self, base: bytes, folders: list[bytes]) -> bool:
+        """Whether the top folders are splits: they have such names, and hold folders.
+
+        A class may be called ``train``, of a set of vehicles; so it is what is inside that decides.
+
+        Raises:
+            BadDataError: some look like splits and others do not; names them.
+        """
+
+        def is_split(name: bytes) -> bool:
+            if os.fsdecode(name).lower() not in SPLIT_FOLDERS:
+                return False
+            return bool(_scan(base + b"/" + name, follow=self.follow_symlinks, links=[0])[1])
+
+        splits = [name for name in folders if is_split(name)]
+        others = [name for name in folders if name not in splits]
+        if splits and others:
+            message = (
+                f"{', '.join(map(display, splits))} in {self.root} look like splits (folders of class folders), and "
+                f"{', '.join(map(display, others[:3]))} beside them do not. Move the latter away, or list the images in a CSV"
+            )
+            raise BadDataError(message)
+        return bool(splits)
+
     def everything(self) -> list[Sample]:
         """All files below the root without labels, whatever the folders mean."""
         base, links = os.fsencode(self.root), [0]
         files, folders = _scan(base, follow=self.follow_symlinks, links=links)
-        below = [path for folder in folders if not folder.startswith(b".") for path in self._walk(base, folder, folders, links)]
+        below = [path for folder in folders for path in self._walk(base, folder, folders, links)]
         return _finish([Sample(path) for path in [*files, *below]], Path(self.root), None)
 
     def _walk(self, base: bytes, top: bytes, tops: list[bytes], links: list[int]) -> Iterator[bytes]:
@@ -228,8 +255,11 @@ def _scan(folder: bytes, *, follow: bool, links: list[int]) -> tuple[list[bytes]
                 if entry.is_symlink() and not follow:
                     links[0] += 1
                 elif entry.is_dir():
-                    folders.append(entry.name)
-                else:
+                    hidden = entry.name.startswith(b".") or entry.name in SYSTEM_FOLDERS
+                    folders += [] if hidden else [entry.name]
+                    if hidden:
+                        log.warning("the folder %s in %s is left out", display(entry.name), display(folder))
+                elif entry.name not in SYSTEM_FILES:
                     files.append(entry.name)
     except OSError as error:
         message = f"cannot read the folder {display(folder)}: {error.strerror}"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,12 +18,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import hdf5, shard
-from .errors import BadDataError, CorruptCacheError, InputMissingError, NewerFormatError, OutputExistsError, StorageError
+from . import compact, hdf5, shard
+from .errors import BadDataError, CorruptCacheError, InputMissingError, NewerFormatError, OutputExistsError
 from .fingerprint import Fingerprint
 from .lock import writer_lock
 from .samples import Row, SampleTable
-from .splits import hash_rank_split
+from .splits import hash_rank_split, merge_groups
 from .verify import verify_files
 
 log = logging.getLogger("penult.store")
@@ -59,7 +61,7 @@ class FeatureCache:
     """A finished cache, for reading. Takes no lock, writes nothing.
 
     Args:
-        path: the cache directory.
+        path: the cache directory, or the one file that `penult compact` made of it.
 
     Raises:
         InputMissingError: there is no cache, or it was never finished.
@@ -68,6 +70,10 @@ class FeatureCache:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._sound: set[int] = set()  # shards whose payload was checked
+        if self.path.is_file():
+            self._open_compact()
+            return
         if not self.path.is_dir():
             message = f"{self.path} does not exist or is not a cache directory"
             raise InputMissingError(message)
@@ -79,12 +85,32 @@ class FeatureCache:
         self.meta = read_meta(self.path)
         self.fingerprint = Fingerprint(self.meta["fingerprint"])
         self.samples = SampleTable.read(self.path / "samples.h5")
-        self._sound: set[int] = set()  # shards whose payload was checked
 
-    @property
-    def backbone(self) -> Path:
-        """The ONNX file that made the features."""
-        return self.path / "backbone.onnx"
+    def _open_compact(self) -> None:
+        self.samples = SampleTable.read(self.path, compact.ENCODING_TYPE)
+        whole, self.meta = compact.open_compact(self.path)
+        self.fingerprint = Fingerprint(self.meta["fingerprint"])
+        self.shards = [whole]
+        self._sound.add(0)  # reading the table checked the whole file
+
+    @contextmanager
+    def backbone_file(self) -> Iterator[Path]:
+        """The ONNX file that made the features; a compact file's is written to a temporary folder for as long as it is used.
+
+        Raises:
+            InputMissingError: it is not there.
+        """
+        if self.path.is_file():
+            with tempfile.TemporaryDirectory(prefix="penult-") as folder:
+                path = Path(folder) / "backbone.onnx"
+                path.write_bytes(compact.read_backbone(self.path))
+                yield path
+            return
+        path = self.path / "backbone.onnx"
+        if not path.is_file():
+            message = f"{path} is missing; the same extract command makes it again"
+            raise InputMissingError(message)
+        yield path
 
     @property
     def root(self) -> Path:
@@ -141,7 +167,7 @@ class FeatureCache:
         owners = owner[place]
         for i in np.unique(owners).tolist():
             if i not in self._sound:
-                hdf5.verify(self.shards[i].path, shard.ENCODING_TYPE)
+                hdf5.verify(self.shards[i].path, self.shards[i].encoding_type)
                 self._sound.add(i)
             mine = np.flatnonzero(owners == i)
             out[mine] = shard.read_rows(self.shards[i], row[place[mine]])
@@ -227,16 +253,25 @@ class FeatureCache:
             y=np.array([row.label for row in rows], dtype=str),
             sha256=digests,
             paths=[row.path for row in rows],
-            groups=[row.group or row.sha256 for row in rows],
+            groups=groups_of(rows),
             name=name,
         )
 
 
+def is_cache(path: str | Path) -> bool:
+    """Whether a path is a finished cache, as a folder or as one file, rather than a dataset."""
+    path = Path(path)
+    return (path / "samples.h5").is_file() or (path.suffix == ".h5" and path.is_file())
+
+
+def groups_of(rows: Sequence[Row]) -> list[bytes]:
+    """What must not be divided: the group of each row, joined with those that hold a copy of the same image."""
+    return merge_groups([row.group for row in rows], [row.sha256 for row in rows])
+
+
 def assign_splits(rows: Sequence[Row], *, val: float, test: float, seed: int) -> list[str]:
-    """Hash-rank splits of rows, by their group where they have one, else by content (so duplicates stay together)."""
-    return hash_rank_split(
-        [row.label or "" for row in rows], [row.group or row.sha256 for row in rows], val=val, test=test, seed=seed
-    )
+    """Hash-rank splits of rows; groups and exact copies stay together."""
+    return hash_rank_split([row.label or "" for row in rows], groups_of(rows), val=val, test=test, seed=seed)
 
 
 def shard_paths(cache: Path) -> list[Path]:
@@ -251,7 +286,10 @@ def read_meta(cache: Path) -> dict[str, Any]:
         CorruptCacheError: neither tells a fingerprint, or the format is newer than this penult.
     """
     try:
-        meta = json.loads((cache / "cache.json").read_text())
+        meta = json.loads((cache / "cache.json").read_bytes())
+        if isinstance(meta, dict) and meta.pop("sha256", None) not in (None, _meta_sha256(meta)):
+            message = "the content is not what was written"
+            raise ValueError(message)
     except (OSError, ValueError):
         fingerprints = set()
         for path in shard_paths(cache):
@@ -270,6 +308,29 @@ def read_meta(cache: Path) -> dict[str, Any]:
         )
         raise NewerFormatError(message)
     return meta
+
+
+def _meta_sha256(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def meta_bytes(meta: dict[str, Any]) -> bytes:
+    """``cache.json`` as it is written, with a checksum over the rest of it."""
+    return (json.dumps({**meta, "sha256": _meta_sha256(meta)}, indent=2, sort_keys=True) + "\n").encode()
+
+
+def ledger_bytes(table: SampleTable) -> bytes:
+    """``ledger.jsonl`` as it is written."""
+    failed = [{"path": row.name, "code": row.code, "message": row.message} for row in table.rows if not row.ok]
+    return "".join(json.dumps(entry) + "\n" for entry in failed).encode()
+
+
+def holds(path: Path, data: bytes) -> bool:
+    """Whether a file is there with exactly this content."""
+    try:
+        return path.read_bytes() == data
+    except OSError:
+        return False
 
 
 class CacheWriter:
@@ -303,6 +364,7 @@ class CacheWriter:
         """Empty the cache: only what is ours, and the sample table first, for without it no reader takes the rest."""
         for name in ("samples.h5", "ledger.jsonl", "cache.json"):
             (self.path / name).unlink(missing_ok=True)
+        hdf5.fsync_directory(self.path)  # else a crash may leave the old table beside the new backbone
         for path in shard_paths(self.path):
             path.unlink()
         self.__dict__.pop("meta", None)
@@ -335,8 +397,8 @@ class CacheWriter:
     def write_meta(self, fingerprint: Fingerprint, facts: dict[str, Any]) -> None:
         """Replace cache.json, if it would change."""
         meta = {"format": FORMAT_VERSION, "fingerprint": dict(fingerprint.fields), "facts": facts}
-        if meta != self.meta:
-            hdf5.commit(self.path / "cache.json", (json.dumps(meta, indent=2, sort_keys=True) + "\n").encode())
+        if not holds(self.path / "cache.json", meta_bytes(meta)):
+            hdf5.commit(self.path / "cache.json", meta_bytes(meta))
             self.meta = meta
 
     def append(self, features: NDArray[np.float32], sha256: Sequence[bytes], paths: Sequence[bytes]) -> None:
@@ -391,13 +453,11 @@ class CacheWriter:
     def finish(self, table: SampleTable) -> bool:
         """Replace the sample table and the ledger; False if nothing would change."""
         current = self.read_samples()
-        ledger = "".join(
-            json.dumps({"path": row.name, "code": row.code, "message": row.message}) + "\n" for row in table.rows if not row.ok
-        )
+        ledger = ledger_bytes(table)
         unchanged = current is not None and list(current.rows) == list(table.rows) and current.facts == table.facts
-        if unchanged and (self.path / "ledger.jsonl").is_file():
+        if unchanged and holds(self.path / "ledger.jsonl", ledger):
             return False
-        hdf5.commit(self.path / "ledger.jsonl", ledger.encode())
+        hdf5.commit(self.path / "ledger.jsonl", ledger)
         hdf5.commit(self.path / "samples.h5", table.to_bytes())
         return True
 
@@ -419,7 +479,7 @@ def open_writer(path: Path) -> Iterator[CacheWriter]:
     Raises:
         OutputExistsError: the path is taken by something that is not a cache.
         LockedError: another run writes it.
-        StorageError: it cannot be created.
+        OutputError: it cannot be created.
     """
     if path.exists():
         mine = path.is_dir() and (
@@ -429,10 +489,10 @@ def open_writer(path: Path) -> Iterator[CacheWriter]:
             message = f"{path} exists and is not a penult cache; choose another name"
             raise OutputExistsError(message)
     try:
-        (path / "shards").mkdir(parents=True, exist_ok=True)
+        hdf5.make_directory(path / "shards")
     except OSError as error:
         message = f"cannot create {path}: {error.strerror}"
-        raise StorageError(message) from error
+        raise hdf5.write_error(error)(message) from error
     with writer_lock(path):
         for left in [*path.glob(".*.tmp"), *(path / "shards").glob(".*.tmp")]:  # of killed runs; we hold the lock
             left.unlink()

@@ -12,7 +12,8 @@
     |   |-- GateError                      a figure is below the gate
     |-- InputMissingError (FileNotFoundError)  66
     |-- DeviceUnavailableError (RuntimeError)  69  the requested device is not really there
-    |-- OutputExistsError (FileExistsError)    73
+    |-- OutputError (OSError)             73  an output cannot be created
+    |   |-- OutputExistsError (FileExistsError)
     |-- StorageError (OSError)                 74  disk full, I/O error
     |-- LockedError (RuntimeError)             75  another run holds the cache
     |-- JobFileError (ValueError)              78
@@ -78,8 +79,12 @@ class DeviceUnavailableError(PenultError, RuntimeError):
     exit_code = 69
 
 
-class OutputExistsError(PenultError, FileExistsError):
+class OutputError(PenultError, OSError):
     exit_code = 73
+
+
+class OutputExistsError(OutputError, FileExistsError):
+    pass
 
 
 class StorageError(PenultError, OSError):

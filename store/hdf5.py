@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import os
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 os.environ.setdefault("HDF5_PLUGIN_PRELOAD", "::")
 import h5py
 
-from .errors import CorruptCacheError, InputMissingError, NewerFormatError, PenultError, StorageError
+from .errors import CorruptCacheError, InputMissingError, NewerFormatError, OutputError, PenultError, StorageError
 
 Array = NDArray[Any]
 ENCODING_VERSION = 1
@@ -63,6 +64,7 @@ def commit(path: Path, data: bytes) -> None:
     """Write ``data`` so that after a crash at any moment ``path`` is either complete or as it was before (rule 4).
 
     Raises:
+        OutputError: the place does not exist or may not be written to.
         StorageError: disk full or any other I/O error; no partial file is left under the final name.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
@@ -81,7 +83,13 @@ def commit(path: Path, data: bytes) -> None:
         with suppress(OSError):
             temporary.unlink()
         message = f"cannot write {path}: {error.strerror}"
-        raise StorageError(message) from error
+        raise write_error(error)(message) from error
+
+
+def write_error(error: OSError) -> type[OutputError | StorageError]:
+    """What a failure to write means: the place is wrong (exit 73), or the disk is full or failing (74)."""
+    place = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+    return OutputError if error.errno in place else StorageError
 
 
 def fsync_directory(path: Path) -> None:
@@ -91,6 +99,18 @@ def fsync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory of a cache and what is missing above it, all durable, with whatever a killed run left in them.
+
+    That a name is there does not mean that it would survive: who made it may have died before its fsync.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in dict.fromkeys([path, path.parent, path.parent.parent, *(folder.parent for folder in missing)]):
+        with suppress(PermissionError):  # a folder above the cache need not be readable
+            fsync_directory(folder)
 
 
 def _refusal(dataset: Any) -> str | None:

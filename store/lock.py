@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import LockedError, StorageError
+from .errors import LockedError
+from .hdf5 import write_error
 
 
 @contextmanager
@@ -15,7 +16,7 @@ def writer_lock(directory: Path) -> Iterator[None]:
 
     Raises:
         LockedError: another process holds it; nothing was waited for.
-        StorageError: the directory cannot be written to.
+        OutputError: the directory cannot be written to.
     """
     with file_lock(directory / ".lock", what=str(directory)):
         yield
@@ -31,7 +32,7 @@ def file_lock(path: Path, *, what: str) -> Iterator[None]:
 
     Raises:
         LockedError: another process holds it; nothing was waited for.
-        StorageError: it cannot be made.
+        OutputError: it cannot be made.
     """
     from filelock import FileLock, Timeout
 
@@ -42,8 +43,8 @@ def file_lock(path: Path, *, what: str) -> Iterator[None]:
         message = f"{what} is in use by another run; try again when it has ended"
         raise LockedError(message) from error
     except OSError as error:
-        message = f"cannot lock {what}: {error.strerror or error}"
-        raise StorageError(message) from error
+        message = f"cannot lock {what} with {path}: {error.strerror or error}"
+        raise write_error(error)(message) from error
     try:
         yield
     finally:

@@ -10,6 +10,32 @@ from collections.abc import Sequence
 from .errors import BadDataError, UsageError
 
 
+def merge_groups(groups: Sequence[bytes], contents: Sequence[bytes]) -> list[bytes]:
+    """What must stay together: samples of one group, samples of one content, and whatever these two connect.
+
+    Args:
+        groups: the group of each sample; empty means its content alone.
+        contents: the content digest of each sample.
+
+    Returns:
+        One name for each connected set: the smallest of its groups, or its content where it has none.
+    """
+    parent: dict[tuple[bool, bytes], tuple[bool, bytes]] = {}
+
+    def find(node: tuple[bool, bytes]) -> tuple[bool, bytes]:
+        root = node
+        while parent.setdefault(root, root) != root:
+            root = parent[root]
+        while parent[node] != root:
+            parent[node], node = root, parent[node]
+        return root
+
+    for group, content in zip(groups, contents, strict=True):
+        a, b = find((True, content)), find((False, group) if group else (True, content))
+        parent[max(a, b)] = min(a, b)  # groups sort before contents, so a set with groups is named by one
+    return [find((True, content))[1] for content in contents]
+
+
 def hash_rank_split(labels: Sequence[str], groups: Sequence[bytes], *, val: float, test: float, seed: int = 0) -> list[str]:
     """Assign every sample to ``train``, ``val`` or ``test``.
 

@@ -6,15 +6,17 @@ import hashlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from . import compact, hdf5, samples, shard
-from .errors import CorruptCacheError, InputMissingError, NewerFormatError, PenultError, StorageError
+from .errors import CorruptCacheError, InputMissingError, InterruptedRunError, NewerFormatError, PenultError, StorageError
 
 TIMEOUT = 60.0  # seconds for one file, plus what reading it takes at ..
 SLOWEST = 10e6  # .. bytes per second
@@ -102,6 +104,7 @@ def verify_files(paths: Sequence[Path], *, timeout: float = TIMEOUT) -> dict[Pat
     Raises:
         NewerFormatError: a newer penult wrote one of them.
         StorageError: one cannot be read, which is not damage: a permission, a failing disk.
+        InterruptedRunError: the child was ended by SIGINT or SIGTERM, which is not damage either.
     """
     pending, problems = list(paths), {}
     while pending:
@@ -123,7 +126,8 @@ def _in_child(paths: Sequence[Path], timeout: float) -> list[tuple[Path, str]]:
     results: list[tuple[Path, str]] = []
     with child:
         names = [os.fsencode(path).hex() for path in paths]
-        child.stdin.write(json.dumps({"paths": names, "sys.path": sys.path}).encode())
+        with suppress(BrokenPipeError):  # it is dead already; that is seen below
+            child.stdin.write(json.dumps({"paths": names, "sys.path": sys.path}).encode())
         child.stdin.close()
         for path in paths:
             patience = timeout + path.stat().st_size / SLOWEST
@@ -132,6 +136,8 @@ def _in_child(paths: Sequence[Path], timeout: float) -> list[tuple[Path, str]]:
             if not line:
                 child.kill()
                 status = child.wait()
+                if ready and -status in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and systemd signal the children too
+                    raise InterruptedRunError(-status)
                 died = f"kills its reader (exit {status})" if ready else f"hangs its reader (more than {patience:.0f} s)"
                 return [*results, (path, died)]
             answer = json.loads(line)

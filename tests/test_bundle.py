@@ -117,6 +117,23 @@ def test_a_split_of_its_own_is_evaluated_on_that_split(cache: FeatureCache, tmp_
     evaluation, predictions = evaluate_bundle(own, cache.path)
     assert evaluation.n == 24
     assert predictions.ids == own.predictions().ids
+    assert evaluate_bundle(own, cache.path, split="test")[1].ids == own.predictions().ids
+    elsewhere = paint(tmp_path / "elsewhere", 5, seed=5)
+    assert evaluate_bundle(own, elsewhere)[0].n == 15, "its split is of its own data; new images are all new"
+
+
+def test_bad_files_of_an_evaluated_dataset_are_counted_and_too_many_refused(
+    bundle: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fresh = paint(tmp_path / "fresh", 4, seed=6)
+    for i in range(3):
+        (fresh / f"red/bad{i}.png").write_text("no image")
+    evaluation, _ = evaluate_bundle(bundle, fresh)
+    assert (evaluation.n, evaluation.failed) == (12, 3)
+    assert "3 of 15 inputs cannot be used (not_an_image 3)" in caplog.text
+    (fresh / "red/bad3.png").write_text("no image")
+    with pytest.raises(BadDataError, match="4 of 16 inputs cannot be used"):
+        evaluate_bundle(bundle, fresh)
 
 
 def test_bad_files_cost_their_own_prediction_only(bundle: Bundle, photos: Path, tmp_path: Path) -> None:
@@ -138,6 +155,11 @@ def test_bundles_are_never_overwritten_by_accident(bundle: Bundle, cache: Featur
     with pytest.raises(OutputExistsError, match="is not a bundle"):
         train_head(cache, tmp_path / "precious", make_head("logistic", C=1.0), overwrite=True)
     assert (tmp_path / "precious/thesis.txt").read_text() == "years of work"
+    shutil.copytree(bundle.path, tmp_path / "noted.head")
+    (tmp_path / "noted.head/notes.txt").write_text("mine")
+    with pytest.raises(OutputExistsError, match=r"holds what is not a bundle's \(notes\.txt\)"):
+        train_head(cache, tmp_path / "noted.head", make_head("logistic", C=1.0), overwrite=True)
+    shutil.rmtree(tmp_path / "noted.head")
     first = train_head(cache, tmp_path / "x.head", make_head("logistic", C=1.0))
     second = train_head(cache, tmp_path / "x.head", make_head("logistic", C=0.1), overwrite=True)
     assert first.files["head.onnx"] != second.files["head.onnx"]

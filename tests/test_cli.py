@@ -88,6 +88,10 @@ def test_the_whole_way(penult: Penult, photos: Path, backbone_file: Path, tmp_pa
     assert sum(map(sum, figures["confusion"])) == 4
     assert penult("evaluate", bundle, cache, "--min-accuracy", "1.0")[0] == (0 if figures["accuracy"] == 1 else 65)
     assert penult("evaluate", bundle, cache, "--split", "train")[0] == 65
+    assert penult("evaluate", bundle, cache, "--min-accuracy", "nan")[0] == 65, "a gate that is not a number is never met"
+    code, _, err = penult("finetune", cache, "-m", "resnet18", "-o", tmp_path / "f", "--test-fraction", "0.5", "--limit", "5")
+    assert code == 2
+    assert "--test-fraction, --limit" in err
 
     images = [photos / "ants/000.jpg", photos / "bees/001.jpg"]
     code, out, _ = penult("predict", bundle, *images, "--format", "csv")
@@ -141,6 +145,11 @@ def test_recorded_failures_exit_3_and_beyond_the_budget_65(
         (["export", "resnet18", "-o", "{backbone}"], 73, "--overwrite"),
         (["train", "{photos}"], 2, "Missing option"),
         (["frobnicate"], 2, "No such command"),
+        (["extract", "{photos}", "-m", "{backbone}", "-o", "c", "--resize", "9"], 2, "leave --weights, --preset, --resize"),
+        (["extract", "{photos}", "-m", "{backbone}", "-o", "c", "--max-failures", "-1"], 2, "such as 10, or a share"),
+        (["extract", "{photos}", "-m", "{backbone}", "-o", "/proc/nowhere/c"], 73, "cannot create"),
+        (["train", "{photos}", "-o", "h", "--seed", "-1"], 2, "--seed"),
+        (["run", "{backbone}"], 78, "is not TOML"),
     ],
 )
 def test_errors_say_what_and_exit_with_their_code(

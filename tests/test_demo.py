@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from classifiers.bundle import Bundle
-from classifiers.demo import run_demo, write_digits
+from classifiers.demo import _make_room, run_demo, write_digits
 from extractor.sources import ImageFolder
 from store.cache import FeatureCache
 from store.errors import OutputExistsError
@@ -31,7 +31,10 @@ def test_the_whole_way_on_a_few_digits(tmp_path: Path, capfd: pytest.CaptureFixt
     assert FeatureCache(out / "digits.cache").samples.counts["ok"] == 300
     with pytest.raises(OutputExistsError, match="--overwrite"):
         run_demo(out, weights="random")
-    (tmp_path / "mine").mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    _make_room(out, overwrite=True)
+    assert sorted(path.name for path in out.iterdir()) == [".penult-demo", "comparison.html", "thesis.txt"]
+    (tmp_path / "mine/digits").mkdir(parents=True)
     with pytest.raises(OutputExistsError, match="not an earlier demo"):
         run_demo(tmp_path / "mine", weights="random", overwrite=True)
 

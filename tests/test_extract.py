@@ -135,7 +135,7 @@ def test_a_cache_holds_what_the_network_gives(
     assert error.max() > 0 or storage == "float32"
     assert len(np.unique(expected.round(4), axis=0)) == 12
     assert cache.root == photos
-    assert cache.backbone.read_bytes() == backbone_file.read_bytes()
+    assert (cache.path / "backbone.onnx").read_bytes() == backbone_file.read_bytes()
     for shard in cache.shards:
         hdf5.verify(shard.path, "penult-shard")
 
@@ -494,7 +494,9 @@ def test_a_survey_is_the_table_of_a_run_without_its_features(
     shutil.copyfile(data / "ants/text.jpg", data / "bees/text too.jpg")
     run(data, tmp_path / "c", max_failures="4")
     cache = FeatureCache(tmp_path / "c")
-    table = extractor.pipeline.survey(ImageFolder(data), read_facts(cache.backbone).preprocess, Options(workers=2))
+    table = extractor.pipeline.survey(
+        ImageFolder(data), read_facts(cache.path / "backbone.onnx").preprocess, Options(workers=2)
+    )
     assert list(table.rows) == list(cache.samples.rows)
 
 
@@ -767,3 +769,15 @@ def test_every_other_file_is_made_again_without_computing(
     if name in ("cache.json", "backbone.onnx"):
         found, old = ((folder / name).read_bytes() for folder in (cache, reference))
         assert found == old
+
+
+def test_a_limit_takes_some_of_every_class_and_says_what_it_hides(
+    run: Run, mine: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    data, cache = mine
+    assert run(data, cache).inputs == 12
+    assert run(data, cache, limit=8).inputs == 8
+    assert FeatureCache(cache).samples.classes == ["ants", "bees"]
+    assert "--limit leaves 8 of the 12 samples" in caplog.text
+    again = run(data, cache)
+    assert (again.inputs, again.computed) == (12, 0)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,9 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from classifiers.bundle import Bundle
-from classifiers.jobs import preview_job, read_job, read_runs, run_job, runs_file
+from classifiers.jobs import Job, preview_job, read_job, read_runs, run_job, runs_file
 from extractor.progress import JsonLog, Metrics, observed
-from store.errors import BudgetExceededError, GateError, InputMissingError, JobFileError, LockedError, StorageError
+from store.errors import BudgetExceededError, InputMissingError, JobFileError, LockedError, StorageError
 from store.lock import file_lock
 
 REPO = Path(__file__).resolve().parent.parent
@@ -98,8 +100,18 @@ def test_every_ending_is_recorded(job: Callable[..., Path], tmp_path: Path) -> N
     for i in range(15):  # blue pictures under red, too: nobody can be right about all of them
         source = tmp_path / f"photos/blue/0-{i:03d}.png"
         Image.open(source).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / f"photos/red/x{i}.png")
-    with pytest.raises(GateError, match=r"gate not met: accuracy .* is below min_accuracy 1.0"):
-        run_job(job(gate=1.0))
+    served = (tmp_path / "out.head/head.json").read_bytes()
+    missed = run_job(job(gate=1.0))
+    assert missed.exit_code == 65
+    assert missed.gate_missed is not None
+    assert re.match(
+        r"gate not met: accuracy .* is below min_accuracy 1.0; the new head is kept as out.head.rejected", missed.gate_missed
+    )
+    assert (tmp_path / "out.head/head.json").read_bytes() == served, (
+        "a head that misses the gate took the place of one that met it"
+    )
+    assert Bundle.load(tmp_path / "out.head.rejected").metrics is not None
+    assert not list(tmp_path.glob(".out.head*"))
     with pytest.raises(BudgetExceededError):
         run_job(job(extra='[extract]\nmax_failures = "0"\n'))
     records = read_runs(job())
@@ -145,21 +157,21 @@ def test_a_dry_run_writes_nothing(job: Callable[..., Path], tmp_path: Path) -> N
 def test_the_structured_log_ends_with_a_summary_and_metrics_parse(job: Callable[..., Path], tmp_path: Path) -> None:
     log, prom = tmp_path / "log.jsonl", tmp_path / "penult.prom"
     path = job()
-    for gate in (0.0, 1.1):
-        try:
-            with observed(log_json=log, metrics=prom) as seen:
-                run_job(path if gate == 0 else job(extra='[extract]\nmax_failures = "-1"\n'), record=seen)
-        except BudgetExceededError:
-            assert gate
+    for gate in (0.0, 1.0):
+        if gate:
+            (tmp_path / "photos/red/broken.png").write_bytes(b"")
+            path = job(extra='[extract]\nmax_failures = "0"\n')
+        with suppress(BudgetExceededError), observed(log_json=log, metrics=prom) as seen:
+            run_job(path, record=seen)
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     summaries = [line for line in lines if line.get("event") == "summary"]
     assert [line["exit_code"] for line in summaries] == [0, 65]
     assert lines[-1] == summaries[-1]
-    assert [line["computed"] for line in lines if line.get("event") == "shard"] == [30]
+    assert [line["computed"] for line in lines if line.get("event") == "shard"] == [30, 0]
     assert summaries[0]["evaluation"]["n"] == 6
     found = metrics(prom)
     assert found["penult_exit_code"] == 65
-    assert (found["penult_rows[ok]"], found["penult_rows[failed]"]) == (30, 0)
+    assert (found["penult_rows[ok]"], found["penult_rows[failed]"]) == (30, 1)
     assert found["penult_cache_bytes"] > 30 * 512 * 2
     assert 0 < found["penult_last_success_timestamp_seconds"] <= found["penult_heartbeat_timestamp_seconds"]
     assert {name for name in found if name.startswith("penult_stage_seconds")} >= {"penult_stage_seconds[total]"}
@@ -194,3 +206,11 @@ def test_wrong_job_files_name_the_key(tmp_path: Path, text: str, says: str) -> N
         read_job(tmp_path / "job.toml")
     assert caught.value.exit_code == 78
     assert says in str(caught.value)
+
+
+def test_every_key_is_documented() -> None:
+    text = (REPO / "docs/jobs.md").read_text()
+    for name, field in Job.model_fields.items():
+        inner = getattr(field.annotation, "model_fields", None)
+        for key in [f"{name}.{key}" for key in inner] if inner else [name]:
+            assert f"`{key}`" in text, key

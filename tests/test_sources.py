@@ -47,7 +47,6 @@ def test_a_folder_per_class(tmp_path: Path) -> None:
 def test_deeper_folders_belong_to_their_class(tmp_path: Path) -> None:
     tree(tmp_path, "ants/2024/may/a.jpg", "ants/z.jpg", "ants/.hidden/b.jpg", "bees/x/c.jpg")
     assert listing(tmp_path) == [
-        (b"ants/.hidden/b.jpg", "ants", None),
         (b"ants/2024/may/a.jpg", "ants", None),
         (b"ants/z.jpg", "ants", None),
         (b"bees/x/c.jpg", "bees", None),
@@ -65,10 +64,27 @@ def test_split_folders_with_their_other_names(tmp_path: Path, name: str) -> None
     }
 
 
-@pytest.mark.parametrize("folders", [["train", "other"], ["val", "test"]])
-def test_these_are_classes_not_splits(tmp_path: Path, folders: list[str]) -> None:
-    tree(tmp_path, *(f"{folder}/sub/x.jpg" for folder in folders))
-    assert [(label, split) for _, label, split in listing(tmp_path)] == [(name, None) for name in sorted(folders)]
+def test_classes_may_be_called_like_splits(tmp_path: Path) -> None:
+    tree(tmp_path, "train/a.jpg", "bus/b.jpg")
+    assert [(label, split) for _, label, split in listing(tmp_path)] == [("bus", None), ("train", None)]
+
+
+def test_splits_need_no_train(tmp_path: Path) -> None:
+    tree(tmp_path, "Testing/ants/x.jpg", "val/ants/y.jpg")
+    assert [(label, split) for _, label, split in listing(tmp_path)] == [("ants", "test"), ("ants", "val")]
+
+
+def test_splits_beside_other_folders_are_refused(tmp_path: Path) -> None:
+    tree(tmp_path, "train/ants/x.jpg", "val/ants/y.jpg", "extra/z.jpg")
+    with pytest.raises(BadDataError, match=r"train, val in .* look like splits .* and extra beside them do not"):
+        listing(tmp_path)
+
+
+def test_what_file_managers_leave_behind_is_no_input(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tree(tmp_path, "ants/a.jpg", "ants/.DS_Store", "ants/desktop.ini", "__MACOSX/ants/._a.jpg", "ants/.thumbs/a.jpg")
+    assert listing(tmp_path) == [(b"ants/a.jpg", "ants", None)]
+    assert "the folder __MACOSX" in caplog.text
+    assert "the folder .thumbs" in caplog.text
 
 
 def test_a_file_in_a_split_folder_but_no_class_is_bad_data(tmp_path: Path) -> None:
@@ -85,7 +101,7 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
 def test_stray_files_beside_the_classes_are_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tree(tmp_path, "ants/a.jpg", "README.txt", ".DS_Store")
     assert listing(tmp_path) == [(b"ants/a.jpg", "ants", None)]
-    assert "2 file(s) beside the class folders" in caplog.text
+    assert "1 file(s) beside the class folders" in caplog.text
 
 
 def test_hidden_folders_at_the_top_are_no_classes(tmp_path: Path) -> None:

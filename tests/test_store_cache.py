@@ -19,21 +19,30 @@ import pytest
 
 import store.cache
 from store import shard
-from store.cache import FORMAT_VERSION, CacheWriter, FeatureCache, assign_splits, open_writer, read_meta, shard_paths
+from store.cache import (
+    FORMAT_VERSION,
+    CacheWriter,
+    FeatureCache,
+    assign_splits,
+    meta_bytes,
+    open_writer,
+    read_meta,
+    shard_paths,
+)
 from store.errors import (
     BadDataError,
     CorruptCacheError,
     FingerprintMismatchError,
     InputMissingError,
     LockedError,
+    OutputError,
     OutputExistsError,
-    StorageError,
     UsageError,
 )
 from store.fingerprint import Fingerprint, short
 from store.lock import writer_lock
 from store.samples import Row, SampleTable
-from store.splits import hash_rank_split
+from store.splits import hash_rank_split, merge_groups
 
 REPO = Path(__file__).resolve().parent.parent
 AUTO = Fingerprint({"backbone": "tiny", "weights": "a" * 64, "storage": "auto", "pixels": {"crop": 224, "resize": 256}})
@@ -347,7 +356,7 @@ def test_a_lost_cache_json_with_two_fingerprints_is_corrupt(tmp_path: Path) -> N
 def test_a_newer_cache_is_refused_with_its_version(tmp_path: Path) -> None:
     fill(tmp_path / "c")
     path = tmp_path / "c/cache.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format": FORMAT_VERSION + 1}))
+    path.write_bytes(meta_bytes({**read_meta(tmp_path / "c"), "format": FORMAT_VERSION + 1}))
     with pytest.raises(CorruptCacheError, match="format version 2; this penult reads version 1"):
         FeatureCache(tmp_path / "c")
     with pytest.raises(CorruptCacheError, match="format version 2"), open_writer(tmp_path / "c") as writer:
@@ -425,10 +434,11 @@ def test_a_foreign_folder_is_not_written_into(tmp_path: Path) -> None:
         pass
 
 
-def test_an_impossible_place_is_a_storage_error(tmp_path: Path) -> None:
+def test_an_impossible_place_is_an_output_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(StorageError, match="cannot create"), open_writer(tmp_path / "file/c"):
+    with pytest.raises(OutputError, match="cannot create") as caught, open_writer(tmp_path / "file/c"):
         pass
+    assert caught.value.exit_code == 73
 
 
 def test_overwriting_empties_a_cache_but_not_what_is_not_its(tmp_path: Path) -> None:
@@ -691,3 +701,11 @@ def test_a_class_that_comes_into_no_test_group_is_named() -> None:
             refused.append(str(error))
     assert 10 < len(refused) < 50
     assert all("class 'rare'" in message for message in refused)
+
+
+def test_copies_of_an_image_join_their_groups() -> None:
+    assert merge_groups([b"a", b"b", b"", b"c", b""], [b"1", b"1", b"2", b"2", b"3"]) == [b"a", b"a", b"c", b"c", b"3"]
+    chain = merge_groups([b"a", b"a", b"b", b"b", b"c"], [b"1", b"2", b"2", b"3", b"3"])
+    assert set(chain) == {b"a"}
+    many = merge_groups([f"g{i // 2}".encode() for i in range(5000)], [f"{(i + 1) // 2}".encode() for i in range(5000)])
+    assert set(many) == {b"g0"}, "a long chain is one set"
