@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -729,6 +730,8 @@ def print_evaluation(result: Evaluation) -> None:
 
 def main() -> None:
     """Run a command and exit with the code of CONTRACTS: a PenultError's own, 2 for usage, 70 for a bug with its traceback."""
+    # Outside the pipeline, which finishes its batch, SIGTERM ends a command at once, with the code a scheduler expects.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     for stream in (sys.stdout, sys.stderr):  # a label in another script must not end a run under LANG=C
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -144,7 +144,7 @@ class Summary:
         return "\n".join(lines)
 
 
-@dataclass
+@dataclass(slots=True)
 class _Outcome:
     """What became of one file that had to be read."""
 
@@ -257,7 +257,7 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
         writer.begin(fingerprint(facts, embedder.provider, options.storage), {**notes, "versions": library_versions()})
         _check_disk(cache, len(samples) * facts.dim * (4 if options.storage == "float32" else 2))
 
-        before = writer.read_samples()
+        before = writer.samples
         if before and options.limit and len(samples) < len(before.rows):
             log.warning(
                 "--limit leaves %d of the %d samples in the sample table; features are kept", len(samples), len(before.rows)
@@ -410,7 +410,8 @@ def plan(
             except OSError:
                 same = False
             if same:
-                rows.append(replace(row, label=sample.label, split=sample.split, group=sample.group))
+                outcome = (row.sha256, row.code, row.message, row.stat)
+                rows.append(Row(sample.path, sample.label, sample.split, sample.group, *outcome))
                 continue
         rows.append(None)
         todo.append((index, sample))
@@ -531,7 +532,8 @@ def _check_splits_possible(samples: Sequence[Sample], options: Options) -> None:
     """Refuse before computing what `resolve_splits` would refuse after hours."""
     if any(sample.split for sample in samples) or any(sample.label is None for sample in samples):
         return
-    resolve_splits([Row(s.path, s.label, None, s.group, sha256=hashlib.sha256(s.path).digest()) for s in samples], options)
+    rows = [Row(s.path, s.label, None, s.group, sha256=s.path) for s in samples]  # as if no two were copies
+    assign_splits(rows, val=options.val_fraction, test=options.test_fraction, seed=options.seed)
 
 
 def _check_disk(cache: Path, needed: int) -> None:

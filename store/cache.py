@@ -29,7 +29,7 @@ from .verify import verify_files
 log = logging.getLogger("penult.store")
 
 FORMAT_VERSION = 1
-SHARD_BYTES = 64 * 2**20  # commit at this size ..
+SHARD_BYTES = 4 * 2**20  # commit at this size: memory stays flat, and one fsync a second is nothing on a GPU ..
 SHARD_SECONDS = 30.0  # .. or after this long, so that a small data set does not lose everything to a kill
 
 
@@ -345,7 +345,7 @@ class CacheWriter:
         self.path = path
         self.known: set[bytes] = set()
         self._fingerprint = Fingerprint({})
-        self._pending: list[tuple[NDArray[np.float32], Sequence[bytes], Sequence[bytes]]] = []
+        self._pending: list[tuple[NDArray[np.floating[Any]], Sequence[bytes], Sequence[bytes]]] = []  # as stored
         self._pending_bytes = 0
         self._pending_since = 0.0
         self._number = 0
@@ -368,6 +368,7 @@ class CacheWriter:
         for path in shard_paths(self.path):
             path.unlink()
         self.__dict__.pop("meta", None)
+        self.__dict__.pop("samples", None)
 
     def begin(self, fingerprint: Fingerprint, facts: dict[str, Any]) -> None:
         """Agree on the fingerprint and load the keys of what is there. Damaged shards are removed, to be done again.
@@ -414,7 +415,12 @@ class CacheWriter:
             raise BadDataError(message)
         if not self._pending:
             self._pending_since = time.monotonic()
-        self._pending.append((features, sha256, paths))
+        auto = self._fingerprint.fields.get("storage") == "auto"
+        half = shard.fits_float16(features) if auto else np.zeros(len(features), bool)
+        for dtype, chosen in ((np.float16, np.flatnonzero(half).tolist()), (np.float32, np.flatnonzero(~half).tolist())):
+            if chosen:
+                rows: NDArray[np.floating[Any]] = features[chosen].astype(dtype)
+                self._pending.append((rows, [sha256[i] for i in chosen], [paths[i] for i in chosen]))
         self._pending_bytes += features.nbytes
 
     @property
@@ -428,40 +434,40 @@ class CacheWriter:
         """Commit the shard in memory and return its number of rows (rule 11 may make it two files)."""
         if not self._pending:
             return 0
-        features = np.concatenate([block[0] for block in self._pending])
-        digests = [digest for block in self._pending for digest in block[1]]
-        paths = [path for block in self._pending for path in block[2]]
-        auto = self._fingerprint.fields.get("storage") == "auto"
-        half = shard.fits_float16(features) if auto else np.zeros(len(features), bool)
-        if auto and not half.all():
-            log.warning("%d of %d rows do not fit float16 and are stored as float32", (~half).sum(), len(half))
-        for dtype, chosen in ((np.float16, np.flatnonzero(half)), (np.float32, np.flatnonzero(~half))):
-            if len(chosen):
-                shard.write_shard(
-                    self.path / "shards",
-                    self._number,
-                    features[chosen].astype(dtype),
-                    [digests[i] for i in chosen],
-                    [paths[i] for i in chosen],
-                    self._fingerprint,
-                )
-                self._number += 1
-        self.known.update(digests)
-        self._pending, self._pending_bytes = [], 0
-        return len(features)
+        count = 0
+        for dtype in (np.float16, np.float32):
+            blocks = [block for block in self._pending if block[0].dtype == dtype]
+            self._pending = [block for block in self._pending if block[0].dtype != dtype]
+            if not blocks:
+                continue
+            digests = [digest for block in blocks for digest in block[1]]
+            paths = [path for block in blocks for path in block[2]]
+            features = np.concatenate([block[0] for block in blocks])
+            blocks.clear()  # the largest thing in memory, and not needed while the file is built
+            if dtype == np.float32 and self._fingerprint.fields.get("storage") == "auto":
+                total = len(features) + count
+                log.warning("%d of %d rows do not fit float16 and are stored as float32", len(features), total)
+            shard.write_shard(self.path / "shards", self._number, features, digests, paths, self._fingerprint)
+            self._number += 1
+            self.known.update(digests)
+            count += len(features)
+        self._pending_bytes = 0
+        return count
 
     def finish(self, table: SampleTable) -> bool:
         """Replace the sample table and the ledger; False if nothing would change."""
-        current = self.read_samples()
+        current = self.samples
         ledger = ledger_bytes(table)
         unchanged = current is not None and list(current.rows) == list(table.rows) and current.facts == table.facts
         if unchanged and holds(self.path / "ledger.jsonl", ledger):
             return False
         hdf5.commit(self.path / "ledger.jsonl", ledger)
         hdf5.commit(self.path / "samples.h5", table.to_bytes())
+        self.samples = table
         return True
 
-    def read_samples(self) -> SampleTable | None:
+    @cached_property
+    def samples(self) -> SampleTable | None:
         """The sample table as it stands; None where there is none or it is damaged (it can be made again)."""
         try:
             return SampleTable.read(self.path / "samples.h5")

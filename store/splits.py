@@ -20,6 +20,8 @@ def merge_groups(groups: Sequence[bytes], contents: Sequence[bytes]) -> list[byt
     Returns:
         One name for each connected set: the smallest of its groups, or its content where it has none.
     """
+    if not any(groups):
+        return list(contents)
     parent: dict[tuple[bool, bytes], tuple[bool, bytes]] = {}
 
     def find(node: tuple[bool, bytes]) -> tuple[bool, bytes]:
@@ -77,6 +79,9 @@ def hash_rank_split(labels: Sequence[str], groups: Sequence[bytes], *, val: floa
 
     by_class: dict[str, list[bytes]] = defaultdict(list)
     for group, rows in members.items():
+        if len(rows) == 1:
+            by_class[labels[rows[0]]].append(group)
+            continue
         votes = Counter(labels[i] for i in rows)
         # a tie goes to either class by hash; to the first in the alphabet, it would always be the same one
         by_class[min(votes, key=lambda label: (-votes[label], rank(group + label.encode())))].append(group)
