@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -144,6 +145,16 @@ class JsonLog(logging.Handler):
         super().close()
 
 
+@dataclass(frozen=True)
+class _Collected:
+    """Metric families as prometheus-client's writer asks for them."""
+
+    families: list[Any]
+
+    def collect(self) -> list[Any]:
+        return self.families
+
+
 class Metrics(logging.Handler):
     """A Prometheus textfile, replaced whole: at the start, after every committed shard, and at the end.
 
@@ -181,14 +192,14 @@ class Metrics(logging.Handler):
         return values[0] if values else None
 
     def _write(self, extract: dict[str, Any], code: int | None) -> None:
-        from prometheus_client import CollectorRegistry, Gauge, generate_latest
+        from prometheus_client import generate_latest
+        from prometheus_client.core import GaugeMetricFamily
 
-        registry = CollectorRegistry()
-        known: dict[str, Gauge] = {}
+        families: dict[str, GaugeMetricFamily] = {}
 
         def gauge(name: str, text: str, value: float, **labels: str) -> None:
-            found = known.setdefault(name, known.get(name) or Gauge(name, text, list(labels), registry=registry))
-            (found.labels(**labels) if labels else found).set(value)
+            family = families.setdefault(name, GaugeMetricFamily(name, text, labels=list(labels)))
+            family.add_metric(list(labels.values()), value)
 
         gauge("penult_heartbeat_timestamp_seconds", "When the run last made progress.", time.time())
         if self._last_success is not None:
@@ -205,7 +216,7 @@ class Metrics(logging.Handler):
             )
             gauge("penult_cache_bytes", "Size of the cache's shards.", extract["cache_bytes"])
         try:
-            hdf5.commit(self._path, generate_latest(registry))
+            hdf5.commit(self._path, generate_latest(_Collected(list(families.values()))))
         except PenultError as error:  # a run does not die of its metrics
             log.warning("%s", error)
 
