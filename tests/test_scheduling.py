@@ -8,6 +8,8 @@ import re
 import signal
 import stat
 import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -60,18 +62,24 @@ def test_the_slurm_script_passes_codes_on(tmp_path: Path, code: int, expected: i
 
 def test_the_slurm_script_passes_sigterm_on_and_queues_itself_again(tmp_path: Path) -> None:
     asked = tmp_path / "requeued"
+    # the signal is blocked and waited for, so it cannot come too early
     fake = script(
         tmp_path / "penult",
-        "#!/bin/bash\ntrap 'exit 143' TERM\necho ready\nwhile :; do read -t 0.05 < <(:); done\n",
+        f"#!{sys.executable}\nimport signal, sys\nsignal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])\n"
+        "print('ready', flush=True)\nsignal.sigwait([signal.SIGTERM])\nsys.exit(143)\n",
     )
     script(tmp_path / "scontrol", f'#!/bin/sh\necho "$@" > {asked}\n')
     job = script(tmp_path / "job.sh", SLURM.replace("/srv/penult/.venv/bin/penult", str(fake)))
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "42"}
-    with subprocess.Popen(["bash", job], env=environment, stdout=subprocess.PIPE) as child:
+    with subprocess.Popen(["bash", job], env=environment, stdout=subprocess.PIPE, start_new_session=True) as child:
         assert child.stdout is not None
-        assert child.stdout.readline() == b"ready\n"
-        child.send_signal(signal.SIGTERM)
-        assert child.wait(timeout=30) == 0
+        try:
+            assert child.stdout.readline() == b"ready\n"
+            child.send_signal(signal.SIGTERM)
+            assert child.wait(timeout=60) == 0
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
     assert asked.read_text().split() == ["requeue", "42"]
 
 
