@@ -38,7 +38,7 @@ REPO = Path(__file__).resolve().parent.parent
 if str(REPO) not in sys.path:
     sys.path.insert(0, str(REPO))
 
-import store.cache  # noqa: E402
+import store.writer  # noqa: E402
 from benchmarks import crash_model  # noqa: E402
 from extractor.backbones import Backbone  # noqa: E402
 from extractor.export import export  # noqa: E402
@@ -145,11 +145,11 @@ def make_tiny(folder: Path, count: int) -> Path:
 
 @contextmanager
 def small_shards(size: int = 1) -> Iterator[None]:
-    before, store.cache.SHARD_BYTES = store.cache.SHARD_BYTES, size
+    before, store.writer.SHARD_BYTES = store.writer.SHARD_BYTES, size
     try:
         yield
     finally:
-        store.cache.SHARD_BYTES = before
+        store.writer.SHARD_BYTES = before
 
 
 def extract(data: Path, cache: Path, net: Backbone, **options: Any) -> Summary:
@@ -193,9 +193,9 @@ CHILD = r"""
 import json, os, resource, signal, sys, threading, time
 request = json.loads(sys.argv[1])
 sys.path.insert(0, request["repo"])
-import h5py, onnxruntime, extractor.pipeline, extractor.session, store.cache, cli
+import h5py, onnxruntime, extractor.pipeline, extractor.session, store.writer, cli
 if request["shard_bytes"]:
-    store.cache.SHARD_BYTES = request["shard_bytes"]
+    store.writer.SHARD_BYTES = request["shard_bytes"]
 events = 0
 opened = 0
 

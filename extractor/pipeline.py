@@ -24,10 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from store import hdf5
-from store.cache import CacheWriter, FeatureCache, assign_splits, open_writer, shard_paths
+from store.cache import FeatureCache, assign_splits, shard_paths
 from store.errors import BudgetExceededError, InputMissingError, InterruptedRunError, StorageError, UsageError
 from store.fingerprint import Fingerprint
 from store.samples import Row, SampleTable
+from store.splits import require_sizes, split_names
+from store.writer import CacheWriter, open_writer
 
 from .backbones import Backbone, file_digest
 from .export import export
@@ -525,12 +527,16 @@ def resolve_splits(rows: Sequence[Row], options: Options) -> tuple[list[Row], di
     names = assign_splits(good, val=options.val_fraction, test=options.test_fraction, seed=options.seed)
     split_of = {row.path: name for row, name in zip(good, names, strict=True)}
     rule = {"rule": "hash-rank", "val": options.val_fraction, "test": options.test_fraction, "seed": options.seed}
-    return [replace(row, split=split_of.get(row.path)) for row in rows], rule
+    return [row.with_split(split_of.get(row.path)) for row in rows], rule
 
 
 def _check_splits_possible(samples: Sequence[Sample], options: Options) -> None:
     """Refuse before computing what `resolve_splits` would refuse after hours."""
     if any(sample.split for sample in samples) or any(sample.label is None for sample in samples):
+        return
+    if not any(sample.group for sample in samples):
+        names = split_names(val=options.val_fraction, test=options.test_fraction)
+        require_sizes(Counter(sample.label or "" for sample in samples), names)
         return
     rows = [Row(s.path, s.label, None, s.group, sha256=s.path) for s in samples]  # as if no two were copies
     assign_splits(rows, val=options.val_fraction, test=options.test_fraction, seed=options.seed)

@@ -84,13 +84,16 @@ class ImageFolder:
         for folder in folders:
             split = SPLIT_FOLDERS[os.fsdecode(folder).lower()] if splits else None
             before = len(found)
+            names: dict[bytes, str] = {}
             for path in self._walk(base, folder, folders, links):
                 parts = path.split(b"/")
                 label = parts[1] if splits else parts[0]
                 if splits and len(parts) < 3:
                     message = f"{display(path)} lies in a split folder but in no class folder"
                     raise BadDataError(message)
-                found.append(Sample(path, display(label), split))
+                if label not in names:
+                    names[label] = display(label)
+                found.append(Sample(path, names[label], split))
             if len(found) == before:
                 log.warning("the folder %s in %s is empty", display(folder), root)
         if links[0]:

@@ -100,7 +100,8 @@ def prune(path: Path) -> tuple[int, int]:
         LockedError: another run writes the cache.
         CorruptCacheError: a shard is damaged; nothing of it is removed.
     """
-    from .cache import FeatureCache, open_writer, shard_paths
+    from .cache import FeatureCache, shard_paths
+    from .writer import open_writer
 
     with open_writer(path):
         cache = FeatureCache(path)

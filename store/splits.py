@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from .errors import BadDataError, UsageError
 
@@ -38,6 +38,33 @@ def merge_groups(groups: Sequence[bytes], contents: Sequence[bytes]) -> list[byt
     return [find((True, content))[1] for content in contents]
 
 
+def split_names(*, val: float, test: float) -> list[str]:
+    """The splits that fractions ask for, train first.
+
+    Raises:
+        UsageError: the fractions leave nothing to train on.
+    """
+    if not (0 <= val < 1 and 0 <= test < 1 and val + test < 1):
+        message = f"--val-fraction {val} and --test-fraction {test} leave nothing to train on; their sum must be below 1"
+        raise UsageError(message)
+    return ["train", *(["test"] if test else []), *(["val"] if val else [])]
+
+
+def require_sizes(groups_per_class: Mapping[str, int], names: Sequence[str]) -> None:
+    """Refuse classes that cannot be in every split.
+
+    Raises:
+        BadDataError: a class has fewer distinct samples or groups than there are splits; names it.
+    """
+    for label, count in sorted(groups_per_class.items()):
+        if count < len(names):
+            message = (
+                f"class {label!r} has {count} distinct sample(s) or group(s), too few for {', '.join(names)}. "
+                f"Add samples, leave the class out, or ask for fewer splits (--val-fraction 0, --test-fraction 0)"
+            )
+            raise BadDataError(message)
+
+
 def hash_rank_split(labels: Sequence[str], groups: Sequence[bytes], *, val: float, test: float, seed: int = 0) -> list[str]:
     """Assign every sample to ``train``, ``val`` or ``test``.
 
@@ -56,23 +83,14 @@ def hash_rank_split(labels: Sequence[str], groups: Sequence[bytes], *, val: floa
         UsageError: the fractions leave nothing to train on.
         BadDataError: a class has too few groups for the splits asked for, or is missing from one of them; names it.
     """
-    if not (0 <= val < 1 and 0 <= test < 1 and val + test < 1):
-        message = f"--val-fraction {val} and --test-fraction {test} leave nothing to train on; their sum must be below 1"
-        raise UsageError(message)
     members: dict[bytes, list[int]] = defaultdict(list)
     for i, group in enumerate(groups):
         members[group].append(i)
     prefix = f"{seed}:".encode()
+    names = split_names(val=val, test=test)
     wanted = [(name, fraction) for name, fraction in (("test", test), ("val", val)) if fraction]
-    names = ["train", *(name for name, _ in wanted)]
     owners: dict[str, int] = Counter(label for rows in members.values() for label in {labels[i] for i in rows})
-    for label, count in sorted(owners.items()):
-        if count < len(names):
-            message = (
-                f"class {label!r} has {count} distinct sample(s) or group(s), too few for {', '.join(names)}. "
-                f"Add samples, leave the class out, or ask for fewer splits (--val-fraction 0, --test-fraction 0)"
-            )
-            raise BadDataError(message)
+    require_sizes(owners, names)
 
     def rank(key: bytes) -> bytes:
         return hashlib.sha256(prefix + key).digest()

@@ -17,7 +17,7 @@ from classifiers.train import make_head, train_head
 from extractor.backbones import Backbone
 from extractor.pipeline import Options, run_extract
 from extractor.sources import ImageFolder
-from store.cache import FeatureCache, open_writer
+from store.cache import FeatureCache
 from store.compact import prune, write_compact
 from store.drift import compare_caches
 from store.errors import BadDataError, CorruptCacheError, OutputExistsError
@@ -25,6 +25,7 @@ from store.fingerprint import Fingerprint
 from store.samples import Row, SampleTable
 from store.testing import assert_features_match, assert_metrics_match
 from store.verify import verify_cache
+from store.writer import open_writer
 
 FIELDS = {"backbone": "net", "weights": "0" * 64, "pixels": {"resize": 72, "crop": 64, "probe": "1" * 64}, "provider": "cpu"}
 

@@ -19,7 +19,7 @@ from onnx import helper, numpy_helper
 from PIL import Image
 
 import extractor.pipeline
-import store.cache
+import store.writer
 from extractor.backbones import Backbone
 from extractor.images import decode
 from extractor.onnxfile import read_facts
@@ -48,7 +48,7 @@ MakeDataset = Callable[..., Path]
 @pytest.fixture
 def run(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> Run:
     """``run(data, cache, **options)``: extract on the CPU, a shard per batch of four."""
-    monkeypatch.setattr(store.cache, "SHARD_BYTES", 1)
+    monkeypatch.setattr(store.writer, "SHARD_BYTES", 1)
 
     def go(data: Path | Source, cache: Path, *, net: Backbone = backbone, **options: Any) -> Summary:
         source = ImageFolder(data) if isinstance(data, Path) else data
@@ -72,7 +72,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory, photos: Path, backbone: 
     """The cache of `photos` from one uninterrupted run; not to be changed."""
     cache = tmp_path_factory.mktemp("reference") / "c"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store.cache, "SHARD_BYTES", 1)
+        patch.setattr(store.writer, "SHARD_BYTES", 1)
         extract(ImageFolder(photos), backbone, cache, Options(device="cpu", batch_size=SIZE, workers=2))
     return cache
 
@@ -516,13 +516,13 @@ import json, os, signal, sys
 request = json.load(sys.stdin)
 sys.path.insert(0, request["repo"])
 from pathlib import Path
-import store.cache
+import store.writer
 from extractor.backbones import Backbone
 from extractor.pipeline import Options, run_extract
 from extractor.sources import ImageFolder
 from store.errors import PenultError
 
-store.cache.SHARD_BYTES = 1
+store.writer.SHARD_BYTES = 1
 renames = 0
 
 def at_rename(event, args):  # a commit becomes visible by its rename, and this is called just before it

@@ -17,15 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-import store.cache
+import store.writer
 from store import shard
 from store.cache import (
     FORMAT_VERSION,
-    CacheWriter,
     FeatureCache,
     assign_splits,
     meta_bytes,
-    open_writer,
     read_meta,
     shard_paths,
 )
@@ -43,6 +41,7 @@ from store.fingerprint import Fingerprint, short
 from store.lock import writer_lock
 from store.samples import Row, SampleTable
 from store.splits import hash_rank_split, merge_groups
+from store.writer import CacheWriter, open_writer
 
 REPO = Path(__file__).resolve().parent.parent
 AUTO = Fingerprint({"backbone": "tiny", "weights": "a" * 64, "storage": "auto", "pixels": {"crop": 224, "resize": 256}})
@@ -236,12 +235,12 @@ def test_a_shard_is_due_by_size_and_by_age(tmp_path: Path, monkeypatch: pytest.M
         assert not writer.due
         writer.append(features(2), [key(0), key(1)], [b"a", b"b"])
         assert not writer.due
-        monkeypatch.setattr(store.cache, "SHARD_BYTES", 33)
+        monkeypatch.setattr(store.writer, "SHARD_BYTES", 33)
         assert not writer.due
-        monkeypatch.setattr(store.cache, "SHARD_BYTES", 32)
+        monkeypatch.setattr(store.writer, "SHARD_BYTES", 32)
         assert writer.due
         monkeypatch.undo()
-        monkeypatch.setattr(store.cache, "SHARD_SECONDS", 0.0)
+        monkeypatch.setattr(store.writer, "SHARD_SECONDS", 0.0)
         assert writer.due
         writer.commit()
         assert not writer.due
@@ -629,7 +628,7 @@ HOLDER = """
 import sys, time
 sys.path.insert(0, {repo!r})
 from pathlib import Path
-from store.cache import open_writer
+from store.writer import open_writer
 with open_writer(Path({path!r})):
     print("held", flush=True)
     time.sleep(60)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import store.cache
+import store.writer
 from extractor.backbones import Backbone
 from extractor.pipeline import Options, run_extract
 from extractor.sources import ImageFolder
@@ -31,7 +31,7 @@ def sound(photos: Path, backbone: Backbone) -> Path:
     """A cache of several shards."""
     path = photos.parent / "sound.cache"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store.cache, "SHARD_BYTES", 1)
+        patch.setattr(store.writer, "SHARD_BYTES", 1)
         run_extract(ImageFolder(photos), backbone, path, Options(batch_size=4, quiet=True))
     assert len(shard_paths(path)) == 5
     return path

@@ -1,0 +1,199 @@
+"""Write a cache directory: append shards, replace the sample table, under one lock."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import hdf5, shard
+from .cache import FORMAT_VERSION, holds, ledger_bytes, meta_bytes, read_meta, shard_paths
+from .errors import BadDataError, CorruptCacheError, InputMissingError, OutputExistsError
+from .fingerprint import Fingerprint
+from .lock import writer_lock
+from .samples import Row, SampleTable
+from .verify import verify_files
+
+log = logging.getLogger("penult.store")
+
+SHARD_BYTES = 4 * 2**20  # commit at this size: memory stays flat, and one fsync a second is nothing on a GPU ..
+SHARD_SECONDS = 30.0  # .. or after this long, so that a small data set does not lose everything to a kill
+
+
+class CacheWriter:
+    """Appends features to a locked cache directory; made by `open_writer`.
+
+    Attributes:
+        path: the cache directory.
+        known: content digests that have features already, once `begin` was called.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.known: set[bytes] = set()
+        self._fingerprint = Fingerprint({})
+        self._pending: list[tuple[NDArray[np.floating[Any]], Sequence[bytes], Sequence[bytes]]] = []  # as stored
+        self._pending_bytes = 0
+        self._pending_since = 0.0
+        self._number = 0
+
+    @property
+    def fresh(self) -> bool:
+        """Whether there is nothing in it yet."""
+        return not shard_paths(self.path) and not (self.path / "cache.json").exists()
+
+    @cached_property
+    def meta(self) -> dict[str, Any] | None:
+        """cache.json as it stands; None in a fresh cache."""
+        return None if self.fresh else read_meta(self.path)
+
+    def clear(self) -> None:
+        """Empty the cache: only what is ours, and the sample table first, for without it no reader takes the rest."""
+        for name in ("samples.h5", "ledger.jsonl", "cache.json"):
+            (self.path / name).unlink(missing_ok=True)
+        hdf5.fsync_directory(self.path)  # else a crash may leave the old table beside the new backbone
+        for path in shard_paths(self.path):
+            path.unlink()
+        self.__dict__.pop("meta", None)
+        self.__dict__.pop("samples", None)
+
+    def begin(self, fingerprint: Fingerprint, facts: dict[str, Any]) -> None:
+        """Agree on the fingerprint and load the keys of what is there. Damaged shards are removed, to be done again.
+
+        Args:
+            fingerprint: of every row to come.
+            facts: what is good to know and decides nothing: library versions, where weights came from, batch size.
+
+        Raises:
+            FingerprintMismatchError: the cache was made differently; names the fields.
+        """
+        if self.meta is not None:
+            Fingerprint(self.meta["fingerprint"]).require(fingerprint, mine=f"{self.path}", theirs="this run")
+        self._fingerprint = fingerprint
+        damaged = verify_files(shard_paths(self.path))
+        for path in shard_paths(self.path):
+            self._number = max(self._number, int(path.name.partition("-")[0]) + 1)
+            if path in damaged:
+                log.warning("%s; its images are computed again", damaged[path])
+                path.unlink()
+                continue
+            found = shard.read_shard(path)
+            if found.fingerprint == fingerprint.canonical:
+                self.known.update(found.digests())
+        self.write_meta(fingerprint, facts)
+
+    def write_meta(self, fingerprint: Fingerprint, facts: dict[str, Any]) -> None:
+        """Replace cache.json, if it would change."""
+        meta = {"format": FORMAT_VERSION, "fingerprint": dict(fingerprint.fields), "facts": facts}
+        if not holds(self.path / "cache.json", meta_bytes(meta)):
+            hdf5.commit(self.path / "cache.json", meta_bytes(meta))
+            self.meta = meta
+
+    def append(self, features: NDArray[np.float32], sha256: Sequence[bytes], paths: Sequence[bytes]) -> None:
+        """Add rows ``(n, d)`` to the shard in memory.
+
+        Raises:
+            BadDataError: NaN or infinity, with the count and a path.
+        """
+        bad = np.asarray(~np.isfinite(features).all(axis=1))
+        if bad.any():
+            first = Row(paths[int(np.flatnonzero(bad)[0])]).name
+            message = f"the backbone gave NaN or infinity for {int(bad.sum())} of {len(bad)} images (such as {first})"
+            raise BadDataError(message)
+        if not self._pending:
+            self._pending_since = time.monotonic()
+        auto = self._fingerprint.fields.get("storage") == "auto"
+        half = shard.fits_float16(features) if auto else np.zeros(len(features), bool)
+        for dtype, chosen in ((np.float16, np.flatnonzero(half).tolist()), (np.float32, np.flatnonzero(~half).tolist())):
+            if chosen:
+                rows: NDArray[np.floating[Any]] = features[chosen].astype(dtype)
+                self._pending.append((rows, [sha256[i] for i in chosen], [paths[i] for i in chosen]))
+        self._pending_bytes += features.nbytes
+
+    @property
+    def due(self) -> bool:
+        """Whether the shard in memory is large or old enough to be committed."""
+        if not self._pending:
+            return False
+        return self._pending_bytes >= SHARD_BYTES or time.monotonic() - self._pending_since >= SHARD_SECONDS
+
+    def commit(self) -> int:
+        """Commit the shard in memory and return its number of rows (rule 11 may make it two files)."""
+        if not self._pending:
+            return 0
+        count = 0
+        for dtype in (np.float16, np.float32):
+            blocks = [block for block in self._pending if block[0].dtype == dtype]
+            self._pending = [block for block in self._pending if block[0].dtype != dtype]
+            if not blocks:
+                continue
+            digests = [digest for block in blocks for digest in block[1]]
+            paths = [path for block in blocks for path in block[2]]
+            features = np.concatenate([block[0] for block in blocks])
+            blocks.clear()  # the largest thing in memory, and not needed while the file is built
+            if dtype == np.float32 and self._fingerprint.fields.get("storage") == "auto":
+                total = len(features) + count
+                log.warning("%d of %d rows do not fit float16 and are stored as float32", len(features), total)
+            shard.write_shard(self.path / "shards", self._number, features, digests, paths, self._fingerprint)
+            self._number += 1
+            self.known.update(digests)
+            count += len(features)
+        self._pending_bytes = 0
+        return count
+
+    def finish(self, table: SampleTable) -> bool:
+        """Replace the sample table and the ledger; False if nothing would change."""
+        current = self.samples
+        ledger = ledger_bytes(table)
+        unchanged = current is not None and list(current.rows) == list(table.rows) and current.facts == table.facts
+        if unchanged and holds(self.path / "ledger.jsonl", ledger):
+            return False
+        hdf5.commit(self.path / "ledger.jsonl", ledger)
+        hdf5.commit(self.path / "samples.h5", table.to_bytes())
+        self.samples = table
+        return True
+
+    @cached_property
+    def samples(self) -> SampleTable | None:
+        """The sample table as it stands; None where there is none or it is damaged (it can be made again)."""
+        try:
+            return SampleTable.read(self.path / "samples.h5")
+        except InputMissingError:
+            return None
+        except CorruptCacheError as error:
+            log.warning("%s; it is made again", error)
+            return None
+
+
+@contextmanager
+def open_writer(path: Path) -> Iterator[CacheWriter]:
+    """Create or continue a cache directory under its writer's lock.
+
+    Raises:
+        OutputExistsError: the path is taken by something that is not a cache.
+        LockedError: another run writes it.
+        OutputError: it cannot be created.
+    """
+    if path.exists():
+        mine = path.is_dir() and (
+            (path / "cache.json").exists() or (path / "shards").is_dir() or not any(set(path.iterdir()) - {path / ".lock"})
+        )
+        if not mine:
+            message = f"{path} exists and is not a penult cache; choose another name"
+            raise OutputExistsError(message)
+    try:
+        hdf5.make_directory(path / "shards")
+    except OSError as error:
+        message = f"cannot create {path}: {error.strerror}"
+        raise hdf5.write_error(error)(message) from error
+    with writer_lock(path):
+        for left in [*path.glob(".*.tmp"), *(path / "shards").glob(".*.tmp")]:  # of killed runs; we hold the lock
+            left.unlink()
+        yield CacheWriter(path)
