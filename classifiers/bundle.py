@@ -201,7 +201,7 @@ def save_bundle(
         OutputError: the place cannot be written to.
         StorageError: disk full, I/O error.
     """
-    from extractor.pipeline import library_versions
+    from extractor.prepare import library_versions
 
     from .report import bundle_report
 

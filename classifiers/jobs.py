@@ -18,7 +18,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from extractor.backbones import Backbone
-from extractor.pipeline import Options, Summary, library_versions, preview, run_extract
+from extractor.pipeline import Options, Summary, preview, run_extract
+from extractor.prepare import library_versions
 from extractor.sources import Source, open_source
 from store.cache import FeatureCache
 from store.errors import BadDataError, GateError, InputMissingError, JobFileError, PenultError, UsageError

@@ -12,10 +12,11 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from extractor.files import read_file
 from extractor.images import ImageError, decode
-from extractor.pipeline import ahead, read_file
 from extractor.preprocess import Preprocess
 from extractor.progress import StopFlag
+from extractor.reading import ahead
 from extractor.session import Embedder, resolve_device
 from extractor.sources import ImageFolder
 from store.errors import InputMissingError

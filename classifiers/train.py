@@ -16,7 +16,8 @@ import numpy as np
 
 from extractor.backbones import Backbone, load
 from extractor.export import to_onnx
-from extractor.pipeline import Options, fingerprint, survey
+from extractor.pipeline import Options, survey
+from extractor.prepare import fingerprint
 from extractor.session import resolve_device
 from extractor.sources import Source
 from store.cache import FeatureCache, Subset

@@ -11,45 +11,32 @@ import logging
 import os
 import shutil
 import time
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
-from threading import Lock
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from store import hdf5
 from store.cache import FeatureCache, assign_splits, shard_paths
 from store.errors import BudgetExceededError, InputMissingError, InterruptedRunError, StorageError, UsageError
-from store.fingerprint import Fingerprint
 from store.samples import Row, SampleTable
 from store.splits import require_sizes, split_names
 from store.writer import CacheWriter, open_writer
 
-from .backbones import Backbone, file_digest
-from .export import export
-from .images import ImageError, decode
-from .onnxfile import BackboneFacts, read_facts
+from .backbones import Backbone
+from .files import Files
+from .prepare import fingerprint, library_versions, prepare_backbone
 from .preprocess import Preprocess
 from .progress import Progress, StopFlag, stop_on_signal
+from .reading import Clock, Outcome, Reader
 from .session import Embedder, resolve_device
 from .sources import Sample, Source
 
 log = logging.getLogger("penult.extractor")
 
-Clock = dict[str, float]  # seconds by stage
-
-LIBRARIES = ("penult", "torch", "torchvision", "onnx", "onnxruntime-gpu", "onnxruntime", "h5py", "numpy", "pillow")
 MIN_BUDGET = 3
-AHEAD = 8  # decoded images per worker that wait at most
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -146,90 +133,12 @@ class Summary:
         return "\n".join(lines)
 
 
-@dataclass(slots=True)
-class _Outcome:
-    """What became of one file that had to be read."""
-
-    index: int
-    row: Row
-    pixels: NDArray[np.uint8] | None = None
-
-
-class Reader:
-    """Reads, hashes and decodes files in a few threads, a bounded number ahead, in the order asked for."""
-
-    def __init__(self, root: Path, preprocess: Preprocess, known: set[bytes], workers: int) -> None:
-        self._root, self._preprocess, self._workers = os.fsencode(root), preprocess, workers
-        self._claimed, self._lock = set(known), Lock()
-        self.seconds: Clock = defaultdict(float)
-
-    def stream(self, todo: Sequence[tuple[int, Sample]], stop: StopFlag) -> Iterator[_Outcome]:
-        """Outcomes in the order of ``todo``; ends early when ``stop`` is set."""
-        return ahead(lambda item: self._read(*item), todo, self._workers, stop)
-
-    def _read(self, index: int, sample: Sample) -> _Outcome:
-        start = time.perf_counter()
-        row = Row(sample.path, sample.label, sample.split, sample.group)
-        try:
-            data, stat = read_file(self._root + b"/" + sample.path)
-            digest = hashlib.sha256(data).digest()
-            row = replace(row, sha256=digest, stat=stat)
-            if not self._claim(digest):
-                return _Outcome(index, row)
-            return _Outcome(index, row, self._preprocess.pixels(decode(data)))
-        except ImageError as error:
-            return _Outcome(index, replace(row, code=error.code, message=str(error)))
-        finally:
-            self.seconds["read+decode"] += time.perf_counter() - start
-
-    def _claim(self, digest: bytes) -> bool:
-        """Whether this content is new; whoever asks first embeds it."""
-        with self._lock:
-            new = digest not in self._claimed
-            self._claimed.add(digest)
-            return new
-
-
-def ahead(function: Callable[[T], R], items: Iterable[T], workers: int, stop: StopFlag) -> Iterator[R]:
-    """Results in order, computed by a few threads a bounded number of items ahead of the consumer."""
-    with ThreadPoolExecutor(workers, "penult-decode") as pool:
-        pending: deque[Future[R]] = deque()
-        try:
-            for item in items:
-                pending.append(pool.submit(function, item))
-                if len(pending) >= workers * AHEAD:
-                    yield pending.popleft().result()
-                if stop:
-                    return
-            while pending and not stop:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
-
-
 def limited(samples: list[Sample], limit: int | None) -> list[Sample]:
     """The first so many samples by hash rank of their paths, in order of path: some of every class and split."""
     if limit is None or limit >= len(samples):
         return samples
     ranked = sorted(samples, key=lambda sample: hashlib.sha256(sample.path).digest())[:limit]
     return sorted(ranked, key=lambda sample: sample.path)
-
-
-def read_file(path: bytes | str) -> tuple[bytes, tuple[int, int, int]]:
-    """Content and (size, mtime_ns, inode) of a regular file.
-
-    Raises:
-        ImageError: code ``not_found`` or ``unreadable``.
-    """
-    try:
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            stat = os.fstat(file.fileno())
-            return file.read(), (stat.st_size, stat.st_mtime_ns, stat.st_ino)
-    except FileNotFoundError as error:
-        raise ImageError(code="not_found", message="no such file") from error
-    except OSError as error:
-        raise ImageError(code="unreadable", message=error.strerror or str(error)) from error
 
 
 def extract(source: Source, backbone: Backbone, cache: str | Path, options: Options | None = None) -> FeatureCache:
@@ -264,8 +173,8 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
             log.warning(
                 "--limit leaves %d of the %d samples in the sample table; features are kept", len(samples), len(before.rows)
             )
-        outcomes, todo = plan(samples, before, writer.known, source.root, options)
-        reader = Reader(source.root, facts.preprocess, writer.known, options.workers or os.cpu_count() or 1)
+        outcomes, todo = plan(samples, before, writer.known, source.files, options)
+        reader = Reader(source.files, facts.preprocess, writer.known, options.workers or os.cpu_count() or 1)
         clock: Clock = defaultdict(float)
         computed = 0
         with Progress(len(todo), "extract", quiet=options.quiet) as progress:
@@ -313,76 +222,8 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
     return summary
 
 
-def prepare_backbone(
-    writer: CacheWriter, backbone: Backbone, *, overwrite: bool = False
-) -> tuple[BackboneFacts, dict[str, Any]]:
-    """Put ``backbone.onnx`` into a cache, or recognise that the one there is what is asked for, without importing torch.
-
-    Returns:
-        What the file says of itself, and notes for cache.json by which the next run recognises the request.
-    """
-    path = writer.path / "backbone.onnx"
-    request = backbone.facts()
-    if backbone.is_file and any(request[name] is not None for name in ("weights", "preset", "resize", "crop")):
-        message = (
-            f"{backbone.name} has its weights and its preprocessing inside: leave --weights, --preset, --resize, --crop out"
-        )
-        raise UsageError(message)
-    file = Path(backbone.name) if backbone.is_file else backbone.weights_file
-    if file is not None:
-        request["file_sha256"] = file_digest(file)
-        request["weights"] = None  # the content counts, not where it lies
-    elif backbone.seed is None:
-        request["torchvision"] = version("torchvision")  # it decides what the default weights are
-    before = {} if overwrite else (writer.meta or {}).get("facts", {})
-    if path.is_file() and before.get("request") == request and before.get("backbone_sha256") == file_digest(path):
-        log.info("using %s as exported before", path)
-        facts = replace(read_facts(path), weights_sha256=(writer.meta or {})["fingerprint"]["weights"])
-        return facts, {key: before[key] for key in ("request", "backbone_sha256", "weights")}
-    if backbone.seed is not None:
-        log.warning(
-            "RANDOM WEIGHTS (seed %d): %s is untrained, its features are a random projection", backbone.seed, backbone.name
-        )
-    # A cache keeps its file, and its features, until the new file is there and known to match or meant to replace them.
-    new = path.with_name(".backbone.onnx.tmp")
-    try:
-        facts = _import_onnx(Path(backbone.name), new) if backbone.is_file else export(backbone, new)
-        if overwrite:
-            writer.clear()
-        _require_match(writer, facts)
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
-    hdf5.fsync_directory(path.parent)
-    log.info("exported %s (%s), %d features from the %s", facts.name, facts.weights, facts.dim, facts.layer)
-    return facts, {"request": request, "backbone_sha256": file_digest(path), "weights": facts.weights}
-
-
-def _import_onnx(file: Path, target: Path) -> BackboneFacts:
-    facts, data = read_facts(file), file.read_bytes()
-    hdf5.commit(target, data)
-    return replace(facts, weights_sha256=hashlib.sha256(data).hexdigest())
-
-
-def _require_match(writer: CacheWriter, facts: BackboneFacts) -> None:
-    """Look before a new file goes into a cache that has features.
-
-    Raises:
-        FingerprintMismatchError: it gives other ones; the cache stays as it was.
-    """
-    if writer.meta is not None:
-        there = Fingerprint(writer.meta["fingerprint"])
-        there.require(Fingerprint({**there.fields, **facts.fingerprint()}), mine=str(writer.path), theirs="this run")
-
-
-def fingerprint(facts: BackboneFacts, provider: str, storage: str) -> Fingerprint:
-    """Everything that decides the numbers."""
-    decided = {"precision": "fp32", "provider": provider, "tf32": False, "storage": storage}
-    return Fingerprint({**facts.fingerprint(), **decided})
-
-
 def plan(
-    samples: Sequence[Sample], before: SampleTable | None, cached: Set[bytes], root: Path, options: Options
+    samples: Sequence[Sample], before: SampleTable | None, cached: Set[bytes], files: Files, options: Options
 ) -> tuple[list[Row | None], list[tuple[int, Sample]]]:
     """What is known already and what must be read.
 
@@ -393,26 +234,21 @@ def plan(
         samples: what the source has now.
         before: the sample table of the last run.
         cached: content digests that have features.
-        root: what paths are relative to.
+        files: where samples are.
         options: ``retry_failed`` and ``verify_content`` count.
 
     Returns:
         One row per sample (None where it must be read), and the samples to read with their places.
     """
     known = {row.path: row for row in before.rows} if before and not options.verify_content else {}
-    base = os.fsencode(root)
     rows: list[Row | None] = []
     todo = []
     for index, sample in enumerate(samples):
         row = known.get(sample.path)
         if row is not None and (row.sha256 in cached if row.ok else not options.retry_failed):
-            try:
-                stat = os.stat(base + b"/" + sample.path)  # noqa: PTH116 - a Path cannot hold every name
-                same = row.stat == (stat.st_size, stat.st_mtime_ns, stat.st_ino)
-            except OSError:
-                same = False
-            if same:
-                outcome = (row.sha256, row.code, row.message, row.stat)
+            stat = files.stat(sample.path)
+            if row.stat == stat:
+                outcome = (row.sha256, row.code, row.message, stat)
                 rows.append(Row(sample.path, sample.label, sample.split, sample.group, *outcome))
                 continue
         rows.append(None)
@@ -433,7 +269,7 @@ def preview(source: Source, cache: Path, options: Options) -> dict[str, int]:
     except InputMissingError:
         return {"inputs": len(samples), "unchanged": 0, "to_read": len(samples)}
     known = {digest for s in opened.shards for digest in s.digests()}
-    _, todo = plan(samples, opened.samples, known, source.root, options)
+    _, todo = plan(samples, opened.samples, known, source.files, options)
     return {"inputs": len(samples), "unchanged": len(samples) - len(todo), "to_read": len(todo)}
 
 
@@ -441,7 +277,7 @@ def survey(source: Source, preprocess: Preprocess, options: Options) -> SampleTa
     """Read, hash and decode every input without embedding any: the sample table that `run_extract` would write."""
     samples = limited(source.samples(), options.limit)
     _check_splits_possible(samples, options)
-    reader = Reader(source.root, preprocess, set(), options.workers or os.cpu_count() or 1)
+    reader = Reader(source.files, preprocess, set(), options.workers or os.cpu_count() or 1)
     rows = _fail_copies([outcome.row for outcome in reader.stream(list(enumerate(samples)), StopFlag())], set())
     rows, rule = resolve_splits(rows, options)
     return SampleTable(rows, _facts(source, rule, rows, options))
@@ -457,12 +293,12 @@ def _facts(source: Source, rule: dict[str, Any], rows: Sequence[Row], options: O
 class ShardResult:
     """What one call of `run_shard` finished."""
 
-    outcomes: list[_Outcome]
+    outcomes: list[Outcome]
     computed: int
 
 
 def run_shard(
-    stream: Iterator[_Outcome],
+    stream: Iterator[Outcome],
     embedder: Embedder,
     preprocess: Preprocess,
     writer: CacheWriter,
@@ -478,7 +314,7 @@ def run_shard(
     Repeating it is harmless: rows are keyed by content, and only a committed shard counts.
     """
     result = ShardResult([], 0)
-    batch: list[_Outcome] = []
+    batch: list[Outcome] = []
 
     def embed() -> None:
         pixels = np.stack([outcome.pixels for outcome in batch if outcome.pixels is not None])
@@ -565,19 +401,6 @@ def _fail_fast(rows: Sequence[Row]) -> None:
         if not row.ok:
             message = f"{row.name}: {row.code}: {row.message} (--on-error fail)"
             raise BudgetExceededError(message)
-
-
-def library_versions() -> dict[str, str]:
-    """The versions that made something, for its record."""
-    from importlib.metadata import PackageNotFoundError
-
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # onnxruntime has one of two names
-            continue
-    return found
 
 
 def _rounded(clock: Clock) -> dict[str, float]:

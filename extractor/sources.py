@@ -16,6 +16,8 @@ from typing import NoReturn, Protocol
 from store.errors import BadDataError, InputMissingError, UsageError
 from store.samples import display
 
+from .files import Files, FolderFiles
+
 log = logging.getLogger("penult.extractor")
 
 SPLIT_FOLDERS = {
@@ -45,6 +47,11 @@ class Source(Protocol):
         """What the samples' paths are relative to."""
         ...
 
+    @property
+    def files(self) -> Files:
+        """What the samples' bytes are read from."""
+        ...
+
     def samples(self) -> list[Sample]:
         """All inputs, ordered by path. Duplicated paths and paths that leave the root are errors."""
         ...
@@ -66,6 +73,10 @@ class ImageFolder:
     root: Path
     follow_symlinks: bool = False
     group_by: str | None = None
+
+    @property
+    def files(self) -> Files:
+        return FolderFiles(self.root)
 
     def samples(self) -> list[Sample]:
         root = Path(self.root)
@@ -160,6 +171,10 @@ class Manifest:
     path: Path
     root: Path
     group_by: str | None = None
+
+    @property
+    def files(self) -> Files:
+        return FolderFiles(self.root)
 
     def samples(self) -> list[Sample]:
         try:

@@ -18,6 +18,7 @@ import pytest
 from onnx import helper, numpy_helper
 from PIL import Image
 
+import extractor.files
 import extractor.pipeline
 import store.writer
 from extractor.backbones import Backbone
@@ -205,7 +206,7 @@ def test_a_second_run_opens_no_image_and_writes_no_file(
     def forbidden(path: bytes) -> None:
         raise AssertionError(f"{path!r} was opened")
 
-    monkeypatch.setattr(extractor.pipeline, "read_file", forbidden)
+    monkeypatch.setattr(extractor.files, "read_file", forbidden)
     summary = run(data, cache)
     assert (summary.computed, summary.inference_calls, summary.ok) == (0, 0, 12)
     assert snapshot(cache) == before
@@ -385,13 +386,13 @@ def test_recorded_failures_are_skipped_until_they_are_retried_or_repaired(
     expected = spoil(data, make_image)
     run(data, tmp_path / "c")
     opened: list[str] = []
-    real = extractor.pipeline.read_file
+    real = extractor.files.read_file
 
     def record(path: bytes) -> Any:
         opened.append(os.fsdecode(path).removeprefix(f"{data}/"))
         return real(path)
 
-    monkeypatch.setattr(extractor.pipeline, "read_file", record)
+    monkeypatch.setattr(extractor.files, "read_file", record)
     summary = run(data, tmp_path / "c")
     assert (summary.failed, summary.computed, opened) == (3, 0, [])
     summary = run(data, tmp_path / "c", retry_failed=True)

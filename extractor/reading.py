@@ -1,0 +1,92 @@
+"""From samples to decoded pixels: read, hash, decode, a bounded number ahead of whoever consumes them."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from threading import Lock
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from store.samples import Row
+
+from .files import Files
+from .images import ImageError, decode
+from .preprocess import Preprocess
+from .progress import StopFlag
+from .sources import Sample
+
+AHEAD = 8  # decoded images per worker that wait at most
+
+Clock = dict[str, float]  # seconds by stage
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of one file that had to be read."""
+
+    index: int
+    row: Row
+    pixels: NDArray[np.uint8] | None = None
+
+
+class Reader:
+    """Reads, hashes and decodes samples in a few threads, a bounded number ahead, in the order asked for."""
+
+    def __init__(self, files: Files, preprocess: Preprocess, known: set[bytes], workers: int) -> None:
+        self._files, self._preprocess, self._workers = files, preprocess, workers
+        self._claimed, self._lock = set(known), Lock()
+        self.seconds: Clock = defaultdict(float)
+
+    def stream(self, todo: Sequence[tuple[int, Sample]], stop: StopFlag) -> Iterator[Outcome]:
+        """Outcomes in the order of ``todo``; ends early when ``stop`` is set."""
+        return ahead(lambda item: self._read(*item), todo, self._workers, stop)
+
+    def _read(self, index: int, sample: Sample) -> Outcome:
+        start = time.perf_counter()
+        row = Row(sample.path, sample.label, sample.split, sample.group)
+        try:
+            data, stat = self._files.read(sample.path)
+            digest = hashlib.sha256(data).digest()
+            row = replace(row, sha256=digest, stat=stat)
+            if not self._claim(digest):
+                return Outcome(index, row)
+            return Outcome(index, row, self._preprocess.pixels(decode(data)))
+        except ImageError as error:
+            return Outcome(index, replace(row, code=error.code, message=str(error)))
+        finally:
+            self.seconds["read+decode"] += time.perf_counter() - start
+
+    def _claim(self, digest: bytes) -> bool:
+        """Whether this content is new; whoever asks first embeds it."""
+        with self._lock:
+            new = digest not in self._claimed
+            self._claimed.add(digest)
+            return new
+
+
+def ahead(function: Callable[[T], R], items: Iterable[T], workers: int, stop: StopFlag) -> Iterator[R]:
+    """Results in order, computed by a few threads a bounded number of items ahead of the consumer."""
+    with ThreadPoolExecutor(workers, "penult-decode") as pool:
+        pending: deque[Future[R]] = deque()
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) >= workers * AHEAD:
+                    yield pending.popleft().result()
+                if stop:
+                    return
+            while pending and not stop:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
