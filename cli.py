@@ -49,6 +49,30 @@ weights_options = options(
     click.option("--resize", type=click.IntRange(1), help="Shorter side after resizing, pixels (the preset's)."),
     click.option("--crop", type=click.IntRange(1), help="Side of the centred crop, pixels (the preset's)."),
 )
+layer_options = options(
+    click.option(
+        "--layer",
+        "layers",
+        multiple=True,
+        metavar="NAME",
+        help="A layer to take features from, instead of the penultimate one; several give several feature sets.",
+    ),
+    click.option(
+        "--pooling",
+        type=click.Choice(["average", "max", "token"]),
+        help="How a layer that is no vector becomes one; average by default, token is a transformer's class token.",
+    ),
+)
+input_options = options(
+    click.option("--mean", metavar="R[,G,B]", help="Of an ONNX file: subtracted from pixels in 0..1."),
+    click.option("--std", metavar="R[,G,B]", help="Of an ONNX file: what they are then divided by."),
+    click.option("--input-range", type=click.Choice(["1", "255"]), help="Of an ONNX file: 255 where it takes raw values."),
+    click.option("--interpolation", metavar="NAME", help="Of an ONNX file: bilinear, bicubic, nearest, lanczos, box."),
+    click.option("--channels", type=click.Choice(["rgb", "bgr"]), help="Of an ONNX file: their order."),
+    click.option("--squash", is_flag=True, help="Of an ONNX file: resize to the square itself, without a crop."),
+    click.option("--layout", type=click.Choice(["nchw", "nhwc"]), help="Of an ONNX file, where its shape does not tell."),
+)
+one_layer_option = click.option("--layer", metavar="NAME", help="Which feature set, where the cache has several.")
 backbone_options = options(
     click.option("-m", "--backbone", required=True, metavar="NAME|FILE.onnx", help="Network; see `penult backbones`."),
     weights_options,
@@ -112,22 +136,27 @@ class _StderrHandler(logging.Handler):
 
 @cli.command()
 @click.argument("name", required=False)
+@click.option("--layers", "with_layers", is_flag=True, help="List the layers of this backbone that can be asked for.")
 @json_option
-def backbones(name: str | None, *, as_json: bool) -> None:
+def backbones(name: str | None, *, with_layers: bool, as_json: bool) -> None:
     """List the backbones, or show one.
 
-    Example: penult backbones resnet50
+    Example: penult backbones resnet50 --layers
     """
     from extractor.backbones import row, rows
-    from extractor.export import describe
+    from extractor.layers import list_layers
 
     if name is None:
+        if with_layers:
+            message = "--layers: of which backbone? as in: penult backbones resnet50 --layers"
+            raise click.UsageError(message)
         listing = list(rows())
         if as_json:
             return print_json(listing)
         cells = [
             (
                 r["name"],
+                str(r["dim"]),
                 str(w["crop"]),
                 f"{w['parameters'] / 1e6:.1f} M",
                 f"{w['gflops']:.2f}",
@@ -137,11 +166,19 @@ def backbones(name: str | None, *, as_json: bool) -> None:
             for r in listing
             for w in [r["weights"][r["default"]]]
         ]
-        return print_table(("backbone", "input", "parameters", "GFLOPs", "ImageNet top-1", "weights (default first)"), cells)
-    facts = {**row(name), **describe(name)}
+        return print_table(
+            ("backbone", "features", "input", "parameters", "GFLOPs", "ImageNet top-1", "weights (default first)"), cells
+        )
+    layers = list_layers(name)
+    facts = {**row(name), "layers": layers}
     if as_json:
         return print_json(facts)
-    click.echo(f"{name}: {facts['dim']} features, the {facts['layer']} (pooling: {facts['pooling']})")
+    if with_layers:
+        listed = [(each["layer"], each["module"], shape_text(each["shape"]), str(each["dim"])) for each in layers]
+        return print_table(("layer", "module", "shape", "features"), listed, left=2)
+    first = layers[0]
+    pooled = ", averaged" if first["pooling"] == "average" else ""
+    click.echo(f"{name}: {first['dim']} features, the {first['module']}{pooled}; --layers lists {len(layers) - 1} more layers")
     print_table(
         ("weights", "input", "resize", "interpolation", "top-1", "licence"),
         [
@@ -155,10 +192,14 @@ def backbones(name: str | None, *, as_json: bool) -> None:
 @cli.command()
 @click.argument("name", metavar="BACKBONE")
 @weights_options
+@layer_options
+@input_options
 @output_option("The ONNX file.")
 @overwrite_option
 def export(name: str, output: Path, *, overwrite: bool, **chosen: Any) -> None:
     """Export a backbone to ONNX, cut at its penultimate layer and checked against torch.
+
+    BACKBONE is a torchvision network, or somebody's ONNX file, which becomes one that says itself what it takes.
 
     Example: penult export resnet50 -o resnet50.onnx
     """
@@ -169,12 +210,15 @@ def export(name: str, output: Path, *, overwrite: bool, **chosen: Any) -> None:
         message = f"{output} exists; choose another name or pass --overwrite"
         raise OutputExistsError(message)
     facts = export_backbone(backbone_from({**chosen, "backbone": name}), output)
-    click.echo(f"{output}: {facts.name} ({facts.weights}), {facts.dim} features, {facts.layer}, pooling {facts.pooling}")
+    for layer in facts.layers:
+        click.echo(f"{output}: {facts.name} ({facts.weights}), {layer.dim} features, {layer.layer}, pooling {layer.pooling}")
 
 
 @cli.command()
 @click.argument("data", type=FOLDER)
 @backbone_options
+@layer_options
+@input_options
 @output_option("The cache, a folder.")
 @run_options
 @source_options
@@ -239,8 +283,9 @@ def extract(data: Path, output: Path, *, as_json: bool, **given: Any) -> int:
 
 @cli.command()
 @click.argument("cache", type=FOLDER)
+@one_layer_option
 @json_option
-def info(cache: Path, *, as_json: bool) -> None:
+def info(cache: Path, layer: str | None, *, as_json: bool) -> None:
     """Show what is in a cache: fingerprint, rows, labels by split, failures.
 
     Example: penult info photos.cache
@@ -248,13 +293,15 @@ def info(cache: Path, *, as_json: bool) -> None:
     from store.cache import FeatureCache
     from store.fingerprint import short
 
-    opened = FeatureCache(cache)
+    opened = FeatureCache(cache, layer)
     facts = opened.describe()
     if as_json:
         return print_json(facts)
     counts = facts["counts"]
     click.echo(f"{cache}: {facts['rows']} rows of {facts['dim']} {facts['dtype']} features in {facts['shards']} shard(s)")
     click.echo(f"{counts['inputs']} inputs = {counts['ok']} ok + {counts['duplicates']} duplicates + {counts['failed']} failed")
+    if len(facts["layers"]) > 1:
+        click.echo(f"features of {', '.join(facts['layers'])}; these are those of {opened.layer} (--layer shows others)")
     splits = facts["splits"]
     labels = [(label, *(str(per.get(s, 0)) for s in splits), str(sum(per.values()))) for label, per in facts["labels"].items()]
     print_table(("label", *splits, "images"), labels)
@@ -293,8 +340,9 @@ def verify(cache: Path, *, as_json: bool) -> None:
 @click.argument("first", metavar="CACHE_A", type=FOLDER)
 @click.argument("second", metavar="CACHE_B", type=FOLDER)
 @click.option("--head", type=FOLDER, help="Also count the decisions of this bundle's head that flip.")
+@one_layer_option
 @json_option
-def diff(first: Path, second: Path, head: Path | None, *, as_json: bool) -> None:
+def diff(first: Path, second: Path, head: Path | None, layer: str | None, *, as_json: bool) -> None:
     """Show what changed from one cache to another, image by image, and why.
 
     Example: penult diff last-month.cache today.cache --head photos.head
@@ -302,7 +350,7 @@ def diff(first: Path, second: Path, head: Path | None, *, as_json: bool) -> None
     from store.cache import FeatureCache
     from store.drift import compare_caches
 
-    drift = compare_caches(FeatureCache(first), FeatureCache(second), predict=decisions(head))
+    drift = compare_caches(FeatureCache(first, layer), FeatureCache(second, layer), predict=decisions(head))
     print_drift(drift, as_json=as_json)
 
 
@@ -312,8 +360,18 @@ def diff(first: Path, second: Path, head: Path | None, *, as_json: bool) -> None
 @click.option("--head", type=FOLDER, help="Also require that no decision of this bundle's head flips.")
 @click.option("--tolerance", type=click.FloatRange(0), help="Relative L2 per row; by default what the fingerprints allow.")
 @click.option("--update", is_flag=True, help="Show what changed, then make CACHE the golden one (a compact file).")
+@one_layer_option
 @json_option
-def check(cache: Path, against: Path, head: Path | None, tolerance: float | None, *, update: bool, as_json: bool) -> None:
+def check(
+    cache: Path,
+    against: Path,
+    head: Path | None,
+    tolerance: float | None,
+    layer: str | None,
+    *,
+    update: bool,
+    as_json: bool,
+) -> None:
     """Regression test on cached features: exit 65 unless CACHE holds what the golden cache holds.
 
     Images, labels, storage type, fingerprint and features must agree; only CPU and GPU may differ.
@@ -325,11 +383,11 @@ def check(cache: Path, against: Path, head: Path | None, tolerance: float | None
     from store.drift import compare_caches
     from store.errors import BadDataError
 
-    found = FeatureCache(cache)
+    found = FeatureCache(cache, layer)
     if update and not against.exists():
         click.echo(f"{against}: new, {write_compact(found, against, dtype=str(found.dtype))} rows", err=as_json)
         return
-    drift = compare_caches(FeatureCache(against), found, predict=decisions(head), bound=tolerance)
+    drift = compare_caches(FeatureCache(against, layer), found, predict=decisions(head), bound=tolerance)
     print_drift(drift, as_json=as_json)
     if update:
         write_compact(found, against, dtype=str(found.dtype), overwrite=True)
@@ -350,8 +408,9 @@ def check(cache: Path, against: Path, head: Path | None, tolerance: float | None
     help="MATLAB and HDFView read float32 only.",
 )
 @click.option("--prune", is_flag=True, help="Remove features of images that are gone from the cache itself.")
+@one_layer_option
 @overwrite_option
-def compact(cache: Path, output: Path | None, dtype: str, *, prune: bool, overwrite: bool) -> None:
+def compact(cache: Path, output: Path | None, dtype: str, layer: str | None, *, prune: bool, overwrite: bool) -> None:
     """Write a cache as one self-contained HDF5 file, or prune it.
 
     Example: penult compact photos.cache -o photos.h5
@@ -367,7 +426,7 @@ def compact(cache: Path, output: Path | None, dtype: str, *, prune: bool, overwr
         removed, kept = prune_cache(cache)
         click.echo(f"{cache}: {removed} rows removed, {kept} kept")
     if output:
-        rows = write_compact(FeatureCache(cache), output, dtype=dtype, overwrite=overwrite)
+        rows = write_compact(FeatureCache(cache, layer), output, dtype=dtype, overwrite=overwrite)
         click.echo(f"{output}: {rows} rows, {output.stat().st_size / 2**20:.1f} MiB")
 
 
@@ -387,6 +446,7 @@ def compact(cache: Path, output: Path | None, dtype: str, *, prune: bool, overwr
     help="Images on both sides of the split, or under two labels.",
 )
 @split_options
+@one_layer_option
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the training, and of a split of its own.")
 @overwrite_option
 @json_option
@@ -404,7 +464,9 @@ def train(cache: Path, output: Path, head: str, *, as_json: bool, overwrite: boo
     settings = {"C": given["C"], "hidden": hidden, "dropout": given["dropout"], "weight_decay": given["weight_decay"]}
     fractions = {"val": given["val_fraction"], "test": given["test_fraction"], "split_seed": given["seed"]}
     made = make_head(head, seed=given["seed"], **settings)
-    bundle = train_head(FeatureCache(cache), output, made, leaks=given["leaks"], overwrite=overwrite, **fractions)
+    bundle = train_head(
+        FeatureCache(cache, given["layer"]), output, made, leaks=given["leaks"], overwrite=overwrite, **fractions
+    )
     print_bundle(bundle, as_json=as_json)
 
 
@@ -667,12 +729,40 @@ def print_drift(drift: Any, *, as_json: bool) -> None:
 def backbone_from(given: dict[str, Any]) -> Backbone:
     from extractor.backbones import Backbone
 
-    return Backbone(given["backbone"], given["weights"], given["preset"], given["resize"], given["crop"])
+    stated = {name: given.get(name) for name in ("interpolation", "channels", "layout", "pooling")}
+    return Backbone(
+        given["backbone"],
+        given["weights"],
+        given["preset"],
+        given["resize"],
+        given["crop"],
+        layers=tuple(given.get("layers", ())),
+        mean=numbers(given.get("mean"), "--mean"),
+        std=numbers(given.get("std"), "--std"),
+        input_range=float(given["input_range"]) if given.get("input_range") else None,
+        squash=given.get("squash") or None,
+        **stated,
+    )
 
 
 def runtime(given: dict[str, Any]) -> dict[str, Any]:
     sizes = {name: number(given[name], f"--{name.replace('_', '-')}") for name in ("batch_size", "workers")}
     return {"device": given["device"], **sizes}
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def numbers(text: str | None, flag: str) -> tuple[float, ...] | None:
+    """Values separated by commas."""
+    from store.errors import UsageError
+
+    try:
+        return None if text is None else tuple(map(float, text.split(",")))
+    except ValueError:
+        message = f"{flag} {text}: expected one number, or three separated by commas"
+        raise UsageError(message) from None
 
 
 def number(text: str, flag: str) -> int | None:
@@ -760,6 +850,8 @@ def main() -> None:
 
         traceback.print_exc()
         code = 70
+    # What is done is done. Python gives signals back to the system when it ends, and would die of one that comes then.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(code)
 
 

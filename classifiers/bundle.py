@@ -25,14 +25,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from extractor.onnxfile import BackboneFacts
+from extractor.onnxfile import BackboneFacts, copy
 from store import hdf5
 from store.errors import BadDataError, InputMissingError, OutputExistsError, PenultError
 from store.fingerprint import Fingerprint
 
 FORMAT_VERSION = 1
 PREDICTIONS = "penult-predictions"
-BUNDLE_FILES = {"backbone.onnx", "head.onnx", "head.json", "predictions.h5", "report.html"}
+BUNDLE_FILES = {"backbone.onnx", "backbone.onnx.data", "head.onnx", "head.json", "predictions.h5", "report.html"}
 ALLOWED_DOMAINS = {"", "ai.onnx", "ai.onnx.ml"}
 
 
@@ -141,7 +141,7 @@ class Bundle:
                 raise
             message = f"{path}/head.json is no description of a head: {error}"
             raise BadDataError(message) from error
-        for name in ("backbone.onnx", "head.onnx"):
+        for name in sorted({"backbone.onnx", "head.onnx", *bundle.files}):
             if not (path / name).is_file():
                 message = f"{path} lacks {name}"
                 raise InputMissingError(message)
@@ -180,7 +180,7 @@ class Bundle:
 def save_bundle(
     bundle: Bundle,
     *,
-    backbone: bytes,
+    backbone: Path,
     head: bytes,
     predictions: Predictions | None,
     fitted: Sequence[bytes],
@@ -190,7 +190,7 @@ def save_bundle(
 
     Args:
         bundle: the facts; ``files`` and ``versions`` are filled in here.
-        backbone: ONNX bytes.
+        backbone: the ONNX file.
         head: ONNX bytes.
         predictions: on held-out images; None where there were none.
         fitted: content digests of everything that was fitted or chosen on.
@@ -210,9 +210,9 @@ def save_bundle(
     temporary = bundle.path.with_name(f".{bundle.path.name}.{secrets.token_hex(6)}.tmp")
     try:
         temporary.mkdir(parents=True)
-        hdf5.commit(temporary / "backbone.onnx", backbone)
+        copy(backbone, temporary / "backbone.onnx")
         hdf5.commit(temporary / "head.onnx", head)
-        files = {name: _digest(temporary / name) for name in ("backbone.onnx", "head.onnx")}
+        files = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
         complete = replace(bundle, files=files, versions=library_versions())
         hdf5.commit(temporary / "predictions.h5", _predictions_file(predictions, fitted))
         hdf5.commit(temporary / "report.html", bundle_report(complete).encode())

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from extractor import backbones
 from extractor.backbones import Backbone, Loaded
-from extractor.export import torch_penultimate
+from extractor.layers import torch_penultimate
 from extractor.progress import Progress, StopFlag, stop_on_signal
 from extractor.session import resolve_device
 from store.errors import BadDataError, DeviceUnavailableError, InterruptedRunError, UsageError

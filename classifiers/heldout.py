@@ -138,6 +138,8 @@ def evaluate_bundle(
         BadDataError: everything asked for was fitted, or there is nothing to evaluate.
     """
     cache = FeatureCache(data) if is_cache(data) else None
+    if cache is not None and bundle.backbone.layer in cache.layers:
+        cache = cache.with_layer(bundle.backbone.layer)
     if cache is not None:
         table = cache.samples
     else:

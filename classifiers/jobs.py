@@ -45,6 +45,15 @@ class BackboneSection(_Section):
     preset: str | None = None
     resize: int | None = Field(None, gt=0)
     crop: int | None = Field(None, gt=0)
+    layers: list[str] = []
+    pooling: str | None = Field(None, pattern="^(average|max|token)$")
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    input_range: float | None = None
+    interpolation: str | None = None
+    channels: str | None = Field(None, pattern="^(rgb|bgr)$")
+    squash: bool | None = None
+    layout: str | None = Field(None, pattern="^(nchw|nhwc)$")
 
 
 class ExtractSection(_Section):
@@ -199,7 +208,7 @@ def _resolve(job: Job, here: Path, *, quiet: bool) -> _Plan:
     except UsageError as error:
         message = f"[train] or [extract]: {error}"
         raise JobFileError(message) from error
-    return _Plan(source, Backbone(**chosen), options, here / job.cache, here / job.bundle, head, leaks)
+    return _Plan(source, Backbone.from_facts(chosen), options, here / job.cache, here / job.bundle, head, leaks)
 
 
 def preview_job(path: Path) -> dict[str, Any]:

@@ -61,6 +61,7 @@ class Predictor:
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
         batch_size: images per call of the backbone; None for the device's default.
         workers: decoding threads; None for the number of cores.
+        output: of the backbone's graph, where it has several.
     """
 
     def __init__(
@@ -74,10 +75,11 @@ class Predictor:
         device: str = "auto",
         batch_size: int | None = None,
         workers: int | None = None,
+        output: str = "features",
     ) -> None:
         self.classes = list(classes)
         self._backbone, self._preprocess, self._head, self._storage = backbone, preprocess, head, storage
-        self._device, self._batch_size = device, batch_size
+        self._device, self._batch_size, self._output = device, batch_size, output
         self._workers = workers or os.cpu_count() or 1
 
     @classmethod
@@ -94,6 +96,7 @@ class Predictor:
             head_function(bundle.path / "head.onnx"),
             bundle.classes,
             storage=bundle.storage,
+            output=bundle.backbone.outputs[0],
             **options,
         )
 
@@ -115,7 +118,9 @@ class Predictor:
     @cached_property
     def embedder(self) -> Embedder:
         """The backbone's session, opened on first use."""
-        return Embedder(self._backbone, device=resolve_device(self._device), batch_size=self._batch_size)
+        return Embedder(
+            self._backbone, device=resolve_device(self._device), batch_size=self._batch_size, outputs=[self._output]
+        )
 
     def _pixels(self, path: bytes) -> tuple[bytes, NDArray[np.uint8] | ImageError]:
         try:

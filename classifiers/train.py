@@ -8,7 +8,6 @@ import logging
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 from extractor.backbones import Backbone, load
 from extractor.export import to_onnx
 from extractor.pipeline import Options, survey
-from extractor.prepare import fingerprint
+from extractor.prepare import fingerprints
 from extractor.session import resolve_device
 from extractor.sources import Source
 from store.cache import FeatureCache, Subset
@@ -190,10 +189,8 @@ def save_head(
             _with_leaks(metrics, leaks, held_out, probabilities, list(head.dense_.classes))
     else:
         log.warning("nothing is held out, so nothing can be said about how good this head is")
-    with cache.backbone_file() as backbone:
-        # an ONNX file of somebody's own is identified by its digest, whatever its metadata says
-        facts = replace(read_facts(backbone), weights_sha256=str(cache.fingerprint.fields["weights"]))
-        data = backbone.read_bytes()
+    with cache.backbone_file() as file:
+        facts = read_facts(file).only(cache.layer)
     bundle = Bundle(
         path=Path(out),
         kind="frozen",
@@ -213,14 +210,15 @@ def save_head(
         },
     )
     digests = [digest for subset in fitted for digest in subset.sha256]
-    return save_bundle(
-        bundle,
-        backbone=data,
-        head=head.dense_.to_onnx(),
-        predictions=predictions,
-        fitted=digests,
-        overwrite=overwrite,
-    )
+    with cache.backbone_file() as file:
+        return save_bundle(
+            bundle,
+            backbone=file,
+            head=head.dense_.to_onnx(),
+            predictions=predictions,
+            fitted=digests,
+            overwrite=overwrite,
+        )
 
 
 def train_finetuned(
@@ -282,7 +280,7 @@ def train_finetuned(
             head="fine-tuned",
             classes=classes,
             backbone=facts,
-            fingerprint=fingerprint(facts, resolve_device(options.device).partition(":")[0], storage),
+            fingerprint=fingerprints(facts, resolve_device(options.device).partition(":")[0], storage)[0],
             split=roles.facts,
             hyperparameters={
                 **vars(options),
@@ -297,7 +295,7 @@ def train_finetuned(
         fitted = [row.sha256 for row in [*fit, *choose]]
         return save_bundle(
             bundle,
-            backbone=network.read_bytes(),
+            backbone=network,
             head=head.to_onnx(),
             predictions=predictions,
             fitted=fitted,

@@ -31,6 +31,10 @@ class Backbone:
         preset: the torchvision weights whose preprocessing a ``.pth`` file goes with. Needed where its content is not known:
             V1 and V2 presets differ by points of accuracy.
         resize, crop: replace the preset's sizes, pixels.
+        layers: module names of a torchvision network (`layers.list_layers`), or tensor names of an ONNX file; the penultimate
+            layer where there are none.
+        pooling: ``average`` (the default), ``max`` or ``token``, for layers that are no vectors.
+        mean, std, input_range, interpolation, channels, squash, layout: what somebody's ONNX file takes, see `foreign`.
     """
 
     name: str
@@ -38,6 +42,15 @@ class Backbone:
     preset: str | None = None
     resize: int | None = None
     crop: int | None = None
+    layers: tuple[str, ...] = ()
+    pooling: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    input_range: float | None = None
+    interpolation: str | None = None
+    channels: str | None = None
+    squash: bool | None = None
+    layout: str | None = None
 
     @property
     def is_file(self) -> bool:
@@ -59,8 +72,20 @@ class Backbone:
             message = f"--weights {self.weights}: the seed must be an integer, as in random:7"
             raise UsageError(message) from None
 
+    @property
+    def stated(self) -> dict[str, Any]:
+        """What is said about the input of an ONNX file."""
+        names = ("resize", "crop", "mean", "std", "input_range", "interpolation", "channels", "squash", "layout")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
     def facts(self) -> dict[str, Any]:
-        return asdict(self)
+        """As JSON."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_facts(cls, facts: dict[str, Any]) -> Backbone:
+        given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
+        return cls(**given)
 
 
 def names() -> list[str]:
@@ -108,8 +133,11 @@ def choose_weights(name: str, wanted: str | None, flag: str) -> Any:
 
 
 def row(name: str) -> dict[str, Any]:
-    """What `penult backbones` shows of one network, as JSON: weights with accuracy, input, parameters, GFLOPs, source."""
+    """What `penult backbones` shows of one network, as JSON: dim, weights with accuracy, input, parameters, GFLOPs, source."""
     entries = weights_of(name)
+    with on_meta():
+        state = untrained(name).state_dict()
+    classifier = next(state[key] for key in sorted(_classifier_keys(state)) if key.endswith("weight"))
     weights = {}
     for key, entry in entries.items():
         meta = entry.meta
@@ -121,12 +149,28 @@ def row(name: str) -> dict[str, Any]:
             "source": entry.url,
             "licence": meta.get("license", "BSD-3-Clause"),  # torchvision's own, unless the weights say otherwise
         }
-    return {"name": name, "default": next(iter(weights)), "weights": weights}
+    return {"name": name, "dim": int(classifier.shape[1]), "default": next(iter(weights)), "weights": weights}
 
 
 def rows() -> Iterator[dict[str, Any]]:
     """`row` of every network."""
     return (row(name) for name in names())
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Build networks as shapes alone, in no time and memory."""
+    import torch
+    from torchvision.models.regnet import BlockParams
+
+    computed = BlockParams.from_init_params
+
+    def on_cpu(*arguments: Any, **named: Any) -> Any:
+        with torch.device("cpu"):  # RegNets compute their widths with tensors, which have no values on meta
+            return computed(*arguments, **named)
+
+    with mock.patch.object(BlockParams, "from_init_params", on_cpu), torch.device("meta"):
+        yield
 
 
 @contextmanager
@@ -169,6 +213,10 @@ def load(backbone: Backbone) -> Loaded:
     """
     import torchvision
 
+    if superfluous := [name for name in backbone.stated if name not in ("resize", "crop")]:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in superfluous)
+        message = f"{backbone.name} has the preprocessing of its weights: leave {flags} out"
+        raise UsageError(message)
     entry = choose_weights(backbone.name, _preset_name(backbone), "--preset")
     if backbone.seed is not None:
         network = _random(backbone.name, backbone.seed)
@@ -300,7 +348,7 @@ def with_classifier(name: str, state: Mapping[str, Any]) -> dict[str, Any]:
     """
     import torch
 
-    with torch.device("meta"):
+    with on_meta():
         expected = untrained(name).state_dict()
     fixed = dict(state)
     for key in _classifier_keys(expected):

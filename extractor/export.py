@@ -7,46 +7,54 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 import store.errors
-from store import hdf5
-from store.errors import BadDataError, PenultError
+from store.errors import BadDataError, InterruptedRunError, PenultError, UsageError
 
 from . import onnxfile
-from .backbones import Backbone, Loaded, choose_weights, load, untrained
-from .onnxfile import BackboneFacts
+from .backbones import Backbone, Loaded, load
+from .foreign import import_onnx, is_own
+from .graph import Graph, cut, pooling_nodes, spatial_axes
+from .layers import PENULTIMATE, last_weighted, require_layers, tapped
+from .onnxfile import BackboneFacts, Layer
+from .parity import check_parity
 
 log = logging.getLogger("penult.extractor")
 
 PARITY_BATCHES = (1, 7)
-PARITY = 1e-5  # relative L2 per row, CONTRACTS: "CPU ONNX Runtime fp32 vs torch fp32 on identical pixels"
 OPSET = 20
 
 
 def export(backbone: Backbone, path: Path) -> BackboneFacts:
-    """Export a torchvision backbone in a child process.
+    """Make a backbone file in a child process.
 
     Args:
-        backbone: what to export.
+        backbone: what to export: a torchvision network, or somebody's ONNX file.
         path: the ONNX file; an existing one is replaced when the new one is complete.
 
     Raises:
-        PenultError: whatever `load` and `to_onnx` raise, from the child.
+        PenultError: whatever `load`, `to_onnx` and `import_onnx` raise, from the child.
+        InterruptedRunError: the child was ended by SIGINT or SIGTERM.
     """
+    if backbone.is_file and is_own(Path(backbone.name)):  # nothing of it is computed
+        return import_onnx(backbone, path)
     request = json.dumps({"backbone": backbone.facts(), "path": str(path.absolute()), "sys.path": sys.path})
     code = (
         "import json, sys; request = json.load(sys.stdin); sys.path[:] = request['sys.path']; "
         "from extractor.export import _child; _child(request)"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], input=request, capture_output=True, text=True, check=False)
+    if -done.returncode in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and systemd signal the children too
+        raise InterruptedRunError(-done.returncode)
     try:
         answer = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
@@ -54,6 +62,8 @@ def export(backbone: Backbone, path: Path) -> BackboneFacts:
         error = PenultError(message)
         error.add_note(done.stderr[-4000:])
         raise error from None
+    for level, text in answer.get("messages", []):
+        log.log(level, "%s", text)
     if "error" in answer:
         kind = getattr(store.errors, answer["error"], PenultError)
         raise kind(answer["message"])
@@ -63,143 +73,114 @@ def export(backbone: Backbone, path: Path) -> BackboneFacts:
 def _child(request: dict[str, Any]) -> None:
     # Exporters print; the answer must be the only thing on stdout.
     answer_to, sys.stdout = sys.stdout, sys.stderr
+    messages: list[tuple[int, str]] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append((record.levelno, record.getMessage()))  # type: ignore[method-assign]
+    logging.getLogger("penult").addHandler(handler)
+    logging.getLogger("penult").setLevel(logging.INFO)
     try:
-        loaded = load(Backbone(**request["backbone"]))
-        facts = to_onnx(loaded, request["backbone"]["name"], Path(request["path"]))
+        backbone, path = Backbone.from_facts(request["backbone"]), Path(request["path"])
+        if backbone.is_file:
+            facts = import_onnx(backbone, path)
+        else:
+            pooling = backbone.pooling or "average"
+            facts = to_onnx(load(backbone), backbone.name, path, layers=backbone.layers, pooling=pooling)
         answer = {"facts": facts.to_json()}
     except PenultError as error:
         answer = {"error": type(error).__name__, "message": str(error)}
-    print(json.dumps(answer), file=answer_to)
+    print(json.dumps({**answer, "messages": messages}), file=answer_to)
 
 
-def to_onnx(loaded: Loaded, name: str, path: Path) -> BackboneFacts:
-    """Export a loaded network up to the input of its last classification layer.
+def to_onnx(loaded: Loaded, name: str, path: Path, *, layers: Sequence[str] = (), pooling: str = "average") -> BackboneFacts:
+    """Export a loaded network up to the layers asked for.
 
-    The whole network is exported and the graph cut by `onnxfile.penultimate`; torch's own features come from a hook on the
-    last Linear or Conv2d that runs. Two independent ways must agree at batch 1 and 7.
+    The penultimate layer is found twice: in the exported graph, which is cut there (`Graph.penultimate`), and in torch, by a
+    hook on the last Linear or Conv2d that runs. Both must agree at batch 1 and 7, as must every other layer.
+
+    Args:
+        loaded: the network.
+        name: of the architecture.
+        path: the ONNX file; where it would exceed `onnxfile.MAX_INLINE`, its weights lie in ``<name>.data`` beside it.
+        layers: module names, or ``penultimate``, which is the default.
+        pooling: ``average``, ``max`` or ``token``, for layers that are no vectors.
 
     Raises:
-        BadDataError: they differ by more than `PARITY`.
+        UsageError: no such layer.
+        BadDataError: torch and ONNX Runtime differ by more than `parity.PARITY`; a layer cannot be pooled.
         StorageError: the file cannot be written.
     """
     import onnx
     import torch
 
+    layers = list(layers) or [PENULTIMATE]
+    require_layers(loaded.network, layers, pooling)
     side = loaded.preprocess.crop
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(n, 3, side, side, generator=generator) for n in PARITY_BATCHES]
-    module, features_of = torch_penultimate(loaded.network, batches[0])
+    last = last_weighted(loaded.network, batches[0])
+    network = tapped(loaded.network, layers, last, pooling)
     program = torch.onnx.export(
-        loaded.network,
+        network,
         (torch.randn(2, 3, side, side, generator=generator),),
         dynamo=True,
         dynamic_shapes=({0: torch.export.Dim("batch")},),
         input_names=["pixels"],
-        output_names=["logits"],
+        output_names=["logits", *(f"tapped_{i}" for i in range(len(layers)))],
         opset_version=OPSET,
         verbose=False,
     )
     if program is None:
         message = f"torch exported nothing for {name}"
         raise BadDataError(message)
-    whole = program.model_proto
-    model, pooling, dim = onnxfile.cut(whole, onnxfile.penultimate(whole))
-    facts = BackboneFacts(
-        name=name,
-        weights=loaded.weights_name,
-        weights_sha256=loaded.weights_digest,
-        layer=f"input of {module}",
-        pooling=pooling,
-        dim=dim,
-        preprocess=loaded.preprocess,
-    )
+    model = program.model_proto
+    del program
+    shapes = shapes_of(loaded.network, last, batches[0])
+    ends, found = [], []
+    for i, (layer, output) in enumerate(zip(layers, onnxfile.name_outputs(len(layers)), strict=True)):
+        if layer == PENULTIMATE:
+            tensor = Graph(model).penultimate("logits")
+            nodes, kind, dim = pooling_nodes(tensor, shapes(PENULTIMATE), pooling, output, OPSET)
+        else:
+            shape = shapes(layer)
+            dim = shape[1] if len(shape) == 2 else spatial_axes(shape, layer, pooling)[1]
+            nodes, kind = [onnx.helper.make_node("Identity", [f"tapped_{i}"], [output])], "none" if len(shape) == 2 else pooling
+        ends.append((nodes, output, dim))
+        found.append(Layer(f"input of {last}" if layer == PENULTIMATE else layer, kind, dim, output))
+    cut(model, ends)
+    facts = BackboneFacts(name, loaded.weights_name, loaded.weights_digest, tuple(found), loaded.preprocess)
     onnxfile.write_facts(model, facts)
-    data = model.SerializeToString()
-    onnx.checker.check_model(data)
-    check_parity(data, [batch.numpy() for batch in batches], features_of, name)
-    hdf5.commit(path, data)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as folder:
+        new = Path(folder) / path.name
+        onnxfile.save(model, new)
+        del model
+        onnx.checker.check_model(str(new))
+        with torch.inference_mode():
+            expected = [[np.asarray(found) for found in network(batch)[1:]] for batch in batches]
+        check_parity(new, [batch.numpy() for batch in batches], expected, name)
+        onnxfile.install(new, path)
     return facts
 
 
-def torch_penultimate(network: Any, example: Any) -> tuple[str, Callable[[NDArray[np.float32]], NDArray[np.float32]]]:
-    """The penultimate features of a torch network, without looking at any graph.
-
-    Returns:
-        The name of the last Linear or Conv2d that runs, and a function from ``(n, 3, h, w)`` to its input ``(n, d)``, a
-        spatial one averaged.
-    """
+def shapes_of(network: Any, last: str, example: Any) -> Callable[[str], Sequence[int]]:
+    """The shapes of layers' outputs; of `PENULTIMATE`, of the input of the last layer."""
     import torch
 
-    ran: list[str] = []
-    layers = {n: m for n, m in network.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
-    hooks = [m.register_forward_pre_hook(lambda *_, name=n: ran.append(name)) for n, m in layers.items()]
-    with torch.inference_mode():
-        network(example)
-    for hook in hooks:
-        hook.remove()
-    last = ran[-1]
-
-    def features(batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        caught = []
-        hook = layers[last].register_forward_pre_hook(lambda _module, inputs: caught.append(inputs[0]))
+    def shape(layer: str) -> Sequence[int]:
+        seen: list[Any] = []
+        if layer == PENULTIMATE:
+            hook = network.get_submodule(last).register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+        else:
+            hook = network.get_submodule(layer).register_forward_hook(lambda _module, _inputs, output: seen.append(output))
         try:
             with torch.inference_mode():
-                network(torch.from_numpy(batch))
+                network(example)
         finally:
             hook.remove()
-        tensor = caught[0]
-        return np.asarray((tensor.mean(dim=(2, 3)) if tensor.ndim == 4 else tensor).numpy(), np.float32)
+        if not seen or not isinstance(seen[-1], torch.Tensor):
+            message = (
+                f"--layer {layer}: it does not run, or gives no tensor. `penult backbones NAME --layers` lists those that do"
+            )
+            raise UsageError(message)
+        return tuple(seen[-1].shape)
 
-    return last, features
-
-
-def describe(name: str) -> dict[str, Any]:
-    """What a network's features are, found without weights: dim, layer and pooling, as JSON.
-
-    Raises:
-        UsageError: no such network.
-    """
-    import torch
-
-    entry = choose_weights(name, None, "--weights")
-    side = entry.transforms().crop_size[0]
-    with torch.device("meta"):
-        network = untrained(name).eval()
-        shapes: list[Any] = []
-        last, _ = torch_penultimate(network, torch.empty(1, 3, side, side))
-        module = network.get_submodule(last)
-        module.register_forward_pre_hook(lambda _module, inputs: shapes.append(inputs[0].shape))
-        with torch.inference_mode():
-            network(torch.empty(1, 3, side, side))
-    pooling = "average" if len(shapes[0]) == 4 else "none"
-    return {"dim": int(shapes[0][1]), "layer": f"input of {last}", "pooling": pooling}
-
-
-def check_parity(
-    model: bytes,
-    batches: list[NDArray[np.float32]],
-    features_of: Callable[[NDArray[np.float32]], NDArray[np.float32]],
-    name: str,
-) -> None:
-    """Compare ONNX Runtime with torch.
-
-    Raises:
-        BadDataError: a row differs by more than `PARITY`.
-    """
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    for batch in batches:
-        expected, found = features_of(batch), session.run(None, {session.get_inputs()[0].name: batch})[0]
-        worst = relative_l2(found, expected).max()
-        log.debug("%s: ONNX Runtime against torch at batch %d: %.1e", name, len(batch), worst)
-        if not worst <= PARITY:
-            message = f"the exported {name} differs from torch by {worst:.1e} at batch {len(batch)}; the limit is {PARITY}"
-            raise BadDataError(message)
-
-
-def relative_l2(found: NDArray[np.floating[Any]], expected: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-    """Per row of ``(n, d)``: norm of the difference over norm of the expected row; 0 where both are zero."""
-    difference = np.linalg.norm(found.astype(np.float64) - expected, axis=1)
-    norm = np.linalg.norm(expected.astype(np.float64), axis=1)
-    return np.asarray(np.divide(difference, norm, out=np.where(difference == 0, 0.0, np.inf), where=norm > 0))
+    return shape

@@ -1,19 +1,43 @@
-"""ONNX files: cut a classifier at its penultimate tensor, and carry the facts about a backbone in its metadata."""
+"""ONNX files on disk: the facts about a backbone in their metadata, external data, digests."""
 
 from __future__ import annotations
 
 import json
-from collections import deque
-from dataclasses import asdict, dataclass
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from store.errors import BadDataError, InputMissingError
+from store import hdf5
+from store.errors import BadDataError, InputMissingError, StorageError, UsageError
+from store.fingerprint import files_digest
 
 from .preprocess import Preprocess
 
 PREFIX = "penult."
-PASS_THROUGH = ("Identity", "Transpose", "Cast", "DequantizeLinear", "Reshape")
+POOLINGS = ("average", "max", "token")
+MAX_INLINE = 2_000_000_000  # bytes; protobuf refuses messages of 2 GiB, so larger weights lie in a file beside
+DATA_SUFFIX = ".data"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One feature set that a backbone gives.
+
+    Attributes:
+        layer: what the features are, such as ``input of fc`` or ``layer3``.
+        pooling: ``none`` where the layer is a vector, else ``average`` or ``max`` over space or tokens, or ``token`` (the
+            first, which is the class token of a vision transformer).
+        dim: length of a feature vector.
+        output: name of the graph's output ``(n, dim)``.
+    """
+
+    layer: str
+    pooling: str
+    dim: int
+    output: str = "features"
 
 
 @dataclass(frozen=True)
@@ -21,22 +45,51 @@ class BackboneFacts:
     """What a backbone file says of itself.
 
     Attributes:
-        name: the architecture.
+        name: the architecture; ``onnx`` for a file that somebody else made.
         weights: name of the weights, for people.
         weights_sha256: digest of the tensors, or of the file where the architecture is not ours.
-        layer: what the features are, such as ``input of fc``.
-        pooling: ``none``, or ``average`` where the penultimate tensor is spatial.
-        dim: length of a feature vector.
+        layers: the feature sets, in the order asked for; the penultimate layer alone by default.
         preprocess: what its input must have gone through.
+        batch: images per call, where the graph has that number fixed.
     """
 
     name: str
     weights: str
     weights_sha256: str
-    layer: str
-    pooling: str
-    dim: int
+    layers: tuple[Layer, ...]
     preprocess: Preprocess
+    batch: int | None = None
+
+    @property
+    def layer(self) -> str:
+        return self.layers[0].layer
+
+    @property
+    def pooling(self) -> str:
+        return self.layers[0].pooling
+
+    @property
+    def dim(self) -> int:
+        return self.layers[0].dim
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of the graph's outputs, one per feature set."""
+        return [layer.output for layer in self.layers]
+
+    def only(self, layer: str) -> BackboneFacts:
+        """The same with one of its feature sets.
+
+        Raises:
+            UsageError: it gives no such layer; names those it gives.
+        """
+        found = [each for each in self.layers if each.layer == layer]
+        if not found:
+            message = (
+                f"no features of layer {layer!r}; there are those of {', '.join(repr(each.layer) for each in self.layers)}"
+            )
+            raise UsageError(message)
+        return replace(self, layers=(found[0],))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -44,115 +97,58 @@ class BackboneFacts:
     @classmethod
     def from_json(cls, text: str) -> BackboneFacts:
         facts = json.loads(text)
-        return cls(**{**facts, "preprocess": Preprocess.from_facts(facts["preprocess"])})
+        layers = tuple(Layer(**layer) for layer in facts["layers"])
+        return cls(**{**facts, "layers": layers, "preprocess": Preprocess.from_facts(facts["preprocess"])})
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Its part of the fingerprint; the weights' name is for people and decides nothing."""
-        return {
-            "backbone": self.name,
-            "weights": self.weights_sha256,
-            "layer": self.layer,
-            "pooling": self.pooling,
-            "pixels": self.preprocess.fingerprint(),
-        }
-
-
-def penultimate(model: Any) -> str:
-    """Name of the tensor that feeds the last layer with weights before the output: the last Gemm, MatMul or Conv.
-
-    Raises:
-        BadDataError: there is no such layer.
-    """
-    graph = model.graph
-    made_by = {name: node for node in graph.node for name in node.output}
-    constants = {tensor.name for tensor in graph.initializer}
-    constants |= {name for node in graph.node if node.op_type == "Constant" for name in node.output}
-
-    def is_constant(name: str) -> bool:
-        while name not in constants:
-            node = made_by.get(name)
-            if node is None or node.op_type not in PASS_THROUGH:
-                return False
-            name = node.input[0]
-        return True
-
-    pending = deque([graph.output[0].name])
-    seen = set()
-    while pending:
-        node = made_by.get(pending.popleft())
-        if node is None or id(node) in seen:
-            continue
-        seen.add(id(node))
-        if node.op_type in ("Gemm", "MatMul", "Conv") and is_constant(node.input[1]):
-            return str(node.input[0])
-        pending.extend(node.input)
-    message = "no Gemm, MatMul or Conv with constant weights stands before the network's output; nothing to cut at"
-    raise BadDataError(message)
-
-
-def cut(model: Any, tensor: str) -> tuple[Any, str, int]:
-    """A model that ends at a tensor, pooled to a vector where it is spatial.
-
-    Args:
-        model: ``onnx.ModelProto``.
-        tensor: name of an inner tensor of shape (n, d) or (n, d, h, w).
-
-    Returns:
-        The new model with one output ``features`` (n, d), the pooling (``none`` or ``average``), and d.
-
-    Raises:
-        BadDataError: the tensor has another rank, or d is not fixed.
-    """
-    import onnx
-    from onnx import TensorProto, helper
-
-    inferred = onnx.shape_inference.infer_shapes(model).graph
-    shapes = {value.name: value.type.tensor_type.shape for value in [*inferred.value_info, *inferred.input, *inferred.output]}
-    dims = shapes[tensor].dim if tensor in shapes else []
-    if len(dims) not in (2, 4) or not dims[1].dim_value:
-        shape = [dim.dim_value or dim.dim_param or "?" for dim in dims]
-        message = f"the tensor {tensor!r} before the classifier has shape {shape}; expected (n, d) or (n, d, h, w)"
-        raise BadDataError(message)
-    width = int(dims[1].dim_value)
-
-    made_by = {name: node for node in model.graph.node for name in node.output}
-    keep, pending = set(), [tensor]
-    while pending:
-        node = made_by.get(pending.pop())
-        if node is not None and id(node) not in keep:
-            keep.add(id(node))
-            pending.extend(node.input)
-    nodes = [node for node in model.graph.node if id(node) in keep]
-    if len(dims) == 4:
-        nodes.append(helper.make_node("GlobalAveragePool", [tensor], ["penult_pooled"]))
-        nodes.append(helper.make_node("Flatten", ["penult_pooled"], ["features"], axis=1))
-    else:
-        nodes.append(helper.make_node("Identity", [tensor], ["features"]))
-    used = {name for node in nodes for name in node.input}
-    graph = helper.make_graph(
-        nodes,
-        "backbone",
-        [value for value in model.graph.input if value.name in used],
-        [helper.make_tensor_value_info("features", TensorProto.FLOAT, ["batch", width])],
-        [value for value in model.graph.initializer if value.name in used],
-    )
-    result = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version, producer_name="penult")
-    return result, "average" if len(dims) == 4 else "none", width
+    def fingerprints(self) -> list[dict[str, Any]]:
+        """Its part of the fingerprint of each feature set; the weights' name is for people and decides nothing."""
+        shared = {"backbone": self.name, "weights": self.weights_sha256, "pixels": self.preprocess.fingerprint()}
+        return [{**shared, "layer": each.layer, "pooling": each.pooling} for each in self.layers]
 
 
 def write_facts(model: Any, facts: BackboneFacts) -> None:
     """Put the facts into the model's metadata, one entry per field."""
-    for name, value in asdict(facts).items():
+    for name, value in json.loads(facts.to_json()).items():
         entry = model.metadata_props.add()
         entry.key, entry.value = PREFIX + name, json.dumps(value)
 
 
+def facts_in(model: Any) -> BackboneFacts | None:
+    """The facts in a model's metadata; None where penult did not write it.
+
+    Raises:
+        BadDataError: they are damaged.
+    """
+    found = {entry.key.removeprefix(PREFIX): entry.value for entry in model.metadata_props if entry.key.startswith(PREFIX)}
+    if "preprocess" not in found:
+        return None
+    try:
+        return BackboneFacts.from_json(json.dumps({name: json.loads(value) for name, value in found.items()}))
+    except (KeyError, TypeError, ValueError) as error:
+        message = f"the metadata that penult wrote into the ONNX file cannot be read: {error}"
+        raise BadDataError(message) from error
+
+
 def read_facts(path: Path) -> BackboneFacts:
-    """Read them back.
+    """What a backbone file says of itself, without reading external data.
 
     Raises:
         InputMissingError: no such file.
         BadDataError: not an ONNX file, or one without penult's metadata.
+    """
+    facts = facts_in(read_model(path))
+    if facts is None:
+        message = f"{path} was not made by penult; `penult export` makes a backbone of it"
+        raise BadDataError(message)
+    return facts
+
+
+def read_model(path: Path) -> Any:
+    """The ``onnx.ModelProto`` of a file, its external data left on the disk.
+
+    Raises:
+        InputMissingError: no such file.
+        BadDataError: it is not an ONNX file.
     """
     import onnx
 
@@ -164,11 +160,110 @@ def read_facts(path: Path) -> BackboneFacts:
     except Exception as error:  # protobuf's DecodeError is not public
         message = f"{path} is not an ONNX file: {error}"
         raise BadDataError(message) from error
-    found = {entry.key.removeprefix(PREFIX): entry.value for entry in model.metadata_props if entry.key.startswith(PREFIX)}
-    if "preprocess" not in found:
-        message = (
-            f"{path} says nothing about its preprocessing, and guessing it costs accuracy silently. "
-            f"Only files made by `penult export` are accepted"
-        )
+    if not model.graph.node:
+        message = f"{path} is not an ONNX file: it holds no graph"
         raise BadDataError(message)
-    return BackboneFacts.from_json(json.dumps({name: json.loads(value) for name, value in found.items()}))
+    return model
+
+
+def external_files(model: Any) -> list[str]:
+    """The files beside it in which a model keeps tensors, as it names them, sorted."""
+    from onnx import TensorProto
+
+    tensors = [*model.graph.initializer]
+    tensors += [attribute.t for node in model.graph.node for attribute in node.attribute if attribute.HasField("t")]
+    held = [tensor.external_data for tensor in tensors if tensor.data_location == TensorProto.EXTERNAL]
+    return sorted({entry.value for entries in held for entry in entries if entry.key == "location"})
+
+
+def data_files(path: Path, model: Any | None = None) -> list[Path]:
+    """The files with external data of a model.
+
+    Raises:
+        BadDataError: one lies outside the model's folder.
+        InputMissingError: one is missing; names it.
+    """
+    found = []
+    folder = path.resolve().parent
+    for name in external_files(model if model is not None else read_model(path)):
+        file = folder / name
+        if not file.resolve().is_relative_to(folder):
+            message = f"{path} keeps weights in {name}, outside its own folder; refused"
+            raise BadDataError(message)
+        if not file.is_file():
+            message = f"{path} keeps weights in {name}, which is not beside it; copy that file there too"
+            raise InputMissingError(message)
+        found.append(file)
+    return found
+
+
+def digest(path: Path) -> str:
+    """`files_digest` of an ONNX file and its external data.
+
+    Raises:
+        InputMissingError: a file cannot be read.
+    """
+    return files_digest([path, *data_files(path)])
+
+
+def save(model: Any, path: Path) -> None:
+    """Write a model, with its weights in ``<name>.data`` beside it where they are too large for one file.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    import onnx
+
+    if model.ByteSize() < MAX_INLINE:
+        hdf5.commit(path, model.SerializeToString())
+        return
+    location = path.name + DATA_SUFFIX
+    path.with_name(location).unlink(missing_ok=True)  # onnx appends to what is there
+    try:
+        onnx.save_model(model, str(path), save_as_external_data=True, all_tensors_to_one_file=True, location=location)
+        for file in (path, path.with_name(location)):
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+    except OSError as error:
+        message = f"cannot write {path}: {error.strerror}"
+        raise hdf5.write_error(error)(message) from error
+    hdf5.fsync_directory(path.parent)
+
+
+def install(new: Path, target: Path) -> None:
+    """Move a model made in a folder of its own, under the same name, to its place; its external data first."""
+    if new.name != target.name:
+        message = f"{new} and {target} must have one name: external data is found by it"
+        raise ValueError(message)
+    data = target.with_name(target.name + DATA_SUFFIX)
+    try:
+        if new.with_name(data.name).exists():
+            new.with_name(data.name).replace(data)
+            new.replace(target)
+        else:
+            new.replace(target)
+            data.unlink(missing_ok=True)
+    except OSError as error:
+        message = f"cannot write {target}: {error.strerror}"
+        raise StorageError(message) from error
+    hdf5.fsync_directory(target.parent)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy one of penult's own files, with its external data.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    for file in data_files(source):
+        try:
+            shutil.copyfile(file, target.with_name(file.name))
+        except OSError as error:
+            message = f"cannot write {target.with_name(file.name)}: {error.strerror}"
+            raise hdf5.write_error(error)(message) from error
+    hdf5.commit(target, source.read_bytes())
+
+
+def name_outputs(count: int) -> Sequence[str]:
+    """Names of the outputs of a backbone with so many feature sets."""
+    return ["features", *(f"features_{i}" for i in range(1, count))]

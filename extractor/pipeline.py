@@ -27,7 +27,7 @@ from store.writer import CacheWriter, open_writer
 
 from .backbones import Backbone
 from .files import Files
-from .prepare import fingerprint, library_versions, prepare_backbone
+from .prepare import fingerprints, library_versions, prepare_backbone
 from .preprocess import Preprocess
 from .progress import Progress, StopFlag, stop_on_signal
 from .reading import Clock, Outcome, Reader
@@ -164,9 +164,10 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
     with open_writer(cache) as writer, stop_on_signal() as stop:
         facts, notes = prepare_backbone(writer, backbone, overwrite=options.overwrite)
         # The session proves the device before any image is read.
-        embedder = Embedder(cache / "backbone.onnx", device=device, batch_size=options.batch_size)
-        writer.begin(fingerprint(facts, embedder.provider, options.storage), {**notes, "versions": library_versions()})
-        _check_disk(cache, len(samples) * facts.dim * (4 if options.storage == "float32" else 2))
+        embedder = Embedder(cache / "backbone.onnx", device=device, batch_size=options.batch_size, outputs=facts.outputs)
+        sets = fingerprints(facts, embedder.provider, options.storage)
+        writer.begin(*sets, facts={**notes, "versions": library_versions()})
+        _check_disk(cache, len(samples) * sum(embedder.dims) * (4 if options.storage == "float32" else 2))
 
         before = writer.samples
         if before and options.limit and len(samples) < len(before.rows):
@@ -268,7 +269,7 @@ def preview(source: Source, cache: Path, options: Options) -> dict[str, int]:
         opened = FeatureCache(cache)
     except InputMissingError:
         return {"inputs": len(samples), "unchanged": 0, "to_read": len(samples)}
-    known = {digest for s in opened.shards for digest in s.digests()}
+    known = set.intersection(*({key for s in opened.with_layer(name).shards for key in s.digests()} for name in opened.layers))
     _, todo = plan(samples, opened.samples, known, source.files, options)
     return {"inputs": len(samples), "unchanged": len(samples) - len(todo), "to_read": len(todo)}
 
@@ -319,7 +320,7 @@ def run_shard(
     def embed() -> None:
         pixels = np.stack([outcome.pixels for outcome in batch if outcome.pixels is not None])
         begin = time.perf_counter()
-        features = embedder(preprocess.normalise(pixels))
+        features = embedder.embed(preprocess.normalise(pixels))
         clock["embed"] += time.perf_counter() - begin
         writer.append(features, [outcome.row.sha256 for outcome in batch], [outcome.row.path for outcome in batch])
         result.computed += len(batch)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import logging
-from dataclasses import replace
+import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from store import hdf5
-from store.errors import UsageError
-from store.fingerprint import Fingerprint
+from store.cache import all_fingerprints
+from store.errors import PenultError, UsageError
+from store.fingerprint import Fingerprint, require_same
 from store.writer import CacheWriter
 
 from .backbones import Backbone, file_digest
 from .export import export
-from .onnxfile import BackboneFacts, read_facts
+from .foreign import read_sidecar
+from .onnxfile import BackboneFacts, digest, install, read_facts
 
 log = logging.getLogger("penult.extractor")
 
@@ -33,45 +34,45 @@ def prepare_backbone(
     """
     path = writer.path / "backbone.onnx"
     request = backbone.facts()
-    if backbone.is_file and any(request[name] is not None for name in ("weights", "preset", "resize", "crop")):
-        message = (
-            f"{backbone.name} has its weights and its preprocessing inside: leave --weights, --preset, --resize, --crop out"
-        )
+    if backbone.is_file and (superfluous := [name for name in ("weights", "preset") if request[name] is not None]):
+        message = f"{backbone.name} has its weights inside: leave --{', --'.join(superfluous)} out"
         raise UsageError(message)
     file = Path(backbone.name) if backbone.is_file else backbone.weights_file
     if file is not None:
-        request["file_sha256"] = file_digest(file)
+        request["file_sha256"] = digest(file) if backbone.is_file else file_digest(file)
         request["weights"] = None  # the content counts, not where it lies
+        if backbone.is_file:
+            request |= {"name": "onnx", "sidecar": read_sidecar(file)}
     elif backbone.seed is None:
         request["torchvision"] = version("torchvision")  # it decides what the default weights are
+    request = json.loads(json.dumps(request))
     before = {} if overwrite else (writer.meta or {}).get("facts", {})
-    if path.is_file() and before.get("request") == request and before.get("backbone_sha256") == file_digest(path):
+    if path.is_file() and before.get("request") == request and before.get("backbone_sha256") == _digest_or_none(path):
         log.info("using %s as exported before", path)
-        facts = replace(read_facts(path), weights_sha256=(writer.meta or {})["fingerprint"]["weights"])
-        return facts, {key: before[key] for key in ("request", "backbone_sha256", "weights")}
+        return read_facts(path), {key: before[key] for key in ("request", "backbone_sha256", "weights")}
     if backbone.seed is not None:
         log.warning(
             "RANDOM WEIGHTS (seed %d): %s is untrained, its features are a random projection", backbone.seed, backbone.name
         )
     # A cache keeps its file, and its features, until the new file is there and known to match or meant to replace them.
-    new = path.with_name(".backbone.onnx.tmp")
-    try:
-        facts = _import_onnx(Path(backbone.name), new) if backbone.is_file else export(backbone, new)
+    with tempfile.TemporaryDirectory(prefix=".backbone.", suffix=".tmp", dir=writer.path) as folder:
+        new = Path(folder) / path.name
+        facts = export(backbone, new)
         if overwrite:
             writer.clear()
         _require_match(writer, facts)
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
-    hdf5.fsync_directory(path.parent)
-    log.info("exported %s (%s), %d features from the %s", facts.name, facts.weights, facts.dim, facts.layer)
-    return facts, {"request": request, "backbone_sha256": file_digest(path), "weights": facts.weights}
+        install(new, path)
+    for layer in facts.layers:
+        pooling = "" if layer.pooling == "none" else f" ({layer.pooling})"
+        log.info("exported %s (%s), %d features: %s%s", facts.name, facts.weights, layer.dim, layer.layer, pooling)
+    return facts, {"request": request, "backbone_sha256": digest(path), "weights": facts.weights}
 
 
-def _import_onnx(file: Path, target: Path) -> BackboneFacts:
-    facts, data = read_facts(file), file.read_bytes()
-    hdf5.commit(target, data)
-    return replace(facts, weights_sha256=hashlib.sha256(data).hexdigest())
+def _digest_or_none(path: Path) -> str | None:
+    try:
+        return digest(path)
+    except PenultError:  # damaged, or without its external data: it is made again
+        return None
 
 
 def _require_match(writer: CacheWriter, facts: BackboneFacts) -> None:
@@ -81,14 +82,15 @@ def _require_match(writer: CacheWriter, facts: BackboneFacts) -> None:
         FingerprintMismatchError: it gives other ones; the cache stays as it was.
     """
     if writer.meta is not None:
-        there = Fingerprint(writer.meta["fingerprint"])
-        there.require(Fingerprint({**there.fields, **facts.fingerprint()}), mine=str(writer.path), theirs="this run")
+        there = [Fingerprint(fields) for fields in all_fingerprints(writer.meta)]
+        now = [Fingerprint({**there[0].fields, **fields}) for fields in facts.fingerprints()]
+        require_same(there, now, mine=str(writer.path), theirs="this run")
 
 
-def fingerprint(facts: BackboneFacts, provider: str, storage: str) -> Fingerprint:
-    """Everything that decides the numbers."""
+def fingerprints(facts: BackboneFacts, provider: str, storage: str) -> list[Fingerprint]:
+    """Everything that decides the numbers, for each feature set."""
     decided = {"precision": "fp32", "provider": provider, "tf32": False, "storage": storage}
-    return Fingerprint({**facts.fingerprint(), **decided})
+    return [Fingerprint({**fields, **decided}) for fields in facts.fingerprints()]
 
 
 def library_versions() -> dict[str, str]:

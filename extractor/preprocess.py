@@ -21,6 +21,7 @@ FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
     "box": Image.Resampling.BOX,
 }
+UNUSUAL = {"input_range": 1.0, "channels": "rgb", "squash": False}  # named in a fingerprint only where they differ from this
 MAX_RESIZED_PIXELS = 2**25  # a 1 x 20000 image of 157 bytes would become 256 x 5120000 pixels, 4.7 GB
 
 
@@ -32,7 +33,10 @@ class Preprocess:
         resize: length of the shorter side after resizing, pixels.
         crop: side of the centred square crop, pixels.
         interpolation: one of `FILTERS`; Pillow always filters over the whole footprint (antialias).
-        mean, std: per channel, of values in [0, 1].
+        mean, std: per channel, of values in [0, input_range].
+        input_range: 1 (pixels / 255, as torch has it) or 255 (raw pixel values, as some Keras networks take them).
+        channels: ``rgb``, or ``bgr`` for networks that were trained on OpenCV's or Caffe's order.
+        squash: resize to the square itself, whatever the aspect, instead of the shorter side and a crop.
     """
 
     resize: int
@@ -40,6 +44,9 @@ class Preprocess:
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    input_range: float = 1.0
+    channels: str = "rgb"
+    squash: bool = False
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
         """Size after resizing, rounded down as torchvision does.
@@ -47,6 +54,8 @@ class Preprocess:
         Raises:
             ImageError: code ``bad_aspect`` where the longer side would explode.
         """
+        if self.squash:
+            return self.crop, self.crop
         short, long = sorted((width, height))
         scaled = int(self.resize * long / short)
         if scaled * self.resize > MAX_RESIZED_PIXELS:
@@ -71,8 +80,10 @@ class Preprocess:
 
     def normalise(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """``(n, h, w, 3)`` uint8 to ``(n, 3, h, w)`` float32, with the operations and the order of torchvision."""
-        batch = pixels.transpose(0, 3, 1, 2).astype(np.float32)
-        batch /= np.float32(255)
+        planes = pixels.transpose(0, 3, 1, 2)
+        batch = (planes[:, ::-1] if self.channels == "bgr" else planes).astype(np.float32)
+        if self.input_range == 1:
+            batch /= np.float32(255)
         batch -= np.array(self.mean, np.float32)[:, None, None]
         batch /= np.array(self.std, np.float32)[:, None, None]
         return np.ascontiguousarray(batch)
@@ -98,7 +109,8 @@ class Preprocess:
 
     def fingerprint(self) -> dict[str, Any]:
         """The pixel path for the fingerprint, with the probe: a change of decoder or resampler changes the digest."""
-        return {"path": PIXEL_PATH, **asdict(self), "mean": list(self.mean), "std": list(self.std), "probe": probe(self)}
+        facts = {name: value for name, value in asdict(self).items() if value != UNUSUAL.get(name)}
+        return {"path": PIXEL_PATH, **facts, "mean": list(self.mean), "std": list(self.std), "probe": probe(self)}
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from store.errors import BadDataError, DeviceUnavailableError, UsageError
 log = logging.getLogger("penult.extractor")
 
 OUT_OF_MEMORY = ("BFCArena", "Failed to allocate memory", "CUDA_ERROR_OUT_OF_MEMORY", "out of memory")
+MAX_DIM = 65536
 DEFAULT_BATCH = {"cpu": 8, "cuda": 64}  # on a CPU large batches lose: they fall out of its caches
 
 
@@ -72,29 +74,46 @@ class Embedder:
         device: ``cpu``, ``cuda`` or ``cuda:N`` (see `resolve_device`).
         batch_size: images per call; None for the device's default.
         threads: intra-op threads on the CPU; None for all cores.
+        outputs: names of the outputs to compute; the first where not given.
 
     Attributes:
         provider: family, ``cpu`` or ``cuda``, proven after the session exists.
         batch_size: as in use; halved when a GPU ran out of memory.
         calls: number of inference calls so far.
+        dims: length of a feature vector of each output.
 
     Raises:
         DeviceUnavailableError: the device is not really there.
         BadDataError: the file is no usable network.
     """
 
-    def __init__(self, model: Path, *, device: str = "cpu", batch_size: int | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Path,
+        *,
+        device: str = "cpu",
+        batch_size: int | None = None,
+        threads: int | None = None,
+        outputs: Sequence[str] = (),
+    ) -> None:
         self.provider = device.partition(":")[0]
         self.batch_size = batch_size or DEFAULT_BATCH[self.provider]
         self.calls = 0
         self._model, self._device, self._threads = model, device, threads or os.cpu_count() or 1
         self._session = self._open()
-        shape = self._session.get_outputs()[0].shape
-        self.dim = int(shape[1]) if len(shape) == 2 and isinstance(shape[1], int) else 0
-        if not 0 < self.dim <= 65536:
-            message = f"{model} gives an output of shape {shape}; expected (n, d) with d at most 65536"
-            raise BadDataError(message)
+        shapes = {output.name: output.shape for output in self._session.get_outputs()}
+        self._outputs = list(outputs) or [next(iter(shapes))]
+        self.dims = [self._dim(shapes.get(name, [])) for name in self._outputs]
         self._input = self._session.get_inputs()[0].name
+        fixed = self._session.get_inputs()[0].shape[0]
+        if isinstance(fixed, int):
+            self.batch_size = fixed  # the graph takes no other
+
+    def _dim(self, shape: Sequence[Any]) -> int:
+        if len(shape) == 2 and isinstance(shape[1], int) and 0 < shape[1] <= MAX_DIM:
+            return shape[1]
+        message = f"{self._model} gives an output of shape {list(shape)}; expected (n, d) with d at most {MAX_DIM}"
+        raise BadDataError(message)
 
     def _open(self) -> Any:
         import onnxruntime
@@ -128,7 +147,11 @@ class Embedder:
         return session
 
     def __call__(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Features of ``(n, 3, h, w)`` float32, n at most `batch_size`: ``(n, dim)`` float32.
+        """The features of the first output, ``(n, dim)`` float32; see `embed`."""
+        return self.embed(batch)[0]
+
+    def embed(self, batch: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        """Features of ``(n, 3, h, w)`` float32, any n: ``(n, dim)`` float32 for each output.
 
         A GPU that runs out of memory gets a new session and half the batch, down to one image.
 
@@ -154,13 +177,14 @@ class Embedder:
                 self._session = self._open()
                 continue
             start += len(part)
-        return np.concatenate(rows)
+        return [np.concatenate(column) for column in zip(*rows, strict=True)]
 
-    def _run(self, part: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _run(self, part: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         short = self.batch_size - len(part)
         padded = np.concatenate([part, np.zeros((short, *part.shape[1:]), np.float32)]) if short else part
         self.calls += 1
-        return np.asarray(self._session.run(None, {self._input: padded})[0][: len(part)], np.float32)
+        found = self._session.run(self._outputs, {self._input: padded})
+        return [np.asarray(features[: len(part)], np.float32) for features in found]
 
 
 def _first_line(error: Exception) -> str:

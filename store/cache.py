@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import compact, hdf5, shard
-from .errors import BadDataError, CorruptCacheError, InputMissingError, NewerFormatError
+from .errors import BadDataError, CorruptCacheError, InputMissingError, NewerFormatError, UsageError
 from .fingerprint import Fingerprint
 from .samples import Row, SampleTable
 from .splits import hash_rank_split, merge_groups
@@ -26,6 +26,7 @@ from .splits import hash_rank_split, merge_groups
 log = logging.getLogger("penult.store")
 
 FORMAT_VERSION = 1
+PER_SET = {"layer": None, "pooling": None}  # what the fingerprints of one cache's feature sets may differ in
 
 
 @dataclass(frozen=True)
@@ -57,17 +58,19 @@ class FeatureCache:
 
     Args:
         path: the cache directory, or the one file that `penult compact` made of it.
+        layer: which of its feature sets, by the layer in its fingerprint; the first where not given.
 
     Raises:
         InputMissingError: there is no cache, or it was never finished.
         CorruptCacheError: its files are damaged or of a newer format.
+        UsageError: it has no features of that layer; names those it has.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, layer: str | None = None) -> None:
         self.path = Path(path)
         self._sound: set[int] = set()  # shards whose payload was checked
         if self.path.is_file():
-            self._open_compact()
+            self._open_compact(layer)
             return
         if not self.path.is_dir():
             message = f"{self.path} does not exist or is not a cache directory"
@@ -78,15 +81,46 @@ class FeatureCache:
             message = f"{self.path} is {kind}"
             raise InputMissingError(message)
         self.meta = read_meta(self.path)
-        self.fingerprint = Fingerprint(self.meta["fingerprint"])
+        self.fingerprint = self._choose(layer)
         self.samples = SampleTable.read(self.path / "samples.h5")
 
-    def _open_compact(self) -> None:
+    def _open_compact(self, layer: str | None) -> None:
         self.samples = SampleTable.read(self.path, compact.ENCODING_TYPE)
         whole, self.meta = compact.open_compact(self.path)
-        self.fingerprint = Fingerprint(self.meta["fingerprint"])
+        self.fingerprint = self._choose(layer)
         self.shards = [whole]
         self._sound.add(0)  # reading the table checked the whole file
+
+    @property
+    def fingerprints(self) -> list[Fingerprint]:
+        """Of every feature set, in the order in which the layers were asked for."""
+        return [Fingerprint(fields) for fields in all_fingerprints(self.meta)]
+
+    @property
+    def layers(self) -> list[str]:
+        """The layer of every feature set."""
+        return [str(each.fields.get("layer", "")) for each in self.fingerprints]
+
+    @property
+    def layer(self) -> str:
+        """The layer of the features that are read."""
+        return str(self.fingerprint.fields.get("layer", ""))
+
+    def _choose(self, layer: str | None) -> Fingerprint:
+        if layer is None:
+            return self.fingerprints[0]
+        if layer not in self.layers:
+            message = f"{self.path} has no features of layer {layer!r}; it has {', '.join(map(repr, self.layers))}"
+            raise UsageError(message)
+        return self.fingerprints[self.layers.index(layer)]
+
+    def with_layer(self, layer: str) -> FeatureCache:
+        """The same cache, reading another of its feature sets.
+
+        Raises:
+            UsageError: it has no features of that layer.
+        """
+        return self if layer == self.layer else FeatureCache(self.path, layer)
 
     @contextmanager
     def backbone_file(self) -> Iterator[Path]:
@@ -190,6 +224,7 @@ class FeatureCache:
                 {"path": row.name, "code": row.code, "message": row.message} for row in self.samples.rows if not row.ok
             ],
             "root": os.fsencode(self.root).decode("utf-8", "backslashreplace"),
+            "layers": self.layers,
             "fingerprint": dict(self.fingerprint.fields),
             "facts": self.meta["facts"],
         }
@@ -286,14 +321,15 @@ def read_meta(cache: Path) -> dict[str, Any]:
             message = "the content is not what was written"
             raise ValueError(message)
     except (OSError, ValueError):
-        fingerprints = set()
+        found = set()
         for path in shard_paths(cache):
             with suppress(CorruptCacheError):  # the others tell as well
-                fingerprints.add(shard.read_shard(path).fingerprint)
-        if len(fingerprints) != 1:
-            message = f"{cache}: cache.json is lost and {len(fingerprints)} fingerprints stand in the shards"
+                found.add(shard.read_shard(path).fingerprint)
+        sets = [Fingerprint.parse(text).fields for text in sorted(found)]
+        if not sets or len({json.dumps({**fields, **PER_SET}, sort_keys=True) for fields in sets}) != 1:
+            message = f"{cache}: cache.json is lost and {len(sets)} fingerprints stand in the shards"
             raise CorruptCacheError(message) from None
-        return {"format": FORMAT_VERSION, "fingerprint": Fingerprint.parse(fingerprints.pop()).fields, "facts": {}}
+        return describe_sets(sets, {})
     if not isinstance(meta, dict) or not isinstance(meta.get("fingerprint"), dict):
         message = f"{cache}/cache.json is not a cache description"
         raise CorruptCacheError(message)
@@ -303,6 +339,17 @@ def read_meta(cache: Path) -> dict[str, Any]:
         )
         raise NewerFormatError(message)
     return meta
+
+
+def describe_sets(fingerprints: Sequence[Mapping[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
+    """The content of ``cache.json``: the fingerprint of the first feature set, and those of others where there are any."""
+    first, *more = map(dict, fingerprints)
+    return {"format": FORMAT_VERSION, "fingerprint": first, **({"more": more} if more else {}), "facts": facts}
+
+
+def all_fingerprints(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The fields of every feature set that ``cache.json`` describes."""
+    return [meta["fingerprint"], *meta.get("more", [])]
 
 
 def _meta_sha256(meta: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import hdf5, shard
-from .errors import BadDataError, CorruptCacheError, OutputExistsError
+from .errors import BadDataError, CorruptCacheError, InputMissingError, OutputExistsError
 from .fingerprint import Fingerprint
 from .samples import SampleTable
 
@@ -50,7 +50,12 @@ def write_compact(cache: FeatureCache, out: Path, *, dtype: str = "float32", ove
         raise BadDataError(message)
     failed = [row for row in cache.samples.rows if not row.ok]
     with cache.backbone_file() as backbone:
-        onnx = np.frombuffer(backbone.read_bytes(), np.uint8)
+        whole = not backbone.with_name("backbone.onnx.data").exists()
+        onnx = np.frombuffer(backbone.read_bytes() if whole else b"", np.uint8)
+    if not whole:
+        log.warning(
+            "the backbone of %s is over 2 GB and is left out of %s: heads trained on it cannot be saved", cache.path, out
+        )
     table = SampleTable([*good, *failed], cache.samples.facts)
     datasets = {**table.datasets(), "features": features.astype(dtype), "backbone-onnx": onnx}
     attrs: dict[str, str | int] = {
@@ -83,9 +88,17 @@ def open_compact(path: Path) -> tuple[shard.Shard, dict[str, Any]]:
 
 
 def read_backbone(path: Path) -> bytes:
-    """The ONNX file inside a compact file."""
+    """The ONNX file inside a compact file.
+
+    Raises:
+        InputMissingError: it was too large to be put there.
+    """
     with hdf5.open_checked(path, ENCODING_TYPE) as (datasets, _):
-        return bytes(datasets["backbone-onnx"][()].tobytes())
+        data = bytes(datasets["backbone-onnx"][()].tobytes())
+    if not data:
+        message = f"{path} was written without its backbone, which is over 2 GB; use the cache folder that it was made from"
+        raise InputMissingError(message)
+    return data
 
 
 def prune(path: Path) -> tuple[int, int]:
@@ -108,7 +121,7 @@ def prune(path: Path) -> tuple[int, int]:
         wanted = {row.sha256 for row in cache.rows()}
         removed = kept = 0
         number = max((int(p.name.partition("-")[0]) for p in shard_paths(path)), default=-1) + 1
-        for old in cache.shards:
+        for old, fingerprint in [(s, each.fingerprint) for each in map(cache.with_layer, cache.layers) for s in each.shards]:
             digests = old.digests()
             keep = np.array([digest in wanted for digest in digests], bool)
             kept += int(keep.sum())
@@ -123,7 +136,7 @@ def prune(path: Path) -> tuple[int, int]:
                 features = shard.read_rows(old, places)
                 chosen = places.tolist()
                 parts = ([digests[i] for i in chosen], [names[i] for i in chosen])
-                shard.write_shard(path / "shards", number, features, *parts, cache.fingerprint)
+                shard.write_shard(path / "shards", number, features, *parts, fingerprint)
                 number += 1
             old.path.unlink()
         hdf5.fsync_directory(path / "shards")

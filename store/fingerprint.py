@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from .errors import CorruptCacheError, FingerprintMismatchError
+from .errors import CorruptCacheError, FingerprintMismatchError, InputMissingError
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,41 @@ class Fingerprint:
             listing = "; ".join(f"{name}: {short(a)} against {short(b)}" for name, (a, b) in differences.items())
             message = f"{mine} and {theirs} do not go together. They differ in {listing}"
             raise FingerprintMismatchError(message)
+
+
+def require_same(ours: Sequence[Fingerprint], others: Sequence[Fingerprint], *, mine: str, theirs: str) -> None:
+    """Refuse where the feature sets of two things, in their order, were not made alike.
+
+    Args:
+        ours, others: the fingerprint of each feature set.
+        mine, theirs: what they belong to, for the message.
+
+    Raises:
+        FingerprintMismatchError: names every field that differs, or the layers.
+    """
+    if len(ours) != len(others):
+        here, there = (", ".join(str(each.fields.get("layer")) for each in sets) for sets in (ours, others))
+        message = f"{mine} holds features of {here}, {theirs} gives those of {there}; use a new cache"
+        raise FingerprintMismatchError(message)
+    for a, b in zip(ours, others, strict=True):
+        a.require(b, mine=mine, theirs=theirs)
+
+
+def files_digest(paths: Sequence[Path]) -> str:
+    """SHA-256 of a file, hexadecimal; of several, of their digests in this order.
+
+    Raises:
+        InputMissingError: one cannot be read.
+    """
+    parts = []
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                parts.append(hashlib.file_digest(file, "sha256").hexdigest())
+        except OSError as error:
+            message = f"cannot read {path}: {error.strerror}"
+            raise InputMissingError(message) from error
+    return parts[0] if len(parts) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def short(value: Any) -> str:

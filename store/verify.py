@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import select
@@ -17,6 +16,7 @@ from typing import Any
 
 from . import compact, hdf5, samples, shard
 from .errors import CorruptCacheError, InputMissingError, InterruptedRunError, NewerFormatError, PenultError, StorageError
+from .fingerprint import files_digest
 
 TIMEOUT = 60.0  # seconds for one file, plus what reading it takes at ..
 SLOWEST = 10e6  # .. bytes per second
@@ -78,17 +78,21 @@ def _backbone(cache: Any) -> Iterator[Finding]:
     if not backbone.is_file():
         yield Finding("backbone.onnx", "is missing; the same extract command makes it again")
     elif recorded:
-        with backbone.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        weights = backbone.with_name("backbone.onnx.data")  # where they are too large for one file
+        found = files_digest([backbone, *([weights] if weights.exists() else [])])
         if found != recorded:
             yield Finding("backbone.onnx", f"is {found[:12]}.., it was written as {recorded[:12]}..")
 
 
 def _missing(cache: Any) -> Iterator[Finding]:
-    there = {digest for s in cache.shards for digest in s.digests()}
-    missing = [row for row in cache.rows() if row.sha256 not in there]
-    if missing:
-        yield Finding("shards", f"{len(missing)} images have no features (such as {missing[0].name}): a shard is missing")
+    for layer in cache.layers:
+        there = {digest for s in cache.with_layer(layer).shards for digest in s.digests()}
+        missing = [row for row in cache.rows() if row.sha256 not in there]
+        if missing:
+            of_layer = f" of {layer}" if len(cache.layers) > 1 else ""
+            yield Finding(
+                "shards", f"{len(missing)} images have no features{of_layer} (such as {missing[0].name}): a shard is missing"
+            )
 
 
 def verify_files(paths: Sequence[Path], *, timeout: float = TIMEOUT) -> dict[Path, str]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import hdf5, shard
-from .cache import FORMAT_VERSION, holds, ledger_bytes, meta_bytes, read_meta, shard_paths
+from .cache import all_fingerprints, describe_sets, holds, ledger_bytes, meta_bytes, read_meta, shard_paths
 from .errors import BadDataError, CorruptCacheError, InputMissingError, OutputExistsError
-from .fingerprint import Fingerprint
+from .fingerprint import Fingerprint, require_same
 from .lock import writer_lock
 from .samples import Row, SampleTable
 from .verify import verify_files
@@ -27,19 +29,32 @@ SHARD_BYTES = 4 * 2**20  # commit at this size: memory stays flat, and one fsync
 SHARD_SECONDS = 30.0  # .. or after this long, so that a small data set does not lose everything to a kill
 
 
+@dataclass
+class _FeatureSet:
+    """The rows of one fingerprint: what is committed, and what waits, as it will be stored."""
+
+    fingerprint: Fingerprint
+    known: set[bytes] = field(default_factory=set)
+    pending: list[tuple[NDArray[np.floating[Any]], Sequence[bytes], Sequence[bytes]]] = field(default_factory=list)
+
+    @property
+    def storage(self) -> str:
+        return str(self.fingerprint.fields.get("storage"))
+
+
 class CacheWriter:
     """Appends features to a locked cache directory; made by `open_writer`.
 
     Attributes:
         path: the cache directory.
-        known: content digests that have features already, once `begin` was called.
+        known: content digests that have all their features already, once `begin` was called.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.known: set[bytes] = set()
-        self._fingerprint = Fingerprint({})
-        self._pending: list[tuple[NDArray[np.floating[Any]], Sequence[bytes], Sequence[bytes]]] = []  # as stored
+        self._sets: list[_FeatureSet] = []
+        self._appended: list[bytes] = []
         self._pending_bytes = 0
         self._pending_since = 0.0
         self._number = 0
@@ -64,19 +79,20 @@ class CacheWriter:
         self.__dict__.pop("meta", None)
         self.__dict__.pop("samples", None)
 
-    def begin(self, fingerprint: Fingerprint, facts: dict[str, Any]) -> None:
-        """Agree on the fingerprint and load the keys of what is there. Damaged shards are removed, to be done again.
+    def begin(self, *fingerprints: Fingerprint, facts: dict[str, Any]) -> None:
+        """Agree on the fingerprints and load the keys of what is there. Damaged shards are removed, to be done again.
 
         Args:
-            fingerprint: of every row to come.
+            fingerprints: of every feature set to come.
             facts: what is good to know and decides nothing: library versions, where weights came from, batch size.
 
         Raises:
             FingerprintMismatchError: the cache was made differently; names the fields.
         """
         if self.meta is not None:
-            Fingerprint(self.meta["fingerprint"]).require(fingerprint, mine=f"{self.path}", theirs="this run")
-        self._fingerprint = fingerprint
+            there = [Fingerprint(fields) for fields in all_fingerprints(self.meta)]
+            require_same(there, fingerprints, mine=str(self.path), theirs="this run")
+        self._sets = [_FeatureSet(each) for each in fingerprints]
         damaged = verify_files(shard_paths(self.path))
         for path in shard_paths(self.path):
             self._number = max(self._number, int(path.name.partition("-")[0]) + 1)
@@ -85,68 +101,79 @@ class CacheWriter:
                 path.unlink()
                 continue
             found = shard.read_shard(path)
-            if found.fingerprint == fingerprint.canonical:
-                self.known.update(found.digests())
-        self.write_meta(fingerprint, facts)
+            for each in self._sets:
+                if found.fingerprint == each.fingerprint.canonical:
+                    each.known.update(found.digests())
+        # with one feature set they are one object: a set of a million digests is not kept twice
+        self.known = self._sets[0].known if len(self._sets) == 1 else set.intersection(*(each.known for each in self._sets))
+        self.write_meta(facts)
 
-    def write_meta(self, fingerprint: Fingerprint, facts: dict[str, Any]) -> None:
+    def write_meta(self, facts: dict[str, Any]) -> None:
         """Replace cache.json, if it would change."""
-        meta = {"format": FORMAT_VERSION, "fingerprint": dict(fingerprint.fields), "facts": facts}
+        meta = describe_sets([each.fingerprint.fields for each in self._sets], facts)
         if not holds(self.path / "cache.json", meta_bytes(meta)):
             hdf5.commit(self.path / "cache.json", meta_bytes(meta))
             self.meta = meta
 
-    def append(self, features: NDArray[np.float32], sha256: Sequence[bytes], paths: Sequence[bytes]) -> None:
-        """Add rows ``(n, d)`` to the shard in memory.
+    def append(self, features: Sequence[NDArray[np.float32]], sha256: Sequence[bytes], paths: Sequence[bytes]) -> None:
+        """Add the rows ``(n, d)`` of every feature set to the shards in memory.
 
         Raises:
             BadDataError: NaN or infinity, with the count and a path.
         """
-        bad = np.asarray(~np.isfinite(features).all(axis=1))
-        if bad.any():
-            first = Row(paths[int(np.flatnonzero(bad)[0])]).name
-            message = f"the backbone gave NaN or infinity for {int(bad.sum())} of {len(bad)} images (such as {first})"
-            raise BadDataError(message)
-        if not self._pending:
+        if not self._pending_bytes:
             self._pending_since = time.monotonic()
-        auto = self._fingerprint.fields.get("storage") == "auto"
-        half = shard.fits_float16(features) if auto else np.zeros(len(features), bool)
-        for dtype, chosen in ((np.float16, np.flatnonzero(half).tolist()), (np.float32, np.flatnonzero(~half).tolist())):
-            if chosen:
-                rows: NDArray[np.floating[Any]] = features[chosen].astype(dtype)
-                self._pending.append((rows, [sha256[i] for i in chosen], [paths[i] for i in chosen]))
-        self._pending_bytes += features.nbytes
+        for X in features:
+            bad = np.asarray(~np.isfinite(X).all(axis=1))
+            if bad.any():
+                first = Row(paths[int(np.flatnonzero(bad)[0])]).name
+                message = f"the backbone gave NaN or infinity for {int(bad.sum())} of {len(bad)} images (such as {first})"
+                raise BadDataError(message)
+        for each, X in zip(self._sets, features, strict=True):
+            # A run that died between the files of two feature sets left rows in one of them.
+            new = np.array([digest not in each.known for digest in sha256], bool)
+            half = shard.fits_float16(X) if each.storage == "auto" else np.zeros(len(X), bool)
+            for dtype, chosen in ((np.float16, np.flatnonzero(new & half)), (np.float32, np.flatnonzero(new & ~half))):
+                if len(chosen):
+                    rows: NDArray[np.floating[Any]] = X[chosen].astype(dtype)
+                    places = chosen.tolist()
+                    each.pending.append((rows, [sha256[i] for i in places], [paths[i] for i in places]))
+            self._pending_bytes += X.nbytes
+        self._appended += sha256
 
     @property
     def due(self) -> bool:
-        """Whether the shard in memory is large or old enough to be committed."""
-        if not self._pending:
+        """Whether the shards in memory are large or old enough to be committed."""
+        if not self._pending_bytes:
             return False
         return self._pending_bytes >= SHARD_BYTES or time.monotonic() - self._pending_since >= SHARD_SECONDS
 
     def commit(self) -> int:
-        """Commit the shard in memory and return its number of rows (rule 11 may make it two files)."""
-        if not self._pending:
-            return 0
-        count = 0
-        for dtype in (np.float16, np.float32):
-            blocks = [block for block in self._pending if block[0].dtype == dtype]
-            self._pending = [block for block in self._pending if block[0].dtype != dtype]
-            if not blocks:
-                continue
-            digests = [digest for block in blocks for digest in block[1]]
-            paths = [path for block in blocks for path in block[2]]
-            features = np.concatenate([block[0] for block in blocks])
-            blocks.clear()  # the largest thing in memory, and not needed while the file is built
-            if dtype == np.float32 and self._fingerprint.fields.get("storage") == "auto":
-                total = len(features) + count
-                log.warning("%d of %d rows do not fit float16 and are stored as float32", len(features), total)
-            shard.write_shard(self.path / "shards", self._number, features, digests, paths, self._fingerprint)
-            self._number += 1
-            self.known.update(digests)
-            count += len(features)
+        """Commit the shards in memory, a file for every feature set, or two (rule 11); return the number of images."""
+        for each in self._sets:
+            total = sum(len(block[0]) for block in each.pending)
+            for dtype in (np.float16, np.float32):
+                self._commit(each, dtype, total)
+        self.known.update(self._appended)
+        count = len(self._appended)
+        self._appended.clear()
         self._pending_bytes = 0
         return count
+
+    def _commit(self, rows: _FeatureSet, dtype: type[np.floating[Any]], total: int) -> None:
+        blocks = [block for block in rows.pending if block[0].dtype == dtype]
+        rows.pending = [block for block in rows.pending if block[0].dtype != dtype]
+        if not blocks:
+            return
+        digests = [digest for block in blocks for digest in block[1]]
+        paths = [path for block in blocks for path in block[2]]
+        features = np.concatenate([block[0] for block in blocks])
+        blocks.clear()  # the largest thing in memory, and not needed while the file is built
+        if dtype == np.float32 and rows.storage == "auto":
+            log.warning("%d of %d rows do not fit float16 and are stored as float32", len(features), total)
+        shard.write_shard(self.path / "shards", self._number, features, digests, paths, rows.fingerprint)
+        self._number += 1
+        rows.known.update(digests)
 
     def finish(self, table: SampleTable) -> bool:
         """Replace the sample table and the ledger; False if nothing would change."""
@@ -188,6 +215,7 @@ def open_writer(path: Path) -> Iterator[CacheWriter]:
         if not mine:
             message = f"{path} exists and is not a penult cache; choose another name"
             raise OutputExistsError(message)
+    created = not path.exists()
     try:
         hdf5.make_directory(path / "shards")
     except OSError as error:
@@ -195,5 +223,11 @@ def open_writer(path: Path) -> Iterator[CacheWriter]:
         raise hdf5.write_error(error)(message) from error
     with writer_lock(path):
         for left in [*path.glob(".*.tmp"), *(path / "shards").glob(".*.tmp")]:  # of killed runs; we hold the lock
-            left.unlink()
-        yield CacheWriter(path)
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        writer = CacheWriter(path)
+        try:
+            yield writer
+        except BaseException:
+            if created and writer.fresh and not (path / "backbone.onnx").exists():
+                shutil.rmtree(path)  # nothing came of it: a mistyped option leaves no empty cache behind
+            raise

@@ -37,8 +37,8 @@ def fill(
     digests = [f"{i:032d}".encode() for i in range(len(X))]
     names = [f"{i:03d}.jpg".encode() for i in range(len(X))]
     with open_writer(path) as writer:
-        writer.begin(Fingerprint({**FIELDS, "storage": storage, **(fields or {})}), {})
-        writer.append(X.astype(np.float32), digests, names)
+        writer.begin(Fingerprint({**FIELDS, "storage": storage, **(fields or {})}), facts={})
+        writer.append([X.astype(np.float32)], digests, names)
         writer.commit()
         given = labels or ["a", "b"] * (len(X) // 2) + ["a"] * (len(X) % 2)
         rows = [Row(name, label, "train", sha256=key) for name, label, key in zip(names, given, digests, strict=True)]

@@ -23,8 +23,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from extractor import backbones, onnxfile, session
 from extractor.backbones import Backbone, choose_weights, download, load, names, read_state, row, weights_of, with_classifier
-from extractor.export import PARITY, check_parity, export, relative_l2, to_onnx, torch_penultimate
-from extractor.onnxfile import cut, penultimate, read_facts
+from extractor.export import export, to_onnx
+from extractor.graph import Graph, cut, pooling_nodes
+from extractor.layers import torch_penultimate
+from extractor.onnxfile import read_facts
+from extractor.parity import PARITY, check_parity, relative_l2
 from extractor.session import Embedder, resolve_device
 from store.errors import BadDataError, DeviceUnavailableError, InputMissingError, StorageError, UsageError
 
@@ -89,7 +92,7 @@ def test_the_file_says_what_it_is(backbone_file: Path) -> None:
     assert (facts.preprocess.resize, facts.preprocess.crop, facts.preprocess.interpolation) == (72, 64, "bilinear")
     assert facts.weights_sha256 == load(SQUEEZENET).weights_digest
     assert onnxfile.BackboneFacts.from_json(facts.to_json()) == facts
-    assert sorted(facts.fingerprint()) == ["backbone", "layer", "pixels", "pooling", "weights"]
+    assert sorted(facts.fingerprints()[0]) == ["backbone", "layer", "pixels", "pooling", "weights"]
     model = onnx.load(backbone_file)
     assert [(value.name, value.type.tensor_type.shape.dim[1].dim_value) for value in model.graph.output] == [("features", 512)]
 
@@ -97,11 +100,11 @@ def test_the_file_says_what_it_is(backbone_file: Path) -> None:
 def test_parity_refuses_a_network_that_differs(backbone_file: Path) -> None:
     pixels = [batch(2)]
     right = run(backbone_file, pixels[0])
-    check_parity(backbone_file.read_bytes(), pixels, lambda _: right, "net")
+    assert check_parity(backbone_file, pixels, [[right]], "net") == 0
     with pytest.raises(BadDataError, match=r"the exported net differs from torch by 1\.\de-04 at batch 2"):
-        check_parity(backbone_file.read_bytes(), pixels, lambda _: right * np.float32(1.0001), "net")
+        check_parity(backbone_file, pixels, [[right * np.float32(1.0001)]], "net")
     with pytest.raises(BadDataError, match="differs from torch by inf"):
-        check_parity(backbone_file.read_bytes(), pixels, lambda _: right * np.float32("nan"), "net")
+        check_parity(backbone_file, pixels, [[right * np.float32("nan")]], "net")
 
 
 def test_relative_l2_of_nothing_is_nothing_and_of_something_against_nothing_infinite() -> None:
@@ -161,12 +164,13 @@ def test_the_cut_looks_through_transposed_weights_and_activations() -> None:
     ]
     weights = {"w1": np.ones((48, 7), np.float32), "w2": np.ones((5, 7), np.float32)}
     model = graph(nodes, ("out", ["n", 5]), weights)
-    assert penultimate(model) == "relu"
-    small, pooling, dim = cut(model, "relu")
+    assert Graph(model).penultimate("out") == Graph(model).classifier_input("out") == "relu"
+    nodes, pooling, dim = pooling_nodes("relu", (2, 7), "average", "features", 20)
     assert (pooling, dim) == ("none", 7)
-    assert [node.op_type for node in small.graph.node] == ["Flatten", "Gemm", "Relu", "Identity"]
-    assert [tensor.name for tensor in small.graph.initializer] == ["w1"]
-    onnx.checker.check_model(small)
+    cut(model, [(nodes, "features", dim)])
+    assert [node.op_type for node in model.graph.node] == ["Flatten", "Gemm", "Relu", "Identity"]
+    assert [tensor.name for tensor in model.graph.initializer] == ["w1"]
+    onnx.checker.check_model(model)
 
 
 def test_attention_products_of_two_activations_are_no_classifier() -> None:
@@ -176,30 +180,63 @@ def test_attention_products_of_two_activations_are_no_classifier() -> None:
         helper.make_node("Transpose", ["a"], ["at"]),
         helper.make_node("MatMul", ["a", "at"], ["out"]),
     ]
-    assert penultimate(graph(nodes, ("out", ["n", "n"]), {"w": np.ones((48, 7), np.float32)})) == "flat"
+    model = graph(nodes, ("out", ["n", "n"]), {"w": np.ones((48, 7), np.float32)})
+    assert Graph(model).penultimate("out") == "flat"
+    assert Graph(model).classifier_input("out") is None
 
 
 def test_a_network_without_weights_has_nothing_to_cut() -> None:
     model = graph([helper.make_node("Relu", ["x"], ["out"])], ("out", ["n", 3, 4, 4]), {})
     with pytest.raises(BadDataError, match="nothing to cut at"):
-        penultimate(model)
+        Graph(model).penultimate("out")
 
 
-def test_a_tensor_of_another_rank_is_refused() -> None:
-    nodes = [
-        helper.make_node("Reshape", ["x", "shape"], ["tokens"]),
-        helper.make_node("MatMul", ["tokens", "w"], ["out"]),
-    ]
-    weights = {"shape": np.array([0, 3, 16], np.int64), "w": np.ones((16, 2), np.float32)}
-    model = graph(nodes, ("out", ["n", 3, 2]), weights)
-    with pytest.raises(BadDataError, match=r"'tokens' before the classifier has shape .*; expected \(n, d\)"):
-        cut(model, penultimate(model))
+@pytest.mark.parametrize(
+    ("shape", "pooling", "expected"),
+    [
+        ((2, 5), "max", lambda x: x),
+        ((2, 3, 4, 4), "average", lambda x: x.mean(axis=(2, 3))),
+        ((2, 3, 4, 4), "max", lambda x: x.max(axis=(2, 3))),
+        ((2, 4, 4, 3), "average", lambda x: x.mean(axis=(1, 2))),
+        ((2, 4, 4, 3), "max", lambda x: x.max(axis=(1, 2))),
+        ((2, 7, 5), "average", lambda x: x.mean(axis=1)),
+        ((2, 7, 5), "token", lambda x: x[:, 0]),
+    ],
+)
+@pytest.mark.parametrize("opset", [17, 20])
+def test_any_layer_becomes_a_vector(shape: tuple[int, ...], pooling: str, expected: Any, opset: int) -> None:
+    import onnxruntime
+
+    nodes, _, dim = pooling_nodes("x", shape, pooling, "features", opset)
+    model = helper.make_model(
+        helper.make_graph(
+            nodes,
+            "g",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", *shape[1:]])],
+            [helper.make_tensor_value_info("features", TensorProto.FLOAT, ["n", dim])],
+        ),
+        opset_imports=[helper.make_opsetid("", opset)],
+        ir_version=8,
+    )
+    onnx.checker.check_model(model)
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    (found,) = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": x})
+    np.testing.assert_allclose(found, expected(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("shape", "pooling"), [((2, 3, 4, 5), "average"), ((2, 3), "token"), ((2, 3, 4, 4, 4), "max")])
+def test_a_layer_that_cannot_become_a_vector_is_refused(shape: tuple[int, ...], pooling: str) -> None:
+    if len(shape) == 2:
+        assert pooling_nodes("layer", shape, pooling, "features", 20)[1] == "none"
+        return
+    with pytest.raises(BadDataError, match=r"the layer 'layer' has shape .*; expected \(n, d\), \(n, t, d\)"):
+        pooling_nodes("layer", shape, pooling, "features", 20)
 
 
 def test_files_that_say_nothing_of_their_preprocessing_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(graph([helper.make_node("Relu", ["x"], ["out"])], ("out", ["n", 3, 4, 4]), {}).SerializeToString())
-    with pytest.raises(BadDataError, match="says nothing about its preprocessing"):
+    with pytest.raises(BadDataError, match="was not made by penult"):
         read_facts(path)
     path.write_bytes(b"\x00not onnx at all")
     with pytest.raises(BadDataError, match="is not an ONNX file"):
@@ -488,7 +525,7 @@ def test_a_requested_gpu_that_is_not_there_is_an_error(backbone_file: Path) -> N
 
 def test_the_cpu_session_gives_the_files_features(backbone_file: Path) -> None:
     embed = Embedder(backbone_file, device="cpu", batch_size=4)
-    assert (embed.provider, embed.dim, embed.calls) == ("cpu", 512, 0)
+    assert (embed.provider, embed.dims, embed.calls) == ("cpu", [512], 0)
     pixels = batch(11)
     found = embed(pixels)
     assert found.dtype == np.float32

@@ -31,7 +31,9 @@ from classifiers.finetune import (
 )
 from extractor import backbones
 from extractor.backbones import Backbone
-from extractor.export import relative_l2, to_onnx, torch_penultimate
+from extractor.export import to_onnx
+from extractor.layers import torch_penultimate
+from extractor.parity import relative_l2
 from extractor.preprocess import Preprocess
 from store.errors import (
     BadDataError,

@@ -66,9 +66,9 @@ def fill(path: Path, count: int = 8, fingerprint: Fingerprint = FLOAT32, shards:
     """A finished cache; returns the features by number."""
     X = features(count)
     with open_writer(path) as writer:
-        writer.begin(fingerprint, {"versions": {}})
+        writer.begin(fingerprint, facts={"versions": {}})
         for part in np.array_split(np.arange(count), shards):
-            writer.append(X[part], [key(i) for i in part], [b"%03d.jpg" % i for i in part])
+            writer.append([X[part]], [key(i) for i in part], [b"%03d.jpg" % i for i in part])
             assert writer.commit() == len(part)
         assert writer.finish(table(count))
     return X
@@ -91,13 +91,13 @@ def test_keys_that_end_in_zero_bytes_are_found(tmp_path: Path) -> None:
     """NumPy strips zero bytes from fixed-length strings when they are read; a digest may well end so."""
     keys = [b"\1" + bytes(31), bytes(32), b"\1\1" + bytes(30)]
     with open_writer(tmp_path / "c") as writer:
-        writer.begin(FLOAT32, {})
-        writer.append(features(3), keys, [b"a", b"b", b"c"])
+        writer.begin(FLOAT32, facts={})
+        writer.append([features(3)], keys, [b"a", b"b", b"c"])
         writer.commit()
         writer.finish(SampleTable([Row(b"a", sha256=keys[0])], {"root": ""}))
     np.testing.assert_array_equal(FeatureCache(tmp_path / "c").features(keys[::-1]), features(3)[::-1])
     with open_writer(tmp_path / "c") as writer:
-        writer.begin(FLOAT32, {})
+        writer.begin(FLOAT32, facts={})
         assert writer.known == set(keys)
 
 
@@ -121,7 +121,7 @@ def test_an_unknown_split_names_those_there_are(tmp_path: Path) -> None:
 def test_unlabelled_samples_cannot_be_trained_on(tmp_path: Path) -> None:
     fill(tmp_path / "c")
     with open_writer(tmp_path / "c") as writer:
-        writer.begin(FLOAT32, {})
+        writer.begin(FLOAT32, facts={})
         rows = list(table(8).rows)
         writer.finish(SampleTable([Row(b"000.jpg", sha256=key(0)), *rows[1:]], {"root": ""}))
     with pytest.raises(BadDataError, match=r"1 of 8 samples have no label \(such as 000.jpg\)"):
@@ -158,7 +158,7 @@ def test_shards_of_another_fingerprint_are_ignored(tmp_path: Path) -> None:
     shard.write_shard(tmp_path / "c/shards", 99, np.zeros((10, 4), np.float32), keys, [b"x"] * 10, foreign)
     np.testing.assert_array_equal(FeatureCache(tmp_path / "c").subset().X, X)
     with open_writer(tmp_path / "c") as writer:
-        writer.begin(FLOAT32, {})
+        writer.begin(FLOAT32, facts={})
         assert len(writer.known) == 8
 
 
@@ -190,8 +190,8 @@ def test_a_writer_removes_only_the_temporary_files_of_killed_runs(tmp_path: Path
 def test_rows_that_do_not_fit_float16_go_into_a_float32_shard(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     X = np.array([[1, 2, 3, 4], [1e6, 1, 1, 1], [0.5, 0.25, 0, 0], [1e-8, 0, 0, 0]], np.float32)
     with open_writer(tmp_path / "c") as writer:
-        writer.begin(AUTO, {})
-        writer.append(X, [key(i) for i in range(4)], [b"%03d.jpg" % i for i in range(4)])
+        writer.begin(AUTO, facts={})
+        writer.append([X], [key(i) for i in range(4)], [b"%03d.jpg" % i for i in range(4)])
         assert writer.commit() == 4
         writer.finish(table(4))
     assert "2 of 4 rows do not fit float16" in caplog.text
@@ -222,18 +222,18 @@ def test_nan_and_infinity_are_refused_with_their_count(tmp_path: Path, value: fl
     X = features(5)
     X[1, 2] = X[3, 0] = X[3, 1] = value
     with open_writer(tmp_path / "c") as writer:
-        writer.begin(AUTO, {})
+        writer.begin(AUTO, facts={})
         with pytest.raises(BadDataError, match=r"NaN or infinity for 2 of 5 images \(such as 001.jpg\)"):
-            writer.append(X, [key(i) for i in range(5)], [b"%03d.jpg" % i for i in range(5)])
+            writer.append([X], [key(i) for i in range(5)], [b"%03d.jpg" % i for i in range(5)])
         assert writer.commit() == 0
     assert shard_paths(tmp_path / "c") == []
 
 
 def test_a_shard_is_due_by_size_and_by_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_writer(tmp_path / "c") as writer:
-        writer.begin(AUTO, {})
+        writer.begin(AUTO, facts={})
         assert not writer.due
-        writer.append(features(2), [key(0), key(1)], [b"a", b"b"])
+        writer.append([features(2)], [key(0), key(1)], [b"a", b"b"])
         assert not writer.due
         monkeypatch.setattr(store.writer, "SHARD_BYTES", 33)
         assert not writer.due
@@ -250,7 +250,7 @@ def test_an_unchanged_table_is_not_written_again(tmp_path: Path) -> None:
     fill(tmp_path / "c")
     before = {path.name: path.stat().st_ino for path in (tmp_path / "c").iterdir()}
     with open_writer(tmp_path / "c") as writer:
-        writer.begin(FLOAT32, {"versions": {}})
+        writer.begin(FLOAT32, facts={"versions": {}})
         assert not writer.finish(table(8))
         assert {path.name: path.stat().st_ino for path in (tmp_path / "c").iterdir()} == before
         (tmp_path / "c/ledger.jsonl").unlink()
@@ -260,7 +260,7 @@ def test_an_unchanged_table_is_not_written_again(tmp_path: Path) -> None:
 
 def test_the_ledger_lists_failures_as_json(tmp_path: Path) -> None:
     with open_writer(tmp_path / "c") as writer:
-        writer.begin(AUTO, {})
+        writer.begin(AUTO, facts={})
         bad = Row(b"b\n\xff.jpg", "b", sha256=key(1), code="truncated", message='it says "no"')
         writer.finish(SampleTable([Row(b"a", "a", sha256=key(0)), bad], {"root": ""}))
     lines = (tmp_path / "c/ledger.jsonl").read_text().splitlines()
@@ -271,7 +271,7 @@ def test_relabelling_touches_no_shard(tmp_path: Path) -> None:
     fill(tmp_path / "c")
     before = {path: path.stat().st_mtime_ns for path in shard_paths(tmp_path / "c")}
     with open_writer(tmp_path / "c") as writer:
-        writer.begin(FLOAT32, {})
+        writer.begin(FLOAT32, facts={})
         writer.finish(SampleTable([Row(b"new/%d" % i, "c", sha256=key(i)) for i in range(8)], {"root": ""}))
     assert {path: path.stat().st_mtime_ns for path in shard_paths(tmp_path / "c")} == before
     assert FeatureCache(tmp_path / "c").subset().y.tolist() == ["c"] * 8
@@ -340,7 +340,7 @@ def test_a_lost_cache_json_is_told_by_the_shards(tmp_path: Path, content: str | 
     assert cache.fingerprint == FLOAT32
     np.testing.assert_array_equal(cache.subset().X, X)
     with open_writer(tmp_path / "c") as writer:
-        writer.begin(FLOAT32, {"note": 1})
+        writer.begin(FLOAT32, facts={"note": 1})
     assert json.loads(path.read_text())["fingerprint"] == dict(FLOAT32.fields)
 
 
@@ -359,7 +359,7 @@ def test_a_newer_cache_is_refused_with_its_version(tmp_path: Path) -> None:
     with pytest.raises(CorruptCacheError, match="format version 2; this penult reads version 1"):
         FeatureCache(tmp_path / "c")
     with pytest.raises(CorruptCacheError, match="format version 2"), open_writer(tmp_path / "c") as writer:
-        writer.begin(AUTO, {})
+        writer.begin(AUTO, facts={})
     assert len(shard_paths(tmp_path / "c")) == 2
 
 
@@ -394,11 +394,11 @@ def test_a_damaged_shard_is_refused_by_readers_and_dropped_by_a_writer(
     with pytest.raises(CorruptCacheError, match=first.name):
         FeatureCache(tmp_path / "c").subset()
     with open_writer(tmp_path / "c") as writer:
-        writer.begin(FLOAT32, {})
+        writer.begin(FLOAT32, facts={})
         assert writer.known == {key(i) for i in range(4, 8)}
         assert first.name in caplog.text
         assert not first.exists()
-        writer.append(features(8)[:4], [key(i) for i in range(4)], [b"x"] * 4)
+        writer.append([features(8)[:4]], [key(i) for i in range(4)], [b"x"] * 4)
         writer.commit()
     assert [path.name[:5] for path in shard_paths(tmp_path / "c")] == ["00001", "00002"]
     assert shard_paths(tmp_path / "c")[0] == second
@@ -414,7 +414,7 @@ def test_a_damaged_sample_table_is_refused_by_readers_and_made_again_by_a_writer
     with pytest.raises(CorruptCacheError, match="payload"):
         FeatureCache(tmp_path / "c")
     with open_writer(tmp_path / "c") as writer:
-        writer.begin(FLOAT32, {})
+        writer.begin(FLOAT32, facts={})
         assert writer.samples is None
         assert "it is made again" in caplog.text
         assert writer.finish(table(8))
@@ -447,7 +447,7 @@ def test_overwriting_empties_a_cache_but_not_what_is_not_its(tmp_path: Path) -> 
     with open_writer(tmp_path / "c") as writer:
         writer.clear()
         assert writer.fresh
-        writer.begin(AUTO, {})
+        writer.begin(AUTO, facts={})
         assert writer.known == set()
     assert (tmp_path / "c/notes.txt").read_text() == "mine"
     assert (tmp_path / "c/shards/notes.txt").read_text() == "mine"
@@ -513,7 +513,7 @@ def test_another_fingerprint_is_refused_before_anything_changes(tmp_path: Path) 
     fill(tmp_path / "c")
     before = {path: path.read_bytes() for path in (tmp_path / "c").rglob("*") if path.is_file()}
     with open_writer(tmp_path / "c") as writer, pytest.raises(FingerprintMismatchError, match="storage"):
-        writer.begin(AUTO, {})
+        writer.begin(AUTO, facts={})
     assert {path: path.read_bytes() for path in (tmp_path / "c").rglob("*") if path.is_file()} == before
 
 

@@ -1,0 +1,466 @@
+"""Somebody's own ONNX file as a backbone: what its input takes, where its features are, and a graph in penult's form.
+
+Whatever the file looks like (NCHW or NHWC, float or uint8, fixed batch), the result takes normalised float32 pixels
+``(batch, 3, s, s)`` and gives ``(batch, d)``. It is compared with the file itself before anyone uses it. What the file does not
+say must be stated, by flags or in a TOML file of its name: a guess would cost accuracy silently.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import tempfile
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from store.errors import BadDataError, UsageError
+
+from . import onnxfile
+from .backbones import Backbone
+from .graph import Graph, cut, pooling_nodes
+from .onnxfile import BackboneFacts, Layer
+from .parity import PARITY, relative_l2
+from .preprocess import FILTERS, Preprocess
+
+log = logging.getLogger("penult.extractor")
+
+DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")  # what ONNX Runtime computes without anybody's own code
+RESIZE_OVER_CROP = 256 / 224  # the usual ratio of torchvision's presets
+BATCH = 3
+HALF = 2e-3  # relative L2 per row, for networks that compute in float16: fusing two operations rounds once less
+
+
+@dataclass(frozen=True)
+class Input:
+    """The image input of a foreign graph.
+
+    Attributes:
+        name: of the tensor.
+        dtype: ``float32``, ``float16`` or ``uint8``.
+        layout: ``nchw`` or ``nhwc``.
+        side: height and width, pixels; None where it is dynamic.
+        batch: images per call; None where it is dynamic.
+    """
+
+    name: str
+    dtype: str
+    layout: str
+    side: int | None
+    batch: int | None
+
+    def of(self, pixels: NDArray[np.float32]) -> NDArray[Any]:
+        """Normalised ``(n, 3, s, s)`` float32 as this input wants it."""
+        values = np.rint(pixels) if self.dtype == "uint8" else pixels
+        return np.ascontiguousarray((values.transpose(0, 2, 3, 1) if self.layout == "nhwc" else values).astype(self.dtype))
+
+
+def is_own(file: Path) -> bool:
+    """Whether penult made an ONNX file, which then says everything itself.
+
+    Raises:
+        InputMissingError, BadDataError: as `onnxfile.read_model`.
+    """
+    return onnxfile.facts_in(onnxfile.read_model(file)) is not None
+
+
+def import_onnx(backbone: Backbone, target: Path) -> BackboneFacts:
+    """Make a backbone file of somebody's ONNX file; one of penult's own is taken as it is.
+
+    Raises:
+        UsageError: what is stated is missing, superfluous or unknown; says what to state.
+        BadDataError: the file is damaged, or no network from one image to features.
+        InputMissingError: the file, or its external data, is not there.
+    """
+    file = Path(backbone.name)
+    model = onnxfile.read_model(file)
+    digest = onnxfile.digest(file)  # also finds external data, before anything loads it
+    facts = onnxfile.facts_in(model)
+    if facts is not None:
+        return _own(backbone, facts, model, digest, target)
+    _require_domains(model, file)
+    stated = {**read_sidecar(file), **backbone.stated}
+    layers = list(backbone.layers) or stated.pop("layer", [])
+    pooling = backbone.pooling or stated.pop("pooling", "average")
+    _load_data(model, file)
+    begin = image_input(model, file, stated.get("layout"))
+    preprocess = preprocessing(begin, stated, file)
+    graph = Graph(model)
+    tensors = choose_tensors(graph, layers, file)
+    pixels = np.random.default_rng(0).uniform(-1, 1, (BATCH, 3, preprocess.crop, preprocess.crop)).astype(np.float32)
+    if preprocess.input_range == 255:
+        pixels = np.rint((pixels + 1) * 127.5)
+    expected = run_whole(model, tensors, begin, pixels, file)
+    opset = max((each.version for each in model.opset_import if each.domain in ("", "ai.onnx")), default=1)
+    ends, found = [], []
+    for tensor, values, output in zip(tensors, expected, onnxfile.name_outputs(len(tensors)), strict=True):
+        kinds = pooling_nodes(tensor, values.shape, pooling, f"{output}_raw", opset)
+        nodes, kind, dim = kinds
+        ends.append(([*nodes, _cast(f"{output}_raw", output, "float32")], output, dim))
+        found.append(Layer(tensor, kind, dim, output))
+    facts = BackboneFacts("onnx", file.name, digest, tuple(found), preprocess)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent) as folder:
+        new = Path(folder) / target.name
+        return _write(model, begin, ends, facts, pixels, expected, new, target)
+
+
+def _write(
+    model: Any,
+    begin: Input,
+    ends: Sequence[tuple[list[Any], str, int]],
+    facts: BackboneFacts,
+    pixels: NDArray[np.float32],
+    expected: Sequence[NDArray[Any]],
+    new: Path,
+    target: Path,
+) -> BackboneFacts:
+    """Cut, save, compare, install: with a free batch size where the graph allows it, else with its own."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    side, limit = facts.preprocess.crop, HALF if begin.dtype == "float16" else PARITY
+    front = _front(begin)
+    cut(model, ends, front, [helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["batch", 3, side, side])])
+    for batch in (None, begin.batch) if begin.batch else (None,):
+        facts = replace(facts, batch=batch)
+        if batch:
+            model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = batch
+            for output in model.graph.output:
+                output.type.tensor_type.shape.dim[0].dim_value = batch
+            del model.metadata_props[:]
+        onnxfile.write_facts(model, facts)
+        onnxfile.save(model, new)
+        try:
+            onnx.checker.check_model(str(new))
+            found = _run_new(new, pixels, facts)
+            worst = max(
+                float(relative_l2(a, _pooled(b, layer)).max())
+                for a, b, layer in zip(found, expected, facts.layers, strict=True)
+            )
+        except Exception as error:  # onnxruntime's exceptions have no common public base
+            worst, reason = np.inf, str(error).strip().splitlines()[0]
+        else:
+            reason = f"features differ by {worst:.1e} from the file's own; the limit is {limit}"
+        if worst <= limit:
+            onnxfile.install(new, target)
+            return facts
+    message = f"{facts.weights} cannot be used as a backbone: {reason}"
+    raise BadDataError(message)
+
+
+def _pooled(values: NDArray[Any], layer: Layer) -> NDArray[np.float64]:
+    """What the pooling nodes must give, computed by NumPy."""
+    from .graph import spatial_axes
+
+    exact = values.astype(np.float64)
+    if layer.pooling == "none":
+        return exact
+    if layer.pooling == "token":
+        return np.asarray(exact[:, 0])
+    axes, _ = spatial_axes(values.shape, layer.layer, layer.pooling)
+    return np.asarray(exact.max(tuple(axes)) if layer.pooling == "max" else exact.mean(tuple(axes)))
+
+
+def _run_new(path: Path, pixels: NDArray[np.float32], facts: BackboneFacts) -> list[NDArray[np.float32]]:
+    session = _session(path)
+    step = facts.batch or len(pixels)
+    parts = []
+    for start in range(0, len(pixels), step):
+        part = pixels[start : start + step]
+        padded = np.concatenate([part, np.zeros((step - len(part), *part.shape[1:]), np.float32)])
+        parts.append([output[: len(part)] for output in session.run(None, {"pixels": padded})])
+    outputs = [np.concatenate(columns) for columns in zip(*parts, strict=True)]
+    if any(len(output) != len(pixels) for output in outputs):
+        message = "its features do not keep the number of images"
+        raise ValueError(message)
+    return outputs
+
+
+def _own(backbone: Backbone, facts: BackboneFacts, model: Any, digest: str, target: Path) -> BackboneFacts:
+    """A file of penult's own says everything itself."""
+    file = Path(backbone.name)
+    superfluous = [f"--{name.replace('_', '-')}" for name in backbone.stated]
+    superfluous += ["--layer"] if backbone.layers else []
+    superfluous += ["--pooling"] if backbone.pooling else []
+    if superfluous:
+        message = f"{file} says itself what its input and its features are: leave {', '.join(superfluous)} out"
+        raise UsageError(message)
+    facts = replace(facts, weights_sha256=digest)  # what its metadata says of its weights, anybody may have written
+    _load_data(model, file)
+    del model.metadata_props[:]
+    onnxfile.write_facts(model, facts)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent) as folder:
+        onnxfile.save(model, Path(folder) / target.name)
+        onnxfile.install(Path(folder) / target.name, target)
+    return facts
+
+
+def _require_domains(model: Any, file: Path) -> None:
+    foreign = sorted({node.domain for node in model.graph.node} - set(DOMAINS) - {each.domain for each in model.functions})
+    if foreign:
+        message = f"{file} needs operators of {', '.join(foreign)}, which run somebody's own code; export it with standard ones"
+        raise BadDataError(message)
+
+
+def _load_data(model: Any, file: Path) -> None:
+    from onnx.external_data_helper import load_external_data_for_model
+
+    try:
+        load_external_data_for_model(model, str(file.resolve().parent))
+    except Exception as error:  # ValidationError, ValueError: a file shorter than the tensors in it
+        message = f"{file}: its external data cannot be read: {error}"
+        raise BadDataError(message) from error
+
+
+def read_sidecar(file: Path) -> dict[str, Any]:
+    """What ``FILE.toml`` beside ``FILE.onnx`` states; nothing where there is none.
+
+    Raises:
+        UsageError: it is no TOML, or has a key or a value that does not belong there; names it.
+    """
+    path = file.with_suffix(".toml")
+    if not path.is_file():
+        return {}
+    from pydantic import BaseModel, ConfigDict, ValidationError
+
+    class Sidecar(BaseModel):
+        model_config = ConfigDict(extra="forbid", strict=True)
+        mean: float | list[float] | None = None
+        std: float | list[float] | None = None
+        input_range: float | int | None = None
+        resize: int | None = None
+        crop: int | None = None
+        interpolation: str | None = None
+        channels: Literal["rgb", "bgr"] | None = None
+        squash: bool | None = None
+        layout: Literal["nchw", "nhwc"] | None = None
+        layer: str | list[str] | None = None
+        pooling: Literal["average", "max", "token"] | None = None
+
+    try:
+        stated = Sidecar(**tomllib.loads(path.read_text())).model_dump(exclude_none=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0])
+        near = difflib.get_close_matches(key, Sidecar.model_fields, n=1)
+        unknown = (
+            f"unknown key; did you mean {near[0]!r}?" if near else f"unknown key; known: {', '.join(Sidecar.model_fields)}"
+        )
+        message = f"{path}: {key}: {unknown if first['type'] == 'extra_forbidden' else first['msg']}"
+        raise UsageError(message) from error
+    except (OSError, ValueError) as error:
+        message = f"{path}: {error}"
+        raise UsageError(message) from error
+    log.info("%s says how %s is used", path, file.name)
+    for name in ("mean", "std"):
+        if name in stated:
+            stated[name] = tuple(np.atleast_1d(stated[name]).astype(float).tolist())
+    if isinstance(stated.get("layer"), str):
+        stated["layer"] = [stated["layer"]]
+    return stated
+
+
+def image_input(model: Any, file: Path, layout: str | None) -> Input:
+    """The one input of a graph, which must be images.
+
+    Raises:
+        BadDataError: there are other inputs, or this one is no batch of RGB images.
+        UsageError: its layout must be stated.
+    """
+    from onnx import TensorProto
+
+    given = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in given]
+    if len(inputs) != 1:
+        names = ", ".join(value.name for value in inputs) or "none"
+        message = f"{file} takes {len(inputs)} inputs ({names}); a backbone takes images alone"
+        raise BadDataError(message)
+    tensor = inputs[0].type.tensor_type
+    dims = [int(dim.dim_value) or None for dim in tensor.shape.dim]
+    shown = f"({', '.join(str(dim or '?') for dim in dims)})"
+    if len(dims) != 4:
+        message = f"{file} takes {inputs[0].name} of shape {shown}; expected (n, 3, h, w) or (n, h, w, 3)"
+        raise BadDataError(message)
+    kinds = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.UINT8: "uint8"}
+    if tensor.elem_type not in kinds:
+        message = (
+            f"{file} takes {inputs[0].name} of type {TensorProto.DataType.Name(tensor.elem_type)}; expected float or uint8"
+        )
+        raise BadDataError(message)
+    can = {"nchw": dims[1] in (3, None), "nhwc": dims[3] in (3, None)}
+    certain = {"nchw": dims[1] == 3 and dims[3] != 3, "nhwc": dims[3] == 3 and dims[1] != 3}
+    found = layout or next((name for name, sure in certain.items() if sure), None)
+    if not any(can.values()) or (found and not can[found]):
+        message = f"{file} takes {inputs[0].name} of shape {shown}: not three channels (RGB){' in ' + layout if layout else ''}"
+        raise BadDataError(message)
+    if found is None:
+        message = f"{file} takes {inputs[0].name} of shape {shown}. State --layout nchw or --layout nhwc"
+        raise UsageError(message)
+    height, width = dims[2:] if found == "nchw" else dims[1:3]
+    if height != width:
+        message = f"{file} takes images of {height or '?'} x {width or '?'} pixels; only square inputs can be used"
+        raise BadDataError(message)
+    return Input(inputs[0].name, kinds[tensor.elem_type], found, height, dims[0])
+
+
+def preprocessing(begin: Input, stated: dict[str, Any], file: Path) -> Preprocess:
+    """What images must go through before this input.
+
+    Raises:
+        UsageError: something that must be stated is missing, or contradicts the file.
+    """
+    if begin.dtype == "uint8":
+        for name in ("mean", "std", "input_range"):
+            if name in stated:
+                message = f"{file} takes raw bytes: leave --{name.replace('_', '-')} out"
+                raise UsageError(message)
+        stated = {**stated, "input_range": 255.0}
+    input_range = float(stated.get("input_range", 1.0))
+    if input_range not in (1.0, 255.0):
+        message = f"--input-range {input_range:g}: expected 1 (pixels / 255) or 255 (raw values)"
+        raise UsageError(message)
+    if "mean" not in stated and "std" not in stated and input_range == 255:
+        stated = {"mean": (0.0,), "std": (1.0,), **stated}
+    if "mean" not in stated or "std" not in stated:
+        message = (
+            f"{file} takes float pixels and does not say how they were normalised; a guess would cost accuracy silently. "
+            f"State --mean and --std, of pixels in 0..1: --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 (torchvision "
+            f"and most of timm), --mean 0.5 --std 0.5 (-1..1), --mean 0 --std 1 (0..1), or --input-range 255 for raw values; "
+            f"or write them into {file.with_suffix('.toml').name} beside it"
+        )
+        raise UsageError(message)
+    mean, std = (_three(stated[name], f"--{name}") for name in ("mean", "std"))
+    if any(value == 0 for value in std):
+        message = f"--std {','.join(f'{value:g}' for value in std)}: it divides, so none may be 0"
+        raise UsageError(message)
+    crop = begin.side or stated.get("crop")
+    if crop is None:
+        message = f"{file} takes images of any size. State the one it was trained on, such as --crop 224"
+        raise UsageError(message)
+    if stated.get("crop") not in (None, crop):
+        message = f"--crop {stated['crop']}: {file} takes {crop} x {crop} pixels"
+        raise UsageError(message)
+    squash = bool(stated.get("squash"))
+    resize = crop if squash else int(stated.get("resize") or round(crop * RESIZE_OVER_CROP))
+    interpolation = str(stated.get("interpolation", "bilinear"))
+    if interpolation not in FILTERS:
+        message = f"--interpolation {interpolation}: expected {', '.join(FILTERS)}"
+        raise UsageError(message)
+    assumed = [f"--resize {resize}"] if not squash and "resize" not in stated else []
+    assumed += ["--interpolation bilinear"] if "interpolation" not in stated else []
+    if assumed:
+        log.warning("%s does not say, so as usual: %s", file.name, " ".join(assumed))
+    return Preprocess(resize, crop, interpolation, mean, std, input_range, str(stated.get("channels", "rgb")), squash)
+
+
+def _three(values: Sequence[float], flag: str) -> tuple[float, ...]:
+    if len(values) == 1:
+        return (float(values[0]),) * 3
+    if len(values) != 3:
+        message = f"{flag} {','.join(map(str, values))}: expected one value, or three"
+        raise UsageError(message)
+    return tuple(map(float, values))
+
+
+def choose_tensors(graph: Graph, layers: Sequence[str], file: Path) -> list[str]:
+    """The tensors that are the features: those asked for, or the penultimate one.
+
+    Raises:
+        UsageError: unknown names, with the nearest; several outputs and none chosen.
+        BadDataError: it cannot be told whether there is a classification layer.
+    """
+    known = graph.tensors()
+    for layer in layers:
+        if layer not in known:
+            near = difflib.get_close_matches(layer, known, n=3, cutoff=0.4)
+            hint = f"; did you mean {', '.join(map(repr, near))}?" if near else f"; its last ones are {', '.join(known[-4:])}"
+            message = f"--layer {layer}: {file} has no such tensor{hint}"
+            raise UsageError(message)
+    if layers:
+        return list(layers)
+    outputs = [value.name for value in graph.graph.output]
+    if len(outputs) != 1:
+        listing = ", ".join(outputs)
+        message = f"{file} has {len(outputs)} outputs ({listing}). State which are the features, such as --layer {outputs[0]}"
+        raise UsageError(message)
+    tensor = graph.classifier_input(outputs[0])
+    if tensor is None:
+        log.info("%s: no classification layer before the output %r, which is used as it is", file.name, outputs[0])
+        return outputs
+    log.info("%s: cut at %r, the input of its classification layer", file.name, tensor)
+    return [tensor]
+
+
+def run_whole(
+    model: Any, tensors: Sequence[str], begin: Input, pixels: NDArray[np.float32], file: Path
+) -> list[NDArray[np.float32]]:
+    """The values of tensors, from the file's own graph, on normalised pixels ``(n, 3, s, s)``.
+
+    Raises:
+        BadDataError: ONNX Runtime cannot run it, or it gives no numbers.
+    """
+    from onnx import ModelProto, ValueInfoProto
+
+    whole = ModelProto()
+    whole.CopyFrom(model)
+    present = {value.name for value in whole.graph.output}
+    whole.graph.output.extend(ValueInfoProto(name=name) for name in tensors if name not in present)
+    step = begin.batch or len(pixels)
+    parts = []
+    with tempfile.TemporaryDirectory(prefix="penult-") as folder:
+        path = Path(folder) / "whole.onnx"
+        onnxfile.save(whole, path)
+        try:
+            session = _session(path)
+            for start in range(0, len(pixels), step):
+                part = pixels[start : start + step]
+                padded = np.concatenate([part, np.zeros((step - len(part), *part.shape[1:]), np.float32)])
+                outputs = session.run(list(tensors), {begin.name: begin.of(padded)})
+                parts.append([output[: len(part)] for output in outputs])
+        except Exception as error:  # onnxruntime's exceptions have no common public base
+            message = f"{file} cannot be run: {str(error).strip().splitlines()[0]}"
+            raise BadDataError(message) from error
+    values = [np.concatenate(columns) for columns in zip(*parts, strict=True)]
+    for tensor, value in zip(tensors, values, strict=True):
+        if value.dtype.kind != "f" or value.shape[0] != len(pixels):
+            message = (
+                f"{file}: {tensor!r} is {value.dtype} of shape {value.shape} for {len(pixels)} images, not features of each"
+            )
+            raise BadDataError(message)
+        if not np.isfinite(value).all():
+            message = f"{file} gives NaN or infinity in {tensor!r} for ordinary pixels; it is damaged, or takes another range"
+            raise BadDataError(message)
+    return values
+
+
+def _session(path: Path) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _front(begin: Input) -> list[Any]:
+    """The nodes from normalised float32 ``pixels`` (batch, 3, s, s) to what the graph's own input takes."""
+    from onnx import helper
+
+    nodes, name = [], "pixels"
+    if begin.dtype == "uint8":
+        nodes.append(helper.make_node("Round", [name], ["penult_rounded"]))
+        name = "penult_rounded"
+    if begin.layout == "nhwc":
+        nodes.append(helper.make_node("Transpose", [name], ["penult_last"], perm=[0, 2, 3, 1]))
+        name = "penult_last"
+    return [*nodes, _cast(name, begin.name, begin.dtype)]
+
+
+def _cast(name: str, result: str, dtype: str) -> Any:
+    from onnx import TensorProto, helper
+
+    return helper.make_node("Cast", [name], [result], to=getattr(TensorProto, {"float32": "FLOAT"}.get(dtype, dtype.upper())))

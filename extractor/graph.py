@@ -1,0 +1,215 @@
+"""ONNX graphs: where the classification layer begins, and a graph that ends before it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from store.errors import BadDataError
+
+PASS_THROUGH = ("Identity", "Transpose", "Cast", "DequantizeLinear", "Reshape", "Unsqueeze", "Squeeze")
+WEIGHTED = ("Gemm", "MatMul", "Conv")
+# What may stand between a classification layer and the output: probabilities, biases, temperatures, shapes, pooling.
+TAIL = (*PASS_THROUGH, "Softmax", "LogSoftmax", "Sigmoid", "Flatten", "Add", "Sub", "Mul", "Div", "QuantizeLinear", "Dropout")
+POOLING = ("GlobalAveragePool", "AveragePool", "ReduceMean")
+ACTIVATIONS = ("Relu", "Clip", "LeakyRelu", "PRelu", "Elu", "Gelu", "HardSwish", "Tanh")
+
+
+class Graph:
+    """A model's graph, looked at from its outputs."""
+
+    def __init__(self, model: Any) -> None:
+        self.graph = model.graph
+        self.made_by = {name: node for node in model.graph.node for name in node.output}
+        self._constants = {tensor.name for tensor in model.graph.initializer}
+        self._constants |= {name for node in model.graph.node if node.op_type == "Constant" for name in node.output}
+
+    def is_constant(self, name: str) -> bool:
+        """Whether a tensor is a weight, perhaps transposed or dequantised."""
+        while name not in self._constants:
+            node = self.made_by.get(name)
+            if node is None or node.op_type not in PASS_THROUGH:
+                return False
+            name = node.input[0]
+        return True
+
+    def is_weighted(self, node: Any) -> bool:
+        return node.op_type in WEIGHTED and self.is_constant(node.input[1])
+
+    def penultimate(self, output: str) -> str:
+        """Name of the tensor that feeds the last layer with weights before an output: the last Gemm, MatMul or Conv.
+
+        Raises:
+            BadDataError: there is no such layer.
+        """
+        pending, seen = deque([output]), set()
+        while pending:
+            node = self.made_by.get(pending.popleft())
+            if node is None or id(node) in seen:
+                continue
+            seen.add(id(node))
+            if self.is_weighted(node):
+                return str(node.input[0])
+            pending.extend(node.input)
+        message = "no Gemm, MatMul or Conv with constant weights stands before the network's output; nothing to cut at"
+        raise BadDataError(message)
+
+    def classifier_input(self, output: str) -> str | None:
+        """The tensor that feeds the classification layer before an output; None where there is none: the output is features.
+
+        A classification layer is a Gemm, a MatMul or a 1x1 Conv with nothing behind it but `TAIL`. What has been through an
+        activation, a residual sum or a normalisation is features already.
+
+        Raises:
+            BadDataError: it looks like either, as SqueezeNet's classifier and a headless MobileNet do.
+        """
+        name, activated, pooled = output, False, False
+        while (node := self.made_by.get(name)) is not None:
+            if self.is_weighted(node):
+                if node.op_type == "Conv" and any(side != 1 for side in _kernel(node)):
+                    return None
+                if not activated:
+                    return str(node.input[0])
+                if node.op_type == "Conv" and pooled:
+                    message = (
+                        f"the last layer before the output {output!r} is a 1x1 convolution with an activation and a pooling "
+                        f"behind it, which may be a classification layer or features. State --layer {output} to use the "
+                        f"output as it is, or --layer {node.input[0]} for the input of that layer"
+                    )
+                    raise BadDataError(message)
+                return None
+            data = [each for each in node.input if each and not self.is_constant(each)]
+            if len(data) != 1 or node.op_type not in (*TAIL, *POOLING, *ACTIVATIONS):
+                return None
+            activated |= node.op_type in ACTIVATIONS
+            pooled |= node.op_type in POOLING
+            name = data[0]
+        return None
+
+    def tensors(self) -> list[str]:
+        """Names of all inner tensors and outputs, in the order of computation."""
+        return [name for node in self.graph.node for name in node.output if name and not self.is_constant(name)]
+
+
+def _kernel(node: Any) -> list[int]:
+    return [side for attribute in node.attribute if attribute.name == "kernel_shape" for side in attribute.ints]
+
+
+def pooling_nodes(tensor: str, shape: Sequence[int], pooling: str, output: str, opset: int) -> tuple[list[Any], str, int]:
+    """The nodes that make a vector of a tensor.
+
+    Args:
+        tensor: its name.
+        shape: of one run with any batch: (n, d), (n, tokens, d), (n, d, h, w) or (n, h, w, d).
+        pooling: ``average``, ``max`` or ``token`` where it is no vector.
+        output: name of the result ``(n, d)``.
+        opset: of the model; until 17, reductions have their axes as an attribute.
+
+    Returns:
+        Nodes, the pooling as the facts name it, and d.
+
+    Raises:
+        BadDataError: a tensor of this shape cannot be pooled so.
+    """
+    from onnx import helper
+
+    if len(shape) == 2:
+        return [helper.make_node("Identity", [tensor], [output])], "none", int(shape[1])
+    axes, width = spatial_axes(shape, tensor, pooling)
+    inner = f"penult_{output}"
+    if pooling == "token":
+        index = helper.make_tensor(f"{inner}_first", 7, [], [0])  # INT64
+        nodes = [
+            helper.make_node("Constant", [], [f"{inner}_index"], value=index),
+            helper.make_node("Gather", [tensor, f"{inner}_index"], [output], axis=1),
+        ]
+        return nodes, pooling, width
+    if len(axes) == 2 and axes[0] == 2:
+        op = "GlobalMaxPool" if pooling == "max" else "GlobalAveragePool"
+        pooled = helper.make_node(op, [tensor], [inner])
+        return [pooled, helper.make_node("Flatten", [inner], [output], axis=1)], pooling, width
+    op = "ReduceMax" if pooling == "max" else "ReduceMean"
+    if opset < 18:
+        return [helper.make_node(op, [tensor], [output], keepdims=0, axes=axes)], pooling, width
+    constant = helper.make_tensor(f"{inner}_values", 7, [len(axes)], axes)
+    nodes = [
+        helper.make_node("Constant", [], [f"{inner}_axes"], value=constant),
+        helper.make_node(op, [tensor, f"{inner}_axes"], [output], keepdims=0),
+    ]
+    return nodes, pooling, width
+
+
+def spatial_axes(shape: Sequence[int], name: str, pooling: str) -> tuple[list[int], int]:
+    """The axes to pool over, and the number of features.
+
+    Square inputs make square feature maps, which tells channels first from channels last.
+
+    Raises:
+        BadDataError: it is neither tokens nor a square map, or has no class token.
+    """
+    if len(shape) == 3:
+        return [1], int(shape[2])
+    if len(shape) == 4 and pooling != "token":
+        if shape[2] == shape[3]:
+            return [2, 3], int(shape[1])
+        if shape[1] == shape[2]:
+            return [1, 2], int(shape[3])
+    wanted = "tokens (n, t, d)" if pooling == "token" else "(n, d), (n, t, d), (n, d, h, h) or (n, h, h, d)"
+    message = f"the layer {name!r} has shape {tuple(shape)}; expected {wanted}"
+    raise BadDataError(message)
+
+
+def cut(model: Any, ends: Sequence[tuple[list[Any], str, int]], front: Sequence[Any] = (), inputs: Sequence[Any] = ()) -> None:
+    """Make a model end where some nodes do, in place: its weights may be gigabytes. What they do not need goes.
+
+    Args:
+        model: ``onnx.ModelProto``.
+        ends: for each output, the nodes that make it (`pooling_nodes`), its name and its width.
+        front: nodes before the graph.
+        inputs: the new graph's inputs; the old ones where not given.
+    """
+    from onnx import NodeProto, TensorProto, helper
+
+    graph = model.graph
+    made_by = {name: node for node in graph.node for name in node.output}
+    tails = [node for nodes, _, _ in ends for node in nodes]
+    keep, pending = set(), [name for node in tails for name in node.input]
+    while pending:
+        node = made_by.get(pending.pop())
+        if node is not None and id(node) not in keep:
+            keep.add(id(node))
+            pending += [*node.input, *free_names(node)]
+    nodes = [*front, *(_copy(NodeProto(), node) for node in graph.node if id(node) in keep), *tails]
+    used = {name for node in nodes for name in (*node.input, *free_names(node))}
+    begin = list(inputs) or [value for value in graph.input if value.name in used]
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", width]) for _, name, width in ends]
+    for i in reversed(range(len(graph.initializer))):
+        if graph.initializer[i].name not in used:
+            del graph.initializer[i]
+    kept = helper.make_graph(nodes, "backbone", begin, outputs)
+    for field in ("node", "input", "output", "value_info", "quantization_annotation"):
+        graph.ClearField(field)
+        getattr(graph, field).extend(getattr(kept, field))
+    graph.name = "backbone"
+    graph.ClearField("doc_string")
+    del model.metadata_props[:]
+    model.producer_name = "penult"
+
+
+def _copy(new: Any, old: Any) -> Any:
+    """A node without the exporter's notes, which name files of the machine it ran on."""
+    new.CopyFrom(old)
+    new.ClearField("doc_string")
+    del new.metadata_props[:]
+    return new
+
+
+def free_names(node: Any) -> list[str]:
+    """What the subgraphs of a node (If, Loop) use from outside."""
+    names = []
+    for attribute in node.attribute:
+        for graph in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+            for inner in graph.node:
+                names += [*inner.input, *free_names(inner)]
+    return names

@@ -1,0 +1,56 @@
+"""Whether an ONNX file gives what it was made from gave."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from store.errors import BadDataError
+
+log = logging.getLogger("penult.extractor")
+
+PARITY = 1e-5  # relative L2 per row, CONTRACTS: "CPU ONNX Runtime fp32 vs torch fp32 on identical pixels"
+
+
+def check_parity(
+    model: Path, batches: Sequence[NDArray[np.float32]], expected: Sequence[Sequence[NDArray[np.floating[Any]]]], name: str
+) -> float:
+    """Compare ONNX Runtime with torch.
+
+    Args:
+        model: the ONNX file.
+        batches: its inputs.
+        expected: for each batch, what torch gives for each output, ``(n, d)``.
+        name: for the message.
+
+    Returns:
+        The largest relative L2 of a row.
+
+    Raises:
+        BadDataError: a row differs by more than `PARITY`.
+    """
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+    largest = 0.0
+    for batch, wanted in zip(batches, expected, strict=True):
+        outputs = session.run(None, {session.get_inputs()[0].name: batch})
+        worst = max(float(relative_l2(found, right).max()) for found, right in zip(outputs, wanted, strict=True))
+        log.debug("%s: ONNX Runtime against torch at batch %d: %.1e", name, len(batch), worst)
+        if not worst <= PARITY:
+            message = f"the exported {name} differs from torch by {worst:.1e} at batch {len(batch)}; the limit is {PARITY}"
+            raise BadDataError(message)
+        largest = max(largest, worst)
+    return largest
+
+
+def relative_l2(found: NDArray[np.floating[Any]], expected: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """Per row of ``(n, d)``: norm of the difference over norm of the expected row; 0 where both are zero."""
+    difference = np.linalg.norm(found.astype(np.float64) - expected, axis=1)
+    norm = np.linalg.norm(expected.astype(np.float64), axis=1)
+    return np.asarray(np.divide(difference, norm, out=np.where(difference == 0, 0.0, np.inf), where=norm > 0))
