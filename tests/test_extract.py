@@ -136,7 +136,7 @@ def test_a_cache_holds_what_the_network_gives(
     assert error.max() > 0 or storage == "float32"
     assert len(np.unique(expected.round(4), axis=0)) == 12
     assert cache.root == photos
-    assert (cache.path / "backbone.onnx").read_bytes() == backbone_file.read_bytes()
+    assert onnx.load(cache.path / "backbone.onnx").graph == onnx.load(backbone_file).graph
     for shard in cache.shards:
         hdf5.verify(shard.path, "penult-shard")
 

@@ -1,4 +1,4 @@
-"""Features in a cache equal torchvision's own network on torchvision's own preprocessing, for the families of the documents."""
+"""Features in a cache equal torchvision's own network on torchvision's own preprocessing, for a network of each kind."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torchvision
 from PIL import Image
 
 from extractor.backbones import Backbone
-from extractor.export import relative_l2
+from extractor.parity import relative_l2
 from extractor.pipeline import Options, run_extract
 from extractor.sources import ImageFolder
 from store.cache import FeatureCache
@@ -29,6 +29,10 @@ LAST = {
     "mobilenet_v2": "classifier.1",
     "mobilenet_v3_large": "classifier.3",
     "squeezenet1_1": "classifier",
+    "efficientnet_b0": "classifier.1",
+    "regnet_y_400mf": "fc",
+    "swin_t": "head",
+    "vit_b_32": "heads.head",
 }
 
 
