@@ -411,7 +411,7 @@ def _fit(
     network.zero_grad()
     digest = backbones.digest(network.state_dict())
     return FineTuned(
-        loaded=Loaded(network, loaded.preprocess, f"fine-tuned from {loaded.weights_name}", digest),
+        loaded=Loaded(network, loaded.preprocess, f"fine-tuned from {loaded.weights_name}", digest, loaded.source),
         weight=model.head.weight.detach().numpy(),
         bias=model.head.bias.detach().numpy(),
         history=model.history,

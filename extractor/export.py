@@ -112,6 +112,7 @@ def to_onnx(loaded: Loaded, name: str, path: Path) -> BackboneFacts:
         pooling=pooling,
         dim=dim,
         preprocess=loaded.preprocess,
+        source=loaded.source,
     )
     onnxfile.write_facts(model, facts)
     data = model.SerializeToString()

@@ -28,6 +28,7 @@ class BackboneFacts:
         pooling: ``none``, or ``average`` where the penultimate tensor is spatial.
         dim: length of a feature vector.
         preprocess: what its input must have gone through.
+        source: where the weights came from, for people.
     """
 
     name: str
@@ -37,6 +38,7 @@ class BackboneFacts:
     pooling: str
     dim: int
     preprocess: Preprocess
+    source: str = ""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

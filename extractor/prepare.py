@@ -14,9 +14,10 @@ from store.errors import UsageError
 from store.fingerprint import Fingerprint
 from store.writer import CacheWriter
 
-from .backbones import Backbone, file_digest
+from .backbones import Backbone
 from .export import export
 from .onnxfile import BackboneFacts, read_facts
+from .weights import file_digest
 
 log = logging.getLogger("penult.extractor")
 
@@ -48,7 +49,7 @@ def prepare_backbone(
     if path.is_file() and before.get("request") == request and before.get("backbone_sha256") == file_digest(path):
         log.info("using %s as exported before", path)
         facts = replace(read_facts(path), weights_sha256=(writer.meta or {})["fingerprint"]["weights"])
-        return facts, {key: before[key] for key in ("request", "backbone_sha256", "weights")}
+        return facts, {**{key: before[key] for key in ("request", "backbone_sha256", "weights")}, "source": facts.source}
     if backbone.seed is not None:
         log.warning(
             "RANDOM WEIGHTS (seed %d): %s is untrained, its features are a random projection", backbone.seed, backbone.name
@@ -65,7 +66,7 @@ def prepare_backbone(
         new.unlink(missing_ok=True)
     hdf5.fsync_directory(path.parent)
     log.info("exported %s (%s), %d features from the %s", facts.name, facts.weights, facts.dim, facts.layer)
-    return facts, {"request": request, "backbone_sha256": file_digest(path), "weights": facts.weights}
+    return facts, {"request": request, "backbone_sha256": file_digest(path), "weights": facts.weights, "source": facts.source}
 
 
 def _import_onnx(file: Path, target: Path) -> BackboneFacts:

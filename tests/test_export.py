@@ -9,8 +9,6 @@ import os
 import pickle
 import sys
 import types
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +20,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from extractor import backbones, onnxfile, session
-from extractor.backbones import Backbone, choose_weights, download, load, names, read_state, row, weights_of, with_classifier
+from extractor.backbones import Backbone, choose_weights, load, names, row, weights_of, with_classifier
 from extractor.export import PARITY, check_parity, export, relative_l2, to_onnx, torch_penultimate
 from extractor.onnxfile import cut, penultimate, read_facts
 from extractor.session import Embedder, resolve_device
+from extractor.weights import read_state
 from store.errors import BadDataError, DeviceUnavailableError, InputMissingError, StorageError, UsageError
 
 SQUEEZENET = Backbone("squeezenet1_1", "random:0", resize=72, crop=64)  # what conftest's backbone_file was made from
@@ -368,50 +367,6 @@ def test_a_payload_in_a_weights_file_is_not_executed(tmp_path: Path, zipped: boo
     with pytest.raises(BadDataError, match="loaded safely"):
         read_state(path)
     assert not marker.exists()
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty torch hub on a machine without a network."""
-    import torch
-
-    def unreachable(*_: Any, **__: Any) -> None:
-        raise urllib.error.URLError("Name or service not known")
-
-    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
-    monkeypatch.setattr(torch.hub, "urlopen", unreachable)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    return tmp_path / "hub"
-
-
-def test_without_a_network_the_file_to_bring_is_named(hub: Path) -> None:
-    with pytest.raises(InputMissingError) as caught:
-        load(Backbone("resnet50"))
-    message = str(caught.value)
-    assert caught.value.exit_code == 66
-    for part in (
-        "cannot download resnet50-11ad3fa6.pth (Name or service not known)",
-        "begins with 11ad3fa6",
-        f"into {hub / 'checkpoints'}",
-        "https://download.pytorch.org/models/resnet50-11ad3fa6.pth",
-    ):
-        assert part in message
-    assert [path for path in hub.rglob("*") if path.is_file()] == []
-
-
-def test_brought_weights_are_used_but_never_executed(hub: Path, state: dict[str, Any], tmp_path: Path) -> None:
-    entry = weights_of("squeezenet1_1")["IMAGENET1K_V1"]
-    file = hub / "checkpoints" / Path(entry.url).name
-    file.parent.mkdir(parents=True)
-    save(state, file)
-    assert load(Backbone("squeezenet1_1")).weights_digest == load(SQUEEZENET).weights_digest
-    save({"weight": Payload(tmp_path / "executed")}, file)
-    with pytest.raises(BadDataError, match="loaded safely"):
-        download(entry)
-    assert not (tmp_path / "executed").exists()
-    file.write_bytes(b"")
-    with pytest.raises(BadDataError, match="delete it"):
-        download(entry)
 
 
 # --- export as a whole -------------------------------------------------------------------------------------------------
