@@ -257,6 +257,17 @@ def untrained(name: str) -> Any:
         return torchvision.models.get_model(name, weights=None)
 
 
+def skeleton(name: str) -> Any:
+    """A network with shapes and no numbers (torch's meta device)."""
+    import torch
+
+    try:
+        with torch.device("meta"):
+            return untrained(name)
+    except NotImplementedError:  # the constructors of RegNets calculate with tensors
+        return untrained(name).to("meta")
+
+
 def with_classifier(name: str, state: Mapping[str, Any]) -> dict[str, Any]:
     """The state dict with the last layer as the network expects it.
 
@@ -264,8 +275,7 @@ def with_classifier(name: str, state: Mapping[str, Any]) -> dict[str, Any]:
     """
     import torch
 
-    with torch.device("meta"):
-        expected = untrained(name).state_dict()
+    expected = skeleton(name).state_dict()
     fixed = dict(state)
     for key in _classifier_keys(expected):
         found = state.get(key)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -18,27 +20,32 @@ from numpy.typing import NDArray
 
 import store.errors
 from store import hdf5
-from store.errors import BadDataError, PenultError
+from store.errors import BadDataError, InterruptedRunError, PenultError
 
 from . import onnxfile
-from .backbones import Backbone, Loaded, choose_weights, load, untrained
+from .backbones import Backbone, Loaded, choose_weights, load, skeleton
 from .onnxfile import BackboneFacts
+from .progress import StopFlag
 
 log = logging.getLogger("penult.extractor")
 
 PARITY_BATCHES = (1, 7)
 PARITY = 1e-5  # relative L2 per row, CONTRACTS: "CPU ONNX Runtime fp32 vs torch fp32 on identical pixels"
 OPSET = 20
+POLL_SECONDS = 0.2
+PATIENCE = 25  # polls in which a child may tidy up
 
 
-def export(backbone: Backbone, path: Path) -> BackboneFacts:
+def export(backbone: Backbone, path: Path, stop: StopFlag | None = None) -> BackboneFacts:
     """Export a torchvision backbone in a child process.
 
     Args:
         backbone: what to export.
         path: the ONNX file; an existing one is replaced when the new one is complete.
+        stop: ends the export when it is set.
 
     Raises:
+        InterruptedRunError: a signal came, to this process or to the child.
         PenultError: whatever `load` and `to_onnx` raise, from the child.
     """
     request = json.dumps({"backbone": backbone.facts(), "path": str(path.absolute()), "sys.path": sys.path})
@@ -46,13 +53,18 @@ def export(backbone: Backbone, path: Path) -> BackboneFacts:
         "import json, sys; request = json.load(sys.stdin); sys.path[:] = request['sys.path']; "
         "from extractor.export import _child; _child(request)"
     )
-    done = subprocess.run([sys.executable, "-P", "-c", code], input=request, capture_output=True, text=True, check=False)
+    status, out, err = _run_child([sys.executable, "-P", "-c", code], request, stop)
+    if stop:
+        raise InterruptedRunError(stop.signum)
+    for number in (signal.SIGTERM, signal.SIGINT):  # a scheduler, or a terminal, signals the whole group of processes
+        if status in (-number, 128 + number):
+            raise InterruptedRunError(number)
     try:
-        answer = json.loads(done.stdout.splitlines()[-1])
+        answer = json.loads(out.splitlines()[-1])
     except (IndexError, ValueError):
-        message = f"the export of {backbone.name} died (exit {done.returncode})"
+        message = f"the export of {backbone.name} died (exit {status})"
         error = PenultError(message)
-        error.add_note(done.stderr[-4000:])
+        error.add_note(err[-4000:])
         raise error from None
     if "error" in answer:
         kind = getattr(store.errors, answer["error"], PenultError)
@@ -60,9 +72,31 @@ def export(backbone: Backbone, path: Path) -> BackboneFacts:
     return BackboneFacts.from_json(answer["facts"])
 
 
+def _run_child(command: list[str], request: str, stop: StopFlag | None) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of a child that is ended when ``stop`` is set: an export may take minutes."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as child:
+        given: str | None = request
+        polls = 0
+        try:
+            while True:
+                try:
+                    out, err = child.communicate(given, timeout=POLL_SECONDS)
+                    return child.returncode, out, err
+                except subprocess.TimeoutExpired:
+                    given = None  # it is on its way
+                    if stop:
+                        polls += 1
+                        child.terminate() if polls < PATIENCE else child.kill()
+        except BaseException:
+            child.terminate()
+            raise
+
+
 def _child(request: dict[str, Any]) -> None:
     # Exporters print; the answer must be the only thing on stdout.
     answer_to, sys.stdout = sys.stdout, sys.stderr
+    signal.signal(signal.SIGTERM, _leave)  # so that a download at hand removes what it has of its file
     try:
         loaded = load(Backbone(**request["backbone"]))
         facts = to_onnx(loaded, request["backbone"]["name"], Path(request["path"]))
@@ -70,6 +104,10 @@ def _child(request: dict[str, Any]) -> None:
     except PenultError as error:
         answer = {"error": type(error).__name__, "message": str(error)}
     print(json.dumps(answer), file=answer_to)
+
+
+def _leave(signum: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + signum)
 
 
 def to_onnx(loaded: Loaded, name: str, path: Path) -> BackboneFacts:
@@ -164,8 +202,8 @@ def describe(name: str) -> dict[str, Any]:
 
     entry = choose_weights(name, None, "--weights")
     side = entry.transforms().crop_size[0]
+    network = skeleton(name).eval()
     with torch.device("meta"):
-        network = untrained(name).eval()
         shapes: list[Any] = []
         last, _ = torch_penultimate(network, torch.empty(1, 3, side, side))
         module = network.get_submodule(last)

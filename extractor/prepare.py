@@ -17,6 +17,7 @@ from store.writer import CacheWriter
 from .backbones import Backbone
 from .export import export
 from .onnxfile import BackboneFacts, read_facts
+from .progress import StopFlag
 from .weights import file_digest
 
 log = logging.getLogger("penult.extractor")
@@ -25,7 +26,7 @@ LIBRARIES = ("penult", "torch", "torchvision", "onnx", "onnxruntime-gpu", "onnxr
 
 
 def prepare_backbone(
-    writer: CacheWriter, backbone: Backbone, *, overwrite: bool = False
+    writer: CacheWriter, backbone: Backbone, *, overwrite: bool = False, stop: StopFlag | None = None
 ) -> tuple[BackboneFacts, dict[str, Any]]:
     """Put ``backbone.onnx`` into a cache, or recognise that the one there is what is asked for, without importing torch.
 
@@ -57,7 +58,7 @@ def prepare_backbone(
     # A cache keeps its file, and its features, until the new file is there and known to match or meant to replace them.
     new = path.with_name(".backbone.onnx.tmp")
     try:
-        facts = _import_onnx(Path(backbone.name), new) if backbone.is_file else export(backbone, new)
+        facts = _import_onnx(Path(backbone.name), new) if backbone.is_file else export(backbone, new, stop)
         if overwrite:
             writer.clear()
         _require_match(writer, facts)

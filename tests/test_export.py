@@ -7,7 +7,10 @@ import json
 import logging
 import os
 import pickle
+import signal
+import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,12 +24,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from extractor import backbones, onnxfile, session
 from extractor.backbones import Backbone, choose_weights, load, names, row, weights_of, with_classifier
-from extractor.export import PARITY, check_parity, export, relative_l2, to_onnx, torch_penultimate
+from extractor.export import PARITY, check_parity, describe, export, relative_l2, to_onnx, torch_penultimate
 from extractor.onnxfile import cut, penultimate, read_facts
+from extractor.progress import StopFlag
 from extractor.session import Embedder, resolve_device
 from extractor.weights import read_state
-from store.errors import BadDataError, DeviceUnavailableError, InputMissingError, StorageError, UsageError
+from store.errors import BadDataError, DeviceUnavailableError, InputMissingError, InterruptedRunError, StorageError, UsageError
 
+REPO = Path(__file__).resolve().parent.parent
 SQUEEZENET = Backbone("squeezenet1_1", "random:0", resize=72, crop=64)  # what conftest's backbone_file was made from
 
 
@@ -376,6 +381,57 @@ def test_errors_of_the_child_keep_their_kind_and_message(tmp_path: Path) -> None
     with pytest.raises(UsageError, match=r"No backbone 'resnet-18'\. Did you mean .*'resnet18'"):
         export(Backbone("resnet-18"), tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_child_is_an_interruption_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """A scheduler signals the whole group: the child may be gone before this process looks."""
+
+    class Signalled(subprocess.Popen[str]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            self.send_signal(number)
+
+    monkeypatch.setattr(subprocess, "Popen", Signalled)
+    with pytest.raises(InterruptedRunError) as caught:
+        export(SQUEEZENET, tmp_path / "m.onnx")
+    assert caught.value.exit_code == 128 + number
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_to_the_parent_ends_the_child(tmp_path: Path) -> None:
+    stop = StopFlag()
+    stop.signum = signal.SIGTERM
+    begin = time.perf_counter()
+    with pytest.raises(InterruptedRunError) as caught:
+        export(Backbone("vit_b_16", "random"), tmp_path / "m.onnx", stop)  # would take a minute
+    assert caught.value.exit_code == 143
+    assert time.perf_counter() - begin < 15
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_extraction_that_is_ended_while_it_exports_exits_with_143(make_image: Callable[..., Path], tmp_path: Path) -> None:
+    for i in range(3):
+        make_image(tmp_path / f"photos/{i}.jpg", i)
+    command = [sys.executable, "cli.py", "extract", tmp_path / "photos", "-m", "vit_b_16", "--weights", "random"]
+    child = subprocess.Popen(
+        [*command, "-o", tmp_path / "c"], stderr=subprocess.PIPE, text=True, cwd=REPO, start_new_session=True
+    )
+    assert child.stderr is not None
+    while "RANDOM WEIGHTS" not in child.stderr.readline():  # from here on it exports
+        pass
+    os.killpg(child.pid, signal.SIGTERM)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 143, err
+    assert "error: interrupted by signal 15; run the same command again to continue" in err
+    assert "died" not in err
+
+
+@pytest.mark.parametrize("name", ["regnet_y_400mf", "densenet121"])
+def test_shapes_are_known_without_weights(name: str) -> None:
+    assert describe(name)["dim"] in (440, 1024)
 
 
 @pytest.mark.filterwarnings("ignore")
