@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -29,6 +30,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 FOLDER = click.Path(path_type=Path, readable=False)  # what cannot be read is said by the command, with its own code
 SEED = click.IntRange(0, 2**32 - 1)
 WITH_FAILURES = 3
+MAX_WIDTH = 65536  # of a hidden layer
 CANNOT_CREATE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 
 
@@ -105,25 +107,40 @@ def output_option(what: str) -> Callable[[F], F]:
     return click.option("-o", "--output", required=True, type=FOLDER, help=what)
 
 
+def _loudness(ctx: click.Context, parameter: click.Parameter, given: bool) -> None:  # noqa: FBT001 - click calls it so
+    """Set what goes to stderr; ``-q`` and ``-v`` mean the same before and after the command."""
+    key = f"penult.{parameter.name}"
+    ctx.meta[key] = given or ctx.meta.get(key, False)  # one dictionary for the whole command line
+    quiet, verbose = (ctx.meta.get(f"penult.{name}") for name in ("quiet", "verbose"))
+    logger = logging.getLogger("penult")
+    logger.setLevel(logging.DEBUG)
+    logger.handlers = [_StderrHandler(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)]
+
+
+loudness_options = options(
+    click.option("-q", "--quiet", is_flag=True, expose_value=False, callback=_loudness, help="Only warnings on stderr."),
+    click.option("-v", "--verbose", is_flag=True, expose_value=False, callback=_loudness, help="More on stderr."),
+)
+
+
 class Ordered(click.Group):
-    """Commands in the order in which one needs them."""
+    """Commands in the order in which one needs them; each takes the options of all."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        super().add_command(loudness_options(cmd) if not isinstance(cmd, click.Group) else cmd, name)
+
 
 @click.group(cls=Ordered, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="penult", message="%(prog)s %(version)s")
-@click.option("-q", "--quiet", is_flag=True, help="Only warnings on stderr.")
-@click.option("-v", "--verbose", is_flag=True, help="More on stderr.")
-def cli(*, quiet: bool, verbose: bool) -> None:
+@loudness_options
+def cli() -> None:
     """Extract once, train in seconds: cached features of frozen backbones.
 
     Example: penult extract photos/ -m resnet50 -o photos.cache
     """
-    logger = logging.getLogger("penult")
-    logger.setLevel(logging.DEBUG)
-    logger.handlers = [_StderrHandler(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)]
 
 
 class _StderrHandler(logging.Handler):
@@ -156,19 +173,18 @@ def backbones(name: str | None, *, with_layers: bool, as_json: bool) -> None:
         cells = [
             (
                 r["name"],
+                " ".join(key.removeprefix("IMAGENET1K_") for key in r["weights"]),
                 str(r["dim"]),
                 str(w["crop"]),
                 f"{w['parameters'] / 1e6:.1f} M",
                 f"{w['gflops']:.2f}",
                 f"{w['top1']:.1f} %",
-                " ".join(r["weights"]),
             )
             for r in listing
             for w in [r["weights"][r["default"]]]
         ]
-        return print_table(
-            ("backbone", "features", "input", "parameters", "GFLOPs", "ImageNet top-1", "weights (default first)"), cells
-        )
+        columns = ("backbone", "weights", "features", "input", "parameters", "GFLOPs", "top-1")  # the default weights first
+        return print_table(columns, cells, left=2)
     layers = list_layers(name)
     facts = {**row(name), "layers": layers}
     if as_json:
@@ -180,11 +196,12 @@ def backbones(name: str | None, *, with_layers: bool, as_json: bool) -> None:
     pooled = ", averaged" if first["pooling"] == "average" else ""
     click.echo(f"{name}: {first['dim']} features, the {first['module']}{pooled}; --layers lists {len(layers) - 1} more layers")
     print_table(
-        ("weights", "input", "resize", "interpolation", "top-1", "licence"),
+        ("weights", "licence", "interpolation", "input", "resize", "top-1"),
         [
-            (key, str(w["crop"]), str(w["resize"]), w["interpolation"], f"{w['top1']:.1f} %", w["licence"])
+            (key, w["licence"], w["interpolation"], str(w["crop"]), str(w["resize"]), f"{w['top1']:.1f} %")
             for key, w in facts["weights"].items()
         ],
+        left=3,
     )
     return None
 
@@ -212,6 +229,77 @@ def export(name: str, output: Path, *, overwrite: bool, **chosen: Any) -> None:
     facts = export_backbone(backbone_from({**chosen, "backbone": name}), output)
     for layer in facts.layers:
         click.echo(f"{output}: {facts.name} ({facts.weights}), {layer.dim} features, {layer.layer}, pooling {layer.pooling}")
+
+
+@cli.group(cls=Ordered)
+def weights() -> None:
+    """Bring torchvision's weights to machines without internet.
+
+    Example: penult weights fetch resnet50
+    """
+
+
+@weights.command("fetch")
+@click.argument("name", metavar="BACKBONE")
+@click.option("--weights", "wanted", metavar="NAME", help="Which (V1, V2, ...); torchvision's default where not given.")
+@click.option("-o", "--output", type=FOLDER, help="Folder for the file; by default where torch, and penult, look for it.")
+@json_option
+def weights_fetch(name: str, wanted: str | None, output: Path | None, *, as_json: bool) -> None:
+    """Download the file of weights of a backbone, checked against the digest in its name, unless it is there.
+
+    Example: penult weights fetch resnet50 --weights V2 -o /media/usb
+    """
+    from extractor.backbones import choose_weights
+    from extractor.weights import WeightsFile, fetch
+
+    file = WeightsFile(name, choose_weights(name, wanted, "--weights"))
+    path, digest, new = fetch(file, output, progress=sys.stderr.isatty() and not is_quiet())
+    if as_json:
+        facts = {"network": name, "weights": file.entry.name, "licence": file.licence, "source": file.entry.url}
+        return print_json({"file": str(path), "bytes": path.stat().st_size, "sha256": digest, "downloaded": new, **facts})
+    click.echo(f"{path}: {'downloaded' if new else 'already there and sound'}, {path.stat().st_size / 2**20:.1f} MiB")
+    click.echo(f"sha256 {digest}")
+    click.echo(f"{name} {file.entry.name}, licence {file.licence}")
+    return click.echo(f"Bring this file to the other machine and run there: penult weights import {file.name}")
+
+
+@weights.command("import")
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=FOLDER)
+@json_option
+def weights_import(files: Sequence[Path], *, as_json: bool) -> None:
+    """Take files brought from another machine to where torch looks for them, checked against torchvision's digests.
+
+    Afterwards `penult extract -m BACKBONE` uses them without a flag. A file may have been renamed.
+
+    Example: penult weights import /media/usb/resnet50-11ad3fa6.pth
+    """
+    from extractor.backbones import import_weights
+
+    done = []
+    for path in files:
+        file, target, new = import_weights(path)
+        done.append({"file": str(target), "network": file.network, "weights": file.entry.name, "copied": new})
+        if not as_json:
+            what = "copied, checked" if new else "already there and sound"
+            click.echo(f"{target}: {what}; {file.network} {file.entry.name}, licence {file.licence}")
+    if as_json:
+        print_json(done)
+
+
+@weights.command("list")
+@json_option
+def weights_list(*, as_json: bool) -> None:
+    """List which of torchvision's files are here, and whether they are sound.
+
+    Example: penult weights list --json
+    """
+    from extractor.weights import survey_files
+
+    found = survey_files()
+    if as_json:
+        return print_json(found)
+    rows = [(Path(f["file"]).name, f["network"], f["weights"], f"{f['bytes'] / 2**20:.1f} MiB", f["state"]) for f in found]
+    return print_table(("file", "backbone", "weights", "size", "state"), rows, left=3)
 
 
 @cli.command()
@@ -256,8 +344,7 @@ def extract(data: Path, output: Path, *, as_json: bool, **given: Any) -> int:
     source = open_source(data, root=given["root"], follow_symlinks=given["follow_symlinks"], group_by=given["group_by"])
     chosen = Options(
         device=given["device"],
-        batch_size=number(given["batch_size"], "--batch-size"),
-        workers=number(given["workers"], "--workers"),
+        **sizes(given),
         fail_fast=given["on_error"] == "fail",
         val_fraction=0.2 if given["val_fraction"] is None else given["val_fraction"],
         test_fraction=0.2 if given["test_fraction"] is None else given["test_fraction"],
@@ -305,6 +392,9 @@ def info(cache: Path, layer: str | None, *, as_json: bool) -> None:
     splits = facts["splits"]
     labels = [(label, *(str(per.get(s, 0)) for s in splits), str(sum(per.values()))) for label, per in facts["labels"].items()]
     print_table(("label", *splits, "images"), labels)
+    made = facts["facts"]
+    if "weights" in made:
+        click.echo(", ".join(filter(None, [f"weights {made['weights']}", made.get("source")])))
     if facts["failures"]:
         print_table(("failed", "code", "message"), [(f["path"], f["code"], f["message"]) for f in facts["failures"]], left=3)
     leaves = opened.fingerprint.leaves().items()
@@ -460,7 +550,7 @@ def train(cache: Path, output: Path, head: str, *, as_json: bool, overwrite: boo
     from classifiers.train import make_head, train_head
     from store.cache import FeatureCache
 
-    hidden = [number(width, "--hidden") for width in given["hidden"].split(",")] if given["hidden"] else None
+    hidden = [number(width, "--hidden", MAX_WIDTH) for width in given["hidden"].split(",")] if given["hidden"] else None
     settings = {"C": given["C"], "hidden": hidden, "dropout": given["dropout"], "weight_decay": given["weight_decay"]}
     fractions = {"val": given["val_fraction"], "test": given["test_fraction"], "split_seed": given["seed"]}
     made = make_head(head, seed=given["seed"], **settings)
@@ -514,9 +604,7 @@ def finetune(data: Path, output: Path, *, as_json: bool, overwrite: bool, **give
         "device",
     )
     settings = {name: given[name] for name in names if given[name] is not None}
-    for name in ("batch_size", "workers"):
-        value = number(given[name], f"--{name.replace('_', '-')}")
-        settings |= {name: value} if value else {}
+    settings |= {name: value for name, value in sizes(given).items() if value}
     if is_cache(data):
         unused = [name for name in ("val_fraction", "test_fraction", "group_by", "limit") if given[name] is not None]
         if unused:
@@ -594,15 +682,16 @@ def predict(bundle: Path, images: Sequence[Path], form: str, **given: Any) -> in
     failed = 0
     writer = csv.writer(sys.stdout, lineterminator="\n")
     if form == "csv":
-        writer.writerow(["path", "label", "probability", "error", *predictor.classes])
+        writer.writerow(["path", "label", "probability", "code", "message", *predictor.classes])
     for p in results:
         failed += p.code is not None
         each = [] if p.probabilities is None else [round(float(value), 6) for value in p.probabilities]
         if form == "csv":
             best = "" if p.probability is None else f"{p.probability:.6f}"
-            writer.writerow([p.name, p.label or "", best, p.code or "", *each])
+            columns: list[Any] = each or [""] * len(predictor.classes)
+            writer.writerow([p.name, p.label or "", best, p.code or "", p.message, *columns])
         elif form == "jsonl":
-            facts = {"path": p.name, "label": p.label, "probability": p.probability, "error": p.code, "message": p.message}
+            facts = {"path": p.name, "label": p.label, "probability": p.probability, "code": p.code, "message": p.message}
             click.echo(json.dumps({**facts, "probabilities": dict(zip(predictor.classes, each, strict=False))}))
         else:
             click.echo(f"{p.name}\t{p.code}: {p.message}" if p.code else f"{p.name}\t{p.label}\t{p.probability:.4f}")
@@ -746,8 +835,7 @@ def backbone_from(given: dict[str, Any]) -> Backbone:
 
 
 def runtime(given: dict[str, Any]) -> dict[str, Any]:
-    sizes = {name: number(given[name], f"--{name.replace('_', '-')}") for name in ("batch_size", "workers")}
-    return {"device": given["device"], **sizes}
+    return {"device": given["device"], **sizes(given)}
 
 
 def shape_text(shape: Sequence[int]) -> str:
@@ -765,18 +853,26 @@ def numbers(text: str | None, flag: str) -> tuple[float, ...] | None:
         raise UsageError(message) from None
 
 
-def number(text: str, flag: str) -> int | None:
-    """A positive integer, or None for ``auto``."""
-    if text == "auto":
+def sizes(given: dict[str, Any]) -> dict[str, Any]:
+    """``--batch-size`` and ``--workers``, None for ``auto``."""
+    from extractor.session import MAX_BATCH, MAX_WORKERS
+
+    batch = number(given["batch_size"], "--batch-size", MAX_BATCH, ", or auto")
+    return {"batch_size": batch, "workers": number(given["workers"], "--workers", MAX_WORKERS, ", or auto")}
+
+
+def number(text: str, flag: str, largest: int, otherwise: str = "") -> int | None:
+    """An integer from 1 to ``largest``, or None for ``auto`` where that is possible."""
+    if text == "auto" and otherwise:
         return None
-    if not text.isdecimal() or int(text) < 1:
-        message = f"{flag} {text}: expected a positive number"
+    if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= largest:
+        message = f"{flag} {text}: expected a number from 1 to {largest}{otherwise}"
         raise click.UsageError(message)
     return int(text)
 
 
 def is_quiet() -> bool:
-    return bool(click.get_current_context().find_root().params["quiet"])
+    return bool(click.get_current_context().meta["penult.quiet"])
 
 
 def print_preview(would: dict[str, Any], *, as_json: bool) -> None:

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from store.errors import BadDataError
+from store.errors import BadDataError, UsageError
 
 from .bundle import Bundle
 from .report import BLUE, Section, interval, page, percent, svg
 
+SPLIT_FLAGS = (("val-fraction", "val"), ("test-fraction", "test"), ("seed", "seed"))
 COLUMNS = ("bundle", "kind", "accuracy", "95 % interval", "macro F1", "training", "extraction", "images through backbone")
 
 
@@ -45,8 +46,15 @@ def compare(bundles: Sequence[Bundle]) -> list[Compared]:
     """Line up bundles by accuracy, the best first.
 
     Raises:
+        UsageError: fewer than two, or one of them twice.
         BadDataError: they were not evaluated on the same images with the same labels.
     """
+    places = [bundle.path.resolve() for bundle in bundles]
+    twice = next((bundle.path for bundle, place in zip(bundles, places, strict=True) if places.count(place) > 1), None)
+    if twice is not None or len(bundles) < 2:
+        message = f"{twice} is given twice" if twice else f"there is one bundle, {bundles[0].path}, and nothing beside it"
+        message += "; name two or more different ones, such as those of `penult train` and `penult finetune`"
+        raise UsageError(message)
     held_out = [bundle.predictions() for bundle in bundles]
     first = held_out[0]
     for bundle, predictions in zip(bundles[1:], held_out[1:], strict=True):
@@ -55,7 +63,7 @@ def compare(bundles: Sequence[Bundle]) -> list[Compared]:
             message = (
                 f"{bundles[0].name} was evaluated on {len(first.sha256)} images ({first.split}) and {bundle.name} on "
                 f"{len(predictions.sha256)} ({predictions.split}), {shared} of them the same: there is nothing to compare. "
-                f"Train both from the same cache"
+                f"{_remedy(bundles[0], bundle)}"
             )
             raise BadDataError(message)
     lines = []
@@ -75,6 +83,18 @@ def compare(bundles: Sequence[Bundle]) -> list[Compared]:
             )
         )
     return sorted(lines, key=lambda line: (-line.accuracy, line.train_seconds))
+
+
+def _remedy(*bundles: Bundle) -> str:
+    own = [bundle for bundle in bundles if bundle.split.get("override")]
+    if not own:
+        return "Train both from the same cache"
+    flags = " ".join(f"--{name} {own[0].split[key]}" for name, key in SPLIT_FLAGS)
+    return (
+        f"{' and '.join(bundle.name for bundle in own)} was trained with --val-fraction or --test-fraction, on a split of its "
+        f"own that no other command takes over. Train it again without them; or, to have that split everywhere, run the same "
+        f"`penult extract` with {flags} (nothing is computed again) and train both from the cache"
+    )
 
 
 def comparison_report(lines: Sequence[Compared], *, notes: Sequence[str] = (), title: str = "Comparison") -> str:

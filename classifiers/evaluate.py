@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -87,9 +88,14 @@ def score(
         message = "no images to evaluate on"
         raise BadDataError(message)
     index = {label: i for i, label in enumerate(classes)}
-    unknown = sorted(set(labels.tolist()) - set(classes))
+    unknown = Counter(label for label in labels.tolist() if label not in index)
     if unknown:
-        message = f"the head knows {', '.join(classes)} and was not trained on {', '.join(unknown)}"
+        listing = ", ".join(f"{label!r} ({count})" for label, count in sorted(unknown.items()))
+        known = ", ".join(map(repr, classes[:5])) + (f" and {len(classes) - 5} more" if len(classes) > 5 else "")
+        message = (
+            f"{unknown.total()} of {len(labels)} images{f' of {split!r}' if split else ''} have a label that the head was not "
+            f"trained on: {listing}; it knows {known}. Correct the labels, leave these images out, or train with them"
+        )
         raise BadDataError(message)
     truth = np.array([index[label] for label in labels.tolist()])
     guess = probabilities.argmax(axis=1)

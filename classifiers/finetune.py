@@ -143,14 +143,14 @@ def finetune(
         raise UsageError(message)
     device = _device(options.device)
     begin = time.perf_counter()
-    with stop_on_signal() as stop:
+    with stop_on_signal("nothing of an unfinished fine-tuning is kept") as stop:
         try:
             with _isolated(device, options.seed):
                 tuned = _fit(train, validation, n_classes, backbone, options, device, stop)
         except BaseException as error:
             # Lightning makes exceptions of its own of a signal, one of them a SystemExit.
             if stop:
-                raise InterruptedRunError(stop.signum) from None
+                raise InterruptedRunError(stop.signum, "to start over") from None
             if "out of memory" in str(error) and device != "cpu":
                 message = (
                     f"--device {device}: out of memory with {options.batch_size} images at a time; use a smaller batch_size"
@@ -158,7 +158,7 @@ def finetune(
                 raise DeviceUnavailableError(message) from error
             raise
         if stop:
-            raise InterruptedRunError(stop.signum)
+            raise InterruptedRunError(stop.signum, "to start over")
     return replace(tuned, seconds=round(time.perf_counter() - begin, 3))
 
 
@@ -337,7 +337,7 @@ def _end_to_end(loaded: Loaded, n_classes: int, options: FineTuneOptions, progre
 
         def step(self, part: str, batch: tuple[Any, Any], smoothing: float) -> Any:
             if stop:
-                raise InterruptedRunError(stop.signum)
+                raise InterruptedRunError(stop.signum, "to start over")
             pixels, labels = batch
             logits = self.head(self.features(pixels))
             loss = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing)
@@ -411,7 +411,7 @@ def _fit(
     network.zero_grad()
     digest = backbones.digest(network.state_dict())
     return FineTuned(
-        loaded=Loaded(network, loaded.preprocess, f"fine-tuned from {loaded.weights_name}", digest),
+        loaded=Loaded(network, loaded.preprocess, f"fine-tuned from {loaded.weights_name}", digest, loaded.source),
         weight=model.head.weight.detach().numpy(),
         bias=model.head.bias.detach().numpy(),
         history=model.history,

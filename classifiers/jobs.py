@@ -13,13 +13,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
 from extractor.backbones import Backbone
 from extractor.pipeline import Options, Summary, preview, run_extract
 from extractor.prepare import library_versions
+from extractor.session import MAX_BATCH, MAX_WORKERS
 from extractor.sources import Source, open_source
 from store.cache import FeatureCache
 from store.errors import BadDataError, GateError, InputMissingError, JobFileError, PenultError, UsageError
@@ -36,7 +37,7 @@ log = logging.getLogger("penult.classifiers")
 
 class _Section(BaseModel):
     # strict: "8" is not 8; extra keys are errors, because a misspelt one would silently keep the default
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class BackboneSection(_Section):
@@ -58,29 +59,34 @@ class BackboneSection(_Section):
 
 class ExtractSection(_Section):
     device: str = "auto"
-    batch_size: int | None = Field(None, gt=0)
-    workers: int | None = Field(None, gt=0)
-    storage: str = Field("auto", pattern="^(auto|float32)$")
+    batch_size: int | None = Field(None, ge=1, le=MAX_BATCH)
+    workers: int | None = Field(None, ge=1, le=MAX_WORKERS)
+    storage: Literal["auto", "float32"] = "auto"
     val_fraction: float = Field(0.2, ge=0, lt=1)
     test_fraction: float = Field(0.2, ge=0, lt=1)
     seed: int = 0
     group_by: str | None = None
     root: str | None = None
     follow_symlinks: bool = False
-    on_error: str = Field("skip", pattern="^(skip|fail)$")
-    max_failures: str = "1%"
+    on_error: Literal["skip", "fail"] = "skip"
+    max_failures: str = Field("1%", pattern=r"^\d+(\.\d+)?%$|^\d+$")
     retry_failed: bool = False
     verify_content: bool = False
 
+    @field_validator("max_failures", mode="before")
+    @classmethod
+    def _count(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int | float) else value
+
 
 class TrainSection(_Section):
-    head: str = Field("logistic", pattern="^(logistic|mlp)$")
+    head: Literal["logistic", "mlp"] = "logistic"
     C: float | None = Field(None, gt=0)
     hidden: list[PositiveInt] | None = None
     dropout: float | None = Field(None, ge=0, lt=1)
     weight_decay: float | None = Field(None, ge=0)
     seed: int | None = Field(None, ge=0, lt=2**32)
-    leaks: str = Field("warn", pattern="^(warn|refuse|allow)$")
+    leaks: Literal["warn", "refuse", "allow"] = "warn"
 
 
 class GateSection(_Section):
@@ -157,6 +163,24 @@ def read_job(path: Path) -> Job:
         raise JobFileError(message) from error
 
 
+EXPECTED = {  # what pydantic complains about, in our words
+    "string_type": "text in quotes",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "list_type": "a list, such as [128]",
+    "model_type": "a section of keys, such as [train]",
+    "literal_error": "{expected}",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "{ge} or more",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "string_pattern_mismatch": 'a number such as 10, or a share such as "1%"',
+}
+
+
 def _explain(problem: Any) -> str:
     *parents, key = (str(part) for part in problem["loc"])
     name = ".".join([*parents, key])
@@ -170,7 +194,8 @@ def _explain(problem: Any) -> str:
         )
     if problem["type"] == "missing":
         return f"the key {name!r} is missing"
-    return f"{name!r}: {problem['msg'][0].lower()}{problem['msg'][1:]} (found {problem['input']!r})"
+    expected = EXPECTED.get(problem["type"], problem["msg"]).format(**problem.get("ctx", {}))
+    return f"{name!r} is {json.dumps(problem['input'], default=str)}; expected {expected}"
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,6 +21,8 @@ from store.fingerprint import short
 
 if TYPE_CHECKING:
     from .bundle import Bundle
+
+log = logging.getLogger("penult.classifiers")
 
 PLOT_FORMATS = ("png", "svg", "pdf")
 BLUE = "#2b6cb0"
@@ -151,7 +155,7 @@ def draw_confusion(axes: Any, metrics: dict[str, Any]) -> None:
     """A confusion matrix on matplotlib axes: row-normalised colour, counts as numbers."""
     import numpy as np
 
-    matrix, classes = np.array(metrics["confusion"]), metrics["classes"]
+    matrix, classes = np.array(metrics["confusion"]), [_shorten(label) for label in metrics["classes"]]
     if len(classes) > MANY_CLASSES:
         errors = matrix.sum(axis=1) - np.diag(matrix) + matrix.sum(axis=0) - np.diag(matrix)
         chosen = np.sort(np.argsort(-errors, kind="stable")[:MANY_CLASSES])
@@ -160,8 +164,8 @@ def draw_confusion(axes: Any, metrics: dict[str, Any]) -> None:
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     ticks = range(len(classes))
-    axes.set_xticks(ticks, [_shorten(label) for label in classes], rotation=45, ha="right")
-    axes.set_yticks(ticks, [_shorten(label) for label in classes])
+    axes.set_xticks(ticks, classes, rotation=45, ha="right")
+    axes.set_yticks(ticks, classes)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     if len(classes) <= 25:
@@ -197,7 +201,20 @@ def save_confusion(metrics: dict[str, Any], path: Path, *, overwrite: bool = Fal
     if kind not in PLOT_FORMATS:
         message = f"{path}: a plot is written as {', '.join('.' + name for name in PLOT_FORMATS)}"
         raise UsageError(message)
+    if kind != "svg":  # there the reader's fonts draw the text
+        names = [label if _drawable(label) else f"class {i + 1}" for i, label in enumerate(metrics["classes"])]
+        if names != metrics["classes"]:
+            log.warning("%s: its font lacks letters of some labels, which are numbered as in the per-class table", path)
+        metrics = {**metrics, "classes": names}
     write_output(path, _figure(lambda axes: draw_confusion(axes, metrics), _confusion_size(metrics), kind), overwrite=overwrite)
+
+
+def _drawable(label: str) -> bool:
+    """Whether matplotlib's font has every letter; others would be drawn as empty boxes."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    letters = get_font(findfont(FontProperties())).get_charmap()
+    return all(ord(letter) in letters for letter in label)
 
 
 def write_output(path: Path, data: bytes, *, overwrite: bool) -> None:
@@ -224,7 +241,9 @@ def _figure(draw: Callable[[Any], None], size: tuple[float, float], kind: str) -
     from matplotlib.figure import Figure
 
     # Not pyplot: no global state, no display. A fixed salt makes equal plots equal bytes.
-    with matplotlib.rc_context({"svg.hashsalt": "penult", "svg.fonttype": "none", "font.size": 9}):
+    with matplotlib.rc_context({"svg.hashsalt": "penult", "svg.fonttype": "none", "font.size": 9}), warnings.catch_warnings():
+        # An SVG keeps its text as text: who looks at it has the letters that are missing here, where only sizes are guessed.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from|Matplotlib currently does not support")
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()

@@ -22,6 +22,7 @@ from extractor.sources import Source
 from store.cache import FeatureCache, Subset
 from store.errors import BadDataError, UsageError
 from store.samples import Row, SampleTable, display
+from store.splits import untrained_labels
 
 from .bundle import Bundle, refuse_existing, save_bundle
 from .dense import DenseHead
@@ -85,7 +86,7 @@ def train_head(
     refuse_existing(out, overwrite=overwrite)
     origin = made_from(cache, head, val=val, test=test, split_seed=split_seed)
     roles = assign_roles(cache.samples, val=val, test=test, seed=split_seed)
-    _need_two_classes(roles)
+    _need_classes(roles)
     train = cache.of_rows(roles.fit, "train")
     choose = cache.of_rows(roles.choose, "val") if roles.choose else None
     held_out = cache.of_rows(roles.report, str(roles.facts["reported_on"])) if roles.report else None
@@ -255,7 +256,7 @@ def train_finetuned(
     else:
         table = survey(data, load(backbone).preprocess, extract_options or Options())
     roles = assign_roles(table)
-    _need_two_classes(roles)
+    _need_classes(roles)
     fit, choose = (roles.fit, roles.choose) if roles.choose else inner_validation(roles.fit, seed=options.seed)
     if not roles.choose:
         roles.facts["chosen_on"] = "a fifth of train, by hash rank"
@@ -307,15 +308,16 @@ def _labelled(rows: Sequence[Row], root: Path, classes: list[str]) -> list[tuple
     import os
 
     index = {label: i for i, label in enumerate(classes)}
-    unknown = sorted({str(row.label) for row in rows} - set(classes))
-    if unknown:
-        message = f"validation has classes that training lacks: {', '.join(unknown)}"
-        raise BadDataError(message)
     return [(root / os.fsdecode(row.path), index[str(row.label)]) for row in rows]
 
 
-def _need_two_classes(roles: Roles) -> None:
+def _need_classes(roles: Roles) -> None:
     labels = {row.label for row in roles.fit}
+    parts = [(roles.fit, "train"), (roles.choose, roles.facts["chosen_on"]), (roles.report, roles.facts["reported_on"])]
+    unknown = untrained_labels([(row.label, str(name)) for part, name in parts for row in part])
+    if unknown:
+        message = f"{'; '.join(unknown)}: give it training images, or leave it out"
+        raise BadDataError(message)
     if len(labels) < 2:
         message = f"a classifier needs at least two classes; the training split has one, {labels.pop()!r}"
         raise BadDataError(message)

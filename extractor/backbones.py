@@ -15,9 +15,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from store.errors import BadDataError, InputMissingError, UsageError
+from store.errors import BadDataError, UsageError
 
+from . import weights as weight_files
 from .preprocess import Preprocess
+from .weights import WeightsFile, file_digest, read_state
+
+WEIGHTS_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Backbone:
     @property
     def weights_file(self) -> Path | None:
         """The ``.pth`` file, where weights is one."""
-        return Path(self.weights) if self.weights and self.weights.endswith((".pth", ".pt", ".bin")) else None
+        return Path(self.weights) if self.weights and self.weights.endswith(WEIGHTS_SUFFIXES) else None
 
     @property
     def seed(self) -> int | None:
@@ -126,17 +130,17 @@ def choose_weights(name: str, wanted: str | None, flag: str) -> Any:
     entries = weights_of(name)
     if wanted in (None, "DEFAULT"):
         return next(iter(entries.values()))
-    if wanted not in entries:
-        message = f"{flag} {wanted}: {name} has {', '.join(entries)}"
-        raise UsageError(message)
-    return entries[wanted]
+    for key in (wanted, f"IMAGENET1K_{wanted}"):  # V2 is short for IMAGENET1K_V2
+        if key in entries:
+            return entries[key]
+    message = f"{flag} {wanted}: {name} has {', '.join(entries)}"
+    raise UsageError(message)
 
 
 def row(name: str) -> dict[str, Any]:
     """What `penult backbones` shows of one network, as JSON: dim, weights with accuracy, input, parameters, GFLOPs, source."""
     entries = weights_of(name)
-    with on_meta():
-        state = untrained(name).state_dict()
+    state = skeleton(name).state_dict()
     classifier = next(state[key] for key in sorted(_classifier_keys(state)) if key.endswith("weight"))
     weights = {}
     for key, entry in entries.items():
@@ -147,7 +151,7 @@ def row(name: str) -> dict[str, Any]:
             "parameters": meta["num_params"],
             "gflops": meta["_ops"],
             "source": entry.url,
-            "licence": meta.get("license", "BSD-3-Clause"),  # torchvision's own, unless the weights say otherwise
+            "licence": WeightsFile(name, entry).licence,
         }
     return {"name": name, "dim": int(classifier.shape[1]), "default": next(iter(weights)), "weights": weights}
 
@@ -195,12 +199,14 @@ class Loaded:
         preprocess: what its input must have gone through.
         weights_name: ``IMAGENET1K_V1``, a file's name, or ``random:0``.
         weights_digest: `digest` of its state dict.
+        source: where the weights came from, for people.
     """
 
     network: Any
     preprocess: Preprocess
     weights_name: str
     weights_digest: str
+    source: str = ""
 
 
 def load(backbone: Backbone) -> Loaded:
@@ -209,34 +215,57 @@ def load(backbone: Backbone) -> Loaded:
     Raises:
         UsageError: unknown name, weights or preset.
         InputMissingError: the weights are not here and cannot be downloaded; says which file to bring and where it goes.
-        BadDataError: the file does not fit the network.
+        BadDataError: the file is damaged or does not fit the network.
     """
-    import torchvision
-
     if superfluous := [name for name in backbone.stated if name not in ("resize", "crop")]:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in superfluous)
         message = f"{backbone.name} has the preprocessing of its weights: leave {flags} out"
         raise UsageError(message)
     entry = choose_weights(backbone.name, _preset_name(backbone), "--preset")
+    file = backbone.weights_file
     if backbone.seed is not None:
-        network = _random(backbone.name, backbone.seed)
-        weights_name = f"random:{backbone.seed}"
+        network, weights_name = _random(backbone.name, backbone.seed), f"random:{backbone.seed}"
+        source = f"random numbers, seed {backbone.seed}"
+    elif file is not None:
+        network, weights_name = _build(backbone.name, entry, read_state(file), str(file)), file.name
+        source = f"from {file.name} (sha256 {file_digest(file)}) given by --weights, preset {entry.name}"
     else:
-        file = backbone.weights_file
-        state = download(entry) if file is None else read_state(file)
-        weights_name = entry.name if file is None else file.name
-        state = with_classifier(backbone.name, state)
-        try:
-            with _loading(state):
-                network = torchvision.models.get_model(backbone.name, weights=entry)
-        except RuntimeError as error:
-            message = f"{weights_name} does not fit {backbone.name}: {str(error).strip().splitlines()[-1].strip()}"
-            raise BadDataError(message) from error
+        own = WeightsFile(backbone.name, entry)
+        state, sha256 = weight_files.torchvision_state(own)
+        network, weights_name = _build(backbone.name, entry, state, own.name), entry.name
+        source = f"from {own.name} (sha256 {sha256}), torchvision's file"
     preprocess = Preprocess.from_torchvision(entry.transforms())
     if backbone.resize or backbone.crop:
         sizes = {"resize": backbone.resize or preprocess.resize, "crop": backbone.crop or preprocess.crop}
         preprocess = Preprocess.from_facts({**preprocess.facts(), **sizes})
-    return Loaded(network.eval(), preprocess, weights_name, digest(network.state_dict()))
+    return Loaded(network.eval(), preprocess, weights_name, digest(network.state_dict()), source)
+
+
+def _build(name: str, entry: Any, state: Mapping[str, Any], file: str) -> Any:
+    import torchvision
+
+    with _loading(with_classifier(name, state)):
+        try:
+            return torchvision.models.get_model(name, weights=entry)
+        except RuntimeError as error:
+            message = f"{file} does not fit {name}: {weight_files.misfit(error)}. Is it the file of another network?"
+            raise BadDataError(message) from error
+
+
+def import_weights(path: Path) -> tuple[WeightsFile, Path, bool]:
+    """Take one of torchvision's files, brought from elsewhere, to where `load` finds it.
+
+    Nothing is copied before it was recognised by its digest, loaded safely and found to fit its network.
+
+    Returns:
+        Which file it is, where it is now, and whether it was copied (False where a sound one was there).
+
+    Raises:
+        PenultError: see `weights.recognise`, `weights.read_state` and `weights.install`.
+    """
+    file = weight_files.recognise(path)
+    _build(file.network, file.entry, read_state(path), str(path))
+    return file, *weight_files.install(path, file)
 
 
 def _preset_name(backbone: Backbone) -> str | None:
@@ -246,11 +275,11 @@ def _preset_name(backbone: Backbone) -> str | None:
         return backbone.preset
     file = backbone.weights_file
     entries = weights_of(backbone.name)
-    # torchvision's own files carry the beginning of their SHA-256 in their name, as in resnet18-f37072fd.pth
-    prefix = file_digest(file)[:8]
+    sha256 = file_digest(file)
     for name, entry in entries.items():
-        if Path(entry.url).stem.endswith(f"-{prefix}"):
+        if sha256.startswith(WeightsFile(backbone.name, entry).prefix):
             return name
+    weight_files.refuse_other_formats(file)  # what cannot be used at all needs no preset first
     message = (
         f"{file.name} is not one of torchvision's files for {backbone.name}, so its preprocessing is unknown. "
         f"State it with --preset {'|'.join(entries)}"
@@ -275,70 +304,10 @@ def untrained(name: str) -> Any:
         return torchvision.models.get_model(name, weights=None)
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal.
-
-    Raises:
-        InputMissingError: it cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        message = f"cannot read {path}: {error.strerror}"
-        raise InputMissingError(message) from error
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """The state dict in a ``.pth`` file, loaded without executing anything in it (``weights_only``).
-
-    Raises:
-        InputMissingError: no such file.
-        BadDataError: it is not a state dict.
-    """
-    import torch
-
-    if not path.is_file():
-        message = f"cannot read {path}: no such file"
-        raise InputMissingError(message)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, ...
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        message = f"{path} is not a state dict that can be loaded safely: {reason}"
-        raise BadDataError(message) from error
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        message = f"{path} holds no state dict (names to tensors)"
-        raise BadDataError(message)
-    return {key.removeprefix("module."): value for key, value in state.items()}
-
-
-def download(entry: Any) -> dict[str, Any]:
-    """Torchvision's weights from torch's own cache, downloaded once and checked against the digest in the file's name.
-
-    Raises:
-        InputMissingError: there is no network; says which file to bring and where it goes.
-    """
-    import torch
-
-    name = Path(entry.url).name
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    try:
-        return dict(entry.get_state_dict(progress=False, check_hash=True, weights_only=True))
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "reason", None) or error
-        message = (
-            f"cannot download {name} ({reason}). Bring that file (its SHA-256 begins with "
-            f"{Path(name).stem.rpartition('-')[2]}) from a machine with internet, address {entry.url}, and put it "
-            f"into {folder}, or pass --weights FILE.pth; --weights random goes on without"
-        )
-        raise InputMissingError(message) from error
-    except Exception as error:  # what a file that is there raises when it is not what its name says
-        message = f"{folder / name} is not a state dict that can be loaded safely; delete it and try again"
-        raise BadDataError(message) from error
+def skeleton(name: str) -> Any:
+    """A network with shapes and no numbers (torch's meta device)."""
+    with on_meta():
+        return untrained(name)
 
 
 def with_classifier(name: str, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -348,8 +317,7 @@ def with_classifier(name: str, state: Mapping[str, Any]) -> dict[str, Any]:
     """
     import torch
 
-    with on_meta():
-        expected = untrained(name).state_dict()
+    expected = skeleton(name).state_dict()
     fixed = dict(state)
     for key in _classifier_keys(expected):
         found = state.get(key)

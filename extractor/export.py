@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -27,23 +28,27 @@ from .graph import Graph, cut, pooling_nodes, spatial_axes
 from .layers import PENULTIMATE, last_weighted, require_layers, tapped
 from .onnxfile import BackboneFacts, Layer
 from .parity import check_parity
+from .progress import StopFlag
 
 log = logging.getLogger("penult.extractor")
 
 PARITY_BATCHES = (1, 7)
 OPSET = 20
+POLL_SECONDS = 0.2
+PATIENCE = 25  # polls in which a child may tidy up
 
 
-def export(backbone: Backbone, path: Path) -> BackboneFacts:
+def export(backbone: Backbone, path: Path, stop: StopFlag | None = None) -> BackboneFacts:
     """Make a backbone file in a child process.
 
     Args:
         backbone: what to export: a torchvision network, or somebody's ONNX file.
         path: the ONNX file; an existing one is replaced when the new one is complete.
+        stop: ends the export when it is set.
 
     Raises:
+        InterruptedRunError: a signal came, to this process or to the child.
         PenultError: whatever `load`, `to_onnx` and `import_onnx` raise, from the child.
-        InterruptedRunError: the child was ended by SIGINT or SIGTERM.
     """
     if backbone.is_file and is_own(Path(backbone.name)):  # nothing of it is computed
         return import_onnx(backbone, path)
@@ -52,15 +57,18 @@ def export(backbone: Backbone, path: Path) -> BackboneFacts:
         "import json, sys; request = json.load(sys.stdin); sys.path[:] = request['sys.path']; "
         "from extractor.export import _child; _child(request)"
     )
-    done = subprocess.run([sys.executable, "-P", "-c", code], input=request, capture_output=True, text=True, check=False)
-    if -done.returncode in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and systemd signal the children too
-        raise InterruptedRunError(-done.returncode)
+    status, out, err = _run_child([sys.executable, "-P", "-c", code], request, stop)
+    if stop:
+        raise InterruptedRunError(stop.signum)
+    for number in (signal.SIGTERM, signal.SIGINT):  # a scheduler, or a terminal, signals the whole group of processes
+        if status in (-number, 128 + number):
+            raise InterruptedRunError(number)
     try:
-        answer = json.loads(done.stdout.splitlines()[-1])
+        answer = json.loads(out.splitlines()[-1])
     except (IndexError, ValueError):
-        message = f"the export of {backbone.name} died (exit {done.returncode})"
+        message = f"the export of {backbone.name} died (exit {status})"
         error = PenultError(message)
-        error.add_note(done.stderr[-4000:])
+        error.add_note(err[-4000:])
         raise error from None
     for level, text in answer.get("messages", []):
         log.log(level, "%s", text)
@@ -70,9 +78,31 @@ def export(backbone: Backbone, path: Path) -> BackboneFacts:
     return BackboneFacts.from_json(answer["facts"])
 
 
+def _run_child(command: list[str], request: str, stop: StopFlag | None) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of a child that is ended when ``stop`` is set: an export may take minutes."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as child:
+        given: str | None = request
+        polls = 0
+        try:
+            while True:
+                try:
+                    out, err = child.communicate(given, timeout=POLL_SECONDS)
+                    return child.returncode, out, err
+                except subprocess.TimeoutExpired:
+                    given = None  # it is on its way
+                    if stop:
+                        polls += 1
+                        child.terminate() if polls < PATIENCE else child.kill()
+        except BaseException:
+            child.terminate()
+            raise
+
+
 def _child(request: dict[str, Any]) -> None:
     # Exporters print; the answer must be the only thing on stdout.
     answer_to, sys.stdout = sys.stdout, sys.stderr
+    signal.signal(signal.SIGTERM, _leave)  # so that a download at hand removes what it has of its file
     messages: list[tuple[int, str]] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append((record.levelno, record.getMessage()))  # type: ignore[method-assign]
@@ -89,6 +119,10 @@ def _child(request: dict[str, Any]) -> None:
     except PenultError as error:
         answer = {"error": type(error).__name__, "message": str(error)}
     print(json.dumps({**answer, "messages": messages}), file=answer_to)
+
+
+def _leave(signum: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + signum)
 
 
 def to_onnx(loaded: Loaded, name: str, path: Path, *, layers: Sequence[str] = (), pooling: str = "average") -> BackboneFacts:
@@ -147,7 +181,9 @@ def to_onnx(loaded: Loaded, name: str, path: Path, *, layers: Sequence[str] = ()
         ends.append((nodes, output, dim))
         found.append(Layer(f"input of {last}" if layer == PENULTIMATE else layer, kind, dim, output))
     cut(model, ends)
-    facts = BackboneFacts(name, loaded.weights_name, loaded.weights_digest, tuple(found), loaded.preprocess)
+    facts = BackboneFacts(
+        name, loaded.weights_name, loaded.weights_digest, tuple(found), loaded.preprocess, source=loaded.source
+    )
     onnxfile.write_facts(model, facts)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as folder:
         new = Path(folder) / path.name

@@ -103,7 +103,7 @@ def import_onnx(backbone: Backbone, target: Path) -> BackboneFacts:
         nodes, kind, dim = kinds
         ends.append(([*nodes, _cast(f"{output}_raw", output, "float32")], output, dim))
         found.append(Layer(tensor, kind, dim, output))
-    facts = BackboneFacts("onnx", file.name, digest, tuple(found), preprocess)
+    facts = BackboneFacts("onnx", file.name, digest, tuple(found), preprocess, source=f"from {file.name}")
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent) as folder:
         new = Path(folder) / target.name
         return _write(model, begin, ends, facts, pixels, expected, new, target)

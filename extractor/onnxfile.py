@@ -51,6 +51,7 @@ class BackboneFacts:
         layers: the feature sets, in the order asked for; the penultimate layer alone by default.
         preprocess: what its input must have gone through.
         batch: images per call, where the graph has that number fixed.
+        source: where the weights came from, for people.
     """
 
     name: str
@@ -59,6 +60,7 @@ class BackboneFacts:
     layers: tuple[Layer, ...]
     preprocess: Preprocess
     batch: int | None = None
+    source: str = ""
 
     @property
     def layer(self) -> str:

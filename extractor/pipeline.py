@@ -22,7 +22,7 @@ import numpy as np
 from store.cache import FeatureCache, assign_splits, shard_paths
 from store.errors import BudgetExceededError, InputMissingError, InterruptedRunError, StorageError, UsageError
 from store.samples import Row, SampleTable
-from store.splits import require_sizes, split_names
+from store.splits import require_sizes, rule_text, split_names, untrained_labels
 from store.writer import CacheWriter, open_writer
 
 from .backbones import Backbone
@@ -162,7 +162,7 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
     _check_splits_possible(samples, options)
     device = resolve_device(options.device)
     with open_writer(cache) as writer, stop_on_signal() as stop:
-        facts, notes = prepare_backbone(writer, backbone, overwrite=options.overwrite)
+        facts, notes = prepare_backbone(writer, backbone, overwrite=options.overwrite, stop=stop)
         # The session proves the device before any image is read.
         embedder = Embedder(cache / "backbone.onnx", device=device, batch_size=options.batch_size, outputs=facts.outputs)
         sets = fingerprints(facts, embedder.provider, options.storage)
@@ -195,6 +195,7 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
             _fail_fast(rows)
         failed = sum(not row.ok for row in rows)
         rows, rule = resolve_splits(rows, options)
+        _say_splits(before, rows, rule)
         spent = (before.facts.get("extract_seconds", 0.0) if before else 0.0) + (
             clock["wait"] + clock["embed"] if computed else 0
         )
@@ -365,6 +366,17 @@ def resolve_splits(rows: Sequence[Row], options: Options) -> tuple[list[Row], di
     split_of = {row.path: name for row, name in zip(good, names, strict=True)}
     rule = {"rule": "hash-rank", "val": options.val_fraction, "test": options.test_fraction, "seed": options.seed}
     return [row.with_split(split_of.get(row.path)) for row in rows], rule
+
+
+def _say_splits(before: SampleTable | None, rows: Sequence[Row], rule: dict[str, Any]) -> None:
+    """Say where the split of a finished cache changes, and which classes nothing can be trained of."""
+    had = before.facts.get("split") if before else None
+    if before and had and had != rule:
+        old = {row.path: row.split for row in before.rows}
+        moved = sum(row.path in old and old[row.path] != row.split for row in rows)
+        log.warning("the split was %s, it is %s now: %d samples changed sides", rule_text(had), rule_text(rule), moved)
+    for sentence in untrained_labels([(row.label, row.split) for row in rows if row.ok]):
+        log.warning("%s: `penult train` will refuse that", sentence)
 
 
 def _check_splits_possible(samples: Sequence[Sample], options: Options) -> None:

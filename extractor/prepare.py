@@ -14,10 +14,12 @@ from store.errors import PenultError, UsageError
 from store.fingerprint import Fingerprint, require_same
 from store.writer import CacheWriter
 
-from .backbones import Backbone, file_digest
+from .backbones import Backbone
 from .export import export
 from .foreign import read_sidecar
 from .onnxfile import BackboneFacts, digest, install, read_facts
+from .progress import StopFlag
+from .weights import file_digest
 
 log = logging.getLogger("penult.extractor")
 
@@ -25,7 +27,7 @@ LIBRARIES = ("penult", "torch", "torchvision", "onnx", "onnxruntime-gpu", "onnxr
 
 
 def prepare_backbone(
-    writer: CacheWriter, backbone: Backbone, *, overwrite: bool = False
+    writer: CacheWriter, backbone: Backbone, *, overwrite: bool = False, stop: StopFlag | None = None
 ) -> tuple[BackboneFacts, dict[str, Any]]:
     """Put ``backbone.onnx`` into a cache, or recognise that the one there is what is asked for, without importing torch.
 
@@ -49,7 +51,7 @@ def prepare_backbone(
     before = {} if overwrite else (writer.meta or {}).get("facts", {})
     if path.is_file() and before.get("request") == request and before.get("backbone_sha256") == _digest_or_none(path):
         log.info("using %s as exported before", path)
-        return read_facts(path), {key: before[key] for key in ("request", "backbone_sha256", "weights")}
+        return read_facts(path), {key: before[key] for key in ("request", "backbone_sha256", "weights", "source")}
     if backbone.seed is not None:
         log.warning(
             "RANDOM WEIGHTS (seed %d): %s is untrained, its features are a random projection", backbone.seed, backbone.name
@@ -57,7 +59,7 @@ def prepare_backbone(
     # A cache keeps its file, and its features, until the new file is there and known to match or meant to replace them.
     with tempfile.TemporaryDirectory(prefix=".backbone.", suffix=".tmp", dir=writer.path) as folder:
         new = Path(folder) / path.name
-        facts = export(backbone, new)
+        facts = export(backbone, new, stop)
         if overwrite:
             writer.clear()
         _require_match(writer, facts)
@@ -65,7 +67,7 @@ def prepare_backbone(
     for layer in facts.layers:
         pooling = "" if layer.pooling == "none" else f" ({layer.pooling})"
         log.info("exported %s (%s), %d features: %s%s", facts.name, facts.weights, layer.dim, layer.layer, pooling)
-    return facts, {"request": request, "backbone_sha256": digest(path), "weights": facts.weights}
+    return facts, {"request": request, "backbone_sha256": digest(path), "weights": facts.weights, "source": facts.source}
 
 
 def _digest_or_none(path: Path) -> str | None:

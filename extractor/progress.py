@@ -35,11 +35,14 @@ class StopFlag:
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[StopFlag]:
+def stop_on_signal(kept: str = "what is done is kept") -> Iterator[StopFlag]:
     """Turn the first SIGINT or SIGTERM into a flag that the pipeline looks at after every batch.
 
     A second one leaves at once; that is safe, because what is committed is complete and what is not has no final name.
     Outside the main thread (a notebook's worker, a web server) signals are left alone.
+
+    Args:
+        kept: what becomes of the work done so far, for the message.
     """
     flag = StopFlag()
     if threading.current_thread() is not threading.main_thread():
@@ -50,7 +53,7 @@ def stop_on_signal() -> Iterator[StopFlag]:
         if flag:
             os._exit(128 + signum)
         flag.signum = signum
-        log.warning("stopping after this batch; what is done is kept (a second signal leaves at once)")
+        log.warning("stopping after this batch; %s (a second signal leaves at once)", kept)
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -19,6 +19,7 @@ log = logging.getLogger("penult.extractor")
 OUT_OF_MEMORY = ("BFCArena", "Failed to allocate memory", "CUDA_ERROR_OUT_OF_MEMORY", "out of memory")
 MAX_DIM = 65536
 DEFAULT_BATCH = {"cpu": 8, "cuda": 64}  # on a CPU large batches lose: they fall out of its caches
+MAX_BATCH, MAX_WORKERS = 4096, 256  # beyond these a number is a slip: decoded images of a batch alone would fill the memory
 
 
 def nvidia_driver_present() -> bool:

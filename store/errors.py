@@ -100,8 +100,8 @@ class JobFileError(PenultError, ValueError):
 
 
 class InterruptedRunError(PenultError):
-    """A signal ended the run after everything finished so far was committed."""
+    """A signal ended the run after everything that can be kept was committed; ``then`` is what running it again does."""
 
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"interrupted by signal {signum}; run the same command again to continue")
+    def __init__(self, signum: int, then: str = "to continue") -> None:
+        super().__init__(f"interrupted by signal {signum}; run the same command again {then}")
         self.exit_code = 128 + signum

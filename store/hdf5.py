@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,10 @@ def build(encoding_type: str, datasets: Mapping[str, Array], attrs: Mapping[str,
         return file.id.get_file_image(), digest
 
 
-def commit(path: Path, data: bytes) -> None:
+def commit(path: Path, data: bytes | Iterable[bytes]) -> None:
     """Write ``data`` so that after a crash at any moment ``path`` is either complete or as it was before (rule 4).
+
+    Blocks are written as they come; where making one raises, nothing is kept.
 
     Raises:
         OutputError: the place does not exist or may not be written to.
@@ -71,17 +73,20 @@ def commit(path: Path, data: bytes) -> None:
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(descriptor, view) :]
+            for block in (data,) if isinstance(data, bytes) else data:
+                view = memoryview(block)
+                while view:
+                    view = view[os.write(descriptor, view) :]
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
         temporary.rename(path)
         fsync_directory(path.parent)
-    except OSError as error:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
+        if isinstance(error, PenultError) or not isinstance(error, OSError):
+            raise
         message = f"cannot write {path}: {error.strerror}"
         raise write_error(error)(message) from error
 

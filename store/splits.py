@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from .errors import BadDataError, UsageError
 
@@ -124,3 +125,25 @@ def hash_rank_split(labels: Sequence[str], groups: Sequence[bytes], *, val: floa
             message = f"no group with class {label!r} came into {', '.join(missing)}; try another --seed, or larger fractions"
             raise BadDataError(message)
     return split
+
+
+def rule_text(rule: Mapping[str, Any]) -> str:
+    """How a split came about, for people."""
+    if rule.get("rule") == "hash-rank":
+        return f"by hash rank (val {rule['val']}, test {rule['test']}, seed {rule['seed']})"
+    return {"source": "the data's own", "none": "none (no labels)"}.get(str(rule.get("rule")), str(rule.get("rule")))
+
+
+def untrained_labels(samples: Iterable[tuple[str | None, str | None]]) -> list[str]:
+    """A sentence for each class that is in ``val`` or ``test`` and not in ``train``.
+
+    Args:
+        samples: label and split of each; without splits there is nothing to say.
+    """
+    counts = Counter((label, split) for label, split in samples if label is not None and split)
+    trained = {label for label, split in counts if split == "train"}
+    where: dict[str, list[str]] = defaultdict(list)
+    for (label, split), count in sorted(counts.items()):
+        if trained and label not in trained:
+            where[label].append(f"{split!r} ({count})")
+    return [f"class {label!r} is in {' and '.join(places)} and not in 'train'" for label, places in where.items()]

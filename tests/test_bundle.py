@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -214,8 +215,33 @@ def test_compare_lines_up_the_same_images_and_refuses_others(bundle: Bundle, cac
     assert "weak.head" in html
     assert "<script>" not in html
     other = train_head(cache, tmp_path / "other.head", make_head("logistic", C=1.0), test=0.3)
-    with pytest.raises(BadDataError, match="there is nothing to compare"):
+    with pytest.raises(BadDataError, match="there is nothing to compare") as caught:
         compare([bundle, other])
+    assert "other.head was trained with --val-fraction or --test-fraction, on a split of its own" in str(caught.value)
+    assert "`penult extract` with --val-fraction 0.2 --test-fraction 0.3 --seed 0" in str(caught.value)
+
+
+def test_one_bundle_or_the_same_twice_is_no_comparison(bundle: Bundle) -> None:
+    with pytest.raises(UsageError, match=r"there is one bundle, .*photos.head, and nothing beside it; name two") as caught:
+        compare([bundle])
+    assert caught.value.exit_code == 2
+    again = replace(bundle, path=bundle.path / ".." / bundle.path.name)
+    with pytest.raises(UsageError, match=r"photos\.head is given twice"):
+        compare([bundle, again])
+
+
+def test_a_class_that_is_only_held_out_is_named_before_training(cache: FeatureCache, tmp_path: Path) -> None:
+    table = cache.samples
+    first = [row.split for row in table.rows].index("test")
+    rows = [replace(row, label="purple") if row.split == "val" or i == first else row for i, row in enumerate(table.rows)]
+    count = sum(row.split == "val" for row in rows)
+    cache.samples = SampleTable(rows, table.facts)
+    try:
+        with pytest.raises(BadDataError, match=rf"class 'purple' is in 'test' \(1\) and 'val' \({count}\) and not in 'train'"):
+            train_head(cache, tmp_path / "x.head", make_head("logistic", C=1.0))
+    finally:
+        cache.samples = table
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_python_api_of_the_readme(cache: FeatureCache, tmp_path: Path) -> None:
@@ -268,6 +294,6 @@ def test_without_held_out_images_the_bundle_says_so(cache: FeatureCache, tmp_pat
     saved = save_head(cache, tmp_path / "all.head", head, fitted=[everything], held_out=None)
     assert "Nothing was held out" in (saved.path / "report.html").read_text()
     with pytest.raises(BadDataError, match="without held-out images"):
-        compare([saved, saved])
+        compare([saved, train_head(cache, tmp_path / "other.head", make_head("logistic", C=1.0))])
     with pytest.raises(OutputExistsError):
         save_bundle(saved, backbone=b"", head=b"", predictions=None, fitted=[])

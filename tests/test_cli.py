@@ -100,10 +100,46 @@ def test_the_whole_way(penult: Penult, photos: Path, backbone_file: Path, tmp_pa
     assert all(float(row["ants"]) + float(row["bees"]) == pytest.approx(1, abs=2e-6) for row in table)
     lines = [json.loads(line) for line in penult("predict", bundle, *images, "--format", "jsonl")[1].splitlines()]
     assert [line["label"] for line in lines] == [row["label"] for row in table]
-    code, out, _ = penult("compare", bundle, bundle, "-o", tmp_path / "report.html")
+    assert penult("compare", bundle, bundle)[0] == 2
+    assert penult("train", cache, "--head", "mlp", "-o", tmp_path / "m.head")[0] == 0
+    code, out, _ = penult("compare", bundle, tmp_path / "m.head", "-o", tmp_path / "report.html")
     assert code == 0
-    assert out.count("p.head") == 2
+    assert "p.head" in out
+    assert "m.head" in out
     assert "<svg" in (tmp_path / "report.html").read_text()
+
+
+def test_quiet_and_verbose_mean_the_same_before_and_after_the_command(
+    penult: Penult, photos: Path, backbone_file: Path, tmp_path: Path
+) -> None:
+    command = ("extract", photos, "-m", backbone_file, "-o", tmp_path / "c", "--device", "cpu")
+    assert "exported" in penult(*command)[2]
+    assert "nothing to compute" in penult(*command)[2]
+    for quiet in (("-q", *command), (*command, "-q"), (*command, "--quiet")):
+        assert penult(*quiet)[::2] == (0, "")
+    for verbose in (("-v", *command, "--overwrite"), (*command, "--overwrite", "-v")):
+        assert "inputs done" in penult(*verbose)[2]
+    assert penult("weights", "list", "-q")[0] == 0
+    assert "Only warnings on stderr" in penult("weights", "list", "--help")[1]
+
+
+def test_a_csv_of_predictions_has_the_same_columns_in_every_row(
+    penult: Penult, photos: Path, backbone_file: Path, tmp_path: Path
+) -> None:
+    assert penult("extract", photos, "-m", backbone_file, "-o", tmp_path / "c")[0] == 0
+    assert penult("train", tmp_path / "c", "-o", tmp_path / "h")[0] == 0
+    (tmp_path / "broken.jpg").write_text("no picture")
+    code, out, _ = penult("predict", tmp_path / "h", tmp_path / "broken.jpg", photos / "ants/000.jpg", "--format", "csv")
+    header, bad, good = csv.reader(io.StringIO(out))
+    assert code == 3
+    assert header == ["path", "label", "probability", "code", "message", "ants", "bees"]
+    assert bad[1:4] == ["", "", "not_an_image"]
+    assert bad[4]
+    assert bad[5:] == ["", ""]
+    assert good[3:5] == ["", ""]
+    assert len(good) == 7
+    facts = json.loads(penult("predict", tmp_path / "h", tmp_path / "broken.jpg", "--format", "jsonl")[1])
+    assert (facts["code"], facts["message"], facts["probabilities"]) == ("not_an_image", bad[4], {})
 
 
 def test_recorded_failures_exit_3_and_beyond_the_budget_65(
@@ -134,6 +170,19 @@ def test_recorded_failures_exit_3_and_beyond_the_budget_65(
         (["extract", "nowhere", "-m", "resnet18", "-o", "c"], 66, "nowhere does not exist"),
         (["extract", "{photos}", "-m", "resnet-18", "-o", "c"], 2, "Did you mean 'resnet18'"),
         (["extract", "{photos}", "-m", "resnet18", "-o", "c", "-b", "many"], 2, "-batch-size many"),
+        (
+            ["extract", "{photos}", "-m", "{backbone}", "-o", "c", "-b", "100000"],
+            2,
+            "from 1 to 4096, or auto",
+        ),
+        (
+            ["extract", "{photos}", "-m", "{backbone}", "-o", "c", "-j", "9999"],
+            2,
+            "--workers 9999: expected a number",
+        ),
+        (["extract", "{photos}", "-m", "{backbone}", "-o", "c", "-j", "0"], 2, "--workers 0: expected a number from 1 to 256"),
+        (["train", "{photos}", "-o", "h", "--head", "mlp", "--hidden", "9" * 30], 2, "expected a number from 1 to 65536"),
+        (["train", "{photos}", "-o", "h", "--head", "mlp", "--hidden", "auto"], 2, "--hidden auto: expected a number"),
         (["extract", "{photos}", "-m", "{backbone}", "-o", "c", "--device", "tpu"], 2, "expected auto, cpu, cuda"),
         (["extract", "{photos}", "-m", "{backbone}", "-o", "{photos}"], 73, "is not a penult cache"),
         (["extract", "{photos}", "-m", "{backbone}", "-o", "c", "--max-failures", "few"], 2, "such as 10, or a share"),

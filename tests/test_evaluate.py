@@ -48,7 +48,11 @@ def test_many_images_need_no_note_but_small_classes_are_named() -> None:
 
 
 def test_unknown_labels_and_nothing_at_all_are_refused() -> None:
-    with pytest.raises(BadDataError, match="was not trained on c"):
-        score(np.array(["a", "c"]), np.eye(2), ["a", "b"])
+    with pytest.raises(BadDataError) as caught:
+        score(np.array(["a", "c", "c", "d"]), np.eye(4), ["a", "b"], "test")
+    assert str(caught.value) == (
+        "3 of 4 images of 'test' have a label that the head was not trained on: 'c' (2), 'd' (1); it knows 'a', 'b'. "
+        "Correct the labels, leave these images out, or train with them"
+    )
     with pytest.raises(BadDataError, match="no images"):
         score(np.array([], dtype=str), np.zeros((0, 2)), ["a", "b"])

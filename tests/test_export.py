@@ -7,10 +7,11 @@ import json
 import logging
 import os
 import pickle
+import signal
+import subprocess
 import sys
+import time
 import types
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,15 +23,18 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from extractor import backbones, onnxfile, session
-from extractor.backbones import Backbone, choose_weights, download, load, names, read_state, row, weights_of, with_classifier
+from extractor.backbones import Backbone, choose_weights, load, names, row, weights_of, with_classifier
 from extractor.export import export, to_onnx
 from extractor.graph import Graph, cut, pooling_nodes
-from extractor.layers import torch_penultimate
+from extractor.layers import list_layers, torch_penultimate
 from extractor.onnxfile import read_facts
 from extractor.parity import PARITY, check_parity, relative_l2
+from extractor.progress import StopFlag
 from extractor.session import Embedder, resolve_device
-from store.errors import BadDataError, DeviceUnavailableError, InputMissingError, StorageError, UsageError
+from extractor.weights import read_state
+from store.errors import BadDataError, DeviceUnavailableError, InputMissingError, InterruptedRunError, StorageError, UsageError
 
+REPO = Path(__file__).resolve().parent.parent
 SQUEEZENET = Backbone("squeezenet1_1", "random:0", resize=72, crop=64)  # what conftest's backbone_file was made from
 
 
@@ -407,50 +411,6 @@ def test_a_payload_in_a_weights_file_is_not_executed(tmp_path: Path, zipped: boo
     assert not marker.exists()
 
 
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty torch hub on a machine without a network."""
-    import torch
-
-    def unreachable(*_: Any, **__: Any) -> None:
-        raise urllib.error.URLError("Name or service not known")
-
-    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
-    monkeypatch.setattr(torch.hub, "urlopen", unreachable)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    return tmp_path / "hub"
-
-
-def test_without_a_network_the_file_to_bring_is_named(hub: Path) -> None:
-    with pytest.raises(InputMissingError) as caught:
-        load(Backbone("resnet50"))
-    message = str(caught.value)
-    assert caught.value.exit_code == 66
-    for part in (
-        "cannot download resnet50-11ad3fa6.pth (Name or service not known)",
-        "begins with 11ad3fa6",
-        f"into {hub / 'checkpoints'}",
-        "https://download.pytorch.org/models/resnet50-11ad3fa6.pth",
-    ):
-        assert part in message
-    assert [path for path in hub.rglob("*") if path.is_file()] == []
-
-
-def test_brought_weights_are_used_but_never_executed(hub: Path, state: dict[str, Any], tmp_path: Path) -> None:
-    entry = weights_of("squeezenet1_1")["IMAGENET1K_V1"]
-    file = hub / "checkpoints" / Path(entry.url).name
-    file.parent.mkdir(parents=True)
-    save(state, file)
-    assert load(Backbone("squeezenet1_1")).weights_digest == load(SQUEEZENET).weights_digest
-    save({"weight": Payload(tmp_path / "executed")}, file)
-    with pytest.raises(BadDataError, match="loaded safely"):
-        download(entry)
-    assert not (tmp_path / "executed").exists()
-    file.write_bytes(b"")
-    with pytest.raises(BadDataError, match="delete it"):
-        download(entry)
-
-
 # --- export as a whole -------------------------------------------------------------------------------------------------
 
 
@@ -458,6 +418,57 @@ def test_errors_of_the_child_keep_their_kind_and_message(tmp_path: Path) -> None
     with pytest.raises(UsageError, match=r"No backbone 'resnet-18'\. Did you mean .*'resnet18'"):
         export(Backbone("resnet-18"), tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_child_is_an_interruption_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """A scheduler signals the whole group: the child may be gone before this process looks."""
+
+    class Signalled(subprocess.Popen[str]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            self.send_signal(number)
+
+    monkeypatch.setattr(subprocess, "Popen", Signalled)
+    with pytest.raises(InterruptedRunError) as caught:
+        export(SQUEEZENET, tmp_path / "m.onnx")
+    assert caught.value.exit_code == 128 + number
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_to_the_parent_ends_the_child(tmp_path: Path) -> None:
+    stop = StopFlag()
+    stop.signum = signal.SIGTERM
+    begin = time.perf_counter()
+    with pytest.raises(InterruptedRunError) as caught:
+        export(Backbone("vit_b_16", "random"), tmp_path / "m.onnx", stop)  # would take a minute
+    assert caught.value.exit_code == 143
+    assert time.perf_counter() - begin < 15
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_extraction_that_is_ended_while_it_exports_exits_with_143(make_image: Callable[..., Path], tmp_path: Path) -> None:
+    for i in range(3):
+        make_image(tmp_path / f"photos/{i}.jpg", i)
+    command = [sys.executable, "cli.py", "extract", tmp_path / "photos", "-m", "vit_b_16", "--weights", "random"]
+    child = subprocess.Popen(
+        [*command, "-o", tmp_path / "c"], stderr=subprocess.PIPE, text=True, cwd=REPO, start_new_session=True
+    )
+    assert child.stderr is not None
+    while "RANDOM WEIGHTS" not in child.stderr.readline():  # from here on it exports
+        pass
+    os.killpg(child.pid, signal.SIGTERM)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 143, err
+    assert "error: interrupted by signal 15; run the same command again to continue" in err
+    assert "died" not in err
+
+
+@pytest.mark.parametrize("name", ["regnet_y_400mf", "densenet121"])
+def test_shapes_are_known_without_weights(name: str) -> None:
+    assert row(name)["dim"] == list_layers(name)[0]["dim"] == {"regnet_y_400mf": 440, "densenet121": 1024}[name]
 
 
 @pytest.mark.filterwarnings("ignore")

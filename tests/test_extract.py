@@ -454,6 +454,29 @@ def test_splits_are_stored_and_follow_the_options(run: Run, mine: tuple[Path, Pa
     assert FeatureCache(cache).samples.splits() == ["train", "test"]
 
 
+def test_a_split_that_changes_is_said_with_both_rules(
+    run: Run, mine: tuple[Path, Path], reference: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data, cache = mine
+    run(data, cache)
+    assert "the split was" not in caplog.text
+    run(data, cache, seed=1, test_fraction=0.3)
+    before, after = splits(reference), splits(cache)
+    moved = sum(before[path] != after[path] for path in before)
+    assert moved > 0
+    assert (
+        "the split was by hash rank (val 0.2, test 0.2, seed 0), it is by hash rank (val 0.2, test 0.3, seed 1) now: "
+        f"{moved} samples changed sides" in caplog.text
+    )
+
+
+def test_a_class_that_is_only_held_out_is_said_when_it_is_extracted(
+    run: Run, dataset: MakeDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(dataset(tmp_path / "data", {"train/ants": 3, "train/bees": 2, "val/ants": 1, "val/wasps": 2}), tmp_path / "c")
+    assert "class 'wasps' is in 'val' (2) and not in 'train': `penult train` will refuse that" in caplog.text
+
+
 def test_splits_of_the_source_win(run: Run, dataset: MakeDataset, tmp_path: Path) -> None:
     data = dataset(tmp_path / "data", {"train/ants": 3, "train/bees": 2, "valid/ants": 1, "valid/bees": 1})
     run(data, tmp_path / "c")

@@ -385,7 +385,9 @@ def test_a_device_that_is_not_there(photos: tuple[Items, Items]) -> None:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_it_as_interrupted(photos: tuple[Items, Items], signum: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_ends_it_as_interrupted(
+    photos: tuple[Items, Items], signum: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     original = loading.Batches._batch
     calls = []
 
@@ -400,6 +402,9 @@ def test_a_signal_ends_it_as_interrupted(photos: tuple[Items, Items], signum: in
     with pytest.raises(InterruptedRunError) as caught:
         run(photos, epochs=50)
     assert caught.value.exit_code == 128 + signum
+    assert str(caught.value) == f"interrupted by signal {int(signum)}; run the same command again to start over"
+    assert "nothing of an unfinished fine-tuning is kept" in caplog.text
+    assert "what is done is kept" not in caplog.text
     assert len(calls) < 6
     assert signal.getsignal(signum) is before
 

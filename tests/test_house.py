@@ -100,7 +100,10 @@ def test_the_lock_pins_every_requirement_with_a_hash() -> None:
 
 
 def commands() -> dict[str, click.Command]:
-    return cli.cli.commands
+    """Every command by what one types after ``penult``, those of a group included."""
+    groups = {name: command.commands for name, command in cli.cli.commands.items() if isinstance(command, click.Group)}
+    inner = {f"{group} {name}": command for group, members in groups.items() for name, command in members.items()}
+    return {**cli.cli.commands, **inner}
 
 
 @pytest.mark.parametrize("name", sorted(commands()))
@@ -119,7 +122,7 @@ def readme_commands() -> list[str]:
 @pytest.mark.parametrize("line", readme_commands())
 def test_every_command_in_the_readme_exists_with_its_flags(line: str) -> None:
     words = shlex.split(line.partition("#")[0].partition("|")[0].partition(">")[0])[1:]
-    command = commands()[words[0]] if not words[0].startswith("-") else cli.cli
+    command = commands().get(" ".join(words[:2])) or (cli.cli if words[0].startswith("-") else commands()[words[0]])
     known = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
     for word in words[1:]:
         if word.startswith("-") and not re.fullmatch(r"-?[\d.]+", word):

@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from classifiers.bundle import Bundle
 from classifiers.jobs import Job, preview_job, read_job, read_runs, run_job, runs_file
+from extractor.pipeline import Options
 from extractor.progress import JsonLog, Metrics, observed
 from store.errors import BudgetExceededError, InputMissingError, JobFileError, LockedError, StorageError
 from store.lock import file_lock
@@ -34,6 +35,8 @@ C = {C}
 [gate]
 min_accuracy = {gate}
 """
+
+WHOLE = JOB.format(backbone="resnet18", C=1.0, gate=0.5)
 
 
 def paint(folder: Path, label: str, tint: tuple[int, int, int], count: int, seed: int) -> None:
@@ -194,9 +197,18 @@ def test_a_log_that_cannot_be_written_is_said_before_any_work(tmp_path: Path) ->
         ('data = "x"\ndata = "y"\n', "is not TOML"),
         ('data = "x"\ncache = "c"\nbundle = "b"\n', "the key 'backbone' is missing"),
         ('data = 3\ncache = "c"\nbundle = "b"\n[backbone]\nname = "resnet18"\n', "'data'"),
-        (JOB.format(backbone="resnet18", C=1.0, gate='"0.9"'), "'gate.min_accuracy'"),
-        (JOB.format(backbone="resnet18", C=1.0, gate=1.5), "'gate.min_accuracy'"),
-        (JOB.format(backbone="resnet18", C=1.0, gate=0.5) + "[extract]\nworkers = 0\n", "'extract.workers'"),
+        (JOB.format(backbone="resnet18", C=1.0, gate='"0.9"'), """'gate.min_accuracy' is "0.9"; expected a number"""),
+        (JOB.format(backbone="resnet18", C=1.0, gate=1.5), "'gate.min_accuracy' is 1.5; expected at most 1.0"),
+        (JOB.format(backbone="resnet18", C="inf", gate=0.5), "'train.C' is Infinity; expected a finite number"),
+        (WHOLE + "[extract]\nworkers = 0\n", "'extract.workers' is 0; expected 1 or more"),
+        (WHOLE + "[extract]\nbatch_size = 100000\n", "'extract.batch_size' is 100000; expected at most 4096"),
+        (WHOLE + "[extract]\nbatch_size = 8.5\n", "'extract.batch_size' is 8.5; expected a whole number"),
+        (WHOLE + "[extract]\nstorage = 'half'\n", "'extract.storage' is \"half\"; expected 'auto' or 'float32'"),
+        (WHOLE + "[extract]\nmax_failures = -1\n", "expected a number such as 10, or a share such as"),
+        (WHOLE + "[extract]\nmax_failures = true\n", "expected a number such as 10, or a share such as"),
+        (WHOLE + "[extract]\nretry_failed = 'yes'\n", """'extract.retry_failed' is "yes"; expected true or false"""),
+        (WHOLE + "extract = 3\n", "'gate.extract'"),
+        ("extract = 3\n" + WHOLE, "'extract' is 3; expected a section of keys"),
         (JOB.format(backbone="resnet18", C=1.0, gate=0.5) + "[extrat]\n", "unknown key 'extrat'; did you mean 'extract'?"),
     ],
 )
@@ -206,6 +218,12 @@ def test_wrong_job_files_name_the_key(tmp_path: Path, text: str, says: str) -> N
         read_job(tmp_path / "job.toml")
     assert caught.value.exit_code == 78
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(("value", "budget"), [("3", 3), ('"3"', 3), ('"1%"', 10), ('"0.5%"', 5)])
+def test_a_budget_is_a_number_or_a_share(tmp_path: Path, value: str, budget: int) -> None:
+    (tmp_path / "job.toml").write_text(WHOLE + f"[extract]\nmax_failures = {value}\n")
+    assert Options(max_failures=read_job(tmp_path / "job.toml").extract.max_failures).budget(1000) == budget
 
 
 def test_every_key_is_documented() -> None:
