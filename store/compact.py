@@ -51,7 +51,7 @@ def write_compact(cache: FeatureCache, out: Path, *, dtype: str = "float32", ove
     failed = [row for row in cache.samples.rows if not row.ok]
     with cache.backbone_file() as backbone:
         onnx = np.frombuffer(backbone.read_bytes(), np.uint8)
-    table = SampleTable([*good, *failed], cache.samples.facts)
+    table = SampleTable([*good, *failed], cache.samples.facts, cache.samples.target_names)
     datasets = {**table.datasets(), "features": features.astype(dtype), "backbone-onnx": onnx}
     attrs: dict[str, str | int] = {
         "rows": len(table.rows),
