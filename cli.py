@@ -68,6 +68,16 @@ source_options = options(
     click.option("--follow-symlinks", is_flag=True, help="Follow symbolic links."),
     click.option("--limit", type=click.IntRange(1), help="Only the first N inputs."),
 )
+task_options = options(
+    click.option(
+        "--task",
+        type=click.Choice(["single-label", "multi-label", "regression"]),
+        default="single-label",
+        show_default=True,
+        help="What labels mean; multi-label separates them by |.",
+    ),
+    click.option("--target", "targets", multiple=True, metavar="COLUMN", help="regression: a numeric column; repeatable."),
+)
 observing_options = options(
     click.option("--log-json", type=FOLDER, help="Append every message as one JSON object per line; the last is `summary`."),
     click.option("--metrics", type=FOLDER, help="Write a Prometheus textfile (.prom), replaced whole."),
@@ -178,6 +188,7 @@ def export(name: str, output: Path, *, overwrite: bool, **chosen: Any) -> None:
 @output_option("The cache, a folder.")
 @run_options
 @source_options
+@task_options
 @split_options
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the split.")
 @click.option(
@@ -201,7 +212,8 @@ def export(name: str, output: Path, *, overwrite: bool, **chosen: Any) -> None:
 def extract(data: Path, output: Path, *, as_json: bool, **given: Any) -> int:
     """Pass every image through a backbone once and cache its features. Run it again to resume or to update.
 
-    DATA is a folder per class, train|val|test folders of these, a flat folder, or a CSV file with a column `path`.
+    DATA is a folder per class, train|val|test folders of these, a flat folder, a CSV or Parquet file with a column `path`,
+    a .tar file or a folder of them, or torchvision:NAME@DIR.
 
     Example: penult extract photos/ -m resnet50 -o photos.cache
     """
@@ -209,7 +221,7 @@ def extract(data: Path, output: Path, *, as_json: bool, **given: Any) -> int:
     from extractor.progress import observed
     from extractor.sources import open_source
 
-    source = open_source(data, root=given["root"], follow_symlinks=given["follow_symlinks"], group_by=given["group_by"])
+    source = open_source(data, **{key: given[key] for key in ("root", "follow_symlinks", "group_by", "task", "targets")})
     chosen = Options(
         device=given["device"],
         batch_size=number(given["batch_size"], "--batch-size"),
@@ -258,6 +270,8 @@ def info(cache: Path, *, as_json: bool) -> None:
     splits = facts["splits"]
     labels = [(label, *(str(per.get(s, 0)) for s in splits), str(sum(per.values()))) for label, per in facts["labels"].items()]
     print_table(("label", *splits, "images"), labels)
+    for name, target in facts["targets"].items():
+        click.echo(f"target {name}: {target['given']} given, {target['min']} to {target['max']}")
     if facts["failures"]:
         print_table(("failed", "code", "message"), [(f["path"], f["code"], f["message"]) for f in facts["failures"]], left=3)
     leaves = opened.fingerprint.leaves().items()
