@@ -152,14 +152,15 @@ class Manifest:
         return [name.strip() for name in header], rest
 
     def _decoded(self, data: bytes) -> str:
-        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        wide = data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE))  # the former begins like UTF-16's
+        if not wide and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             try:
                 return data.decode("utf-16")
             except UnicodeDecodeError as error:
                 message = f"{self.path} begins like UTF-16 and is none ({error.reason}); save it as UTF-8"
                 raise BadDataError(message) from error
-        if b"\0" in data[:4]:  # Excel's "Unicode text" without its mark
-            message = f"{self.path} looks like UTF-16 or UTF-32 without a byte-order mark; save it as UTF-8"
+        if wide or b"\0" in data[:4]:
+            message = f"{self.path} looks like UTF-32, or like UTF-16 without a byte-order mark; save it as UTF-8"
             raise BadDataError(message)
         return data.decode("utf-8-sig", "surrogateescape")
 

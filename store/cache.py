@@ -199,7 +199,8 @@ class FeatureCache:
 
     def _targets(self) -> dict[str, dict[str, float | None]]:
         """How many samples have each numeric target, and its range."""
-        values = np.array([row.targets for row in self.rows()], np.float64).reshape(-1, len(self.samples.target_names))
+        rows = self.rows()
+        values = np.array([row.targets for row in rows], np.float64).reshape(len(rows), len(self.samples.target_names))
         found = {}
         for name, column in zip(self.samples.target_names, values.T, strict=True):
             given = column[~np.isnan(column)]
