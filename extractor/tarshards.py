@@ -149,6 +149,7 @@ class TarFiles:
 class TarShards:
     """A ``.tar`` file, or a folder of them, each holding ``key.jpg`` and what belongs to it.
 
+    A key ends at the first dot of the base name, as WebDataset has it; where that gives no image, at the last one.
     The label is the text of ``key.cls``, else ``label``, ``class`` or ``cls`` of ``key.json``; ``split``, ``group`` and
     numeric targets stand in the ``.json``. Without a ``split`` the folder of the shard counts, or the beginning of its name
     (``train-0001.tar``).
@@ -205,7 +206,7 @@ class TarShards:
             example = display(next(iter(left_out)))
             log.warning(
                 "%d member(s) in %s belong to no image and are left out (such as %s; a sample is KEY.jpg with KEY.cls or "
-                "KEY.json, KEY ending at the first dot)",
+                "KEY.json)",
                 left_out.total(),
                 self.path,
                 example,
@@ -225,6 +226,10 @@ class TarShards:
                 left_out[shard + b"/" + name] += 1
             else:
                 parts.setdefault(match[1], {})[match[2].lower()] = name
+        for key in [key for key, members in parts.items() if not IMAGES & members.keys()]:
+            for name in parts.pop(key).values():  # file names with dots of their own, such as F.pergan.28.jpg
+                stem, _, extension = name.rpartition(b".")
+                parts.setdefault(stem, {})[extension.lower()] = name
         split = _split_of(shard)
         for key, members in parts.items():
             images = [extension for extension in members if extension in IMAGES]

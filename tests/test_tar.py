@@ -94,6 +94,20 @@ def test_what_belongs_to_no_image_is_said(tmp_path: Path, caplog: pytest.LogCapt
     assert "a sample is KEY.jpg with KEY.cls or KEY.json" in caplog.text
 
 
+def test_names_with_dots_of_their_own_are_not_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One of hymenoptera's 398 photos has such a name."""
+    path = shard(
+        tmp_path / "a.tar",
+        {"x/F.28(f).jpg": b"1", "x/F.28(f).cls": "ants", "IMG.1.png": b"2", "IMG.2.png": b"3", "IMG.2.json": {"label": "b"}},
+    )
+    assert listing(path) == [
+        Sample(b"a.tar/IMG.1.png"),
+        Sample(b"a.tar/IMG.2.png", "b"),
+        Sample(b"a.tar/x/F.28(f).jpg", "ants"),
+    ]
+    assert "belong to no image" not in caplog.text
+
+
 def test_images_without_labels_are_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = shard(tmp_path / "a.tar", {"ants/0.jpg": b"x", "bees/0.jpg": b"y", "2.jpg": b"z", "2.cls": "ants"})
     with caplog.at_level(logging.WARNING):
