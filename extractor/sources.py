@@ -122,7 +122,11 @@ def files_of(table: SampleTable, root: Path | None = None) -> Files:
     if origin == TAR:
         return TarFiles(folder)
     if origin.startswith(PREFIX):
-        return open_files(origin, folder)
+        try:
+            return open_files(origin, folder)
+        except InputMissingError as error:
+            error.add_note("If the images moved since the features were extracted, --root says where they are")
+            raise
     message = f"the images come from {origin!r}, which this penult does not know; upgrade it"
     raise UsageError(message)
 
@@ -134,9 +138,9 @@ def refuse_ours(path: Path) -> None:
         UsageError: the path is one.
     """
     kind = None
-    if is_cache(path) or (path / "cache.json").is_file():
+    if is_cache(path) or ((path / "cache.json").is_file() and (path / "shards").is_dir()):
         kind = "a cache of features"
-    elif (path / "head.json").is_file():
+    elif (path / "head.json").is_file() and (path / "backbone.onnx").is_file():
         kind = "a bundle"
     if kind:
         message = f"{os.fspath(path)} is {kind}, not images; expected a folder, a manifest or tar shards (see docs/data.md)"

@@ -16,8 +16,9 @@ import pytest
 import torchvision
 from PIL import Image
 
+from classifiers.finetune import FineTuneOptions
 from classifiers.heldout import evaluate_bundle
-from classifiers.train import make_head, train_head
+from classifiers.train import make_head, train_finetuned, train_head
 from extractor.backbones import Backbone
 from extractor.images import ImageError, decode
 from extractor.pipeline import Options, preview, run_extract
@@ -292,6 +293,22 @@ def test_a_cache_finds_its_arrays_again(backbone: Backbone, tmp_path: Path) -> N
     direct, _ = evaluate_bundle(bundle, f"torchvision:MNIST@{tmp_path / 'moved'}", split="test")
     assert used.n == embedded.n == direct.n == 6
     assert used.accuracy == embedded.accuracy == direct.accuracy
+
+
+def test_fine_tuning_takes_the_images_of_a_cache_wherever_they_are(backbone: Backbone, tmp_path: Path) -> None:
+    write_mnist(tmp_path / "data")
+    cache = features(source("MNIST", tmp_path / "data"), backbone, tmp_path / "c")
+    small = Backbone("resnet18", "random:0", resize=40, crop=32)
+    options = FineTuneOptions(epochs=1, freeze_until="head", device="cpu", quiet=True)
+    bundle = train_finetuned(cache, tmp_path / "h", small, options)
+    assert bundle.metrics is not None
+    assert bundle.metrics["n"] == 6
+    (tmp_path / "data").rename(tmp_path / "moved")
+    with pytest.raises(InputMissingError) as caught:
+        train_finetuned(cache, tmp_path / "i", small, options)
+    assert "--root says where they are" in caught.value.__notes__[0]
+    again = train_finetuned(cache, tmp_path / "i", small, options, root=tmp_path / "moved")
+    assert again.metrics == bundle.metrics
 
 
 def test_usps_is_grey_too(tmp_path: Path) -> None:
