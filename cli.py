@@ -94,6 +94,16 @@ source_options = options(
     click.option("--follow-symlinks", is_flag=True, help="Follow symbolic links."),
     click.option("--limit", type=click.IntRange(1), help="Only the first N inputs."),
 )
+task_options = options(
+    click.option(
+        "--task",
+        type=click.Choice(["single-label", "multi-label", "regression"]),
+        default="single-label",
+        show_default=True,
+        help="What labels mean; multi-label separates them by |.",
+    ),
+    click.option("--target", "targets", multiple=True, metavar="COLUMN", help="regression: a numeric column; repeatable."),
+)
 observing_options = options(
     click.option("--log-json", type=FOLDER, help="Append every message as one JSON object per line; the last is `summary`."),
     click.option("--metrics", type=FOLDER, help="Write a Prometheus textfile (.prom), replaced whole."),
@@ -310,6 +320,7 @@ def weights_list(*, as_json: bool) -> None:
 @output_option("The cache, a folder.")
 @run_options
 @source_options
+@task_options
 @split_options
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the split.")
 @click.option(
@@ -333,7 +344,8 @@ def weights_list(*, as_json: bool) -> None:
 def extract(data: Path, output: Path, *, as_json: bool, **given: Any) -> int:
     """Pass every image through a backbone once and cache its features. Run it again to resume or to update.
 
-    DATA is a folder per class, train|val|test folders of these, a flat folder, or a CSV file with a column `path`.
+    DATA is a folder per class, train|val|test folders of these, a flat folder, a CSV or Parquet file with a column `path`,
+    a .tar file or a folder of them, or torchvision:NAME@DIR.
 
     Example: penult extract photos/ -m resnet50 -o photos.cache
     """
@@ -341,7 +353,7 @@ def extract(data: Path, output: Path, *, as_json: bool, **given: Any) -> int:
     from extractor.progress import observed
     from extractor.sources import open_source
 
-    source = open_source(data, root=given["root"], follow_symlinks=given["follow_symlinks"], group_by=given["group_by"])
+    source = open_source(data, **{key: given[key] for key in ("root", "follow_symlinks", "group_by", "task", "targets")})
     chosen = Options(
         device=given["device"],
         **sizes(given),
@@ -395,6 +407,8 @@ def info(cache: Path, layer: str | None, *, as_json: bool) -> None:
     made = facts["facts"]
     if "weights" in made:
         click.echo(", ".join(filter(None, [f"weights {made['weights']}", made.get("source")])))
+    for name, target in facts["targets"].items():
+        click.echo(f"target {name}: {target['given']} given, {target['min']} to {target['max']}")
     if facts["failures"]:
         print_table(("failed", "code", "message"), [(f["path"], f["code"], f["message"]) for f in facts["failures"]], left=3)
     leaves = opened.fingerprint.leaves().items()

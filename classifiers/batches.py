@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from extractor.files import Located
 from extractor.images import ImageError, decode
 from extractor.preprocess import FILTERS, Preprocess
 from store.errors import BadDataError, InputMissingError
@@ -21,9 +22,11 @@ from store.errors import BadDataError, InputMissingError
 if TYPE_CHECKING:
     from .finetune import FineTuneOptions
 
-Item = tuple[Path, int]
+Item = tuple[Path | Located, int]
 
 MAX_HELD = 2**29  # bytes of decoded images kept in memory; what does not fit is decoded again in every epoch
+GONE = ("not_found", "unreadable")  # codes of what cannot be read, as opposed to decoded
+MOVED = "is it gone since the features were extracted? If the images moved, --root says where they are"
 CROP_AREA = (0.35, 1.0)  # torchvision's recipe begins at 0.08, which is for training from nothing
 CROP_RATIO = (3 / 4, 4 / 3)
 
@@ -94,7 +97,7 @@ class Batches:
         return held
 
 
-def read_resized(path: Path, preprocess: Preprocess) -> Image.Image:
+def read_resized(path: Path | Located, preprocess: Preprocess) -> Image.Image:
     """Decode and resize as for extraction, without the crop.
 
     Raises:
@@ -105,9 +108,12 @@ def read_resized(path: Path, preprocess: Preprocess) -> Image.Image:
         image = decode(path.read_bytes())
         return image.resize(preprocess.resized(*image.size), FILTERS[preprocess.interpolation])
     except OSError as error:
-        message = f"cannot read {path}: {error.strerror}; is it gone since the features were extracted?"
+        message = f"cannot read {path}: {error.strerror}; {MOVED}"
         raise InputMissingError(message) from error
     except ImageError as error:
+        if error.code in GONE:
+            message = f"cannot read {path}: {error}; {MOVED}"
+            raise InputMissingError(message) from error
         message = f"{path}: {error.code}: {error}; has it changed since the features were extracted?"
         raise BadDataError(message) from error
 

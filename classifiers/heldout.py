@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -17,12 +16,14 @@ from typing import Any
 
 import numpy as np
 
+from extractor.files import Files
 from extractor.pipeline import Options, survey
-from extractor.sources import open_source
+from extractor.sources import files_of, open_source
 from store.cache import FeatureCache, assign_splits, is_cache, with_splits
-from store.errors import BadDataError
-from store.samples import Row, SampleTable
+from store.errors import BadDataError, InputMissingError
+from store.samples import SINGLE_LABEL, Row, SampleTable
 
+from .batches import GONE, MOVED
 from .bundle import Bundle, Predictions, head_function
 from .evaluate import Evaluation, score
 from .predict import Predictor
@@ -55,8 +56,10 @@ def assign_roles(table: SampleTable, *, val: float | None = None, test: float | 
     """Roles from the stored splits, or from new ones where fractions are given.
 
     Raises:
-        BadDataError: more inputs failed than the extraction allowed; samples without a label; a class is too small.
+        BadDataError: more inputs failed than the extraction allowed; samples without a label, or with several; a class is
+            too small.
     """
+    need_single_label(table)
     if table.facts.get("budget_exceeded"):
         message = "more inputs failed than --max-failures allows; look at the ledger, then extract again with a larger budget"
         raise BadDataError(message)
@@ -91,6 +94,20 @@ def assign_roles(table: SampleTable, *, val: float | None = None, test: float | 
     return Roles(fit, choose, report, facts, copies)
 
 
+def need_single_label(table: SampleTable) -> None:
+    """Refuse samples with several labels, or with numbers to predict.
+
+    Raises:
+        BadDataError: the table was extracted for such a task.
+    """
+    if table.task != SINGLE_LABEL:
+        message = (
+            f"these samples were extracted with --task {table.task}, and there are heads for {SINGLE_LABEL} only so far. "
+            f"Features, labels and targets are in the cache; plain h5py reads them"
+        )
+        raise BadDataError(message)
+
+
 def inner_validation(rows: Sequence[Row], *, fraction: float = 0.2, seed: int = 0) -> tuple[list[Row], list[Row]]:
     """Training rows divided once more by hash rank, for what cannot do k-fold: (fit, choose)."""
     names = assign_splits(rows, val=fraction, test=0.0, seed=seed)
@@ -98,15 +115,18 @@ def inner_validation(rows: Sequence[Row], *, fraction: float = 0.2, seed: int = 
     return fit, [row for row, name in zip(rows, names, strict=True) if name == "val"]
 
 
-def predict_held_out(predictor: Predictor, rows: Sequence[Row], root: Path, split: str) -> Predictions:
+def predict_held_out(predictor: Predictor, rows: Sequence[Row], files: Files, split: str) -> Predictions:
     """Pass held-out images through a predictor.
 
     Raises:
-        BadDataError: one of them can no longer be read.
+        InputMissingError: one of them can no longer be read.
+        BadDataError: one of them can no longer be decoded.
     """
-    base = os.fsencode(root)
     found = []
-    for prediction in predictor.predict(base + b"/" + row.path for row in rows):
+    for prediction in predictor.predict((row.path for row in rows), files):
+        if prediction.code in GONE:
+            message = f"cannot read {prediction.name}: {prediction.message}; {MOVED}"
+            raise InputMissingError(message)
         if prediction.probabilities is None:
             message = f"{prediction.name}: {prediction.code}: {prediction.message}"
             raise BadDataError(message)
@@ -140,15 +160,18 @@ def evaluate_bundle(
     cache = FeatureCache(data) if is_cache(data) else None
     if cache is not None and bundle.backbone.layer in cache.layers:
         cache = cache.with_layer(bundle.backbone.layer)
+    source = None
     if cache is not None:
         table = cache.samples
     else:
-        table = survey(open_source(data, root=root), bundle.backbone.preprocess, Options(val_fraction=0, test_fraction=0))
+        source = open_source(data, root=root)
+        table = survey(source, bundle.backbone.preprocess, Options(val_fraction=0, test_fraction=0))
         if table.facts["budget_exceeded"]:
             message = f"{_failures(table)} of {data}: more than 1 %, so these figures would not be about this dataset"
             raise BadDataError(message)
         if table.counts["failed"]:
             log.warning("%s; the figures are without them", _failures(table))
+    need_single_label(table)
     rows, name = _rows_of(table, bundle, split)
     fitted = bundle.fitted()
     fresh = [row for row in rows if row.sha256 not in fitted]
@@ -164,7 +187,8 @@ def evaluate_bundle(
         predictions = as_predictions(fresh, probabilities, name)
     else:
         predictor = Predictor.of(bundle, **predictor_options)
-        predictions = predict_held_out(predictor, fresh, root or table.root, name)
+        files = source.files if source is not None else files_of(table, root)
+        predictions = predict_held_out(predictor, fresh, files, name)
     evaluation = score(predictions.labels, predictions.probabilities, bundle.classes, name)
     return replace(evaluation, failed=0 if cache is not None else table.counts["failed"]), predictions
 

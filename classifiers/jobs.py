@@ -215,7 +215,8 @@ def _resolve(job: Job, here: Path, *, quiet: bool) -> _Plan:
     settings = job.extract.model_dump()
     root = settings.pop("root")
     source = open_source(
-        here / job.data,
+        job.data,
+        base=here,
         root=here / root if root else None,
         group_by=settings.pop("group_by"),
         follow_symlinks=settings.pop("follow_symlinks"),

@@ -5,20 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from extractor.files import read_file
+from extractor.files import Files, FolderFiles
 from extractor.images import ImageError, decode
 from extractor.preprocess import Preprocess
 from extractor.progress import StopFlag
 from extractor.reading import ahead
 from extractor.session import Embedder, resolve_device
-from extractor.sources import ImageFolder
+from extractor.sources import ImageFolder, refuse_ours
 from store.errors import InputMissingError
 from store.samples import display
 from store.shard import as_stored
@@ -100,11 +100,15 @@ class Predictor:
             **options,
         )
 
-    def predict(self, paths: Iterable[str | bytes | Path]) -> Iterator[Prediction]:
-        """One prediction per file, in order; a bad file costs its own prediction and no other."""
-        for batch in _batches(
-            ahead(self._pixels, map(os.fsencode, paths), self._workers, StopFlag()), self.embedder.batch_size
-        ):
+    def predict(self, paths: Iterable[str | bytes | Path], files: Files | None = None) -> Iterator[Prediction]:
+        """One prediction per file, in order; a bad file costs its own prediction and no other.
+
+        Args:
+            paths: what to read.
+            files: what it is read from; by default the file system.
+        """
+        pixels_of = partial(self._pixels, files or FolderFiles())
+        for batch in _batches(ahead(pixels_of, map(os.fsencode, paths), self._workers, StopFlag()), self.embedder.batch_size):
             good = [pixels for _, pixels in batch if isinstance(pixels, np.ndarray)]
             rows = iter(self._probabilities(np.stack(good)) if good else ())
             for path, pixels in batch:
@@ -122,9 +126,9 @@ class Predictor:
             self._backbone, device=resolve_device(self._device), batch_size=self._batch_size, outputs=[self._output]
         )
 
-    def _pixels(self, path: bytes) -> tuple[bytes, NDArray[np.uint8] | ImageError]:
+    def _pixels(self, files: Files, path: bytes) -> tuple[bytes, NDArray[np.uint8] | ImageError]:
         try:
-            return path, self._preprocess.pixels(decode(read_file(path)[0]))
+            return path, self._preprocess.pixels(decode(files.read(path)[0]))
         except ImageError as error:
             return path, error
 
@@ -138,9 +142,11 @@ def list_images(inputs: Sequence[str | Path]) -> list[bytes]:
 
     Raises:
         InputMissingError: none of them exists, or a folder is empty. One that is missing is a prediction with a code.
+        UsageError: one is a cache or a bundle.
     """
     found = []
     for item in map(Path, inputs):
+        refuse_ours(item)
         if item.is_dir():
             found += [os.fsencode(item) + b"/" + sample.path for sample in ImageFolder(item).everything()]
         else:

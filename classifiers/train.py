@@ -15,15 +15,17 @@ import numpy as np
 
 from extractor.backbones import Backbone, load
 from extractor.export import to_onnx
+from extractor.files import Files, Located
 from extractor.pipeline import Options, survey
 from extractor.prepare import fingerprints
 from extractor.session import resolve_device
-from extractor.sources import Source
+from extractor.sources import Source, files_of
 from store.cache import FeatureCache, Subset
 from store.errors import BadDataError, UsageError
 from store.samples import Row, SampleTable, display
 from store.splits import untrained_labels
 
+from .batches import Item
 from .bundle import Bundle, refuse_existing, save_bundle
 from .dense import DenseHead
 from .evaluate import score
@@ -256,13 +258,13 @@ def train_finetuned(
     else:
         table = survey(data, load(backbone).preprocess, extract_options or Options())
     roles = assign_roles(table)
+    files = files_of(table, root) if isinstance(data, FeatureCache) else data.files
     _need_classes(roles)
     fit, choose = (roles.fit, roles.choose) if roles.choose else inner_validation(roles.fit, seed=options.seed)
     if not roles.choose:
         roles.facts["chosen_on"] = "a fifth of train, by hash rank"
     classes = sorted({str(row.label) for row in roles.fit})
-    folder = root or table.root
-    tuned = finetune(_labelled(fit, folder, classes), _labelled(choose, folder, classes), len(classes), backbone, options)
+    tuned = finetune(_labelled(fit, files, classes), _labelled(choose, files, classes), len(classes), backbone, options)
 
     zeros, ones = np.zeros(tuned.weight.shape[1], np.float32), np.ones(tuned.weight.shape[1], np.float32)
     head = DenseHead(zeros, ones, [(tuned.weight, tuned.bias)], classes)
@@ -273,7 +275,7 @@ def train_finetuned(
         predictor = Predictor(network, facts.preprocess, head.probabilities, classes, storage=storage, device=options.device)
         predictions = metrics = None
         if roles.report:
-            predictions = predict_held_out(predictor, roles.report, folder, str(roles.facts["reported_on"]))
+            predictions = predict_held_out(predictor, roles.report, files, str(roles.facts["reported_on"]))
             metrics = score(predictions.labels, predictions.probabilities, classes, predictions.split).to_json()
         bundle = Bundle(
             path=out,
@@ -304,11 +306,9 @@ def train_finetuned(
         )
 
 
-def _labelled(rows: Sequence[Row], root: Path, classes: list[str]) -> list[tuple[Path, int]]:
-    import os
-
+def _labelled(rows: Sequence[Row], files: Files, classes: list[str]) -> list[Item]:
     index = {label: i for i, label in enumerate(classes)}
-    return [(root / os.fsdecode(row.path), index[str(row.label)]) for row in rows]
+    return [(Located(files, row.path), index[str(row.label)]) for row in rows]
 
 
 def _need_classes(roles: Roles) -> None:

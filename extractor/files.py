@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+from store.samples import display
 
 from .images import ImageError
 
@@ -15,7 +18,7 @@ class Files(Protocol):
     """What a dataset's bytes are read from."""
 
     def stat(self, path: bytes) -> Stat | None:
-        """Of a sample, without reading it; None where it is not there."""
+        """What tells whether a sample changed since it was read; None where it is not there."""
         ...
 
     def read(self, path: bytes) -> tuple[bytes, Stat]:
@@ -28,10 +31,17 @@ class Files(Protocol):
 
 
 class FolderFiles:
-    """Files below a folder."""
+    """Files below a folder, or, without one, wherever their paths say.
 
-    def __init__(self, root: Path) -> None:
-        self._base = os.fsencode(root) + b"/"
+    Args:
+        root: the folder.
+        confined: refuse what symbolic links bring in from outside the folder.
+    """
+
+    def __init__(self, root: Path | None = None, *, confined: bool = False) -> None:
+        self._base = b"" if root is None else os.fsencode(root) + b"/"
+        self._real = os.path.realpath(self._base) if confined else None
+        self._inside: dict[bytes, bool] = {}  # by folder, so that a file costs one look
 
     def stat(self, path: bytes) -> Stat | None:
         try:
@@ -41,7 +51,34 @@ class FolderFiles:
         return found.st_size, found.st_mtime_ns, found.st_ino
 
     def read(self, path: bytes) -> tuple[bytes, Stat]:
+        if self._real is not None and not self._is_inside(self._base + path):
+            raise ImageError(code="unreadable", message="a symbolic link that leaves the root (--follow-symlinks follows it)")
         return read_file(self._base + path)
+
+    def _is_inside(self, path: bytes) -> bool:
+        folder = path.rpartition(b"/")[0]
+        if folder not in self._inside:
+            self._inside[folder] = self._holds(folder)
+        return self._inside[folder] and (not os.path.islink(path) or self._holds(path))  # noqa: PTH114
+
+    def _holds(self, path: bytes) -> bool:
+        assert self._real is not None
+        return os.path.commonpath([self._real, os.path.realpath(path)]) == self._real
+
+
+@dataclass(frozen=True)
+class Located:
+    """One sample and what it is read from; what is handed around where a `Path` would be."""
+
+    files: Files
+    path: bytes
+
+    def read_bytes(self) -> bytes:
+        """Its content; raises as `Files.read`."""
+        return self.files.read(self.path)[0]
+
+    def __str__(self) -> str:
+        return display(self.path)
 
 
 def read_file(path: bytes | str) -> tuple[bytes, Stat]:

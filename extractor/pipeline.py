@@ -21,7 +21,7 @@ import numpy as np
 
 from store.cache import FeatureCache, assign_splits, shard_paths
 from store.errors import BudgetExceededError, InputMissingError, InterruptedRunError, StorageError, UsageError
-from store.samples import Row, SampleTable
+from store.samples import SINGLE_LABEL, Row, SampleTable
 from store.splits import require_sizes, rule_text, split_names, untrained_labels
 from store.writer import CacheWriter, open_writer
 
@@ -31,8 +31,9 @@ from .prepare import fingerprints, library_versions, prepare_backbone
 from .preprocess import Preprocess
 from .progress import Progress, StopFlag, stop_on_signal
 from .reading import Clock, Outcome, Reader
+from .samples import Sample, Task
 from .session import Embedder, resolve_device
-from .sources import Sample, Source
+from .sources import Source
 
 log = logging.getLogger("penult.extractor")
 
@@ -159,7 +160,7 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
     started = time.perf_counter()
     samples = limited(source.samples(), options.limit)
     budget = options.budget(len(samples))
-    _check_splits_possible(samples, options)
+    _check_splits_possible(samples, options, source.task)
     device = resolve_device(options.device)
     with open_writer(cache) as writer, stop_on_signal() as stop:
         facts, notes = prepare_backbone(writer, backbone, overwrite=options.overwrite, stop=stop)
@@ -194,13 +195,13 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
         if options.fail_fast:
             _fail_fast(rows)
         failed = sum(not row.ok for row in rows)
-        rows, rule = resolve_splits(rows, options)
-        _say_splits(before, rows, rule)
+        rows, rule = resolve_splits(rows, options, source.task)
+        _say_splits(before, rows, rule, source.task)
         spent = (before.facts.get("extract_seconds", 0.0) if before else 0.0) + (
             clock["wait"] + clock["embed"] if computed else 0
         )
         facts_now = {**_facts(source, rule, rows, options), "extract_seconds": round(spent, 3)}
-        table = SampleTable(rows, facts_now)
+        table = SampleTable(rows, facts_now, source.task.targets)
         changed = writer.finish(table)
     summary = Summary(
         cache=str(cache),
@@ -251,7 +252,7 @@ def plan(
             stat = files.stat(sample.path)
             if row.stat == stat:
                 outcome = (row.sha256, row.code, row.message, stat)
-                rows.append(Row(sample.path, sample.label, sample.split, sample.group, *outcome))
+                rows.append(Row(sample.path, sample.label, sample.split, sample.group, *outcome, sample.targets))
                 continue
         rows.append(None)
         todo.append((index, sample))
@@ -265,7 +266,7 @@ def preview(source: Source, cache: Path, options: Options) -> dict[str, int]:
         ``inputs``; ``unchanged``, which would not be opened; ``to_read``, of which those with unknown content are computed.
     """
     samples = limited(source.samples(), options.limit)
-    _check_splits_possible(samples, options)
+    _check_splits_possible(samples, options, source.task)
     try:
         opened = FeatureCache(cache)
     except InputMissingError:
@@ -278,17 +279,18 @@ def preview(source: Source, cache: Path, options: Options) -> dict[str, int]:
 def survey(source: Source, preprocess: Preprocess, options: Options) -> SampleTable:
     """Read, hash and decode every input without embedding any: the sample table that `run_extract` would write."""
     samples = limited(source.samples(), options.limit)
-    _check_splits_possible(samples, options)
+    _check_splits_possible(samples, options, source.task)
     reader = Reader(source.files, preprocess, set(), options.workers or os.cpu_count() or 1)
     rows = _fail_copies([outcome.row for outcome in reader.stream(list(enumerate(samples)), StopFlag())], set())
-    rows, rule = resolve_splits(rows, options)
-    return SampleTable(rows, _facts(source, rule, rows, options))
+    rows, rule = resolve_splits(rows, options, source.task)
+    return SampleTable(rows, _facts(source, rule, rows, options), source.task.targets)
 
 
 def _facts(source: Source, rule: dict[str, Any], rows: Sequence[Row], options: Options) -> dict[str, Any]:
     root = os.fsencode(Path(source.root).absolute()).hex()
     exceeded = sum(not row.ok for row in rows) > options.budget(len(rows))
-    return {"root": root, "split": rule, "budget_exceeded": exceeded}
+    origin = {} if source.origin is None else {"source": source.origin}
+    return {"root": root, **origin, "task": source.task.name, "split": rule, "budget_exceeded": exceeded}
 
 
 @dataclass
@@ -351,44 +353,47 @@ def run_shard(
     return result if result.outcomes else None
 
 
-def resolve_splits(rows: Sequence[Row], options: Options) -> tuple[list[Row], dict[str, Any]]:
+def resolve_splits(rows: Sequence[Row], options: Options, task: Task) -> tuple[list[Row], dict[str, Any]]:
     """The stored split of every row, and how it came about.
 
-    Splits of the source win. Otherwise, where there are labels, the ok rows are divided by hash rank. A class that became
-    too small because its files failed is an error that names it.
+    Splits of the source win. Otherwise, where there are labels or numeric targets, the ok rows are divided by hash rank,
+    within each class where a sample has one. A class that became too small because its files failed is an error that names it.
     """
     if any(row.split for row in rows):
         return list(rows), {"rule": "source"}
     good = [row for row in rows if row.ok]
-    if not good or any(row.label is None for row in good):
+    if not good or (not task.targets and any(row.label is None for row in good)):
         return list(rows), {"rule": "none"}
-    names = assign_splits(good, val=options.val_fraction, test=options.test_fraction, seed=options.seed)
+    fractions = {"val": options.val_fraction, "test": options.test_fraction}
+    names = assign_splits(good, **fractions, seed=options.seed, stratify=task.name == SINGLE_LABEL)
     split_of = {row.path: name for row, name in zip(good, names, strict=True)}
     rule = {"rule": "hash-rank", "val": options.val_fraction, "test": options.test_fraction, "seed": options.seed}
     return [row.with_split(split_of.get(row.path)) for row in rows], rule
 
 
-def _say_splits(before: SampleTable | None, rows: Sequence[Row], rule: dict[str, Any]) -> None:
+def _say_splits(before: SampleTable | None, rows: Sequence[Row], rule: dict[str, Any], task: Task) -> None:
     """Say where the split of a finished cache changes, and which classes nothing can be trained of."""
     had = before.facts.get("split") if before else None
     if before and had and had != rule:
         old = {row.path: row.split for row in before.rows}
         moved = sum(row.path in old and old[row.path] != row.split for row in rows)
         log.warning("the split was %s, it is %s now: %d samples changed sides", rule_text(had), rule_text(rule), moved)
-    for sentence in untrained_labels([(row.label, row.split) for row in rows if row.ok]):
+    labelled = [(row.label, row.split) for row in rows if row.ok] if task.name == SINGLE_LABEL else []
+    for sentence in untrained_labels(labelled):
         log.warning("%s: `penult train` will refuse that", sentence)
 
 
-def _check_splits_possible(samples: Sequence[Sample], options: Options) -> None:
+def _check_splits_possible(samples: Sequence[Sample], options: Options, task: Task) -> None:
     """Refuse before computing what `resolve_splits` would refuse after hours."""
-    if any(sample.split for sample in samples) or any(sample.label is None for sample in samples):
+    if any(s.split for s in samples) or (not task.targets and any(s.label is None for s in samples)):
         return
-    if not any(sample.group for sample in samples):
+    stratify = task.name == SINGLE_LABEL
+    if stratify and not any(sample.group for sample in samples):
         names = split_names(val=options.val_fraction, test=options.test_fraction)
         require_sizes(Counter(sample.label or "" for sample in samples), names)
         return
     rows = [Row(s.path, s.label, None, s.group, sha256=s.path) for s in samples]  # as if no two were copies
-    assign_splits(rows, val=options.val_fraction, test=options.test_fraction, seed=options.seed)
+    assign_splits(rows, val=options.val_fraction, test=options.test_fraction, seed=options.seed, stratify=stratify)
 
 
 def _check_disk(cache: Path, needed: int) -> None:

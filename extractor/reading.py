@@ -20,7 +20,7 @@ from .files import Files
 from .images import ImageError, decode
 from .preprocess import Preprocess
 from .progress import StopFlag
-from .sources import Sample
+from .samples import Sample
 
 AHEAD = 8  # decoded images per worker that wait at most
 
@@ -53,7 +53,7 @@ class Reader:
 
     def _read(self, index: int, sample: Sample) -> Outcome:
         start = time.perf_counter()
-        row = Row(sample.path, sample.label, sample.split, sample.group)
+        row = Row(sample.path, sample.label, sample.split, sample.group, targets=sample.targets)
         try:
             data, stat = self._files.read(sample.path)
             digest = hashlib.sha256(data).digest()

@@ -207,8 +207,9 @@ class FeatureCache:
         splits = self.samples.splits()
         labels: dict[str, dict[str, int]] = {}
         for row in self.rows():
-            per = labels.setdefault(row.label if row.label is not None else "(no label)", {})
-            per[row.split or "(none)"] = per.get(row.split or "(none)", 0) + 1
+            for label in self.samples.labels_of(row) or ["(no label)"]:
+                per = labels.setdefault(label, {})
+                per[row.split or "(none)"] = per.get(row.split or "(none)", 0) + 1
         return {
             "path": str(self.path),
             "format": self.meta["format"],
@@ -219,6 +220,8 @@ class FeatureCache:
             "counts": self.samples.counts,
             "splits": splits,
             "split_rule": self.samples.facts.get("split"),
+            "task": self.samples.task,
+            "targets": self._targets(),
             "labels": dict(sorted(labels.items())),
             "failures": [
                 {"path": row.name, "code": row.code, "message": row.message} for row in self.samples.rows if not row.ok
@@ -228,6 +231,17 @@ class FeatureCache:
             "fingerprint": dict(self.fingerprint.fields),
             "facts": self.meta["facts"],
         }
+
+    def _targets(self) -> dict[str, dict[str, float | None]]:
+        """How many samples have each numeric target, and its range."""
+        rows = self.rows()
+        values = np.array([row.targets for row in rows], np.float64).reshape(len(rows), len(self.samples.target_names))
+        found = {}
+        for name, column in zip(self.samples.target_names, values.T, strict=True):
+            given = column[~np.isnan(column)]
+            least, most = (float(given.min()), float(given.max())) if len(given) else (None, None)
+            found[name] = {"given": len(given), "min": least, "max": most}
+        return found
 
     def rows(self, split: str | None = None) -> list[Row]:
         """The ok rows of a split, or all of them.
@@ -299,9 +313,10 @@ def groups_of(rows: Sequence[Row]) -> list[bytes]:
     return merge_groups([row.group for row in rows], [row.sha256 for row in rows])
 
 
-def assign_splits(rows: Sequence[Row], *, val: float, test: float, seed: int) -> list[str]:
-    """Hash-rank splits of rows; groups and exact copies stay together."""
-    return hash_rank_split([row.label or "" for row in rows], groups_of(rows), val=val, test=test, seed=seed)
+def assign_splits(rows: Sequence[Row], *, val: float, test: float, seed: int, stratify: bool = True) -> list[str]:
+    """Hash-rank splits of rows, within each class where ``stratify``; groups and exact copies stay together."""
+    labels = [row.label or "" for row in rows] if stratify else ["(all samples)"] * len(rows)
+    return hash_rank_split(labels, groups_of(rows), val=val, test=test, seed=seed)
 
 
 def shard_paths(cache: Path) -> list[Path]:

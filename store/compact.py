@@ -56,7 +56,7 @@ def write_compact(cache: FeatureCache, out: Path, *, dtype: str = "float32", ove
         log.warning(
             "the backbone of %s is over 2 GB and is left out of %s: heads trained on it cannot be saved", cache.path, out
         )
-    table = SampleTable([*good, *failed], cache.samples.facts)
+    table = SampleTable([*good, *failed], cache.samples.facts, cache.samples.target_names)
     datasets = {**table.datasets(), "features": features.astype(dtype), "backbone-onnx": onnx}
     attrs: dict[str, str | int] = {
         "rows": len(table.rows),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,9 @@ from . import hdf5
 from .errors import CorruptCacheError
 
 ENCODING_TYPE = "penult-samples"
+TASKS = SINGLE_LABEL, MULTI_LABEL, REGRESSION = "single-label", "multi-label", "regression"
+LABEL_SEPARATOR = "|"
+MISSING = math.nan  # one object for all: rows that lack the same target compare equal
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,7 @@ class Row:
     code: str | None = None
     message: str = ""
     stat: tuple[int, int, int] = (0, 0, 0)
+    targets: tuple[float, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -42,7 +47,7 @@ class Row:
 
     def with_split(self, split: str | None) -> Row:
         """The same in another split (`dataclasses.replace` takes three times as long, which shows in 200,000 rows)."""
-        return Row(self.path, self.label, split, self.group, self.sha256, self.code, self.message, self.stat)
+        return Row(self.path, self.label, split, self.group, self.sha256, self.code, self.message, self.stat, self.targets)
 
 
 @dataclass(frozen=True)
@@ -51,11 +56,13 @@ class SampleTable:
 
     Attributes:
         rows: one per input.
-        facts: JSON facts about the whole: ``root``, ``split`` (how it came about), ``budget_exceeded``.
+        facts: JSON facts about the whole: ``root``, ``source``, ``task``, ``split`` (how it came about), ``budget_exceeded``.
+        target_names: of the numbers in each row's ``targets``.
     """
 
     rows: Sequence[Row]
     facts: dict[str, Any] = field(default_factory=dict)
+    target_names: Sequence[str] = ()
 
     @property
     def root(self) -> Path:
@@ -75,9 +82,20 @@ class SampleTable:
         }
 
     @property
+    def task(self) -> str:
+        """What the labels are for: one of `TASKS`."""
+        return str(self.facts.get("task", SINGLE_LABEL))
+
+    def labels_of(self, row: Row) -> list[str]:
+        """The labels of a row: none, one, or several where the task has several."""
+        if row.label is None:
+            return []
+        return row.label.split(LABEL_SEPARATOR) if self.task == MULTI_LABEL else [row.label]
+
+    @property
     def classes(self) -> list[str]:
         """The distinct labels of the ok rows, sorted."""
-        return sorted({row.label for row in self.rows if row.ok and row.label is not None})
+        return sorted({label for row in self.rows if row.ok for label in self.labels_of(row)})
 
     def splits(self) -> list[str]:
         """The distinct splits of the ok rows, in the order train, val, test, others."""
@@ -107,6 +125,9 @@ class SampleTable:
             index = {value: i for i, value in enumerate(names)}
             datasets[name] = np.array([index.get(value, -1) for value in values], np.int32)
             datasets |= hdf5.pack_strings(f"{name}-names", [value.encode() for value in names])
+        if self.target_names:
+            datasets["targets"] = np.array([row.targets for row in rows], np.float64).reshape(len(rows), len(self.target_names))
+            datasets |= hdf5.pack_strings("target-names", [name.encode() for name in self.target_names])
         return datasets
 
     @classmethod
@@ -136,6 +157,7 @@ class SampleTable:
             if shapes != ((n, 32), (n, 3), (n,)) or datasets["status"][()].astype(bool).tolist() != failed:
                 message = f"{path}: its columns of shapes {shapes} and its {sum(failed)} failures do not fit together"
                 raise CorruptCacheError(message)
+            names_of_targets, targets = _targets(path, datasets, n)
             lengths = {
                 len(paths),
                 len(groups),
@@ -157,10 +179,23 @@ class SampleTable:
                     code=columns["code"][i],
                     message=messages[i].decode(),
                     stat=tuple(stats[i]),
+                    targets=targets[i],
                 )
                 for i in range(n)
             ]
-            return cls(sorted(rows, key=lambda row: row.path), json.loads(str(attrs["facts"])))
+            return cls(sorted(rows, key=lambda row: row.path), json.loads(str(attrs["facts"])), names_of_targets)
+
+
+def _targets(path: Path, datasets: Any, n: int) -> tuple[list[str], list[tuple[float, ...]]]:
+    """Names of the numeric targets and the numbers of each row; both empty in a table without any."""
+    if "targets" not in datasets:
+        return [], [()] * n
+    names = [name.decode() for name in hdf5.unpack_strings(datasets, "target-names")]
+    values = datasets["targets"]
+    if values.shape != (n, len(names)) or values.dtype != np.float64:
+        message = f"{path}: targets {values.shape} of type {values.dtype} do not fit {n} rows and {len(names)} names"
+        raise CorruptCacheError(message)
+    return names, [tuple(MISSING if v != v else v for v in row) for row in values[()].tolist()]
 
 
 def check_relative(path: bytes) -> bytes:

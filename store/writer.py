@@ -180,6 +180,7 @@ class CacheWriter:
         current = self.samples
         ledger = ledger_bytes(table)
         unchanged = current is not None and list(current.rows) == list(table.rows) and current.facts == table.facts
+        unchanged = unchanged and current is not None and list(current.target_names) == list(table.target_names)
         if unchanged and holds(self.path / "ledger.jsonl", ledger):
             return False
         hdf5.commit(self.path / "ledger.jsonl", ledger)

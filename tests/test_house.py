@@ -114,7 +114,8 @@ def test_every_command_begins_with_a_sentence_and_ends_with_an_example(name: str
 
 
 def readme_commands() -> list[str]:
-    blocks = re.findall(r"```(?:console|sh|bash)\n(.*?)```", (REPO / "README.md").read_text(), re.DOTALL)
+    text = (REPO / "README.md").read_text() + (REPO / "docs/data.md").read_text()
+    blocks = re.findall(r"```(?:console|sh|bash)\n(.*?)```", text, re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line.removeprefix("$ ") for line in lines if line.removeprefix("$ ").startswith("penult ")]
 

@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands."""
+"""The Python of the README and of docs/data.md runs as it stands."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ def test_the_python_blocks_run(
         make_image(tmp_path / "pets" / ("cat" if i % 2 else "dog") / f"{i}.png", seed=i)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    for block in re.findall(r"```python\n(.*?)```", (REPO / "README.md").read_text(), re.DOTALL):
-        exec(compile(block, "README.md", "exec"), names)
+    for page in ("README.md", "docs/data.md"):
+        for block in re.findall(r"```python\n(.*?)```", (REPO / page).read_text(), re.DOTALL):
+            exec(compile(block, page, "exec"), names)
     out = capsys.readouterr().out
     assert len(re.findall(r"^pets/\w+/\d+\.png (cat|dog) 0\.\d+", out, re.MULTILINE)) == 3
     assert re.search(r"^00000-[0-9a-f]{12}\.h5 \(20, 512\) float16 ", out, re.MULTILINE)
+    assert out.endswith("20 b'train-0.tar/cat-1.png' cat train\n")

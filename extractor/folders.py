@@ -1,0 +1,150 @@
+"""Folders of images: one per class, split folders of these, or a flat one."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from store.errors import BadDataError, InputMissingError
+from store.samples import display
+
+from .files import Files, FolderFiles
+from .samples import ONE_LABEL, SPLITS, Sample, Task, finished
+
+log = logging.getLogger("penult.extractor")
+
+SYSTEM_FILES = {b".DS_Store", b"desktop.ini", b".gitkeep", b".gitignore", b".directory"}  # written by file managers and git
+SYSTEM_FOLDERS = {b"__MACOSX"}
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """A folder per class, ``train|val|test`` folders of these, or a flat folder without labels.
+
+    Every regular file in a class folder is an input, whatever its name: an unreadable one is recorded, not skipped.
+    The label is the first folder below the root (or below the split folder); deeper folders belong to it.
+
+    Args:
+        root: the folder.
+        follow_symlinks: whether links are followed. By default they are left out, and counted in a warning.
+        group_by: a regular expression over the relative path; its first group (or the whole match) names the sample's group.
+    """
+
+    root: Path
+    follow_symlinks: bool = False
+    group_by: str | None = None
+
+    @property
+    def files(self) -> Files:
+        return FolderFiles(self.root)
+
+    @property
+    def task(self) -> Task:
+        return ONE_LABEL
+
+    @property
+    def origin(self) -> None:
+        return None
+
+    def samples(self) -> list[Sample]:
+        root = Path(self.root)
+        if not root.is_dir():
+            message = f"{root} is not a folder"
+            raise InputMissingError(message)
+        base = os.fsencode(root)
+        links = [0]
+        top_files, folders = _scan(base, follow=self.follow_symlinks, links=links)
+        splits = self._split_folders(base, folders)
+        found: list[Sample] = []
+        if not folders:
+            found = [Sample(name) for name in top_files]
+        elif top_files:
+            log.warning("%d file(s) beside the class folders of %s are not samples", len(top_files), root)
+        for folder in folders:
+            split = SPLITS[os.fsdecode(folder).lower()] if splits else None
+            before = len(found)
+            names: dict[bytes, str] = {}
+            for path in self._walk(base, folder, folders, links):
+                parts = path.split(b"/")
+                label = parts[1] if splits else parts[0]
+                if splits and len(parts) < 3:
+                    message = f"{display(path)} lies in a split folder but in no class folder"
+                    raise BadDataError(message)
+                if label not in names:
+                    names[label] = display(label)
+                found.append(Sample(path, names[label], split))
+            if len(found) == before:
+                log.warning("the folder %s in %s is empty", display(folder), root)
+        if links[0]:
+            log.warning("%d symbolic link(s) in %s were not followed (--follow-symlinks follows them)", links[0], root)
+        return finished(found, root, self.group_by)
+
+    def _split_folders(self, base: bytes, folders: list[bytes]) -> bool:
+        """Whether the top folders are splits: they have such names, and hold folders.
+
+        A class may be called ``train``, of a set of vehicles; so it is what is inside that decides.
+
+        Raises:
+            BadDataError: some look like splits and others do not; names them.
+        """
+
+        def is_split(name: bytes) -> bool:
+            if os.fsdecode(name).lower() not in SPLITS:
+                return False
+            return bool(_scan(base + b"/" + name, follow=self.follow_symlinks, links=[0])[1])
+
+        splits = [name for name in folders if is_split(name)]
+        others = [name for name in folders if name not in splits]
+        if splits and others:
+            message = (
+                f"{', '.join(map(display, splits))} in {self.root} look like splits (folders of class folders), and "
+                f"{', '.join(map(display, others[:3]))} beside them do not. Move the latter away, or list the images in a CSV"
+            )
+            raise BadDataError(message)
+        return bool(splits)
+
+    def everything(self) -> list[Sample]:
+        """All files below the root without labels, whatever the folders mean."""
+        base, links = os.fsencode(self.root), [0]
+        files, folders = _scan(base, follow=self.follow_symlinks, links=links)
+        below = [path for folder in folders for path in self._walk(base, folder, folders, links)]
+        return finished([Sample(path) for path in [*files, *below]], Path(self.root), None)
+
+    def _walk(self, base: bytes, top: bytes, tops: list[bytes], links: list[int]) -> Iterator[bytes]:
+        """Relative paths of the regular files below a folder; with links followed, each real folder is visited once."""
+        # A link back to the root, or to another class, must not bring that class's files in under this label.
+        pending, seen = [top], {os.path.realpath(base), *(os.path.realpath(base + b"/" + folder) for folder in tops)}
+        while pending:
+            folder = pending.pop()
+            files, folders = _scan(base + b"/" + folder, follow=self.follow_symlinks, links=links)
+            for name in files:
+                yield folder + b"/" + name
+            for name in folders:
+                real = os.path.realpath(b"/".join((base, folder, name)))
+                if real not in seen:
+                    seen.add(real)
+                    pending.append(folder + b"/" + name)
+
+
+def _scan(folder: bytes, *, follow: bool, links: list[int]) -> tuple[list[bytes], list[bytes]]:
+    """Names of the regular files and of the folders in a folder, sorted; links are counted where they are not followed."""
+    files, folders = [], []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_symlink() and not follow:
+                    links[0] += 1
+                elif entry.is_dir():
+                    hidden = entry.name.startswith(b".") or entry.name in SYSTEM_FOLDERS
+                    folders += [] if hidden else [entry.name]
+                    if hidden:
+                        log.warning("the folder %s in %s is left out", display(entry.name), display(folder))
+                elif entry.name not in SYSTEM_FILES:
+                    files.append(entry.name)
+    except OSError as error:
+        message = f"cannot read the folder {display(folder)}: {error.strerror}"
+        raise InputMissingError(message) from error
+    return sorted(files), sorted(folders)
