@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from extractor.decoder import Decoder
 from extractor.files import read_file
-from extractor.images import ImageError, decode
+from extractor.images import ImageError
 from extractor.preprocess import Preprocess
 from extractor.progress import StopFlag
 from extractor.reading import ahead
@@ -99,9 +100,9 @@ class Predictor:
 
     def predict(self, paths: Iterable[str | bytes | Path]) -> Iterator[Prediction]:
         """One prediction per file, in order; a bad file costs its own prediction and no other."""
-        for batch in _batches(
-            ahead(self._pixels, map(os.fsencode, paths), self._workers, StopFlag()), self.embedder.batch_size
-        ):
+        size, decoder = self.embedder.batch_size, Decoder(self._preprocess)
+        read = partial(self._pixels, decoder)
+        for batch in _batches(ahead(read, map(os.fsencode, paths), self._workers, StopFlag(), decoder), size):
             good = [pixels for _, pixels in batch if isinstance(pixels, np.ndarray)]
             rows = iter(self._probabilities(np.stack(good)) if good else ())
             for path, pixels in batch:
@@ -117,9 +118,9 @@ class Predictor:
         """The backbone's session, opened on first use."""
         return Embedder(self._backbone, device=resolve_device(self._device), batch_size=self._batch_size)
 
-    def _pixels(self, path: bytes) -> tuple[bytes, NDArray[np.uint8] | ImageError]:
+    def _pixels(self, decoder: Decoder, path: bytes) -> tuple[bytes, NDArray[np.uint8] | ImageError]:
         try:
-            return path, self._preprocess.pixels(decode(read_file(path)[0]))
+            return path, decoder(read_file(path)[0])
         except ImageError as error:
             return path, error
 
