@@ -29,16 +29,15 @@ from numpy.typing import NDArray
 
 from store.errors import InterruptedRunError, PenultError
 
-from .images import MEMORY, ImageError, decode
+from .images import MAX_BYTES, MEMORY, ImageError, decode
 from .preprocess import Preprocess
 
 if TYPE_CHECKING:  # a worker need not import what this imports
     from .progress import StopFlag
 
-TIMEOUT = 60.0  # seconds
-MAX_BYTES = MEMORY // 2  # of a file, which lies in a worker's memory beside its pixels
+TIMEOUT = 60.0  # seconds that a worker may be silent
+START_TIMEOUT = 60.0  # seconds until it first answers
 SLICE = 0.25  # seconds; so soon a run that is to stop gives up a worker that is busy
-PIPE = 2**20  # bytes; where the system allows, a photo then goes through at once
 
 START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from extractor.decoder import serve; serve()"
 SINGLE_THREADED = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")} | {"VECLIB_MAXIMUM_THREADS": "1"}
@@ -139,7 +138,6 @@ class _Worker:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 bufsize=0,
-                pipesize=PIPE if sys.platform == "linux" else -1,
                 process_group=0,  # Ctrl-Z in the terminal leaves it alone too: it would count as silence
                 env=os.environ | SINGLE_THREADED,
             )
@@ -188,7 +186,7 @@ class _Worker:
             failure.add_note(self._process.stderr.read().decode(errors="replace")[-4000:])
             raise failure from None
         if self._process.stderr:
-            self._process.stderr.close()  # libraries may go on complaining there: nobody reads it, and nobody waits
+            self._process.stderr.close()
         self._ready = True
 
     def _send(self, data: bytes) -> None:
@@ -214,12 +212,13 @@ class _Worker:
             left = left[count:]
 
     def _wait(self, pipe: select.poll) -> None:
-        for _ in range(math.ceil(TIMEOUT / SLICE)):
+        timeout = TIMEOUT if self._ready else START_TIMEOUT
+        for _ in range(math.ceil(timeout / SLICE)):
             if pipe.poll(SLICE * 1000):
                 return
             if self._stop:
                 raise InterruptedRunError(self._stop.signum)
-        raise ImageError(code="timeout", message=f"not decoded after {TIMEOUT:.0f} s")
+        raise ImageError(code="timeout", message=f"no answer from the decoder for {timeout:g} s")
 
     def _died_of(self) -> str:
         try:
@@ -245,11 +244,13 @@ class _Worker:
 def serve() -> None:
     """What a decode worker does until its standard input ends: answer one file after the other."""
     questions, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # a library that prints must not write between the answers
     warnings.simplefilter("ignore")  # about metadata; what is wrong with pixels has a code
     settings = json.loads(_question(questions) or b"{}")
     preprocess, crop = Preprocess.from_facts(settings["preprocess"]), settings["crop"]
     _restrict()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):  # a library that prints must not write between the answers, or into a pipe nobody reads
+        os.dup2(nowhere, descriptor)
     answers.write(ANSWER.pack(READY, 0, 0))
     answers.flush()
     while (data := _question(questions)) is not None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
+import zlib
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
@@ -25,9 +26,10 @@ PIXEL_PATH = "pillow-1"
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs, 0.7 GB in its memory
 MEMORY = 2**30  # bytes of address space that a decode worker may use
+MAX_BYTES = MEMORY // 2  # of a file, which lies there beside its pixels
 HUNGRIEST = 12  # bytes per pixel that libjpeg (progressive) and libwebp use beside Pillow's own, at most
 JPEG_MARKER = re.compile(rb"\xff+([\x02-\xcf\xd9-\xfe])", re.DOTALL)  # begins a segment: neither stuffing nor restart
-MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")  # of JPEG and PNG: what begins so was once a picture
+BEGUN = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|....ftypavi[fs]", re.DOTALL)  # was a picture once
 CONVERT = "convert it to JPEG or PNG first"
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heif", b"mif1", b"msf1")
 OTHERS = {  # formats that are pictures to their owners, by how they begin
@@ -64,8 +66,8 @@ def decode(data: bytes) -> Image.Image:
     image = _open(data)
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(code="too_large", message=f"{image.width} x {image.height} pixels; the limit is {MAX_PIXELS}")
-    if _is_cut(image.format or "", data):
-        raise ImageError(code="truncated", message=f"the {image.format} data has no end marker")
+    if damage := _damage(image.format or "", data):
+        raise ImageError(code="truncated", message=f"the {image.format} data {damage}")
     try:
         image.load()
         upright = _upright(image)
@@ -93,8 +95,8 @@ def _open(data: bytes) -> Image.Image:
     except Exception as error:  # UnidentifiedImageError, or whatever a plugin raises on a damaged header
         if hint := _unsupported(data):
             raise ImageError(code="unsupported_format", message=hint) from error
-        if data.startswith(MAGIC):
-            raise ImageError(code="truncated", message=f"cut inside its header, after {len(data)} bytes") from error
+        if BEGUN.match(data):
+            raise ImageError(code="truncated", message=f"cut or damaged in its header; {len(data)} bytes") from error
         if not isinstance(error, UnidentifiedImageError):
             raise ImageError(code="not_an_image", message=f"{type(error).__name__}: {error}") from error
         raise ImageError(code="not_an_image", message=f"begins with {data[:8]!r}, none of {', '.join(FORMATS)}") from error
@@ -113,8 +115,8 @@ def _unsupported(data: bytes) -> str:
     return f"{name}; {CONVERT}" if name else ""
 
 
-def _is_cut(image_format: str, data: bytes) -> bool:
-    """Whether the end marker is missing, which decoders forgive by painting grey.
+def _damage(image_format: str, data: bytes) -> str:
+    """What decoders forgive, painting grey or noise: the end marker is missing, or the checksum of a PNG's pixels is wrong.
 
     JPEG is walked segment by segment: a thumbnail inside one has an end marker of its own, and phones append films.
     """
@@ -122,12 +124,20 @@ def _is_cut(image_format: str, data: bytes) -> bool:
         at = 2
         while found := JPEG_MARKER.search(data, at):
             if found[1] == b"\xd9":
-                return False
+                return ""
             at = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
-        return True
+        return "has no end marker"
     if image_format == "PNG":
-        return b"IEND\xaeB`\x82" not in data
-    return False
+        at, view = 8, memoryview(data)
+        while at + 12 <= len(data):
+            kind, end = data[at + 4 : at + 8], at + 8 + int.from_bytes(data[at : at + 4])
+            if kind == b"IEND":
+                return ""
+            if kind == b"IDAT" and zlib.crc32(view[at + 4 : end]) != int.from_bytes(data[end : end + 4]):
+                return "is cut or damaged: the checksum of its pixels is wrong"
+            at = end + 4
+        return "has no end marker"
+    return ""
 
 
 def _upright(image: Image.Image) -> Image.Image:
