@@ -38,7 +38,6 @@ OTHERS = {  # formats that are pictures to their owners, by how they begin
     "Photoshop (PSD)": (b"8BPS",),
     "PDF": (b"%PDF-",),
 }
-SVG = re.compile(rb"\s*(<\?xml[^>]*>|<!--.*?-->|<!DOCTYPE svg[^>]*>|\s)*<svg[\s>]", re.DOTALL)
 
 # Pillow warns from half its limit on; MAX_PIXELS is the limit here, and refusing is an error rather than a warning.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -92,11 +91,14 @@ def _open(data: bytes) -> Image.Image:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise ImageError(code="too_large", message=str(error)) from error
+    except MemoryError:
+        raise
     except Exception as error:  # UnidentifiedImageError, or whatever a plugin raises on a damaged header
         if hint := _unsupported(data):
             raise ImageError(code="unsupported_format", message=hint) from error
         if BEGUN.match(data):
-            raise ImageError(code="truncated", message=f"cut or damaged in its header; {len(data)} bytes") from error
+            message = f"cut or damaged in its header, or gigantic; {len(data)} bytes"
+            raise ImageError(code="truncated", message=message) from error
         if not isinstance(error, UnidentifiedImageError):
             raise ImageError(code="not_an_image", message=f"{type(error).__name__}: {error}") from error
         raise ImageError(code="not_an_image", message=f"begins with {data[:8]!r}, none of {', '.join(FORMATS)}") from error
@@ -110,7 +112,7 @@ def _unsupported(data: bytes) -> str:
             return f"AVIF, which this Pillow was built without; install Pillow's own wheel, or {CONVERT}"
         return f"HEIC/HEIF; {CONVERT}" if brand in HEIF_BRANDS else ""
     name = next((name for name, begins in OTHERS.items() if data.startswith(begins)), "")
-    if not name and SVG.match(data[:4096]):
+    if data.lstrip().startswith((b"<svg", b"<?xml", b"<!--", b"<!DOCTYPE svg")) and b"<svg" in data[:4096]:
         name = "SVG"
     return f"{name}; {CONVERT}" if name else ""
 
