@@ -111,6 +111,8 @@ loops (median, lowest to highest).
 | backbone | DataLoader + torch eager, batch 32 | the same, batch 8 | penult | ratio |
 |---|---|---|---|---|
 {chr(10).join(rows)}
+
+Decoding happens in child processes; what that costs is in [images.md](images.md#decode-workers).
 """
     TABLE.parent.mkdir(exist_ok=True)
     TABLE.write_text(text)

@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from extractor.decoder import Decoder
 from extractor.files import Located
-from extractor.images import ImageError, decode
-from extractor.preprocess import FILTERS, Preprocess
+from extractor.images import ImageError
+from extractor.preprocess import FILTERS
 from store.errors import BadDataError, InputMissingError
 
 if TYPE_CHECKING:
@@ -34,11 +35,12 @@ CROP_RATIO = (3 / 4, 4 / 3)
 class Batches:
     """Batches of normalised pixels ``(n, 3, crop, crop)`` and labels, made a few ahead where there are workers.
 
-    A last batch of one image joins the one before it: batch normalisation has no statistics of one.
+    A last batch of one image joins the one before it: batch normalisation has no statistics of one. The decoder must not crop.
     """
 
-    def __init__(self, items: Sequence[Item], preprocess: Preprocess, options: FineTuneOptions, *, train: bool) -> None:
-        self._items, self._preprocess, self._options, self._train = items, preprocess, options, train
+    def __init__(self, items: Sequence[Item], decoder: Decoder, options: FineTuneOptions, *, train: bool) -> None:
+        self._items, self._decoder, self._options, self._train = items, decoder, options, train
+        self._preprocess = decoder.preprocess
         self._starts = list(range(0, len(items), options.batch_size))
         if len(items) % options.batch_size == 1 and len(self._starts) > 1:
             self._starts.pop()
@@ -88,7 +90,7 @@ class Batches:
         """The image at the size it has before cropping; `Preprocess.pixels` of it and of the original are the same."""
         held = self._held.get(index)
         if held is None:
-            held = read_resized(self._items[index][0], self._preprocess)
+            held = read_resized(self._items[index][0], self._decoder)
             size = held.width * held.height * 3
             with self._lock:
                 if size <= self._free:
@@ -97,16 +99,15 @@ class Batches:
         return held
 
 
-def read_resized(path: Path | Located, preprocess: Preprocess) -> Image.Image:
-    """Decode and resize as for extraction, without the crop.
+def read_resized(path: Path | Located, decoder: Decoder) -> Image.Image:
+    """Decode and resize as for extraction, with a decoder that does not crop.
 
     Raises:
         InputMissingError: it cannot be read.
         BadDataError: it cannot be decoded.
     """
     try:
-        image = decode(path.read_bytes())
-        return image.resize(preprocess.resized(*image.size), FILTERS[preprocess.interpolation])
+        return Image.fromarray(decoder(path.read_bytes()))
     except OSError as error:
         message = f"cannot read {path}: {error.strerror}; {MOVED}"
         raise InputMissingError(message) from error

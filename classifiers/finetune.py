@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from extractor import backbones
 from extractor.backbones import Backbone, Loaded
+from extractor.decoder import Decoder
 from extractor.layers import torch_penultimate
 from extractor.progress import Progress, StopFlag, stop_on_signal
 from extractor.session import resolve_device
@@ -388,7 +389,10 @@ def _fit(
     from lightning.pytorch.callbacks import EarlyStopping
 
     loaded = backbones.load(backbone)
-    with Progress(options.epochs * (len(train) + len(validation)), "fine-tune", quiet=options.quiet) as progress:
+    with (
+        Progress(options.epochs * (len(train) + len(validation)), "fine-tune", quiet=options.quiet) as progress,
+        Decoder(loaded.preprocess, crop=False, stop=stop) as decoder,
+    ):
         model = _end_to_end(loaded, n_classes, options, progress, stop)
         trainer = Trainer(
             accelerator="cpu" if device == "cpu" else "gpu",
@@ -403,7 +407,7 @@ def _fit(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        batches: Any = [Batches(items, loaded.preprocess, options, train=items is train) for items in (train, validation)]
+        batches: Any = [Batches(items, decoder, options, train=items is train) for items in (train, validation)]
         trainer.fit(model, *batches)
     model.hook.remove()
     model.cpu().load_state_dict(model.best_state)

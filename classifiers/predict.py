@@ -12,8 +12,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from extractor.decoder import Decoder
 from extractor.files import Files, FolderFiles
-from extractor.images import ImageError, decode
+from extractor.images import ImageError
 from extractor.preprocess import Preprocess
 from extractor.progress import StopFlag
 from extractor.reading import ahead
@@ -107,8 +108,9 @@ class Predictor:
             paths: what to read.
             files: what it is read from; by default the file system.
         """
-        pixels_of = partial(self._pixels, files or FolderFiles())
-        for batch in _batches(ahead(pixels_of, map(os.fsencode, paths), self._workers, StopFlag()), self.embedder.batch_size):
+        size, decoder = self.embedder.batch_size, Decoder(self._preprocess)
+        read = partial(self._pixels, files or FolderFiles(), decoder)
+        for batch in _batches(ahead(read, map(os.fsencode, paths), self._workers, StopFlag(), decoder), size):
             good = [pixels for _, pixels in batch if isinstance(pixels, np.ndarray)]
             rows = iter(self._probabilities(np.stack(good)) if good else ())
             for path, pixels in batch:
@@ -126,9 +128,9 @@ class Predictor:
             self._backbone, device=resolve_device(self._device), batch_size=self._batch_size, outputs=[self._output]
         )
 
-    def _pixels(self, files: Files, path: bytes) -> tuple[bytes, NDArray[np.uint8] | ImageError]:
+    def _pixels(self, files: Files, decoder: Decoder, path: bytes) -> tuple[bytes, NDArray[np.uint8] | ImageError]:
         try:
-            return path, self._preprocess.pixels(decode(files.read(path)[0]))
+            return path, decoder(files.read(path)[0])
         except ImageError as error:
             return path, error
 

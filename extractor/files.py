@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import Protocol
 
 from store.samples import display
 
-from .images import ImageError
+from .images import MAX_BYTES, ImageError
 
 Stat = tuple[int, int, int]  # size, mtime_ns, inode: what tells an unchanged file without reading it
 
@@ -85,11 +86,16 @@ def read_file(path: bytes | str) -> tuple[bytes, Stat]:
     """Content and (size, mtime_ns, inode) of a regular file.
 
     Raises:
-        ImageError: code ``not_found`` or ``unreadable``.
+        ImageError: code ``not_found``, ``unreadable``, or ``too_large`` for what no decoder takes.
     """
     try:
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             stat = os.fstat(file.fileno())
+            if not S_ISREG(stat.st_mode):  # a pipe or a device may give nothing, or never end
+                raise ImageError(code="unreadable", message="not a regular file")
+            if stat.st_size > MAX_BYTES:
+                message = f"{stat.st_size / 2**20:.0f} MiB; a file may have {MAX_BYTES // 2**20}"
+                raise ImageError(code="too_large", message=message)
             return file.read(), (stat.st_size, stat.st_mtime_ns, stat.st_ino)
     except FileNotFoundError as error:
         raise ImageError(code="not_found", message="no such file") from error

@@ -7,6 +7,8 @@ What is done to what cameras, scanners and the web produce (the pixel path named
 - transparency is composited on white; palette, CMYK and YCbCr are converted by Pillow without a colour profile;
 - 16-bit grey is scaled to 8 bits (value / 257), not clipped; 32-bit integer and float images are refused;
 - of animations and multi-page files the first frame is taken.
+
+docs/images.md has the whole table. Extraction, prediction and fine-tuning decode in the children of `decoder`.
 """
 
 from __future__ import annotations
@@ -14,17 +16,28 @@ from __future__ import annotations
 import io
 import re
 import warnings
+import zlib
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 PIXEL_PATH = "pillow-1"
 # MPO opens as JPEG; naming it here would make Pillow fail with a KeyError on everything it does not know.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs, 0.5 GB as RGB
+MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs, 0.7 GB in its memory
+MEMORY = 2**30  # bytes of address space that a decode worker may use
+MAX_BYTES = MEMORY // 2  # of a file, which lies there beside its pixels
+HUNGRIEST = 12  # bytes per pixel that libjpeg (progressive) and libwebp use beside Pillow's own, at most
 JPEG_MARKER = re.compile(rb"\xff+([\x02-\xcf\xd9-\xfe])", re.DOTALL)  # begins a segment: neither stuffing nor restart
-MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")  # of JPEG and PNG: what begins so was once a picture
+BEGUN = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|....ftypavi[fs]", re.DOTALL)  # was a picture once
+CONVERT = "convert it to JPEG or PNG first"
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heif", b"mif1", b"msf1")
+OTHERS = {  # formats that are pictures to their owners, by how they begin
+    "JPEG XL": (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n"),
+    "JPEG 2000": (b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  \r\n\x87\n"),
+    "Photoshop (PSD)": (b"8BPS",),
+    "PDF": (b"%PDF-",),
+}
 
 # Pillow warns from half its limit on; MAX_PIXELS is the limit here, and refusing is an error rather than a warning.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -47,21 +60,28 @@ def decode(data: bytes) -> Image.Image:
 
     Raises:
         ImageError: with code ``not_an_image``, ``truncated``, ``unsupported_format``, ``unsupported_mode`` or ``too_large``.
+        MemoryError: there is not enough.
     """
     image = _open(data)
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(code="too_large", message=f"{image.width} x {image.height} pixels; the limit is {MAX_PIXELS}")
-    if _is_cut(image.format or "", data):
-        raise ImageError(code="truncated", message=f"the {image.format} data has no end marker")
+    if damage := _damage(image.format or "", data):
+        raise ImageError(code="truncated", message=f"the {image.format} data {damage}")
     try:
         image.load()
         upright = _upright(image)
-    except MemoryError as error:
-        raise ImageError(code="too_large", message="not enough memory to decode it") from error
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's plugins raise anything from SyntaxError to struct.error on damaged data
-        code = "truncated" if "truncated" in str(error).lower() or "not enough" in str(error) else "not_an_image"
-        raise ImageError(code=code, message=f"{type(error).__name__}: {error}") from error
-    return to_rgb(upright)
+        message = f"{type(error).__name__}: {error}"
+        if "truncated" in str(error).lower() or "not enough" in str(error):
+            raise ImageError(code="truncated", message=message) from error
+        if image.width * image.height * HUNGRIEST > MEMORY:  # a decoder without memory says no more than that it failed
+            message = f"{image.width} x {image.height} pixels probably need more than 1 GiB to decode ({message})"
+            raise ImageError(code="too_large", message=message) from error
+        raise ImageError(code="not_an_image", message=message) from error
+    # Pillow widens 16-bit portable maps to 32-bit integers, and scales them to 65535 whatever their own maximum is.
+    return _from_16_bits(upright) if (image.format, upright.mode) == ("PPM", "I") else to_rgb(upright)
 
 
 def _open(data: bytes) -> Image.Image:
@@ -71,18 +91,34 @@ def _open(data: bytes) -> Image.Image:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise ImageError(code="too_large", message=str(error)) from error
+    except MemoryError:
+        raise
     except Exception as error:  # UnidentifiedImageError, or whatever a plugin raises on a damaged header
-        if data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS:
-            raise ImageError(code="unsupported_format", message="HEIC/HEIF; convert it to JPEG or PNG first") from error
-        if data.startswith(MAGIC):
-            raise ImageError(code="truncated", message=f"cut inside its header, after {len(data)} bytes") from error
+        if hint := _unsupported(data):
+            raise ImageError(code="unsupported_format", message=hint) from error
+        if BEGUN.match(data):
+            message = f"cut or damaged in its header, or gigantic; {len(data)} bytes"
+            raise ImageError(code="truncated", message=message) from error
         if not isinstance(error, UnidentifiedImageError):
             raise ImageError(code="not_an_image", message=f"{type(error).__name__}: {error}") from error
         raise ImageError(code="not_an_image", message=f"begins with {data[:8]!r}, none of {', '.join(FORMATS)}") from error
 
 
-def _is_cut(image_format: str, data: bytes) -> bool:
-    """Whether the end marker is missing, which decoders forgive by painting grey.
+def _unsupported(data: bytes) -> str:
+    """What a format that is not decoded is called, and what to do; empty where it is none that is known."""
+    if data[4:8] == b"ftyp":
+        brand = data[8:12]
+        if brand in (b"avif", b"avis") and not features.check("avif"):
+            return f"AVIF, which this Pillow was built without; install Pillow's own wheel, or {CONVERT}"
+        return f"HEIC/HEIF; {CONVERT}" if brand in HEIF_BRANDS else ""
+    name = next((name for name, begins in OTHERS.items() if data.startswith(begins)), "")
+    if data.lstrip().startswith((b"<svg", b"<?xml", b"<!--", b"<!DOCTYPE svg")) and b"<svg" in data[:4096]:
+        name = "SVG"
+    return f"{name}; {CONVERT}" if name else ""
+
+
+def _damage(image_format: str, data: bytes) -> str:
+    """What decoders forgive, painting grey or noise: the end marker is missing, or the checksum of a PNG's pixels is wrong.
 
     JPEG is walked segment by segment: a thumbnail inside one has an end marker of its own, and phones append films.
     """
@@ -90,12 +126,20 @@ def _is_cut(image_format: str, data: bytes) -> bool:
         at = 2
         while found := JPEG_MARKER.search(data, at):
             if found[1] == b"\xd9":
-                return False
+                return ""
             at = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
-        return True
+        return "has no end marker"
     if image_format == "PNG":
-        return b"IEND\xaeB`\x82" not in data
-    return False
+        at, view = 8, memoryview(data)
+        while at + 12 <= len(data):
+            kind, end = data[at + 4 : at + 8], at + 8 + int.from_bytes(data[at : at + 4])
+            if kind == b"IEND":
+                return ""
+            if kind == b"IDAT" and zlib.crc32(view[at + 4 : end]) != int.from_bytes(data[end : end + 4]):
+                return "is cut or damaged: the checksum of its pixels is wrong"
+            at = end + 4
+        return "has no end marker"
+    return ""
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -109,13 +153,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any mode to RGB as the module docstring says.
 
     Raises:
-        ImageError: code ``unsupported_mode`` for 32-bit integer and float samples.
+        ImageError: code ``unsupported_mode`` for 32-bit integer and float samples, and what Pillow cannot convert.
     """
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode.startswith("I;16"):
-        grey = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+        return _from_16_bits(image)
     if image.mode in ("I", "F"):
         raise ImageError(
             code="unsupported_mode", message=f"samples of mode {image.mode!r} have no known range; convert to 8 or 16 bits"
@@ -124,4 +167,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
         layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, "white")
         return Image.alpha_composite(white, layer).convert("RGB")
-    return image.convert("RGB")
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise ImageError(code="unsupported_mode", message=f"mode {image.mode!r}: {error}") from error
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    """Grey from 0 to 65535 as RGB, rounded to the nearest of 256 levels."""
+    grey = np.asarray(image).astype(np.uint32)
+    return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")

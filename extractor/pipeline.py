@@ -13,6 +13,7 @@ import shutil
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence, Set
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -179,8 +180,7 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
         reader = Reader(source.files, facts.preprocess, writer.known, options.workers or os.cpu_count() or 1)
         clock: Clock = defaultdict(float)
         computed = 0
-        with Progress(len(todo), "extract", quiet=options.quiet) as progress:
-            stream = reader.stream(todo, stop)
+        with Progress(len(todo), "extract", quiet=options.quiet) as progress, closing(reader.stream(todo, stop)) as stream:
             while result := run_shard(stream, embedder, facts.preprocess, writer, progress, clock, fail_fast=options.fail_fast):
                 for outcome in result.outcomes:
                     outcomes[outcome.index] = outcome.row

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -64,11 +63,15 @@ class Preprocess:
             )
         return (self.resize, scaled) if width <= height else (scaled, self.resize)
 
+    def scaled(self, image: Image.Image) -> Image.Image:
+        """Resize an RGB image, without the crop; `pixels` of it and of the original are the same."""
+        size = self.resized(*image.size)
+        return image if size == image.size else image.resize(size, FILTERS[self.interpolation])
+
     def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
         """Resize and crop an RGB image: ``(crop, crop, 3)`` uint8, equal to torchvision's preset before normalisation."""
-        width, height = self.resized(*image.size)
-        if (width, height) != image.size:
-            image = image.resize((width, height), FILTERS[self.interpolation])
+        image = self.scaled(image)
+        width, height = image.size
         # int(round(..)) is torchvision's rounding, half to even; a crop larger than the image is padded with zeros
         if width < self.crop or height < self.crop:
             left, top = max((self.crop - width) // 2, 0), max((self.crop - height) // 2, 0)
@@ -116,5 +119,7 @@ class Preprocess:
 @cache
 def probe(preprocess: Preprocess) -> str:
     """SHA-256 of the preprocessed pixels of the built-in test image (JPEG with an EXIF orientation), hexadecimal."""
+    from importlib.resources import files
+
     image = decode((files(__package__) / "probe.jpg").read_bytes())
     return hashlib.sha256(preprocess.pixels(image).tobytes()).hexdigest()

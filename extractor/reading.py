@@ -1,12 +1,16 @@
-"""From samples to decoded pixels: read, hash, decode, a bounded number ahead of whoever consumes them."""
+"""From samples to decoded pixels: read, hash, decode, a bounded number ahead of whoever consumes them.
+
+Threads read and hash; the decoding is done by the children of `decoder`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from threading import Lock
 from typing import TypeVar
@@ -14,10 +18,12 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from store.errors import InterruptedRunError
 from store.samples import Row
 
+from .decoder import Decoder
 from .files import Files
-from .images import ImageError, decode
+from .images import ImageError
 from .preprocess import Preprocess
 from .progress import StopFlag
 from .samples import Sample
@@ -47,11 +53,12 @@ class Reader:
         self._claimed, self._lock = set(known), Lock()
         self.seconds: Clock = defaultdict(float)
 
-    def stream(self, todo: Sequence[tuple[int, Sample]], stop: StopFlag) -> Iterator[Outcome]:
+    def stream(self, todo: Sequence[tuple[int, Sample]], stop: StopFlag) -> Generator[Outcome, None, None]:
         """Outcomes in the order of ``todo``; ends early when ``stop`` is set."""
-        return ahead(lambda item: self._read(*item), todo, self._workers, stop)
+        decoder = Decoder(self._preprocess, stop=stop)
+        return ahead(lambda item: self._read(*item, decoder), todo, self._workers, stop, decoder)
 
-    def _read(self, index: int, sample: Sample) -> Outcome:
+    def _read(self, index: int, sample: Sample, decoder: Decoder) -> Outcome:
         start = time.perf_counter()
         row = Row(sample.path, sample.label, sample.split, sample.group, targets=sample.targets)
         try:
@@ -60,7 +67,7 @@ class Reader:
             row = replace(row, sha256=digest, stat=stat)
             if not self._claim(digest):
                 return Outcome(index, row)
-            return Outcome(index, row, self._preprocess.pixels(decode(data)))
+            return Outcome(index, row, decoder(data))
         except ImageError as error:
             return Outcome(index, replace(row, code=error.code, message=str(error)))
         finally:
@@ -74,9 +81,14 @@ class Reader:
             return new
 
 
-def ahead(function: Callable[[T], R], items: Iterable[T], workers: int, stop: StopFlag) -> Iterator[R]:
-    """Results in order, computed by a few threads a bounded number of items ahead of the consumer."""
-    with ThreadPoolExecutor(workers, "penult-decode") as pool:
+def ahead(
+    function: Callable[[T], R], items: Iterable[T], workers: int, stop: StopFlag, decoder: Decoder
+) -> Generator[R, None, None]:
+    """Results in order, computed by a few threads a bounded number of items ahead of the consumer.
+
+    The decoder that ``function`` uses is closed at the end, before the threads are waited for: one may hang in it.
+    """
+    with ThreadPoolExecutor(workers, "penult-decode") as pool, decoder, suppress(InterruptedRunError):
         pending: deque[Future[R]] = deque()
         try:
             for item in items:

@@ -19,7 +19,7 @@ from store.errors import BadDataError, InputMissingError
 from store.samples import display
 
 from .files import Files, Stat
-from .images import ImageError
+from .images import MAX_BYTES, ImageError
 from .samples import ONE_LABEL, SPLITS, Sample, Task, as_split, as_text, finished, leaves_root
 
 log = logging.getLogger("penult.extractor")
@@ -117,6 +117,9 @@ class TarFiles:
 
     def read(self, path: bytes) -> tuple[bytes, Stat]:
         name, (offset, size) = self._place(path)
+        if size > MAX_BYTES:
+            message = f"{size / 2**20:.0f} MiB; a file may have {MAX_BYTES // 2**20}"
+            raise ImageError(code="too_large", message=message)
         try:
             file = os.open(self._base + name, os.O_RDONLY | os.O_CLOEXEC)
             try:

@@ -31,6 +31,7 @@ from classifiers.finetune import (
 )
 from extractor import backbones
 from extractor.backbones import Backbone
+from extractor.decoder import Decoder
 from extractor.export import to_onnx
 from extractor.layers import torch_penultimate
 from extractor.parity import relative_l2
@@ -89,7 +90,8 @@ def embed(tuned: FineTuned, items: Items) -> np.ndarray:
     import torch
 
     _, features = torch_penultimate(tuned.loaded.network, torch.from_numpy(example))
-    pixels = np.stack([preprocess.pixels(read_resized(path, preprocess)) for path, _ in items])
+    with Decoder(preprocess, crop=False) as decoder:
+        pixels = np.stack([preprocess.pixels(read_resized(path, decoder)) for path, _ in items])
     return features(preprocess.normalise(pixels))
 
 
@@ -136,11 +138,10 @@ def test_every_image_is_counted(tuned: FineTuned) -> None:
     ("n", "size", "expected"), [(33, 16, [16, 17]), (32, 15, [15, 15, 2]), (2, 16, [2]), (3, 2, [3]), (1, 4, [1])]
 )
 def test_no_batch_of_one(photos: tuple[Items, Items], n: int, size: int, expected: list[int]) -> None:
-    batches = loading.Batches(
-        photos[0][:n], Preprocess(40, 32, "bilinear", (0.5,) * 3, (0.5,) * 3), replace(FAST, batch_size=size), train=True
-    )
-    assert len(batches) == len(expected)
-    assert [len(labels) for _, labels in batches] == expected
+    with Decoder(Preprocess(40, 32, "bilinear", (0.5,) * 3, (0.5,) * 3), crop=False) as decoder:
+        batches = loading.Batches(photos[0][:n], decoder, replace(FAST, batch_size=size), train=True)
+        assert len(batches) == len(expected)
+        assert [len(labels) for _, labels in batches] == expected
 
 
 def test_batches_are_the_same_with_threads_and_without_memory(
@@ -149,8 +150,9 @@ def test_batches_are_the_same_with_threads_and_without_memory(
     preprocess = Preprocess(40, 32, "bilinear", (0.5,) * 3, (0.5,) * 3)
 
     def two_epochs(workers: int) -> np.ndarray:
-        batches = loading.Batches(photos[0], preprocess, replace(FAST, workers=workers), train=True)
-        return np.concatenate([pixels.numpy() for _ in range(2) for pixels, _ in batches])
+        with Decoder(preprocess, crop=False) as decoder:
+            batches = loading.Batches(photos[0], decoder, replace(FAST, workers=workers), train=True)
+            return np.concatenate([pixels.numpy() for _ in range(2) for pixels, _ in batches])
 
     alone = two_epochs(0)
     assert (two_epochs(3) == alone).all()
@@ -161,11 +163,12 @@ def test_batches_are_the_same_with_threads_and_without_memory(
 
 def test_evaluation_pixels_are_the_extractors(photos: tuple[Items, Items]) -> None:
     preprocess = Preprocess(40, 32, "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    batches = loading.Batches(photos[1], preprocess, FAST, train=False)
     expected = np.stack([preprocess.pixels(Image.open(path).convert("RGB")) for path, _ in photos[1]])
-    for _ in range(2):
-        found = np.concatenate([pixels.numpy() for pixels, _ in batches])
-        assert (found == preprocess.normalise(expected)).all()
+    with Decoder(preprocess, crop=False) as decoder:
+        batches = loading.Batches(photos[1], decoder, FAST, train=False)
+        for _ in range(2):
+            found = np.concatenate([pixels.numpy() for pixels, _ in batches])
+            assert (found == preprocess.normalise(expected)).all()
 
 
 def test_random_boxes_are_inside_and_of_the_asked_area() -> None:
@@ -319,7 +322,8 @@ def test_the_exported_network_and_the_head_give_the_logits(
     assert facts.dim == tuned.weight.shape[1]
     assert facts.weights == "fine-tuned from random:0"
     preprocess = tuned.loaded.preprocess
-    pixels = preprocess.normalise(np.stack([preprocess.pixels(read_resized(path, preprocess)) for path, _ in photos[1]]))
+    with Decoder(preprocess, crop=False) as decoder:
+        pixels = preprocess.normalise(np.stack([preprocess.pixels(read_resized(path, decoder)) for path, _ in photos[1]]))
     session = onnxruntime.InferenceSession(tmp_path / "backbone.onnx", providers=["CPUExecutionProvider"])
     features = session.run(None, {session.get_inputs()[0].name: pixels})[0]
     expected = embed(tuned, photos[1]) @ tuned.weight.T + tuned.bias
