@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench soak install lock clean
+.PHONY: demo test lint bench backbones soak install lock clean
 
 demo: install  ## the whole way on data that needs no download
 	$(BIN)/penult demo -o demo --overwrite
@@ -17,6 +17,9 @@ lint: install
 
 bench: install  ## minutes; writes the tables in docs/benchmarks.md
 	$(BIN)/python benchmarks/cpu.py
+
+backbones: install  ## about an hour; exports every torchvision network and rewrites the table of docs/backbones.md
+	$(BIN)/python benchmarks/backbones.py
 
 soak: install  ## a quarter of an hour; injects every fault and rewrites docs/reliability.md
 	$(BIN)/python benchmarks/soak.py

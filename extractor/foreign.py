@@ -194,9 +194,7 @@ def _own(backbone: Backbone, facts: BackboneFacts, model: Any, digest: str, targ
     _load_data(model, file)
     del model.metadata_props[:]
     onnxfile.write_facts(model, facts)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent) as folder:
-        onnxfile.save(model, Path(folder) / target.name)
-        onnxfile.install(Path(folder) / target.name, target)
+    onnxfile.save(model, target)
     return facts
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -212,7 +213,7 @@ def save(model: Any, path: Path) -> None:
     """Write a model, with its weights in ``<name>.data`` beside it where they are too large for one file.
 
     Raises:
-        StorageError: it cannot be written.
+        StorageError: it cannot be written; what was there stays.
     """
     import onnx
 
@@ -220,16 +221,17 @@ def save(model: Any, path: Path) -> None:
         hdf5.commit(path, model.SerializeToString())
         return
     location = path.name + DATA_SUFFIX
-    path.with_name(location).unlink(missing_ok=True)  # onnx appends to what is there
     try:
-        onnx.save_model(model, str(path), save_as_external_data=True, all_tensors_to_one_file=True, location=location)
-        for file in (path, path.with_name(location)):
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as folder:
+            new = Path(folder) / path.name
+            onnx.save_model(model, str(new), save_as_external_data=True, all_tensors_to_one_file=True, location=location)
+            for file in (new, new.with_name(location)):
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+            install(new, path)
     except OSError as error:
         message = f"cannot write {path}: {error.strerror}"
         raise hdf5.write_error(error)(message) from error
-    hdf5.fsync_directory(path.parent)
 
 
 def install(new: Path, target: Path) -> None:

@@ -416,6 +416,7 @@ def test_a_renamed_file_is_the_same_backbone(dataset: Callable[..., Path], tmp_p
     assert run_extract(ImageFolder(data), Backbone(str(moved), **HALF), tmp_path / "c", options).computed == 0
 
 
+@pytest.mark.assets
 def test_the_shared_classifier_is_cut_at_its_1280_features(assets: Path, tmp_path: Path) -> None:
     file = assets / "weights/mobilenet_v2-classifier-same-padding.onnx"
     facts = export(Backbone(str(file), **HALF), tmp_path / "m.onnx")
@@ -427,3 +428,48 @@ def test_the_shared_classifier_is_cut_at_its_1280_features(assets: Path, tmp_pat
     session = onnxruntime.InferenceSession(whole.SerializeToString(), providers=["CPUExecutionProvider"])
     (expected,) = session.run([facts.layer], {"pixel_values": batch})
     assert relative_l2(Embedder(tmp_path / "m.onnx")(batch), expected).max() < 1e-5
+
+
+def rewritten(model: Any, form: str) -> Any:
+    """The shared classifier as other exporters would have written it."""
+    graph = model.graph
+    dims: dict[str, Dims] = {
+        "nhwc": ["batch", 224, 224, 3],
+        "fixed batch 1": [1, 3, 224, 224],
+        "uint8": ["batch", 3, 224, 224],
+        "external data": ["batch", 3, 224, 224],
+    }
+    kind = TensorProto.UINT8 if form == "uint8" else TensorProto.FLOAT
+    graph.input[0].CopyFrom(helper.make_tensor_value_info("image", kind, dims[form]))
+    if form == "nhwc":
+        front = [helper.make_node("Transpose", ["image"], ["pixel_values"], perm=[0, 3, 1, 2])]
+    elif form == "uint8":  # raw bytes in, its own normalisation to -1..1 inside
+        graph.initializer.append(numpy_helper.from_array(np.float32(127.5), "half"))
+        front = [
+            helper.make_node("Cast", ["image"], ["float"], to=TensorProto.FLOAT),
+            helper.make_node("Div", ["float", "half"], ["scaled"]),
+            helper.make_node("Sub", ["scaled", "one"], ["pixel_values"]),
+        ]
+        graph.initializer.append(numpy_helper.from_array(np.float32(1), "one"))
+    else:
+        front = [helper.make_node("Identity", ["image"], ["pixel_values"])]
+    nodes = [*front, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return model
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize("form", ["nhwc", "fixed batch 1", "uint8", "external data"])
+def test_the_shared_classifier_in_other_forms_gives_the_same_features(assets: Path, tmp_path: Path, form: str) -> None:
+    file = assets / "weights/mobilenet_v2-classifier-same-padding.onnx"
+    usual = import_onnx(Backbone(str(file), **HALF), tmp_path / "usual.onnx")
+    external = {"save_as_external_data": True, "location": "weights.bin"} if form == "external data" else {}
+    other = put(rewritten(onnx.load(file), form), tmp_path / "other.onnx", **external)
+    facts = import_onnx(Backbone(str(other), **({} if form == "uint8" else HALF)), tmp_path / "m.onnx")
+    assert facts.dim == 1280
+    photos = [path for path in sorted((assets / "data/photos").rglob("*")) if path.is_file()][:3]
+    pixels = np.stack([usual.preprocess.pixels(decode(path.read_bytes())) for path in photos])
+    expected = Embedder(tmp_path / "usual.onnx")(usual.preprocess.normalise(pixels))
+    found = Embedder(tmp_path / "m.onnx")(facts.preprocess.normalise(pixels))
+    assert relative_l2(found, expected).max() < 1e-5

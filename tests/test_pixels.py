@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from extractor.decoder import Decoder
 from extractor.images import MAX_PIXELS, ImageError, decode
 from extractor.preprocess import Preprocess, probe
 
@@ -120,18 +121,38 @@ def test_registry_presets_are_read_as_torchvision_states_them(architecture: str)
         np.testing.assert_array_equal(ours.normalise(ours.pixels(image)[None])[0], preset(image).numpy(), err_msg=str(entry))
 
 
-@pytest.mark.assets
-def test_real_photos_are_preprocessed_as_torchvision_does(assets: Path) -> None:
-    from torchvision.models import ResNet50_Weights
+FAMILIES = ("alexnet", "vgg16", "vgg19", "googlenet", "inception_v3", "resnet50", "resnet101", "mobilenet_v2")
 
-    preset = ResNet50_Weights.IMAGENET1K_V2.transforms()
-    ours = Preprocess.from_torchvision(preset)
-    photos = sorted((assets / "data/photos").rglob("*.*"))[:8]
-    assert len(photos) == 8
-    for photo in photos:
-        with Image.open(photo) as image:
-            expected = preset(image.convert("RGB")).numpy()
-        np.testing.assert_array_equal(ours.normalise(ours.pixels(decode(photo.read_bytes()))[None])[0], expected)
+
+@pytest.mark.assets
+def test_a_hundred_photos_are_preprocessed_as_torchvision_does_for_all_weights_of_eight_families(assets: Path) -> None:
+    """Bit for bit in uint8 before normalisation, and in float32 after it, for V1 and V2 presets; through a decode worker."""
+    import torch
+    import torchvision
+    from torchvision.transforms.functional import center_crop, pil_to_tensor
+    from torchvision.transforms.functional import resize as resized
+
+    entries = [entry for name in FAMILIES for entry in torchvision.models.get_model_weights(name)]
+    assert {entry.name for entry in entries} == {"IMAGENET1K_V1", "IMAGENET1K_V2", "IMAGENET1K_FEATURES"}
+    presets: dict[Preprocess, Any] = {}  # many weights have the same preset
+    for entry in entries:
+        preset = entry.transforms()
+        ours = Preprocess.from_torchvision(preset)
+        assert presets.setdefault(ours, preset).__dict__ == preset.__dict__
+    assert {(ours.resize, ours.crop) for ours in presets} == {(256, 224), (232, 224), (342, 299)}
+    photos = sorted((assets / "data/photos").rglob("*.*"))[:100]
+    assert len(photos) == 100
+    for ours, preset in presets.items():
+        with Decoder(ours) as decoder:
+            for photo in photos:
+                pixels = decoder(photo.read_bytes())
+                with Image.open(photo) as opened:
+                    image = opened.convert("RGB")
+                small = resized(image, preset.resize_size, interpolation=preset.interpolation, antialias=preset.antialias)
+                expected = pil_to_tensor(center_crop(small, preset.crop_size)).permute(1, 2, 0).numpy()
+                assert pixels.dtype == np.uint8
+                np.testing.assert_array_equal(pixels, expected, err_msg=photo.name)
+                assert torch.equal(torch.from_numpy(ours.normalise(pixels[None])[0]), preset(image)), photo.name
 
 
 def test_facts_survive_json_and_the_fingerprint_knows_every_field() -> None:
