@@ -38,7 +38,7 @@ class Backbone:
         layers: module names of a torchvision network (`layers.list_layers`), or tensor names of an ONNX file; the penultimate
             layer where there are none.
         pooling: ``average`` (the default), ``max`` or ``token``, for layers that are no vectors.
-        mean, std, input_range, interpolation, channels, squash, layout: what somebody's ONNX file takes, see `foreign`.
+        mean, std, input_range, interpolation, channels, squash, layout: what somebody's ONNX file takes, see `stated`.
     """
 
     name: str

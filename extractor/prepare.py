@@ -16,9 +16,9 @@ from store.writer import CacheWriter
 
 from .backbones import Backbone
 from .export import export
-from .foreign import read_sidecar
 from .onnxfile import BackboneFacts, digest, install, read_facts
 from .progress import StopFlag
+from .stated import read_sidecar
 from .weights import file_digest
 
 log = logging.getLogger("penult.extractor")

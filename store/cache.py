@@ -26,6 +26,7 @@ from .splits import hash_rank_split, merge_groups
 log = logging.getLogger("penult.store")
 
 FORMAT_VERSION = 1
+PENULTIMATE = "penultimate"
 PER_SET = {"layer": None, "pooling": None}  # what the fingerprints of one cache's feature sets may differ in
 
 
@@ -109,6 +110,8 @@ class FeatureCache:
     def _choose(self, layer: str | None) -> Fingerprint:
         if layer is None:
             return self.fingerprints[0]
+        if layer == PENULTIMATE:  # as it is asked for; it is stored as what it is, such as ``input of fc``
+            layer = next((name for name in self.layers if name.startswith("input of ")), layer)
         if layer not in self.layers:
             message = f"{self.path} has no features of layer {layer!r}; it has {', '.join(map(repr, self.layers))}"
             raise UsageError(message)

@@ -71,7 +71,8 @@ def test_two_layers_in_one_pass_equal_their_single_runs(
     for layer, name in (("layer2", "layer2"), (PENULTIMATE, "input of fc")):
         alone = Backbone("resnet18", "random:3", None, 40, 32, layers=() if layer == PENULTIMATE else (layer,))
         run_extract(data, alone, tmp_path / name, options)
-        both, one = FeatureCache(tmp_path / "both", name), FeatureCache(tmp_path / name)
+        both, one = FeatureCache(tmp_path / "both", layer), FeatureCache(tmp_path / name)
+        assert both.layer == one.layer == name
         assert both.fingerprint == one.fingerprint
         keys = [row.sha256 for row in one.rows()]
         # graphs with another output are fused differently: the sums are the same, in another order
