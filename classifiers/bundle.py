@@ -32,7 +32,7 @@ from store.fingerprint import Fingerprint
 
 FORMAT_VERSION = 1
 PREDICTIONS = "penult-predictions"
-BUNDLE_FILES = {"backbone.onnx", "backbone.onnx.data", "head.onnx", "head.json", "predictions.h5", "report.html"}
+BUNDLE_FILES = {"backbone.onnx", "head.onnx", "head.json", "predictions.h5", "report.html"}
 ALLOWED_DOMAINS = {"", "ai.onnx", "ai.onnx.ml"}
 
 
@@ -255,7 +255,8 @@ def refuse_existing(path: Path, *, overwrite: bool) -> None:
     if not (path / "head.json").is_file():
         message = f"{path} exists and is not a bundle; it is not overwritten"
         raise OutputExistsError(message)
-    foreign = sorted({item.name for item in path.iterdir()} - BUNDLE_FILES)
+    weights = {item.name for item in path.glob("backbone-*.data")}  # of a network over 2 GB
+    foreign = sorted({item.name for item in path.iterdir()} - BUNDLE_FILES - weights)
     if foreign:
         message = f"{path} holds what is not a bundle's ({', '.join(foreign[:3])}); it is not overwritten"
         raise OutputExistsError(message)

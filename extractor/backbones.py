@@ -16,10 +16,11 @@ from typing import Any
 from unittest import mock
 
 from store.errors import BadDataError, UsageError
+from store.fingerprint import file_digest
 
 from . import weights as weight_files
 from .preprocess import Preprocess
-from .weights import WeightsFile, file_digest, read_state
+from .weights import WeightsFile, read_state
 
 WEIGHTS_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors")
 

@@ -10,7 +10,6 @@ import logging
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -134,7 +133,7 @@ def to_onnx(loaded: Loaded, name: str, path: Path, *, layers: Sequence[str] = ()
     Args:
         loaded: the network.
         name: of the architecture.
-        path: the ONNX file; where it would exceed `onnxfile.MAX_INLINE`, its weights lie in ``<name>.data`` beside it.
+        path: the ONNX file; beyond `onnxfile.MAX_INLINE` its weights lie in a second one, see `onnxfile.save`.
         layers: module names, or ``penultimate``, which is the default.
         pooling: ``average``, ``max`` or ``token``, for layers that are no vectors.
 
@@ -185,15 +184,13 @@ def to_onnx(loaded: Loaded, name: str, path: Path, *, layers: Sequence[str] = ()
         name, loaded.weights_name, loaded.weights_digest, tuple(found), loaded.preprocess, source=loaded.source
     )
     onnxfile.write_facts(model, facts)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as folder:
-        new = Path(folder) / path.name
+    with onnxfile.replacing(path) as new:
         onnxfile.save(model, new)
         del model
         onnx.checker.check_model(str(new))
         with torch.inference_mode():
             expected = [[np.asarray(found) for found in network(batch)[1:]] for batch in batches]
         check_parity(new, [batch.numpy() for batch in batches], expected, name)
-        onnxfile.install(new, path)
     return facts
 
 

@@ -78,9 +78,8 @@ def import_onnx(backbone: Backbone, target: Path) -> BackboneFacts:
         ends.append(([*nodes, _cast(f"{output}_raw", output, "float32")], output, dim))
         found.append(Layer(tensor, kind, dim, output))
     facts = BackboneFacts("onnx", file.name, digest, tuple(found), preprocess, source=f"from {file.name}")
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent) as folder:
-        new = Path(folder) / target.name
-        return _write(model, begin, ends, facts, pixels, expected, new, target)
+    with onnxfile.replacing(target) as new:
+        return _write(model, begin, ends, facts, pixels, expected, new)
 
 
 def _write(
@@ -91,9 +90,8 @@ def _write(
     pixels: NDArray[np.float32],
     expected: Sequence[NDArray[Any]],
     new: Path,
-    target: Path,
 ) -> BackboneFacts:
-    """Cut, save, compare, install: with a free batch size where the graph allows it, else with its own."""
+    """Cut, save, compare: with a free batch size where the graph allows it, else with its own."""
     import onnx
     from onnx import TensorProto, helper
 
@@ -108,6 +106,9 @@ def _write(
                 output.type.tensor_type.shape.dim[0].dim_value = batch
             del model.metadata_props[:]
         onnxfile.write_facts(model, facts)
+        if onnxfile.external_files(model):  # the first attempt has put them there
+            _load_data(model, new)
+        onnxfile.remove(new)
         onnxfile.save(model, new)
         try:
             onnx.checker.check_model(str(new))
@@ -121,7 +122,6 @@ def _write(
         else:
             reason = f"features differ by {worst:.1e} from the file's own; the limit is {limit}"
         if worst <= limit:
-            onnxfile.install(new, target)
             return facts
     message = f"{facts.weights} cannot be used as a backbone: {reason}"
     raise BadDataError(message)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from store import hdf5
-from store.errors import BadDataError, InputMissingError, StorageError, UsageError
-from store.fingerprint import files_digest
+from store.errors import BadDataError, InputMissingError, PenultError, UsageError
+from store.fingerprint import file_digest
 
 from .preprocess import Preprocess
 
@@ -187,7 +188,7 @@ def data_files(path: Path, model: Any | None = None) -> list[Path]:
         InputMissingError: one is missing; names it.
     """
     found = []
-    folder = path.resolve().parent
+    folder = path.resolve().parent  # beside the file itself, if this is a link to it
     for name in external_files(model if model is not None else read_model(path)):
         file = folder / name
         if not file.resolve().is_relative_to(folder):
@@ -201,56 +202,80 @@ def data_files(path: Path, model: Any | None = None) -> list[Path]:
 
 
 def digest(path: Path) -> str:
-    """`files_digest` of an ONNX file and its external data.
+    """`file_digest` of an ONNX file and its external data.
 
     Raises:
         InputMissingError: a file cannot be read.
     """
-    return files_digest([path, *data_files(path)])
+    return file_digest(path, *data_files(path))
 
 
 def save(model: Any, path: Path) -> None:
-    """Write a model, with its weights in ``<name>.data`` beside it where they are too large for one file.
+    """Write a model; where its weights are too large for one file, they lie in ``<name>-<random>.data`` beside it.
+
+    The random part lets two models be in one folder while one takes the place of the other; ``.name.onnx.tmp`` is a name too.
+    The weights of a large model have left memory then, and ``model`` refers to the file.
 
     Raises:
-        StorageError: it cannot be written; what was there stays.
+        StorageError: it cannot be written.
     """
     import onnx
 
     if model.ByteSize() < MAX_INLINE:
         hdf5.commit(path, model.SerializeToString())
         return
-    location = path.name + DATA_SUFFIX
+    location = f"{path.name.strip('.').partition('.onnx')[0]}-{secrets.token_hex(4)}{DATA_SUFFIX}"
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as folder:
-            new = Path(folder) / path.name
-            onnx.save_model(model, str(new), save_as_external_data=True, all_tensors_to_one_file=True, location=location)
-            for file in (new, new.with_name(location)):
-                with file.open("rb") as written:
-                    os.fsync(written.fileno())
-            install(new, path)
+        onnx.save_model(model, str(path), save_as_external_data=True, all_tensors_to_one_file=True, location=location)
+        for file in (path.with_name(location), path):
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
     except OSError as error:
+        for file in (path, path.with_name(location)):
+            file.unlink(missing_ok=True)
         message = f"cannot write {path}: {error.strerror}"
         raise hdf5.write_error(error)(message) from error
+    hdf5.fsync_directory(path.parent)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside a model: what is there when the block ends takes its place, unless an exception ends it."""
+    new = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        yield new
+    except BaseException:
+        remove(new)
+        raise
+    install(new, path)
+
+
+def remove(path: Path) -> None:
+    """Delete a model, if it is there, and its external data."""
+    if path.exists():
+        for file in data_files(path):
+            file.unlink()
+        path.unlink()
 
 
 def install(new: Path, target: Path) -> None:
-    """Move a model made in a folder of its own, under the same name, to its place; its external data first."""
-    if new.name != target.name:
-        message = f"{new} and {target} must have one name: external data is found by it"
-        raise ValueError(message)
-    data = target.with_name(target.name + DATA_SUFFIX)
+    """Give a model of the same folder its final name, and delete the external data of the one that had it.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
     try:
-        if new.with_name(data.name).exists():
-            new.with_name(data.name).replace(data)
-            new.replace(target)
-        else:
-            new.replace(target)
-            data.unlink(missing_ok=True)
+        before = data_files(target) if target.exists() else []
+    except PenultError:  # what is there is damaged
+        before = []
+    try:
+        new.replace(target)
+        hdf5.fsync_directory(target.parent)
+        for file in before:
+            file.unlink()
     except OSError as error:
         message = f"cannot write {target}: {error.strerror}"
-        raise StorageError(message) from error
-    hdf5.fsync_directory(target.parent)
+        raise hdf5.write_error(error)(message) from error
 
 
 def copy(source: Path, target: Path) -> None:

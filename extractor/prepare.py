@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from store.cache import all_fingerprints
 from store.errors import PenultError, UsageError
-from store.fingerprint import Fingerprint, require_same
+from store.fingerprint import Fingerprint, file_digest, require_same
 from store.writer import CacheWriter
 
 from .backbones import Backbone
 from .export import export
-from .onnxfile import BackboneFacts, digest, install, read_facts
+from .onnxfile import BackboneFacts, data_files, digest, install, read_facts, remove
 from .progress import StopFlag
 from .stated import read_sidecar
-from .weights import file_digest
 
 log = logging.getLogger("penult.extractor")
 
+NOTES = ("request", "backbone_sha256", "weights", "source", "backbone_data")
 LIBRARIES = ("penult", "torch", "torchvision", "onnx", "onnxruntime-gpu", "onnxruntime", "h5py", "numpy", "pillow")
 
 
@@ -51,23 +50,30 @@ def prepare_backbone(
     before = {} if overwrite else (writer.meta or {}).get("facts", {})
     if path.is_file() and before.get("request") == request and before.get("backbone_sha256") == _digest_or_none(path):
         log.info("using %s as exported before", path)
-        return read_facts(path), {key: before[key] for key in ("request", "backbone_sha256", "weights", "source")}
+        return read_facts(path), {key: before[key] for key in NOTES if key in before}
     if backbone.seed is not None:
         log.warning(
             "RANDOM WEIGHTS (seed %d): %s is untrained, its features are a random projection", backbone.seed, backbone.name
         )
     # A cache keeps its file, and its features, until the new file is there and known to match or meant to replace them.
-    with tempfile.TemporaryDirectory(prefix=".backbone.", suffix=".tmp", dir=writer.path) as folder:
-        new = Path(folder) / path.name
+    new = path.with_name(".backbone.onnx.tmp")
+    try:
         facts = export(backbone, new, stop)
         if overwrite:
             writer.clear()
         _require_match(writer, facts)
-        install(new, path)
+    except BaseException:
+        remove(new)
+        raise
+    install(new, path)
+    data = data_files(path)
+    for stray in set(writer.path.glob("backbone-*.data")) - set(data):  # of an export that was killed
+        stray.unlink()
     for layer in facts.layers:
         pooling = "" if layer.pooling == "none" else f" ({layer.pooling})"
         log.info("exported %s (%s), %d features: %s%s", facts.name, facts.weights, layer.dim, layer.layer, pooling)
-    return facts, {"request": request, "backbone_sha256": digest(path), "weights": facts.weights, "source": facts.source}
+    notes = {"request": request, "backbone_sha256": digest(path), "weights": facts.weights, "source": facts.source}
+    return facts, {**notes, **({"backbone_data": [file.name for file in data]} if data else {})}
 
 
 def _digest_or_none(path: Path) -> str | None:

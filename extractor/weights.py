@@ -23,6 +23,7 @@ from typing import Any
 
 from store import hdf5
 from store.errors import BadDataError, InputMissingError
+from store.fingerprint import file_digest
 
 log = logging.getLogger("penult.extractor")
 
@@ -83,20 +84,6 @@ def all_files() -> list[WeightsFile]:
 
     known = sorted(models.list_models(module=models))
     return [WeightsFile(network, entry) for network in known for entry in models.get_model_weights(network)]
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal.
-
-    Raises:
-        InputMissingError: it cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        message = f"cannot read {path}: {error.strerror}"
-        raise InputMissingError(message) from error
 
 
 def fetch(file: WeightsFile, folder: Path | None = None, *, progress: bool = False) -> tuple[Path, str, bool]:

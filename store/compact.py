@@ -50,7 +50,7 @@ def write_compact(cache: FeatureCache, out: Path, *, dtype: str = "float32", ove
         raise BadDataError(message)
     failed = [row for row in cache.samples.rows if not row.ok]
     with cache.backbone_file() as backbone:
-        whole = not backbone.with_name("backbone.onnx.data").exists()
+        whole = "backbone_data" not in cache.meta["facts"]
         onnx = np.frombuffer(backbone.read_bytes() if whole else b"", np.uint8)
     if not whole:
         log.warning(

@@ -94,7 +94,7 @@ def require_same(ours: Sequence[Fingerprint], others: Sequence[Fingerprint], *, 
         a.require(b, mine=mine, theirs=theirs)
 
 
-def files_digest(paths: Sequence[Path]) -> str:
+def file_digest(*paths: Path) -> str:
     """SHA-256 of a file, hexadecimal; of several, of their digests in this order.
 
     Raises:

@@ -16,7 +16,7 @@ from typing import Any
 
 from . import compact, hdf5, samples, shard
 from .errors import CorruptCacheError, InputMissingError, InterruptedRunError, NewerFormatError, PenultError, StorageError
-from .fingerprint import files_digest
+from .fingerprint import file_digest
 
 TIMEOUT = 60.0  # seconds for one file, plus what reading it takes at ..
 SLOWEST = 10e6  # .. bytes per second
@@ -78,8 +78,12 @@ def _backbone(cache: Any) -> Iterator[Finding]:
     if not backbone.is_file():
         yield Finding("backbone.onnx", "is missing; the same extract command makes it again")
     elif recorded:
-        weights = backbone.with_name("backbone.onnx.data")  # where they are too large for one file
-        found = files_digest([backbone, *([weights] if weights.exists() else [])])
+        data = cache.meta["facts"].get("backbone_data", [])  # where its weights are too large for one file
+        missing = [name for name in data if not (cache.path / name).is_file()]
+        if missing:
+            yield Finding(missing[0], "is missing; the same extract command makes it again")
+            return
+        found = file_digest(backbone, *(cache.path / name for name in data))
         if found != recorded:
             yield Finding("backbone.onnx", f"is {found[:12]}.., it was written as {recorded[:12]}..")
 

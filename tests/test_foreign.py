@@ -24,6 +24,7 @@ from extractor.session import Embedder
 from extractor.sources import ImageFolder
 from store.cache import FeatureCache
 from store.errors import BadDataError, InputMissingError, PenultError, UsageError
+from store.fingerprint import file_digest
 
 SIDE, WIDTH, CLASSES = 16, 8, 5
 HALF = {"mean": (0.5,), "std": (0.5,)}
@@ -183,17 +184,32 @@ def test_a_backbone_too_large_for_one_file_keeps_its_weights_beside_it(
     weight = model.graph.initializer.add()
     weight.CopyFrom(numpy_helper.from_array(np.ones((64, 64), np.float32), "large"))  # onnx leaves small tensors inside
     model.graph.node.append(helper.make_node("Identity", ["large"], ["unused"]))
-    (tmp_path / "new").mkdir()
-    onnxfile.save(model, tmp_path / "new/m.onnx")
-    onnxfile.install(tmp_path / "new/m.onnx", tmp_path / "m.onnx")
-    assert (tmp_path / "m.onnx.data").stat().st_size >= 64 * 64 * 4
-    assert not list((tmp_path / "new").iterdir())
-    assert onnxfile.digest(tmp_path / "m.onnx") != onnxfile.files_digest([tmp_path / "m.onnx"])
+
+    def save() -> Path:
+        with onnxfile.replacing(tmp_path / "m.onnx") as new:
+            one = onnx.ModelProto()
+            one.CopyFrom(model)
+            onnxfile.save(one, new)
+            if (tmp_path / "fail").exists():
+                raise ZeroDivisionError
+        return onnxfile.data_files(tmp_path / "m.onnx")[0]
+
+    assert save() != save()  # the second takes the place of the first
+    (data,) = onnxfile.data_files(tmp_path / "m.onnx")
+    assert list(tmp_path.glob("*.data")) == [data]
+    assert data.name.startswith("m-")
+    assert data.stat().st_size >= 64 * 64 * 4
+    (tmp_path / "fail").touch()
+    with pytest.raises(ZeroDivisionError):
+        save()
+    (tmp_path / "fail").unlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [data.name, "m.onnx", "net.onnx", "whole.onnx"]
+    assert onnxfile.digest(tmp_path / "m.onnx") != file_digest(tmp_path / "m.onnx")
     batch = whole.preprocess.normalise(np.stack(pixels))
     np.testing.assert_array_equal(Embedder(tmp_path / "m.onnx")(batch), Embedder(tmp_path / "whole.onnx")(batch))
     (tmp_path / "copy").mkdir()
     onnxfile.copy(tmp_path / "m.onnx", tmp_path / "copy/m.onnx")
-    assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == ["m.onnx", "m.onnx.data"]
+    assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == [data.name, "m.onnx"]
 
 
 # --- what is not known must be stated ----------------------------------------------------------------------------------
