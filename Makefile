@@ -8,7 +8,7 @@ demo: install  ## the whole way on data that needs no download
 	$(BIN)/penult demo -o demo --overwrite
 
 test: install
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .

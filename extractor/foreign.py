@@ -24,7 +24,7 @@ from . import onnxfile
 from .backbones import Backbone
 from .graph import Graph, cut, pooling_nodes
 from .onnxfile import BackboneFacts, Layer
-from .parity import PARITY, relative_l2
+from .parity import PARITY, cpu_session, relative_l2
 from .stated import Input, image_input, preprocessing, read_sidecar
 
 log = logging.getLogger("penult.extractor")
@@ -141,7 +141,7 @@ def _pooled(values: NDArray[Any], layer: Layer) -> NDArray[np.float64]:
 
 
 def _run_new(path: Path, pixels: NDArray[np.float32], facts: BackboneFacts) -> list[NDArray[np.float32]]:
-    session = _session(path)
+    session = cpu_session(path)
     step = facts.batch or len(pixels)
     parts = []
     for start in range(0, len(pixels), step):
@@ -238,7 +238,7 @@ def run_whole(
         path = Path(folder) / "whole.onnx"
         onnxfile.save(whole, path)
         try:
-            session = _session(path)
+            session = cpu_session(path)
             for start in range(0, len(pixels), step):
                 part = pixels[start : start + step]
                 padded = np.concatenate([part, np.zeros((step - len(part), *part.shape[1:]), np.float32)])
@@ -258,14 +258,6 @@ def run_whole(
             message = f"{file} gives NaN or infinity in {tensor!r} for ordinary pixels; it is damaged, or takes another range"
             raise BadDataError(message)
     return values
-
-
-def _session(path: Path) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def _front(begin: Input) -> list[Any]:

@@ -17,6 +17,16 @@ log = logging.getLogger("penult.extractor")
 PARITY = 1e-5  # relative L2 per row, CONTRACTS: "CPU ONNX Runtime fp32 vs torch fp32 on identical pixels"
 
 
+def cpu_session(model: Path) -> Any:
+    """A quiet session on the CPU, whose threads do not spin: torch's are at work as well."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+
+
 def check_parity(
     model: Path, batches: Sequence[NDArray[np.float32]], expected: Sequence[Sequence[NDArray[np.floating[Any]]]], name: str
 ) -> float:
@@ -34,9 +44,7 @@ def check_parity(
     Raises:
         BadDataError: a row differs by more than `PARITY`.
     """
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+    session = cpu_session(model)
     largest = 0.0
     for batch, wanted in zip(batches, expected, strict=True):
         outputs = session.run(None, {session.get_inputs()[0].name: batch})
