@@ -10,7 +10,6 @@ import logging
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -47,11 +46,14 @@ def export(backbone: Backbone, path: Path, stop: StopFlag | None = None) -> Back
         stop: ends the export when it is set.
 
     Raises:
+        OutputError: there is no such folder.
         InterruptedRunError: a signal came, to this process or to the child.
         PenultError: whatever `load`, `to_onnx` and `import_onnx` raise, from the child.
     """
     if backbone.is_file and is_own(Path(backbone.name)):  # nothing of it is computed
         return import_onnx(backbone, path)
+    with onnxfile.folder_beside(path):  # else it would be found out after minutes of work
+        pass
     request = json.dumps({"backbone": backbone.facts(), "path": str(path.absolute()), "sys.path": sys.path})
     code = (
         "import json, sys; request = json.load(sys.stdin); sys.path[:] = request['sys.path']; "
@@ -185,8 +187,8 @@ def to_onnx(loaded: Loaded, name: str, path: Path, *, layers: Sequence[str] = ()
         name, loaded.weights_name, loaded.weights_digest, tuple(found), loaded.preprocess, source=loaded.source
     )
     onnxfile.write_facts(model, facts)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as folder:
-        new = Path(folder) / path.name
+    with onnxfile.folder_beside(path) as folder:
+        new = folder / path.name
         onnxfile.save(model, new)
         del model
         onnx.checker.check_model(str(new))

@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,22 @@ def digest(path: Path) -> str:
     return files_digest([path, *data_files(path)])
 
 
+@contextmanager
+def folder_beside(target: Path) -> Iterator[Path]:
+    """A folder for making a file in, on the same file system.
+
+    Raises:
+        OutputError, StorageError: there cannot be one, so there cannot be the file.
+    """
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    except OSError as error:
+        message = f"cannot create {target}: {error.strerror}"
+        raise hdf5.write_error(error)(message) from error
+    with folder as path:
+        yield Path(path)
+
+
 def save(model: Any, path: Path) -> None:
     """Write a model, with its weights in ``<name>.data`` beside it where they are too large for one file.
 
@@ -222,8 +239,8 @@ def save(model: Any, path: Path) -> None:
         return
     location = path.name + DATA_SUFFIX
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as folder:
-            new = Path(folder) / path.name
+        with folder_beside(path) as folder:
+            new = folder / path.name
             onnx.save_model(model, str(new), save_as_external_data=True, all_tensors_to_one_file=True, location=location)
             for file in (new, new.with_name(location)):
                 with file.open("rb") as written:
