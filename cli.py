@@ -66,7 +66,7 @@ layer_options = options(
     ),
 )
 input_options = options(
-    click.option("--mean", metavar="R[,G,B]", help="Of an ONNX file: subtracted from pixels in 0..1."),
+    click.option("--mean", metavar="R[,G,B]", help="Of an ONNX file: subtracted from pixels in 0..1 (see --input-range)."),
     click.option("--std", metavar="R[,G,B]", help="Of an ONNX file: what they are then divided by."),
     click.option("--input-range", type=click.Choice(["1", "255"]), help="Of an ONNX file: 255 where it takes raw values."),
     click.option("--interpolation", metavar="NAME", help="Of an ONNX file: bilinear, bicubic, nearest, lanczos, box."),

@@ -56,6 +56,11 @@ class BackboneSection(_Section):
     squash: bool | None = None
     layout: str | None = Field(None, pattern="^(nchw|nhwc)$")
 
+    @field_validator("mean", "std", mode="before")
+    @classmethod
+    def _one_for_all(cls, value: Any) -> Any:
+        return [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
+
 
 class ExtractSection(_Section):
     device: str = "auto"
@@ -170,7 +175,7 @@ EXPECTED = {  # what pydantic complains about, in our words
     "float_type": "a number",
     "finite_number": "a finite number",
     "bool_type": "true or false",
-    "list_type": "a list, such as [128]",
+    "list_type": "a list in brackets",
     "model_type": "a section of keys, such as [train]",
     "literal_error": "{expected}",
     "greater_than": "more than {gt}",

@@ -20,7 +20,7 @@ from extractor.progress import StopFlag
 from extractor.reading import ahead
 from extractor.session import Embedder, resolve_device
 from extractor.sources import ImageFolder, refuse_ours
-from store.errors import InputMissingError
+from store.errors import InputMissingError, UsageError
 from store.samples import display
 from store.shard import as_stored
 
@@ -144,6 +144,7 @@ def list_images(inputs: Sequence[str | Path]) -> list[bytes]:
 
     Raises:
         InputMissingError: none of them exists, or a folder is empty. One that is missing is a prediction with a code.
+        UsageError: one is a tar archive.
         UsageError: one is a cache or a bundle.
     """
     found = []
@@ -151,6 +152,9 @@ def list_images(inputs: Sequence[str | Path]) -> list[bytes]:
         refuse_ours(item)
         if item.is_dir():
             found += [os.fsencode(item) + b"/" + sample.path for sample in ImageFolder(item).everything()]
+        elif item.suffix == ".tar":
+            message = f"{item}: `penult predict` takes images and folders of them; `penult evaluate` takes tar shards"
+            raise UsageError(message)
         else:
             found.append(os.fsencode(item))
     if not any(Path(os.fsdecode(path)).exists() for path in found):

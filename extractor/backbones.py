@@ -10,7 +10,7 @@ import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,7 +19,7 @@ from store.errors import BadDataError, UsageError
 from store.fingerprint import file_digest
 
 from . import weights as weight_files
-from .preprocess import Preprocess
+from .preprocess import Preprocess, require_sizes
 from .weights import WeightsFile, read_state
 
 WEIGHTS_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors")
@@ -59,7 +59,7 @@ class Backbone:
 
     @property
     def is_file(self) -> bool:
-        return self.name.endswith(".onnx")
+        return self.name.lower().endswith(".onnx")
 
     @property
     def weights_file(self) -> Path | None:
@@ -236,9 +236,11 @@ def load(backbone: Backbone) -> Loaded:
         network, weights_name = _build(backbone.name, entry, state, own.name), entry.name
         source = f"from {own.name} (sha256 {sha256}), torchvision's file"
     preprocess = Preprocess.from_torchvision(entry.transforms())
-    if backbone.resize or backbone.crop:
-        sizes = {"resize": backbone.resize or preprocess.resize, "crop": backbone.crop or preprocess.crop}
-        preprocess = Preprocess.from_facts({**preprocess.facts(), **sizes})
+    if (backbone.resize, backbone.crop) != (None, None):
+        resize, crop = backbone.resize, backbone.crop
+        resize, crop = preprocess.resize if resize is None else resize, preprocess.crop if crop is None else crop
+        require_sizes(resize, crop)
+        preprocess = replace(preprocess, resize=resize, crop=crop)
     return Loaded(network.eval(), preprocess, weights_name, digest(network.state_dict()), source)
 
 

@@ -46,11 +46,13 @@ def export(backbone: Backbone, path: Path, stop: StopFlag | None = None) -> Back
         stop: ends the export when it is set.
 
     Raises:
+        OutputError: there is no such folder.
         InterruptedRunError: a signal came, to this process or to the child.
         PenultError: whatever `load`, `to_onnx` and `import_onnx` raise, from the child.
     """
     if backbone.is_file and is_own(Path(backbone.name)):  # nothing of it is computed
         return import_onnx(backbone, path)
+    onnxfile.require_writable(path)
     request = json.dumps({"backbone": backbone.facts(), "path": str(path.absolute()), "sys.path": sys.path})
     code = (
         "import json, sys; request = json.load(sys.stdin); sys.path[:] = request['sys.path']; "

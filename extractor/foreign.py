@@ -25,6 +25,7 @@ from .backbones import Backbone
 from .graph import Graph, cut, pooling_nodes
 from .onnxfile import BackboneFacts, Layer
 from .parity import PARITY, cpu_session, relative_l2
+from .session import MAX_DIM
 from .stated import Input, image_input, preprocessing, read_sidecar
 
 log = logging.getLogger("penult.extractor")
@@ -58,7 +59,10 @@ def import_onnx(backbone: Backbone, target: Path) -> BackboneFacts:
     if facts is not None:
         return _own(backbone, facts, model, digest, target)
     _require_domains(model, file)
-    stated = {**read_sidecar(file), **backbone.stated}
+    beside = read_sidecar(file)
+    if beside:
+        log.info("%s says how %s is used", file.with_suffix(".toml"), file.name)
+    stated = {**beside, **backbone.stated}
     layers = list(backbone.layers) or stated.pop("layer", [])
     pooling = backbone.pooling or stated.pop("pooling", "average")
     _load_data(model, file)
@@ -72,14 +76,32 @@ def import_onnx(backbone: Backbone, target: Path) -> BackboneFacts:
     expected = run_whole(model, tensors, begin, pixels, file)
     opset = max((each.version for each in model.opset_import if each.domain in ("", "ai.onnx")), default=1)
     ends, found = [], []
-    for tensor, values, output in zip(tensors, expected, onnxfile.name_outputs(len(tensors)), strict=True):
-        kinds = pooling_nodes(tensor, values.shape, pooling, f"{output}_raw", opset)
-        nodes, kind, dim = kinds
+    outputs = onnxfile.name_outputs(len(tensors))
+    prefix = _free_names(model, outputs)
+    begin = replace(begin, name=prefix + begin.name)
+    for tensor, values, output in zip(tensors, expected, outputs, strict=True):
+        nodes, kind, dim = pooling_nodes(prefix + tensor, values.shape, pooling, f"{output}_raw", opset)
+        if not 0 < dim <= MAX_DIM:
+            message = f"{file}: {tensor!r} gives {dim} features; expected at most {MAX_DIM}. Say another tensor by --layer"
+            raise BadDataError(message)
         ends.append(([*nodes, _cast(f"{output}_raw", output, "float32")], output, dim))
         found.append(Layer(tensor, kind, dim, output))
     facts = BackboneFacts("onnx", file.name, digest, tuple(found), preprocess, source=f"from {file.name}")
     with onnxfile.replacing(target) as new:
         return _write(model, begin, ends, facts, pixels, expected, new)
+
+
+def _free_names(model: Any, outputs: Sequence[str]) -> str:
+    """Give the graph's tensors a prefix where they have our names, as ``features`` is in what people export; return it."""
+    from onnx.compose import add_prefix_graph
+
+    theirs = {name for node in model.graph.node for name in (*node.input, *node.output)}
+    ours = {"pixels", *outputs, *(f"{output}_raw" for output in outputs)}
+    if not ours & theirs and not any(name.startswith("penult_") for name in theirs):
+        return ""
+    prefix = "their_"
+    add_prefix_graph(model.graph, prefix, inplace=True)
+    return prefix
 
 
 def _write(
@@ -95,7 +117,8 @@ def _write(
     import onnx
     from onnx import TensorProto, helper
 
-    side, limit = facts.preprocess.crop, HALF if begin.dtype == "float16" else PARITY
+    kinds = {TensorProto.FLOAT16 if begin.dtype == "float16" else None, *(each.data_type for each in model.graph.initializer)}
+    side, limit = facts.preprocess.crop, HALF if TensorProto.FLOAT16 in kinds else PARITY
     front = _front(begin)
     cut(model, ends, front, [helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["batch", 3, side, side])])
     for batch in (None, begin.batch) if begin.batch else (None,):
@@ -117,10 +140,15 @@ def _write(
                 float(relative_l2(a, _pooled(b, layer)).max())
                 for a, b, layer in zip(found, expected, facts.layers, strict=True)
             )
+            alone = _run_new(new, pixels[:1], facts)  # in training mode, a normalisation mixes the images of a batch
+            mixed = max(float(relative_l2(a, b[:1]).max()) for a, b in zip(alone, found, strict=True))
         except Exception as error:  # onnxruntime's exceptions have no common public base
             worst, reason = np.inf, str(error).strip().splitlines()[0]
         else:
             reason = f"features differ by {worst:.1e} from the file's own; the limit is {limit}"
+            if worst <= limit < mixed:
+                worst = mixed
+                reason = "features of an image depend on the others of its batch (training mode, or dynamic quantisation)"
         if worst <= limit:
             return facts
     message = f"{facts.weights} cannot be used as a backbone: {reason}"
@@ -147,12 +175,9 @@ def _run_new(path: Path, pixels: NDArray[np.float32], facts: BackboneFacts) -> l
     for start in range(0, len(pixels), step):
         part = pixels[start : start + step]
         padded = np.concatenate([part, np.zeros((step - len(part), *part.shape[1:]), np.float32)])
-        parts.append([output[: len(part)] for output in session.run(None, {"pixels": padded})])
-    outputs = [np.concatenate(columns) for columns in zip(*parts, strict=True)]
-    if any(len(output) != len(pixels) for output in outputs):
-        message = "its features do not keep the number of images"
-        raise ValueError(message)
-    return outputs
+        found = session.run(facts.outputs, {"pixels": padded})
+        parts.append([_rows(output, step, name)[: len(part)] for output, name in zip(found, facts.outputs, strict=True)])
+    return [np.concatenate(columns) for columns in zip(*parts, strict=True)]
 
 
 def _own(backbone: Backbone, facts: BackboneFacts, model: Any, digest: str, target: Path) -> BackboneFacts:
@@ -197,6 +222,11 @@ def choose_tensors(graph: Graph, layers: Sequence[str], file: Path) -> list[str]
         BadDataError: it cannot be told whether there is a classification layer.
     """
     known = graph.tensors()
+    if "penultimate" in layers and "penultimate" not in known:
+        layers = [choose_tensors(graph, (), file)[0] if layer == "penultimate" else layer for layer in layers]
+    if len(set(layers)) != len(layers):
+        message = f"--layer {' --layer '.join(layers)}: one of them stands there twice"
+        raise UsageError(message)
     for layer in layers:
         if layer not in known:
             near = difflib.get_close_matches(layer, known, n=3, cutoff=0.4)
@@ -243,20 +273,29 @@ def run_whole(
                 part = pixels[start : start + step]
                 padded = np.concatenate([part, np.zeros((step - len(part), *part.shape[1:]), np.float32)])
                 outputs = session.run(list(tensors), {begin.name: begin.of(padded)})
-                parts.append([output[: len(part)] for output in outputs])
+                parts.append([_rows(each, step, name)[: len(part)] for each, name in zip(outputs, tensors, strict=True)])
+        except BadDataError as error:
+            message = f"{file}: {error}"
+            raise BadDataError(message) from error
         except Exception as error:  # onnxruntime's exceptions have no common public base
             message = f"{file} cannot be run: {str(error).strip().splitlines()[0]}"
             raise BadDataError(message) from error
     values = [np.concatenate(columns) for columns in zip(*parts, strict=True)]
     for tensor, value in zip(tensors, values, strict=True):
-        if value.dtype.kind != "f" or value.shape[0] != len(pixels):
-            message = (
-                f"{file}: {tensor!r} is {value.dtype} of shape {value.shape} for {len(pixels)} images, not features of each"
-            )
+        if value.dtype.kind != "f":
+            message = f"{file}: {tensor!r} is {value.dtype} of shape {value.shape}, not features; say another tensor by --layer"
             raise BadDataError(message)
         if not np.isfinite(value).all():
             message = f"{file} gives NaN or infinity in {tensor!r} for ordinary pixels; it is damaged, or takes another range"
             raise BadDataError(message)
+    return values
+
+
+def _rows(values: NDArray[Any], images: int, tensor: str) -> NDArray[Any]:
+    """What a tensor is for a batch, which must have one row for each image."""
+    if values.ndim == 0 or len(values) != images:
+        message = f"{tensor!r} has shape {values.shape} for {images} images, not features of each"
+        raise BadDataError(message)
     return values
 
 

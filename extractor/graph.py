@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from graphlib import TopologicalSorter
+from heapq import heapify, heappop, heappush
 from typing import Any
 
 from store.errors import BadDataError
@@ -12,6 +14,9 @@ PASS_THROUGH = ("Identity", "Transpose", "Cast", "DequantizeLinear", "Reshape", 
 WEIGHTED = ("Gemm", "MatMul", "Conv")
 # What may stand between a classification layer and the output: probabilities, biases, temperatures, shapes, pooling.
 TAIL = (*PASS_THROUGH, "Softmax", "LogSoftmax", "Sigmoid", "Flatten", "Add", "Sub", "Mul", "Div", "QuantizeLinear", "Dropout")
+# What has weights inside that are not looked at: quantised layers, layers of ONNX Runtime's own, branches.
+QUANTISED = ("QGemm", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "ConvInteger", "MatMulNBits")
+OPAQUE = (*QUANTISED, "FusedMatMul", "FusedGemm", "FusedConv", "Einsum", "If", "Loop", "Scan")
 POOLING = ("GlobalAveragePool", "AveragePool", "ReduceMean")
 ACTIVATIONS = ("Relu", "Clip", "LeakyRelu", "PRelu", "Elu", "Gelu", "HardSwish", "Tanh")
 
@@ -79,6 +84,12 @@ class Graph:
                     )
                     raise BadDataError(message)
                 return None
+            if node.op_type in OPAQUE or node.op_type.startswith("QLinear"):
+                message = (
+                    f"before the output {output!r} stands {node.op_type}, which may be a classification layer (quantised, in a "
+                    f"branch). State --layer NAME for the tensor with the features, or --layer {output} to use the output"
+                )
+                raise BadDataError(message)
             data = [each for each in node.input if each and not self.is_constant(each)]
             if len(data) != 1 or node.op_type not in (*TAIL, *POOLING, *ACTIVATIONS):
                 return None
@@ -180,7 +191,8 @@ def cut(model: Any, ends: Sequence[tuple[list[Any], str, int]], front: Sequence[
         if node is not None and id(node) not in keep:
             keep.add(id(node))
             pending += [*node.input, *free_names(node)]
-    nodes = [*front, *(_copy(NodeProto(), node) for node in graph.node if id(node) in keep), *tails]
+    inner = _in_order([node for node in graph.node if id(node) in keep])
+    nodes = [*front, *(_copy(NodeProto(), node) for node in inner), *tails]
     used = {name for node in nodes for name in (*node.input, *free_names(node))}
     begin = list(inputs) or [value for value in graph.input if value.name in used]
     outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", width]) for _, name, width in ends]
@@ -192,9 +204,26 @@ def cut(model: Any, ends: Sequence[tuple[list[Any], str, int]], front: Sequence[
         graph.ClearField(field)
         getattr(graph, field).extend(getattr(kept, field))
     graph.name = "backbone"
+    model.ir_version = max(model.ir_version, 4)  # before, weights had to be inputs too
     graph.ClearField("doc_string")
     del model.metadata_props[:]
     model.producer_name = "penult"
+
+
+def _in_order(nodes: Sequence[Any]) -> list[Any]:
+    """Nodes after those they need, as ONNX wants it and converters to float16 forget; else in the order they have."""
+    place = {name: i for i, node in enumerate(nodes) for name in node.output if name}
+    needs = {i: {place[name] for name in (*node.input, *free_names(node)) if name in place} for i, node in enumerate(nodes)}
+    sorter = TopologicalSorter(needs)
+    sorter.prepare()
+    ready, done = list(sorter.get_ready()), []
+    heapify(ready)
+    while ready:
+        done.append(heappop(ready))
+        sorter.done(done[-1])
+        for i in sorter.get_ready():
+            heappush(ready, i)
+    return [nodes[i] for i in done]
 
 
 def _copy(new: Any, old: Any) -> Any:

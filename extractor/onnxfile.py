@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -174,10 +175,20 @@ def external_files(model: Any) -> list[str]:
     """The files beside it in which a model keeps tensors, as it names them, sorted."""
     from onnx import TensorProto
 
-    tensors = [*model.graph.initializer]
-    tensors += [attribute.t for node in model.graph.node for attribute in node.attribute if attribute.HasField("t")]
-    held = [tensor.external_data for tensor in tensors if tensor.data_location == TensorProto.EXTERNAL]
+    held = [tensor.external_data for tensor in _tensors(model.graph) if tensor.data_location == TensorProto.EXTERNAL]
     return sorted({entry.value for entries in held for entry in entries if entry.key == "location"})
+
+
+def _tensors(graph: Any) -> Iterator[Any]:
+    """All constants of a graph and of the graphs in its nodes (If, Loop)."""
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from [attribute.t] if attribute.HasField("t") else attribute.tensors
+            for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+                yield from _tensors(inner)
 
 
 def data_files(path: Path, model: Any | None = None) -> list[Path]:
@@ -195,7 +206,7 @@ def data_files(path: Path, model: Any | None = None) -> list[Path]:
             message = f"{path} keeps weights in {name}, outside its own folder; refused"
             raise BadDataError(message)
         if not file.is_file():
-            message = f"{path} keeps weights in {name}, which is not beside it; copy that file there too"
+            message = f"{path} keeps weights in {name}, which is not beside it; copy it there too (`cp -L` follows links)"
             raise InputMissingError(message)
         found.append(file)
     return found
@@ -208,6 +219,20 @@ def digest(path: Path) -> str:
         InputMissingError: a file cannot be read.
     """
     return file_digest(path, *data_files(path))
+
+
+def require_writable(target: Path) -> None:
+    """Find out before minutes of work whether a file can be made there.
+
+    Raises:
+        OutputError, StorageError: it cannot.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=target.parent):
+            return
+    except OSError as error:
+        message = f"cannot create {target}: {error.strerror}"
+        raise hdf5.write_error(error)(message) from error
 
 
 def save(model: Any, path: Path) -> None:

@@ -372,12 +372,15 @@ def resolve_splits(rows: Sequence[Row], options: Options, task: Task) -> tuple[l
 
 
 def _say_splits(before: SampleTable | None, rows: Sequence[Row], rule: dict[str, Any], task: Task) -> None:
-    """Say where the split of a finished cache changes, and which classes nothing can be trained of."""
+    """Say where the split or the task of a finished cache changes, and which classes nothing can be trained of."""
     had = before.facts.get("split") if before else None
     if before and had and had != rule:
         old = {row.path: row.split for row in before.rows}
         moved = sum(row.path in old and old[row.path] != row.split for row in rows)
         log.warning("the split was %s, it is %s now: %d samples changed sides", rule_text(had), rule_text(rule), moved)
+    recorded = before.facts.get("task", task.name) if before else task.name
+    if recorded != task.name:
+        log.warning("the samples were recorded with --task %s, they are %s now", recorded, task.name)
     labelled = [(row.label, row.split) for row in rows if row.ok] if task.name == SINGLE_LABEL else []
     for sentence in untrained_labels(labelled):
         log.warning("%s: `penult train` will refuse that", sentence)

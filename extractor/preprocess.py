@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from store.errors import UsageError
+
 from .images import PIXEL_PATH, ImageError, decode
 
 FILTERS = {
@@ -21,6 +23,7 @@ FILTERS = {
     "box": Image.Resampling.BOX,
 }
 UNUSUAL = {"input_range": 1.0, "channels": "rgb", "squash": False}  # named in a fingerprint only where they differ from this
+MAX_SIDE = 4096  # pixels of --resize and --crop; no network takes a tenth of that many
 MAX_RESIZED_PIXELS = 2**25  # a 1 x 20000 image of 157 bytes would become 256 x 5120000 pixels, 4.7 GB
 
 
@@ -114,6 +117,24 @@ class Preprocess:
         """The pixel path for the fingerprint, with the probe: a change of decoder or resampler changes the digest."""
         facts = {name: value for name, value in asdict(self).items() if value != UNUSUAL.get(name)}
         return {"path": PIXEL_PATH, **facts, "mean": list(self.mean), "std": list(self.std), "probe": probe(self)}
+
+
+def require_sizes(resize: int, crop: int) -> None:
+    """Refuse sizes that somebody stated and that make no sense.
+
+    Raises:
+        UsageError: beyond the limits, or a crop with black borders around the image.
+    """
+    for flag, side in (("--crop", crop), ("--resize", resize)):
+        if not 1 <= side <= MAX_SIDE:
+            message = f"{flag} {side}: expected 1 to {MAX_SIDE} pixels"
+            raise UsageError(message)
+    if crop > resize:
+        message = (
+            f"--crop {crop} is larger than --resize {resize}: every image would get black borders. "
+            f"State a --resize of at least {crop}"
+        )
+        raise UsageError(message)
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from store.errors import BadDataError, UsageError
 
-from .preprocess import FILTERS, Preprocess
+from .preprocess import FILTERS, Preprocess, require_sizes
 
 log = logging.getLogger("penult.extractor")
 
@@ -85,7 +86,6 @@ def read_sidecar(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         message = f"{path}: {error}"
         raise UsageError(message) from error
-    log.info("%s says how %s is used", path, file.name)
     for name in ("mean", "std"):
         if name in stated:
             stated[name] = tuple(np.atleast_1d(stated[name]).astype(float).tolist())
@@ -110,7 +110,7 @@ def image_input(model: Any, file: Path, layout: str | None) -> Input:
         message = f"{file} takes {len(inputs)} inputs ({names}); a backbone takes images alone"
         raise BadDataError(message)
     tensor = inputs[0].type.tensor_type
-    dims = [int(dim.dim_value) or None for dim in tensor.shape.dim]
+    dims = [dim.dim_value if dim.dim_value > 0 else None for dim in tensor.shape.dim]  # -1 is how Paddle writes 'any'
     shown = f"({', '.join(str(dim or '?') for dim in dims)})"
     if len(dims) != 4:
         message = f"{file} takes {inputs[0].name} of shape {shown}; expected (n, 3, h, w) or (n, h, w, 3)"
@@ -164,9 +164,7 @@ def preprocessing(begin: Input, stated: dict[str, Any], file: Path) -> Preproces
         )
         raise UsageError(message)
     mean, std = (_three(stated[name], f"--{name}") for name in ("mean", "std"))
-    if any(value == 0 for value in std):
-        message = f"--std {','.join(f'{value:g}' for value in std)}: it divides, so none may be 0"
-        raise UsageError(message)
+    _require_normalisation(mean, std, input_range)
     crop = begin.side or stated.get("crop")
     if crop is None:
         message = f"{file} takes images of any size. State the one it was trained on, such as --crop 224"
@@ -175,7 +173,11 @@ def preprocessing(begin: Input, stated: dict[str, Any], file: Path) -> Preproces
         message = f"--crop {stated['crop']}: {file} takes {crop} x {crop} pixels"
         raise UsageError(message)
     squash = bool(stated.get("squash"))
-    resize = crop if squash else int(stated.get("resize") or round(crop * RESIZE_OVER_CROP))
+    if squash and stated.get("resize") not in (None, crop):
+        message = f"--squash resizes to the square of {crop} pixels itself: leave --resize out"
+        raise UsageError(message)
+    resize = crop if squash else int(stated.get("resize", round(crop * RESIZE_OVER_CROP)))
+    require_sizes(resize, crop)
     interpolation = str(stated.get("interpolation", "bilinear"))
     if interpolation not in FILTERS:
         message = f"--interpolation {interpolation}: expected {', '.join(FILTERS)}"
@@ -185,6 +187,29 @@ def preprocessing(begin: Input, stated: dict[str, Any], file: Path) -> Preproces
     if assumed:
         log.warning("%s does not say, so as usual: %s", file.name, " ".join(assumed))
     return Preprocess(resize, crop, interpolation, mean, std, input_range, str(stated.get("channels", "rgb")), squash)
+
+
+def _require_normalisation(mean: Sequence[float], std: Sequence[float], input_range: float) -> None:
+    """Refuse values that no network was trained with, above all those of the other input range."""
+    shown = {name: ",".join(f"{value:g}" for value in values) for name, values in (("--mean", mean), ("--std", std))}
+    if not all(value > 0 and math.isfinite(value) for value in std):
+        message = f"--std {shown['--std']}: it divides, so all must be numbers above 0"
+        raise UsageError(message)
+    if not all(map(math.isfinite, mean)):
+        message = f"--mean {shown['--mean']}: expected numbers"
+        raise UsageError(message)
+    if input_range == 1 and max(map(abs, mean)) > 1:
+        message = (
+            f"--mean {shown['--mean']} is of pixels in 0..255, and without --input-range 255 pixels are in 0..1. "
+            f"State --input-range 255, or --mean and --std divided by 255"
+        )
+        raise UsageError(message)
+    if input_range == 255 and all(0 < value < 1 for value in (*mean, *std)):
+        message = (
+            f"--mean {shown['--mean']} --std {shown['--std']} are of pixels in 0..1, and with --input-range 255 pixels are in "
+            f"0..255. Leave --input-range out, or multiply both by 255"
+        )
+        raise UsageError(message)
 
 
 def _three(values: Sequence[float], flag: str) -> tuple[float, ...]:

@@ -193,7 +193,7 @@ def recognise(path: Path) -> WeightsFile:
     if meant is None:
         message = (
             f"{path} (SHA-256 {digest[:8]}..) is none of torchvision's files for classification, so its digest is not known; "
-            f"use it where it lies, with --weights {path.name} --preset NAME"
+            f"use it where it lies, with --weights {path} --preset NAME"
         )
         raise BadDataError(message)
     size = path.stat().st_size / 2**20

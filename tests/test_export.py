@@ -32,7 +32,15 @@ from extractor.parity import PARITY, check_parity, relative_l2
 from extractor.progress import StopFlag
 from extractor.session import Embedder, resolve_device
 from extractor.weights import read_state
-from store.errors import BadDataError, DeviceUnavailableError, InputMissingError, InterruptedRunError, StorageError, UsageError
+from store.errors import (
+    BadDataError,
+    DeviceUnavailableError,
+    InputMissingError,
+    InterruptedRunError,
+    OutputError,
+    StorageError,
+    UsageError,
+)
 
 REPO = Path(__file__).resolve().parent.parent
 SQUEEZENET = Backbone("squeezenet1_1", "random:0", resize=72, crop=64)  # what conftest's backbone_file was made from
@@ -412,6 +420,24 @@ def test_a_payload_in_a_weights_file_is_not_executed(tmp_path: Path, zipped: boo
 
 
 # --- export as a whole -------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_is_not_there_is_found_out_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"cannot create .*nowhere/net\.onnx: No such file or directory"):
+        export(SQUEEZENET, tmp_path / "nowhere/net.onnx")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "sentence"),
+    [
+        ({"crop": 288}, "--crop 288 is larger than --resize 256: every image would get black borders"),
+        ({"resize": 0}, "--resize 0: expected 1 to 4096 pixels"),
+        ({"resize": 10**8, "crop": 64}, "--resize 100000000: expected 1 to 4096 pixels"),
+    ],
+)
+def test_sizes_that_make_no_sense_are_refused(sizes: dict[str, int], sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        load(Backbone("squeezenet1_1", "random:0", **sizes))
 
 
 def test_errors_of_the_child_keep_their_kind_and_message(tmp_path: Path) -> None:

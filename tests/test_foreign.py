@@ -142,6 +142,110 @@ def test_every_usual_form_gives_the_penultimate_features(tmp_path: Path, pixels:
     assert relative_l2(found, features_of(facts, pixels)).max() < 1e-5
 
 
+def rename(model: Any, old: str, new: str) -> Any:
+    for names in [node.input for node in model.graph.node] + [node.output for node in model.graph.node]:
+        names[:] = [new if name == old else name for name in names]
+    for value in (*model.graph.input, *model.graph.output):
+        value.name = new if value.name == old else value.name
+    return model
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("image", "pixels"), ("relu", "pixels"), ("flat", "features"), ("relu", "features"), ("probabilities", "features")],
+)
+def test_a_tensor_may_have_one_of_our_names(tmp_path: Path, pixels: list[Any], old: str, new: str) -> None:
+    file = put(rename(classifier(), old, new), tmp_path / "net.onnx")
+    facts = import_onnx(Backbone(str(file), **HALF), tmp_path / "backbone.onnx")
+    assert facts.layer == ("features" if old == "flat" else "flat")
+    found = Embedder(tmp_path / "backbone.onnx")(facts.preprocess.normalise(np.stack(pixels)))
+    assert relative_l2(found, features_of(facts, pixels)).max() < 1e-5
+
+
+def test_weights_that_are_inputs_too(tmp_path: Path, pixels: list[Any]) -> None:
+    """As every file was before IR version 4, those of the ONNX model zoo among them."""
+    model = classifier(opset=9)
+    for tensor in model.graph.initializer:
+        model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    model.ir_version = 3
+    facts = import_onnx(Backbone(str(put(model, tmp_path / "net.onnx")), **HALF), tmp_path / "backbone.onnx")
+    found = Embedder(tmp_path / "backbone.onnx")(facts.preprocess.normalise(np.stack(pixels)))
+    assert relative_l2(found, features_of(facts, pixels)).max() < 1e-5
+
+
+def test_nodes_may_stand_in_any_order(tmp_path: Path) -> None:
+    """ONNX Runtime takes them so, and its own conversion to float16 puts the cast of the input last."""
+    model = classifier(dtype=TensorProto.FLOAT16)
+    model.graph.node.append(model.graph.node.pop(0))
+    (tmp_path / "net.onnx").write_bytes(model.SerializeToString())
+    assert import_onnx(Backbone(str(tmp_path / "net.onnx"), **HALF), tmp_path / "backbone.onnx").layer == "flat"
+
+
+def test_a_batch_of_minus_one_is_any(tmp_path: Path) -> None:
+    model = classifier()
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -1
+    (tmp_path / "net.onnx").write_bytes(model.SerializeToString())
+    assert import_onnx(Backbone(str(tmp_path / "net.onnx"), **HALF), tmp_path / "backbone.onnx").batch is None
+
+
+def mixing() -> list[Any]:
+    """What a normalisation in training mode does: the mean is that of the batch."""
+    return [
+        helper.make_node("ReduceMean", ["flat"], ["mean"], axes=[0], keepdims=1),
+        helper.make_node("Sub", ["flat", "mean"], ["centred"]),
+        helper.make_node("Relu", ["centred"], ["probabilities"]),
+    ]
+
+
+def transposed() -> list[Any]:
+    return [
+        helper.make_node("Transpose", ["flat"], ["turned"], perm=[1, 0]),
+        helper.make_node("Relu", ["turned"], ["probabilities"]),
+    ]
+
+
+def too_wide() -> list[Any]:
+    repeats = helper.make_tensor("repeats", TensorProto.INT64, [2], [1, 65536 // WIDTH + 1])
+    return [
+        helper.make_node("Constant", [], ["repeats"], value=repeats),
+        helper.make_node("Tile", ["flat", "repeats"], ["wide"]),
+        helper.make_node("Relu", ["wide"], ["probabilities"]),
+    ]
+
+
+def quantised() -> list[Any]:
+    """What `onnxruntime.quantization` makes of a classifier by default ends so, but for the scales."""
+    return [
+        helper.make_node("DynamicQuantizeLinear", ["flat"], ["bytes", "scale", "zero"]),
+        helper.make_node("Cast", ["fc.w"], ["fc.bytes"], to=TensorProto.INT8),
+        helper.make_node("MatMulInteger", ["bytes", "fc.bytes"], ["whole"]),
+        helper.make_node("Cast", ["whole"], ["logits"], to=TensorProto.FLOAT),
+        helper.make_node("Softmax", ["logits"], ["probabilities"]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tail", "sentence"),
+    [
+        (mixing, "features of an image depend on the others of its batch"),
+        (transposed, r"'probabilities' has shape \(8, 3\) for 3 images, not features of each"),
+        (too_wide, "'probabilities' gives 65544 features; expected at most 65536"),
+        (quantised, "stands MatMulInteger, which may be a classification layer .* State --layer NAME"),
+    ],
+)
+def test_what_is_no_feature_of_one_image_is_refused(tmp_path: Path, tail: Callable[[], list[Any]], sentence: str) -> None:
+    file = put(classifier(tail=tail), tmp_path / "net.onnx")
+    with pytest.raises(BadDataError, match=sentence):
+        import_onnx(Backbone(str(file), **HALF), tmp_path / "m.onnx")
+    assert not (tmp_path / "m.onnx").exists()
+
+
+def test_the_penultimate_layer_beside_another(tmp_path: Path) -> None:
+    file = put(classifier(), tmp_path / "net.onnx")
+    facts = import_onnx(Backbone(str(file), **HALF, layers=("relu", "penultimate")), tmp_path / "m.onnx")
+    assert [layer.layer for layer in facts.layers] == ["relu", "flat"]
+
+
 def test_external_data_comes_along_and_decides_the_digest(tmp_path: Path, pixels: list[Any]) -> None:
     inline = put(classifier(), tmp_path / "inline.onnx")
     beside = put(classifier(), tmp_path / "beside.onnx", save_as_external_data=True, location="beside.bin", size_threshold=0)
@@ -160,6 +264,15 @@ def test_external_data_comes_along_and_decides_the_digest(tmp_path: Path, pixels
     with pytest.raises(InputMissingError, match=r"keeps weights in beside.bin, which is not beside it"):
         import_onnx(Backbone(str(beside), **HALF), tmp_path / "d.onnx")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.onnx", "b.onnx", "beside.onnx", "c.onnx", "inline.onnx"]
+
+
+def test_external_data_of_a_branch_is_found_too() -> None:
+    branch = helper.make_graph([helper.make_node("Identity", ["w"], ["y"])], "then", [], [])
+    tensor = branch.initializer.add(name="w", data_type=TensorProto.FLOAT, dims=[1], data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="inner.bin")
+    model = classifier()
+    model.graph.node.append(helper.make_node("If", ["flag"], ["y"], then_branch=branch, else_branch=branch))
+    assert onnxfile.external_files(model) == ["inner.bin"]
 
 
 def test_external_data_outside_the_folder_is_refused(tmp_path: Path) -> None:
@@ -222,6 +335,16 @@ def test_a_backbone_too_large_for_one_file_keeps_its_weights_beside_it(
         ({}, {"mean": (0.5,)}, UsageError, "does not say how they were normalised"),
         ({}, {"mean": (0.5, 0.5), "std": (0.5,)}, UsageError, r"--mean 0\.5,0\.5: expected one value, or three"),
         ({}, {"mean": (0.5,), "std": (0.0,)}, UsageError, "--std 0,0,0: it divides"),
+        ({}, {"mean": (0.5,), "std": (-1.0,)}, UsageError, "--std -1,-1,-1: it divides"),
+        ({}, {"mean": (float("nan"),), "std": (1.0,)}, UsageError, "--mean nan,nan,nan: expected numbers"),
+        ({}, {"mean": (123.7,), "std": (58.4,)}, UsageError, r"is of pixels in 0\.\.255.*State --input-range 255"),
+        ({}, {**HALF, "input_range": 255.0}, UsageError, r"are of pixels in 0\.\.1.*Leave --input-range out"),
+        ({}, {**HALF, "resize": 0}, UsageError, "--resize 0: expected 1 to 4096 pixels"),
+        ({}, {**HALF, "resize": 10**9}, UsageError, "--resize 1000000000: expected 1 to 4096 pixels"),
+        ({}, {**HALF, "resize": 8}, UsageError, "--crop 16 is larger than --resize 8: every image would get black borders"),
+        ({}, {**HALF, "resize": 20, "squash": True}, UsageError, "--squash resizes to the square of 16 pixels itself"),
+        ({"side": "s"}, {**HALF, "crop": -5}, UsageError, "--crop -5: expected 1 to 4096 pixels"),
+        ({}, {**HALF, "layers": ("flat", "flat")}, UsageError, "--layer flat --layer flat: one of them stands there twice"),
         ({}, {**HALF, "crop": 20}, UsageError, r"--crop 20: .* takes 16 x 16 pixels"),
         ({}, {**HALF, "interpolation": "magic"}, UsageError, "--interpolation magic: expected nearest, bilinear"),
         ({}, {**HALF, "input_range": 2.0}, UsageError, "--input-range 2: expected 1"),

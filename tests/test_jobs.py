@@ -220,6 +220,12 @@ def test_wrong_job_files_name_the_key(tmp_path: Path, text: str, says: str) -> N
     assert says in str(caught.value)
 
 
+def test_one_mean_stands_for_three_as_on_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "job.toml").write_text(WHOLE.replace("[backbone]\n", "[backbone]\nmean = 0.5\nstd = [0.1, 0.2, 0.3]\n"))
+    job = read_job(tmp_path / "job.toml")
+    assert (job.backbone.mean, job.backbone.std) == ([0.5], [0.1, 0.2, 0.3])
+
+
 @pytest.mark.parametrize(("value", "budget"), [("3", 3), ('"3"', 3), ('"1%"', 10), ('"0.5%"', 5)])
 def test_a_budget_is_a_number_or_a_share(tmp_path: Path, value: str, budget: int) -> None:
     (tmp_path / "job.toml").write_text(WHOLE + f"[extract]\nmax_failures = {value}\n")

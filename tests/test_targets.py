@@ -87,6 +87,17 @@ def test_each_of_several_labels_is_counted(listed: Path, backbone: Backbone, tmp
     assert cache.samples.target_names == []
 
 
+def test_another_task_for_the_same_cache_is_said(
+    listed: Path, backbone: Backbone, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A rerun without the flag would make a class of every combination of labels."""
+    quiet = Options(quiet=True, val_fraction=0.0, test_fraction=0.2)
+    run_extract(open_source(listed, task="multi-label"), backbone, tmp_path / "c", quiet)
+    assert "recorded with --task" not in caplog.text
+    run_extract(open_source(listed), backbone, tmp_path / "c", quiet)
+    assert "the samples were recorded with --task multi-label, they are single-label now" in caplog.text
+
+
 def test_too_few_samples_for_the_splits_are_said_before_anything_is_computed(listed: Path, backbone: Backbone) -> None:
     listed.write_text("path,age\nants/000.jpg,1\nants/001.jpg,2\n")
     with pytest.raises(BadDataError, match=r"'\(all samples\)' has 2 distinct sample"):

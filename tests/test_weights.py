@@ -196,7 +196,7 @@ def test_an_unknown_or_missing_file_is_not_imported(home: Path, tmp_path: Path, 
     code, out, err = penult("weights", "import", tmp_path / "mine.pth")
     assert (code, out) == (65, "")
     assert "is none of torchvision's files" in err
-    assert "--weights mine.pth --preset NAME" in err
+    assert f"--weights {tmp_path / 'mine.pth'} --preset NAME" in err
     for missing in (tmp_path / "nowhere.pth", tmp_path):
         code, _, err = penult("weights", "import", missing)
         assert code == 66
