@@ -60,9 +60,11 @@ def export(backbone: Backbone, path: Path, stop: StopFlag | None = None) -> Back
     )
     status, out, err = _run_child([sys.executable, "-P", "-c", code], request, stop)
     if stop:
+        onnxfile.remove_unfinished(path)
         raise InterruptedRunError(stop.signum)
     for number in (signal.SIGTERM, signal.SIGINT):  # a scheduler, or a terminal, signals the whole group of processes
         if status in (-number, 128 + number):
+            onnxfile.remove_unfinished(path)
             raise InterruptedRunError(number)
     try:
         answer = json.loads(out.splitlines()[-1])
@@ -115,7 +117,9 @@ def _child(request: dict[str, Any]) -> None:
             facts = import_onnx(backbone, path)
         else:
             pooling = backbone.pooling or "average"
-            facts = to_onnx(load(backbone), backbone.name, path, layers=backbone.layers, pooling=pooling)
+            loaded = load(backbone)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what torch does next may swallow exceptions
+            facts = to_onnx(loaded, backbone.name, path, layers=backbone.layers, pooling=pooling)
         answer = {"facts": facts.to_json()}
     except PenultError as error:
         answer = {"error": type(error).__name__, "message": str(error)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import secrets
@@ -273,6 +274,15 @@ def replacing(path: Path) -> Iterator[Path]:
         remove(new)
         raise
     install(new, path)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Delete what a process that was ended in the middle of `replacing` this model has left."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        try:
+            remove(left)
+        except PenultError:  # cut short, so that it does not say where its weights are
+            left.unlink(missing_ok=True)
 
 
 def remove(path: Path) -> None:

@@ -376,8 +376,11 @@ decode = worker.decode
 
 def answer(data):
     if data == b"how much?":
-        factor = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * factor
+        # ru_maxrss begins with what the parent had when it forked; VmHWM begins anew with the program
+        if sys.platform == "darwin":
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        else:
+            peak = int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
         limit, _ = resource.getrlimit(resource.RLIMIT_AS)
         raise ImageError(code="bytes", message=f"{peak} {limit}")
     return decode(data)
