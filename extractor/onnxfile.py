@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import math
 import os
 import secrets
 import shutil
@@ -192,6 +193,11 @@ def _tensors(graph: Any) -> Iterator[Any]:
                 yield from _tensors(inner)
 
 
+def _weight_bytes(model: Any) -> int:
+    """Size of the constants; protobuf's own ByteSize fails where a message is too large."""
+    return sum(len(tensor.raw_data) or 8 * math.prod(tensor.dims) for tensor in _tensors(model.graph))
+
+
 def data_files(path: Path, model: Any | None = None) -> list[Path]:
     """The files with external data of a model.
 
@@ -247,7 +253,7 @@ def save(model: Any, path: Path) -> None:
     """
     import onnx
 
-    if model.ByteSize() < MAX_INLINE:
+    if _weight_bytes(model) < MAX_INLINE:
         hdf5.commit(path, model.SerializeToString())
         return
     location = f"{path.name.strip('.').partition('.onnx')[0]}-{secrets.token_hex(4)}{DATA_SUFFIX}"
