@@ -22,7 +22,7 @@ from store.errors import BadDataError, UsageError
 
 from . import onnxfile
 from .backbones import Backbone
-from .graph import Graph, cut, pooling_nodes
+from .graph import Graph, cut, pooling_nodes, spatial_axes
 from .onnxfile import BackboneFacts, Layer
 from .parity import PARITY, cpu_session, relative_l2
 from .session import MAX_DIM
@@ -157,8 +157,6 @@ def _write(
 
 def _pooled(values: NDArray[Any], layer: Layer) -> NDArray[np.float64]:
     """What the pooling nodes must give, computed by NumPy."""
-    from .graph import spatial_axes
-
     exact = values.astype(np.float64)
     if layer.pooling == "none":
         return exact
