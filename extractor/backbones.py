@@ -225,7 +225,8 @@ def load(backbone: Backbone) -> Loaded:
     entry = choose_weights(backbone.name, _preset_name(backbone), "--preset")
     file = backbone.weights_file
     if backbone.seed is not None:
-        network, weights_name = _random(backbone.name, backbone.seed), f"random:{backbone.seed}"
+        side = backbone.crop or int(entry.transforms().crop_size[0])
+        network, weights_name = _random(backbone.name, backbone.seed, side), f"random:{backbone.seed}"
         source = f"random numbers, seed {backbone.seed}"
     elif file is not None:
         network, weights_name = _build(backbone.name, entry, read_state(file), str(file)), file.name
@@ -290,21 +291,27 @@ def _preset_name(backbone: Backbone) -> str | None:
     raise UsageError(message)
 
 
-def _random(name: str, seed: int) -> Any:
+def _random(name: str, seed: int, side: int) -> Any:
     import torch
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return untrained(name)
+        return untrained(name, side)
 
 
-def untrained(name: str) -> Any:
-    """A network as its constructor initialises it, without the warnings that some give about future defaults."""
+def untrained(name: str, side: int | None = None) -> Any:
+    """A network as its constructor initialises it, without the warnings that some give about future defaults.
+
+    Args:
+        name: of a torchvision classification network.
+        side: of its input, pixels, for those that have a parameter for every place in it.
+    """
     import torchvision
 
+    size = {"image_size": side} if side and name.startswith("vit_") else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        return torchvision.models.get_model(name, weights=None)
+        return torchvision.models.get_model(name, weights=None, **size)
 
 
 def skeleton(name: str) -> Any:

@@ -156,7 +156,11 @@ def to_onnx(loaded: Loaded, name: str, path: Path, *, layers: Sequence[str] = ()
     side = loaded.preprocess.crop
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(n, 3, side, side, generator=generator) for n in PARITY_BATCHES]
-    last = last_weighted(loaded.network, batches[0])
+    try:
+        last = last_weighted(loaded.network, batches[0])
+    except (AssertionError, RuntimeError) as error:  # a transformer has a parameter for every place in its image
+        message = f"{name} with these weights does not take {side} x {side} pixels: {str(error).strip().splitlines()[0]}"
+        raise UsageError(message) from error
     network = tapped(loaded.network, layers, last, pooling)
     program = torch.onnx.export(
         network,

@@ -126,7 +126,7 @@ def list_layers(name: str) -> list[dict[str, Any]]:
         return hook
 
     with on_meta(), torch.inference_mode():
-        network = untrained(name).eval()
+        network = untrained(name, side).eval()
         pixels = torch.empty(2, 3, side, side)  # two, because what does not keep the batch is no feature of an image
         last = last_weighted(network, pixels)
         network.get_submodule(last).register_forward_pre_hook(

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from cli import cli
 from extractor.backbones import Backbone, load
-from extractor.export import export
+from extractor.export import export, to_onnx
 from extractor.layers import PENULTIMATE, last_weighted, list_layers, require_layers, tapped
 from extractor.parity import relative_l2
 from extractor.pipeline import Options, run_extract
@@ -87,6 +87,7 @@ def test_two_layers_in_one_pass_equal_their_single_runs(
         ("swin_t", "features.3", [28, 28, 192], 192),
         ("regnet_y_400mf", "trunk_output", [440, 7, 7], 440),
         ("maxvit_t", "blocks.1", [128, 28, 28], 128),
+        ("vit_h_14", "encoder.ln", [1370, 1280], 1280),  # its weights were trained at 518 pixels
     ],
 )
 def test_the_layers_of_a_network_are_listed_with_their_shapes(name: str, layer: str, shape: list[int], dim: int) -> None:
@@ -94,6 +95,15 @@ def test_the_layers_of_a_network_are_listed_with_their_shapes(name: str, layer: 
     assert next(iter(layers)) == PENULTIMATE
     assert (layers[layer]["shape"], layers[layer]["dim"], layers[layer]["pooling"]) == (shape, dim, "average")
     assert not any("dropout" in each for each in layers)
+
+
+def test_a_size_that_a_network_does_not_take_is_refused_before_the_export(tmp_path: Path) -> None:
+    import torchvision
+
+    torch.save(torchvision.models.vit_b_32(weights=None).state_dict(), tmp_path / "v.pth")
+    backbone = Backbone("vit_b_32", str(tmp_path / "v.pth"), "IMAGENET1K_V1", crop=128)
+    with pytest.raises(UsageError, match="vit_b_32 with these weights does not take 128 x 128 pixels: Wrong image height"):
+        to_onnx(load(backbone), "vit_b_32", tmp_path / "m.onnx")
 
 
 @pytest.mark.parametrize("pooling", ["average", "max", "token"])
