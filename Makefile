@@ -21,7 +21,7 @@ bench: install  ## minutes; writes the tables in docs/benchmarks.md
 backbones: install  ## about an hour; exports every torchvision network and rewrites the table of docs/backbones.md
 	$(BIN)/python benchmarks/backbones.py
 
-soak: install  ## a quarter of an hour; injects every fault and rewrites docs/reliability.md
+soak: install  ## half an hour; injects every fault and rewrites docs/reliability.md
 	$(BIN)/python benchmarks/soak.py
 
 install: .venv/installed
