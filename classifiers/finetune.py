@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from extractor import backbones
 from extractor.backbones import Backbone, Loaded
 from extractor.decoder import Decoder
-from extractor.layers import torch_penultimate
+from extractor.layers import last_weighted
 from extractor.progress import Progress, StopFlag, stop_on_signal
 from extractor.session import resolve_device
 from store.errors import BadDataError, DeviceUnavailableError, InterruptedRunError, UsageError
@@ -288,7 +288,7 @@ def _end_to_end(loaded: Loaded, n_classes: int, options: FineTuneOptions, progre
 
     network, side = loaded.network, loaded.preprocess.crop
     example = torch.zeros(1, 3, side, side)
-    last, _ = torch_penultimate(network, example)
+    last = last_weighted(network, example)
     frozen = modules_before(network, example, options.freeze_until, last) if options.freeze_until else []
     for module in frozen:
         for parameter in module.parameters(recurse=False):

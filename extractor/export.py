@@ -10,7 +10,7 @@ import logging
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 
 import store.errors
+from store.cache import PENULTIMATE
 from store.errors import BadDataError, InterruptedRunError, PenultError, UsageError
 
 from . import onnxfile
 from .backbones import Backbone, Loaded, load
 from .foreign import import_onnx, is_own
 from .graph import Graph, cut, pooling_nodes, spatial_axes
-from .layers import PENULTIMATE, last_weighted, require_layers, tapped
+from .layers import last_weighted, require_layers, shapes_of, tapped
 from .onnxfile import BackboneFacts, Layer
 from .parity import check_parity
 from .progress import StopFlag
@@ -161,6 +162,13 @@ def to_onnx(loaded: Loaded, name: str, path: Path, *, layers: Sequence[str] = ()
     except (AssertionError, RuntimeError) as error:  # a transformer has a parameter for every place in its image
         message = f"{name} with these weights does not take {side} x {side} pixels: {str(error).strip().splitlines()[0]}"
         raise UsageError(message) from error
+    shapes = shapes_of(loaded.network, layers, last, batches[0])
+    for layer in layers:
+        if layer not in shapes:
+            message = (
+                f"--layer {layer}: it does not run, or gives no tensor; `penult backbones NAME --layers` lists those that do"
+            )
+            raise UsageError(message)
     network = tapped(loaded.network, layers, last, pooling)
     program = torch.onnx.export(
         network,
@@ -177,14 +185,13 @@ def to_onnx(loaded: Loaded, name: str, path: Path, *, layers: Sequence[str] = ()
         raise BadDataError(message)
     model = program.model_proto
     del program
-    shapes = shapes_of(loaded.network, last, batches[0])
     ends, found = [], []
     for i, (layer, output) in enumerate(zip(layers, onnxfile.name_outputs(len(layers)), strict=True)):
         if layer == PENULTIMATE:
             tensor = Graph(model).penultimate("logits")
-            nodes, kind, dim = pooling_nodes(tensor, shapes(PENULTIMATE), pooling, output, OPSET)
+            nodes, kind, dim = pooling_nodes(tensor, shapes[PENULTIMATE], pooling, output, OPSET)
         else:
-            shape = shapes(layer)
+            shape = shapes[layer]
             dim = shape[1] if len(shape) == 2 else spatial_axes(shape, layer, pooling)[1]
             nodes, kind = [onnx.helper.make_node("Identity", [f"tapped_{i}"], [output])], "none" if len(shape) == 2 else pooling
         ends.append((nodes, output, dim))
@@ -202,28 +209,3 @@ def to_onnx(loaded: Loaded, name: str, path: Path, *, layers: Sequence[str] = ()
             expected = [[np.asarray(found) for found in network(batch)[1:]] for batch in batches]
         check_parity(new, [batch.numpy() for batch in batches], expected, name)
     return facts
-
-
-def shapes_of(network: Any, last: str, example: Any) -> Callable[[str], Sequence[int]]:
-    """The shapes of layers' outputs; of `PENULTIMATE`, of the input of the last layer."""
-    import torch
-
-    def shape(layer: str) -> Sequence[int]:
-        seen: list[Any] = []
-        if layer == PENULTIMATE:
-            hook = network.get_submodule(last).register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
-        else:
-            hook = network.get_submodule(layer).register_forward_hook(lambda _module, _inputs, output: seen.append(output))
-        try:
-            with torch.inference_mode():
-                network(example)
-        finally:
-            hook.remove()
-        if not seen or not isinstance(seen[-1], torch.Tensor):
-            message = (
-                f"--layer {layer}: it does not run, or gives no tensor. `penult backbones NAME --layers` lists those that do"
-            )
-            raise UsageError(message)
-        return tuple(seen[-1].shape)
-
-    return shape

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from store.cache import PENULTIMATE
 from store.errors import BadDataError, UsageError
 
 from .backbones import choose_weights, on_meta, untrained
@@ -16,7 +17,6 @@ from .graph import spatial_axes
 from .onnxfile import POOLINGS
 
 INERT = ("Dropout", "StochasticDepth", "Identity", "Permute")  # what they give, the layer before them gives
-PENULTIMATE = "penultimate"  # how --layer names the default
 
 
 def torch_penultimate(network: Any, example: Any) -> tuple[str, Callable[[NDArray[np.float32]], NDArray[np.float32]]]:
@@ -51,6 +51,35 @@ def last_weighted(network: Any, example: Any) -> str:
         for hook in hooks:
             hook.remove()
     return ran[-1]
+
+
+def shapes_of(network: Any, layers: Sequence[str], last: str, pixels: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes that layers have for some pixels, in one pass; those that do not run, or give no tensor, are left out."""
+    import torch
+
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def note(layer: str, tensor: Any) -> None:
+        shapes.pop(layer, None)
+        if isinstance(tensor, torch.Tensor):
+            shapes[layer] = tuple(tensor.shape)
+
+    def after(layer: str) -> Callable[[Any, Any, Any], None]:
+        return lambda _module, _inputs, output: note(layer, output)
+
+    hooks = [
+        network.get_submodule(last).register_forward_pre_hook(lambda _module, inputs: note(PENULTIMATE, inputs[0]))
+        if layer == PENULTIMATE
+        else network.get_submodule(layer).register_forward_hook(after(layer))
+        for layer in layers
+    ]
+    try:
+        with torch.inference_mode():
+            network(pixels)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return shapes
 
 
 def tapped(network: Any, layers: Sequence[str], last: str, pooling: str) -> Any:
@@ -115,27 +144,13 @@ def list_layers(name: str) -> list[dict[str, Any]]:
 
     entry = choose_weights(name, None, "--weights")
     side = entry.transforms().crop_size[0]
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def note(layer: str) -> Callable[[Any, Any, Any], None]:
-        def hook(_module: Any, _inputs: Any, output: Any) -> None:
-            shapes.pop(layer, None)
-            if isinstance(output, torch.Tensor) and output.ndim in (2, 3, 4) and output.shape[0] == 2:
-                shapes[layer] = tuple(output.shape)
-
-        return hook
-
     with on_meta(), torch.inference_mode():
         network = untrained(name, side).eval()
         pixels = torch.empty(2, 3, side, side)  # two, because what does not keep the batch is no feature of an image
         last = last_weighted(network, pixels)
-        network.get_submodule(last).register_forward_pre_hook(
-            lambda _module, inputs: shapes.__setitem__(PENULTIMATE, tuple(inputs[0].shape))
-        )
-        for layer, module in network.named_modules():
-            if layer and type(module).__name__ not in INERT:
-                module.register_forward_hook(note(layer))
-        network(pixels)
+        asked = [layer for layer, module in network.named_modules() if layer and type(module).__name__ not in INERT]
+        seen = shapes_of(network, [PENULTIMATE, *asked], last, pixels)
+    shapes = {layer: shape for layer, shape in seen.items() if shape[0] == 2}
     kinds = {layer: type(module).__name__ for layer, module in network.named_modules()}
     kinds[PENULTIMATE] = f"input of {last}"
     found = []

@@ -48,7 +48,7 @@ def prepare_backbone(
         request["torchvision"] = version("torchvision")  # it decides what the default weights are
     request = json.loads(json.dumps(request))
     before = {} if overwrite else (writer.meta or {}).get("facts", {})
-    if path.is_file() and before.get("request") == request and before.get("backbone_sha256") == _digest_or_none(path):
+    if path.is_file() and before.get("request") == request and before.get("backbone_sha256") == _recorded_digest(path, before):
         log.info("using %s as exported before", path)
         return read_facts(path), {key: before[key] for key in NOTES if key in before}
     if backbone.seed is not None:
@@ -76,10 +76,11 @@ def prepare_backbone(
     return facts, {**notes, **({"backbone_data": [file.name for file in data]} if data else {})}
 
 
-def _digest_or_none(path: Path) -> str | None:
+def _recorded_digest(path: Path, notes: dict[str, Any]) -> str | None:
+    """`digest` of a cache's backbone, without looking into the file for the names of its external data."""
     try:
-        return digest(path)
-    except PenultError:  # damaged, or without its external data: it is made again
+        return file_digest(path, *(path.with_name(name) for name in notes.get("backbone_data", [])))
+    except PenultError:  # its external data is gone: it is made again
         return None
 
 

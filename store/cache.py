@@ -26,7 +26,7 @@ from .splits import hash_rank_split, merge_groups
 log = logging.getLogger("penult.store")
 
 FORMAT_VERSION = 1
-PENULTIMATE = "penultimate"
+PENULTIMATE = "penultimate"  # how --layer names the default
 PER_SET = {"layer": None, "pooling": None}  # what the fingerprints of one cache's feature sets may differ in
 
 

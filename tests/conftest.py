@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import cli
 from extractor.backbones import Backbone
 from extractor.export import export
 from extractor.session import nvidia_driver_present
@@ -91,3 +94,22 @@ def backbone_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def backbone(backbone_file: Path) -> Backbone:
     """`backbone_file` as `extract` takes it; making a cache with it costs milliseconds and no torch."""
     return Backbone(str(backbone_file))
+
+
+@pytest.fixture
+def penult(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple[int, str, str]]]:
+    """``penult("info", path) -> (exit code, stdout, stderr)``, in this process (torch need not be imported again)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["penult", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main()
+        out, err = capfd.readouterr()
+        return int(exit_info.value.code or 0), out, err
+
+    logger = logging.getLogger("penult")
+    handlers, level = logger.handlers, logger.level
+    yield call
+    logger.handlers = handlers
+    logger.setLevel(level)

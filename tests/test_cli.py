@@ -5,41 +5,19 @@ from __future__ import annotations
 import csv
 import io
 import json
-import logging
 import os
 import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-import cli
-
 REPO = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture
-def penult(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple[int, str, str]]]:
-    """``penult("info", path) -> (exit code, stdout, stderr)``, in this process (torch need not be imported again)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["penult", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit_info:
-            cli.main()
-        out, err = capfd.readouterr()
-        return int(exit_info.value.code or 0), out, err
-
-    logger = logging.getLogger("penult")
-    handlers, level = logger.handlers, logger.level
-    yield call
-    logger.handlers = handlers
-    logger.setLevel(level)
 
 
 Penult = Callable[..., tuple[int, str, str]]

@@ -14,12 +14,12 @@ from click.testing import CliRunner
 from cli import cli
 from extractor.backbones import Backbone, load
 from extractor.export import export, to_onnx
-from extractor.layers import PENULTIMATE, last_weighted, list_layers, require_layers, tapped
+from extractor.layers import last_weighted, list_layers, require_layers, tapped
 from extractor.parity import relative_l2
 from extractor.pipeline import Options, run_extract
 from extractor.session import Embedder
 from extractor.sources import ImageFolder
-from store.cache import FeatureCache
+from store.cache import PENULTIMATE, FeatureCache
 from store.errors import UsageError
 
 RESNET = Backbone("resnet18", "random:3", resize=40, crop=32)
@@ -140,6 +140,12 @@ def test_a_layer_is_caught_before_the_next_one_works_in_place() -> None:
 def test_layers_that_are_not_there_are_refused(layers: tuple[str, ...], pooling: str, sentence: str) -> None:
     with pytest.raises(UsageError, match=sentence):
         require_layers(load(RESNET).network, layers, pooling)
+
+
+def test_a_layer_that_does_not_run_is_refused_before_the_export(tmp_path: Path) -> None:
+    auxiliary = Backbone("googlenet", "random:0")  # its auxiliary heads are for training alone
+    with pytest.raises(UsageError, match=r"--layer aux1\.fc1: it does not run, or gives no tensor"):
+        to_onnx(load(auxiliary), "googlenet", tmp_path / "m.onnx", layers=["aux1.fc1"])
 
 
 def test_the_command_lists_layers() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import http.server
 import json
-import logging
 import os
 import resource
 import signal
@@ -21,7 +20,6 @@ from typing import Any
 
 import pytest
 
-import cli
 from extractor import weights
 from extractor.backbones import Backbone, choose_weights, import_weights, load
 from extractor.weights import WeightsFile, all_files, checkpoints, fetch, install, read_state, recognise
@@ -69,25 +67,6 @@ def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-
-
-@pytest.fixture
-def penult(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple[int, str, str]]]:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["penult", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit_info:
-            cli.main()
-        out, err = capfd.readouterr()
-        return int(exit_info.value.code or 0), out, err
-
-    logger = logging.getLogger("penult")
-    handlers, level = logger.handlers, logger.level
-    handler = signal.getsignal(signal.SIGTERM)
-    yield call
-    signal.signal(signal.SIGTERM, handler)
-    logger.handlers = handlers
-    logger.setLevel(level)
 
 
 Penult = Callable[..., tuple[int, str, str]]
