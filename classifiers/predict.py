@@ -18,7 +18,7 @@ from extractor.images import ImageError
 from extractor.preprocess import Preprocess
 from extractor.progress import StopFlag
 from extractor.reading import ahead
-from extractor.session import Embedder, resolve_device
+from extractor.session import Embedder, cores, resolve_device
 from extractor.sources import ImageFolder, refuse_ours
 from store.errors import InputMissingError, UsageError
 from store.samples import display
@@ -81,7 +81,7 @@ class Predictor:
         self.classes = list(classes)
         self._backbone, self._preprocess, self._head, self._storage = backbone, preprocess, head, storage
         self._device, self._batch_size, self._output = device, batch_size, output
-        self._workers = workers or os.cpu_count() or 1
+        self._workers = workers or cores()
 
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> Self:
@@ -125,7 +125,11 @@ class Predictor:
     def embedder(self) -> Embedder:
         """The backbone's session, opened on first use."""
         return Embedder(
-            self._backbone, device=resolve_device(self._device), batch_size=self._batch_size, outputs=[self._output]
+            self._backbone,
+            self._preprocess,
+            device=resolve_device(self._device),
+            batch_size=self._batch_size,
+            outputs=[self._output],
         )
 
     def _pixels(self, files: Files, decoder: Decoder, path: bytes) -> tuple[bytes, NDArray[np.uint8] | ImageError]:
@@ -135,7 +139,7 @@ class Predictor:
             return path, error
 
     def _probabilities(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        features = self.embedder(self._preprocess.normalise(pixels))
+        features = self.embedder(pixels)
         return self._head(as_stored(features, self._storage))
 
 

@@ -9,6 +9,7 @@ has a decode worker of its own, which may use `MEMORY` bytes and be silent for `
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -37,6 +38,7 @@ if TYPE_CHECKING:  # a worker need not import what this imports
 
 TIMEOUT = 60.0  # seconds that a worker may be silent
 START_TIMEOUT = 60.0  # seconds until it first answers
+PIPE_BYTES = 2**20  # what Linux lets anybody have
 SLICE = 0.25  # seconds; so soon a run that is to stop gives up a worker that is busy
 
 START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from extractor.decoder import serve; serve()"
@@ -153,6 +155,8 @@ class _Worker:
         self._writable.register(self._to, select.POLLOUT)
         self._readable.register(self._from, select.POLLIN)
         os.set_blocking(self._to, False)
+        for pipe in (self._to, self._from):
+            _widen(pipe)
 
     def ask(self, data: bytes) -> NDArray[np.uint8]:
         """The answer to one file; after ``decoder_crash``, ``timeout`` or any other exception the process is gone."""
@@ -239,6 +243,12 @@ class _Worker:
         self.alive = False
         with self._process:  # waits, and closes the pipes
             self._process.kill()
+
+
+def _widen(pipe: int) -> None:
+    """Room for a whole answer in a pipe: with the usual 64 KiB both sides wake each other up three times an image."""
+    with suppress(AttributeError, OSError):  # macOS has no such call; a user may have used up the kernel's allowance
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
 
 def serve() -> None:

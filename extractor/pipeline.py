@@ -1,6 +1,7 @@
 """Plan, run shard after shard, finalize: from a source to a finished cache.
 
-`run_shard` is the unit: it pulls decoded images, embeds them, commits one shard and returns its counts. A run that dies
+Decoding, the backbone and the disk work at the same time: `Reader` decodes ahead, `embedded` keeps every lane of the backbone
+busy, and `run_shard` is the unit: it takes batches of features, commits one shard and returns its counts. A run that dies
 between two of them has lost only what was not committed, and the next one continues from the shards.
 """
 
@@ -11,14 +12,16 @@ import logging
 import os
 import shutil
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence, Set
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from store.cache import FeatureCache, assign_splits, shard_paths
 from store.errors import BudgetExceededError, InputMissingError, InterruptedRunError, StorageError, UsageError
@@ -31,10 +34,11 @@ from .files import Files
 from .prepare import fingerprints, library_versions, prepare_backbone
 from .preprocess import Preprocess
 from .progress import Progress, StopFlag, stop_on_signal
-from .reading import Clock, Outcome, Reader
+from .reading import Clock, Outcome, Reader, timed
 from .samples import Sample, Task
-from .session import Embedder, resolve_device
+from .session import Embedder, cores, resolve_device
 from .sources import Source
+from .tuning import tune
 
 log = logging.getLogger("penult.extractor")
 
@@ -47,8 +51,8 @@ class Options:
 
     Attributes:
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
-        batch_size: images per inference call; None for the device's default.
-        workers: decoding threads; None for the number of cores.
+        batch_size: images per inference call; None for what is measured to be fast where there is much to do, see `tuning`.
+        workers: decoding threads; None for one per core.
         storage: ``auto`` (float16 where the values fit) or ``float32``.
         val_fraction, test_fraction, seed: the split, where the data has none.
         fail_fast: stop at the first input that fails.
@@ -99,7 +103,10 @@ class Summary:
         inference_calls: calls of the backbone in this run.
         images_per_second: computed images over the time spent on them; 0 where there were none.
         cache_bytes: size of all shards.
-        seconds: wall time by stage (``read+decode`` is summed over the workers; ``wait`` is the embedding waiting for it).
+        batch_size, lanes, workers: as used.
+        seconds: wall time by stage. ``read+decode`` and ``backbone`` are summed over workers and lanes, ``write`` is
+            beside them; ``wait`` was spent waiting for pixels, ``embed`` for features, ``settle`` for the disk.
+        bottleneck: the stage that decided the speed: ``decoding``, ``backbone``, ``writing``, or none.
         codes: number of failures by code.
     """
 
@@ -113,6 +120,10 @@ class Summary:
     provider: str = ""
     images_per_second: float = 0.0
     cache_bytes: int = 0
+    batch_size: int = 0
+    lanes: int = 0
+    workers: int = 0
+    bottleneck: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     codes: dict[str, int] = field(default_factory=dict)
 
@@ -120,19 +131,44 @@ class Summary:
         return asdict(self)
 
     def text(self) -> str:
-        """For people: one line that reconciles, one that says what the run did."""
+        """For people: one line that reconciles, one that says what the run did, and where it was long, why it took so long."""
         codes = f" ({', '.join(f'{code} {count}' for code, count in sorted(self.codes.items()))})" if self.codes else ""
         lines = [f"{self.inputs} inputs = {self.ok} ok + {self.duplicates} duplicates + {self.failed} failed{codes}"]
         total = self.seconds["total"]
-        if self.computed:
-            lines.append(
-                f"{self.computed} computed on {self.provider} in {total:.1f} s, {self.images_per_second:.0f} images/s "
-                f"(waiting for images {self.seconds['wait']:.1f} s, backbone {self.seconds['embed']:.1f} s, "
-                f"writing {self.seconds['write']:.1f} s)"
-            )
-        else:
-            lines.append(f"nothing to compute, 0 inference calls, {total:.1f} s")
+        if not self.computed:
+            return "\n".join([*lines, f"nothing to compute, 0 inference calls, {total:.1f} s"])
+        each = {name: 1000 * self.seconds[name] / self.computed for name in ("read+decode", "backbone", "write")}
+        lines.append(
+            f"{self.computed} computed on {self.provider} in {total:.1f} s, {self.images_per_second:.0f} images/s "
+            f"(ms an image: decoding {each['read+decode']:.1f} in {self.workers} workers, "
+            f"backbone {each['backbone']:.1f} in {self.lanes} lanes of {self.batch_size}, writing {each['write']:.1f})"
+        )
+        if total >= ADVICE_SECONDS:
+            lines.append(f"bottleneck: {self.bottleneck}; {ADVICE[self.bottleneck, self.provider]}")
         return "\n".join(lines)
+
+
+ADVICE_SECONDS = 20.0  # nobody minds what took less
+ADVICE = {
+    ("decoding", "cpu"): "more cores, or smaller photos",
+    ("decoding", "cuda"): "the GPU waited for images: more cores and --workers, or smaller photos",
+    ("backbone", "cpu"): "a smaller network, or a GPU",
+    ("backbone", "cuda"): "a smaller network",
+    ("writing", "cpu"): "the disk of the cache is slow",
+    ("writing", "cuda"): "the disk of the cache is slow",
+}
+
+
+def bottleneck(seconds: Clock, provider: str) -> str:
+    """The stage that decided the speed.
+
+    On a GPU it is what the consumer waited for. On a CPU decoding and backbone share the cores, so it is the larger share of
+    the work; unless the consumer waited for the disk.
+    """
+    waits = {"decoding": seconds["wait"], "backbone": seconds["embed"], "writing": seconds["settle"]}
+    if provider == "cpu" and max(waits, key=waits.__getitem__) != "writing":
+        return "decoding" if seconds["read+decode"] > seconds["backbone"] else "backbone"
+    return max(waits, key=waits.__getitem__)
 
 
 def limited(samples: list[Sample], limit: int | None) -> list[Sample]:
@@ -166,7 +202,9 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
     with open_writer(cache) as writer, stop_on_signal() as stop:
         facts, notes = prepare_backbone(writer, backbone, overwrite=options.overwrite, stop=stop)
         # The session proves the device before any image is read.
-        embedder = Embedder(cache / "backbone.onnx", device=device, batch_size=options.batch_size, outputs=facts.outputs)
+        embedder = Embedder(
+            cache / "backbone.onnx", facts.preprocess, device=device, batch_size=options.batch_size, outputs=facts.outputs
+        )
         sets = fingerprints(facts, embedder.provider, options.storage)
         writer.begin(*sets, facts={**notes, "versions": library_versions()})
         _check_disk(cache, len(samples) * sum(embedder.dims) * (4 if options.storage == "float32" else 2))
@@ -177,18 +215,23 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
                 "--limit leaves %d of the %d samples in the sample table; features are kept", len(samples), len(before.rows)
             )
         outcomes, todo = plan(samples, before, writer.known, source.files, options)
-        reader = Reader(source.files, facts.preprocess, writer.known, options.workers or os.cpu_count() or 1)
+        if options.batch_size is None:
+            tune(embedder, facts.preprocess.crop, len(todo))
+        workers = options.workers or cores()
+        reader = Reader(source.files, facts.preprocess, writer.known, workers, ahead=2 * embedder.batch_size)
         clock: Clock = defaultdict(float)
         computed = 0
         with Progress(len(todo), "extract", quiet=options.quiet) as progress, closing(reader.stream(todo, stop)) as stream:
-            while result := run_shard(stream, embedder, facts.preprocess, writer, progress, clock, fail_fast=options.fail_fast):
+            batches = embedded(stream, embedder, progress, clock, fail_fast=options.fail_fast)
+            while result := run_shard(batches, writer, clock):
                 for outcome in result.outcomes:
                     outcomes[outcome.index] = outcome.row
                 computed += result.computed
                 done = {"event": "shard", "inputs": len(result.outcomes), "computed": result.computed}
                 log.debug("%(inputs)d inputs done, %(computed)d computed", done, extra={"facts": done})
-                if options.fail_fast and not result.outcomes[-1].row.ok:
-                    break
+            with timed(clock, "settle"):
+                writer.settle()
+        clock |= {**reader.seconds, "backbone": embedder.seconds, "write": writer.seconds}
         if stop:
             raise InterruptedRunError(stop.signum)
         rows = _fail_copies([row for row in outcomes if row is not None], writer.known)
@@ -197,9 +240,8 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
         failed = sum(not row.ok for row in rows)
         rows, rule = resolve_splits(rows, options, source.task)
         _say_splits(before, rows, rule, source.task)
-        spent = (before.facts.get("extract_seconds", 0.0) if before else 0.0) + (
-            clock["wait"] + clock["embed"] if computed else 0
-        )
+        working = sum(clock[name] for name in ("wait", "embed", "settle"))
+        spent = (before.facts.get("extract_seconds", 0.0) if before else 0.0) + (working if computed else 0)
         facts_now = {**_facts(source, rule, rows, options), "extract_seconds": round(spent, 3)}
         table = SampleTable(rows, facts_now, source.task.targets)
         changed = writer.finish(table)
@@ -209,9 +251,13 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
         computed=computed,
         inference_calls=embedder.calls,
         provider=embedder.provider,
-        images_per_second=round(computed / max(clock["wait"] + clock["embed"], 1e-9), 1),
+        images_per_second=round(computed / max(working, 1e-9), 1),
         cache_bytes=sum(path.stat().st_size for path in shard_paths(cache)),
-        seconds={**_rounded(reader.seconds), **_rounded(clock), "total": round(time.perf_counter() - started, 3)},
+        batch_size=embedder.batch_size,
+        lanes=embedder.lanes,
+        workers=workers,
+        bottleneck=bottleneck(clock, embedder.provider) if computed else "",
+        seconds={**{name: round(value, 3) for name, value in clock.items()}, "total": round(time.perf_counter() - started, 3)},
         codes=dict(Counter(row.code for row in rows if row.code)),
     )
     if not computed:
@@ -280,7 +326,7 @@ def survey(source: Source, preprocess: Preprocess, options: Options) -> SampleTa
     """Read, hash and decode every input without embedding any: the sample table that `run_extract` would write."""
     samples = limited(source.samples(), options.limit)
     _check_splits_possible(samples, options, source.task)
-    reader = Reader(source.files, preprocess, set(), options.workers or os.cpu_count() or 1)
+    reader = Reader(source.files, preprocess, set(), options.workers or cores())
     rows = _fail_copies([outcome.row for outcome in reader.stream(list(enumerate(samples)), StopFlag())], set())
     rows, rule = resolve_splits(rows, options, source.task)
     return SampleTable(rows, _facts(source, rule, rows, options), source.task.targets)
@@ -294,6 +340,63 @@ def _facts(source: Source, rule: dict[str, Any], rows: Sequence[Row], options: O
 
 
 @dataclass
+class Embedded:
+    """Outcomes in the order of the stream, and the features of those of them that have pixels, ``(n, d)`` each."""
+
+    outcomes: list[Outcome]
+    features: list[NDArray[np.float32]] = field(default_factory=list)
+
+    @property
+    def computed(self) -> list[Row]:
+        return [outcome.row for outcome in self.outcomes if outcome.decoded]
+
+
+def embedded(
+    stream: Iterator[Outcome], embedder: Embedder, progress: Progress, clock: Clock, *, fail_fast: bool = False
+) -> Iterator[Embedded]:
+    """Pass what a stream decodes through the backbone, batch after batch; while the lanes compute, the next is gathered.
+
+    With ``fail_fast`` it ends at the first failed input, which is then the last outcome.
+    """
+    flying: deque[tuple[list[Outcome], Future[list[NDArray[np.float32]]]]] = deque()
+    gathered: list[Outcome] = []
+    waiting: list[NDArray[np.uint8]] = []
+
+    def launch() -> None:
+        flying.append((gathered.copy(), embedder.submit(np.stack(waiting))))
+        gathered.clear()
+        waiting.clear()
+
+    def land() -> Embedded:
+        outcomes, features = flying.popleft()
+        with timed(clock, "embed"):
+            return Embedded(outcomes, features.result())
+
+    while True:
+        with timed(clock, "wait"):
+            outcome = next(stream, None)
+        if outcome is None:
+            break
+        progress.advance()
+        gathered.append(outcome)
+        if outcome.pixels is not None:
+            waiting.append(outcome.pixels)
+            outcome.pixels = None
+        if fail_fast and not outcome.row.ok:
+            break
+        if len(waiting) >= embedder.batch_size:
+            launch()
+            if len(flying) > embedder.lanes:
+                yield land()
+    if waiting:
+        launch()
+    while flying:
+        yield land()
+    if gathered:
+        yield Embedded(gathered)
+
+
+@dataclass
 class ShardResult:
     """What one call of `run_shard` finished."""
 
@@ -301,55 +404,23 @@ class ShardResult:
     computed: int
 
 
-def run_shard(
-    stream: Iterator[Outcome],
-    embedder: Embedder,
-    preprocess: Preprocess,
-    writer: CacheWriter,
-    progress: Progress,
-    clock: Clock,
-    *,
-    fail_fast: bool = False,
-) -> ShardResult | None:
-    """Embed from the stream until a shard is due, and commit it; None when the stream has ended.
+def run_shard(batches: Iterator[Embedded], writer: CacheWriter, clock: Clock) -> ShardResult | None:
+    """Take batches until a shard is due, and begin to commit it; None when there are no more.
 
-    With ``fail_fast`` the shard also ends at the first failed input, which is then the last outcome.
-
-    Repeating it is harmless: rows are keyed by content, and only a committed shard counts.
+    The shard is written while the next one is computed; `CacheWriter.settle` says whether that worked. Repeating it is
+    harmless: rows are keyed by content, and only a committed shard counts.
     """
     result = ShardResult([], 0)
-    batch: list[Outcome] = []
-
-    def embed() -> None:
-        pixels = np.stack([outcome.pixels for outcome in batch if outcome.pixels is not None])
-        begin = time.perf_counter()
-        features = embedder.embed(preprocess.normalise(pixels))
-        clock["embed"] += time.perf_counter() - begin
-        writer.append(features, [outcome.row.sha256 for outcome in batch], [outcome.row.path for outcome in batch])
-        result.computed += len(batch)
-        for done in batch:
-            done.pixels = None
-        batch.clear()
-
     while not writer.due:
-        begin = time.perf_counter()
-        outcome = next(stream, None)
-        clock["wait"] += time.perf_counter() - begin
-        if outcome is None:
+        batch = next(batches, None)
+        if batch is None:
             break
-        progress.advance()
-        result.outcomes.append(outcome)
-        if fail_fast and not outcome.row.ok:
-            break
-        if outcome.pixels is not None:
-            batch.append(outcome)
-            if len(batch) == embedder.batch_size:
-                embed()
-    if batch:
-        embed()
-    begin = time.perf_counter()
-    writer.commit()
-    clock["write"] += time.perf_counter() - begin
+        result.outcomes += batch.outcomes
+        if rows := batch.computed:
+            writer.append(batch.features, [row.sha256 for row in rows], [row.path for row in rows])
+            result.computed += len(rows)
+    with timed(clock, "settle"):
+        writer.commit_behind()
     return result if result.outcomes else None
 
 
@@ -422,7 +493,3 @@ def _fail_fast(rows: Sequence[Row]) -> None:
         if not row.ok:
             message = f"{row.name}: {row.code}: {row.message} (--on-error fail)"
             raise BudgetExceededError(message)
-
-
-def _rounded(clock: Clock) -> dict[str, float]:
-    return {name: round(value, 3) for name, value in clock.items()}

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from threading import Condition, local
 from typing import Any
 
 import numpy as np
@@ -14,12 +20,30 @@ from numpy.typing import NDArray
 
 from store.errors import BadDataError, DeviceUnavailableError, UsageError
 
+from .preprocess import Preprocess
+from .prologue import takes_pixels
+
 log = logging.getLogger("penult.extractor")
 
 OUT_OF_MEMORY = ("BFCArena", "Failed to allocate memory", "CUDA_ERROR_OUT_OF_MEMORY", "out of memory")
 MAX_DIM = 65536
 DEFAULT_BATCH = {"cpu": 8, "cuda": 64}  # on a CPU large batches lose: they fall out of its caches
+MAX_LANES = 16  # on a CPU; with more cores each lane gets several threads, for it keeps activations of its own
+LANES_CUDA = 2  # the copies of one batch hide behind the compute of the other
+MAX_PROLOGUE = 256 * 2**20  # bytes of a backbone file that is rewritten in memory on a CPU, see `Embedder`
 MAX_BATCH, MAX_WORKERS = 4096, 256  # beyond these a number is a slip: decoded images of a batch alone would fill the memory
+
+
+def cores() -> int:
+    """Cores that this process may use: what its affinity (taskset, Slurm) and its container's quota leave."""
+    try:
+        count = len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS
+        count = os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # no control group, or one whose quota is "max"
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        count = min(count, math.ceil(quota / period))
+    return max(count, 1)
 
 
 def nvidia_driver_present() -> bool:
@@ -65,22 +89,43 @@ def _say_cpu() -> None:
     log.info("no GPU here: running on the CPU")
 
 
-class Embedder:
-    """A backbone in an ONNX Runtime session: normalised pixels in, features out.
+@dataclass(eq=False)
+class _Opened:
+    """A session and the batch size it is run with; replaced as one when a GPU ran out of memory."""
 
+    session: Any
+    batch_size: int
+    lanes: local = field(default_factory=local)  # one per thread: a lane has buffers of its own
+    running: int = 0
+    closing: bool = False
+    broken: Exception | None = None
+
+
+Lane = Callable[[NDArray[Any]], Sequence[NDArray[Any]]]  # one padded batch to the outputs
+
+
+class Embedder:
+    """A backbone in an ONNX Runtime session: pixels in, features out, in several lanes at once.
+
+    On a CPU a lane is a thread that runs whole batches alone: several small batches side by side beat one whose layers all
+    threads wait for, the more so where decoding wants the same cores. On a GPU two lanes let copies hide behind compute.
     Every batch is padded to one shape, so that a GPU's memory stays flat and results do not depend on the last batch.
 
     Args:
         model: the ONNX file.
+        preprocess: with it, pixels are ``(n, h, w, 3)`` uint8 and are normalised here: inside the graph, or beforehand where
+            the file is too large to be rewritten in memory; the features are the same bits. Without, what the file takes.
         device: ``cpu``, ``cuda`` or ``cuda:N`` (see `resolve_device`).
         batch_size: images per call; None for the device's default.
-        threads: intra-op threads on the CPU; None for all cores.
+        lanes: batches at once; None for one per core on the CPU and two on a GPU.
         outputs: names of the outputs to compute; the first where not given.
 
     Attributes:
         provider: family, ``cpu`` or ``cuda``, proven after the session exists.
         batch_size: as in use; halved when a GPU ran out of memory.
+        lanes: as in use.
         calls: number of inference calls so far.
+        seconds: spent in them so far, summed over the lanes.
         dims: length of a feature vector of each output.
 
     Raises:
@@ -91,24 +136,35 @@ class Embedder:
     def __init__(
         self,
         model: Path,
+        preprocess: Preprocess | None = None,
         *,
         device: str = "cpu",
         batch_size: int | None = None,
-        threads: int | None = None,
+        lanes: int | None = None,
         outputs: Sequence[str] = (),
     ) -> None:
         self.provider = device.partition(":")[0]
-        self.batch_size = batch_size or DEFAULT_BATCH[self.provider]
-        self.calls = 0
-        self._model, self._device, self._threads = model, device, threads or os.cpu_count() or 1
-        self._session = self._open()
-        shapes = {output.name: output.shape for output in self._session.get_outputs()}
+        self.calls, self.seconds = 0, 0.0
+        self.lanes = lanes or (LANES_CUDA if self.provider == "cuda" else min(cores(), MAX_LANES))
+        self._model, self._device, self._preprocess = model, device, preprocess
+        self._gate, self._pool = Condition(), ThreadPoolExecutor(self.lanes, "penult-lane")
+        session = self._open()
+        shapes = {output.name: output.shape for output in session.get_outputs()}
         self._outputs = list(outputs) or [next(iter(shapes))]
         self.dims = [self._dim(shapes.get(name, [])) for name in self._outputs]
-        self._input = self._session.get_inputs()[0].name
-        fixed = self._session.get_inputs()[0].shape[0]
-        if isinstance(fixed, int):
-            self.batch_size = fixed  # the graph takes no other
+        found = session.get_inputs()[0]
+        self._input = found.name
+        self._on_host = preprocess if found.type != "tensor(uint8)" else None
+        self.fixed_batch = isinstance(found.shape[0], int)  # the graph takes no other
+        self._opened = _Opened(session, found.shape[0] if self.fixed_batch else batch_size or DEFAULT_BATCH[self.provider])
+
+    @property
+    def batch_size(self) -> int:
+        return self._opened.batch_size
+
+    @batch_size.setter
+    def batch_size(self, size: int) -> None:
+        self._opened = _Opened(self._opened.session, size)
 
     def _dim(self, shape: Sequence[Any]) -> int:
         if len(shape) == 2 and isinstance(shape[1], int) and 0 < shape[1] <= MAX_DIM:
@@ -121,7 +177,7 @@ class Embedder:
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
-        options.intra_op_num_threads = self._threads
+        options.intra_op_num_threads = max(cores() // self.lanes, 1)
         # Spinning threads steal the cores that decode; measured +60 % end to end where both share them.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         providers: list[Any] = ["CPUExecutionProvider"]
@@ -132,7 +188,7 @@ class Embedder:
             cuda = {"device_id": number, "arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
             providers.insert(0, ("CUDAExecutionProvider", cuda))
         try:
-            session = onnxruntime.InferenceSession(str(self._model), options, providers=providers)
+            session = onnxruntime.InferenceSession(self._graph() or str(self._model), options, providers=providers)
         except Exception as error:  # onnxruntime's exceptions have no common public base
             if self.provider == "cuda":
                 message = f"--device {self._device}: {_first_line(error)}"
@@ -147,45 +203,106 @@ class Embedder:
             raise DeviceUnavailableError(message)
         return session
 
-    def __call__(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _graph(self) -> bytes | None:
+        """The graph that takes pixels. A copy of a large one costs a CPU more memory than its time is worth."""
+        if self._preprocess is None or (self.provider == "cpu" and self._model.stat().st_size > MAX_PROLOGUE):
+            return None
+        return takes_pixels(self._model, self._preprocess)
+
+    def __call__(self, batch: NDArray[Any]) -> NDArray[np.float32]:
         """The features of the first output, ``(n, dim)`` float32; see `embed`."""
         return self.embed(batch)[0]
 
-    def embed(self, batch: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-        """Features of ``(n, 3, h, w)`` float32, any n: ``(n, dim)`` float32 for each output.
+    def submit(self, batch: NDArray[Any]) -> Future[list[NDArray[np.float32]]]:
+        """`embed` in one of the lanes, while the caller goes on. Whoever keeps more batches on their way than there are
+        lanes, and one to follow, only fills memory."""
+        return self._pool.submit(self.embed, batch)
+
+    def embed(self, batch: NDArray[Any]) -> list[NDArray[np.float32]]:
+        """Features of any number of images: ``(n, dim)`` float32 for each output.
 
         A GPU that runs out of memory gets a new session and half the batch, down to one image.
 
         Raises:
             BadDataError: the network refuses the input.
+            DeviceUnavailableError: a GPU's memory is too small for one image.
         """
         rows = []
         start = 0
         while start < len(batch):
-            part = batch[start : start + self.batch_size]
+            opened = self._enter()
+            part = batch[start : start + opened.batch_size]
             try:
-                rows.append(self._run(part))
-            except Exception as error:
-                if not any(sign in str(error) for sign in OUT_OF_MEMORY):
-                    message = f"{self._model}: {_first_line(error)}"
-                    raise BadDataError(message) from error
-                if self.batch_size == 1:
-                    message = f"--device {self._device}: out of memory with a single image"
-                    raise DeviceUnavailableError(message) from error
-                self.batch_size //= 2
-                log.warning("out of memory on %s: going on with batches of %d", self._device, self.batch_size)
-                del self._session
-                self._session = self._open()
+                rows.append(self._run(opened, part))
+                start += len(part)
                 continue
-            start += len(part)
+            except Exception as error:
+                failure = error.with_traceback(None)  # its frames would keep the session alive
+            finally:
+                self._leave(opened)
+            if not any(sign in str(failure) for sign in OUT_OF_MEMORY):
+                message = f"{self._model}: {_first_line(failure)}"
+                raise BadDataError(message) from failure
+            self._shrink(opened, failure)
         return [np.concatenate(column) for column in zip(*rows, strict=True)]
 
-    def _run(self, part: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-        short = self.batch_size - len(part)
-        padded = np.concatenate([part, np.zeros((short, *part.shape[1:]), np.float32)]) if short else part
-        self.calls += 1
-        found = self._session.run(self._outputs, {self._input: padded})
+    def _enter(self) -> _Opened:
+        """The session as it is now, which stays open until `_leave`."""
+        with self._gate:
+            while self._opened.closing and self._opened.broken is None:
+                self._gate.wait()
+            if self._opened.broken is not None:
+                raise self._opened.broken
+            self._opened.running += 1
+            return self._opened
+
+    def _leave(self, opened: _Opened) -> None:
+        with self._gate:
+            opened.running -= 1
+            self._gate.notify_all()
+
+    def _shrink(self, opened: _Opened, failure: Exception) -> None:
+        """A new session with half the batch, once all lanes have left the old one: both at once would not fit."""
+        with self._gate:
+            if self._opened is not opened or opened.closing:
+                return  # another lane does it
+            opened.closing = True
+            while opened.running:
+                self._gate.wait()
+            opened.session = None
+            opened.lanes = local()
+            try:
+                if opened.batch_size == 1:
+                    message = f"--device {self._device}: out of memory with a single image"
+                    raise DeviceUnavailableError(message) from failure
+                size = opened.batch_size // 2
+                log.warning("out of memory on %s: going on with batches of %d", self._device, size)
+                self._opened = _Opened(self._open(), size)
+            except Exception as error:
+                opened.broken = error
+                raise
+            finally:
+                self._gate.notify_all()
+
+    def _run(self, opened: _Opened, part: NDArray[Any]) -> list[NDArray[np.float32]]:
+        begin = time.perf_counter()
+        if self._on_host is not None:
+            part = self._on_host.normalise(part)
+        short = opened.batch_size - len(part)
+        padded = np.concatenate([part, np.zeros((short, *part.shape[1:]), part.dtype)]) if short else part
+        found = self._lane(opened)(padded)
+        with self._gate:
+            self.calls += 1
+            self.seconds += time.perf_counter() - begin
         return [np.asarray(features[: len(part)], np.float32) for features in found]
+
+    def _lane(self, opened: _Opened) -> Lane:
+        """This thread's way through the session."""
+        if not hasattr(opened.lanes, "lane"):
+            session = opened.session
+            opened.lanes.lane = lambda padded: session.run(self._outputs, {self._input: padded})
+        lane: Lane = opened.lanes.lane
+        return lane
 
 
 def _first_line(error: Exception) -> str:

@@ -6,6 +6,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,13 +30,16 @@ SHARD_BYTES = 4 * 2**20  # commit at this size: memory stays flat, and one fsync
 SHARD_SECONDS = 30.0  # .. or after this long, so that a small data set does not lose everything to a kill
 
 
+Block = tuple[NDArray[np.floating[Any]], Sequence[bytes], Sequence[bytes]]  # features, content digests, paths
+
+
 @dataclass
 class _FeatureSet:
     """The rows of one fingerprint: what is committed, and what waits, as it will be stored."""
 
     fingerprint: Fingerprint
     known: set[bytes] = field(default_factory=set)
-    pending: list[tuple[NDArray[np.floating[Any]], Sequence[bytes], Sequence[bytes]]] = field(default_factory=list)
+    pending: list[Block] = field(default_factory=list)
 
     @property
     def storage(self) -> str:
@@ -48,6 +52,7 @@ class CacheWriter:
     Attributes:
         path: the cache directory.
         known: content digests that have all their features already, once `begin` was called.
+        seconds: spent on writing shards so far.
     """
 
     def __init__(self, path: Path) -> None:
@@ -58,6 +63,9 @@ class CacheWriter:
         self._pending_bytes = 0
         self._pending_since = 0.0
         self._number = 0
+        self.seconds = 0.0
+        self._pool = ThreadPoolExecutor(1, "penult-write")
+        self._writing: Future[None] | None = None
 
     @property
     def fresh(self) -> bool:
@@ -150,25 +158,55 @@ class CacheWriter:
 
     def commit(self) -> int:
         """Commit the shards in memory, a file for every feature set, or two (rule 11); return the number of images."""
-        for each in self._sets:
-            total = sum(len(block[0]) for block in each.pending)
-            for dtype in (np.float16, np.float32):
-                self._commit(each, dtype, total)
-        self.known.update(self._appended)
-        count = len(self._appended)
-        self._appended.clear()
-        self._pending_bytes = 0
+        count = self.commit_behind()
+        self.settle()
         return count
 
-    def _commit(self, rows: _FeatureSet, dtype: type[np.floating[Any]], total: int) -> None:
-        blocks = [block for block in rows.pending if block[0].dtype == dtype]
-        rows.pending = [block for block in rows.pending if block[0].dtype != dtype]
+    def commit_behind(self) -> int:
+        """`commit` while the caller goes on: a slow disk delays nothing but the next commit. `settle` says whether it worked.
+
+        Raises:
+            StorageError: the commit before has failed.
+        """
+        self.settle()
+        taken = [each.pending for each in self._sets]
+        digests = self._appended
+        for each in self._sets:
+            each.pending = []
+        self._appended, self._pending_bytes = [], 0
+        self._writing = self._pool.submit(self._write, taken, digests)
+        return len(digests)
+
+    def settle(self) -> None:
+        """Wait for the commit that is on its way.
+
+        Raises:
+            StorageError: it has failed.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        """Let a commit that is on its way end; its failure, if nobody asked for it, is nobody's."""
+        self._pool.shutdown()
+
+    def _write(self, taken: Sequence[list[Block]], digests: Sequence[bytes]) -> None:
+        begin = time.perf_counter()
+        for each, blocks in zip(self._sets, taken, strict=True):
+            total = sum(len(block[0]) for block in blocks)
+            for dtype in (np.float16, np.float32):
+                self._write_shard(each, [block for block in blocks if block[0].dtype == dtype], dtype, total)
+            blocks.clear()
+        self.known.update(digests)
+        self.seconds += time.perf_counter() - begin
+
+    def _write_shard(self, rows: _FeatureSet, blocks: list[Block], dtype: type[np.floating[Any]], total: int) -> None:
         if not blocks:
             return
         digests = [digest for block in blocks for digest in block[1]]
         paths = [path for block in blocks for path in block[2]]
         features = np.concatenate([block[0] for block in blocks])
-        blocks.clear()  # the largest thing in memory, and not needed while the file is built
         if dtype == np.float32 and rows.storage == "auto":
             log.warning("%d of %d rows do not fit float16 and are stored as float32", len(features), total)
         shard.write_shard(self.path / "shards", self._number, features, digests, paths, rows.fingerprint)
@@ -227,7 +265,10 @@ def open_writer(path: Path) -> Iterator[CacheWriter]:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         writer = CacheWriter(path)
         try:
-            yield writer
+            try:
+                yield writer
+            finally:
+                writer.close()  # the lock is held until nothing is written any more
         except BaseException:
             if created and writer.fresh and not (path / "backbone.onnx").exists():
                 shutil.rmtree(path)  # nothing came of it: a mistyped option leaves no empty cache behind

@@ -47,7 +47,7 @@ def test_a_killed_run_continues_until_it_is_done(bench: Bench) -> None:
 
 
 def test_a_terminated_run_ends_with_143_and_continues(bench: Bench) -> None:
-    stages = soak.two_stages(bench, 12, "data")[:1]
+    stages = soak.two_stages(bench, 60, "data")[:1]  # more than are decoded ahead, or the first run would finish them
     # At the rename of the first shard after backbone.onnx and cache.json, and in the next run at its first.
     faults = ({"fault": {"kind": "signal", "call": "rename", "number": int(signal.SIGTERM), "at": at}} for at in (3, 1))
     found = soak.signalled(bench, stages, signal.SIGTERM, faults, 2)
