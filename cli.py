@@ -81,7 +81,9 @@ backbone_options = options(
     weights_options,
 )
 run_options = options(
-    click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", help="Where to compute."),
+    click.option(
+        "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]|tensorrt[:N]", help="Where to compute."
+    ),
     click.option("-b", "--batch-size", default="auto", show_default=True, metavar="N|auto", help="Images per batch."),
     click.option("-j", "--workers", default="auto", show_default=True, metavar="N|auto", help="Decoding threads."),
 )

@@ -50,7 +50,7 @@ class Options:
     """How to extract; the defaults are the command line's.
 
     Attributes:
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``tensorrt``, ``tensorrt:N``.
         batch_size: images per inference call; None for what is measured to be fast where there is much to do, see `tuning`.
         workers: decoding threads; None for one per core.
         storage: ``auto`` (float16 where the values fit) or ``float32``.
@@ -144,18 +144,19 @@ class Summary:
             f"backbone {each['backbone']:.1f} in {self.lanes} lanes of {self.batch_size}, writing {each['write']:.1f})"
         )
         if total >= ADVICE_SECONDS:
-            lines.append(f"bottleneck: {self.bottleneck}; {ADVICE[self.bottleneck, self.provider]}")
+            advice = ADVICE[self.bottleneck, "cpu" if self.provider == "cpu" else "gpu"]
+            lines.append(f"bottleneck: {self.bottleneck}; {advice}")
         return "\n".join(lines)
 
 
 ADVICE_SECONDS = 20.0  # nobody minds what took less
 ADVICE = {
     ("decoding", "cpu"): "more cores, or smaller photos",
-    ("decoding", "cuda"): "the GPU waited for images: more cores and --workers, or smaller photos",
+    ("decoding", "gpu"): "the GPU waited for images: more cores and --workers, or smaller photos",
     ("backbone", "cpu"): "a smaller network, or a GPU",
-    ("backbone", "cuda"): "a smaller network",
+    ("backbone", "gpu"): "a smaller network",
     ("writing", "cpu"): "the disk of the cache is slow",
-    ("writing", "cuda"): "the disk of the cache is slow",
+    ("writing", "gpu"): "the disk of the cache is slow",
 }
 
 

@@ -15,7 +15,7 @@ WORTH = 60.0  # seconds that the backbone would take; below, measuring costs mor
 ROUNDS = 40  # rounds of batches, so many at least that the first look costs little
 SECONDS = 0.5  # that one size is measured at least
 GAIN = 1.03  # a larger batch must be faster by this factor: it costs memory, and a measurement is this uncertain
-LARGEST = {"cpu": 32, "cuda": 512}
+LARGEST = {"cpu": 32, "cuda": 512}  # TensorRT builds an engine for every size, for minutes: it keeps the default
 
 
 def tune(embedder: Embedder, side: int, images: int) -> dict[int, float]:
@@ -33,7 +33,7 @@ def tune(embedder: Embedder, side: int, images: int) -> dict[int, float]:
         Images per second of each size that was tried; empty where nothing was measured.
     """
     default = embedder.batch_size
-    if embedder.fixed_batch or images < ROUNDS * default * embedder.lanes:
+    if embedder.provider not in LARGEST or embedder.fixed_batch or images < ROUNDS * default * embedder.lanes:
         return {}
     if images * _seconds(embedder, default, side) / (default * embedder.lanes) < WORTH:
         return {}
@@ -48,7 +48,7 @@ def tune(embedder: Embedder, side: int, images: int) -> dict[int, float]:
             best, size = size, int(size * factor)
         if best != default:
             break
-    embedder.batch_size = min(best, embedder.batch_size) if embedder.provider == "cuda" else best
+    embedder.batch_size = best if embedder.provider == "cpu" else min(best, embedder.batch_size)
     log.info("batches of %d: %s", best, ", ".join(f"{size} gives {rate:.0f} images/s" for size, rate in sorted(rates.items())))
     return rates
 
