@@ -99,7 +99,7 @@ def _require_match(writer: CacheWriter, facts: BackboneFacts) -> None:
 def fingerprints(facts: BackboneFacts, provider: str, storage: str) -> list[Fingerprint]:
     """Everything that decides the numbers, for each feature set."""
     decided = {"precision": "fp32", "provider": provider, "tf32": False, "storage": storage}
-    return [Fingerprint({**fields, **decided}) for fields in facts.fingerprints()]
+    return [Fingerprint({**decided, **fields}) for fields in facts.fingerprints()]
 
 
 def library_versions() -> dict[str, str]:
