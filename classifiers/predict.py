@@ -12,6 +12,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from extractor.cuda import DEFAULTS, Cuda
 from extractor.decoder import Decoder
 from extractor.files import Files, FolderFiles
 from extractor.images import ImageError
@@ -63,6 +64,7 @@ class Predictor:
         batch_size: images per call of the backbone; None for the device's default.
         workers: decoding threads; None for the number of cores.
         output: of the backbone's graph, where it has several.
+        cuda: how a GPU computes; as it did for the cache.
     """
 
     def __init__(
@@ -77,10 +79,12 @@ class Predictor:
         batch_size: int | None = None,
         workers: int | None = None,
         output: str = "features",
+        cuda: Cuda = DEFAULTS,
     ) -> None:
         self.classes = list(classes)
         self._backbone, self._preprocess, self._head, self._storage = backbone, preprocess, head, storage
         self._device, self._batch_size, self._output = device, batch_size, output
+        self._cuda = cuda
         self._workers = workers or cores()
 
     @classmethod
@@ -98,6 +102,7 @@ class Predictor:
             bundle.classes,
             storage=bundle.storage,
             output=bundle.backbone.outputs[0],
+            cuda=Cuda(tf32=bool(bundle.fingerprint.fields.get("tf32")), half=bundle.backbone.precision == "fp16"),
             **options,
         )
 
@@ -130,6 +135,7 @@ class Predictor:
             device=resolve_device(self._device),
             batch_size=self._batch_size,
             outputs=[self._output],
+            cuda=self._cuda,
         )
 
     def _pixels(self, files: Files, decoder: Decoder, path: bytes) -> tuple[bytes, NDArray[np.uint8] | ImageError]:

@@ -50,12 +50,14 @@ class Cuda:
         tf32: let float32 products lose 13 bits; decides the numbers, so the fingerprint says it.
         half: the network is float16.
         graph: capture a CUDA graph; for one lane.
+        nhwc: the layout of tensor cores; None for where there are some to use.
         search: how cuDNN chooses its algorithms: ``EXHAUSTIVE`` tries them once per shape, ``HEURISTIC`` guesses.
     """
 
     tf32: bool = False
     half: bool = False
     graph: bool = False
+    nhwc: bool | None = None
     search: str = "EXHAUSTIVE"
 
 
@@ -92,7 +94,7 @@ def providers(device: str, cuda: Cuda, model: bytes | Path) -> list[Any]:
         "arena_extend_strategy": "kSameAsRequested",  # the default doubles, and shapes never change
         "use_tf32": on[cuda.tf32],
         "cudnn_conv_algo_search": cuda.search,
-        "prefer_nhwc": on[cuda.half or cuda.tf32],
+        "prefer_nhwc": on[cuda.half or cuda.tf32 if cuda.nhwc is None else cuda.nhwc],
         "enable_cuda_graph": on[cuda.graph],
     }
     found: list[Any] = [(PROVIDERS["cuda"], options), "CPUExecutionProvider"]

@@ -6,11 +6,14 @@ ONNX Runtime's answers are real; what this machine has not, a card, is staged by
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
 import sys
 import threading
 import types
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from threading import Barrier, Thread
 from typing import Any
@@ -26,6 +29,7 @@ from extractor.session import Embedder, resolve_device
 from extractor.tuning import tune
 from store.errors import BadDataError, DeviceUnavailableError, UsageError
 
+REPO = Path(__file__).resolve().parent.parent
 CUDA, TENSORRT, CPU = "CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider"
 DTYPES = {"tensor(float)": np.dtype(np.float32), "tensor(uint8)": np.dtype(np.uint8)}
 
@@ -279,13 +283,12 @@ def test_tensor_cores_get_nhwc(stage: Stage, chosen: Cuda) -> None:
     stage(CUDA)
     (_, options), last = providers("cuda", chosen, b"")
     assert (options["prefer_nhwc"], options["use_tf32"], last) == ("1", str(int(chosen.tf32)), CPU)
+    assert providers("cuda", replace(chosen, nhwc=False), b"")[0][1]["prefer_nhwc"] == "0"
 
 
 def test_tensorrt_keeps_engines_under_what_decides_the_numbers(
     backbone_file: Path, stage: Stage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import os
-
     fake = stage(TENSORRT)
     embed = Embedder(backbone_file, read_facts(backbone_file).preprocess, device="tensorrt:1", batch_size=4)
     assert (embed.provider, embed.lanes) == ("tensorrt", 2)
@@ -481,6 +484,19 @@ def test_other_failures_are_not_taken_for_a_full_memory(backbone_file: Path, sta
     with pytest.raises(BadDataError, match=r"CUDNN_STATUS_EXECUTION_FAILED$"):
         Embedder(backbone_file, device="cuda", batch_size=8)(batch(8))
     assert fake.sizes == [8]
+
+
+def test_the_benchmark_works_but_for_the_card(tmp_path: Path) -> None:
+    """The very script, on the CPU and tiny; on a machine with a card it has nothing else to do."""
+    command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--smoke", "--out", str(tmp_path / "page.md")]
+    ran = subprocess.run(command, cwd=REPO, env={**os.environ, "PYTHONPATH": str(REPO)}, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    page = (tmp_path / "page.md").read_text()
+    headings = ("Backbone alone", "Decoding alone", "JPEG files to a cache", "Memory over 20 batches", "Fidelity: 12")
+    for heading in headings:
+        assert f"### {heading}" in page
+    assert "| fp32 on the device against fp32 on the CPU, relative L2 | 0 | <= 0.0001 | met |" in page
+    assert "no card" in page
 
 
 # --- with a card -------------------------------------------------------------------------------------------------------
