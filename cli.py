@@ -339,6 +339,14 @@ def weights_list(*, as_json: bool) -> None:
 @click.option(
     "--max-failures", default="1%", show_default=True, metavar="N|P%", help="How many may fail; a share is at least 3."
 )
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16"]),
+    default="fp32",
+    show_default=True,
+    help="fp16 is faster on a GPU; refused where it would move the features too far.",
+)
+@click.option("--tf32", is_flag=True, help="Let a GPU round products to 10 bits: faster, and other features.")
 @click.option("--retry-failed", is_flag=True, help="Try recorded failures again.")
 @click.option("--verify-content", is_flag=True, help="Read every file, even if size, time and inode are unchanged.")
 @observing_options
@@ -366,7 +374,10 @@ def extract(data: Path, output: Path, *, as_json: bool, **given: Any) -> int:
         quiet=is_quiet(),
         **{
             key: given[key]
-            for key in ("storage", "seed", "max_failures", "retry_failed", "verify_content", "limit", "overwrite")
+            for key in (
+                *("storage", "seed", "max_failures", "retry_failed", "verify_content", "limit", "overwrite"),
+                *("precision", "tf32"),
+            )
         },
     )
     if given["dry_run"]:

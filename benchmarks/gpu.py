@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -236,12 +236,8 @@ def settings(bench: Bench, files: dict[str, Path]) -> None:
         facts, size = read_facts(file), bench.given.batch_sizes[-1]
         side, half = facts.preprocess.crop, precision == "fp16"
         pixels = np.random.default_rng(0).integers(0, 256, (size, side, side, 3), np.uint8)
-        tried = (
-            Cuda(half=half),
-            Cuda(half=half, nhwc=not half),
-            Cuda(half=half, search="HEURISTIC"),
-            Cuda(half=half, tf32=True),
-        )
+        usual = Cuda(half=half)
+        tried = (usual, replace(usual, nhwc=not half), replace(usual, search="HEURISTIC"), replace(usual, tf32=True))
         bench.row(precision, *(rate_of(bench.embedder(file, facts, size, cuda=c), pixels, bench.given.seconds) for c in tried))
 
 

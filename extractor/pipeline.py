@@ -32,7 +32,6 @@ from store.writer import CacheWriter, open_writer
 from .backbones import Backbone
 from .cuda import Cuda
 from .files import Files
-from .onnxfile import BackboneFacts
 from .prepare import fingerprints, library_versions, prepare_backbone
 from .preprocess import Preprocess
 from .progress import Progress, StopFlag, stop_on_signal
@@ -64,6 +63,8 @@ class Options:
         limit: only so many inputs, chosen by hash rank.
         overwrite: start a new cache in place of an old one.
         quiet: no progress line.
+        precision: ``fp32``, or ``fp16`` on a GPU.
+        tf32: let a GPU round the products of float32 to 10 bits, for speed.
     """
 
     device: str = "auto"
@@ -80,6 +81,8 @@ class Options:
     limit: int | None = None
     overwrite: bool = False
     quiet: bool = False
+    precision: str = "fp32"
+    tf32: bool = False
 
     def budget(self, inputs: int) -> int:
         """How many inputs may fail."""
@@ -202,11 +205,13 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
     budget = options.budget(len(samples))
     _check_splits_possible(samples, options, source.task)
     device = resolve_device(options.device)
+    _check_for_gpu(options.precision, device, tf32=options.tf32)
     with open_writer(cache) as writer, stop_on_signal() as stop:
-        facts, notes = prepare_backbone(writer, backbone, overwrite=options.overwrite, stop=stop)
+        half = options.precision == "fp16"
+        facts, notes = prepare_backbone(writer, backbone, overwrite=options.overwrite, stop=stop, half=half)
         # The session proves the device before any image is read.
-        _check_precision(facts, device)
-        cuda = Cuda(half=facts.precision == "fp16")
+        _check_for_gpu(facts.precision, device)  # the file may say so itself
+        cuda = Cuda(tf32=options.tf32, half=facts.precision == "fp16")
         embedder = Embedder(
             cache / "backbone.onnx",
             facts.preprocess,
@@ -215,7 +220,7 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
             outputs=facts.outputs,
             cuda=cuda,
         )
-        sets = fingerprints(facts, embedder.provider, options.storage)
+        sets = fingerprints(facts, embedder.provider, options.storage, tf32=options.tf32)
         writer.begin(*sets, facts={**notes, "versions": library_versions()})
         _check_disk(cache, len(samples) * sum(embedder.dims) * (4 if options.storage == "float32" else 2))
 
@@ -480,11 +485,12 @@ def _check_splits_possible(samples: Sequence[Sample], options: Options, task: Ta
     assign_splits(rows, val=options.val_fraction, test=options.test_fraction, seed=options.seed, stratify=stratify)
 
 
-def _check_precision(facts: BackboneFacts, device: str) -> None:
-    """Refuse float16 on a CPU, which computes it in float32 with a cast before and after: no faster, and less exact."""
-    if facts.precision == "fp16" and device == "cpu":
-        message = "float16 is for a GPU, and this is the CPU: use --precision fp32, or --device cuda where there is a card"
-        raise UsageError(message)
+def _check_for_gpu(precision: str, device: str, *, tf32: bool = False) -> None:
+    """Refuse on a CPU what only a GPU gains from: there float16 is float32 with a cast before and after, and TF32 nothing."""
+    for asked, flag in ((precision == "fp16", "--precision fp16"), (tf32, "--tf32")):
+        if asked and device == "cpu":
+            message = f"{flag} is for a GPU, and this is the CPU: leave it out, or pass --device cuda where there is a card"
+            raise UsageError(message)
 
 
 def _check_disk(cache: Path, needed: int) -> None:

@@ -15,6 +15,7 @@ from store.writer import CacheWriter
 
 from .backbones import Backbone
 from .export import export
+from .half import halve
 from .onnxfile import BackboneFacts, data_files, digest, install, read_facts, remove
 from .progress import StopFlag
 from .stated import read_sidecar
@@ -26,7 +27,7 @@ LIBRARIES = ("penult", "torch", "torchvision", "onnx", "onnxruntime-gpu", "onnxr
 
 
 def prepare_backbone(
-    writer: CacheWriter, backbone: Backbone, *, overwrite: bool = False, stop: StopFlag | None = None
+    writer: CacheWriter, backbone: Backbone, *, overwrite: bool = False, stop: StopFlag | None = None, half: bool = False
 ) -> tuple[BackboneFacts, dict[str, Any]]:
     """Put ``backbone.onnx`` into a cache, or recognise that the one there is what is asked for, without importing torch.
 
@@ -46,6 +47,8 @@ def prepare_backbone(
             request |= {"name": "onnx", "sidecar": read_sidecar(file)}
     elif backbone.seed is None:
         request["torchvision"] = version("torchvision")  # it decides what the default weights are
+    if half:
+        request["precision"] = "fp16"
     request = json.loads(json.dumps(request))
     before = {} if overwrite else (writer.meta or {}).get("facts", {})
     if path.is_file() and before.get("request") == request and before.get("backbone_sha256") == _recorded_digest(path, before):
@@ -59,6 +62,8 @@ def prepare_backbone(
     new = path.with_name(".backbone.onnx.tmp")
     try:
         facts = export(backbone, new, stop)
+        if half and facts.precision == "fp32":
+            facts = halve(new, new, facts)
         if overwrite:
             writer.clear()
         _require_match(writer, facts)
@@ -92,13 +97,14 @@ def _require_match(writer: CacheWriter, facts: BackboneFacts) -> None:
     """
     if writer.meta is not None:
         there = [Fingerprint(fields) for fields in all_fingerprints(writer.meta)]
-        now = [Fingerprint({**there[0].fields, **fields}) for fields in facts.fingerprints()]
+        shared = {name: value for name, value in there[0].fields.items() if name != "calibration"} | {"precision": "fp32"}
+        now = [Fingerprint({**shared, **fields}) for fields in facts.fingerprints()]
         require_same(there, now, mine=str(writer.path), theirs="this run")
 
 
-def fingerprints(facts: BackboneFacts, provider: str, storage: str) -> list[Fingerprint]:
+def fingerprints(facts: BackboneFacts, provider: str, storage: str, *, tf32: bool = False) -> list[Fingerprint]:
     """Everything that decides the numbers, for each feature set."""
-    decided = {"precision": "fp32", "provider": provider, "tf32": False, "storage": storage}
+    decided = {"precision": "fp32", "provider": provider, "tf32": tf32, "storage": storage}
     return [Fingerprint({**decided, **fields}) for fields in facts.fingerprints()]
 
 

@@ -21,13 +21,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+from classifiers.logistic import LogisticHead
+from classifiers.predict import Predictor
+from classifiers.train import train_head
 from extractor import cuda, session
+from extractor.backbones import Backbone
 from extractor.cuda import BoundLane, Cuda, engine_folder, load_libraries, pin, prove, providers
 from extractor.onnxfile import read_facts
 from extractor.parity import relative_l2
+from extractor.pipeline import Options, run_extract
 from extractor.session import Embedder, resolve_device
+from extractor.sources import ImageFolder
 from extractor.tuning import tune
-from store.errors import BadDataError, DeviceUnavailableError, UsageError
+from store.cache import FeatureCache
+from store.errors import BadDataError, DeviceUnavailableError, FingerprintMismatchError, UsageError
 
 REPO = Path(__file__).resolve().parent.parent
 CUDA, TENSORRT, CPU = "CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider"
@@ -104,6 +111,11 @@ class FakeRuntime(types.ModuleType):
                 bound[name] = value
 
         class Session:
+            def __new__(cls, model: Any, options: Any = None, providers: Any = (), **_: Any) -> Any:
+                if providers == [CPU]:
+                    return onnxruntime.InferenceSession(model, options, providers=providers)
+                return super().__new__(cls)
+
             def __init__(self, model: Any, options: Any, providers: list[Any], enable_fallback: int = 1) -> None:
                 assert not enable_fallback, "the real one prints to stdout and goes on with the CPU"
                 assert options.get_session_config_entry("session.record_ep_graph_assignment_info") == "1"
@@ -167,6 +179,7 @@ Stage = Callable[..., FakeRuntime]
 @pytest.fixture
 def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Stage:
     import onnxruntime
+    import onnxruntime.transformers.float16  # a part of the real one, for those who import it later
 
     def on(delivered: str, **options: Any) -> FakeRuntime:
         fake = FakeRuntime(onnxruntime, delivered, **options)
@@ -429,6 +442,56 @@ def test_a_network_that_cannot_be_captured_runs_without_a_graph(
 def test_a_graph_is_for_one_lane(backbone_file: Path) -> None:
     with pytest.raises(ValueError, match="one lane"):
         Embedder(backbone_file, device="cuda", cuda=Cuda(graph=True))
+
+
+# --- the whole way -----------------------------------------------------------------------------------------------------
+
+
+def test_float16_is_extracted_on_a_gpu_and_predicted_from_on_a_cpu(
+    dataset: Any, backbone: Backbone, stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = ImageFolder(dataset(tmp_path / "photos", {"ants": 6, "bees": 6}))
+    run_extract(source, backbone, tmp_path / "exact.cache", Options(device="cpu", storage="float32"))
+    fake = stage(CUDA)
+    chosen = Options(device="cuda", precision="fp16", batch_size=4, storage="float32")
+    summary = run_extract(source, backbone, tmp_path / "half.cache", chosen)
+    assert (summary.provider, summary.ok, summary.batch_size, summary.lanes) == ("cuda", 12, 4, 2)
+    assert fake.providers[0][1]["prefer_nhwc"] == "1"
+    cache = FeatureCache(tmp_path / "half.cache")
+    fields = cache.fingerprint.fields
+    assert (fields["precision"], fields["provider"], fields["tf32"]) == ("fp16", "cuda", False)
+    exact = FeatureCache(tmp_path / "exact.cache")
+    worst = relative_l2(cache.subset().X, exact.subset().X).max()
+    assert 0 < worst <= 1e-2
+    assert run_extract(source, backbone, tmp_path / "half.cache", chosen).computed == 0, "the file is made once"
+    before = (tmp_path / "half.cache" / "backbone.onnx").read_bytes()
+    with pytest.raises(FingerprintMismatchError, match="precision"):
+        run_extract(source, backbone, tmp_path / "half.cache", replace(chosen, precision="fp32"))
+    with pytest.raises(FingerprintMismatchError, match="tf32"):
+        run_extract(source, backbone, tmp_path / "half.cache", replace(chosen, tf32=True))
+    assert (tmp_path / "half.cache" / "backbone.onnx").read_bytes() == before
+    train_head(cache, tmp_path / "a.head", LogisticHead())
+    monkeypatch.undo()
+    predictor = Predictor.load(tmp_path / "a.head", device="cpu", workers=1)
+    assert len(list(predictor.predict(sorted((tmp_path / "photos").rglob("*.jpg"))))) == 12
+
+
+@pytest.mark.parametrize(("flag", "option"), [("--precision fp16", {"precision": "fp16"}), ("--tf32", {"tf32": True})])
+def test_what_is_for_a_gpu_is_refused_on_a_cpu(
+    dataset: Any, backbone: Backbone, tmp_path: Path, flag: str, option: dict[str, Any]
+) -> None:
+    source = ImageFolder(dataset(tmp_path / "photos"))
+    with pytest.raises(UsageError, match=f"{flag} is for a GPU, and this is the CPU"):
+        run_extract(source, backbone, tmp_path / "c.cache", Options(device="cpu", **option))
+    assert not (tmp_path / "c.cache").exists()
+
+
+def test_tf32_is_in_the_options_and_the_fingerprint(dataset: Any, backbone: Backbone, stage: Stage, tmp_path: Path) -> None:
+    fake = stage(CUDA)
+    source = ImageFolder(dataset(tmp_path / "photos"))
+    run_extract(source, backbone, tmp_path / "c.cache", Options(device="cuda", tf32=True))
+    assert fake.providers[0][1]["use_tf32"] == "1"
+    assert FeatureCache(tmp_path / "c.cache").fingerprint.fields["tf32"] is True
 
 
 # --- out of memory -----------------------------------------------------------------------------------------------------
