@@ -82,7 +82,11 @@ backbone_options = options(
 )
 run_options = options(
     click.option(
-        "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]|tensorrt[:N]", help="Where to compute."
+        "--device",
+        default="auto",
+        show_default=True,
+        metavar="auto|cpu|cuda[:N]|tensorrt[:N]",
+        help="Where to compute; see docs/gpu.md.",
     ),
     click.option("-b", "--batch-size", default="auto", show_default=True, metavar="N|auto", help="Images per batch."),
     click.option("-j", "--workers", default="auto", show_default=True, metavar="N|auto", help="Decoding threads."),

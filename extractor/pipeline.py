@@ -15,7 +15,7 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,13 @@ from store.writer import CacheWriter, open_writer
 from .backbones import Backbone
 from .cuda import Cuda
 from .files import Files
+from .fleet import Fleet, open_embedder, resolve_devices
 from .prepare import fingerprints, library_versions, prepare_backbone
 from .preprocess import Preprocess
 from .progress import Progress, StopFlag, stop_on_signal
 from .reading import Clock, Outcome, Reader, timed
 from .samples import Sample, Task
-from .session import Embedder, cores, resolve_device
+from .session import Embedder, cores
 from .sources import Source
 from .tuning import tune
 
@@ -51,7 +52,8 @@ class Options:
     """How to extract; the defaults are the command line's.
 
     Attributes:
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``tensorrt``, ``tensorrt:N``.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``tensorrt``, ``tensorrt:N``, or several of one
+            kind with commas, by one process each.
         batch_size: images per inference call; None for what is measured to be fast where there is much to do, see `tuning`.
         workers: decoding threads; None for one per core.
         storage: ``auto`` (float16 where the values fit) or ``float32``.
@@ -204,22 +206,23 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
     samples = limited(source.samples(), options.limit)
     budget = options.budget(len(samples))
     _check_splits_possible(samples, options, source.task)
-    device = resolve_device(options.device)
-    _check_for_gpu(options.precision, device, tf32=options.tf32)
-    with open_writer(cache) as writer, stop_on_signal() as stop:
+    devices = resolve_devices(options.device)
+    _check_for_gpu(options.precision, devices[0], tf32=options.tf32)
+    with open_writer(cache) as writer, stop_on_signal() as stop, ExitStack() as opened:
         half = options.precision == "fp16"
         facts, notes = prepare_backbone(writer, backbone, overwrite=options.overwrite, stop=stop, half=half)
         # The session proves the device before any image is read.
-        _check_for_gpu(facts.precision, device)  # the file may say so itself
+        _check_for_gpu(facts.precision, devices[0])  # the file may say so itself
         cuda = Cuda(tf32=options.tf32, half=facts.precision == "fp16")
-        embedder = Embedder(
+        embedder = open_embedder(
+            devices,
             cache / "backbone.onnx",
             facts.preprocess,
-            device=device,
             batch_size=options.batch_size,
             outputs=facts.outputs,
             cuda=cuda,
         )
+        opened.callback(embedder.close)
         sets = fingerprints(facts, embedder.provider, options.storage, tf32=options.tf32)
         writer.begin(*sets, facts={**notes, "versions": library_versions()})
         _check_disk(cache, len(samples) * sum(embedder.dims) * (4 if options.storage == "float32" else 2))
@@ -367,7 +370,7 @@ class Embedded:
 
 
 def embedded(
-    stream: Iterator[Outcome], embedder: Embedder, progress: Progress, clock: Clock, *, fail_fast: bool = False
+    stream: Iterator[Outcome], embedder: Embedder | Fleet, progress: Progress, clock: Clock, *, fail_fast: bool = False
 ) -> Iterator[Embedded]:
     """Pass what a stream decodes through the backbone, batch after batch; while the lanes compute, the next is gathered.
 

@@ -253,6 +253,10 @@ class Embedder:
             self._shrink(opened, failure)
         return [np.concatenate(column) for column in zip(*rows, strict=True)]
 
+    def close(self) -> None:
+        """End the lanes; batches that have not begun are dropped."""
+        self._pool.shutdown(cancel_futures=True)
+
     def _enter(self) -> _Opened:
         """The session as it is now, which stays open until `_leave`."""
         with self._gate:

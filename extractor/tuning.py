@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 
+from .fleet import Fleet
 from .session import MAX_BATCH, Embedder
 
 log = logging.getLogger("penult.extractor")
@@ -18,7 +19,7 @@ GAIN = 1.03  # a larger batch must be faster by this factor: it costs memory, an
 LARGEST = {"cpu": 32, "cuda": 512}  # TensorRT builds an engine for every size, for minutes: it keeps the default
 
 
-def tune(embedder: Embedder, side: int, images: int) -> dict[int, float]:
+def tune(embedder: Embedder | Fleet, side: int, images: int) -> dict[int, float]:
     """Choose the batch size of an embedder by running it on noise in all its lanes.
 
     On a CPU it goes from the default to half or twice of it, and on as long as that gains: large batches fall out of the
@@ -53,7 +54,7 @@ def tune(embedder: Embedder, side: int, images: int) -> dict[int, float]:
     return rates
 
 
-def _rate(embedder: Embedder, size: int, side: int) -> float:
+def _rate(embedder: Embedder | Fleet, size: int, side: int) -> float:
     """Images per second of batches of one size in all lanes."""
     embedder.batch_size = size
     _seconds(embedder, size, side)  # what is allocated and chosen at the first call
@@ -64,7 +65,7 @@ def _rate(embedder: Embedder, size: int, side: int) -> float:
     return rounds * size * embedder.lanes / spent
 
 
-def _seconds(embedder: Embedder, size: int, side: int) -> float:
+def _seconds(embedder: Embedder | Fleet, size: int, side: int) -> float:
     """How long one batch in every lane takes."""
     pixels = np.random.default_rng(0).integers(0, 256, (size, side, side, 3), np.uint8)
     begin = time.perf_counter()
