@@ -30,9 +30,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from store.errors import DeviceUnavailableError
+from store.errors import DeviceUnavailableError, OutputError
 
 from .graph import WEIGHTED
+from .onnxfile import digest
 
 log = logging.getLogger("penult.extractor")
 
@@ -120,12 +121,19 @@ def engine_folder(model: bytes | Path, cuda: Cuda) -> Path:
 
     ``XDG_CACHE_HOME/penult/tensorrt/DIGEST``. The digest is of what decides the numbers: the graph, which holds weights and
     normalisation, and the precision. TensorRT itself adds its version and the kind of GPU to the names of the files.
+
+    Raises:
+        OutputError: it cannot be made.
     """
-    data = model if isinstance(model, bytes) else model.read_bytes()
-    digest = hashlib.sha256(data + repr((cuda.tf32, cuda.half)).encode()).hexdigest()
+    held = hashlib.sha256(model).hexdigest() if isinstance(model, bytes) else digest(model)
+    name = hashlib.sha256(f"{held} {cuda.tf32} {cuda.half}".encode()).hexdigest()
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = home / "penult" / "tensorrt" / digest[:32]
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = home / "penult" / "tensorrt" / name[:32]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"cannot create {folder} for TensorRT's engines: {error.strerror}; XDG_CACHE_HOME names another place"
+        raise OutputError(message) from error
     return folder
 
 

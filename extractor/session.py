@@ -195,9 +195,9 @@ class Embedder:
             except Exception as error:  # onnxruntime's exceptions have no common public base
                 message = f"{self._model} cannot be run: {_first_line(error)}"
                 raise BadDataError(message) from error
-        said = load_libraries(onnxruntime)
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        wanted = providers(self._device, self._cuda, graph or self._model)
+        wanted = providers(self._device, self._cuda, graph or self._model)  # may set what the libraries read at their start
+        said = load_libraries(onnxruntime)
         try:  # its own fall-back to the CPU would print, and go on
             session = onnxruntime.InferenceSession(graph or str(self._model), options, providers=wanted, enable_fallback=0)
         except Exception as error:

@@ -27,6 +27,7 @@ from classifiers.train import train_head
 from extractor import cuda, session
 from extractor.backbones import Backbone
 from extractor.cuda import BoundLane, Cuda, engine_folder, load_libraries, pin, prove, providers
+from extractor.half import BOUND, COSINE, compare, halve
 from extractor.onnxfile import read_facts
 from extractor.parity import relative_l2
 from extractor.pipeline import Options, run_extract
@@ -34,7 +35,7 @@ from extractor.session import Embedder, resolve_device
 from extractor.sources import ImageFolder
 from extractor.tuning import tune
 from store.cache import FeatureCache
-from store.errors import BadDataError, DeviceUnavailableError, FingerprintMismatchError, UsageError
+from store.errors import BadDataError, DeviceUnavailableError, FingerprintMismatchError, OutputError, UsageError
 
 REPO = Path(__file__).resolve().parent.parent
 CUDA, TENSORRT, CPU = "CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider"
@@ -319,6 +320,17 @@ def test_tensorrt_keeps_engines_under_what_decides_the_numbers(
     assert engine_folder(b"a", Cuda(graph=True)) in names, "how it is launched decides nothing"
 
 
+def test_engines_have_a_place_or_the_message_says_how(
+    backbone_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert engine_folder(backbone_file, Cuda()).is_dir()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(OutputError, match="for TensorRT's engines: Not a directory; XDG_CACHE_HOME names another place"):
+        engine_folder(b"", Cuda())
+
+
 # --- lanes and buffers -------------------------------------------------------------------------------------------------
 
 
@@ -570,6 +582,16 @@ def test_a_real_gpu_agrees_with_the_cpu(backbone_file: Path) -> None:
     found = Embedder(backbone_file, device="cuda", batch_size=4)
     assert found.provider == "cuda"
     assert relative_l2(found(batch(10)), run(backbone_file, batch(10))).max() <= 1e-4
+
+
+@pytest.mark.gpu
+def test_a_real_gpu_in_float16_stays_within_the_bound(backbone_file: Path, tmp_path: Path) -> None:
+    facts = halve(backbone_file, tmp_path / "half.onnx", read_facts(backbone_file))
+    exact = Embedder(backbone_file, facts.preprocess).embed(pixels(40))
+    on_card = Embedder(tmp_path / "half.onnx", facts.preprocess, device="cuda", batch_size=8, cuda=Cuda(half=True))
+    worst, cosine = compare(on_card.embed(pixels(40)), exact)
+    assert worst <= BOUND
+    assert cosine >= COSINE
 
 
 @pytest.mark.gpu
