@@ -34,7 +34,7 @@ from .files import Files
 from .prepare import fingerprints, library_versions, prepare_backbone
 from .preprocess import Preprocess
 from .progress import Progress, StopFlag, stop_on_signal
-from .reading import Clock, Outcome, Reader, timed
+from .reading import Clock, Crew, Outcome, Reader, timed
 from .samples import Sample, Task
 from .session import Embedder, cores, resolve_device
 from .sources import Source
@@ -52,7 +52,7 @@ class Options:
     Attributes:
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
         batch_size: images per inference call; None for what is measured to be fast where there is much to do, see `tuning`.
-        workers: decoding threads; None for one per core.
+        workers: decoding threads; None for as many as are needed, see `reading.Crew`.
         storage: ``auto`` (float16 where the values fit) or ``float32``.
         val_fraction, test_fraction, seed: the split, where the data has none.
         fail_fast: stop at the first input that fails.
@@ -217,8 +217,8 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
         outcomes, todo = plan(samples, before, writer.known, source.files, options)
         if options.batch_size is None:
             tune(embedder, facts.preprocess.crop, len(todo))
-        workers = options.workers or cores()
-        reader = Reader(source.files, facts.preprocess, writer.known, workers, ahead=2 * embedder.batch_size)
+        crew = Crew(options.workers, embedder.provider)
+        reader = Reader(source.files, facts.preprocess, writer.known, crew, ahead=2 * embedder.batch_size)
         clock: Clock = defaultdict(float)
         computed = 0
         with Progress(len(todo), "extract", quiet=options.quiet) as progress, closing(reader.stream(todo, stop)) as stream:
@@ -255,7 +255,7 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
         cache_bytes=sum(path.stat().st_size for path in shard_paths(cache)),
         batch_size=embedder.batch_size,
         lanes=embedder.lanes,
-        workers=workers,
+        workers=crew.size,
         bottleneck=bottleneck(clock, embedder.provider) if computed else "",
         seconds={**{name: round(value, 3) for name, value in clock.items()}, "total": round(time.perf_counter() - started, 3)},
         codes=dict(Counter(row.code for row in rows if row.code)),
@@ -326,7 +326,7 @@ def survey(source: Source, preprocess: Preprocess, options: Options) -> SampleTa
     """Read, hash and decode every input without embedding any: the sample table that `run_extract` would write."""
     samples = limited(source.samples(), options.limit)
     _check_splits_possible(samples, options, source.task)
-    reader = Reader(source.files, preprocess, set(), options.workers or cores())
+    reader = Reader(source.files, preprocess, set(), Crew(options.workers or cores()))
     rows = _fail_copies([outcome.row for outcome in reader.stream(list(enumerate(samples)), StopFlag())], set())
     rows, rule = resolve_splits(rows, options, source.task)
     return SampleTable(rows, _facts(source, rule, rows, options), source.task.targets)
