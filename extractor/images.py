@@ -19,7 +19,7 @@ import warnings
 import zlib
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 
 PIXEL_PATH = "pillow-1"
 # MPO opens as JPEG; naming it here would make Pillow fail with a KeyError on everything it does not know.
@@ -28,7 +28,8 @@ MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs, 0.7 
 MEMORY = 2**30  # bytes of address space that a decode worker may use
 MAX_BYTES = MEMORY // 2  # of a file, which lies there beside its pixels
 HUNGRIEST = 12  # bytes per pixel that libjpeg (progressive) and libwebp use beside Pillow's own, at most
-JPEG_MARKER = re.compile(rb"\xff+([\x02-\xcf\xd9-\xfe])", re.DOTALL)  # begins a segment: neither stuffing nor restart
+# Begins a segment: neither stuffing nor restart. It begins with one byte alone (\xff, not \xff+), which `re` finds 20 times as fast.
+JPEG_MARKER = re.compile(rb"\xff([\x02-\xcf\xd9-\xfe])", re.DOTALL)
 BEGUN = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|....ftypavi[fs]", re.DOTALL)  # was a picture once
 CONVERT = "convert it to JPEG or PNG first"
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heif", b"mif1", b"msf1")
@@ -144,7 +145,10 @@ def _damage(image_format: str, data: bytes) -> str:
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(image)
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+        return (
+            ImageOps.exif_transpose(image) if turned else image
+        )  # it would copy it, which costs as much as a fifth of decoding
     except Exception:  # a broken tag says nothing about the pixels, which did load
         return image
 
