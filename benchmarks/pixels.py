@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import os
 import platform
 import statistics
@@ -118,17 +119,19 @@ def costs(files: Sequence[bytes], preprocess: Preprocess, repeats: int) -> dict[
     """CPU milliseconds per image of each path, and its time over the reference's: median, lowest to highest."""
     paths = {name: replace(preprocess, pixel_path=name) for name in PIXEL_PATHS}
     times: dict[str, list[float]] = {name: [] for name in paths}
-    for _ in range(repeats):  # interleaved: what the machine does besides hits all of them
-        for name, path in paths.items():
+    for _ in range(repeats):
+        spent = dict.fromkeys(paths, 0.0)
+        for data, (name, path) in itertools.product(files, paths.items()):  # interleaved: load of the machine hits all of them
             begin = time.process_time()
-            for data in files:
-                path.read(data)
-            times[name].append((time.process_time() - begin) / len(files) * 1000)
+            path.read(data)
+            spent[name] += time.process_time() - begin
+        for name, seconds in spent.items():
+            times[name].append(seconds / len(files) * 1000)
     found = {}
-    for name, spent in times.items():
-        ratios = sorted(a / b for a, b in zip(spent, times[REFERENCE], strict=True))
+    for name, each in times.items():
+        ratios = sorted(a / b for a, b in zip(each, times[REFERENCE], strict=True))
         spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-        found[name] = (statistics.median(spent), "1" if name == REFERENCE else spread)
+        found[name] = (statistics.median(each), "1" if name == REFERENCE else spread)
     return found
 
 
