@@ -51,6 +51,11 @@ weights_options = options(
     click.option("--preset", metavar="NAME", help="Torchvision weights whose preprocessing a .pth file goes with."),
     click.option("--resize", type=click.IntRange(1), help="Shorter side after resizing, pixels (the preset's)."),
     click.option("--crop", type=click.IntRange(1), help="Side of the centred crop, pixels (the preset's)."),
+    click.option(
+        "--pixel-path",
+        type=click.Choice(["pillow", "pillow-crop", "pillow-draft"]),
+        help="How files become pixels; pillow, the reference, by default. The others are faster and not quite equal.",
+    ),
 )
 layer_options = options(
     click.option(
@@ -833,7 +838,7 @@ def print_drift(drift: Any, *, as_json: bool) -> None:
 def backbone_from(given: dict[str, Any]) -> Backbone:
     from extractor.backbones import Backbone
 
-    stated = {name: given.get(name) for name in ("interpolation", "channels", "layout", "pooling")}
+    stated = {name: given.get(name) for name in ("interpolation", "channels", "layout", "pooling", "pixel_path")}
     return Backbone(
         given["backbone"],
         given["weights"],

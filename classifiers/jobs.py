@@ -55,6 +55,7 @@ class BackboneSection(_Section):
     channels: str | None = Field(None, pattern="^(rgb|bgr)$")
     squash: bool | None = None
     layout: str | None = Field(None, pattern="^(nchw|nhwc)$")
+    pixel_path: Literal["pillow", "pillow-crop", "pillow-draft"] | None = None
 
     @field_validator("mean", "std", mode="before")
     @classmethod
