@@ -150,10 +150,10 @@ class Summary:
 
 ADVICE_SECONDS = 20.0  # nobody minds what took less
 ADVICE = {
-    ("decoding", "cpu"): "more cores, or smaller photos",
-    ("decoding", "cuda"): "the GPU waited for images: more cores and --workers, or smaller photos",
-    ("backbone", "cpu"): "a smaller network, or a GPU",
-    ("backbone", "cuda"): "a smaller network",
+    ("decoding", "cpu"): "more cores, smaller photos, or another --pixel-path would help",
+    ("decoding", "cuda"): "the GPU waited for images; more cores, smaller photos, or another --pixel-path would help",
+    ("backbone", "cpu"): "--precision int8, a smaller network or a GPU would help",
+    ("backbone", "cuda"): "--precision fp16 or a smaller network would help",
     ("writing", "cpu"): "the disk of the cache is slow",
     ("writing", "cuda"): "the disk of the cache is slow",
 }
