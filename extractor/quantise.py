@@ -38,10 +38,10 @@ OPERATORS = ("Conv", "Gemm", "MatMul", "Add", "Mul", "Relu", "Clip", "MaxPool", 
 OF_TRANSFORMERS = ("Conv", "Gemm", "MatMul")
 OPSET = 13  # the first with scales per channel
 HISTOGRAM_IMAGES, HISTOGRAM_VALUES = 64, 65536  # of each tensor, so that a large network takes seconds
-FLOAT_LAYERS = 4  # at most so many layers at the input are kept in float
+FLOAT_LAYERS = (0, 1, 2, 4, 8)  # so many at the input, less than half of all; what is lost there is lost for all that follows
 COMPARED = 64  # images that methods are compared on
 BOUND = 0.99  # CONTRACTS, "int8 vs fp32 on CPU": cosine of every row
-ENOUGH = 0.995  # images to come may do worse than those that were judged; and layers in float cost time
+ENOUGH = 0.997  # images to come may do worse than those that were judged; and layers in float cost time
 
 Pixels = NDArray[np.uint8]
 Features = list[NDArray[np.float32]]
@@ -68,7 +68,8 @@ def quantise(
     """Write the int8 form of a float backbone, after trying methods and layers kept in float.
 
     Methods are compared by the mean cosine between float and int8 features, which varies least from one set of images to the
-    next. Then layers at the input stay in float, one more at a time, until every judged image is above `ENOUGH`.
+    next. Then more and more layers at the input stay in float, and at last the final one, until every judged image is above
+    `ENOUGH`.
 
     Args:
         source: the float ONNX file.
@@ -96,7 +97,7 @@ def quantise(
             checkpoint()
             candidate = network.candidate(ranges(observed, method), floats)
             rounded = embed(candidate, facts, judge[:images], checkpoint)
-            cosine = cosines([each[:images] for each in exact], rounded)
+            cosine = cosines([each[: len(rounded[0])] for each in exact], rounded)
             found = {"method": method, "float_layers": list(floats), **summary(cosine)}
             tried.append(found)
             log.debug("int8 by %(method)s, %(float_layers)s in float: cosine %(min).5f to float, mean %(mean).5f", found)
@@ -104,7 +105,7 @@ def quantise(
 
         compared = [attempt(method, (), COMPARED) for method in METHODS]
         method = max(compared, key=lambda found: float(found["mean"]))["method"]
-        fronts = [network.weighted[:n] for n in range(min(FLOAT_LAYERS, len(network.weighted) - 1) + 1)]
+        fronts = [network.weighted[:n] for n in FLOAT_LAYERS if 2 * n < len(network.weighted)]
         best: dict[str, Any] = {}
         for floats in [*fronts, [*fronts[-1], network.weighted[-1]]]:
             found = attempt(method, floats, len(judge))
