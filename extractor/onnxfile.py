@@ -59,7 +59,7 @@ class BackboneFacts:
         source: where the weights came from, for people.
         precision: ``fp32``, or ``int8`` where `quantise` made it.
         calibration: how it was quantised: ``sha256`` of what decided the numbers, method, layers kept in float, number of
-            images, cosine between int8 and float features, everything that was tried. Empty for fp32.
+            images and digest of their pixels, cosine between int8 and float features, all that was tried. Empty for fp32.
     """
 
     name: str

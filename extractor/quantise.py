@@ -38,9 +38,10 @@ OPERATORS = ("Conv", "Gemm", "MatMul", "Add", "Mul", "Relu", "Clip", "MaxPool", 
 OF_TRANSFORMERS = ("Conv", "Gemm", "MatMul")
 OPSET = 13  # the first with scales per channel
 HISTOGRAM_IMAGES, HISTOGRAM_VALUES = 64, 65536  # of each tensor, so that a large network takes seconds
-FLOAT_LAYERS = (0, 1, 2, 4, 8)  # so many at the input, less than half of all; what is lost there is lost for all that follows
+FLOAT_LAYERS = (1, 2, 4, 8)  # so many at the input, less than half of all; what is lost there is lost for all that follows
 COMPARED = 64  # images that methods are compared on
 BOUND = 0.99  # CONTRACTS, "int8 vs fp32 on CPU": cosine of every row
+PAYS = 0.9  # of the worst error is what layers in float must bring it down to
 ENOUGH = 0.997  # images to come may do worse than those that were judged; and layers in float cost time
 
 Pixels = NDArray[np.uint8]
@@ -68,7 +69,7 @@ def quantise(
     """Write the int8 form of a float backbone, after trying methods and layers kept in float.
 
     Methods are compared by the mean cosine between float and int8 features, which varies least from one set of images to the
-    next. Then more and more layers at the input stay in float, and at last the final one, until every judged image is above
+    next. Then the last layer, and more and more at the input, stay in float where that pays, until every judged image is above
     `ENOUGH`.
 
     Args:
@@ -105,14 +106,15 @@ def quantise(
 
         compared = [attempt(method, (), COMPARED) for method in METHODS]
         method = max(compared, key=lambda found: float(found["mean"]))["method"]
-        fronts = [network.weighted[:n] for n in FLOAT_LAYERS if 2 * n < len(network.weighted)]
-        best: dict[str, Any] = {}
-        for floats in [*fronts, [*fronts[-1], network.weighted[-1]]]:
-            found = attempt(method, floats, len(judge))
-            if not best or found["min"] > best["min"]:
-                best = found
+        best = attempt(method, (), len(judge))
+        tail: list[str] = []
+        for floats in [network.weighted[-1:], *(network.weighted[:n] for n in FLOAT_LAYERS if 2 * n < len(network.weighted))]:
             if best["min"] >= ENOUGH:
                 break
+            found = attempt(method, [*floats, *tail], len(judge))
+            if 1 - found["min"] < PAYS * (1 - best["min"]):
+                best = found
+                tail = tail or (floats if floats == network.weighted[-1:] else [])
         if best["min"] < BOUND:
             raise _refusal(facts, best, tried)
         settled = ranges(observed, method)
@@ -126,6 +128,7 @@ def quantise(
             "sha256": hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest(),
             **{key: best[key] for key in ("method", "float_layers", "min", "p1", "mean")},
             "images": len(calibrate),
+            "pixels_sha256": hashlib.sha256(calibrate.tobytes()).hexdigest(),
             "judged": len(judge),
             "tried": tried,
             "onnxruntime": onnxruntime.__version__,

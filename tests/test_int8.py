@@ -395,3 +395,19 @@ def test_a_cpu_whose_8_bit_sums_overflow_gets_exact_kernels(network: Path, monke
     monkeypatch.setattr(session, "_int8_saturates", lambda: True)
     there = session.Embedder(tmp_path / "int8.onnx")(pixels)
     np.testing.assert_allclose(there, here, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.assets
+def test_imagenet_features_of_real_photos(assets: Path, tmp_path: Path) -> None:
+    network = Backbone("mobilenet_v2", str(assets / "weights/mobilenet_v2-imagenet.pth"), "IMAGENET1K_V1")
+    run_extract(ImageFolder(assets / "data/hymenoptera"), network, tmp_path / "cache", INT8)
+    cache = FeatureCache(tmp_path / "cache")
+    found = cache.meta["facts"]["calibration"]
+    assert found["min"] >= 0.995
+    assert found["mean"] >= 0.998
+    assert found["mean"] > max(each["mean"] for each in found["tried"] if each["method"] == "min-max")
+    bundle = train_head(cache, tmp_path / "ants.head", make_head("logistic"))
+    assert bundle.metrics is not None
+    assert bundle.metrics["accuracy"] >= 0.95
+    assert bundle.rounding is not None
+    assert bundle.rounding["int8"] >= bundle.rounding["fp32"] - 0.005
