@@ -107,14 +107,16 @@ def quantise(
         compared = [attempt(method, (), COMPARED) for method in METHODS]
         method = max(compared, key=lambda found: float(found["mean"]))["method"]
         best = attempt(method, (), len(judge))
+        fronts = [network.weighted[:n] for n in FLOAT_LAYERS if 2 * n < len(network.weighted)]
+        last = network.weighted[1:][-1:]
         tail: list[str] = []
-        for floats in [network.weighted[-1:], *(network.weighted[:n] for n in FLOAT_LAYERS if 2 * n < len(network.weighted))]:
+        for floats in [last, *fronts] if last else []:
             if best["min"] >= ENOUGH:
                 break
             found = attempt(method, [*floats, *tail], len(judge))
             if 1 - found["min"] < PAYS * (1 - best["min"]):
                 best = found
-                tail = tail or (floats if floats == network.weighted[-1:] else [])
+                tail = last if floats is last else tail
         if best["min"] < BOUND:
             raise _refusal(facts, best, tried)
         settled = ranges(observed, method)
