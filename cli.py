@@ -342,6 +342,13 @@ def weights_list(*, as_json: bool) -> None:
 @click.option(
     "--max-failures", default="1%", show_default=True, metavar="N|P%", help="How many may fail; a share is at least 3."
 )
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "int8"]),
+    default="fp32",
+    show_default=True,
+    help="int8 is faster on a CPU; it is calibrated once, on training images, and refused where it is too coarse.",
+)
 @click.option("--retry-failed", is_flag=True, help="Try recorded failures again.")
 @click.option("--verify-content", is_flag=True, help="Read every file, even if size, time and inode are unchanged.")
 @observing_options
@@ -369,7 +376,9 @@ def extract(data: Path, output: Path, *, as_json: bool, **given: Any) -> int:
         quiet=is_quiet(),
         **{
             key: given[key]
-            for key in ("storage", "seed", "max_failures", "retry_failed", "verify_content", "limit", "overwrite")
+            for key in (
+                *("storage", "seed", "max_failures", "retry_failed", "verify_content", "limit", "overwrite", "precision"),
+            )
         },
     )
     if given["dry_run"]:
@@ -413,6 +422,8 @@ def info(cache: Path, layer: str | None, *, as_json: bool) -> None:
     made = facts["facts"]
     if "weights" in made:
         click.echo(", ".join(filter(None, [f"weights {made['weights']}", made.get("source")])))
+    if "calibration" in made:
+        click.echo(calibration_text(made["calibration"]))
     for name, target in facts["targets"].items():
         click.echo(f"target {name}: {target['given']} given, {target['min']} to {target['max']}")
     if facts["failures"]:
@@ -856,6 +867,13 @@ def backbone_from(given: dict[str, Any]) -> Backbone:
 
 def runtime(given: dict[str, Any]) -> dict[str, Any]:
     return {"device": given["device"], **sizes(given)}
+
+
+def calibration_text(found: dict[str, Any]) -> str:
+    return (
+        f"int8 by {found['method']}, {len(found['float_layers'])} layer(s) in float, calibrated on {found['images']} training "
+        f"images; cosine to float on {found['judged']} others: {found['min']:.4f} at worst, {found['mean']:.4f} on average"
+    )
 
 
 def shape_text(shape: Sequence[int]) -> str:

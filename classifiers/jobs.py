@@ -67,6 +67,7 @@ class ExtractSection(_Section):
     device: str = "auto"
     batch_size: int | None = Field(None, ge=1, le=MAX_BATCH)
     workers: int | None = Field(None, ge=1, le=MAX_WORKERS)
+    precision: Literal["fp32", "int8"] = "fp32"
     storage: Literal["auto", "float32"] = "auto"
     val_fraction: float = Field(0.2, ge=0, lt=1)
     test_fraction: float = Field(0.2, ge=0, lt=1)

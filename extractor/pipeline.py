@@ -30,6 +30,7 @@ from store.splits import require_sizes, rule_text, split_names, untrained_labels
 from store.writer import CacheWriter, open_writer
 
 from .backbones import Backbone
+from .calibration import Calibrator, count_moved
 from .files import Files
 from .prepare import fingerprints, library_versions, prepare_backbone
 from .preprocess import Preprocess
@@ -61,6 +62,7 @@ class Options:
         verify_content: read and hash files even where size, time and inode are unchanged.
         limit: only so many inputs, chosen by hash rank.
         overwrite: start a new cache in place of an old one.
+        precision: ``fp32``, or ``int8`` (on the CPU, calibrated once on training images).
         quiet: no progress line.
     """
 
@@ -78,6 +80,7 @@ class Options:
     limit: int | None = None
     overwrite: bool = False
     quiet: bool = False
+    precision: str = "fp32"
 
     def budget(self, inputs: int) -> int:
         """How many inputs may fail."""
@@ -198,9 +201,11 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
     samples = limited(source.samples(), options.limit)
     budget = options.budget(len(samples))
     _check_splits_possible(samples, options, source.task)
-    device = resolve_device(options.device)
+    device = resolve_device(_device(options))
     with open_writer(cache) as writer, stop_on_signal() as stop:
-        facts, notes = prepare_backbone(writer, backbone, overwrite=options.overwrite, stop=stop)
+        division = (options.val_fraction, options.test_fraction, options.seed)
+        calibrator = Calibrator(source, samples, *division, options.workers, stop) if options.precision == "int8" else None
+        facts, notes = prepare_backbone(writer, backbone, overwrite=options.overwrite, stop=stop, quantise=calibrator)
         # The session proves the device before any image is read.
         embedder = Embedder(
             cache / "backbone.onnx", facts.preprocess, device=device, batch_size=options.batch_size, outputs=facts.outputs
@@ -240,6 +245,8 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
         failed = sum(not row.ok for row in rows)
         rows, rule = resolve_splits(rows, options, source.task)
         _say_splits(before, rows, rule, source.task)
+        if facts.calibration and (moved := count_moved(cache, rows)):
+            log.warning("%d images that int8 was calibrated on are in 'val' or 'test' now; --overwrite calibrates again", moved)
         working = sum(clock[name] for name in ("wait", "embed", "settle"))
         spent = (before.facts.get("extract_seconds", 0.0) if before else 0.0) + (working if computed else 0)
         facts_now = {**_facts(source, rule, rows, options), "extract_seconds": round(spent, 3)}
@@ -468,6 +475,20 @@ def _check_splits_possible(samples: Sequence[Sample], options: Options, task: Ta
         return
     rows = [Row(s.path, s.label, None, s.group, sha256=s.path) for s in samples]  # as if no two were copies
     assign_splits(rows, val=options.val_fraction, test=options.test_fraction, seed=options.seed, stratify=stratify)
+
+
+def _device(options: Options) -> str:
+    """Where to compute.
+
+    Raises:
+        UsageError: int8 on a GPU, whose kernels would give other numbers, and slower than float16.
+    """
+    if options.precision != "int8":
+        return options.device
+    if options.device not in ("auto", "cpu"):
+        message = f"--precision int8 is for the CPU, not for --device {options.device}; leave one of them out"
+        raise UsageError(message)
+    return "cpu"
 
 
 def _check_disk(cache: Path, needed: int) -> None:
