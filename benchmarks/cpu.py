@@ -111,7 +111,7 @@ def thingsvision(name: str, photos: str, batch: int) -> dict[str, Any]:
 
 def penult(model: str, photos: str, scratch: str, sink: str = "hdf5", **options: Any) -> dict[str, Any]:
     """A whole `run_extract` into an empty cache."""
-    from extractor import tuning
+    from extractor import quantise, tuning
     from extractor.backbones import Backbone
     from extractor.pipeline import Options, run_extract
     from extractor.sources import ImageFolder
@@ -121,6 +121,7 @@ def penult(model: str, photos: str, scratch: str, sink: str = "hdf5", **options:
         tuning.ROUNDS, tuning.WORTH = 0, 0.0
     elif options.get("batch_size") is None:
         tuning.WORTH = float("inf")  # a benchmark is not long enough to be tuned, however slow the machine is
+    quantise.BOUND = -1.0  # weights are random here: they decide what int8 keeps, not how fast it is
     cache = Path(scratch) / f"{Path(model).stem}-{options.get('precision', 'fp32')}.cache"
     quiet = partial(Options, val_fraction=0, test_fraction=0, quiet=True)
     if not cache.exists():  # the first run puts the backbone there, and where asked for calibrates it
