@@ -29,8 +29,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
-from benchmarks.cpu import make_photos
 from extractor.backbones import Backbone, load
 from extractor.cuda import Cuda, split_device
 from extractor.export import export
@@ -38,7 +38,7 @@ from extractor.half import compare, halve
 from extractor.onnxfile import BackboneFacts, read_facts
 from extractor.pipeline import Options, run_extract
 from extractor.progress import StopFlag
-from extractor.reading import Reader
+from extractor.reading import Crew, Reader
 from extractor.session import Embedder, cores
 from extractor.sources import ImageFolder
 
@@ -244,6 +244,17 @@ def settings(bench: Bench, files: dict[str, Path]) -> None:
 # --- decoding and the whole way ----------------------------------------------------------------------------------------
 
 
+def make_photos(folder: Path, count: int) -> Path:
+    """Distinct 500 x 375 JPEG files of about 40 kB: smooth colour, texture and noise."""
+    rng = np.random.default_rng(0)
+    (folder / "all").mkdir(parents=True)
+    for i in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize((500, 375), Image.Resampling.BICUBIC)
+        noisy = np.asarray(coarse).astype(np.int16) + rng.integers(-12, 13, (375, 500, 3))
+        Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).save(folder / "all" / f"{i:05d}.jpg", quality=85)
+    return folder
+
+
 def decoding(bench: Bench, facts: BackboneFacts, photos: Path) -> float:
     """Images per second without a backbone, for 1, 2, 4 .. workers up to the cores; gives the best."""
     bench.say("", "### Decoding alone, images/s")
@@ -256,7 +267,7 @@ def decoding(bench: Bench, facts: BackboneFacts, photos: Path) -> float:
         workers *= 2
     for count in [*counts, cores()]:
         begin = time.perf_counter()
-        reader = Reader(source.files, facts.preprocess, set(), count)
+        reader = Reader(source.files, facts.preprocess, set(), Crew(count))
         done = sum(outcome.decoded for outcome in reader.stream(todo, StopFlag()))
         rate = done / (time.perf_counter() - begin)
         best = max(best, rate)
@@ -313,7 +324,7 @@ def fidelity(bench: Bench, files: dict[str, Path], photos: Path, count: int) -> 
     """Features on the device against float32 on the CPU (CONTRACTS 8), on photos."""
     facts = read_facts(files["fp32"])
     source = ImageFolder(photos)
-    reader = Reader(source.files, facts.preprocess, set(), cores())
+    reader = Reader(source.files, facts.preprocess, set(), Crew(cores()))
     outcomes = reader.stream(list(enumerate(source.everything()[:count])), StopFlag())
     pixels = np.stack([outcome.pixels for outcome in outcomes if outcome.pixels is not None])
     exact = Embedder(files["fp32"], facts.preprocess, device="cpu").embed(pixels)

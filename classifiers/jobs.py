@@ -55,6 +55,7 @@ class BackboneSection(_Section):
     channels: str | None = Field(None, pattern="^(rgb|bgr)$")
     squash: bool | None = None
     layout: str | None = Field(None, pattern="^(nchw|nhwc)$")
+    pixel_path: Literal["pillow", "pillow-crop", "pillow-draft"] | None = None
 
     @field_validator("mean", "std", mode="before")
     @classmethod
@@ -66,7 +67,7 @@ class ExtractSection(_Section):
     device: str = "auto"
     batch_size: int | None = Field(None, ge=1, le=MAX_BATCH)
     workers: int | None = Field(None, ge=1, le=MAX_WORKERS)
-    precision: Literal["fp32", "fp16"] = "fp32"
+    precision: Literal["fp32", "fp16", "int8"] = "fp32"
     tf32: bool = False
     storage: Literal["auto", "float32"] = "auto"
     val_fraction: float = Field(0.2, ge=0, lt=1)

@@ -198,6 +198,11 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def _problem(self, X: NDArray[np.float32], targets: NDArray[np.intp]) -> _Problem:
         return _Problem(X, targets, [str(label) for label in self.classes_], self.max_iter)
 
+    def again(self, X: NDArray[np.float32], targets: NDArray[np.intp], classes: list[str]) -> DenseHead:
+        """A head on other rows ``(n, d)`` with what was chosen here, without choosing again."""
+        with threadpool_limits(1 if X.size < SMALL else None):
+            return _Problem(X, targets, classes, self.max_iter).fit(self.C_)[0]
+
     def decision_function(self, X: ArrayLike) -> NDArray[np.float32]:
         """Logits ``(n, k)``; for two classes ``(n,)``, positive for the second."""
         check_is_fitted(self)

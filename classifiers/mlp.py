@@ -127,6 +127,7 @@ class MlpHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         targets: NDArray[np.intp],
         held: tuple[NDArray[np.float32], NDArray[np.intp]] | None,
         epochs: int,
+        classes: list[str] | None = None,
     ) -> DenseHead:
         """Train for so many epochs, or with held-out rows until they get no better; then the best epoch is what returns."""
         import torch
@@ -144,7 +145,7 @@ class MlpHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             for i, (width, following) in enumerate(itertools.pairwise(sizes)):
                 blocks += [nn.Dropout(self.dropout)] if i else []
                 blocks += [nn.Linear(width, following), nn.ReLU()]
-            network = nn.Sequential(*blocks, nn.Dropout(self.dropout), nn.Linear(sizes[-1], len(self.classes_)))
+            network = nn.Sequential(*blocks, nn.Dropout(self.dropout), nn.Linear(sizes[-1], len(classes or self.classes_)))
             optimiser = torch.optim.AdamW(network.parameters(), lr=self.lr, weight_decay=self.weight_decay)
             criterion = nn.CrossEntropyLoss()
             inputs, truth = standardised(X), torch.from_numpy(targets)
@@ -176,7 +177,11 @@ class MlpHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 if waited >= self.patience:
                     break
             layers = best if held else self._arrays(network)
-        return DenseHead(mean, scale, layers, [str(label) for label in self.classes_])
+        return DenseHead(mean, scale, layers, classes or [str(label) for label in self.classes_])
+
+    def again(self, X: NDArray[np.float32], targets: NDArray[np.intp], classes: list[str]) -> DenseHead:
+        """A head on other rows ``(n, d)`` with what was chosen here, without choosing again."""
+        return self._train(X, targets, None, self.best_epoch_, classes)
 
     @staticmethod
     def _arrays(network: Any) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:

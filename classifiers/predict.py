@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,14 +20,16 @@ from extractor.files import Files, FolderFiles
 from extractor.images import ImageError
 from extractor.preprocess import Preprocess
 from extractor.progress import StopFlag
-from extractor.reading import ahead
-from extractor.session import Embedder, cores, resolve_device
+from extractor.reading import Crew, ahead
+from extractor.session import Embedder, resolve_device
 from extractor.sources import ImageFolder, refuse_ours
 from store.errors import InputMissingError, UsageError
 from store.samples import display
 from store.shard import as_stored
 
 from .bundle import Bundle, head_function
+
+_Read = tuple[bytes, NDArray[np.uint8] | ImageError]  # a path, and what came of it
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Predictor:
         storage: how features were rounded in the cache that the head was trained on.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
         batch_size: images per call of the backbone; None for the device's default.
-        workers: decoding threads; None for the number of cores.
+        workers: decoding threads; None for as many as are needed.
         output: of the backbone's graph, where it has several.
         cuda: how a GPU computes; as it did for the cache.
     """
@@ -84,8 +88,7 @@ class Predictor:
         self.classes = list(classes)
         self._backbone, self._preprocess, self._head, self._storage = backbone, preprocess, head, storage
         self._device, self._batch_size, self._output = device, batch_size, output
-        self._cuda = cuda
-        self._workers = workers or cores()
+        self._workers, self._cuda = workers, cuda
 
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> Self:
@@ -115,16 +118,25 @@ class Predictor:
         """
         size, decoder = self.embedder.batch_size, Decoder(self._preprocess)
         read = partial(self._pixels, files or FolderFiles(), decoder)
-        for batch in _batches(ahead(read, map(os.fsencode, paths), self._workers, StopFlag(), decoder), size):
+        flying: deque[tuple[list[_Read], Future[list[NDArray[np.float32]]] | None]] = deque()
+        crew = Crew(self._workers, self.embedder.provider)
+        for batch in _batches(ahead(read, map(os.fsencode, paths), crew, StopFlag(), decoder), size):
             good = [pixels for _, pixels in batch if isinstance(pixels, np.ndarray)]
-            rows = iter(self._probabilities(np.stack(good)) if good else ())
-            for path, pixels in batch:
-                if isinstance(pixels, ImageError):
-                    yield Prediction(path, code=pixels.code, message=str(pixels))
-                    continue
-                row: NDArray[np.float32] = next(rows)
-                best = int(row.argmax())
-                yield Prediction(path, self.classes[best], float(row[best]), row)
+            flying.append((batch, self.embedder.submit(np.stack(good)) if good else None))
+            if len(flying) > self.embedder.lanes:
+                yield from self._decided(*flying.popleft())
+        while flying:
+            yield from self._decided(*flying.popleft())
+
+    def _decided(self, batch: list[_Read], features: Future[list[NDArray[np.float32]]] | None) -> Iterator[Prediction]:
+        rows = iter(self._head(as_stored(features.result()[0], self._storage)) if features else ())
+        for path, pixels in batch:
+            if isinstance(pixels, ImageError):
+                yield Prediction(path, code=pixels.code, message=str(pixels))
+                continue
+            row: NDArray[np.float32] = next(rows)
+            best = int(row.argmax())
+            yield Prediction(path, self.classes[best], float(row[best]), row)
 
     @cached_property
     def embedder(self) -> Embedder:
@@ -138,15 +150,11 @@ class Predictor:
             cuda=self._cuda,
         )
 
-    def _pixels(self, files: Files, decoder: Decoder, path: bytes) -> tuple[bytes, NDArray[np.uint8] | ImageError]:
+    def _pixels(self, files: Files, decoder: Decoder, path: bytes) -> _Read:
         try:
             return path, decoder(files.read(path)[0])
         except ImageError as error:
             return path, error
-
-    def _probabilities(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        features = self.embedder(pixels)
-        return self._head(as_stored(features, self._storage))
 
 
 def list_images(inputs: Sequence[str | Path]) -> list[bytes]:
@@ -173,7 +181,7 @@ def list_images(inputs: Sequence[str | Path]) -> list[bytes]:
     return found
 
 
-def _batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+def _batches(items: Iterator[_Read], size: int) -> Iterator[list[_Read]]:
     batch = []
     for item in items:
         batch.append(item)

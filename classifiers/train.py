@@ -33,6 +33,7 @@ from .finetune import FineTuneOptions, finetune
 from .heldout import Roles, as_predictions, assign_roles, inner_validation, predict_held_out
 from .leaks import Leak, LeakReport, conflicting_labels, guard, near_copies
 from .predict import Predictor
+from .rounding import judge_rounding
 
 log = logging.getLogger("penult.classifiers")
 
@@ -82,7 +83,7 @@ def train_head(
         overwrite: replace an existing bundle.
 
     Raises:
-        BadDataError: the data cannot be trained on; says why.
+        BadDataError: the data cannot be trained on, or int8 features cost too much accuracy; says why.
         OutputExistsError: the bundle exists.
     """
     refuse_existing(out, overwrite=overwrite)
@@ -97,6 +98,7 @@ def train_head(
     begin = time.perf_counter()
     head.fit(train.X, train.y, validation=(choose.X, choose.y) if choose else None, groups=train.groups)
     seconds = time.perf_counter() - begin
+    rounding = judge_rounding(cache, head, roles.fit)
     if not head.history_:
         roles.facts["chosen_on"] = None
     return save_head(
@@ -109,6 +111,7 @@ def train_head(
         seconds=seconds,
         origin=origin,
         leaks=found,
+        rounding=rounding,
         overwrite=overwrite,
     )
 
@@ -161,6 +164,7 @@ def save_head(
     seconds: float = 0.0,
     origin: str = "",
     leaks: LeakReport | None = None,
+    rounding: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Bundle:
     """Save a fitted head as a bundle.
@@ -174,6 +178,7 @@ def save_head(
         split: facts about the split.
         seconds: training time.
         leaks: what was found on both sides of the split.
+        rounding: what `judge_rounding` found, of an int8 cache.
         origin: what `made_from` says, if a later run shall recognise this one.
         overwrite: replace an existing bundle.
     """
@@ -206,6 +211,7 @@ def save_head(
         history=list(head.history_),
         made_from=origin,
         metrics=metrics,
+        rounding=rounding,
         cost={
             "train_seconds": round(seconds, 3),
             "extract_seconds": cache.samples.facts.get("extract_seconds", 0.0),

@@ -40,6 +40,7 @@ class Backbone:
             layer where there are none.
         pooling: ``average`` (the default), ``max`` or ``token``, for layers that are no vectors.
         mean, std, input_range, interpolation, channels, squash, layout: what somebody's ONNX file takes, see `stated`.
+        pixel_path: how files become pixels, one of `preprocess.PIXEL_PATHS`; the reference where it is None.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Backbone:
     channels: str | None = None
     squash: bool | None = None
     layout: str | None = None
+    pixel_path: str | None = None
 
     @property
     def is_file(self) -> bool:
@@ -79,8 +81,8 @@ class Backbone:
 
     @property
     def stated(self) -> dict[str, Any]:
-        """What is said about the input of an ONNX file."""
-        names = ("resize", "crop", "mean", "std", "input_range", "interpolation", "channels", "squash", "layout")
+        """What is said about pixels, all of which an ONNX file may need."""
+        names = ("resize", "crop", "mean", "std", "input_range", "interpolation", "channels", "squash", "layout", "pixel_path")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def facts(self) -> dict[str, Any]:
@@ -218,7 +220,7 @@ def load(backbone: Backbone) -> Loaded:
         InputMissingError: the weights are not here and cannot be downloaded; says which file to bring and where it goes.
         BadDataError: the file is damaged or does not fit the network.
     """
-    if superfluous := [name for name in backbone.stated if name not in ("resize", "crop")]:
+    if superfluous := [name for name in backbone.stated if name not in ("resize", "crop", "pixel_path")]:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in superfluous)
         message = f"{backbone.name} has the preprocessing of its weights: leave {flags} out"
         raise UsageError(message)
@@ -242,6 +244,8 @@ def load(backbone: Backbone) -> Loaded:
         resize, crop = preprocess.resize if resize is None else resize, preprocess.crop if crop is None else crop
         require_sizes(resize, crop)
         preprocess = replace(preprocess, resize=resize, crop=crop)
+    if backbone.pixel_path is not None:
+        preprocess = replace(preprocess, pixel_path=backbone.pixel_path)
     return Loaded(network.eval(), preprocess, weights_name, digest(network.state_dict()), source)
 
 

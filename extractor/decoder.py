@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from store.errors import InterruptedRunError, PenultError
 
-from .images import MAX_BYTES, MEMORY, ImageError, decode
+from .images import MAX_BYTES, MEMORY, ImageError
 from .preprocess import Preprocess
 
 if TYPE_CHECKING:  # a worker need not import what this imports
@@ -299,8 +299,7 @@ def _restrict() -> None:
 def _answer(data: bytes, preprocess: Preprocess, *, crop: bool) -> NDArray[np.uint8] | bytes:
     """Contiguous pixels, or JSON with the code."""
     try:
-        image = decode(data)
-        return preprocess.pixels(image) if crop else np.ascontiguousarray(preprocess.scaled(image))
+        return preprocess.read(data, crop=crop)
     except ImageError as error:
         code, message = error.code, str(error)
     except MemoryError:

@@ -30,13 +30,14 @@ from store.splits import require_sizes, rule_text, split_names, untrained_labels
 from store.writer import CacheWriter, open_writer
 
 from .backbones import Backbone
+from .calibration import Calibrator, count_moved
 from .cuda import Cuda
 from .files import Files
 from .fleet import Fleet, open_embedder, resolve_devices
 from .prepare import fingerprints, library_versions, prepare_backbone
 from .preprocess import Preprocess
 from .progress import Progress, StopFlag, stop_on_signal
-from .reading import Clock, Outcome, Reader, timed
+from .reading import Clock, Crew, Outcome, Reader, timed
 from .samples import Sample, Task
 from .session import Embedder, cores
 from .sources import Source
@@ -55,7 +56,7 @@ class Options:
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``tensorrt``, ``tensorrt:N``, or several of one
             kind with commas, by one process each.
         batch_size: images per inference call; None for what is measured to be fast where there is much to do, see `tuning`.
-        workers: decoding threads; None for one per core.
+        workers: decoding threads; None for as many as are needed, see `reading.Crew`.
         storage: ``auto`` (float16 where the values fit) or ``float32``.
         val_fraction, test_fraction, seed: the split, where the data has none.
         fail_fast: stop at the first input that fails.
@@ -65,7 +66,7 @@ class Options:
         limit: only so many inputs, chosen by hash rank.
         overwrite: start a new cache in place of an old one.
         quiet: no progress line.
-        precision: ``fp32``, or ``fp16`` on a GPU.
+        precision: ``fp32``, ``int8`` (on the CPU, calibrated once on training images), or ``fp16`` (on a GPU).
         tf32: let a GPU round the products of float32 to 10 bits, for speed.
     """
 
@@ -158,10 +159,10 @@ class Summary:
 
 ADVICE_SECONDS = 20.0  # nobody minds what took less
 ADVICE = {
-    ("decoding", "cpu"): "more cores, or smaller photos",
-    ("decoding", "gpu"): "the GPU waited for images: more cores and --workers, or smaller photos",
-    ("backbone", "cpu"): "a smaller network, or a GPU",
-    ("backbone", "gpu"): "a smaller network",
+    ("decoding", "cpu"): "more cores, smaller photos, or another --pixel-path would help",
+    ("decoding", "gpu"): "the GPU waited for images; more cores, smaller photos, or another --pixel-path would help",
+    ("backbone", "cpu"): "--precision int8, a smaller network or a GPU would help",
+    ("backbone", "gpu"): "--precision fp16 or a smaller network would help",
     ("writing", "cpu"): "the disk of the cache is slow",
     ("writing", "gpu"): "the disk of the cache is slow",
 }
@@ -206,11 +207,15 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
     samples = limited(source.samples(), options.limit)
     budget = options.budget(len(samples))
     _check_splits_possible(samples, options, source.task)
-    devices = resolve_devices(options.device)
+    devices = resolve_devices(_device(options))
     _check_for_gpu(options.precision, devices[0], tf32=options.tf32)
     with open_writer(cache) as writer, stop_on_signal() as stop, ExitStack() as opened:
+        division = (options.val_fraction, options.test_fraction, options.seed)
+        calibrator = Calibrator(source, samples, *division, options.workers, stop) if options.precision == "int8" else None
         half = options.precision == "fp16"
-        facts, notes = prepare_backbone(writer, backbone, overwrite=options.overwrite, stop=stop, half=half)
+        facts, notes = prepare_backbone(
+            writer, backbone, overwrite=options.overwrite, stop=stop, quantise=calibrator, half=half
+        )
         # The session proves the device before any image is read.
         _check_for_gpu(facts.precision, devices[0])  # the file may say so itself
         cuda = Cuda(tf32=options.tf32, half=facts.precision == "fp16")
@@ -235,8 +240,8 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
         outcomes, todo = plan(samples, before, writer.known, source.files, options)
         if options.batch_size is None:
             tune(embedder, facts.preprocess.crop, len(todo))
-        workers = options.workers or cores()
-        reader = Reader(source.files, facts.preprocess, writer.known, workers, ahead=2 * embedder.batch_size)
+        crew = Crew(options.workers, embedder.provider)
+        reader = Reader(source.files, facts.preprocess, writer.known, crew, ahead=2 * embedder.batch_size)
         clock: Clock = defaultdict(float)
         computed = 0
         with Progress(len(todo), "extract", quiet=options.quiet) as progress, closing(reader.stream(todo, stop)) as stream:
@@ -258,6 +263,8 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
         failed = sum(not row.ok for row in rows)
         rows, rule = resolve_splits(rows, options, source.task)
         _say_splits(before, rows, rule, source.task)
+        if facts.precision == "int8" and (moved := count_moved(cache, rows)):
+            log.warning("%d images that int8 was calibrated on are in 'val' or 'test' now; --overwrite calibrates again", moved)
         working = sum(clock[name] for name in ("wait", "embed", "settle"))
         spent = (before.facts.get("extract_seconds", 0.0) if before else 0.0) + (working if computed else 0)
         facts_now = {**_facts(source, rule, rows, options), "extract_seconds": round(spent, 3)}
@@ -273,7 +280,7 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
         cache_bytes=sum(path.stat().st_size for path in shard_paths(cache)),
         batch_size=embedder.batch_size,
         lanes=embedder.lanes,
-        workers=workers,
+        workers=crew.size,
         bottleneck=bottleneck(clock, embedder.provider) if computed else "",
         seconds={**{name: round(value, 3) for name, value in clock.items()}, "total": round(time.perf_counter() - started, 3)},
         codes=dict(Counter(row.code for row in rows if row.code)),
@@ -344,7 +351,7 @@ def survey(source: Source, preprocess: Preprocess, options: Options) -> SampleTa
     """Read, hash and decode every input without embedding any: the sample table that `run_extract` would write."""
     samples = limited(source.samples(), options.limit)
     _check_splits_possible(samples, options, source.task)
-    reader = Reader(source.files, preprocess, set(), options.workers or cores())
+    reader = Reader(source.files, preprocess, set(), Crew(options.workers or cores()))
     rows = _fail_copies([outcome.row for outcome in reader.stream(list(enumerate(samples)), StopFlag())], set())
     rows, rule = resolve_splits(rows, options, source.task)
     return SampleTable(rows, _facts(source, rule, rows, options), source.task.targets)
@@ -494,6 +501,20 @@ def _check_for_gpu(precision: str, device: str, *, tf32: bool = False) -> None:
         if asked and device == "cpu":
             message = f"{flag} is for a GPU, and this is the CPU: leave it out, or pass --device cuda where there is a card"
             raise UsageError(message)
+
+
+def _device(options: Options) -> str:
+    """Where to compute.
+
+    Raises:
+        UsageError: int8 on a GPU, whose kernels would give other numbers, and slower than float16.
+    """
+    if options.precision != "int8" or set(options.device.split(",")) == {"cpu"}:
+        return options.device
+    if options.device != "auto":
+        message = f"--precision int8 is for the CPU, not for --device {options.device}; leave one of them out"
+        raise UsageError(message)
+    return "cpu"
 
 
 def _check_disk(cache: Path, needed: int) -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from store.cache import all_fingerprints
+from store.calibration import Calibration, write_calibration
 from store.errors import PenultError, UsageError
 from store.fingerprint import Fingerprint, file_digest, require_same
 from store.writer import CacheWriter
 
 from .backbones import Backbone
+from .calibration import without
 from .export import export
 from .half import halve
 from .onnxfile import BackboneFacts, data_files, digest, install, read_facts, remove
@@ -22,14 +25,29 @@ from .stated import read_sidecar
 
 log = logging.getLogger("penult.extractor")
 
-NOTES = ("request", "backbone_sha256", "weights", "source", "backbone_data")
+NOTES = ("request", "backbone_sha256", "weights", "source", "backbone_data", "calibration")
+Quantise = Callable[[Path, Path, BackboneFacts], tuple[BackboneFacts, Calibration]]
 LIBRARIES = ("penult", "torch", "torchvision", "onnx", "onnxruntime-gpu", "onnxruntime", "h5py", "numpy", "pillow")
 
 
 def prepare_backbone(
-    writer: CacheWriter, backbone: Backbone, *, overwrite: bool = False, stop: StopFlag | None = None, half: bool = False
+    writer: CacheWriter,
+    backbone: Backbone,
+    *,
+    overwrite: bool = False,
+    stop: StopFlag | None = None,
+    quantise: Quantise | None = None,
+    half: bool = False,
 ) -> tuple[BackboneFacts, dict[str, Any]]:
     """Put ``backbone.onnx`` into a cache, or recognise that the one there is what is asked for, without importing torch.
+
+    Args:
+        writer: of the cache.
+        backbone: what is asked for.
+        overwrite: whatever is there goes.
+        stop: ends an export.
+        quantise: makes the int8 form of a float file (`calibration.Calibrator`); asked for once in the life of a cache.
+        half: convert the float file to float16.
 
     Returns:
         What the file says of itself, and notes for cache.json by which the next run recognises the request.
@@ -47,8 +65,8 @@ def prepare_backbone(
             request |= {"name": "onnx", "sidecar": read_sidecar(file)}
     elif backbone.seed is None:
         request["torchvision"] = version("torchvision")  # it decides what the default weights are
-    if half:
-        request["precision"] = "fp16"
+    if quantise or half:
+        request["precision"] = "int8" if quantise else "fp16"
     request = json.loads(json.dumps(request))
     before = {} if overwrite else (writer.meta or {}).get("facts", {})
     if path.is_file() and before.get("request") == request and before.get("backbone_sha256") == _recorded_digest(path, before):
@@ -60,25 +78,48 @@ def prepare_backbone(
         )
     # A cache keeps its file, and its features, until the new file is there and known to match or meant to replace them.
     new = path.with_name(".backbone.onnx.tmp")
+    int8 = path.with_name(".backbone-int8.onnx.tmp")
+    calibration: Calibration | None = None
     try:
         facts = export(backbone, new, stop)
         if half and facts.precision == "fp32":
             facts = halve(new, new, facts)
+        frozen = None if overwrite or not quantise else _frozen(path, before, facts)
+        if quantise and not frozen and facts.precision == "fp32":
+            _require_int8(writer, overwrite=overwrite)
+            facts, calibration = quantise(new, int8, facts)
+            int8.replace(new)
         if overwrite:
             writer.clear()
-        _require_match(writer, facts)
+        _require_match(writer, frozen or facts)
+        if calibration:
+            write_calibration(writer.path, calibration)
     except BaseException:
         remove(new)
+        remove(int8)
         raise
-    install(new, path)
+    if frozen:
+        remove(new)
+        facts = frozen
+    else:
+        install(new, path)
     data = data_files(path)
     for stray in set(writer.path.glob("backbone-*.data")) - set(data):  # of an export that was killed
         stray.unlink()
     for layer in facts.layers:
         pooling = "" if layer.pooling == "none" else f" ({layer.pooling})"
         log.info("exported %s (%s), %d features: %s%s", facts.name, facts.weights, layer.dim, layer.layer, pooling)
-    notes = {"request": request, "backbone_sha256": digest(path), "weights": facts.weights, "source": facts.source}
-    return facts, {**notes, **({"backbone_data": [file.name for file in data]} if data else {})}
+    notes: dict[str, Any] = {
+        "request": request,
+        "backbone_sha256": digest(path),
+        "weights": facts.weights,
+        "source": facts.source,
+    }
+    if data:
+        notes["backbone_data"] = [file.name for file in data]
+    if facts.calibration:
+        notes["calibration"] = facts.calibration
+    return facts, notes
 
 
 def _recorded_digest(path: Path, notes: dict[str, Any]) -> str | None:
@@ -87,6 +128,31 @@ def _recorded_digest(path: Path, notes: dict[str, Any]) -> str | None:
         return file_digest(path, *(path.with_name(name) for name in notes.get("backbone_data", [])))
     except PenultError:  # its external data is gone: it is made again
         return None
+
+
+def _frozen(path: Path, notes: dict[str, Any], facts: BackboneFacts) -> BackboneFacts | None:
+    """The facts of the int8 file that is there, if it was made of this float one: it is calibrated once."""
+    if not path.is_file() or notes.get("backbone_sha256") not in (None, _recorded_digest(path, notes)):
+        return None
+    try:
+        there = read_facts(path)
+    except PenultError:  # damaged
+        return None
+    same = there.precision == "int8" and without(there).fingerprints() == facts.fingerprints()
+    return there if same else None
+
+
+def _require_int8(writer: CacheWriter, *, overwrite: bool) -> None:
+    """Refuse another precision before the minute that a calibration takes.
+
+    Raises:
+        FingerprintMismatchError: the cache holds float features.
+    """
+    if writer.meta is not None and not overwrite:
+        there = Fingerprint(writer.meta["fingerprint"])
+        if there.fields.get("precision") != "int8":
+            asked = Fingerprint({**there.fields, "precision": "int8"})
+            require_same([there], [asked], mine=str(writer.path), theirs="this run")
 
 
 def _require_match(writer: CacheWriter, facts: BackboneFacts) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 from store.errors import UsageError
 
-from .images import PIXEL_PATH, ImageError, decode
+from .images import Decoded, ImageError, decode_at_least
 
 FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -22,6 +22,13 @@ FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
     "box": Image.Resampling.BOX,
 }
+PIXEL_PATHS = {  # by name, what a fingerprint calls them: a number higher where the same name gives other pixels
+    "pillow": "pillow-1",
+    "pillow-crop": "pillow-crop-1",
+    "pillow-draft": "pillow-draft-1",
+}
+WIDEST = 3  # pixels of the result to each side of its place that a filter looks at, at most (lanczos)
+DRAFT_OVER_RESIZED = 2  # a JPEG keeps so many times the pixels needed: libjpeg's own reduction is coarse
 UNUSUAL = {"input_range": 1.0, "channels": "rgb", "squash": False}  # named in a fingerprint only where they differ from this
 MAX_SIDE = 4096  # pixels of --resize and --crop; no network takes a tenth of that many
 MAX_RESIZED_PIXELS = 2**25  # a 1 x 20000 image of 157 bytes would become 256 x 5120000 pixels, 4.7 GB
@@ -39,6 +46,11 @@ class Preprocess:
         input_range: 1 (pixels / 255, as torch has it) or 255 (raw pixel values, as some Keras networks take them).
         channels: ``rgb``, or ``bgr`` for networks that were trained on OpenCV's or Caffe's order.
         squash: resize to the square itself, whatever the aspect, instead of the shorter side and a crop.
+        pixel_path: one of `PIXEL_PATHS`. ``pillow`` is the reference, torchvision's own order; ``pillow-crop`` resizes only
+            what the crop keeps; ``pillow-draft`` does so after decoding large JPEGs at a fraction of their size.
+
+    Raises:
+        UsageError: no such pixel path.
     """
 
     resize: int
@@ -49,6 +61,12 @@ class Preprocess:
     input_range: float = 1.0
     channels: str = "rgb"
     squash: bool = False
+    pixel_path: str = "pillow"
+
+    def __post_init__(self) -> None:
+        if self.pixel_path not in PIXEL_PATHS:
+            message = f"no pixel path {self.pixel_path!r}; expected {', '.join(PIXEL_PATHS)}"
+            raise UsageError(message)
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
         """Size after resizing, rounded down as torchvision does.
@@ -66,23 +84,68 @@ class Preprocess:
             )
         return (self.resize, scaled) if width <= height else (scaled, self.resize)
 
+    def read(self, data: bytes, *, crop: bool = True) -> NDArray[np.uint8]:
+        """Pixels of a file's content on the path that is named: ``(height, width, 3)`` uint8, contiguous.
+
+        Without the crop, for training that crops at random, every path resizes the whole image as the reference does.
+
+        Raises:
+            ImageError, MemoryError: as `images.decode`; code ``bad_aspect``.
+        """
+        decoded = decode_at_least(data, self._draft_size if self.pixel_path == "pillow-draft" else None)
+        return self._crop(decoded) if crop else np.ascontiguousarray(self._scale(decoded))
+
     def scaled(self, image: Image.Image) -> Image.Image:
-        """Resize an RGB image, without the crop; `pixels` of it and of the original are the same."""
-        size = self.resized(*image.size)
-        return image if size == image.size else image.resize(size, FILTERS[self.interpolation])
+        """Resize an RGB image, without the crop; on the reference path, `pixels` of it and of the original are the same."""
+        return self._scale(_whole(image))
 
     def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
-        """Resize and crop an RGB image: ``(crop, crop, 3)`` uint8, equal to torchvision's preset before normalisation."""
-        image = self.scaled(image)
-        width, height = image.size
-        # int(round(..)) is torchvision's rounding, half to even; a crop larger than the image is padded with zeros
+        """Resize and crop an RGB image: ``(crop, crop, 3)`` uint8.
+
+        On the reference path equal to torchvision's preset before normalisation.
+        """
+        return self._crop(_whole(image))
+
+    def _draft_size(self, width: int, height: int) -> tuple[int, int]:
+        resized = self.resized(width, height)
+        return DRAFT_OVER_RESIZED * resized[0], DRAFT_OVER_RESIZED * resized[1]
+
+    def _scale(self, decoded: Decoded) -> Image.Image:
+        image, size = decoded.image, self.resized(*decoded.size)
+        return image if size == image.size else image.resize(size, FILTERS[self.interpolation], decoded.box)
+
+    def _crop(self, decoded: Decoded) -> NDArray[np.uint8]:
+        size = self.resized(*decoded.size)
+        if self.pixel_path != "pillow" and min(size) >= self.crop and size != decoded.image.size:
+            return np.asarray(self._crop_first(decoded, size))
+        image, (width, height) = self._scale(decoded), size
         if width < self.crop or height < self.crop:
-            left, top = max((self.crop - width) // 2, 0), max((self.crop - height) // 2, 0)
+            left, top = max((self.crop - width) // 2, 0), max((self.crop - height) // 2, 0)  # as torchvision pads
             canvas = Image.new("RGB", (max(width, self.crop), max(height, self.crop)))
             canvas.paste(image, (left, top))
             image, (width, height) = canvas, canvas.size
-        top, left = round((height - self.crop) / 2.0), round((width - self.crop) / 2.0)
+        top, left = self._offset(height), self._offset(width)
         return np.asarray(image.crop((left, top, left + self.crop, top + self.crop)))
+
+    def _crop_first(self, decoded: Decoded, size: tuple[int, int]) -> Image.Image:
+        """The crop of an image resized to ``size``, resizing no more than the crop: rows first, then columns.
+
+        Pillow 13 chooses that order by the shape, and a crop has another than its image; in one call, one photo in ten had a
+        fifth of its values off by one. So it is 1 in 600, from weights that Pillow computes from a box of float32.
+        """
+        image, (left, top, right, bottom) = decoded.image, decoded.box
+        resample = FILTERS[self.interpolation]
+        across, down = (right - left) / size[0], (bottom - top) / size[1]
+        left, top = left + self._offset(size[0]) * across, top + self._offset(size[1]) * down
+        right, bottom = min(left + self.crop * across, image.width), min(top + self.crop * down, image.height)
+        margin = WIDEST * max(down, 1) + 1
+        first, last = max(int(top - margin), 0), min(int(bottom + margin) + 1, image.height)
+        rows = image.crop((0, first, image.width, last))
+        rows = rows.resize((self.crop, rows.height), resample, (left, 0, right, rows.height))
+        return rows.resize((self.crop, self.crop), resample, (0, top - first, self.crop, bottom - first))
+
+    def _offset(self, side: int) -> int:
+        return round((side - self.crop) / 2.0)  # half to even, as torchvision rounds
 
     def normalise(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """``(n, h, w, 3)`` uint8 to ``(n, 3, h, w)`` float32, with the operations and the order of torchvision."""
@@ -116,7 +179,8 @@ class Preprocess:
     def fingerprint(self) -> dict[str, Any]:
         """The pixel path for the fingerprint, with the probe: a change of decoder or resampler changes the digest."""
         facts = {name: value for name, value in asdict(self).items() if value != UNUSUAL.get(name)}
-        return {"path": PIXEL_PATH, **facts, "mean": list(self.mean), "std": list(self.std), "probe": probe(self)}
+        path = PIXEL_PATHS[facts.pop("pixel_path")]
+        return {"path": path, **facts, "mean": list(self.mean), "std": list(self.std), "probe": probe(self)}
 
 
 def require_sizes(resize: int, crop: int) -> None:
@@ -137,10 +201,17 @@ def require_sizes(resize: int, crop: int) -> None:
         raise UsageError(message)
 
 
+def _whole(image: Image.Image) -> Decoded:
+    return Decoded(image, image.size, (0, 0, *image.size))
+
+
 @cache
 def probe(preprocess: Preprocess) -> str:
     """SHA-256 of the preprocessed pixels of the built-in test image (JPEG with an EXIF orientation), hexadecimal."""
     from importlib.resources import files
 
-    image = decode((files(__package__) / "probe.jpg").read_bytes())
-    return hashlib.sha256(preprocess.pixels(image).tobytes()).hexdigest()
+    data = (files(__package__) / "probe.jpg").read_bytes()
+    pixels = preprocess.read(data).tobytes()
+    if preprocess.pixel_path == "pillow-draft":  # this image is too small for it at most sizes
+        pixels += replace(preprocess, resize=32, crop=28).read(data).tobytes()
+    return hashlib.sha256(pixels).hexdigest()

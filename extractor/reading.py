@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from threading import Lock
+from threading import Lock, Semaphore
 from typing import TypeVar
 
 import numpy as np
@@ -27,8 +27,11 @@ from .images import ImageError
 from .preprocess import Preprocess
 from .progress import StopFlag
 from .samples import Sample
+from .session import cores
 
 AHEAD = 8  # decoded images per worker that wait at most
+WINDOW = 1.0  # seconds over which a crew looks whether it is too small ..
+STARVED = 0.2  # .. which it is when the consumer waited for this share of them
 
 Clock = dict[str, float]  # seconds by stage
 
@@ -64,19 +67,19 @@ class Reader:
         files: where the samples are.
         preprocess: what happens to their pixels.
         known: content digests that need no decoding.
-        workers: threads, each with a decode worker of its own.
+        crew: the threads, each with a decode worker of its own.
         ahead: how many images may wait, where that is more than `AHEAD` for each worker.
     """
 
-    def __init__(self, files: Files, preprocess: Preprocess, known: set[bytes], workers: int, ahead: int = 0) -> None:
-        self._files, self._preprocess, self._workers, self._ahead = files, preprocess, workers, ahead
+    def __init__(self, files: Files, preprocess: Preprocess, known: set[bytes], crew: Crew, ahead: int = 0) -> None:
+        self._files, self._preprocess, self._crew, self._ahead = files, preprocess, crew, ahead
         self._claimed, self._lock = set(known), Lock()
         self.seconds: Clock = defaultdict(float)
 
     def stream(self, todo: Sequence[tuple[int, Sample]], stop: StopFlag) -> Generator[Outcome, None, None]:
         """Outcomes in the order of ``todo``; ends early when ``stop`` is set."""
         decoder = Decoder(self._preprocess, stop=stop)
-        return ahead(lambda item: self._read(*item, decoder), todo, self._workers, stop, decoder, self._ahead)
+        return ahead(lambda item: self._read(*item, decoder), todo, self._crew, stop, decoder, self._ahead)
 
     def _read(self, index: int, sample: Sample, decoder: Decoder) -> Outcome:
         begin = time.perf_counter()
@@ -102,24 +105,71 @@ class Reader:
 
 
 def ahead(
-    function: Callable[[T], R], items: Iterable[T], workers: int, stop: StopFlag, decoder: Decoder, at_least: int = 0
+    function: Callable[[T], R], items: Iterable[T], crew: Crew, stop: StopFlag, decoder: Decoder, at_least: int = 0
 ) -> Generator[R, None, None]:
     """Results in order, computed by a few threads a bounded number of items ahead of the consumer.
 
     The decoder that ``function`` uses is closed at the end, before the threads are waited for: one may hang in it.
     """
-    with ThreadPoolExecutor(workers, "penult-decode") as pool, decoder, suppress(InterruptedRunError):
+    with ThreadPoolExecutor(crew.most, "penult-decode") as pool, decoder, suppress(InterruptedRunError):
         pending: deque[Future[R]] = deque()
-        most = max(workers * AHEAD, at_least)
+        most = max(crew.most * AHEAD, at_least)
         try:
             for item in items:
-                pending.append(pool.submit(function, item))
+                pending.append(pool.submit(crew.work, function, item))
                 if len(pending) >= most:
-                    yield pending.popleft().result()
+                    yield crew.wait(pending.popleft())
                 if stop:
                     return
             while pending and not stop:
-                yield pending.popleft().result()
+                yield crew.wait(pending.popleft())
         finally:
+            crew.dismiss()
             for future in pending:
                 future.cancel()
+
+
+class Crew:
+    """How many threads may work: all that were asked for, or, where the number is left open, as many as the consumer needs.
+
+    More decode workers than are needed take time from the backbone on the same cores, and each costs half a second to start.
+    So on a CPU half of the cores decode at first, and their number doubles when the consumer waits for them. Beside a GPU
+    all do at once.
+
+    Args:
+        workers: how many; None for what is needed, up to one per core.
+        provider: ``cpu`` where the backbone shares the cores.
+    """
+
+    def __init__(self, workers: int | None = None, provider: str = "cpu") -> None:
+        self.most = workers or cores()
+        self.size = self.most if workers or provider != "cpu" else max(self.most // 2, 1)
+        self._gate = Semaphore(self.size)
+        self._since, self._waited = 0.0, 0.0
+
+    def work(self, function: Callable[[T], R], item: T) -> R:
+        with self._gate:
+            return function(item)
+
+    def wait(self, future: Future[R]) -> R:
+        """The result, and more workers if too much time was spent waiting for such."""
+        begin = time.perf_counter()
+        result = future.result()
+        now = time.perf_counter()
+        if not self._since:  # the first one waits for a worker to start
+            self._since = now
+        elif self.size < self.most:
+            self._waited += now - begin
+            if now - self._since > WINDOW:
+                if self._waited > STARVED * (now - self._since):
+                    self._grow(min(2 * self.size, self.most))
+                self._since, self._waited = now, 0.0
+        return result
+
+    def _grow(self, size: int) -> None:
+        self._gate.release(size - self.size)
+        self.size = size
+
+    def dismiss(self) -> None:
+        """Let all go who wait for their turn."""
+        self._gate.release(self.most)

@@ -186,7 +186,8 @@ def preprocessing(begin: Input, stated: dict[str, Any], file: Path) -> Preproces
     assumed += ["--interpolation bilinear"] if "interpolation" not in stated else []
     if assumed:
         log.warning("%s does not say, so as usual: %s", file.name, " ".join(assumed))
-    return Preprocess(resize, crop, interpolation, mean, std, input_range, str(stated.get("channels", "rgb")), squash)
+    channels, path = str(stated.get("channels", "rgb")), str(stated.get("pixel_path", "pillow"))
+    return Preprocess(resize, crop, interpolation, mean, std, input_range, channels, squash, path)
 
 
 def _require_normalisation(mean: Sequence[float], std: Sequence[float], input_range: float) -> None:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from . import compact, hdf5, samples, shard
+from . import calibration, compact, hdf5, samples, shard
 from .errors import CorruptCacheError, InputMissingError, InterruptedRunError, NewerFormatError, PenultError, StorageError
 from .fingerprint import file_digest
 
@@ -53,7 +53,7 @@ def verify_cache(cache: Path) -> list[Finding]:
     if not shards and not table.exists():
         message = f"{cache} is not a penult cache"
         raise InputMissingError(message)
-    files = [*shards, *([table] if table.exists() else [])]
+    files = [*shards, *(path for path in (table, cache / calibration.NAME) if path.exists())]
     findings = [Finding(str(path.relative_to(cache)), problem) for path, problem in verify_files(files).items()]
     if findings:
         return findings
@@ -160,13 +160,17 @@ def _child(names: list[str]) -> None:
     for name in names:
         path = Path(os.fsdecode(bytes.fromhex(name)))
         kind = samples.ENCODING_TYPE if path.name == "samples.h5" else shard.ENCODING_TYPE
-        if path.parent.name != "shards" and path.name != "samples.h5":
+        if path.name == calibration.NAME:
+            kind = calibration.ENCODING_TYPE
+        elif path.parent.name != "shards" and path.name != "samples.h5":
             kind = compact.ENCODING_TYPE
         try:
             path.open("rb").close()
             hdf5.verify(path, kind)
             if kind == shard.ENCODING_TYPE:
                 shard.read_shard(path)
+            elif kind == calibration.ENCODING_TYPE:
+                calibration.read_calibration(path.parent)
             else:
                 samples.SampleTable.read(path, kind)
             answer = {"problem": ""}

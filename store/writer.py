@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import hdf5, shard
+from . import calibration, hdf5, shard
 from .cache import all_fingerprints, describe_sets, holds, ledger_bytes, meta_bytes, read_meta, shard_paths
 from .errors import BadDataError, CorruptCacheError, InputMissingError, OutputExistsError
 from .fingerprint import Fingerprint, require_same
@@ -79,7 +79,7 @@ class CacheWriter:
 
     def clear(self) -> None:
         """Empty the cache: only what is ours, and the sample table first, for without it no reader takes the rest."""
-        for name in ("samples.h5", "ledger.jsonl", "cache.json"):
+        for name in ("samples.h5", "ledger.jsonl", "cache.json", calibration.NAME):
             (self.path / name).unlink(missing_ok=True)
         hdf5.fsync_directory(self.path)  # else a crash may leave the old table beside the new backbone
         for path in shard_paths(self.path):

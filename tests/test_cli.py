@@ -101,6 +101,31 @@ def test_quiet_and_verbose_mean_the_same_before_and_after_the_command(
     assert "Only warnings on stderr" in penult("weights", "list", "--help")[1]
 
 
+def test_a_pixel_path_is_chosen_once_and_everything_after_it_follows(
+    penult: Penult, photos: Path, backbone_file: Path, tmp_path: Path
+) -> None:
+    file, cache, bundle = tmp_path / "net.onnx", tmp_path / "p.cache", tmp_path / "p.head"
+    network = ("squeezenet1_1", "--weights", "random:0", "--resize", "36", "--crop", "32")
+    assert penult("export", *network, "--pixel-path", "pillow-draft", "-o", file)[0] == 0
+    assert penult("extract", photos, "-m", file, "-o", cache)[0] == 0
+    pixels = json.loads(penult("info", cache, "--json")[1])["fingerprint"]["pixels"]
+    assert pixels["path"] == "pillow-draft-1"
+    code, _, err = penult("extract", photos, "-m", backbone_file, "-o", cache)
+    assert code == 65
+    assert "pixels.path: pillow-draft-1 against pillow-1" in err
+    code, _, err = penult("extract", photos, "-m", file, "-o", cache, "--pixel-path", "pillow-crop")
+    assert code == 2
+    assert "says itself" in err
+    assert "leave --pixel-path out" in err
+    assert penult("extract", photos, "-m", *network, "-o", tmp_path / "c", "--pixel-path", "opencv")[0] == 2
+    assert penult("train", cache, "-o", bundle)[0] == 0
+    facts = json.loads((bundle / "head.json").read_text())
+    assert facts["backbone"]["preprocess"]["pixel_path"] == "pillow-draft"
+    predicted = [json.loads(line) for line in penult("predict", bundle, photos, "--format", "jsonl")[1].splitlines()]
+    assert len(predicted) == 20
+    assert not any(each["code"] for each in predicted)
+
+
 def test_a_csv_of_predictions_has_the_same_columns_in_every_row(
     penult: Penult, photos: Path, backbone_file: Path, tmp_path: Path
 ) -> None:

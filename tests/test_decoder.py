@@ -43,7 +43,7 @@ sys.path[:] = json.loads(sys.argv[1])
 import ctypes, os, signal, time
 import numpy
 import extractor.decoder as worker
-decode = worker.decode
+read = worker.Preprocess.read
 
 def hang():
     while True:
@@ -63,13 +63,13 @@ orders = {
     b"#tell": lambda: (os.kill(os.getppid(), signal.SIGTERM), hang()),
 }
 
-def obey(data):
+def obey(preprocess, data, **options):
     for order, do in orders.items():
         if data.endswith(order):
             do()
-    return decode(data)
+    return read(preprocess, data, **options)
 
-worker.decode = obey
+worker.Preprocess.read = obey
 worker.serve()
 """
 DEADLY = {"#segv": "signal 11", "#abort": "signal 6", "#exit": "exit status 7", "#kill": "signal 9"}

@@ -24,6 +24,7 @@ import pytest
 from classifiers.logistic import LogisticHead
 from classifiers.predict import Predictor
 from classifiers.train import train_head
+from cli import calibration_text
 from extractor import cuda, session
 from extractor.backbones import Backbone
 from extractor.cuda import BoundLane, Cuda, engine_folder, load_libraries, pin, prove, providers
@@ -482,6 +483,9 @@ def test_float16_is_extracted_on_a_gpu_and_predicted_from_on_a_cpu(
     with pytest.raises(FingerprintMismatchError, match="tf32"):
         run_extract(source, backbone, tmp_path / "half.cache", replace(chosen, tf32=True))
     assert (tmp_path / "half.cache" / "backbone.onnx").read_bytes() == before
+    assert calibration_text(cache.describe()["facts"]["calibration"]).startswith(
+        "float16, 0 layer(s) in float32; features moved"
+    )
     train_head(cache, tmp_path / "a.head", LogisticHead())
     monkeypatch.undo()
     predictor = Predictor.load(tmp_path / "a.head", device="cpu", workers=1)

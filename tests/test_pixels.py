@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import cli
+from classifiers.jobs import BackboneSection
+from extractor.backbones import Backbone, load
 from extractor.decoder import Decoder
-from extractor.images import MAX_PIXELS, ImageError, decode
-from extractor.preprocess import Preprocess, probe
+from extractor.images import MAX_PIXELS, ImageError, decode, decode_at_least
+from extractor.preprocess import FILTERS, PIXEL_PATHS, Preprocess, probe
+from extractor.stated import Input, preprocessing
+from store.errors import UsageError
 
 REPO = Path(__file__).resolve().parent.parent
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -469,3 +475,173 @@ def test_a_png_that_inflates_without_end_stays_small() -> None:
     """The header declares 10 x 10 pixels, the data inflates to 64 MB: only what the header needs is read."""
     found = decode(png(10, 10, bytes(64 * 2**20)))
     assert found.size == (10, 10)
+
+
+# --- the other pixel paths ---------------------------------------------------------------------------------------------
+
+CROP_FIRST, DRAFT = (replace(STANDARD, pixel_path=name) for name in ("pillow-crop", "pillow-draft"))
+
+
+def smooth(size: tuple[int, int], seed: int = 0) -> Image.Image:
+    return noise((9, 7), seed).resize(size, Image.Resampling.BICUBIC)
+
+
+def ramp(size: tuple[int, int]) -> Image.Image:
+    """Red grows with the column, green with the row, both over the whole image: a shift of it is a difference in level."""
+    width, height = size
+    across = np.broadcast_to(np.linspace(20, 235, width), (height, width))
+    down = np.broadcast_to(np.linspace(20, 235, height)[:, None], (height, width))
+    return Image.fromarray(np.stack([across, down, across], axis=2).round().astype(np.uint8))
+
+
+def test_the_reference_keeps_the_fingerprint_it_always_had() -> None:
+    expected = {"resize": 256, "crop": 224, "interpolation": "bilinear", "mean": list(MEAN), "std": list(STD)}
+    assert STANDARD.fingerprint() == {"path": "pillow-1", **expected, "probe": probe(STANDARD)}
+    facts = STANDARD.facts()
+    assert facts.pop("pixel_path") == "pillow"
+    assert Preprocess.from_facts(facts) == STANDARD, "what was written before paths had names"
+
+
+def test_every_path_has_its_own_fingerprint_and_probe() -> None:
+    found = {name: replace(STANDARD, pixel_path=name).fingerprint() for name in PIXEL_PATHS}
+    assert [each["path"] for each in found.values()] == list(PIXEL_PATHS.values())
+    data = (REPO / "extractor/probe.jpg").read_bytes()
+    assert found["pillow-crop"]["probe"] == hashlib.sha256(CROP_FIRST.read(data).tobytes()).hexdigest()
+    assert drafted(data, resize=32) == (79, 106), "smaller than the image, so that the probe would show a change in libjpeg"
+    small = replace(DRAFT, resize=32, crop=28).read(data)
+    assert found["pillow-draft"]["probe"] == hashlib.sha256(DRAFT.read(data).tobytes() + small.tobytes()).hexdigest()
+    for name in PIXEL_PATHS:
+        preprocess = replace(STANDARD, pixel_path=name)
+        assert Preprocess.from_facts(preprocess.facts()) == preprocess
+    with pytest.raises(UsageError, match="no pixel path 'opencv'; expected pillow, pillow-crop, pillow-draft"):
+        replace(STANDARD, pixel_path="opencv")
+
+
+def test_a_path_is_stated_with_the_backbone() -> None:
+    chosen = Backbone("squeezenet1_1", "random:0", resize=40, crop=32, pixel_path="pillow-crop")
+    assert Backbone.from_facts(chosen.facts()) == chosen
+    preprocess = load(chosen).preprocess
+    assert (preprocess.resize, preprocess.pixel_path) == (40, "pillow-crop")
+    assert load(replace(chosen, pixel_path=None)).preprocess == replace(preprocess, pixel_path="pillow")
+    theirs = {"mean": (0.5,), "std": (0.5,), "resize": 40, "interpolation": "bilinear", "pixel_path": "pillow-draft"}
+    stated = preprocessing(Input("x", "float32", "nchw", 32, None), theirs, Path("theirs.onnx"))
+    assert stated.pixel_path == "pillow-draft"
+
+
+def test_the_command_line_and_job_files_know_every_path() -> None:
+    flag = next(each for each in cli.cli.commands["extract"].params if each.name == "pixel_path")
+    assert list(flag.type.choices) == list(PIXEL_PATHS)
+    for name in PIXEL_PATHS:
+        assert BackboneSection(name="resnet18", pixel_path=name).pixel_path == name
+
+
+@pytest.mark.parametrize("interpolation", FILTERS)
+def test_cropping_first_differs_by_a_level_or_two_here_and_there(interpolation: str) -> None:
+    rng = np.random.default_rng(0)
+    sizes = [(500, 375), (341, 500), (333, 500), (226, 300), (1000, 226), (240, 900), *rng.integers(226, 700, (12, 2)).tolist()]
+    for seed, size in enumerate(sizes):
+        image = smooth(tuple(size), seed)
+        expected, found = (replace(each, interpolation=interpolation).pixels(image) for each in (STANDARD, CROP_FIRST))
+        assert (found.shape, found.dtype) == ((224, 224, 3), np.uint8)
+        difference = np.abs(found.astype(int) - expected)
+        if interpolation == "nearest":  # takes the neighbour on the other side where the place is between two
+            assert difference.mean() < 1, size
+        else:
+            assert difference.max() <= (1 if interpolation == "bilinear" else 2), size
+            assert (difference > 0).mean() < 0.15, size
+
+
+@pytest.mark.parametrize("size", [(1, 1), (9, 4), (3, 700), (700, 3), (224, 224), (256, 256), (100, 90), (225, 2000)])
+@pytest.mark.parametrize("squash", [False, True])
+@pytest.mark.parametrize("path", ["pillow-crop", "pillow-draft"])
+def test_extreme_sizes_are_right_on_every_path(path: str, size: tuple[int, int], squash: bool) -> None:
+    for resize, crop in ((256, 224), (224, 224), (256, 288), (9, 8)):
+        reference = Preprocess(resize, crop, "bilinear", MEAN, STD, squash=squash)
+        data = encoded(smooth(size), "PNG")
+        difference = replace(reference, pixel_path=path).read(data).astype(int) - reference.read(data)
+        assert np.abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize("path", ["pillow-crop", "pillow-draft"])
+def test_a_thin_strip_explodes_on_no_path(path: str) -> None:
+    with pytest.raises(ImageError, match="20000") as caught:
+        replace(STANDARD, pixel_path=path).read(encoded(Image.new("RGB", (1, 20000)), "PNG"))
+    assert caught.value.code == "bad_aspect"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(1600, 1200), (1207, 901), (601, 803)])
+def test_a_draft_is_the_same_picture_at_the_same_place(size: tuple[int, int], orientation: int) -> None:
+    """Also where libjpeg's smaller image has parts of pixels at its end, which turning brings to the front."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(ramp(size), "JPEG", quality=98, exif=exif)
+    for resize, crop in ((64, 56), (40, 40), (280, 240)):
+        reference = Preprocess(resize, crop, "bilinear", MEAN, STD)
+        expected, found = (replace(reference, pixel_path=path).read(data) for path in ("pillow", "pillow-draft"))
+        difference = found.astype(float) - expected
+        assert abs(difference[..., :2].mean(axis=(0, 1))).max() < 0.2  # one pixel of the result is two levels and more
+        assert np.abs(difference).max() <= 3
+
+
+def drafted(data: bytes, *, resize: int) -> tuple[int, int]:
+    """Size of what is decoded for a shorter side of ``resize``."""
+    needed = replace(DRAFT, resize=resize, crop=resize)._draft_size
+    return decode_at_least(data, needed).image.size
+
+
+def test_a_draft_keeps_twice_the_pixels_that_are_needed() -> None:
+    data = encoded(smooth((1601, 1203)), "JPEG")
+    for resize, size in ((602, (1601, 1203)), (601, (1601, 1203)), (300, (801, 602)), (150, (401, 301)), (60, (201, 151))):
+        found = drafted(data, resize=resize)
+        assert found == size
+        assert min(found) >= min(2 * resize, 1203)
+    whole = decode_at_least(data, None)
+    assert (whole.image.size, whole.size, whole.box) == ((1601, 1203), (1601, 1203), (0, 0, 1601, 1203))
+    half = decode_at_least(data, lambda *_: (800, 600))
+    assert (half.size, half.box) == ((1601, 1203), (0, 0, 800.5, 601.5))
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])
+def test_a_draft_of_any_jpeg(mode: str) -> None:
+    data = encoded(smooth((800, 600)).convert(mode), "JPEG", quality=95)
+    assert drafted(data, resize=100) == (400, 300)
+    expected, found = (replace(each, resize=64, crop=56).read(data) for each in (STANDARD, DRAFT))
+    assert np.abs(found.astype(int) - expected).mean() < 1.5
+
+
+def test_what_is_no_jpeg_is_decoded_whole() -> None:
+    for fmt in ("PNG", "WEBP", "TIFF", "BMP"):
+        data = encoded(smooth((800, 600)), fmt)
+        assert drafted(data, resize=64) == (800, 600)
+        np.testing.assert_array_equal(DRAFT.read(data), CROP_FIRST.read(data))
+    stereo = encoded(smooth((800, 600)), "MPO", save_all=True, append_images=[smooth((800, 600), 2)])
+    np.testing.assert_array_equal(DRAFT.read(stereo), DRAFT.read(encoded(smooth((800, 600)), "JPEG")))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data", "ignore:Truncated File Read")
+@pytest.mark.parametrize("name", [name for name in sorted(CUTTABLE) if "JPEG" in name])
+def test_a_cut_jpeg_is_no_picture_for_a_draft_either(name: str) -> None:
+    data, small = CUTTABLE[name](), replace(DRAFT, resize=16, crop=12)
+    assert small.read(data).shape == (12, 12, 3)
+    for place in [*np.linspace(1, len(data) - 2, 20).astype(int).tolist(), len(data) - 1]:
+        with pytest.raises(ImageError) as caught:
+            small.read(data[:place])
+        assert caught.value.code == code_of(data[:place])
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_a_broken_exif_tag_is_ignored_by_a_draft() -> None:
+    plain, odd = (encoded(smooth((801, 603)), "JPEG", exif=exif) for exif in (b"", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"))
+    small = replace(DRAFT, resize=64, crop=56)
+    np.testing.assert_array_equal(small.read(plain), small.read(odd))
+
+
+def test_the_named_path_reaches_the_decode_worker_and_without_the_crop_all_resize_alike() -> None:
+    data = encoded(smooth((1207, 901)), "JPEG")
+    for preprocess in (STANDARD, CROP_FIRST, DRAFT):
+        with Decoder(preprocess) as cropped, Decoder(preprocess, crop=False) as whole:
+            np.testing.assert_array_equal(cropped(data), preprocess.read(data))
+            found = whole(data)
+        assert found.shape == (256, int(256 * 1207 / 901), 3)
+        assert np.abs(found.astype(int) - np.asarray(STANDARD.scaled(decode(data)))).max() <= (2 if preprocess == DRAFT else 0)

@@ -11,7 +11,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from extractor.decoder import Decoder
 from extractor.images import MEMORY, ImageError, decode
 from extractor.onnxfile import read_facts
 from extractor.pipeline import Options, run_extract
-from extractor.preprocess import Preprocess
+from extractor.preprocess import PIXEL_PATHS, Preprocess
 from extractor.session import Embedder
 from extractor.sources import ImageFolder, Manifest
 from store.cache import FeatureCache
@@ -287,9 +287,9 @@ ZOO = {os.fsencode(name): Animal(data, pixels, within) for name, data, pixels, w
 ZOO |= {os.fsencode(name): Animal(data, code=code) for name, data, code in bad()}
 
 
-@pytest.fixture(scope="module")
-def decoder() -> Iterator[Decoder]:
-    with Decoder(AS_IT_IS, crop=False) as decoder:
+@pytest.fixture(scope="module", params=PIXEL_PATHS)
+def decoder(request: pytest.FixtureRequest) -> Iterator[Decoder]:
+    with Decoder(replace(AS_IT_IS, pixel_path=request.param), crop=False) as decoder:
         yield decoder
 
 
@@ -372,9 +372,9 @@ import json, resource, sys
 sys.path[:] = json.loads(sys.argv[1])
 import extractor.decoder as worker
 from extractor.images import ImageError
-decode = worker.decode
+read = worker.Preprocess.read
 
-def answer(data):
+def answer(preprocess, data, **options):
     if data == b"how much?":
         # ru_maxrss begins with what the parent had when it forked; VmHWM begins anew with the program
         if sys.platform == "darwin":
@@ -383,9 +383,9 @@ def answer(data):
             peak = int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
         limit, _ = resource.getrlimit(resource.RLIMIT_AS)
         raise ImageError(code="bytes", message=f"{peak} {limit}")
-    return decode(data)
+    return read(preprocess, data, **options)
 
-worker.decode = answer
+worker.Preprocess.read = answer
 worker.serve()
 """
     monkeypatch.setattr(decoding, "START", asks_itself)

@@ -1,0 +1,78 @@
+"""From what a network's tensors held to the ranges that 8 bits shall cover."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+METHODS = ("min-max", "percentile 99.999", "percentile 99.99", "least squares", "entropy")
+BINS = 2048
+ENTROPY_BINS, ENTROPY_LEVELS = 512, 128  # finer ones take minutes in ONNX Runtime's search and were not better
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What the tensors of a float network held.
+
+    Attributes:
+        low, high: least and greatest value of each tensor by name.
+        counts: histogram of `BINS` equal bins, from -r to r where r is the greatest absolute value.
+        followers: tensors that only go through an activation, which bounds them, and its output: they share a range.
+    """
+
+    low: Mapping[str, float]
+    high: Mapping[str, float]
+    counts: Mapping[str, NDArray[np.int64]]
+    followers: Mapping[str, str]
+
+
+def ranges(observed: Observed, method: str) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    """The range of every tensor by one of `METHODS`; values beyond it will saturate."""
+    found = {}
+    for name, counts in observed.counts.items():
+        low, high = observed.low[name], observed.high[name]
+        edges = np.linspace(*limits(low, high), BINS + 1)
+        if method.startswith("percentile"):
+            beyond = (1 - float(method.split()[1]) / 100) / 2
+            share = np.cumsum(counts) / counts.sum()
+            narrow = edges[np.searchsorted(share, beyond)], edges[min(int(np.searchsorted(share, 1 - beyond)) + 1, BINS)]
+        elif method == "least squares":
+            narrow = _least_squares(counts, edges, min(low, 0.0), max(high, 0.0))
+        elif method == "entropy":
+            narrow = _entropy(counts, edges, low, high)
+        else:
+            narrow = low, high
+        found[name] = np.array(max(low, narrow[0]), np.float32), np.array(min(high, narrow[1]), np.float32)
+    return found | {name: found[of] for name, of in observed.followers.items() if of in found}
+
+
+def limits(low: float, high: float) -> tuple[float, float]:
+    reach = max(-low, high, 1e-12)
+    return -reach, reach
+
+
+def _least_squares(counts: NDArray[np.int64], edges: NDArray[np.float64], low: float, high: float) -> tuple[float, float]:
+    """The narrowing, by one factor on both sides, with the least expected squared error of rounding and saturation."""
+    centres = (edges[1:] + edges[:-1]) / 2
+
+    def error(factor: float) -> float:
+        a, b = low * factor, high * factor
+        lost = np.where((centres < a) | (centres > b), (centres - np.clip(centres, a, b)) ** 2, ((b - a) / 255) ** 2 / 12)
+        return float((counts * lost).sum())
+
+    best = min(np.linspace(1, 0.2, 81).tolist(), key=error)
+    return low * best, high * best
+
+
+def _entropy(counts: NDArray[np.int64], edges: NDArray[np.float64], low: float, high: float) -> tuple[float, float]:
+    """ONNX Runtime's search for the range that loses least information (Kullback-Leibler)."""
+    from onnxruntime.quantization.calibrate import HistogramCollector
+
+    merged = counts.reshape(ENTROPY_BINS, -1).sum(axis=1)
+    coarse = edges[:: BINS // ENTROPY_BINS].astype(np.float32)
+    collector = HistogramCollector("entropy", False, ENTROPY_BINS, ENTROPY_LEVELS, 100, "same")  # noqa: FBT003
+    a, b = collector.get_entropy_threshold((merged, coarse, np.float32(low), np.float32(high)), ENTROPY_LEVELS)
+    return float(a), float(b)
