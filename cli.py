@@ -369,7 +369,8 @@ def extract(data: Path, output: Path, *, as_json: bool, **given: Any) -> int:
 
     Example: penult extract photos/ -m resnet50 -o photos.cache
     """
-    from extractor.pipeline import Options, preview, run_extract
+    from extractor.options import Options
+    from extractor.pipeline import preview, run_extract
     from extractor.progress import observed
     from extractor.sources import open_source
 
@@ -626,7 +627,7 @@ def finetune(data: Path, output: Path, *, as_json: bool, overwrite: bool, **give
     """
     from classifiers.finetune import FineTuneOptions
     from classifiers.train import train_finetuned
-    from extractor.pipeline import Options
+    from extractor.options import Options
     from extractor.sources import open_source
     from store.cache import FeatureCache, is_cache
 

@@ -36,7 +36,8 @@ from extractor.cuda import Cuda, split_device
 from extractor.export import export
 from extractor.half import compare, halve
 from extractor.onnxfile import BackboneFacts, read_facts
-from extractor.pipeline import Options, run_extract
+from extractor.options import Options
+from extractor.pipeline import run_extract
 from extractor.progress import StopFlag
 from extractor.reading import Crew, Reader
 from extractor.session import Embedder, cores

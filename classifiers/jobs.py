@@ -18,7 +18,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
 from extractor.backbones import Backbone
-from extractor.pipeline import Options, Summary, preview, run_extract
+from extractor.options import Options, Summary
+from extractor.pipeline import preview, run_extract
 from extractor.prepare import library_versions
 from extractor.session import MAX_BATCH, MAX_WORKERS
 from extractor.sources import Source, open_source

@@ -98,6 +98,8 @@ class Predictor:
     @classmethod
     def of(cls, bundle: Bundle, **options: Any) -> Self:
         """The predictor of a bundle that was loaded before."""
+        if bundle.backbone.precision == "int8" and options.get("device", "auto") == "auto":
+            options["device"] = "cpu"  # which int8 was calibrated for; a GPU computes such a graph in float
         return cls(
             bundle.path / "backbone.onnx",
             bundle.backbone.preprocess,

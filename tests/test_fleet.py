@@ -19,7 +19,8 @@ from extractor.backbones import Backbone
 from extractor.cuda import Cuda
 from extractor.fleet import Fleet, resolve_devices
 from extractor.onnxfile import read_facts
-from extractor.pipeline import Options, run_extract
+from extractor.options import Options
+from extractor.pipeline import run_extract
 from extractor.session import Embedder
 from extractor.sources import ImageFolder
 from extractor.tuning import _rate

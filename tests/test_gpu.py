@@ -30,8 +30,9 @@ from extractor.backbones import Backbone
 from extractor.cuda import BoundLane, Cuda, engine_folder, load_libraries, pin, prove, providers
 from extractor.half import BOUND, COSINE, compare, halve
 from extractor.onnxfile import read_facts
+from extractor.options import Options
 from extractor.parity import relative_l2
-from extractor.pipeline import Options, run_extract
+from extractor.pipeline import run_extract
 from extractor.session import Embedder, resolve_device
 from extractor.sources import ImageFolder
 from extractor.tuning import tune
