@@ -22,9 +22,10 @@ from extractor import session
 from extractor.backbones import Backbone
 from extractor.onnxfile import BackboneFacts, Layer, read_facts, save, write_facts
 from extractor.options import Options
+from extractor.parity import cosines
 from extractor.pipeline import run_extract
 from extractor.preprocess import Preprocess
-from extractor.quantise import BOUND, cosines, quantise
+from extractor.quantise import BOUND, quantise
 from extractor.ranges import METHODS, Observed, ranges
 from extractor.sources import ImageFolder
 from store.cache import FeatureCache
