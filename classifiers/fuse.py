@@ -1,14 +1,13 @@
 """A bundle as one ONNX file, from decoded pixels to probabilities, and the test that either still gives what it gave.
 
-Reading, resizing and cropping stay outside: Pillow resizes with whole numbers over the filter's whole footprint, and ONNX's
-Resize rounds differently, which moves one pixel value in ten by a level.
+Reading, resizing and cropping stay outside: photos of many sizes make no batch, and ONNX Runtime's Resize (with antialias) gave
+0.3 % of the pixel values of 25 photos otherwise than Pillow's, by up to 5 levels, which is beyond what the features may move.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,28 +126,24 @@ def selftest(path: Path, **options: Any) -> str:
 
 def _graph(bundle: Bundle) -> Any:
     """The whole graph: prologue, backbone, rounding, head, label."""
-    from onnx import TensorProto, compose, helper, version_converter
+    from onnx import TensorProto, compose, helper
 
     model = onnxfile.read_model(bundle.path / "backbone.onnx")
     onnxfile.data_files(bundle.path / "backbone.onnx", model)
     require_domains(model, bundle.path / "backbone.onnx")
     load_data(model, bundle.path / "backbone.onnx")
-    opset = next(each for each in model.opset_import if each.domain in ("", "ai.onnx"))
-    head = onnxfile.read_model(bundle.path / "head.onnx")
-    if any(each.domain in ("", "ai.onnx") and each.version != opset.version for each in head.opset_import):
-        try:
-            head = version_converter.convert_version(head, opset.version)
-        except Exception as error:  # its exceptions have no common public base
-            message = f"{bundle.path}/head.onnx cannot be brought to the backbone's opset {opset.version}: {error}"
-            raise BadDataError(message) from error
+    head = _at_opset(onnxfile.read_model(bundle.path / "head.onnx"), _opset(model))
     compose.add_prefix_graph(model.graph, "backbone/", inplace=True)
     compose.add_prefix_graph(head.graph, "head/", rename_outputs=False, inplace=True)
     features, taken = f"backbone/{bundle.backbone.outputs[0]}", head.graph.input[0].name
     front, pixels = pixel_nodes(model.graph, bundle.backbone.preprocess, INPUT)
-    tail = [*_rounding(model.graph, features, taken, bundle), *head.graph.node]
-    model.graph.initializer.extend(head.graph.initializer)
+    if bundle.storage == "auto":
+        rounding, constants = rounding_nodes(features, taken, bundle.backbone.dim)
+    else:
+        rounding, constants = [helper.make_node("Identity", [features], [taken])], []
+    model.graph.initializer.extend([*constants, *head.graph.initializer])
     model.ir_version = max(model.ir_version, head.ir_version)
-    cut(model, [(tail, OUTPUT, len(bundle.classes))], front, [pixels])
+    cut(model, [([*rounding, *head.graph.node], OUTPUT, len(bundle.classes))], front, [pixels])
     model.graph.name = "classifier"
     if bundle.task == SINGLE_LABEL:
         model.graph.node.append(helper.make_node("ArgMax", [OUTPUT], [LABEL], axis=1, keepdims=0))
@@ -156,24 +151,46 @@ def _graph(bundle: Bundle) -> Any:
     return model
 
 
-def _rounding(graph: Any, given: str, taken: str, bundle: Bundle) -> Sequence[Any]:
-    """What `as_stored` does to features, as nodes: each row goes through float16 and back unless that loses too much.
+def _opset(model: Any) -> int:
+    return max((each.version for each in model.opset_import if each.domain in ("", "ai.onnx")), default=1)
+
+
+def _at_opset(head: Any, version: int) -> Any:
+    """A head with the operators of its backbone's opset. onnx cannot convert some of them to an older one, though they mean
+    the same there; they are taken as they are, and the comparison on the golden pictures tells."""
+    from onnx import version_converter
+
+    if _opset(head) == version:
+        return head
+    try:
+        return version_converter.convert_version(head, version)
+    except Exception as error:  # RuntimeError, ConvertError
+        log.debug("the head's operators are taken as they are: %s", error)
+        return head
+
+
+def rounding_nodes(given: str, taken: str, dim: int) -> tuple[list[Any], list[Any]]:
+    """What `as_stored` does to features ``(n, dim)``: each row goes through float16 and back unless that loses too much.
 
     A row of tiny values, whose squares vanish, is not below the bound and stays as it is.
+
+    Args:
+        given, taken: names of the features before and after.
+        dim: their number.
+
+    Returns:
+        Nodes and constants.
     """
     from onnx import TensorProto, helper, numpy_helper
 
-    if bundle.storage != "auto":
-        return [helper.make_node("Identity", [given], [taken])]
-    constants = {"ones": np.ones((bundle.backbone.dim, 1), np.float32), "bound": np.array(MAX_ROUNDING**2, np.float32)}
-    graph.initializer.extend(numpy_helper.from_array(value, f"stored/{name}") for name, value in constants.items())
+    constants = {"ones": np.ones((dim, 1), np.float32), "bound": np.array(MAX_ROUNDING**2, np.float32)}
 
     def node(kind: str, inputs: str, output: str, **attributes: Any) -> Any:
         names = {"features": given, "stored": taken}
         placed = [names.get(name, f"stored/{name}") for name in (*inputs.split(), output)]
         return helper.make_node(kind, placed[:-1], placed[-1:], name=f"stored/{output}", **attributes)
 
-    return [
+    nodes = [
         node("Cast", "features", "half", to=TensorProto.FLOAT16),
         node("Cast", "half", "rounded", to=TensorProto.FLOAT),
         node("Sub", "rounded features", "error"),
@@ -185,6 +202,7 @@ def _rounding(graph: Any, given: str, taken: str, bundle: Bundle) -> Sequence[An
         node("Less", "lost allowed", "fits"),
         node("Where", "fits rounded features", "stored"),
     ]
+    return nodes, [numpy_helper.from_array(value, f"stored/{name}") for name, value in constants.items()]
 
 
 def _farthest(found: NDArray[np.floating[Any]], expected: NDArray[np.floating[Any]]) -> float:
