@@ -96,7 +96,8 @@ class Fused:
                 not what was saved.
         """
         model = onnxfile.read_model(path)
-        entries = {e.key.removeprefix(PREFIX): e.value for e in model.metadata_props if e.key.startswith(PREFIX)}
+        said = {str(entry.key): str(entry.value) for entry in model.metadata_props}
+        entries = {key.removeprefix(PREFIX): value for key, value in said.items() if key.startswith(PREFIX)}
         if "golden" not in entries:
             message = f"{path} is not a fused classifier; `penult fuse BUNDLE -o CLASSIFIER.onnx` makes one"
             raise BadDataError(message)
@@ -107,7 +108,8 @@ class Fused:
             message = f"{path} is not the file that was saved (the digest of its weights differs); fuse the bundle again"
             raise BadDataError(message)
         side, classes = fused.preprocess.crop, len(fused.classes)
-        given = [[d.dim_value for d in v.type.tensor_type.shape.dim][1:] for v in (model.graph.input[0], model.graph.output[0])]
+        ends = (*model.graph.input, *model.graph.output)[:2]
+        given = [[dim.dim_value for dim in value.type.tensor_type.shape.dim][1:] for value in ends]
         if given != [[side, side, 3], [classes]]:
             message = f"{path} says that it makes {classes} probabilities of {side} x {side} x 3 pixels; its graph has {given}"
             raise BadDataError(message)

@@ -39,7 +39,7 @@ from extractor.pipeline import run_extract
 from extractor.preprocess import Preprocess
 from extractor.sources import ImageFolder
 from store.cache import FeatureCache
-from store.errors import BadDataError, InputMissingError, OutputError, OutputExistsError
+from store.errors import BadDataError, InputMissingError, OutputError, OutputExistsError, PenultError
 from store.shard import as_stored
 
 Penult = Callable[..., tuple[int, str, str]]
@@ -320,6 +320,19 @@ def test_a_flipped_bit_of_any_weight_is_found(file: Path, tmp_path: Path) -> Non
             selftest(changed)
 
 
+def test_a_flipped_bit_anywhere_is_refused_or_changes_nothing(file: Path, tmp_path: Path) -> None:
+    data, rng, changed = file.read_bytes(), np.random.default_rng(0), tmp_path / "changed.onnx"
+    passed = 0
+    for place, bit in zip(rng.integers(len(data), size=300), rng.integers(8, size=300), strict=True):
+        changed.write_bytes(data[:place] + bytes([data[place] ^ (1 << bit)]) + data[place + 1 :])
+        try:
+            selftest(changed)
+            passed += 1
+        except PenultError:
+            continue
+    assert passed < 10, "names of nodes, which nobody computes with"
+
+
 def test_changed_metadata_are_found(file: Path, tmp_path: Path) -> None:
     data = file.read_bytes()
     changed = tmp_path / "changed.onnx"
@@ -516,3 +529,8 @@ def test_predict_reads_a_folder_as_it_goes(file: Path, photos: Path, monkeypatch
     assert len(list(names)) == 19 + 60
     with pytest.raises(InputMissingError, match="no files in"):
         list_images([photos, file.parent / "empty"] if (file.parent / "empty").mkdir() is None else [])
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_golden_vectors(file: Path) -> None:
+    assert re.search(r"16 golden vectors agree to .* on cuda$", selftest(file, device="cuda"))
