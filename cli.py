@@ -762,10 +762,11 @@ def fuse(bundle: Path, output: Path, *, overwrite: bool) -> None:
     """
     from classifiers.bundle import Bundle
     from classifiers.fuse import fuse as fuse_bundle
+    from extractor.onnxfile import data_files
 
     fused = fuse_bundle(Bundle.load(bundle), output, overwrite=overwrite)
-    side = fused.preprocess.crop
-    click.echo(f"{output}: {side} x {side} pixels to {len(fused.classes)} classes, {output.stat().st_size / 2**20:.1f} MiB")
+    side, size = fused.preprocess.crop, sum(file.stat().st_size for file in (output, *data_files(output)))
+    click.echo(f"{output}: {side} x {side} pixels to {len(fused.classes)} classes, {size / 2**20:.1f} MiB")
 
 
 @cli.command()
