@@ -145,13 +145,10 @@ class Predictor:
 
     def probabilities(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Probabilities ``(n, k)`` of images that are decoded, resized and cropped: ``(n, crop, crop, 3)``, RGB."""
-        return self._judge(self.embedder.embed(pixels))
-
-    def _judge(self, features: list[NDArray[np.float32]]) -> NDArray[np.float32]:
-        return self._head(as_stored(features[0], self._storage))
+        return self._head(as_stored(self.embedder.embed(pixels)[0], self._storage))
 
     def _decided(self, batch: list[_Read], features: Future[list[NDArray[np.float32]]] | None) -> Iterator[Prediction]:
-        rows = iter(self._judge(features.result()) if features else ())
+        rows = iter(self._head(as_stored(features.result()[0], self._storage)) if features else ())
         for path, pixels in batch:
             if isinstance(pixels, ImageError):
                 yield Prediction(path, code=pixels.code, message=str(pixels))
