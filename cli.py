@@ -704,19 +704,30 @@ def evaluate(bundle: Path, data: Path, *, as_json: bool, overwrite: bool, **give
 
 
 @cli.command()
-@click.argument("bundle", type=FOLDER)
-@click.argument("images", nargs=-1, required=True, type=FOLDER)
+@click.argument("bundle", metavar="BUNDLE|CLASSIFIER.onnx", type=FOLDER)
+@click.argument("images", nargs=-1, type=FOLDER)
 @click.option(
     "--format", "form", type=click.Choice(["table", "csv", "jsonl"]), default="table", show_default=True, help="Output."
 )
+@click.option("--selftest", "testing", is_flag=True, help="First check its weights, and what it gives for golden pictures.")
 @run_options
-def predict(bundle: Path, images: Sequence[Path], form: str, **given: Any) -> int:
+def predict(bundle: Path, images: Sequence[Path], form: str, *, testing: bool, **given: Any) -> int:
     """Predict label and probability of images, or of everything in a folder.
+
+    With --selftest, exit 65 if a weight was changed, or if it computes something else here than where it was made.
 
     Example: penult predict photos.head new/ --format csv > predictions.csv
     """
+    from classifiers.fuse import selftest
     from classifiers.predict import Predictor, list_images
 
+    if testing:
+        click.echo(selftest(bundle, **runtime(given)), err=bool(images))
+    if not images:
+        if testing:
+            return 0
+        message = "which images? Name files or folders, or pass --selftest"
+        raise click.UsageError(message)
     predictor = Predictor.load(bundle, **runtime(given))
     results = predictor.predict(list_images(images))
     failed = 0
@@ -736,6 +747,26 @@ def predict(bundle: Path, images: Sequence[Path], form: str, **given: Any) -> in
         else:
             click.echo(f"{p.name}\t{p.code}: {p.message}" if p.code else f"{p.name}\t{p.label}\t{p.probability:.4f}")
     return WITH_FAILURES if failed else 0
+
+
+@cli.command()
+@click.argument("bundle", type=FOLDER)
+@output_option("The ONNX file.")
+@overwrite_option
+def fuse(bundle: Path, output: Path, *, overwrite: bool) -> None:
+    """Make one ONNX file of a bundle, from decoded pixels to probabilities, for any program with ONNX Runtime.
+
+    `penult predict CLASSIFIER.onnx` takes it like the bundle; --selftest there shows that it still gives what it gave.
+
+    Example: penult fuse photos.head -o photos.onnx
+    """
+    from classifiers.bundle import Bundle
+    from classifiers.fuse import fuse as fuse_bundle
+    from extractor.onnxfile import data_files
+
+    fused = fuse_bundle(Bundle.load(bundle), output, overwrite=overwrite)
+    side, size = fused.preprocess.crop, sum(file.stat().st_size for file in (output, *data_files(output)))
+    click.echo(f"{output}: {side} x {side} pixels to {len(fused.classes)} classes, {size / 2**20:.1f} MiB")
 
 
 @cli.command()

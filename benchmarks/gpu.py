@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from extractor.pipeline import run_extract
 from extractor.progress import StopFlag
 from extractor.reading import Crew, Reader
 from extractor.session import Embedder, cores
-from extractor.sources import ImageFolder
+from extractor.sources import ImageFolder, Sample
 
 PRECISIONS = ("fp32", "fp16")
 MIB = 2**20
@@ -326,7 +327,7 @@ def fidelity(bench: Bench, files: dict[str, Path], photos: Path, count: int) -> 
     facts = read_facts(files["fp32"])
     source = ImageFolder(photos)
     reader = Reader(source.files, facts.preprocess, set(), Crew(cores()))
-    outcomes = reader.stream(list(enumerate(source.everything()[:count])), StopFlag())
+    outcomes = reader.stream(list(enumerate(map(Sample, islice(source.everything(), count)))), StopFlag())
     pixels = np.stack([outcome.pixels for outcome in outcomes if outcome.pixels is not None])
     exact = Embedder(files["fp32"], facts.preprocess, device="cpu").embed(pixels)
     kind = "real photos" if bench.given.photos else "synthetic pictures"

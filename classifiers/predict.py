@@ -24,10 +24,12 @@ from extractor.reading import Crew, ahead
 from extractor.session import Embedder, resolve_device
 from extractor.sources import ImageFolder, refuse_ours
 from store.errors import InputMissingError, UsageError
+from store.fingerprint import Fingerprint
 from store.samples import display
 from store.shard import as_stored
 
 from .bundle import Bundle, head_function
+from .fused import OUTPUT, Fused, is_fused, precision_of
 
 _Read = tuple[bytes, NDArray[np.uint8] | ImageError]  # a path, and what came of it
 
@@ -92,14 +94,26 @@ class Predictor:
 
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> Self:
-        """Open a bundle; see `Bundle.load` for what is refused."""
-        return cls.of(Bundle.load(path), **options)
+        """Open a bundle or a fused classifier; see `Bundle.load` and `Fused.load` for what is refused."""
+        path = Path(path)
+        return cls.fused(path, Fused.load(path), **options) if is_fused(path) else cls.of(Bundle.load(path), **options)
+
+    @classmethod
+    def fused(cls, path: Path, fused: Fused, **options: Any) -> Self:
+        """The predictor of a fused classifier: its graph is backbone and head, and takes pixels itself."""
+        return cls(
+            path,
+            fused.preprocess,
+            lambda probabilities: probabilities,
+            fused.classes,
+            storage="float32",
+            output=OUTPUT,
+            **_computing(Fingerprint(fused.fingerprint), options),
+        )
 
     @classmethod
     def of(cls, bundle: Bundle, **options: Any) -> Self:
         """The predictor of a bundle that was loaded before."""
-        if bundle.backbone.precision == "int8" and options.get("device", "auto") == "auto":
-            options["device"] = "cpu"  # which int8 was calibrated for; a GPU computes such a graph in float
         return cls(
             bundle.path / "backbone.onnx",
             bundle.backbone.preprocess,
@@ -107,8 +121,7 @@ class Predictor:
             bundle.classes,
             storage=bundle.storage,
             output=bundle.backbone.outputs[0],
-            cuda=Cuda(tf32=bool(bundle.fingerprint.fields.get("tf32")), half=bundle.backbone.precision == "fp16"),
-            **options,
+            **_computing(bundle.fingerprint, options),
         )
 
     def predict(self, paths: Iterable[str | bytes | Path], files: Files | None = None) -> Iterator[Prediction]:
@@ -129,6 +142,10 @@ class Predictor:
                 yield from self._decided(*flying.popleft())
         while flying:
             yield from self._decided(*flying.popleft())
+
+    def probabilities(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Probabilities ``(n, k)`` of images that are decoded, resized and cropped: ``(n, crop, crop, 3)``, RGB."""
+        return self._head(as_stored(self.embedder.embed(pixels)[0], self._storage))
 
     def _decided(self, batch: list[_Read], features: Future[list[NDArray[np.float32]]] | None) -> Iterator[Prediction]:
         rows = iter(self._head(as_stored(features.result()[0], self._storage)) if features else ())
@@ -159,28 +176,45 @@ class Predictor:
             return path, error
 
 
-def list_images(inputs: Sequence[str | Path]) -> list[bytes]:
+def _computing(fingerprint: Fingerprint, options: dict[str, Any]) -> dict[str, Any]:
+    """The options, and how a GPU is to compute what these features were computed with."""
+    precision = precision_of(fingerprint)
+    if precision == "int8" and options.get("device", "auto") == "auto":
+        options = {**options, "device": "cpu"}  # which int8 was calibrated for; a GPU computes such a graph in float
+    return {"cuda": Cuda(tf32=bool(fingerprint.fields.get("tf32")), half=precision == "fp16"), **options}
+
+
+def list_images(inputs: Sequence[str | Path]) -> Iterator[bytes]:
     """The files that the arguments of `penult predict` mean: files as they are, folders with everything below them.
 
+    Folders are read as they are reached, so that no list of millions of names is ever held.
+
     Raises:
-        InputMissingError: none of them exists, or a folder is empty. One that is missing is a prediction with a code.
-        UsageError: one is a tar archive.
-        UsageError: one is a cache or a bundle.
+        InputMissingError: none of them exists, a folder is empty, or one cannot be read. A file that is missing is a prediction
+            with a code.
+        UsageError: one is a tar archive, a cache or a bundle.
     """
-    found = []
-    for item in map(Path, inputs):
-        refuse_ours(item)
-        if item.is_dir():
-            found += [os.fsencode(item) + b"/" + sample.path for sample in ImageFolder(item).everything()]
-        elif item.suffix == ".tar":
-            message = f"{item}: `penult predict` takes images and folders of them; `penult evaluate` takes tar shards"
+    paths = list(map(Path, inputs))
+    for path in paths:
+        refuse_ours(path)
+        if path.suffix == ".tar" and not path.is_dir():
+            message = f"{path}: `penult predict` takes images and folders of them; `penult evaluate` takes tar shards"
             raise UsageError(message)
-        else:
-            found.append(os.fsencode(item))
-    if not any(Path(os.fsdecode(path)).exists() for path in found):
+        if path.is_dir() and next(ImageFolder(path).everything(), None) is None:
+            message = f"no files in {path}"
+            raise InputMissingError(message)
+    if not any(path.exists() for path in paths):
         message = f"{', '.join(map(str, inputs[:3]))}: no such file"
         raise InputMissingError(message)
-    return found
+    return _files_of(paths)
+
+
+def _files_of(paths: Iterable[Path]) -> Iterator[bytes]:
+    for path in paths:
+        if path.is_dir():
+            yield from (os.fsencode(path) + b"/" + name for name in ImageFolder(path).everything())
+        else:
+            yield os.fsencode(path)
 
 
 def _batches(items: Iterator[_Read], size: int) -> Iterator[list[_Read]]:

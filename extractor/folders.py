@@ -106,12 +106,13 @@ class ImageFolder:
             raise BadDataError(message)
         return bool(splits)
 
-    def everything(self) -> list[Sample]:
-        """All files below the root without labels, whatever the folders mean."""
+    def everything(self) -> Iterator[bytes]:
+        """Relative paths of all files below the root, whatever the folders mean; found as they are asked for."""
         base, links = os.fsencode(self.root), [0]
         files, folders = _scan(base, follow=self.follow_symlinks, links=links)
-        below = [path for folder in folders for path in self._walk(base, folder, folders, links)]
-        return finished([Sample(path) for path in [*files, *below]], Path(self.root), None)
+        yield from files
+        for folder in folders:
+            yield from self._walk(base, folder, folders, links)
 
     def _walk(self, base: bytes, top: bytes, tops: list[bytes], links: list[int]) -> Iterator[bytes]:
         """Relative paths of the regular files below a folder; with links followed, each real folder is visited once."""
@@ -122,11 +123,13 @@ class ImageFolder:
             files, folders = _scan(base + b"/" + folder, follow=self.follow_symlinks, links=links)
             for name in files:
                 yield folder + b"/" + name
+            below = []
             for name in folders:
                 real = os.path.realpath(b"/".join((base, folder, name)))
                 if real not in seen:
                     seen.add(real)
-                    pending.append(folder + b"/" + name)
+                    below.append(folder + b"/" + name)
+            pending += reversed(below)  # the last one is taken first
 
 
 def _scan(folder: bytes, *, follow: bool, links: list[int]) -> tuple[list[bytes], list[bytes]]:

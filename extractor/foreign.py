@@ -58,14 +58,14 @@ def import_onnx(backbone: Backbone, target: Path) -> BackboneFacts:
     facts = onnxfile.facts_in(model)
     if facts is not None:
         return _own(backbone, facts, model, digest, target)
-    _require_domains(model, file)
+    require_domains(model, file)
     beside = read_sidecar(file)
     if beside:
         log.info("%s says how %s is used", file.with_suffix(".toml"), file.name)
     stated = {**beside, **backbone.stated}
     layers = list(backbone.layers) or stated.pop("layer", [])
     pooling = backbone.pooling or stated.pop("pooling", "average")
-    _load_data(model, file)
+    load_data(model, file)
     begin = image_input(model, file, stated.get("layout"))
     preprocess = preprocessing(begin, stated, file)
     graph = Graph(model)
@@ -130,7 +130,7 @@ def _write(
             del model.metadata_props[:]
         onnxfile.write_facts(model, facts)
         if onnxfile.external_files(model):  # the first attempt has put them there
-            _load_data(model, new)
+            load_data(model, new)
         onnxfile.remove(new)
         onnxfile.save(model, new)
         try:
@@ -188,21 +188,31 @@ def _own(backbone: Backbone, facts: BackboneFacts, model: Any, digest: str, targ
         message = f"{file} says itself what its input and its features are: leave {', '.join(superfluous)} out"
         raise UsageError(message)
     facts = replace(facts, weights_sha256=digest)  # what its metadata says of its weights, anybody may have written
-    _load_data(model, file)
+    load_data(model, file)
     del model.metadata_props[:]
     onnxfile.write_facts(model, facts)
     onnxfile.save(model, target)
     return facts
 
 
-def _require_domains(model: Any, file: Path) -> None:
+def require_domains(model: Any, file: Path) -> None:
+    """Refuse a file with operators that are not standard ones, or ONNX Runtime's own.
+
+    Raises:
+        BadDataError: names whose they are.
+    """
     foreign = sorted({node.domain for node in model.graph.node} - set(DOMAINS) - {each.domain for each in model.functions})
     if foreign:
         message = f"{file} needs operators of {', '.join(foreign)}, which run somebody's own code; export it with standard ones"
         raise BadDataError(message)
 
 
-def _load_data(model: Any, file: Path) -> None:
+def load_data(model: Any, file: Path) -> None:
+    """Read a model's external data into memory.
+
+    Raises:
+        BadDataError: it does not hold what the model says.
+    """
     from onnx.external_data_helper import load_external_data_for_model
 
     try:

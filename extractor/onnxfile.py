@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import math
 import os
@@ -233,6 +234,33 @@ def digest(path: Path) -> str:
         InputMissingError: a file cannot be read.
     """
     return file_digest(path, *data_files(path))
+
+
+def weights_digest(model: Any, folder: Path) -> str:
+    """SHA-256 over all constants of a model, hexadecimal: in the order of their names, each name, type, shape and values.
+
+    How a file stores them, inside or in external data, does not matter.
+
+    Args:
+        model: ``onnx.ModelProto``.
+        folder: where its external data is.
+
+    Raises:
+        BadDataError: they cannot be read.
+    """
+    from onnx import TensorProto, numpy_helper
+
+    found = hashlib.sha256()
+    try:
+        for tensor in sorted(_tensors(model.graph), key=lambda each: str(each.name)):
+            found.update(json.dumps([tensor.name, tensor.data_type, list(tensor.dims)]).encode())
+            texts = tensor.data_type == TensorProto.STRING
+            values = b"\0".join(tensor.string_data) if texts else numpy_helper.to_array(tensor, str(folder)).tobytes()
+            found.update(values)
+    except Exception as error:  # onnx's ValidationError, and whatever NumPy says of bytes that do not fit their shape
+        message = f"the weights cannot be read: {error}"
+        raise BadDataError(message) from error
+    return found.hexdigest()
 
 
 def require_writable(target: Path) -> None:

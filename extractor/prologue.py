@@ -16,32 +16,51 @@ INPUT = "penult_pixels"
 def takes_pixels(path: Path, preprocess: Preprocess) -> bytes | None:
     """A backbone, serialised, with an input of ``(n, h, w, 3)`` uint8 pixels before the one it has.
 
-    The operations and their order are those of `Preprocess.normalise`, so the features are the same bits; multiplying by
-    1/std instead would save half of the time and move them by 3e-7.
-
     Returns:
-        None where weights lie in a second file: a graph in memory cannot refer to it.
+        None where weights lie in a second file, which a graph in memory cannot refer to, or where it takes pixels already.
 
     Raises:
         BadDataError, InputMissingError: not an ONNX file.
     """
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import TensorProto
 
     model = read_model(path)
     graph = model.graph
-    if external_files(model):
+    target = _float_input(graph)
+    if external_files(model) or target.type.tensor_type.elem_type == TensorProto.UINT8:
         return None
-    weights = {tensor.name for tensor in graph.initializer}
-    target = next(value for value in graph.input if value.name not in weights)
-    n, _, height, width = target.type.tensor_type.shape.dim
+    nodes, pixels = pixel_nodes(graph, preprocess, INPUT)
+    graph.input.remove(target)
+    graph.input.append(pixels)
+    rest = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([*nodes, *rest])
+    return bytes(model.SerializeToString())
 
+
+def _float_input(graph: Any) -> Any:
+    """The input of a backbone's graph that is no weight."""
+    weights = {tensor.name for tensor in graph.initializer}
+    return next(value for value in graph.input if value.name not in weights)
+
+
+def pixel_nodes(graph: Any, preprocess: Preprocess, name: str) -> tuple[list[Any], Any]:
+    """The nodes from pixels to the input of a backbone's graph, which gets their constants, and what declares the pixels.
+
+    The operations and their order are those of `Preprocess.normalise`, so the features are the same bits; multiplying by
+    1/std instead would save half of the time and move them by 3e-7.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    target = _float_input(graph)
+    n, _, height, width = target.type.tensor_type.shape.dim
     nodes: list[Any] = []
 
     def then(kind: str, *constants: Any, **attributes: Any) -> None:
-        names = [f"{INPUT}_constant_{len(nodes)}" for _ in constants]
-        graph.initializer.extend(numpy_helper.from_array(value, name) for value, name in zip(constants, names, strict=True))
-        before = nodes[-1].output[0] if nodes else INPUT
-        nodes.append(helper.make_node(kind, [before, *names], [f"{INPUT}_{len(nodes)}"], **attributes))
+        names = [f"{name}_constant_{len(nodes)}" for _ in constants]
+        graph.initializer.extend(numpy_helper.from_array(value, key) for value, key in zip(constants, names, strict=True))
+        before = nodes[-1].output[0] if nodes else name
+        nodes.append(helper.make_node(kind, [before, *names], [f"{name}_{len(nodes)}"], **attributes))
 
     then("Transpose", perm=[0, 3, 1, 2])
     if preprocess.channels == "bgr":
@@ -53,13 +72,8 @@ def takes_pixels(path: Path, preprocess: Preprocess) -> bytes | None:
     then("Div", np.array(preprocess.std, np.float32).reshape(1, 3, 1, 1))
     nodes[-1].output[0] = target.name
 
-    graph.input.remove(target)
-    pixels = graph.input.add()
-    pixels.CopyFrom(helper.make_tensor_value_info(INPUT, TensorProto.UINT8, [None] * 4))
+    pixels = helper.make_tensor_value_info(name, TensorProto.UINT8, [None] * 4)
     for dim, size in zip(pixels.type.tensor_type.shape.dim, (n, height, width), strict=False):
         dim.CopyFrom(size)
     pixels.type.tensor_type.shape.dim[3].dim_value = 3
-    rest = list(graph.node)
-    del graph.node[:]
-    graph.node.extend([*nodes, *rest])
-    return bytes(model.SerializeToString())
+    return nodes, pixels

@@ -213,8 +213,10 @@ class Embedder:
         if self.provider == "cpu":
             if _int8_saturates():  # exact kernels for int8 networks, which elsewhere would cost more than half of their speed
                 options.add_session_config_entry("session.x64quantprecision", "1")
-            try:
-                return onnxruntime.InferenceSession(graph or str(self._model), options, providers=["CPUExecutionProvider"])
+            try:  # its own fall-back, from the CPU to the CPU, would print
+                return onnxruntime.InferenceSession(
+                    graph or str(self._model), options, providers=["CPUExecutionProvider"], enable_fallback=0
+                )
             except Exception as error:  # onnxruntime's exceptions have no common public base
                 message = f"{self._model} cannot be run: {_first_line(error)}"
                 raise BadDataError(message) from error

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from classifiers.fuse import fuse
 from classifiers.heldout import evaluate_bundle
 from classifiers.predict import Predictor
 from classifiers.train import make_head, train_head
@@ -20,6 +24,8 @@ from store.cache import FeatureCache
 from store.errors import FingerprintMismatchError
 
 pytestmark = pytest.mark.assets
+
+REPO = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +55,19 @@ def test_logistic_regression_on_frozen_features(ants: FeatureCache, assets: Path
         assert found.probabilities is not None
         np.testing.assert_allclose(found.probabilities, expected, atol=1e-5)
         assert found.label == bundle.classes[int(expected.argmax())]
+
+
+def test_fused_and_run_by_the_twenty_lines_of_the_docs(ants: FeatureCache, assets: Path, tmp_path: Path) -> None:
+    bundle = train_head(ants, tmp_path / "ants.head", make_head("logistic", C=0.01))
+    fuse(bundle, tmp_path / "ants.onnx")
+    held = bundle.predictions()
+    files = [assets / "data/hymenoptera" / os.fsdecode(path) for path in held.paths]
+    (code,) = re.findall(r"```python\n(.*?)```", (REPO / "docs/fuse.md").read_text(), re.DOTALL)
+    command = [sys.executable, "-I", "-c", code, tmp_path / "ants.onnx", *files]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lines = [line.rsplit(" ", 2) for line in said.splitlines()]
+    assert [label for _, label, _ in lines] == [bundle.classes[i] for i in held.probabilities.argmax(axis=1)]
+    np.testing.assert_allclose([float(line[2]) for line in lines], held.probabilities.max(axis=1), atol=1e-5, rtol=0)
 
 
 def test_the_mlp_over_five_seeds(ants: FeatureCache) -> None:
