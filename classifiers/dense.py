@@ -6,7 +6,7 @@ Most are a `DenseHead`: standardise, a few dense layers. `neighbours.NeighbourHe
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -88,7 +88,7 @@ class DenseHead(FittedHead):
         mean, scale: ``(d,)`` float32, subtracted and divided by.
         layers: weight ``(out, in)`` and bias ``(out,)`` of each layer, float32; the last one has one output per class.
         classes, temperature: as in `FittedHead`.
-        unit: whether rows are brought to length 1 before the first layer, which then computes cosines.
+        unit: whether rows are brought to length 1 before and after that, so that the first layer computes cosines.
     """
 
     mean: Float32
@@ -100,7 +100,8 @@ class DenseHead(FittedHead):
 
     def logits(self, X: ArrayLike) -> Float32:
         """``(n, d)`` features to ``(n, k)`` logits, before the temperature."""
-        hidden = (np.asarray(X, np.float32) - self.mean) / self.scale
+        hidden = np.asarray(X, np.float32)
+        hidden = ((unit_rows(hidden) if self.unit else hidden) - self.mean) / self.scale
         hidden = unit_rows(hidden) if self.unit else hidden
         for weight, bias in self.layers[:-1]:
             hidden = np.maximum(hidden @ weight.T + bias, 0)
@@ -115,13 +116,13 @@ class DenseHead(FittedHead):
             "scale": np.asarray(self.scale, np.float32),
         }
         nodes = [
-            helper.make_node("Sub", ["features", "mean"], ["centred"]),
+            helper.make_node("Sub", ["directions" if self.unit else "features", "mean"], ["centred"]),
             helper.make_node("Div", ["centred", "scale"], ["standardised"]),
         ]
         name = "standardised"
         if self.unit:
-            more, constants, name = unit_nodes(name)
-            nodes, arrays = [*nodes, *more], {**arrays, **constants}
+            nodes = [*unit_nodes("features", "directions"), *nodes, *unit_nodes(name, "units")]
+            name, arrays = "units", {**arrays, **UNIT_CONSTANTS}
         for i, (weight, bias) in enumerate(self.layers):
             arrays |= {f"weight{i}": weight.astype(np.float32), f"bias{i}": bias.astype(np.float32)}
             nodes.append(helper.make_node("Gemm", [name, f"weight{i}", f"bias{i}"], [f"dense{i}"], transB=1))
@@ -141,16 +142,18 @@ def unit_rows(X: NDArray[np.floating[Any]]) -> Float32:
     return np.asarray(wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), SHORTEST), np.float32)
 
 
-def unit_nodes(name: str) -> tuple[list[Any], Mapping[str, NDArray[Any]], str]:
-    """`unit_rows` in ONNX: nodes that begin with ``name``, their constants, and the name of the result."""
+UNIT_CONSTANTS: dict[str, NDArray[Any]] = {"rows": np.array([1], np.int64), "shortest": np.array(SHORTEST, np.float32)}
+
+
+def unit_nodes(name: str, result: str) -> list[Any]:
+    """`unit_rows` in ONNX, from one tensor to another; takes `UNIT_CONSTANTS`."""
     from onnx import helper
 
-    nodes = [
-        helper.make_node("ReduceL2", [name, "rows"], ["length"], keepdims=1),
-        helper.make_node("Max", ["length", "shortest"], ["divisor"]),
-        helper.make_node("Div", [name, "divisor"], ["unit"]),
+    return [
+        helper.make_node("ReduceL2", [name, "rows"], [f"{result}_length"], keepdims=1),
+        helper.make_node("Max", [f"{result}_length", "shortest"], [f"{result}_divisor"]),
+        helper.make_node("Div", [name, f"{result}_divisor"], [result]),
     ]
-    return nodes, {"rows": np.array([1], np.int64), "shortest": np.array(SHORTEST, np.float32)}, "unit"
 
 
 def class_indices(y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.intp]]:
@@ -213,14 +216,14 @@ def fit_temperature(logits: NDArray[np.floating[Any]], targets: NDArray[np.intp]
     Args:
         logits: ``(n, k)``.
         targets: ``(n,)`` class indices.
-        unscaled: the logits are scores such as cosines, whose size says nothing: the range is [0.001, 1000], and instead of
+        unscaled: the logits are scores such as cosines, whose size says nothing: the range is [0.01, 1000], and instead of
             the bound at 1, one more sample counts that belongs to every class alike (Laplace's rule of succession).
     """
     from scipy.optimize import minimize_scalar
 
     share = 1 / (len(targets) + 1) if unscaled else 0.0
     margin = float(np.mean(logits[np.arange(len(targets)), targets] - logits.mean(axis=1)))  # of the true class
-    least, most = (1e-3, 1e3) if unscaled else (0.05, 20.0)
+    least, most = (0.01, 1000.0) if unscaled else (0.05, 20.0)
 
     def loss(log_t: float) -> float:
         scaled = 1 / float(np.exp(log_t))

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from store.errors import BadDataError
 
-from .dense import FittedHead, Float32, unit_nodes, unit_rows
+from .dense import UNIT_CONSTANTS, FittedHead, Float32, unit_nodes, unit_rows
 from .searched import SearchedHead
 
 KS = (1, 3, 5, 10, 20, 50, 100, 200)
@@ -36,12 +36,15 @@ class NeighbourHead(FittedHead):
     not depend on the last digit of a product.
 
     Attributes:
-        references: ``(n, d)`` at length 1, float32 or float16.
+        centre: ``(d,)``, subtracted from rows at length 1, which are then brought to length 1 again: features after a ReLU all
+            point the same way (Wang et al. 2019, "SimpleShot").
+        references: ``(n, d)`` after that, float32 or float16.
         labels: ``(n,)`` int64, class indices.
         k, tau: see above.
         classes, temperature: as in `FittedHead`.
     """
 
+    centre: Float32
     references: NDArray[np.floating[Any]]
     labels: NDArray[np.int64]
     k: int
@@ -50,18 +53,19 @@ class NeighbourHead(FittedHead):
     temperature: float = 1.0
 
     def logits(self, X: ArrayLike) -> Float32:
-        found = nearest(np.asarray(X, np.float32), self.references, self.k + 1)
+        found = nearest(unit_rows(np.asarray(X, np.float32)) - self.centre, self.references, self.k + 1)
         return vote(found, self.labels, self.k, self.tau, len(self.classes))
 
     def graph(self) -> tuple[int, list[Any], dict[str, NDArray[Any]], str]:
         from onnx import TensorProto, helper
 
         make = helper.make_node
-        more, constants, unit = unit_nodes("features")
         nodes = [
-            *more,
+            *unit_nodes("features", "directions"),
+            make("Sub", ["directions", "centre"], ["centred"]),
+            *unit_nodes("centred", "units"),
             make("Cast", ["references"], ["wide"], to=TensorProto.FLOAT),
-            make("Gemm", [unit, "wide"], ["cosines"], transB=1),
+            make("Gemm", ["units", "wide"], ["cosines"], transB=1),
             make("TopK", ["cosines", "count"], ["nearest", "which"], axis=1),
             make("ReduceMax", ["nearest", "rows"], ["best"], keepdims=1),
             make("ReduceMin", ["nearest", "rows"], ["without"], keepdims=1),
@@ -80,7 +84,8 @@ class NeighbourHead(FittedHead):
         ]
         k = len(self.classes)
         arrays = {
-            **constants,
+            **UNIT_CONSTANTS,
+            "centre": self.centre,
             "references": self.references,
             "labels": self.labels,
             "count": np.array([self.k + 1], np.int64),
@@ -111,7 +116,7 @@ def distinct(X: Float32, targets: NDArray[np.intp]) -> NDArray[np.intp]:
 
 
 def nearest(X: Float32, references: NDArray[np.floating[Any]], count: int) -> Nearest:
-    """The most similar references of each row, in blocks."""
+    """The most similar references of each centred row, in blocks."""
     wide = references.astype(np.float32).T
     cosines = np.empty((len(X), count), np.float32)
     which = np.empty((len(X), count), np.intp)
@@ -124,6 +129,13 @@ def nearest(X: Float32, references: NDArray[np.floating[Any]], count: int) -> Ne
         cosines[rows] = np.take_along_axis(values, order, axis=1)
         which[rows] = np.take_along_axis(top, order, axis=1)
     return cosines, which
+
+
+def _references(X: Float32) -> tuple[NDArray[Any], Float32]:
+    """Features as a `NeighbourHead` keeps them, and their centre."""
+    units = unit_rows(X)
+    centre = units.mean(axis=0, dtype=np.float64).astype(np.float32)
+    return unit_rows(units - centre), centre
 
 
 def vote(found: Nearest, labels: NDArray[np.integer[Any]], k: int, tau: float, classes: int) -> Float32:
@@ -179,13 +191,14 @@ class KnnHead(SearchedHead):
     ) -> Sequence[Float32]:
         rows = distinct(X, targets)
         ks = [min(setting["k"], len(rows) - 1) for setting in settings]
-        found = nearest(held, unit_rows(X[rows]), max(ks) + 1)
+        references, centre = _references(X[rows])
+        found = nearest(unit_rows(held) - centre, references, max(ks) + 1)
         classes = len(self.classes_)
         return [vote(found, targets[rows], k, setting["tau"], classes) for k, setting in zip(ks, settings, strict=True)]
 
     def _fitted(self, X: Float32, targets: NDArray[np.intp], classes: list[str], setting: dict[str, Any]) -> FittedHead:
         rows = distinct(X, targets)
-        references: NDArray[Any] = unit_rows(X[rows])
+        references, centre = _references(X[rows])
         if X.size > LARGE:
             references = references.astype(np.float16)
         if references.nbytes > MOST:
@@ -195,7 +208,7 @@ class KnnHead(SearchedHead):
             )
             raise BadDataError(message)
         k = min(setting["k"], len(rows) - 1)
-        return NeighbourHead(references, targets[rows].astype(np.int64), k, setting["tau"], classes)
+        return NeighbourHead(centre, references, targets[rows].astype(np.int64), k, setting["tau"], classes)
 
     @property
     def hyperparameters_(self) -> dict[str, Any]:
