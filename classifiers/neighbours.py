@@ -117,7 +117,7 @@ def distinct(X: Float32, targets: NDArray[np.intp]) -> NDArray[np.intp]:
 
 def nearest(X: Float32, references: NDArray[np.floating[Any]], count: int) -> Nearest:
     """The most similar references of each centred row, in blocks."""
-    wide = references.astype(np.float32).T
+    wide = references.astype(np.float32, copy=False).T
     cosines = np.empty((len(X), count), np.float32)
     which = np.empty((len(X), count), np.intp)
     for start in range(0, len(X), BLOCK):

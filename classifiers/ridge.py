@@ -32,8 +32,9 @@ class _Spectrum:
         self._mean, self._scale = standardisation(X)
         # Near a square, little is left over to judge a small lambda by, which float32 would lose.
         self._dtype = np.float64 if n * d * min(n, d) <= PRECISE or max(n, d) < 4 * min(n, d) else np.float32
-        inputs: Floats = X.astype(self._dtype)
-        self._Z: Floats = (inputs - self._mean) / self._scale
+        self._Z: Floats = X.astype(self._dtype)  # a copy; what is done to it in place needs no second one
+        self._Z -= self._mean
+        self._Z /= self._scale
         self._tall = n > d
         signs = _signs(targets, k)
         self._bias = signs.mean(axis=0)
@@ -67,18 +68,18 @@ class _Spectrum:
         matrix that maps targets to fitted values (Cook and Weisberg 1982); here 1/n of it is the intercept's.
         """
         scores = self._Z[rows] @ self._vectors.astype(self._dtype) if self._tall else self._vectors[rows]
-        squares = scores**2
         centred, once = self._centred[rows], 1 / len(self._Z)
-        for alpha in alphas:
+        inverse = (1 / (self._values + np.array(alphas)[:, None])).astype(self._dtype)
+        if self._tall:
+            left = 1 - once - scores**2 @ inverse.T
+        else:  # the same without a difference of nearly equal numbers: there may be next to nothing left
+            left = scores**2 @ (inverse * np.array(alphas)[:, None]).T - once
+        for i, alpha in enumerate(alphas):
             if self._tall:
-                shrink = (1 / (self._values + alpha)).astype(self._dtype)
-                residual = centred - scores @ (self._right * shrink[:, None]).astype(self._dtype)
-                left = 1 - once - squares @ shrink
-            else:  # the same without a difference of nearly equal numbers: there may be next to nothing left
-                shrink = alpha / (self._values + alpha)
-                residual = scores @ (self._dual * shrink[:, None])
-                left = squares @ shrink - once
-            residual /= np.maximum(left, LEAST)[:, None]
+                residual = centred - scores @ (self._right * inverse[i, :, None]).astype(self._dtype)
+            else:
+                residual = scores @ (self._dual * (alpha * inverse[i])[:, None])
+            residual /= np.maximum(left[:, i, None], LEAST)
             yield np.asarray(centred + self._bias - residual, np.float32)
 
 
@@ -138,7 +139,7 @@ class RidgeHead(SearchedHead):
         settings, rows = self._settings(len(X)), self._drawing(len(X))(np.arange(len(X)))
         logits = list(spectrum.left_out(rows, [setting["alpha"] for setting in settings]))
         names = [str(label) for label in self.classes_]
-        return Tried(settings, logits, targets[rows], lambda setting: spectrum.head(setting["alpha"], names))
+        return Tried(settings, logits, targets[rows], "leave-one-out", lambda setting: spectrum.head(setting["alpha"], names))
 
     def _judge(
         self, X: Float32, targets: NDArray[np.intp], held: Float32, settings: Sequence[dict[str, Any]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -32,12 +32,14 @@ class Tried:
         settings: in the order they were tried.
         logits: ``(m, k)`` of each.
         targets: of the m rows.
+        by: how those rows were kept apart: ``folds``, ``validation`` or ``leave-one-out``.
         fit: makes the head on all rows from one setting, where trying them has done most of that work.
     """
 
     settings: Sequence[dict[str, Any]]
     logits: Sequence[Float32]
     targets: NDArray[np.intp]
+    by: str = "folds"
     fit: Callable[[dict[str, Any]], FittedHead] | None = None
 
 
@@ -50,6 +52,7 @@ class SearchedHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     Attributes:
         classes_: labels in the order of the outputs.
         setting_: what was chosen.
+        chosen_by_: ``folds``, ``validation`` or ``leave-one-out``; None where nothing could be chosen.
         history_: for each setting tried: what it is, the criterion and accuracy, out of fold or on validation.
         dense_: the fitted head as arrays, temperature included.
         temperature_: fitted on the out-of-fold or validation logits of the chosen setting.
@@ -85,7 +88,7 @@ class SearchedHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 tried = self._by_folds(features, targets, groups)
             else:
                 features, targets, folds = with_validation(features, targets, validation, self.classes_)
-                tried = self._by(folds, features, targets)
+                tried = replace(self._by(folds, features, targets), by="validation")
             self._choose_and_fit(features, targets, tried)
         return self
 
@@ -141,6 +144,7 @@ class SearchedHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _choose_and_fit(self, X: Float32, targets: NDArray[np.intp], tried: Tried | None) -> None:
         classes = [str(label) for label in self.classes_]
+        self.chosen_by_ = tried.by if tried else None
         if tried is None:
             self.setting_, self.history_ = self._unchosen(len(X)), []
             log.warning(
@@ -182,4 +186,5 @@ class SearchedHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     @property
     def hyperparameters_(self) -> dict[str, Any]:
         """What was used, as JSON."""
-        return {**self.setting_, "tried": len(self.history_), "cv": self.cv, "seed": self.seed}
+        tried = {"tried": len(self.history_), "chosen_by": self.chosen_by_}
+        return {**self.setting_, **tried, "cv": self.cv, "seed": self.seed}

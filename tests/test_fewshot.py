@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from extractor.pipeline import run_extract
 from extractor.sources import ImageFolder
 from store.cache import FeatureCache, Subset
 from store.errors import BadDataError, UsageError
+
+REPO = Path(__file__).resolve().parent.parent
 
 Penult = Callable[..., tuple[int, str, str]]
 
@@ -166,6 +169,15 @@ def test_any_scikit_learn_classifier_by_its_dotted_name(cache: FeatureCache, tmp
         with pytest.raises(UsageError, match=r"RandomForestClassifier cannot be saved.*never a pickle.*train one of logistic"):
             attempt()
     assert not (tmp_path / "x.head").exists()
+
+
+def test_the_example_of_the_docs_runs(
+    cache: FeatureCache, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(cache.path.parent)
+    [block] = re.findall(r"```python\n(.*?)```", (REPO / "docs/heads.md").read_text(), re.DOTALL)
+    exec(compile(block, "docs/heads.md", "exec"), {})
+    assert 0 <= float(capsys.readouterr().out) <= 1
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,7 @@ def test_ridge_chooses_as_ridge_classifier_cv_does(n: int, d: int) -> None:
     reference = RidgeClassifierCV(alphas, store_cv_results=True).fit(Z, y)
     head = RidgeHead(alphas=alphas).fit(X, y)
     assert head.alpha_ == reference.alpha_
+    assert head.hyperparameters_["chosen_by"] == "leave-one-out"
     errors = [point["squared_error"] for point in head.history_]
     np.testing.assert_allclose(errors, reference.cv_results_.mean(axis=(0, 1)), rtol=1e-4)
 
@@ -116,6 +117,7 @@ def test_float32_products_of_large_sets_change_next_to_nothing(n: int, d: int, m
 def test_settings_are_chosen_on_validation_and_fitted_on_both() -> None:
     train, validation = blobs(n=30, noise=3.0, seed=0), blobs(n=300, noise=3.0, seed=1)
     head = RidgeHead().fit(*train, validation=validation)
+    assert head.chosen_by_ == "validation"
     by_hand = {}
     for point in head.history_:
         model = make_pipeline(StandardScaler(), RidgeClassifier(alpha=point["alpha"])).fit(*train)
@@ -134,6 +136,7 @@ def test_folds_do_not_divide_groups(head: SearchedHead) -> None:
     X4, y4 = np.repeat(X, 4, axis=0) + np.float32(1e-3) * np.arange(240)[:, None] % 4, np.repeat(y, 4)
     groups = [bytes([i // 4]) for i in range(len(X4))]
     leaking, honest = clone(head).fit(X4, y4), clone(head).fit(X4, y4, groups=groups)
+    assert honest.chosen_by_ == "folds"
     assert max(p["accuracy"] for p in leaking.history_) > max(p["accuracy"] for p in honest.history_) + 0.1
 
 
@@ -197,7 +200,7 @@ def test_one_image_a_class_is_enough_and_said_to_be_uncalibrated(caplog: pytest.
         caplog.clear()
         fitted = clone(head).fit(X, y)
         assert np.mean(fitted.predict(blobs(seed=1, noise=0.5)[0]) == blobs(seed=1)[1]) > 0.9
-        assert fitted.history_ == []
+        assert (fitted.history_, fitted.chosen_by_) == ([], None)
         assert "nothing can be chosen or calibrated" in caplog.text
 
 
