@@ -153,7 +153,7 @@ class KnnHead(SearchedHead):
     """k nearest neighbours with scikit-learn's manners; k and tau are chosen by log-loss out of fold or on validation.
 
     Args:
-        k: how many neighbours vote; None chooses it.
+        k: how many neighbours vote, and all but one of the rows where there are fewer; None chooses it.
         ks, taus: the values to choose from.
         cv, seed: folds where no validation set is given.
 
@@ -179,9 +179,8 @@ class KnnHead(SearchedHead):
         self.seed = seed
 
     def _settings(self, n: int) -> list[dict[str, Any]]:
-        wanted = [self.k] if self.k is not None else sorted(self.ks)
-        possible = [int(k) for k in wanted if k < n] or [n - 1]
-        return [{"k": k, "tau": float(tau)} for k in possible for tau in sorted(self.taus)]
+        ks = [self.k] if self.k is not None else [k for k in sorted(self.ks) if k < n] or [n - 1]
+        return [{"k": int(k), "tau": float(tau)} for k in ks for tau in sorted(self.taus)]
 
     def _unchosen(self, n: int) -> dict[str, Any]:
         return {"k": min(DEFAULT_K if self.k is None else int(self.k), n - 1), "tau": DEFAULT_TAU}
@@ -217,6 +216,7 @@ class KnnHead(SearchedHead):
         kept = head.references
         return {
             **super().hyperparameters_,
+            "k": head.k,
             "references": len(kept),
             "reference_dtype": str(kept.dtype),
             "reference_mebibytes": round(kept.nbytes / 2**20, 2),

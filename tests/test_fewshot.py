@@ -6,18 +6,20 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from sklearn.dummy import DummyClassifier
 
+import cli
 from classifiers import fewshot
 from classifiers.bundle import Bundle, head_function
 from classifiers.centroid import CentroidHead
 from classifiers.evaluate import evaluate
-from classifiers.heads import make_head
+from classifiers.heads import HEADS, make_head
 from classifiers.heldout import evaluate_bundle
+from classifiers.jobs import TrainSection
 from classifiers.predict import Predictor
 from classifiers.train import save_head, train_head
 from extractor.backbones import Backbone
@@ -121,7 +123,7 @@ def test_from_the_command_line_to_predictions(cache: FeatureCache, tmp_path: Pat
     [found] = Predictor.of(bundle).predict([image])
     assert found.probabilities is not None
     row = [path.endswith(image.name.encode()) and b"ants" in path for path in predictions.paths].index(True)
-    np.testing.assert_allclose(found.probabilities, predictions.probabilities[row], atol=1e-4)
+    np.testing.assert_allclose(found.probabilities, predictions.probabilities[row], atol=1e-5)
 
 
 def test_few_shot_as_json_and_its_mistakes(cache: FeatureCache, tmp_path: Path, penult: Penult) -> None:
@@ -195,6 +197,11 @@ def test_the_example_of_the_docs_runs(
 def test_other_names_are_refused(name: str, complaint: str) -> None:
     with pytest.raises(UsageError, match=complaint):
         make_head(name)
+
+
+def test_the_command_line_and_job_files_know_every_head() -> None:
+    [head] = [option for option in cli.train.params if option.name == "head"]
+    assert tuple(head.type.choices) == HEADS == get_args(TrainSection.model_fields["head"].annotation)
 
 
 def test_a_dotted_name_takes_settings_and_refuses_unknown_ones() -> None:

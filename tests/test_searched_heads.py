@@ -223,6 +223,19 @@ def test_a_score_gets_its_scale_from_a_temperature() -> None:
 
 
 @pytest.mark.parametrize("head", HEADS, ids=ids)
+def test_again_is_the_same_setting_on_other_rows(head: SearchedHead) -> None:
+    X, y = blobs(noise=4)
+    fitted = clone(head).fit(X, y)
+    rows = np.flatnonzero(y != "cat")[:20]
+    classes, targets = np.unique(y[rows], return_inverse=True)
+    again = fitted.again(X[rows], targets, list(classes))
+    settings = {key: value for key, value in fitted.setting_.items() if key in head.get_params()}
+    one_tau = {"taus": [fitted.setting_["tau"]]} if "tau" in fitted.setting_ else {}
+    expected = clone(head).set_params(**settings, **one_tau).fit(X[rows], y[rows]).dense_
+    np.testing.assert_allclose(again.logits(X), expected.logits(X), atol=1e-5)
+
+
+@pytest.mark.parametrize("head", HEADS, ids=ids)
 def test_pipeline_and_grid_search(head: SearchedHead) -> None:
     X, y = blobs(noise=2)
     assert make_pipeline(StandardScaler(with_mean=False), clone(head)).fit(X, y).score(X, y) > 0.8
