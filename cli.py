@@ -31,6 +31,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 FOLDER = click.Path(path_type=Path, readable=False)  # what cannot be read is said by the command, with its own code
 SEED = click.IntRange(0, 2**32 - 1)
 WITH_FAILURES = 3
+MAX_SHOTS = 10**6  # images of a class
 MAX_WIDTH = 65536  # of a hidden layer
 CANNOT_CREATE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 
@@ -563,8 +564,16 @@ def compact(cache: Path, output: Path | None, dtype: str, layer: str | None, *, 
 @cli.command()
 @click.argument("cache", type=FOLDER)
 @output_option("The bundle, a folder.")
-@click.option("--head", type=click.Choice(["logistic", "mlp"]), default="logistic", show_default=True, help="Kind of head.")
+@click.option(
+    "--head",
+    type=click.Choice(["logistic", "mlp", "ridge", "knn", "centroid"]),
+    default="logistic",
+    show_default=True,
+    help="Kind of head.",
+)
 @click.option("--C", "C", type=click.FloatRange(0, min_open=True), help="logistic: one value instead of a search.")
+@click.option("--alpha", type=click.FloatRange(0, min_open=True), help="ridge: one value instead of a search.")
+@click.option("--k", "k", type=click.IntRange(1), help="knn: how many neighbours vote, instead of a search.")
 @click.option("--hidden", metavar="N,N", help="mlp: width of each hidden layer.")
 @click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), help="mlp: probability.")
 @click.option("--weight-decay", type=click.FloatRange(0), help="mlp: of AdamW.")
@@ -575,6 +584,8 @@ def compact(cache: Path, output: Path | None, dtype: str, layer: str | None, *, 
     show_default=True,
     help="Images on both sides of the split, or under two labels.",
 )
+@click.option("--few-shot", metavar="N,N", help="Also measure the head with so many training images of each class.")
+@click.option("--repeats", type=click.IntRange(2), default=20, show_default=True, help="--few-shot: draws for each number.")
 @split_options
 @one_layer_option
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the training, and of a split of its own.")
@@ -591,13 +602,28 @@ def train(cache: Path, output: Path, head: str, *, as_json: bool, overwrite: boo
     from store.cache import FeatureCache
 
     hidden = [number(width, "--hidden", MAX_WIDTH) for width in given["hidden"].split(",")] if given["hidden"] else None
-    settings = {"C": given["C"], "hidden": hidden, "dropout": given["dropout"], "weight_decay": given["weight_decay"]}
+    shots: list[Any] = (
+        [number(each, "--few-shot", MAX_SHOTS) for each in given["few_shot"].split(",")] if given["few_shot"] else []
+    )
+    settings = {key: given[key] for key in ("C", "alpha", "k", "dropout", "weight_decay")} | {"hidden": hidden}
     fractions = {"val": given["val_fraction"], "test": given["test_fraction"], "split_seed": given["seed"]}
     made = make_head(head, seed=given["seed"], **settings)
     bundle = train_head(
-        FeatureCache(cache, given["layer"]), output, made, leaks=given["leaks"], overwrite=overwrite, **fractions
+        FeatureCache(cache, given["layer"]),
+        output,
+        made,
+        leaks=given["leaks"],
+        few_shot=shots,
+        repeats=given["repeats"],
+        overwrite=overwrite,
+        **fractions,
     )
     print_bundle(bundle, as_json=as_json)
+    if bundle.few_shot and not as_json:
+        from classifiers.fewshot import COLUMNS, cells
+
+        click.echo(f"\nAccuracy on {bundle.split['reported_on']!r} by training images of each class")
+        print_table(COLUMNS, [cells(point) for point in bundle.few_shot], left=0)
 
 
 @cli.command()

@@ -33,6 +33,7 @@ from store.fingerprint import Fingerprint
 FORMAT_VERSION = 1
 PREDICTIONS = "penult-predictions"
 BUNDLE_FILES = {"backbone.onnx", "head.onnx", "head.json", "predictions.h5", "report.html"}
+BLOCK = 1024  # rows that a head takes at once: a knn head compares each with every training image
 ALLOWED_DOMAINS = {"", "ai.onnx", "ai.onnx.ml"}
 
 
@@ -68,7 +69,7 @@ class Bundle:
     Attributes:
         path: its folder.
         kind: ``frozen`` or ``fine-tuned``.
-        head: ``logistic``, ``mlp``, ``fine-tuned``.
+        head: one of `heads.HEADS`, or ``fine-tuned``.
         task: ``single-label``.
         classes: labels in the order of the outputs.
         backbone: facts of ``backbone.onnx``.
@@ -79,6 +80,7 @@ class Bundle:
         cost: ``train_seconds``, ``extract_seconds``, ``images`` (passed through the backbone).
         rounding: cross-validated accuracy on float and on int8 features, where it takes int8 ones (see `rounding`).
         made_from: digest of features, samples, labels, splits and settings; equal ones would give the same head again.
+        few_shot: accuracy by number of training images, where that was asked for (see `fewshot`).
         files: SHA-256 of the ONNX files.
         versions: of the libraries.
     """
@@ -97,6 +99,7 @@ class Bundle:
     task: str = "single-label"
     made_from: str = ""
     rounding: dict[str, Any] | None = None
+    few_shot: list[dict[str, Any]] | None = None
     files: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -309,4 +312,9 @@ def head_function(path: Path) -> Callable[[NDArray[np.float32]], NDArray[np.floa
     options.log_severity_level = 4
     options.intra_op_num_threads = min(os.cpu_count() or 1, 4)
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    return lambda features: np.asarray(session.run(None, {"features": features.astype(np.float32)})[0])
+
+    def probabilities(features: NDArray[np.float32]) -> NDArray[np.float32]:
+        parts = np.split(features.astype(np.float32), range(BLOCK, len(features), BLOCK))
+        return np.concatenate([session.run(None, {"features": part})[0] for part in parts])
+
+    return probabilities

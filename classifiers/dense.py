@@ -1,10 +1,14 @@
-"""What every trained head is in the end: standardise, a few dense layers, a temperature, softmax. In NumPy and in ONNX."""
+"""What every trained head is in the end: logits of features, a temperature, softmax. In NumPy and in ONNX.
+
+Most are a `DenseHead`: standardise, a few dense layers. `neighbours.NeighbourHead` is the other kind.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,32 +18,30 @@ from store.errors import BadDataError
 Float32 = NDArray[np.float32]
 Fold = tuple[NDArray[np.intp], NDArray[np.intp]]  # row numbers to fit on, and to judge on
 OPSET = 20
+SHORTEST = 1e-12  # what a length is at least, where it is divided by
 
 
-@dataclass(frozen=True)
-class DenseHead:
-    """A head as arrays; ReLU stands between its layers.
+class FittedHead(ABC):
+    """A trained head as arrays. A kind of head says how logits come about, here and as a graph; the rest is the same for all.
 
     Attributes:
-        mean, scale: ``(d,)`` float32, subtracted and divided by.
-        layers: weight ``(out, in)`` and bias ``(out,)`` of each layer, float32; the last one has one output per class.
         classes: labels in the order of the outputs.
         temperature: logits are divided by it (Guo et al. 2017, "On Calibration of Modern Neural Networks").
     """
 
-    mean: Float32
-    scale: Float32
-    layers: Sequence[tuple[Float32, Float32]]
     classes: Sequence[str]
-    temperature: float = 1.0
+    temperature: float
 
+    @abstractmethod
     def logits(self, X: ArrayLike) -> Float32:
         """``(n, d)`` features to ``(n, k)`` logits, before the temperature."""
-        hidden = (np.asarray(X, np.float32) - self.mean) / self.scale
-        for weight, bias in self.layers[:-1]:
-            hidden = np.maximum(hidden @ weight.T + bias, 0)
-        weight, bias = self.layers[-1]
-        return np.asarray(hidden @ weight.T + bias, np.float32)
+
+    @abstractmethod
+    def graph(self) -> tuple[int, list[Any], dict[str, NDArray[Any]], str]:
+        """`logits` in ONNX: d, nodes that begin with ``features``, the constants by name, and the name of the result."""
+
+    @abstractmethod
+    def with_temperature(self, temperature: float) -> Self: ...
 
     def probabilities(self, X: ArrayLike) -> Float32:
         """``(n, d)`` features to ``(n, k)`` float32 probabilities."""
@@ -49,41 +51,109 @@ class DenseHead:
         """The ONNX file: ``features`` (n, d) float32 to ``probabilities`` (n, k) float32."""
         from onnx import TensorProto, checker, helper, numpy_helper
 
-        arrays: dict[str, Float32] = {"mean": self.mean, "scale": self.scale}
+        width, nodes, arrays, name = self.graph()
+        arrays = {**arrays, "temperature": np.array(self.temperature, np.float32)}
         nodes = [
-            helper.make_node("Sub", ["features", "mean"], ["centred"]),
-            helper.make_node("Div", ["centred", "scale"], ["standardised"]),
+            *nodes,
+            helper.make_node("Div", [name, "temperature"], ["logits"]),
+            helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
         ]
-        name = "standardised"
-        for i, (weight, bias) in enumerate(self.layers):
-            arrays |= {f"weight{i}": weight, f"bias{i}": bias}
-            nodes.append(helper.make_node("Gemm", [name, f"weight{i}", f"bias{i}"], [f"dense{i}"], transB=1))
-            name = f"dense{i}"
-            if i < len(self.layers) - 1:
-                nodes.append(helper.make_node("Relu", [name], [f"relu{i}"]))
-                name = f"relu{i}"
-        arrays["temperature"] = np.array(self.temperature, np.float32)
-        nodes.append(helper.make_node("Div", [name, "temperature"], ["logits"]))
-        nodes.append(helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1))
         graph = helper.make_graph(
             nodes,
             "head",
-            [helper.make_tensor_value_info("features", TensorProto.FLOAT, ["batch", len(self.mean)])],
+            [helper.make_tensor_value_info("features", TensorProto.FLOAT, ["batch", width])],
             [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["batch", len(self.classes)])],
-            [numpy_helper.from_array(np.ascontiguousarray(array, np.float32), key) for key, array in arrays.items()],
+            [numpy_helper.from_array(np.ascontiguousarray(array), key) for key, array in arrays.items()],
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10, producer_name="penult")
         checker.check_model(model)
         return bytes(model.SerializeToString())
 
-    def calibrated(self, logits: ArrayLike, targets: NDArray[np.intp]) -> DenseHead:
+    def calibrated(self, logits: ArrayLike, targets: NDArray[np.intp], *, unscaled: bool = False) -> Self:
         """This head with the temperature that minimises the log-loss of logits it was not fitted on.
 
         Args:
             logits: ``(n, k)``, out of fold.
             targets: ``(n,)`` class indices.
+            unscaled: as in `fit_temperature`.
         """
-        return replace(self, temperature=fit_temperature(np.asarray(logits), targets))
+        return self.with_temperature(fit_temperature(np.asarray(logits), targets, unscaled=unscaled))
+
+
+@dataclass(frozen=True)
+class DenseHead(FittedHead):
+    """A head of dense layers; ReLU stands between them.
+
+    Attributes:
+        mean, scale: ``(d,)`` float32, subtracted and divided by.
+        layers: weight ``(out, in)`` and bias ``(out,)`` of each layer, float32; the last one has one output per class.
+        classes, temperature: as in `FittedHead`.
+        unit: whether rows are brought to length 1 before and after that, so that the first layer computes cosines.
+    """
+
+    mean: Float32
+    scale: Float32
+    layers: Sequence[tuple[Float32, Float32]]
+    classes: Sequence[str]
+    temperature: float = 1.0
+    unit: bool = False
+
+    def logits(self, X: ArrayLike) -> Float32:
+        """``(n, d)`` features to ``(n, k)`` logits, before the temperature."""
+        hidden = np.asarray(X, np.float32)
+        hidden = ((unit_rows(hidden) if self.unit else hidden) - self.mean) / self.scale
+        hidden = unit_rows(hidden) if self.unit else hidden
+        for weight, bias in self.layers[:-1]:
+            hidden = np.maximum(hidden @ weight.T + bias, 0)
+        weight, bias = self.layers[-1]
+        return np.asarray(hidden @ weight.T + bias, np.float32)
+
+    def graph(self) -> tuple[int, list[Any], dict[str, NDArray[Any]], str]:
+        from onnx import helper
+
+        arrays: dict[str, NDArray[Any]] = {
+            "mean": np.asarray(self.mean, np.float32),
+            "scale": np.asarray(self.scale, np.float32),
+        }
+        nodes = [
+            helper.make_node("Sub", ["directions" if self.unit else "features", "mean"], ["centred"]),
+            helper.make_node("Div", ["centred", "scale"], ["standardised"]),
+        ]
+        name = "standardised"
+        if self.unit:
+            nodes = [*unit_nodes("features", "directions"), *nodes, *unit_nodes(name, "units")]
+            name, arrays = "units", {**arrays, **UNIT_CONSTANTS}
+        for i, (weight, bias) in enumerate(self.layers):
+            arrays |= {f"weight{i}": weight.astype(np.float32), f"bias{i}": bias.astype(np.float32)}
+            nodes.append(helper.make_node("Gemm", [name, f"weight{i}", f"bias{i}"], [f"dense{i}"], transB=1))
+            name = f"dense{i}"
+            if i < len(self.layers) - 1:
+                nodes.append(helper.make_node("Relu", [name], [f"relu{i}"]))
+                name = f"relu{i}"
+        return len(self.mean), nodes, arrays, name
+
+    def with_temperature(self, temperature: float) -> Self:
+        return replace(self, temperature=temperature)
+
+
+def unit_rows(X: NDArray[np.floating[Any]]) -> Float32:
+    """Rows of ``(n, d)`` brought to length 1, float32; a row of zeros stays one."""
+    wide = np.asarray(X, np.float32)
+    return np.asarray(wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), SHORTEST), np.float32)
+
+
+UNIT_CONSTANTS: dict[str, NDArray[Any]] = {"rows": np.array([1], np.int64), "shortest": np.array(SHORTEST, np.float32)}
+
+
+def unit_nodes(name: str, result: str) -> list[Any]:
+    """`unit_rows` in ONNX, from one tensor to another; takes `UNIT_CONSTANTS`."""
+    from onnx import helper
+
+    return [
+        helper.make_node("ReduceL2", [name, "rows"], [f"{result}_length"], keepdims=1),
+        helper.make_node("Max", [f"{result}_length", "shortest"], [f"{result}_divisor"]),
+        helper.make_node("Div", [name, f"{result}_divisor"], [result]),
+    ]
 
 
 def class_indices(y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.intp]]:
@@ -139,16 +209,28 @@ def log_loss(logits: NDArray[np.floating[Any]], targets: NDArray[np.intp]) -> fl
     return float(np.mean(total - wide[np.arange(len(targets)), targets]))
 
 
-def fit_temperature(logits: NDArray[np.floating[Any]], targets: NDArray[np.intp]) -> float:
+def fit_temperature(logits: NDArray[np.floating[Any]], targets: NDArray[np.intp], *, unscaled: bool = False) -> float:
     """The temperature in [0.05, 20] with the least log-loss. Without a single error it would run to the lower end, where
     every probability is 1; a data set that small proves no such certainty, so there the temperature stays at 1 or above.
+
+    Args:
+        logits: ``(n, k)``.
+        targets: ``(n,)`` class indices.
+        unscaled: the logits are scores such as cosines, whose size says nothing: the range is [0.01, 1000], and instead of
+            the bound at 1, one more sample counts that belongs to every class alike (Laplace's rule of succession).
     """
     from scipy.optimize import minimize_scalar
 
-    found = minimize_scalar(
-        lambda log_t: log_loss(logits / np.exp(log_t), targets), bounds=(np.log(0.05), np.log(20.0)), method="bounded"
-    )
+    share = 1 / (len(targets) + 1) if unscaled else 0.0
+    margin = float(np.mean(logits[np.arange(len(targets)), targets] - logits.mean(axis=1)))  # of the true class
+    least, most = (0.01, 1000.0) if unscaled else (0.05, 20.0)
+
+    def loss(log_t: float) -> float:
+        scaled = 1 / float(np.exp(log_t))
+        return log_loss(logits * scaled, targets) + share * margin * scaled
+
+    found = minimize_scalar(loss, bounds=(np.log(least), np.log(most)), method="bounded")
     temperature = float(np.exp(found.x))
-    if (logits.argmax(axis=1) == targets).all():
+    if not unscaled and (logits.argmax(axis=1) == targets).all():
         return max(temperature, 1.0)
     return temperature

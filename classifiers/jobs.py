@@ -89,8 +89,10 @@ class ExtractSection(_Section):
 
 
 class TrainSection(_Section):
-    head: Literal["logistic", "mlp"] = "logistic"
+    head: Literal["logistic", "mlp", "ridge", "knn", "centroid"] = "logistic"
     C: float | None = Field(None, gt=0)
+    alpha: float | None = Field(None, gt=0)
+    k: int | None = Field(None, ge=1)
     hidden: list[PositiveInt] | None = None
     dropout: float | None = Field(None, ge=0, lt=1)
     weight_decay: float | None = Field(None, ge=0)

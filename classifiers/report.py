@@ -27,6 +27,11 @@ log = logging.getLogger("penult.classifiers")
 PLOT_FORMATS = ("png", "svg", "pdf")
 BLUE = "#2b6cb0"
 ORANGE = "#c05621"
+SEARCHES = (  # what a history is a search of: the setting, what to call it, what is least at the best one
+    ("C", "C (inverse regularisation)", "log_loss"),
+    ("alpha", "lambda (regularisation)", "squared_error"),
+    ("k", "k (neighbours)", "log_loss"),
+)
 MANY_CLASSES = 40  # more do not fit a matrix that can be read; the most confused ones are shown
 
 
@@ -95,8 +100,14 @@ def bundle_report(bundle: Bundle) -> str:
         ]
     cost = bundle.cost
     figures.append(("images through the backbone", f"{cost['images']}", f"training took {cost['train_seconds']:.1f} s"))
-    if bundle.history:
+    if bundle.history and bundle.head != "centroid":  # which has nothing to choose
         sections.append(Section("Training", text=_history_text(bundle), plot=history_svg(bundle)))
+    if bundle.few_shot:
+        from . import fewshot
+
+        text = "Accuracy on the held-out images by training images of each class; the interval is that of the mean over draws."
+        rows = [fewshot.cells(point) for point in bundle.few_shot]
+        sections.append(Section("With few images", text=text, columns=fewshot.COLUMNS, rows=rows))
     sections += [
         Section("Split", rows=[(key.replace("_", " "), str(value)) for key, value in split.items()]),
         Section("Settings", rows=[(key, json.dumps(value)) for key, value in bundle.hyperparameters.items()]),
@@ -126,6 +137,12 @@ def class_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
 def _history_text(bundle: Bundle) -> str:
     if bundle.head == "logistic":
         return f"Log-loss out of fold or on validation for each value of C; C = {bundle.hyperparameters['C']:.4g} was chosen."
+    if bundle.head == "ridge":
+        alpha = bundle.hyperparameters["alpha"]
+        return f"Squared error out of fold or on validation for each value of lambda; {alpha:.4g} was chosen."
+    if bundle.head == "knn":
+        k, tau = (bundle.hyperparameters[name] for name in ("k", "tau"))
+        return f"Log-loss out of fold or on validation by number of neighbours; k = {k}, tau = {tau:.4g} was chosen."
     return "Loss on training and validation images by epoch."
 
 
@@ -134,12 +151,15 @@ def history_svg(bundle: Bundle) -> str:
 
     def draw(axes: Any) -> None:
         history = bundle.history
-        if "C" in history[0]:
-            axes.semilogx([p["C"] for p in history], [p["log_loss"] for p in history], "o-", color=BLUE, ms=4)
-            axes.axvline(bundle.hyperparameters["C"], color=ORANGE, ls="--", lw=1)
-            axes.set_xlabel("C (inverse regularisation)")
-            axes.set_ylabel("log-loss")
-            return
+        for key, meaning, loss in SEARCHES:
+            if key in history[0]:
+                chosen = bundle.hyperparameters
+                line = [p for p in history if p.get("tau") == chosen.get("tau")]  # of knn's lines, the one of the chosen tau
+                axes.semilogx([p[key] for p in line], [p[loss] for p in line], "o-", color=BLUE, ms=4)
+                axes.axvline(chosen[key], color=ORANGE, ls="--", lw=1)
+                axes.set_xlabel(meaning)
+                axes.set_ylabel(loss.replace("_", "-" if loss == "log_loss" else " "))
+                return
         epochs = [p["epoch"] for p in history]
         for key, colour in (("train_loss", BLUE), ("val_loss", ORANGE)):
             axes.plot(epochs, [p[key] for p in history], "o-", color=colour, ms=3, label=key.replace("_", " "))

@@ -27,7 +27,7 @@ def judge_rounding(cache: FeatureCache, head: Any, fitted: Sequence[Row]) -> dic
 
     Args:
         cache: the features; only an int8 cache is judged.
-        head: a fitted `LogisticHead` or `MlpHead`.
+        head: a fitted one of `heads.HEADS`.
         fitted: the rows it was fitted on; those that int8 was calibrated and judged on count.
 
     Returns:

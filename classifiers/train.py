@@ -30,36 +30,17 @@ from .batches import Item
 from .bundle import Bundle, refuse_existing, save_bundle
 from .dense import DenseHead
 from .evaluate import score
+from .fewshot import learning_curve
 from .finetune import FineTuneOptions, finetune
+from .heads import HEADS as HEADS
+from .heads import make_head as make_head
+from .heads import need_saveable
 from .heldout import Roles, as_predictions, assign_roles, inner_validation, predict_held_out
 from .leaks import Leak, LeakReport, conflicting_labels, guard, near_copies
 from .predict import Predictor
 from .rounding import judge_rounding
 
 log = logging.getLogger("penult.classifiers")
-
-HEADS = ("logistic", "mlp")
-
-
-def make_head(name: str, **settings: Any) -> Any:
-    """An unfitted head by name; settings that are None keep its defaults.
-
-    Raises:
-        UsageError: no such head, or a setting that it does not have.
-    """
-    if name not in HEADS:
-        message = f"--head {name}: there is {', '.join(HEADS)}"
-        raise UsageError(message)
-    from .logistic import LogisticHead
-    from .mlp import MlpHead
-
-    head: Any = {"logistic": LogisticHead, "mlp": MlpHead}[name]()
-    given = {key: value for key, value in settings.items() if value is not None}
-    unknown = sorted(set(given) - set(head.get_params()))
-    if unknown:
-        message = f"the {name} head has no setting {', '.join(unknown)}"
-        raise UsageError(message)
-    return head.set_params(**given)
 
 
 def train_head(
@@ -71,6 +52,8 @@ def train_head(
     test: float | None = None,
     split_seed: int = 0,
     leaks: str = "warn",
+    few_shot: Sequence[int] = (),
+    repeats: int = 20,
     overwrite: bool = False,
 ) -> Bundle:
     """Fit a head on a cache's training rows, evaluate it on the held-out ones and save a bundle.
@@ -78,16 +61,19 @@ def train_head(
     Args:
         cache: the features.
         out: the bundle's folder.
-        head: an unfitted `LogisticHead` or `MlpHead`.
+        head: an unfitted one of `heads.HEADS`.
         val, test, split_seed: fractions for a split other than the stored one.
         leaks: what happens to images on both sides of the split: ``warn``, ``refuse`` or ``allow``; see `leaks`.
+        few_shot, repeats: images of each class and draws of them, for a learning curve on the held-out images; see `fewshot`.
         overwrite: replace an existing bundle.
 
     Raises:
         BadDataError: the data cannot be trained on, or int8 features cost too much accuracy; says why.
+        UsageError: the head cannot be saved.
         OutputExistsError: the bundle exists.
     """
     refuse_existing(out, overwrite=overwrite)
+    need_saveable(head)
     origin = made_from(cache, head, val=val, test=test, split_seed=split_seed)
     roles = assign_roles(cache.samples, val=val, test=test, seed=split_seed)
     _need_classes(roles)
@@ -96,6 +82,7 @@ def train_head(
     held_out = cache.of_rows(roles.report, str(roles.facts["reported_on"])) if roles.report else None
     found = _look_for_leaks(cache, roles, [train, *([choose] if choose else [])], held_out)
     guard(found, leaks)
+    curve = learning_curve(head, train, held_out, few_shot, repeats, seed=split_seed) if few_shot else None
     begin = time.perf_counter()
     head.fit(train.X, train.y, validation=(choose.X, choose.y) if choose else None, groups=train.groups)
     seconds = time.perf_counter() - begin
@@ -113,6 +100,7 @@ def train_head(
         origin=origin,
         leaks=found,
         rounding=rounding,
+        few_shot=curve,
         overwrite=overwrite,
     )
 
@@ -166,6 +154,7 @@ def save_head(
     origin: str = "",
     leaks: LeakReport | None = None,
     rounding: dict[str, Any] | None = None,
+    few_shot: list[dict[str, Any]] | None = None,
     overwrite: bool = False,
 ) -> Bundle:
     """Save a fitted head as a bundle.
@@ -173,18 +162,20 @@ def save_head(
     Args:
         cache: where its features came from; gives the backbone and the fingerprint.
         out: the bundle's folder.
-        head: a fitted `LogisticHead` or `MlpHead`.
+        head: a fitted one of `heads.HEADS`.
         fitted: everything it was fitted or chosen on; `evaluate_bundle` will refuse these images.
         held_out: what it is reported on; None for nothing.
         split: facts about the split.
         seconds: training time.
         leaks: what was found on both sides of the split.
         rounding: what `judge_rounding` found, of an int8 cache.
+        few_shot: what `learning_curve` found.
         origin: what `made_from` says, if a later run shall recognise this one.
         overwrite: replace an existing bundle.
     """
     from extractor.onnxfile import read_facts
 
+    need_saveable(head)
     metrics = predictions = None
     if held_out is not None:
         probabilities = head.dense_.probabilities(held_out.X)
@@ -213,6 +204,7 @@ def save_head(
         made_from=origin,
         metrics=metrics,
         rounding=rounding,
+        few_shot=few_shot,
         cost={
             "train_seconds": round(seconds, 3),
             "extract_seconds": cache.samples.facts.get("extract_seconds", 0.0),

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from classifiers.fewshot import learning_curve
 from classifiers.fuse import fuse
 from classifiers.heldout import evaluate_bundle
 from classifiers.predict import Predictor
@@ -77,6 +78,24 @@ def test_the_mlp_over_five_seeds(ants: FeatureCache) -> None:
         head = make_head("mlp", seed=seed).fit(train.X, train.y, groups=train.groups)
         accuracies.append(float(np.mean(head.predict(val.X) == val.y)))
     assert statistics.median(accuracies) >= 0.94
+
+
+@pytest.mark.parametrize(("name", "least"), [("ridge", 0.95), ("knn", 0.92), ("centroid", 0.90)])
+def test_heads_that_choose_inside_train(ants: FeatureCache, tmp_path: Path, name: str, least: float) -> None:
+    bundle = train_head(ants, tmp_path / "ants.head", make_head(name))
+    assert (bundle.split["chosen_on"], bundle.split["reported_on"]) == ("folds of train", "val")
+    evaluation, predictions = evaluate_bundle(bundle, ants.path, split="val")
+    assert evaluation.n == 153
+    assert evaluation.accuracy >= least
+    train, val = ants.subset("train"), ants.subset("val")
+    blind = make_head(name).fit(train.X, train.y, groups=train.groups)  # it never saw a label of val
+    np.testing.assert_allclose(blind.predict_proba(val.X), predictions.probabilities, atol=1e-5)
+
+
+def test_few_images_are_better_the_more_there_are(ants: FeatureCache) -> None:
+    curve = learning_curve(make_head("centroid"), ants.subset("train"), ants.subset("val"), [1, 5, 20])
+    assert curve[0]["accuracy"] < curve[1]["accuracy"] < curve[2]["accuracy"]
+    assert curve[1]["accuracy"] >= 0.85
 
 
 def test_other_weights_into_the_same_cache_are_refused(ants: FeatureCache, assets: Path, imagenet: Backbone) -> None:

@@ -1,0 +1,155 @@
+"""Ridge regression on +-1 targets as a classifier: every lambda from one decomposition, in seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .dense import DenseHead, FittedHead, Float32, standardisation
+from .searched import SearchedHead, Tried
+
+ALPHAS = tuple(float(alpha) for alpha in np.logspace(-2, 7, 37))
+DEFAULT_ALPHA = 1.0  # scikit-learn's
+PRECISE = 2**33  # multiplications; up to there the Gram matrix is made in float64, which costs twice as much
+LEAST = 1e-6  # of a row's residual that a fit without it is told from
+BLOCK = 8192  # rows of a float32 product, which is then added in float64
+
+Floats = NDArray[np.floating[Any]]
+
+
+class _Spectrum:
+    """One training set, decomposed once: after that, the solution of any lambda is a product.
+
+    Standardised features are Z = P V^T, where P^T P is diagonal, so Z^T Z + lambda is diagonal in V. That comes from the
+    eigenvectors of Z^T Z, or of Z Z^T where there are fewer rows than columns: whichever is smaller.
+    """
+
+    def __init__(self, X: Float32, targets: NDArray[np.intp], k: int) -> None:
+        n, d = X.shape
+        self._mean, self._scale = standardisation(X)
+        # Near a square, little is left over to judge a small lambda by, which float32 would lose.
+        self._dtype = np.float64 if n * d * min(n, d) <= PRECISE or max(n, d) < 4 * min(n, d) else np.float32
+        self._Z: Floats = X.astype(self._dtype)  # a copy; what is done to it in place needs no second one
+        self._Z -= self._mean
+        self._Z /= self._scale
+        self._tall = n > d
+        signs = _signs(targets, k)
+        self._bias = signs.mean(axis=0)
+        self._centred = signs - self._bias
+        gram = _gram(self._Z if self._tall else self._Z.T)
+        if not self._tall:  # what rounding left of the mean would weigh as much as a small lambda
+            gram -= gram.mean(axis=0)
+            gram -= gram.mean(axis=1, keepdims=True)
+        values, self._vectors = np.linalg.eigh(gram)
+        self._values = np.maximum(values, 0.0)  # rounding makes zeros negative
+        if self._tall:
+            right = np.asarray(self._Z.T @ self._centred.astype(self._dtype), np.float64)
+            self._right = self._vectors.T @ right
+        else:
+            self._dual = self._vectors.T @ self._centred
+
+    def head(self, alpha: float, classes: list[str]) -> DenseHead:
+        """The solution for one lambda."""
+        if self._tall:
+            weights = self._vectors @ (self._right / (self._values + alpha)[:, None])
+        else:
+            dual = self._vectors @ (self._dual / (self._values + alpha)[:, None])
+            weights = self._Z.T @ dual.astype(self._dtype)
+        layer = np.ascontiguousarray(weights.T, np.float32), self._bias.astype(np.float32)
+        return DenseHead(self._mean, self._scale, [layer], classes)
+
+    def left_out(self, rows: NDArray[np.intp], alphas: Sequence[float]) -> Iterator[Float32]:
+        """Decision values ``(m, k)`` of training rows, each by the fit on all others, for one lambda after another.
+
+        A fit that leaves out row i changes its residual from e to e / (1 - h), where h is the i-th diagonal element of the
+        matrix that maps targets to fitted values (Cook and Weisberg 1982); here 1/n of it is the intercept's.
+        """
+        scores = self._Z[rows] @ self._vectors.astype(self._dtype) if self._tall else self._vectors[rows]
+        centred, once = self._centred[rows], 1 / len(self._Z)
+        inverse = (1 / (self._values + np.array(alphas)[:, None])).astype(self._dtype)
+        if self._tall:
+            left = 1 - once - scores**2 @ inverse.T
+        else:  # the same without a difference of nearly equal numbers: there may be next to nothing left
+            left = scores**2 @ (inverse * np.array(alphas)[:, None]).T - once
+        for i, alpha in enumerate(alphas):
+            if self._tall:
+                residual = centred - scores @ (self._right * inverse[i, :, None]).astype(self._dtype)
+            else:
+                residual = scores @ (self._dual * (alpha * inverse[i])[:, None])
+            residual /= np.maximum(left[:, i, None], LEAST)
+            yield np.asarray(centred + self._bias - residual, np.float32)
+
+
+def _signs(targets: NDArray[np.intp], k: int) -> NDArray[np.float64]:
+    return np.where(targets[:, None] == np.arange(k), 1.0, -1.0)
+
+
+def _gram(Z: Floats) -> NDArray[np.float64]:
+    """``Z^T Z``, summed in float64."""
+    total = np.zeros((Z.shape[1], Z.shape[1]))
+    for start in range(0, len(Z), BLOCK):
+        block = Z[start : start + BLOCK]
+        total += block.T @ block
+    return total
+
+
+class RidgeHead(SearchedHead):
+    """Ridge regression with scikit-learn's manners: one output for each class, 1 where a row is of it and -1 where not.
+
+    Lambda (scikit-learn calls it alpha) is chosen by the squared error that it minimises, as `RidgeClassifierCV` does: by
+    leave-one-out, which needs no other fit, or by folds where groups must not be divided, or on validation. Probabilities are
+    a softmax of the decision values over a temperature, which is fitted on the same out-of-fold values.
+
+    Args:
+        alpha: regularisation strength on standardised features; None chooses it.
+        alphas: the values to choose from.
+        cv, seed: folds where rows form groups and no validation set is given.
+
+    Attributes:
+        alpha_: the value in use.
+        classes_, history_, dense_, temperature_: as in `SearchedHead`; ``squared_error`` is the criterion.
+    """
+
+    criterion = "squared_error"
+
+    def __init__(self, alpha: float | None = None, *, alphas: Sequence[float] = ALPHAS, cv: int = 5, seed: int = 0) -> None:
+        self.alpha = alpha
+        self.alphas = alphas
+        self.cv = cv
+        self.seed = seed
+
+    @property
+    def alpha_(self) -> float:
+        return float(self.setting_["alpha"])
+
+    def _settings(self, n: int) -> list[dict[str, Any]]:
+        return [{"alpha": float(alpha)} for alpha in ([self.alpha] if self.alpha is not None else sorted(self.alphas))]
+
+    def _unchosen(self, n: int) -> dict[str, Any]:
+        return {"alpha": float(DEFAULT_ALPHA if self.alpha is None else self.alpha)}
+
+    def _by_folds(self, X: Float32, targets: NDArray[np.intp], groups: Sequence[bytes] | None) -> Tried | None:
+        alone = groups is None or len(set(groups)) == len(groups)
+        if not alone or np.bincount(targets).min() < 2:
+            return super()._by_folds(X, targets, groups)
+        spectrum = _Spectrum(X, targets, len(self.classes_))
+        settings, rows = self._settings(len(X)), self._drawing(len(X))(np.arange(len(X)))
+        logits = list(spectrum.left_out(rows, [setting["alpha"] for setting in settings]))
+        names = [str(label) for label in self.classes_]
+        return Tried(settings, logits, targets[rows], "leave-one-out", lambda setting: spectrum.head(setting["alpha"], names))
+
+    def _judge(
+        self, X: Float32, targets: NDArray[np.intp], held: Float32, settings: Sequence[dict[str, Any]]
+    ) -> Sequence[Float32]:
+        spectrum = _Spectrum(X, targets, len(self.classes_))
+        names = [str(label) for label in self.classes_]
+        return [spectrum.head(setting["alpha"], names).logits(held) for setting in settings]
+
+    def _fitted(self, X: Float32, targets: NDArray[np.intp], classes: list[str], setting: dict[str, Any]) -> FittedHead:
+        return _Spectrum(X, targets, len(classes)).head(setting["alpha"], classes)
+
+    def _score(self, logits: Float32, targets: NDArray[np.intp]) -> dict[str, float]:
+        return {"squared_error": float(np.mean((logits - _signs(targets, logits.shape[1])) ** 2))}
