@@ -77,6 +77,7 @@ class Bundle:
         hyperparameters, history: what was used and what was tried.
         metrics: the held-out evaluation as JSON; None where nothing was held out.
         cost: ``train_seconds``, ``extract_seconds``, ``images`` (passed through the backbone).
+        conformal: which labels belong to the prediction set of an image (see `Conformal`); None where nothing was out of fold.
         rounding: cross-validated accuracy on float and on int8 features, where it takes int8 ones (see `rounding`).
         made_from: digest of features, samples, labels, splits and settings; equal ones would give the same head again.
         files: SHA-256 of the ONNX files.
@@ -96,6 +97,7 @@ class Bundle:
     cost: dict[str, Any]
     task: str = "single-label"
     made_from: str = ""
+    conformal: dict[str, Any] | None = None
     rounding: dict[str, Any] | None = None
     files: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)

@@ -26,6 +26,7 @@ from store.samples import SINGLE_LABEL, Row, SampleTable
 
 from .batches import GONE, MOVED
 from .bundle import Bundle, Predictions, head_function
+from .conformal import Conformal
 from .evaluate import Evaluation, score
 from .predict import Predictor
 
@@ -190,7 +191,14 @@ def evaluate_bundle(
         predictor = Predictor.of(bundle, **predictor_options)
         files = source.files if source is not None else files_of(table, root)
         predictions = predict_held_out(predictor, fresh, files, name)
-    evaluation = score(predictions.labels, predictions.probabilities, bundle.classes, name)
+    evaluation = score(
+        predictions.labels,
+        predictions.probabilities,
+        bundle.classes,
+        name,
+        temperature=bundle.hyperparameters.get("temperature"),
+        conformal=Conformal.from_json(bundle.conformal),
+    )
     return replace(evaluation, failed=0 if cache is not None else table.counts["failed"]), predictions
 
 

@@ -186,6 +186,7 @@ def save_head(
     from extractor.onnxfile import read_facts
 
     metrics = predictions = None
+    conformal = getattr(head, "conformal_", None)
     if held_out is not None:
         probabilities = head.dense_.probabilities(held_out.X)
         rows = [
@@ -193,7 +194,14 @@ def save_head(
             for path, label, digest in zip(held_out.paths, held_out.y.tolist(), held_out.sha256, strict=True)
         ]
         predictions = as_predictions(rows, probabilities, held_out.name)
-        metrics = score(held_out.y, probabilities, list(head.dense_.classes), held_out.name).to_json()
+        metrics = score(
+            held_out.y,
+            probabilities,
+            list(head.dense_.classes),
+            held_out.name,
+            temperature=head.temperature_,
+            conformal=conformal,
+        ).to_json()
         if leaks is not None:
             _with_leaks(metrics, leaks, held_out, probabilities, list(head.dense_.classes))
     else:
@@ -212,6 +220,7 @@ def save_head(
         history=list(head.history_),
         made_from=origin,
         metrics=metrics,
+        conformal=conformal and conformal.to_json(),
         rounding=rounding,
         cost={
             "train_seconds": round(seconds, 3),
