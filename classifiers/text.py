@@ -23,7 +23,7 @@ SCALES = {
     "precision_macro": "precision, mean over the classes",
     "f1_macro": "F1, mean over the classes",
     "roc_auc": "ROC-AUC: order by probability; 0.5 is chance",
-    "pr_auc": "PR-AUC: the same, where few images are of a class",
+    "pr_auc": "PR-AUC: the same, stricter where a class is rare",
     "log_loss": "log-loss: lower is better",
     "brier": "Brier score: lower is better",
     "ece": "ECE: how far confidence is from accuracy",
@@ -83,7 +83,7 @@ def evaluation_text(result: Evaluation, *, width: int | None = None) -> str:
     parts = [
         f"accuracy {result.accuracy:.4f} [{low:.4f}, {high:.4f}] (95 % Wilson), {result.n - result.correct} errors in "
         f"{result.n} images of {result.split!r}, macro F1 {result.macro_f1:.4f}",
-        table(("figure", "value", "95 % interval"), _figure_rows(result.figures), width=width),
+        table(("figure", "value", "95 % interval"), _figure_rows(result), width=width),
         *_confidence(result),
         *_abstention(result.sets, result.n),
         table(CLASS_COLUMNS, class_rows(result.to_json()), width=width),
@@ -93,13 +93,15 @@ def evaluation_text(result: Evaluation, *, width: int | None = None) -> str:
     return "\n\n".join(parts)
 
 
-def _figure_rows(figures: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]:
+def _figure_rows(result: Evaluation) -> list[tuple[str, str, str]]:
+    figures = result.figures
+    scales = SCALES | ({"pr_auc": f"PR-AUC: the same, for {result.classes[1]}"} if len(result.classes) == 2 else {})
     rows = [
         (text, percent(figure["value"]), interval(figure["interval"]) if figure["interval"] else "-")
         for name, text in SHARES.items()
         if (figure := figures.get(name))
     ]
-    for name, text in SCALES.items():
+    for name, text in scales.items():
         if figure := figures.get(name):
             bounds = figure["interval"]
             rows.append((text, f"{figure['value']:.3f}", f"{bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else "-"))
@@ -129,7 +131,7 @@ def _abstention(sets: dict[str, Any] | None, n: int) -> list[str]:
     where = f" and right on {right} of these ({percent(right / decided)})" if decided else ""
     return [
         f"Allowed to abstain, it is sure of {decided} of {n} images{where}: those with one label in their prediction set.\n"
-        f"Sets made to hold the true label for {sets['target']:.0%} of images do for {percent(found['coverage'])} "
+        f"Sets made to hold the true label for {100 * sets['target']:.0f} % of images do for {percent(found['coverage'])} "
         f"({interval(found['coverage_interval'])}), with {found['mean_size']:.2f} labels on average."
     ]
 
