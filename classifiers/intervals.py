@@ -67,7 +67,7 @@ def bootstrap_interval(estimate: float, values: NDArray[np.float64]) -> Interval
     """
     from scipy.special import ndtr, ndtri
 
-    if np.allclose(values, values[0], rtol=1e-9, atol=1e-12):
+    if _no_spread(values):
         return None
     same = np.isclose(values, estimate, rtol=1e-9, atol=1e-12)
     share = np.mean(np.where(same, 0.5, values < estimate))
@@ -76,7 +76,11 @@ def bootstrap_interval(estimate: float, values: NDArray[np.float64]) -> Interval
     return float(low), float(high)
 
 
-def distance_interval(estimate: float, values: NDArray[np.float64], chance: NDArray[np.float64]) -> Interval:
+def _no_spread(values: NDArray[np.float64]) -> bool:
+    return bool(np.allclose(values, values[0], rtol=1e-9, atol=1e-12))
+
+
+def distance_interval(estimate: float, values: NDArray[np.float64], chance: NDArray[np.float64]) -> Interval | None:
     """For a figure that is zero at best and that noise only makes larger, as a sum of distances is: a cautious interval.
 
     Each resample adds as much noise again as the sample did, which percentiles mirrored at the estimate take off (Davison &
@@ -87,6 +91,8 @@ def distance_interval(estimate: float, values: NDArray[np.float64], chance: NDAr
         estimate, values: as in `bootstrap_interval`.
         chance: draws of the figure where its true value is zero.
     """
+    if _no_spread(values):
+        return None
     low, high = np.quantile(values, (0.025, 0.975))
     explained = estimate <= np.quantile(chance, 0.95)
     return (0.0 if explained else max(2 * estimate - float(high), 0.0)), max(2 * estimate - float(low), float(high))
