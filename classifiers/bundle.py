@@ -6,6 +6,7 @@
       backbone.onnx     pixels -> features (frozen, or fine-tuned)
       head.onnx         features -> probabilities; standardisation and temperature inside
       head.json         classes, task, fingerprint, preprocessing, split rule, settings, history, metrics, costs, digests
+      novelty.h5        features of training images: what new images are compared with
       predictions.h5    held-out predictions per image (what `compare` pairs), and the digests of what was fitted
       report.html
 """
@@ -30,9 +31,12 @@ from store import hdf5
 from store.errors import BadDataError, InputMissingError, OutputExistsError, PenultError
 from store.fingerprint import Fingerprint
 
+from .novelty import Novelty
+
 FORMAT_VERSION = 1
+NOVELTY = "novelty.h5"
 PREDICTIONS = "penult-predictions"
-BUNDLE_FILES = {"backbone.onnx", "head.onnx", "head.json", "predictions.h5", "report.html"}
+BUNDLE_FILES = {"backbone.onnx", "head.onnx", "head.json", NOVELTY, "predictions.h5", "report.html"}
 ALLOWED_DOMAINS = {"", "ai.onnx", "ai.onnx.ml"}
 
 
@@ -46,6 +50,7 @@ class Predictions:
         labels: true labels ``(n,)``.
         probabilities: ``(n, k)`` float32, in the order of the bundle's classes.
         split: what they were held out as.
+        novelty: how unlike the training images each is ``(n,)``, see `Novelty`; not saved, and None where the bundle has none.
     """
 
     sha256: Sequence[bytes]
@@ -53,6 +58,7 @@ class Predictions:
     labels: NDArray[np.str_]
     probabilities: NDArray[np.float32]
     split: str = ""
+    novelty: NDArray[np.float32] | None = None
 
     @property
     def ids(self) -> str:
@@ -80,7 +86,7 @@ class Bundle:
         conformal: which labels belong to the prediction set of an image (see `Conformal`); None where nothing was out of fold.
         rounding: cross-validated accuracy on float and on int8 features, where it takes int8 ones (see `rounding`).
         made_from: digest of features, samples, labels, splits and settings; equal ones would give the same head again.
-        files: SHA-256 of the ONNX files.
+        files: SHA-256 of the ONNX files, and of ``novelty.h5``.
         versions: of the libraries.
     """
 
@@ -174,6 +180,10 @@ class Bundle:
                 split=str(attrs["split"]),
             )
 
+    def novelty(self) -> Novelty | None:
+        """What tells images that are unlike the training images; None where there were too few of these."""
+        return Novelty.load(self.path / NOVELTY) if NOVELTY in self.files else None
+
     def fitted(self) -> set[bytes]:
         """Content digests of every image that any choice or fit looked at."""
         with hdf5.open_checked(self.path / "predictions.h5", PREDICTIONS) as (datasets, _):
@@ -188,6 +198,7 @@ def save_bundle(
     head: bytes,
     predictions: Predictions | None,
     fitted: Sequence[bytes],
+    novelty: bytes | None = None,
     overwrite: bool = False,
 ) -> Bundle:
     """Write a bundle in one step: it is complete or it is not there.
@@ -198,6 +209,7 @@ def save_bundle(
         head: ONNX bytes.
         predictions: on held-out images; None where there were none.
         fitted: content digests of everything that was fitted or chosen on.
+        novelty: ``novelty.h5``, where there is one.
         overwrite: replace an existing bundle.
 
     Raises:
@@ -216,6 +228,8 @@ def save_bundle(
         temporary.mkdir(parents=True)
         copy(backbone, temporary / "backbone.onnx")
         hdf5.commit(temporary / "head.onnx", head)
+        if novelty is not None:
+            hdf5.commit(temporary / NOVELTY, novelty)
         files = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
         complete = replace(bundle, files=files, versions=library_versions())
         hdf5.commit(temporary / "predictions.h5", _predictions_file(predictions, fitted))

@@ -43,6 +43,7 @@ class Evaluation:
         resamples: of the bootstrap.
         temperature: of the head; figures called ``..._before`` are without it. None where it has none.
         sets: what the head's prediction sets are worth here, see `Conformal.measured`; None where it has none.
+        novelty: how many images are unlike the training images, see `novel_share`; None where the bundle cannot tell.
     """
 
     split: str
@@ -61,6 +62,7 @@ class Evaluation:
     resamples: int = 0
     temperature: float | None = None
     sets: dict[str, Any] | None = None
+    novelty: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As it reads back from a file: lists, no tuples."""

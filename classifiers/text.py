@@ -86,6 +86,7 @@ def evaluation_text(result: Evaluation, *, width: int | None = None) -> str:
         table(("figure", "value", "95 % interval"), _figure_rows(result), width=width),
         *_confidence(result),
         *_abstention(result.sets, result.n),
+        *_novelty(result.novelty, result.n),
         table(CLASS_COLUMNS, class_rows(result.to_json()), width=width),
     ]
     if len(result.classes) <= MATRIX_CLASSES:
@@ -133,6 +134,15 @@ def _abstention(sets: dict[str, Any] | None, n: int) -> list[str]:
         f"Allowed to abstain, it is sure of {decided} of {n} images{where}: those with one label in their prediction set.\n"
         f"Sets made to hold the true label for {100 * sets['target']:.0f} % of images do for {percent(found['coverage'])} "
         f"({interval(found['coverage_interval'])}), with {found['mean_size']:.2f} labels on average."
+    ]
+
+
+def _novelty(found: dict[str, Any] | None, n: int) -> list[str]:
+    if found is None:
+        return []
+    return [
+        f"Unlike the training images: {found['novel']} of {n} ({percent(found['share'])}, {interval(found['interval'])}); "
+        f"of images of the same kind {100 * found['expected']:.0f} % are expected."
     ]
 
 

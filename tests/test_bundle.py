@@ -59,7 +59,7 @@ def bundle(cache: FeatureCache) -> Bundle:
 
 def test_a_bundle_is_complete_and_reads_back(bundle: Bundle, cache: FeatureCache) -> None:
     names = {path.name for path in bundle.path.iterdir()}
-    assert names == {"backbone.onnx", "head.onnx", "head.json", "predictions.h5", "report.html"}
+    assert names == {"backbone.onnx", "head.onnx", "head.json", "novelty.h5", "predictions.h5", "report.html"}
     again = Bundle.load(bundle.path)
     assert again == bundle
     assert again.classes == ["blue", "green", "red"]
