@@ -51,6 +51,18 @@ def test_logistic_regression_on_frozen_features(ants: FeatureCache, assets: Path
         assert found.label == bundle.classes[int(expected.argmax())]
 
 
+def test_photos_of_other_things_are_unlike_ants_and_bees(ants: FeatureCache, assets: Path, tmp_path: Path) -> None:
+    bundle = train_head(ants, tmp_path / "ants.head", make_head("logistic"))
+    assert bundle.metrics is not None
+    low, high = bundle.metrics["novelty"]["interval"]
+    assert low < bundle.metrics["novelty"]["expected"] < high
+    low, high = bundle.metrics["sets"]["marginal"]["coverage_interval"]
+    assert low < 0.9 < high
+    others = sorted((assets / "data/photos").iterdir())[::10]
+    scores = [found.novelty for found in Predictor.of(bundle).predict(others)]
+    assert np.mean([score is not None and score > 1 for score in scores]) >= 0.8
+
+
 def test_the_mlp_over_five_seeds(ants: FeatureCache) -> None:
     train, val = ants.subset("train"), ants.subset("val")
     accuracies = []
