@@ -141,23 +141,23 @@ def _squared_error(truth: NDArray[np.intp], probabilities: Probabilities) -> Val
 
 def _calibration_error(truth: NDArray[np.intp], probabilities: Probabilities, weights: Weights) -> Values:
     """Expected calibration error of the winning class, in bins of equal width (Guo et al. 2017, equation 3)."""
-    confidence, members = _confidence(probabilities)
+    confidence, bins = _confidence(probabilities)
     gap = (probabilities.argmax(axis=1) == truth) - confidence
-    return np.asarray(np.abs((members * gap) @ weights).sum(axis=0) / weights.sum(axis=0, dtype=np.float64))
+    per_bin = np.where(np.unique(bins)[:, None] == bins, gap, 0.0) @ weights
+    return np.asarray(np.abs(per_bin).sum(axis=0) / weights.sum(axis=0, dtype=np.float64))
 
 
 def chance_calibration_errors(probabilities: Probabilities, count: int, seed: int = 0) -> Values:
     """What calibration errors ``(count,)`` would be found if each confidence were exactly the chance to be right: "consistency
     resampling" of Bröcker & Smith 2007. On few images it is far from zero.
     """
-    confidence, members = _confidence(probabilities)
+    confidence, bins = _confidence(probabilities)
     rng, n = np.random.default_rng(seed), len(confidence)
     gaps = ((rng.random(n, np.float32) < confidence) - confidence for _ in range(count))
-    return np.array([np.abs(members @ gap).sum() / n for gap in gaps])
+    return np.array([np.abs(np.bincount(bins, gap)).sum() / n for gap in gaps])
 
 
-def _confidence(probabilities: Probabilities) -> tuple[Values, NDArray[np.bool_]]:
-    """Probability of the winning class ``(n,)``, and which rows are in each bin that has any ``(bins, n)``."""
+def _confidence(probabilities: Probabilities) -> tuple[Values, NDArray[np.intp]]:
+    """Probability of the winning class ``(n,)``, and the bin it falls in."""
     confidence = probabilities.max(axis=1).astype(np.float64)
-    bins = np.clip(np.ceil(confidence * BINS).astype(np.intp) - 1, 0, BINS - 1)
-    return confidence, np.unique(bins)[:, None] == bins
+    return confidence, np.clip(np.ceil(confidence * BINS).astype(np.intp) - 1, 0, BINS - 1)

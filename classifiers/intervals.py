@@ -13,7 +13,7 @@ Interval = tuple[float, float]
 Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 RESAMPLES = 1000
 FEWEST_RESAMPLES = 200  # the 2.5 % quantile still has five values below it
-WORK = 10**10  # resamples x images x classes that take about ten seconds; more of them get fewer resamples
+WORK = 4 * 10**9  # about ten seconds, in resamples x images x (classes + 100); larger data gets fewer resamples
 BLOCK = 10**7  # numbers in one block of weights: 40 MB
 
 
@@ -29,7 +29,7 @@ def wilson(successes: int, n: int) -> Interval:
 
 def resamples_for(n: int, classes: int) -> int:
     """How often to resample so many images of so many classes."""
-    return int(np.clip(WORK // (n * classes), FEWEST_RESAMPLES, RESAMPLES))
+    return int(np.clip(WORK // (n * (classes + 100)), FEWEST_RESAMPLES, RESAMPLES))
 
 
 def resampled(strata: NDArray[np.intp], count: int, seed: int = 0) -> Iterator[NDArray[np.float32]]:

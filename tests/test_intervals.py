@@ -105,6 +105,7 @@ def test_resamples_keep_the_size_of_each_class() -> None:
         np.testing.assert_array_equal(weights[truth == k].sum(axis=0), np.full(40, size))
     assert len(np.unique(weights, axis=1).T) == 40
     assert resamples_for(10_000, 100) == 1000
+    assert 200 < resamples_for(100_000, 2) < 1000
     assert resamples_for(1_000_000, 1000) == 200
 
 
@@ -146,7 +147,7 @@ def test_figures_before_the_temperature() -> None:
 
 
 def test_ten_thousand_images_of_a_hundred_classes_take_seconds() -> None:
-    """Bounded by work, not by a clock: resamples x images x classes stays at 10**9 multiplications."""
+    """What it costs is bounded by the number of resamples, which falls with the size of the data."""
     found = evaluated(draw(10_000, 100))
     assert found.resamples == 1000
     low, high = found.figures["roc_auc"]["interval"]
@@ -200,6 +201,8 @@ def test_temperature_calibrates_an_overconfident_mlp() -> None:
         head = MlpHead((256,), dropout=0.0, weight_decay=0.0, lr=3e-2, max_epochs=30, seed=seed).fit(X, y)
         found = score(truth, head.predict_proba(held), list(head.classes_), temperature=head.temperature_).figures
         assert head.temperature_ > 1
+        assert head.conformal_ is not None
+        assert 20 < head.conformal_.n < 60, "the fifth that was held out to stop on"
         before.append(found["ece_before"]["value"])
         after.append(found["ece"]["value"])
     assert np.mean(before) > 0.08

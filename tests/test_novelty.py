@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from extractor.options import Options
 from extractor.pipeline import extract
 from extractor.sources import ImageFolder
 from store.cache import FeatureCache, Subset
+from store.errors import BadDataError
 
 
 def features(n: int, seed: int, centre: int = 0, d: int = 16) -> NDArray[np.float32]:
@@ -124,6 +126,16 @@ def test_predict_says_how_unlike_the_training_images_a_picture_is(
     assert [line["novelty"] for line in lines] == [round(a.novelty, 4), round(b.novelty, 4), None]
     table = penult("predict", bundle.path, *images)[1].splitlines()
     assert [("unlike the training images" in line) for line in table] == [False, True, False]
+
+
+def test_a_changed_file_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.head"
+    shutil.copytree(bundle.path, copy)
+    data = bytearray((copy / "novelty.h5").read_bytes())
+    data[-100] ^= 1
+    (copy / "novelty.h5").write_bytes(data)
+    with pytest.raises(BadDataError, match=r"novelty\.h5 is not the file that was saved"):
+        Bundle.load(copy)
 
 
 def test_a_bundle_without_it_has_no_such_column(
