@@ -680,7 +680,7 @@ def finetune(data: Path, output: Path, *, as_json: bool, overwrite: bool, **give
 @overwrite_option
 @json_option
 def evaluate(bundle: Path, data: Path, *, as_json: bool, overwrite: bool, **given: Any) -> int:
-    """Evaluate a bundle on a cache or a dataset: accuracy with its interval, per class, confusion matrix.
+    """Evaluate a bundle on a cache or a dataset: every figure with its interval, per class, confusion matrix.
 
     Example: penult evaluate photos.head photos.cache --split test
     """
