@@ -15,10 +15,11 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install  ## minutes; writes the tables in docs/benchmarks.md and docs/pixel-paths.md
+bench: install  ## minutes; writes the tables in docs/benchmarks.md, docs/metrics.md and docs/pixel-paths.md
 	$(BIN)/python benchmarks/cpu.py
 	$(BIN)/python benchmarks/pixels.py
 	$(BIN)/python benchmarks/ridge.py
+	$(BIN)/python benchmarks/coverage.py
 
 backbones: install  ## about an hour; exports every torchvision network and rewrites the table of docs/backbones.md
 	$(BIN)/python benchmarks/backbones.py

@@ -706,7 +706,7 @@ def finetune(data: Path, output: Path, *, as_json: bool, overwrite: bool, **give
 @overwrite_option
 @json_option
 def evaluate(bundle: Path, data: Path, *, as_json: bool, overwrite: bool, **given: Any) -> int:
-    """Evaluate a bundle on a cache or a dataset: accuracy with its interval, per class, confusion matrix.
+    """Evaluate a bundle on a cache or a dataset: every figure with its interval, per class, confusion matrix.
 
     Example: penult evaluate photos.head photos.cache --split test
     """
@@ -738,7 +738,7 @@ def evaluate(bundle: Path, data: Path, *, as_json: bool, overwrite: bool, **give
 @click.option("--selftest", "testing", is_flag=True, help="First check its weights, and what it gives for golden pictures.")
 @run_options
 def predict(bundle: Path, images: Sequence[Path], form: str, *, testing: bool, **given: Any) -> int:
-    """Predict label and probability of images, or of everything in a folder.
+    """Predict label and probability of images, or of everything in a folder; a novelty above 1 is unlike the training images.
 
     With --selftest, exit 65 if a weight was changed, or if it computes something else here than where it was made.
 
@@ -759,19 +759,26 @@ def predict(bundle: Path, images: Sequence[Path], form: str, *, testing: bool, *
     failed = 0
     writer = csv.writer(sys.stdout, lineterminator="\n")
     if form == "csv":
-        writer.writerow(["path", "label", "probability", "code", "message", *predictor.classes])
+        extra = ["novelty"] if predictor.novelty else []
+        writer.writerow(["path", "label", "probability", "code", "message", *extra, *predictor.classes])
     for p in results:
         failed += p.code is not None
         each = [] if p.probabilities is None else [round(float(value), 6) for value in p.probabilities]
         if form == "csv":
             best = "" if p.probability is None else f"{p.probability:.6f}"
             columns: list[Any] = each or [""] * len(predictor.classes)
+            if predictor.novelty:
+                columns = ["" if p.novelty is None else f"{p.novelty:.4f}", *columns]
             writer.writerow([p.name, p.label or "", best, p.code or "", p.message, *columns])
         elif form == "jsonl":
             facts = {"path": p.name, "label": p.label, "probability": p.probability, "code": p.code, "message": p.message}
+            if predictor.novelty:
+                facts["novelty"] = None if p.novelty is None else round(p.novelty, 4)
             click.echo(json.dumps({**facts, "probabilities": dict(zip(predictor.classes, each, strict=False))}))
         else:
-            click.echo(f"{p.name}\t{p.code}: {p.message}" if p.code else f"{p.name}\t{p.label}\t{p.probability:.4f}")
+            unlike = " (unlike the training images)" if p.novelty and p.novelty > 1 else ""
+            novelty = "" if p.novelty is None else f"\tnovelty {p.novelty:.2f}{unlike}"
+            click.echo(f"{p.name}\t{p.code}: {p.message}" if p.code else f"{p.name}\t{p.label}\t{p.probability:.4f}{novelty}")
     return WITH_FAILURES if failed else 0
 
 

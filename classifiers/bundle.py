@@ -6,6 +6,7 @@
       backbone.onnx     pixels -> features (frozen, or fine-tuned)
       head.onnx         features -> probabilities; standardisation and temperature inside
       head.json         classes, task, fingerprint, preprocessing, split rule, settings, history, metrics, costs, digests
+      novelty.h5        features of training images: what new images are compared with
       predictions.h5    held-out predictions per image (what `compare` pairs), and the digests of what was fitted
       report.html
 """
@@ -30,10 +31,13 @@ from store import hdf5
 from store.errors import BadDataError, InputMissingError, OutputExistsError, PenultError
 from store.fingerprint import Fingerprint
 
+from .novelty import Novelty
+
 FORMAT_VERSION = 1
+NOVELTY = "novelty.h5"
 PREDICTIONS = "penult-predictions"
-BUNDLE_FILES = {"backbone.onnx", "head.onnx", "head.json", "predictions.h5", "report.html"}
 BLOCK = 1024  # rows that a head takes at once: a knn head compares each with every training image
+BUNDLE_FILES = {"backbone.onnx", "head.onnx", "head.json", NOVELTY, "predictions.h5", "report.html"}
 ALLOWED_DOMAINS = {"", "ai.onnx", "ai.onnx.ml"}
 
 
@@ -47,6 +51,7 @@ class Predictions:
         labels: true labels ``(n,)``.
         probabilities: ``(n, k)`` float32, in the order of the bundle's classes.
         split: what they were held out as.
+        novelty: how unlike the training images each is ``(n,)``, see `Novelty`; not saved, and None where the bundle has none.
     """
 
     sha256: Sequence[bytes]
@@ -54,6 +59,7 @@ class Predictions:
     labels: NDArray[np.str_]
     probabilities: NDArray[np.float32]
     split: str = ""
+    novelty: NDArray[np.float32] | None = None
 
     @property
     def ids(self) -> str:
@@ -78,10 +84,11 @@ class Bundle:
         hyperparameters, history: what was used and what was tried.
         metrics: the held-out evaluation as JSON; None where nothing was held out.
         cost: ``train_seconds``, ``extract_seconds``, ``images`` (passed through the backbone).
+        conformal: which labels belong to the prediction set of an image (see `Conformal`); None where nothing was out of fold.
         rounding: cross-validated accuracy on float and on int8 features, where it takes int8 ones (see `rounding`).
         made_from: digest of features, samples, labels, splits and settings; equal ones would give the same head again.
         few_shot: accuracy by number of training images, where that was asked for (see `fewshot`).
-        files: SHA-256 of the ONNX files.
+        files: SHA-256 of the ONNX files, and of ``novelty.h5``.
         versions: of the libraries.
     """
 
@@ -98,6 +105,7 @@ class Bundle:
     cost: dict[str, Any]
     task: str = "single-label"
     made_from: str = ""
+    conformal: dict[str, Any] | None = None
     rounding: dict[str, Any] | None = None
     few_shot: list[dict[str, Any]] | None = None
     files: dict[str, str] = field(default_factory=dict)
@@ -175,6 +183,10 @@ class Bundle:
                 split=str(attrs["split"]),
             )
 
+    def novelty(self) -> Novelty | None:
+        """What tells images that are unlike the training images; None where there were too few of these."""
+        return Novelty.load(self.path / NOVELTY) if NOVELTY in self.files else None
+
     def fitted(self) -> set[bytes]:
         """Content digests of every image that any choice or fit looked at."""
         with hdf5.open_checked(self.path / "predictions.h5", PREDICTIONS) as (datasets, _):
@@ -189,6 +201,7 @@ def save_bundle(
     head: bytes,
     predictions: Predictions | None,
     fitted: Sequence[bytes],
+    novelty: bytes | None = None,
     overwrite: bool = False,
 ) -> Bundle:
     """Write a bundle in one step: it is complete or it is not there.
@@ -199,6 +212,7 @@ def save_bundle(
         head: ONNX bytes.
         predictions: on held-out images; None where there were none.
         fitted: content digests of everything that was fitted or chosen on.
+        novelty: ``novelty.h5``, where there is one.
         overwrite: replace an existing bundle.
 
     Raises:
@@ -217,6 +231,8 @@ def save_bundle(
         temporary.mkdir(parents=True)
         copy(backbone, temporary / "backbone.onnx")
         hdf5.commit(temporary / "head.onnx", head)
+        if novelty is not None:
+            hdf5.commit(temporary / NOVELTY, novelty)
         files = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
         complete = replace(bundle, files=files, versions=library_versions())
         hdf5.commit(temporary / "predictions.h5", _predictions_file(predictions, fitted))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -14,19 +13,13 @@ from numpy.typing import NDArray
 from store.cache import Subset
 from store.errors import BadDataError
 
-Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
+from .conformal import Conformal
+from .figures import chance_calibration_errors, ranks, untempered, weighted_figures
+from .intervals import Interval, bootstrap_interval, distance_interval, resampled, resamples_for, wilson
+
 WIDE = 0.10  # an accuracy interval wider than ten points does not tell good from mediocre
 FEW = 10  # with fewer images of a class its own figures say nothing
-
-
-def wilson(successes: int, n: int) -> tuple[float, float]:
-    """The 95 % score interval of a proportion (Wilson 1927). Unlike the normal one it is honest at 0 and at n."""
-    if n == 0:
-        return 0.0, 1.0
-    p, z2 = successes / n, Z95**2
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
+TOPS = (3, 5)  # top-k is given for these k, where there are more classes
 
 
 @dataclass(frozen=True)
@@ -45,6 +38,12 @@ class Evaluation:
         classes: labels in the order of the matrix.
         notes: what keeps these figures from being conclusive.
         failed: inputs that could not be used and are in no figure.
+        figures: by name (docs/metrics.md has them all) ``value``, its 95 % ``interval`` (None where resampling shows no
+            spread) and the ``method`` of that.
+        resamples: of the bootstrap.
+        temperature: of the head; figures called ``..._before`` are without it. None where it has none.
+        sets: what the head's prediction sets are worth here, see `Conformal.measured`; None where it has none.
+        novelty: how many images are unlike the training images, see `novel_share`; None where the bundle cannot tell.
     """
 
     split: str
@@ -59,6 +58,11 @@ class Evaluation:
     classes: list[str]
     notes: list[str] = field(default_factory=list)
     failed: int = 0
+    figures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    resamples: int = 0
+    temperature: float | None = None
+    sets: dict[str, Any] | None = None
+    novelty: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As it reads back from a file: lists, no tuples."""
@@ -67,11 +71,24 @@ class Evaluation:
 
 def evaluate(head: Any, subset: Subset) -> Evaluation:
     """Evaluate a fitted head (``classes_`` and ``predict_proba``) on cached features."""
-    return score(subset.y, head.predict_proba(subset.X), [str(label) for label in head.classes_], subset.name)
+    return score(
+        subset.y,
+        head.predict_proba(subset.X),
+        [str(label) for label in head.classes_],
+        subset.name,
+        temperature=getattr(head, "temperature_", None),
+        conformal=getattr(head, "conformal_", None),
+    )
 
 
 def score(
-    labels: NDArray[np.str_], probabilities: NDArray[np.floating[Any]], classes: list[str], split: str = ""
+    labels: NDArray[np.str_],
+    probabilities: NDArray[np.floating[Any]],
+    classes: list[str],
+    split: str = "",
+    *,
+    temperature: float | None = None,
+    conformal: Conformal | None = None,
 ) -> Evaluation:
     """Compare predictions with the truth.
 
@@ -80,6 +97,8 @@ def score(
         probabilities: ``(n, k)``.
         classes: label of each column.
         split: name for the report.
+        temperature: that the logits behind the probabilities were divided by.
+        conformal: what says which labels are in a prediction set.
 
     Raises:
         BadDataError: there are no images, or they have a class that the head does not know; names it.
@@ -107,16 +126,16 @@ def score(
     recall = np.divide(hits, support, out=np.zeros(k), where=support > 0)
     total = precision + recall
     f1 = np.divide(2 * precision * recall, total, out=np.zeros(k), where=total > 0)
-    present = (support > 0) | (taken > 0)  # as scikit-learn: classes that appear in truth or prediction
-    chosen = probabilities[np.arange(n), truth].astype(np.float64)
+    resamples = resamples_for(n, k)
+    figures = _proportions(truth, probabilities) | _bootstrapped(truth, probabilities, temperature, resamples)
     return Evaluation(
         split=split,
         n=n,
         correct=correct,
         accuracy=correct / n,
         accuracy_interval=wilson(correct, n),
-        macro_f1=float(f1[present].mean()),
-        log_loss=float(-np.log(np.maximum(chosen, np.finfo(np.float32).tiny)).mean()),
+        macro_f1=figures["f1_macro"]["value"],
+        log_loss=figures["log_loss"]["value"],
         per_class=[
             {
                 "label": classes[i],
@@ -131,7 +150,43 @@ def score(
         confusion=confusion.tolist(),
         classes=list(classes),
         notes=_notes(correct, n, [(classes[i], int(support[i])) for i in range(k)]),
+        figures=figures,
+        resamples=resamples,
+        temperature=temperature,
+        sets=conformal.measured(probabilities, truth) if conformal else None,
     )
+
+
+def _proportions(truth: NDArray[np.intp], probabilities: NDArray[np.floating[Any]]) -> dict[str, dict[str, Any]]:
+    """Accuracy under all its names, and top-k."""
+    n, k, places = len(truth), probabilities.shape[1], ranks(truth, probabilities)
+
+    def within(top: int) -> dict[str, Any]:
+        found = int((places < top).sum())
+        return {"value": found / n, "interval": wilson(found, n), "method": "wilson"}
+
+    names = ("accuracy", "precision_micro", "recall_micro", "f1_micro", "recall_weighted")  # with one label an image
+    return {name: within(1) for name in names} | {f"top_{top}": within(top) for top in TOPS if k > top}
+
+
+def _bootstrapped(
+    truth: NDArray[np.intp], probabilities: NDArray[np.floating[Any]], temperature: float | None, resamples: int
+) -> dict[str, dict[str, Any]]:
+    before = None if temperature is None else untempered(probabilities, temperature)
+    once = weighted_figures(truth, probabilities, np.ones((len(truth), 1), np.float32), before)
+    blocks = [weighted_figures(truth, probabilities, weights, before) for weights in resampled(truth, resamples)]
+    figures: dict[str, dict[str, Any]] = {}
+    for name, (value,) in once.items():
+        values = np.concatenate([block[name] for block in blocks])
+        found: Interval | None
+        if name.startswith("ece"):
+            chance = chance_calibration_errors(probabilities if name == "ece" or before is None else before, resamples)
+            figures[f"{name}_by_chance"] = {"value": float(chance.mean()), "interval": None, "method": None}
+            found = distance_interval(float(value), values, chance)
+        else:
+            found = bootstrap_interval(float(value), values)
+        figures[name] = {"value": float(value), "interval": found, "method": "bootstrap"}
+    return figures
 
 
 def _notes(correct: int, n: int, support: list[tuple[str, int]]) -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from extractor.files import Files
 from extractor.options import Options
@@ -26,7 +27,9 @@ from store.samples import SINGLE_LABEL, Row, SampleTable
 
 from .batches import GONE, MOVED
 from .bundle import Bundle, Predictions, head_function
+from .conformal import Conformal
 from .evaluate import Evaluation, score
+from .novelty import novel_share
 from .predict import Predictor
 
 log = logging.getLogger("penult.classifiers")
@@ -123,7 +126,7 @@ def predict_held_out(predictor: Predictor, rows: Sequence[Row], files: Files, sp
         InputMissingError: one of them can no longer be read.
         BadDataError: one of them can no longer be decoded.
     """
-    found = []
+    found, novelty = [], []
     for prediction in predictor.predict((row.path for row in rows), files):
         if prediction.code in GONE:
             message = f"cannot read {prediction.name}: {prediction.message}; {MOVED}"
@@ -132,13 +135,17 @@ def predict_held_out(predictor: Predictor, rows: Sequence[Row], files: Files, sp
             message = f"{prediction.name}: {prediction.code}: {prediction.message}"
             raise BadDataError(message)
         found.append(prediction.probabilities)
-    return as_predictions(rows, np.stack(found), split)
+        novelty.append(prediction.novelty)
+    return as_predictions(rows, np.stack(found), split, None if None in novelty else np.array(novelty, np.float32))
 
 
-def as_predictions(rows: Sequence[Row], probabilities: Any, split: str) -> Predictions:
+def as_predictions(
+    rows: Sequence[Row], probabilities: Any, split: str, novelty: NDArray[np.float32] | None = None
+) -> Predictions:
     """Rows and their probabilities, as they are saved."""
     labels = np.array([row.label for row in rows], dtype=str)
-    return Predictions([row.sha256 for row in rows], [row.path for row in rows], labels, np.asarray(probabilities), split)
+    paths = [row.path for row in rows]
+    return Predictions([row.sha256 for row in rows], paths, labels, np.asarray(probabilities), split, novelty)
 
 
 def evaluate_bundle(
@@ -184,14 +191,24 @@ def evaluate_bundle(
             "%d of %d images were fitted when %s was trained; they are left out", len(rows) - len(fresh), len(rows), bundle.name
         )
     if cache is not None and _same_features(bundle, cache):
-        probabilities = head_function(bundle.path / "head.onnx")(cache.features([row.sha256 for row in fresh]))
-        predictions = as_predictions(fresh, probabilities, name)
+        features, novelty = cache.features([row.sha256 for row in fresh]), bundle.novelty()
+        probabilities = head_function(bundle.path / "head.onnx")(features)
+        predictions = as_predictions(fresh, probabilities, name, novelty.scores(features) if novelty else None)
     else:
         predictor = Predictor.of(bundle, **predictor_options)
         files = source.files if source is not None else files_of(table, root)
         predictions = predict_held_out(predictor, fresh, files, name)
-    evaluation = score(predictions.labels, predictions.probabilities, bundle.classes, name)
-    return replace(evaluation, failed=0 if cache is not None else table.counts["failed"]), predictions
+    evaluation = score(
+        predictions.labels,
+        predictions.probabilities,
+        bundle.classes,
+        name,
+        temperature=bundle.hyperparameters.get("temperature"),
+        conformal=Conformal.from_json(bundle.conformal),
+    )
+    failed = 0 if cache is not None else table.counts["failed"]
+    novel = None if predictions.novelty is None else novel_share(predictions.novelty)
+    return replace(evaluation, failed=failed, novelty=novel), predictions
 
 
 def _is_own_data(bundle: Bundle, rows: Sequence[Row]) -> bool:

@@ -19,6 +19,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 from threadpoolctl import threadpool_limits
 
+from .conformal import Conformal, calibrate
 from .dense import DenseHead, Fold, class_indices, log_loss, standardisation, with_validation
 
 log = logging.getLogger("penult.classifiers")
@@ -80,6 +81,7 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         path_: for each value tried: C, log_loss, accuracy (out of fold or on validation), seconds, converged.
         dense_: the fitted head as arrays, temperature included.
         temperature_: fitted on the out-of-fold or validation logits of the chosen value.
+        conformal_: prediction sets, calibrated on the same logits; None where nothing was out of fold.
     """
 
     def __init__(
@@ -134,9 +136,10 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         best = min(self.path_, key=lambda point: float(point["log_loss"]), default=None)
         self.C_ = float(best["C"]) if best else float(self.C or 1.0)
         dense, self.converged_ = self._problem(features, targets).fit(self.C_)
+        self.conformal_: Conformal | None = None
         if best:
-            rows = np.concatenate([test for _, test in folds])
-            dense = dense.calibrated(held_out[self.C_], targets[rows])
+            truth = targets[np.concatenate([test for _, test in folds])]
+            dense, self.conformal_ = calibrate(dense, held_out[self.C_], truth)
         self.dense_ = dense
         self.temperature_ = dense.temperature
 

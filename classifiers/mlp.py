@@ -17,6 +17,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from store.errors import BadDataError
 from store.splits import hash_rank_split
 
+from .conformal import Conformal, calibrate
 from .dense import DenseHead, Fold, class_indices, standardisation, with_validation
 
 log = logging.getLogger("penult.classifiers")
@@ -53,7 +54,7 @@ class MlpHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         seed: of initial weights, order and dropout.
 
     Attributes:
-        classes_, dense_, temperature_: as in `LogisticHead`.
+        classes_, dense_, temperature_, conformal_: as in `LogisticHead`.
         best_epoch_: number of epochs of the final fit.
         history_: for each epoch of the search: epoch, train_loss, val_loss, val_accuracy.
     """
@@ -99,12 +100,13 @@ class MlpHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         else:
             train, held = self._inner_split(features, labels, groups)
         self.history_: list[dict[str, float]] = []
+        self.conformal_: Conformal | None = None
         if len(held):
             search = self._train(features[train], targets[train], (features[held], targets[held]), self.max_epochs)
             losses = [point["val_loss"] for point in self.history_]
             self.best_epoch_ = int(np.argmin(losses)) + 1
             final = self._train(features, targets, None, self.best_epoch_)
-            self.dense_ = final.calibrated(search.logits(features[held]), targets[held])
+            self.dense_, self.conformal_ = calibrate(final, search.logits(features[held]), targets[held])
         else:  # too few to hold any out
             self.best_epoch_ = self.max_epochs
             self.dense_ = self._train(features, targets, None, self.max_epochs)

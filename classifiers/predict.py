@@ -30,6 +30,7 @@ from store.shard import as_stored
 
 from .bundle import Bundle, head_function
 from .fused import OUTPUT, Fused, is_fused, precision_of
+from .novelty import Novelty
 
 _Read = tuple[bytes, NDArray[np.uint8] | ImageError]  # a path, and what came of it
 
@@ -43,6 +44,7 @@ class Prediction:
         label, probability: of the most probable class; None where the file cannot be used.
         probabilities: ``(k,)`` in the order of the bundle's classes.
         code, message: why the file cannot be used.
+        novelty: how unlike the training images it is; above 1 it is so. None where the bundle cannot tell.
     """
 
     path: bytes
@@ -51,6 +53,7 @@ class Prediction:
     probabilities: NDArray[np.float32] | None = None
     code: str | None = None
     message: str = ""
+    novelty: float | None = None
 
     @property
     def name(self) -> str:
@@ -71,6 +74,7 @@ class Predictor:
         workers: decoding threads; None for as many as are needed.
         output: of the backbone's graph, where it has several.
         cuda: how a GPU computes; as it did for the cache.
+        novelty: what tells images that are unlike the training images.
     """
 
     def __init__(
@@ -86,8 +90,9 @@ class Predictor:
         workers: int | None = None,
         output: str = "features",
         cuda: Cuda = DEFAULTS,
+        novelty: Novelty | None = None,
     ) -> None:
-        self.classes = list(classes)
+        self.classes, self.novelty = list(classes), novelty
         self._backbone, self._preprocess, self._head, self._storage = backbone, preprocess, head, storage
         self._device, self._batch_size, self._output = device, batch_size, output
         self._workers, self._cuda = workers, cuda
@@ -121,6 +126,7 @@ class Predictor:
             bundle.classes,
             storage=bundle.storage,
             output=bundle.backbone.outputs[0],
+            novelty=bundle.novelty(),
             **_computing(bundle.fingerprint, options),
         )
 
@@ -148,14 +154,18 @@ class Predictor:
         return self._head(as_stored(self.embedder.embed(pixels)[0], self._storage))
 
     def _decided(self, batch: list[_Read], features: Future[list[NDArray[np.float32]]] | None) -> Iterator[Prediction]:
-        rows = iter(self._head(as_stored(features.result()[0], self._storage)) if features else ())
+        rows = self._judged(as_stored(features.result()[0], self._storage)) if features else iter(())
         for path, pixels in batch:
             if isinstance(pixels, ImageError):
                 yield Prediction(path, code=pixels.code, message=str(pixels))
                 continue
-            row: NDArray[np.float32] = next(rows)
+            row, novelty = next(rows)
             best = int(row.argmax())
-            yield Prediction(path, self.classes[best], float(row[best]), row)
+            yield Prediction(path, self.classes[best], float(row[best]), row, novelty=novelty)
+
+    def _judged(self, features: NDArray[Any]) -> Iterator[tuple[NDArray[np.float32], float | None]]:
+        novelty = [None] * len(features) if self.novelty is None else self.novelty.scores(features).tolist()
+        return zip(self._head(features), novelty, strict=True)
 
     @cached_property
     def embedder(self) -> Embedder:

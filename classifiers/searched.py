@@ -15,6 +15,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from threadpoolctl import threadpool_limits
 
+from .conformal import Conformal, calibrate
 from .dense import FittedHead, Float32, Fold, class_indices, log_loss, with_validation
 
 log = logging.getLogger("penult.classifiers")
@@ -56,6 +57,7 @@ class SearchedHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         history_: for each setting tried: what it is, the criterion and accuracy, out of fold or on validation.
         dense_: the fitted head as arrays, temperature included.
         temperature_: fitted on the out-of-fold or validation logits of the chosen setting.
+        conformal_: prediction sets, calibrated on the same logits; None where nothing could be chosen.
     """
 
     cv: int
@@ -145,6 +147,7 @@ class SearchedHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def _choose_and_fit(self, X: Float32, targets: NDArray[np.intp], tried: Tried | None) -> None:
         classes = [str(label) for label in self.classes_]
         self.chosen_by_ = tried.by if tried else None
+        self.conformal_: Conformal | None = None
         if tried is None:
             self.setting_, self.history_ = self._unchosen(len(X)), []
             log.warning(
@@ -165,7 +168,7 @@ class SearchedHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             best = min(range(len(self.history_)), key=lambda i: float(self.history_[i][self.criterion]))
             self.setting_ = tried.settings[best]
             fitted = tried.fit(self.setting_) if tried.fit else self._fitted(X, targets, classes, self.setting_)
-            self.dense_ = fitted.calibrated(tried.logits[best], tried.targets, unscaled=self.unscaled)
+            self.dense_, self.conformal_ = calibrate(fitted, tried.logits[best], tried.targets, unscaled=self.unscaled)
         self.temperature_ = self.dense_.temperature
 
     def again(self, X: Float32, targets: NDArray[np.intp], classes: list[str]) -> FittedHead:

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from rich.cells import cell_len
 
 from .evaluate import Evaluation
-from .report import CLASS_COLUMNS, class_rows
+from .report import CLASS_COLUMNS, class_rows, interval, percent
 
 MATRIX_CLASSES = 20  # a wider confusion matrix does not fit a terminal; `--plot` shows it
 READABLE = 16  # characters that a column of text gets at least, if it needs them
 GAP, EDGES = 3, 2  # between two columns, and at both ends of a line
+SHARES = {  # of images, or means of such: percentages
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy: every class counts the same",
+    "top_3": "top-3: the true label is among the first three",
+    "top_5": "top-5: the true label is among the first five",
+}
+SCALES = {
+    "precision_macro": "precision, mean over the classes",
+    "f1_macro": "F1, mean over the classes",
+    "roc_auc": "ROC-AUC: order by probability; 0.5 is chance",
+    "pr_auc": "PR-AUC: the same, stricter where a class is rare",
+    "log_loss": "log-loss: lower is better",
+    "brier": "Brier score: lower is better",
+    "ece": "ECE: how far confidence is from accuracy",
+}
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1, width: int | None = None) -> str:
@@ -62,16 +78,72 @@ def _narrowest(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int)
 
 
 def evaluation_text(result: Evaluation, *, width: int | None = None) -> str:
-    """Accuracy with its interval, the per-class table, and the confusion matrix where it fits."""
+    """Accuracy with its interval, the other figures, the per-class table, and the confusion matrix where it fits."""
     low, high = result.accuracy_interval
     parts = [
         f"accuracy {result.accuracy:.4f} [{low:.4f}, {high:.4f}] (95 % Wilson), {result.n - result.correct} errors in "
         f"{result.n} images of {result.split!r}, macro F1 {result.macro_f1:.4f}",
+        table(("figure", "value", "95 % interval"), _figure_rows(result), width=width),
+        *_confidence(result),
+        *_abstention(result.sets, result.n),
+        *_novelty(result.novelty, result.n),
         table(CLASS_COLUMNS, class_rows(result.to_json()), width=width),
     ]
     if len(result.classes) <= MATRIX_CLASSES:
         parts.append(confusion_text(result, width=width))
     return "\n\n".join(parts)
+
+
+def _figure_rows(result: Evaluation) -> list[tuple[str, str, str]]:
+    figures = result.figures
+    scales = SCALES | ({"pr_auc": f"PR-AUC: the same, for {result.classes[1]}"} if len(result.classes) == 2 else {})
+    rows = [
+        (text, percent(figure["value"]), interval(figure["interval"]) if figure["interval"] else "-")
+        for name, text in SHARES.items()
+        if (figure := figures.get(name))
+    ]
+    for name, text in scales.items():
+        if figure := figures.get(name):
+            bounds = figure["interval"]
+            rows.append((text, f"{figure['value']:.3f}", f"{bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else "-"))
+    return rows
+
+
+def _confidence(result: Evaluation) -> list[str]:
+    """How to read the calibration error, and what the temperature did for it."""
+    figures = {name: figure["value"] for name, figure in result.figures.items()}
+    if "ece" not in figures:
+        return []
+    text = f"Perfect confidence would show an ECE of about {figures['ece_by_chance']:.3f} on {result.n} images."
+    if result.temperature is not None:
+        text += (
+            f" Before temperature scaling (T = {result.temperature:.2f}): ECE {figures['ece_before']:.3f}, "
+            f"log-loss {figures['log_loss_before']:.3f}."
+        )
+    return [text]
+
+
+def _abstention(sets: dict[str, Any] | None, n: int) -> list[str]:
+    """What the prediction sets promise, and what they kept."""
+    if sets is None:
+        return []
+    found = sets["marginal"]
+    decided, right = found["decided"], found["decided_right"]
+    where = f" and right on {right} of these ({percent(right / decided)})" if decided else ""
+    return [
+        f"Allowed to abstain, it is sure of {decided} of {n} images{where}: those with one label in their prediction set.\n"
+        f"Sets made to hold the true label for {100 * sets['target']:.0f} % of images do for {percent(found['coverage'])} "
+        f"({interval(found['coverage_interval'])}), with {found['mean_size']:.2f} labels on average."
+    ]
+
+
+def _novelty(found: dict[str, Any] | None, n: int) -> list[str]:
+    if found is None:
+        return []
+    return [
+        f"Unlike the training images: {found['novel']} of {n} ({percent(found['share'])}, {interval(found['interval'])}); "
+        f"of images of the same kind {100 * found['expected']:.0f} % are expected."
+    ]
 
 
 def confusion_text(result: Evaluation, *, width: int | None = None) -> str:

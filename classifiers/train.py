@@ -8,6 +8,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from .heads import make_head as make_head
 from .heads import need_saveable
 from .heldout import Roles, as_predictions, assign_roles, inner_validation, predict_held_out
 from .leaks import Leak, LeakReport, conflicting_labels, guard, near_copies
+from .novelty import Novelty, novel_share
 from .predict import Predictor
 from .rounding import judge_rounding
 
@@ -177,6 +179,8 @@ def save_head(
 
     need_saveable(head)
     metrics = predictions = None
+    novelty = Novelty.fit(fitted)
+    conformal = getattr(head, "conformal_", None)
     if held_out is not None:
         probabilities = head.dense_.probabilities(held_out.X)
         rows = [
@@ -184,7 +188,16 @@ def save_head(
             for path, label, digest in zip(held_out.paths, held_out.y.tolist(), held_out.sha256, strict=True)
         ]
         predictions = as_predictions(rows, probabilities, held_out.name)
-        metrics = score(held_out.y, probabilities, list(head.dense_.classes), held_out.name).to_json()
+        evaluation = score(
+            held_out.y,
+            probabilities,
+            list(head.dense_.classes),
+            held_out.name,
+            temperature=head.temperature_,
+            conformal=conformal,
+        )
+        novel = novel_share(novelty.scores(held_out.X)) if novelty else None
+        metrics = replace(evaluation, novelty=novel).to_json()
         if leaks is not None:
             _with_leaks(metrics, leaks, held_out, probabilities, list(head.dense_.classes))
     else:
@@ -203,6 +216,7 @@ def save_head(
         history=list(head.history_),
         made_from=origin,
         metrics=metrics,
+        conformal=conformal and conformal.to_json(),
         rounding=rounding,
         few_shot=few_shot,
         cost={
@@ -219,6 +233,7 @@ def save_head(
             head=head.dense_.to_onnx(),
             predictions=predictions,
             fitted=digests,
+            novelty=novelty.to_bytes() if novelty else None,
             overwrite=overwrite,
         )
 

@@ -18,6 +18,7 @@ from classifiers.bundle import Bundle, save_bundle
 from classifiers.compare import compare, comparison_report
 from classifiers.heldout import assign_roles, evaluate_bundle
 from classifiers.predict import Predictor, list_images
+from classifiers.text import evaluation_text
 from classifiers.train import make_head, save_head, train_head
 from extractor.backbones import Backbone
 from extractor.options import Options
@@ -58,7 +59,7 @@ def bundle(cache: FeatureCache) -> Bundle:
 
 def test_a_bundle_is_complete_and_reads_back(bundle: Bundle, cache: FeatureCache) -> None:
     names = {path.name for path in bundle.path.iterdir()}
-    assert names == {"backbone.onnx", "head.onnx", "head.json", "predictions.h5", "report.html"}
+    assert names == {"backbone.onnx", "head.onnx", "head.json", "novelty.h5", "predictions.h5", "report.html"}
     again = Bundle.load(bundle.path)
     assert again == bundle
     assert again.classes == ["blue", "green", "red"]
@@ -84,6 +85,42 @@ def test_evaluate_uses_the_cache_and_agrees_with_training(bundle: Bundle, cache:
     assert bundle.metrics is not None
     assert evaluation.accuracy == bundle.metrics["accuracy"]
     assert predictions.ids == bundle.predictions().ids
+
+
+def test_a_bundle_has_figures_and_prediction_sets_and_evaluate_finds_them_again(bundle: Bundle, cache: FeatureCache) -> None:
+    assert bundle.conformal is not None
+    assert bundle.conformal["coverage"] == 0.9
+    assert bundle.conformal["n"] == 12, "validation, where C was chosen"
+    assert len(bundle.conformal["per_class"]) == 3
+    evaluation, _ = evaluate_bundle(Bundle.load(bundle.path), cache.path)
+    found = evaluation.to_json()
+    assert bundle.metrics is not None
+    for name in ("sets", "temperature", "resamples"):
+        assert found[name], name
+        assert found[name] == bundle.metrics[name], name
+    assert found["figures"].keys() == bundle.metrics["figures"].keys()
+    for name, figure in found["figures"].items():
+        assert figure["value"] == pytest.approx(bundle.metrics["figures"][name]["value"], abs=1e-6), name
+    text = evaluation_text(evaluation)
+    assert "Allowed to abstain, it is sure of" in text
+    assert "ROC-AUC" in text
+    assert "Before temperature scaling" in text
+
+
+def test_a_bundle_from_before_there_were_prediction_sets_is_evaluated(
+    bundle: Bundle, cache: FeatureCache, tmp_path: Path
+) -> None:
+    old = tmp_path / "old.head"
+    shutil.copytree(bundle.path, old)
+    facts = json.loads((old / "head.json").read_text())
+    del facts["conformal"], facts["hyperparameters"]["temperature"]
+    for name in ("figures", "sets", "temperature", "resamples"):
+        del facts["metrics"][name]
+    (old / "head.json").write_text(json.dumps(facts))
+    evaluation, _ = evaluate_bundle(Bundle.load(old), cache.path)
+    assert (evaluation.sets, evaluation.temperature) == (None, None)
+    assert "ece_before" not in evaluation.figures
+    assert "Allowed to abstain" not in evaluation_text(evaluation)
 
 
 def test_predict_agrees_with_evaluate_image_by_image(bundle: Bundle, cache: FeatureCache, photos: Path) -> None:

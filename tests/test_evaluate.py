@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from classifiers.evaluate import score, wilson
+from classifiers.evaluate import score
+from classifiers.intervals import wilson
 from store.errors import BadDataError
 
 

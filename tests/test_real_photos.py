@@ -71,6 +71,18 @@ def test_fused_and_run_by_the_twenty_lines_of_the_docs(ants: FeatureCache, asset
     np.testing.assert_allclose([float(line[2]) for line in lines], held.probabilities.max(axis=1), atol=1e-5, rtol=0)
 
 
+def test_photos_of_other_things_are_unlike_ants_and_bees(ants: FeatureCache, assets: Path, tmp_path: Path) -> None:
+    bundle = train_head(ants, tmp_path / "ants.head", make_head("logistic"))
+    assert bundle.metrics is not None
+    low, high = bundle.metrics["novelty"]["interval"]
+    assert low < bundle.metrics["novelty"]["expected"] < high
+    low, high = bundle.metrics["sets"]["marginal"]["coverage_interval"]
+    assert low < 0.9 < high
+    others = sorted((assets / "data/photos").iterdir())[::10]
+    scores = [found.novelty for found in Predictor.of(bundle).predict(others)]
+    assert np.mean([score is not None and score > 1 for score in scores]) >= 0.8
+
+
 def test_the_mlp_over_five_seeds(ants: FeatureCache) -> None:
     train, val = ants.subset("train"), ants.subset("val")
     accuracies = []

@@ -1,0 +1,152 @@
+"""How often 95 % intervals hold the true value, and 90 % prediction sets the true label, where both are known.
+
+Run by ``make bench``; rewrites its tables in docs/metrics.md. Images are drawn from populations whose true figures are those of
+400,000 draws; class sizes vary from draw to draw, as they do in a random split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from classifiers.conformal import KINDS, Conformal
+from classifiers.evaluate import score
+from classifiers.figures import weighted_figures
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "metrics.md"
+BEGIN, END = "<!-- made by `make bench` -->", "<!-- end -->"
+TRUE = 400_000  # draws; half at a time
+FIGURES = {
+    "accuracy": "accuracy (Wilson)",
+    "balanced_accuracy": "balanced accuracy",
+    "precision_macro": "macro precision",
+    "f1_macro": "macro F1",
+    "roc_auc": "ROC-AUC",
+    "pr_auc": "PR-AUC",
+    "log_loss": "log-loss",
+    "brier": "Brier",
+    "ece": "ECE",
+}
+
+Drawn = tuple[NDArray[np.intp], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Population:
+    """Logits are Gaussian around the true class, and turned into its exact posterior, which is then sharpened.
+
+    Attributes:
+        n: images in one draw.
+        prior: share of each class.
+        distance: between the true class's logit and the others.
+        overconfidence: factor on the logits; 1 is perfectly calibrated.
+    """
+
+    n: int
+    prior: tuple[float, ...]
+    distance: float
+    overconfidence: float
+
+    def draw(self, rng: np.random.Generator, n: int) -> Drawn:
+        """Class index ``(n,)`` and probabilities ``(n, k)``."""
+        truth = rng.choice(len(self.prior), n, p=self.prior)
+        seen = rng.normal(size=(n, len(self.prior)))
+        seen[np.arange(n), truth] += self.distance
+        logits = self.overconfidence * (self.distance * seen + np.log(self.prior))
+        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return truth, (powers / powers.sum(axis=1, keepdims=True)).astype(np.float32)
+
+    def __str__(self) -> str:
+        kind = "" if len(set(self.prior)) == 1 else ", imbalanced"
+        sure = "" if self.overconfidence == 1 else ", overconfident"
+        return f"{self.n} images, {len(self.prior)} classes{kind}{sure}"
+
+
+POPULATIONS = (
+    Population(150, (0.5, 0.5), 1.9, 1.0),
+    Population(150, (0.5, 0.5), 3.0, 1.2),
+    Population(500, (0.1,) * 10, 2.2, 1.5),
+    Population(1000, (0.3, 0.2, 0.1, 0.1, 0.1, 0.05, 0.05, 0.04, 0.03, 0.03), 2.2, 1.0),
+    Population(300, (1 / 30,) * 30, 2.5, 1.0),
+)
+
+
+def figure_coverage(population: Population, draws: int) -> dict[str, float]:
+    """Share of intervals that hold the true value, by figure; and the true accuracy as ``true``."""
+    rng = np.random.default_rng(0)
+    classes = [f"{k:02d}" for k in range(len(population.prior))]
+    halves = [population.draw(rng, TRUE // 2) for _ in range(2)]
+    truth, probabilities = (np.concatenate(parts) for parts in zip(*halves, strict=True))
+    once = weighted_figures(truth, probabilities, np.ones((TRUE, 1), np.float32))
+    known = {name: float(value) for name, (value,) in once.items()}
+    known["accuracy"] = float((probabilities.argmax(axis=1) == truth).mean())
+    held: defaultdict[str, list[bool]] = defaultdict(list)
+    for _ in range(draws):
+        truth, probabilities = population.draw(rng, population.n)
+        for name, figure in score(np.array(classes)[truth], probabilities, classes).figures.items():
+            if name in FIGURES and figure["interval"]:
+                low, high = figure["interval"]
+                held[name].append(low <= known[name] <= high)
+    return {name: float(np.mean(values)) for name, values in held.items()} | {"true": known["accuracy"]}
+
+
+def set_coverage(population: Population, draws: int) -> dict[str, tuple[float, float]]:
+    """By kind of prediction set, calibrated on as many images as it is measured on: coverage, and that of the worst class."""
+    rng, k = np.random.default_rng(1), len(population.prior)
+    held: defaultdict[str, list[NDArray[np.float64]]] = defaultdict(list)
+    for _ in range(draws):
+        truth, probabilities = population.draw(rng, population.n)
+        conformal = Conformal.fit(probabilities, truth)
+        truth, probabilities = population.draw(rng, population.n)
+        for kind in KINDS:
+            covered = conformal.sets(probabilities, kind)[np.arange(len(truth)), truth]
+            counts = np.bincount(truth, minlength=k), np.bincount(truth, covered, minlength=k)
+            held[kind].append(np.stack(counts))
+    totals = {kind: np.sum(values, axis=0) for kind, values in held.items()}
+    return {kind: (right.sum() / n.sum(), float((right / n).min())) for kind, (n, right) in totals.items()}
+
+
+def report(draws: int) -> str:
+    names = [str(population) for population in POPULATIONS]
+    found = [figure_coverage(population, draws) for population in POPULATIONS]
+    sets = [set_coverage(population, draws) for population in POPULATIONS]
+    error = 100 * math.sqrt(0.95 * 0.05 / draws)
+    lines = [
+        f"{date.today()}, {draws} draws of each population; one standard error of a coverage of 95 % is {error:.1f} points.",
+        "",
+        "| 95 % interval of | " + " | ".join(names) + " |",
+        "|---|" + "---|" * len(names),
+        "| (true accuracy) | " + " | ".join(f"{100 * each['true']:.1f} %" for each in found) + " |",
+    ]
+    lines += [
+        f"| {text} | " + " | ".join(f"{100 * each[name]:.1f} %" if name in each else "-" for each in found) + " |"
+        for name, text in FIGURES.items()
+    ]
+    lines += ["", "| 90 % prediction sets | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    for kind, text in zip(KINDS, ("over all images", "class by class"), strict=True):
+        cells = (f"{100 * each[kind][0]:.1f} %, worst class {100 * each[kind][1]:.1f} %" for each in sets)
+        lines.append(f"| {text} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--draws", type=int, default=1000, help="of each population (default 1000: about five minutes)")
+    parser.add_argument("--no-page", action="store_true", help="print only")
+    options = parser.parse_args()
+    text = report(options.draws)
+    print(text)
+    if not options.no_page:
+        before, _, rest = PAGE.read_text("utf-8").partition(BEGIN)
+        PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

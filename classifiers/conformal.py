@@ -1,0 +1,94 @@
+"""Sets of labels that hold the true one as often as was promised: split-conformal prediction, and when to abstain."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .dense import FittedHead, softmax
+from .intervals import wilson
+
+COVERAGE = 0.9
+KINDS = ("marginal", "per_class")
+
+H = TypeVar("H", bound=FittedHead)
+
+
+@dataclass(frozen=True)
+class Conformal:
+    """Least probabilities at which a label belongs to the set of an image (Sadinle, Lei & Wasserman 2019; "LAC").
+
+    Attributes:
+        coverage: how often the set shall hold the true label.
+        n: number of images it was calibrated on.
+        marginal: the least probability, for ``coverage`` over all images.
+        per_class: the least probability of each class, for ``coverage`` within each class; 0, hence always in the set, where a
+            class had too few images to promise anything (with 90 %: fewer than nine).
+    """
+
+    coverage: float
+    n: int
+    marginal: float
+    per_class: list[float]
+
+    @classmethod
+    def fit(cls, probabilities: NDArray[np.floating[Any]], targets: NDArray[np.intp], coverage: float = COVERAGE) -> Self:
+        """Calibrate on probabilities ``(n, k)`` of images that the head was not fitted on, and their class indices ``(n,)``."""
+        own = probabilities[np.arange(len(targets)), targets].astype(np.float64)
+        per_class = [_least(own[targets == k], coverage) for k in range(probabilities.shape[1])]
+        return cls(coverage, len(targets), _least(own, coverage), per_class)
+
+    @classmethod
+    def from_json(cls, facts: dict[str, Any] | None) -> Self | None:
+        """As `to_json` made it; None stays None."""
+        return cls(**facts) if facts else None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def sets(self, probabilities: NDArray[np.floating[Any]], kind: str = "marginal") -> NDArray[np.bool_]:
+        """Which labels ``(n, k)`` are in the set of each image; it may be empty."""
+        return np.asarray(probabilities >= np.array(getattr(self, kind)))
+
+    def measured(self, probabilities: NDArray[np.floating[Any]], truth: NDArray[np.intp]) -> dict[str, Any]:
+        """What the sets are worth on other images, as JSON.
+
+        Returns:
+            ``target``, ``calibrated_on``; for each kind (``marginal``, ``per_class``): ``coverage`` with ``coverage_interval``,
+            ``mean_size``, ``decided`` (images whose set is one label; on others the head abstains), ``decided_right`` of these,
+            and ``coverage_by_class`` (None for a class without images here).
+        """
+        found: dict[str, Any] = {"target": self.coverage, "calibrated_on": self.n}
+        rows = np.arange(len(truth))
+        for kind in KINDS:
+            sets = self.sets(probabilities, kind)
+            covered, one = sets[rows, truth], sets.sum(axis=1) == 1
+            found[kind] = {
+                "coverage": float(covered.mean()),
+                "coverage_interval": wilson(int(covered.sum()), len(truth)),
+                "mean_size": float(sets.sum(axis=1).mean()),
+                "decided": int(one.sum()),
+                "decided_right": int((covered & one).sum()),
+                "coverage_by_class": [
+                    float(covered[truth == k].mean()) if (truth == k).any() else None for k in range(sets.shape[1])
+                ],
+            }
+        return found
+
+
+def calibrate(
+    head: H, logits: NDArray[np.floating[Any]], targets: NDArray[np.intp], *, unscaled: bool = False
+) -> tuple[H, Conformal]:
+    """A head with its temperature, and its prediction sets, both from logits ``(n, k)`` of samples it was not fitted on."""
+    calibrated = head.calibrated(logits, targets, unscaled=unscaled)
+    return calibrated, Conformal.fit(softmax(logits / np.float32(calibrated.temperature)), targets)
+
+
+def _least(own: NDArray[np.float64], coverage: float) -> float:
+    """The probability that all but a share of ``1 - coverage`` of the true labels reach, with the correction for finite n."""
+    beaten = len(own) - math.ceil((len(own) + 1) * coverage)
+    return float(np.sort(own)[beaten]) if beaten >= 0 else 0.0

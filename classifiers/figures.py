@@ -1,0 +1,163 @@
+"""Figures of probabilistic predictions for many weightings of the same images at once: what a bootstrap needs.
+
+Each is scikit-learn's of the same name with ``sample_weight``, and the tests compare them. Scikit-learn takes one weighting at
+a time: minutes for a thousand resamples of 10,000 images of 100 classes, where these take about two seconds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Probabilities = NDArray[np.floating[Any]]
+Values = NDArray[np.float64]
+Weights = NDArray[np.float32]
+
+BINS = 15  # of confidence, for the calibration error: the number of Guo et al. 2017
+
+
+def weighted_figures(
+    truth: NDArray[np.intp], probabilities: Probabilities, weights: Weights, before: Probabilities | None = None
+) -> dict[str, Values]:
+    """Every figure that is no plain proportion, for each column of weights.
+
+    Args:
+        truth: class index of each image ``(n,)``.
+        probabilities: ``(n, k)``.
+        weights: how often each image counts, whole numbers, ``(n, b)``; no true class may be left without.
+        before: probabilities ``(n, k)`` before temperature scaling, for ``log_loss_before`` and ``ece_before``.
+
+    Returns:
+        ``(b,)`` by name. ROC-AUC and PR-AUC are missing where all images are of one class.
+    """
+    figures = _decisions(truth, probabilities.argmax(axis=1), probabilities.shape[1], weights)
+    figures |= _areas(truth, probabilities, weights)
+    figures |= {
+        "log_loss": _mean(_surprise(truth, probabilities), weights),
+        "brier": _mean(_squared_error(truth, probabilities), weights),
+        "ece": _calibration_error(truth, probabilities, weights),
+    }
+    if before is not None:
+        figures["log_loss_before"] = _mean(_surprise(truth, before), weights)
+        figures["ece_before"] = _calibration_error(truth, before, weights)
+    return figures
+
+
+def untempered(probabilities: Probabilities, temperature: float) -> Probabilities:
+    """What probabilities ``(n, k)`` were before their logits were divided by a temperature."""
+    with np.errstate(divide="ignore"):
+        logits = temperature * np.log(probabilities.astype(np.float64))
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
+
+
+def ranks(truth: NDArray[np.intp], probabilities: Probabilities) -> NDArray[np.intp]:
+    """How many classes are put before the true one ``(n,)``; of equals the first one wins, as in ``argmax``."""
+    own = probabilities[np.arange(len(truth)), truth][:, None]
+    earlier = np.arange(probabilities.shape[1]) < truth[:, None]
+    return np.asarray((probabilities > own).sum(axis=1) + ((probabilities == own) & earlier).sum(axis=1))
+
+
+def _sums(groups: NDArray[np.intp], count: int, rows: NDArray[np.intp], weights: Weights) -> Weights:
+    """Sum of the weights of the rows of each group: ``(count, b)``, exact as long as it is below 2**24."""
+    from scipy.sparse import csr_array
+
+    pick = csr_array((np.ones(len(rows), np.float32), (groups, rows)), shape=(count, len(weights)))
+    return np.asarray(pick @ weights)
+
+
+def _ratio(part: NDArray[Any], whole: NDArray[Any]) -> Values:
+    return np.asarray(np.divide(part, whole, out=np.zeros(whole.shape), where=whole > 0, dtype=np.float64))
+
+
+def _mean(values: Values, weights: Weights) -> Values:
+    return np.asarray(values @ weights / weights.sum(axis=0, dtype=np.float64))
+
+
+def _decisions(truth: NDArray[np.intp], guess: NDArray[np.intp], k: int, weights: Weights) -> dict[str, Values]:
+    rows = np.arange(len(truth))
+    right = rows[truth == guess]
+    hits, support, taken = (
+        _sums(truth[right], k, right, weights),
+        _sums(truth, k, rows, weights),
+        _sums(guess, k, rows, weights),
+    )
+    scores = {"precision": _ratio(hits, taken), "recall": _ratio(hits, support), "f1": _ratio(2 * hits, support + taken)}
+    true_here = np.isin(np.arange(k), truth)
+    present = true_here | np.isin(np.arange(k), guess)  # as scikit-learn: classes that appear in truth or prediction
+    figures = {"balanced_accuracy": scores["recall"][true_here].mean(axis=0)}
+    for name, values in scores.items():
+        figures[f"{name}_macro"] = values[present].mean(axis=0)
+        if name != "recall":  # whose mean by class size is the accuracy
+            figures[f"{name}_weighted"] = (values * support).sum(axis=0) / support.sum(axis=0, dtype=np.float64)
+    return figures
+
+
+def _areas(truth: NDArray[np.intp], probabilities: Probabilities, weights: Weights) -> dict[str, Values]:
+    """ROC-AUC and PR-AUC: of the second of two classes, else the mean over the true classes of each against the rest."""
+    classes = np.unique(truth)
+    if len(classes) < 2:
+        return {}
+    if probabilities.shape[1] == 2:
+        classes = classes[1:]
+    found = [_area(truth == c, probabilities[:, c], weights) for c in classes]
+    roc, pr = (np.mean(values, axis=0) for values in zip(*found, strict=True))
+    return {"roc_auc": roc, "pr_auc": pr}
+
+
+def _area(positive: NDArray[np.bool_], scores: Probabilities, weights: Weights) -> tuple[Values, Values]:
+    """Area under the ROC curve (Mann and Whitney's statistic), and average precision, of one class against the rest.
+
+    Both curves only have corners at the scores of positives: it is enough to know how much of the rest lies between these, and
+    how much on them.
+    """
+    corners = np.unique(scores[positive])
+    m, rows = len(corners), np.arange(len(scores))
+    place = np.searchsorted(corners, scores, "left") + np.searchsorted(corners, scores, "right")  # odd: on a corner
+    own = _sums(place[positive] // 2, m, rows[positive], weights)
+    rest = _sums(place[~positive], 2 * m + 1, rows[~positive], weights)
+    total, others = own.sum(axis=0, dtype=np.float64), rest.sum(axis=0, dtype=np.float64)
+    below = np.cumsum(rest, axis=0)
+    passed = (own * (below[0:-1:2] + rest[1::2] / 2)).sum(axis=0, dtype=np.float64)
+    above = others - below[0:-1:2]  # the rest at or above each corner
+    reached = total - np.cumsum(own, axis=0) + own
+    precision = _ratio(reached, reached + above)
+    return passed / (total * others), (own * precision).sum(axis=0) / total
+
+
+def _surprise(truth: NDArray[np.intp], probabilities: Probabilities) -> Values:
+    own = probabilities[np.arange(len(truth)), truth].astype(np.float64)
+    return np.asarray(-np.log(np.maximum(own, np.finfo(np.float32).tiny)))
+
+
+def _squared_error(truth: NDArray[np.intp], probabilities: Probabilities) -> Values:
+    """Brier's score of each image: 0 to 2, and 0 to 1 with two classes, where both columns say the same."""
+    own = probabilities[np.arange(len(truth)), truth].astype(np.float64)
+    total = np.square(probabilities, dtype=np.float64).sum(axis=1) - own**2 + (1 - own) ** 2
+    return np.asarray(total / 2 if probabilities.shape[1] == 2 else total)
+
+
+def _calibration_error(truth: NDArray[np.intp], probabilities: Probabilities, weights: Weights) -> Values:
+    """Expected calibration error of the winning class, in bins of equal width (Guo et al. 2017, equation 3)."""
+    confidence, bins = _confidence(probabilities)
+    gap = (probabilities.argmax(axis=1) == truth) - confidence
+    per_bin = np.where(np.unique(bins)[:, None] == bins, gap, 0.0) @ weights
+    return np.asarray(np.abs(per_bin).sum(axis=0) / weights.sum(axis=0, dtype=np.float64))
+
+
+def chance_calibration_errors(probabilities: Probabilities, count: int, seed: int = 0) -> Values:
+    """What calibration errors ``(count,)`` would be found if each confidence were exactly the chance to be right: "consistency
+    resampling" of Bröcker & Smith 2007. On few images it is far from zero.
+    """
+    confidence, bins = _confidence(probabilities)
+    rng, n = np.random.default_rng(seed), len(confidence)
+    gaps = ((rng.random(n, np.float32) < confidence) - confidence for _ in range(count))
+    return np.array([np.abs(np.bincount(bins, gap)).sum() / n for gap in gaps])
+
+
+def _confidence(probabilities: Probabilities) -> tuple[Values, NDArray[np.intp]]:
+    """Probability of the winning class ``(n,)``, and the bin it falls in."""
+    confidence = probabilities.max(axis=1).astype(np.float64)
+    return confidence, np.clip(np.ceil(confidence * BINS).astype(np.intp) - 1, 0, BINS - 1)
