@@ -86,7 +86,13 @@ backbone_options = options(
     weights_options,
 )
 run_options = options(
-    click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", help="Where to compute."),
+    click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        metavar="auto|cpu|cuda[:N]|tensorrt[:N]",
+        help="Where to compute; see docs/gpu.md.",
+    ),
     click.option("-b", "--batch-size", default="auto", show_default=True, metavar="N|auto", help="Images per batch."),
     click.option("-j", "--workers", default="auto", show_default=True, metavar="N|auto", help="Decoding threads."),
 )
@@ -344,11 +350,12 @@ def weights_list(*, as_json: bool) -> None:
 )
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "int8"]),
+    type=click.Choice(["fp32", "fp16", "int8"]),
     default="fp32",
     show_default=True,
-    help="int8 is faster on a CPU; it is calibrated once, on training images, and refused where it is too coarse.",
+    help="int8 is faster on a CPU (calibrated once, on training images), fp16 on a GPU; refused where it is too coarse.",
 )
+@click.option("--tf32", is_flag=True, help="Let a GPU round products to 10 bits: faster, and other features.")
 @click.option("--retry-failed", is_flag=True, help="Try recorded failures again.")
 @click.option("--verify-content", is_flag=True, help="Read every file, even if size, time and inode are unchanged.")
 @observing_options
@@ -362,7 +369,8 @@ def extract(data: Path, output: Path, *, as_json: bool, **given: Any) -> int:
 
     Example: penult extract photos/ -m resnet50 -o photos.cache
     """
-    from extractor.pipeline import Options, preview, run_extract
+    from extractor.options import Options
+    from extractor.pipeline import preview, run_extract
     from extractor.progress import observed
     from extractor.sources import open_source
 
@@ -377,7 +385,8 @@ def extract(data: Path, output: Path, *, as_json: bool, **given: Any) -> int:
         **{
             key: given[key]
             for key in (
-                *("storage", "seed", "max_failures", "retry_failed", "verify_content", "limit", "overwrite", "precision"),
+                *("storage", "seed", "max_failures", "retry_failed", "verify_content", "limit", "overwrite"),
+                *("precision", "tf32"),
             )
         },
     )
@@ -618,7 +627,7 @@ def finetune(data: Path, output: Path, *, as_json: bool, overwrite: bool, **give
     """
     from classifiers.finetune import FineTuneOptions
     from classifiers.train import train_finetuned
-    from extractor.pipeline import Options
+    from extractor.options import Options
     from extractor.sources import open_source
     from store.cache import FeatureCache, is_cache
 
@@ -870,6 +879,8 @@ def runtime(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def calibration_text(found: dict[str, Any]) -> str:
+    if "moved" in found:
+        return f"float16, {len(found['float_layers'])} layer(s) in float32; features moved by {found['moved']:.1e} at most"
     return (
         f"int8 by {found['method']}, {len(found['float_layers'])} layer(s) in float, calibrated on {found['images']} training "
         f"images; cosine to float on {found['judged']} others: {found['min']:.4f} at worst, {found['mean']:.4f} on average"

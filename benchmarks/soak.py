@@ -42,7 +42,8 @@ import store.writer  # noqa: E402
 from benchmarks import crash_model  # noqa: E402
 from extractor.backbones import Backbone  # noqa: E402
 from extractor.export import export  # noqa: E402
-from extractor.pipeline import Options, Summary, run_extract  # noqa: E402
+from extractor.options import Options, Summary  # noqa: E402
+from extractor.pipeline import run_extract  # noqa: E402
 from extractor.sources import ImageFolder  # noqa: E402
 from store.cache import FeatureCache, shard_paths  # noqa: E402
 from store.errors import BadDataError, InputMissingError, PenultError  # noqa: E402

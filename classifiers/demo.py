@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from extractor.backbones import Backbone, load
-from extractor.pipeline import Options, Summary, run_extract
+from extractor.options import Options, Summary
+from extractor.pipeline import run_extract
 from extractor.sources import ImageFolder
 from store.cache import FeatureCache, Subset
 from store.errors import InputMissingError, OutputExistsError

@@ -182,7 +182,7 @@ def _check_items(train: Sequence[Item], validation: Sequence[Item], n_classes: i
 def _device(wanted: str) -> str:
     import torch
 
-    device = resolve_device(wanted)
+    device = resolve_device(wanted).replace("tensorrt", "cuda")  # torch trains on the card itself
     if device == "cpu" or (torch.cuda.is_available() and int(device.partition(":")[2] or 0) < torch.cuda.device_count()):
         return device
     if wanted == "auto":

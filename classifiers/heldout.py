@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from extractor.files import Files
-from extractor.pipeline import Options, survey
+from extractor.options import Options
+from extractor.pipeline import survey
 from extractor.sources import files_of, open_source
 from store.cache import FeatureCache, assign_splits, is_cache, with_splits
 from store.errors import BadDataError, InputMissingError

@@ -18,7 +18,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
 from extractor.backbones import Backbone
-from extractor.pipeline import Options, Summary, preview, run_extract
+from extractor.options import Options, Summary
+from extractor.pipeline import preview, run_extract
 from extractor.prepare import library_versions
 from extractor.session import MAX_BATCH, MAX_WORKERS
 from extractor.sources import Source, open_source
@@ -67,7 +68,8 @@ class ExtractSection(_Section):
     device: str = "auto"
     batch_size: int | None = Field(None, ge=1, le=MAX_BATCH)
     workers: int | None = Field(None, ge=1, le=MAX_WORKERS)
-    precision: Literal["fp32", "int8"] = "fp32"
+    precision: Literal["fp32", "fp16", "int8"] = "fp32"
+    tf32: bool = False
     storage: Literal["auto", "float32"] = "auto"
     val_fraction: float = Field(0.2, ge=0, lt=1)
     test_fraction: float = Field(0.2, ge=0, lt=1)

@@ -14,6 +14,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from extractor.cuda import DEFAULTS, Cuda
 from extractor.decoder import Decoder
 from extractor.files import Files, FolderFiles
 from extractor.images import ImageError
@@ -67,6 +68,7 @@ class Predictor:
         batch_size: images per call of the backbone; None for the device's default.
         workers: decoding threads; None for as many as are needed.
         output: of the backbone's graph, where it has several.
+        cuda: how a GPU computes; as it did for the cache.
     """
 
     def __init__(
@@ -81,11 +83,12 @@ class Predictor:
         batch_size: int | None = None,
         workers: int | None = None,
         output: str = "features",
+        cuda: Cuda = DEFAULTS,
     ) -> None:
         self.classes = list(classes)
         self._backbone, self._preprocess, self._head, self._storage = backbone, preprocess, head, storage
         self._device, self._batch_size, self._output = device, batch_size, output
-        self._workers = workers
+        self._workers, self._cuda = workers, cuda
 
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> Self:
@@ -95,6 +98,8 @@ class Predictor:
     @classmethod
     def of(cls, bundle: Bundle, **options: Any) -> Self:
         """The predictor of a bundle that was loaded before."""
+        if bundle.backbone.precision == "int8" and options.get("device", "auto") == "auto":
+            options["device"] = "cpu"  # which int8 was calibrated for; a GPU computes such a graph in float
         return cls(
             bundle.path / "backbone.onnx",
             bundle.backbone.preprocess,
@@ -102,6 +107,7 @@ class Predictor:
             bundle.classes,
             storage=bundle.storage,
             output=bundle.backbone.outputs[0],
+            cuda=Cuda(tf32=bool(bundle.fingerprint.fields.get("tf32")), half=bundle.backbone.precision == "fp16"),
             **options,
         )
 
@@ -143,6 +149,7 @@ class Predictor:
             device=resolve_device(self._device),
             batch_size=self._batch_size,
             outputs=[self._output],
+            cuda=self._cuda,
         )
 
     def _pixels(self, files: Files, decoder: Decoder, path: bytes) -> _Read:

@@ -16,7 +16,8 @@ import numpy as np
 from extractor.backbones import Backbone, load
 from extractor.export import to_onnx
 from extractor.files import Files, Located
-from extractor.pipeline import Options, survey
+from extractor.options import Options
+from extractor.pipeline import survey
 from extractor.prepare import fingerprints
 from extractor.session import resolve_device
 from extractor.sources import Source, files_of

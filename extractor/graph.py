@@ -191,7 +191,7 @@ def cut(model: Any, ends: Sequence[tuple[list[Any], str, int]], front: Sequence[
         if node is not None and id(node) not in keep:
             keep.add(id(node))
             pending += [*node.input, *free_names(node)]
-    inner = _in_order([node for node in graph.node if id(node) in keep])
+    inner = in_order([node for node in graph.node if id(node) in keep])
     nodes = [*front, *(_copy(NodeProto(), node) for node in inner), *tails]
     used = {name for node in nodes for name in (*node.input, *free_names(node))}
     begin = list(inputs) or [value for value in graph.input if value.name in used]
@@ -210,7 +210,7 @@ def cut(model: Any, ends: Sequence[tuple[list[Any], str, int]], front: Sequence[
     model.producer_name = "penult"
 
 
-def _in_order(nodes: Sequence[Any]) -> list[Any]:
+def in_order(nodes: Sequence[Any]) -> list[Any]:
     """Nodes after those they need, as ONNX wants it and converters to float16 forget; else in the order they have."""
     place = {name: i for i, node in enumerate(nodes) for name in node.output if name}
     needs = {i: {place[name] for name in (*node.input, *free_names(node)) if name in place} for i, node in enumerate(nodes)}

@@ -57,9 +57,9 @@ class BackboneFacts:
         preprocess: what its input must have gone through.
         batch: images per call, where the graph has that number fixed.
         source: where the weights came from, for people.
-        precision: ``fp32``, or ``int8`` where `quantise` made it.
-        calibration: how it was quantised: ``sha256`` of what decided the numbers, method, layers kept in float, number of
-            images and digest of their pixels, cosine between int8 and float features, all that was tried. Empty for fp32.
+        precision: ``fp32``, ``int8`` where `quantise` made it, or ``fp16`` where `half` did.
+        calibration: how it was converted: ``sha256`` of what decided the numbers, layers kept in float, what was measured. For
+            int8 also method, number of images and digest of their pixels, all that was tried. Empty for fp32.
     """
 
     name: str
@@ -115,7 +115,7 @@ class BackboneFacts:
     def fingerprints(self) -> list[dict[str, Any]]:
         """Its part of the fingerprint of each feature set; the weights' name is for people and decides nothing."""
         shared = {"backbone": self.name, "weights": self.weights_sha256, "pixels": self.preprocess.fingerprint()}
-        if self.precision != "fp32":  # int8 features of another calibration are other features
+        if self.precision != "fp32":  # those of another calibration are other features
             shared |= {"precision": self.precision, "calibration": self.calibration["sha256"]}
         return [{**shared, "layer": each.layer, "pooling": each.pooling} for each in self.layers]
 

@@ -15,163 +15,36 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import Future
-from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from store.cache import FeatureCache, assign_splits, shard_paths
-from store.errors import BudgetExceededError, InputMissingError, InterruptedRunError, StorageError, UsageError
-from store.samples import SINGLE_LABEL, Row, SampleTable
-from store.splits import require_sizes, rule_text, split_names, untrained_labels
+from store.cache import FeatureCache, shard_paths
+from store.errors import BudgetExceededError, InputMissingError, InterruptedRunError, StorageError
+from store.samples import Row, SampleTable
 from store.writer import CacheWriter, open_writer
 
 from .backbones import Backbone
 from .calibration import Calibrator, count_moved
+from .cuda import Cuda
+from .division import check_splits_possible, resolve_splits, say_splits
 from .files import Files
+from .fleet import Fleet, open_embedder, resolve_devices
+from .options import Options, Summary, bottleneck, check_for_gpu, device_of
 from .prepare import fingerprints, library_versions, prepare_backbone
 from .preprocess import Preprocess
 from .progress import Progress, StopFlag, stop_on_signal
 from .reading import Clock, Crew, Outcome, Reader, timed
-from .samples import Sample, Task
-from .session import Embedder, cores, resolve_device
+from .samples import Sample
+from .session import Embedder, cores
 from .sources import Source
 from .tuning import tune
 
 log = logging.getLogger("penult.extractor")
-
-MIN_BUDGET = 3
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to extract; the defaults are the command line's.
-
-    Attributes:
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
-        batch_size: images per inference call; None for what is measured to be fast where there is much to do, see `tuning`.
-        workers: decoding threads; None for as many as are needed, see `reading.Crew`.
-        storage: ``auto`` (float16 where the values fit) or ``float32``.
-        val_fraction, test_fraction, seed: the split, where the data has none.
-        fail_fast: stop at the first input that fails.
-        max_failures: budget as a number, ``"N"``, or a share, ``"P%"`` (then at least 3 files).
-        retry_failed: try recorded failures again.
-        verify_content: read and hash files even where size, time and inode are unchanged.
-        limit: only so many inputs, chosen by hash rank.
-        overwrite: start a new cache in place of an old one.
-        precision: ``fp32``, or ``int8`` (on the CPU, calibrated once on training images).
-        quiet: no progress line.
-    """
-
-    device: str = "auto"
-    batch_size: int | None = None
-    workers: int | None = None
-    storage: str = "auto"
-    val_fraction: float = 0.2
-    test_fraction: float = 0.2
-    seed: int = 0
-    fail_fast: bool = False
-    max_failures: str = "1%"
-    retry_failed: bool = False
-    verify_content: bool = False
-    limit: int | None = None
-    overwrite: bool = False
-    quiet: bool = False
-    precision: str = "fp32"
-
-    def budget(self, inputs: int) -> int:
-        """How many inputs may fail."""
-        text = self.max_failures.strip()
-        try:
-            if text.startswith("-"):
-                raise ValueError
-            if text.endswith("%"):
-                return max(MIN_BUDGET, int(float(text[:-1]) / 100 * inputs))
-            return int(text)
-        except ValueError:
-            message = f"--max-failures {text}: expected a number such as 10, or a share such as 1%"
-            raise UsageError(message) from None
-
-
-@dataclass
-class Summary:
-    """What a run did; ok + duplicates + failed = inputs.
-
-    Attributes:
-        inputs, ok, duplicates, failed: outcome of every input; ok counts distinct contents.
-        computed: images that went through the backbone in this run.
-        inference_calls: calls of the backbone in this run.
-        images_per_second: computed images over the time spent on them; 0 where there were none.
-        cache_bytes: size of all shards.
-        batch_size, lanes, workers: as used.
-        seconds: wall time by stage. ``read+decode`` and ``backbone`` are summed over workers and lanes, ``write`` is
-            beside them; ``wait`` was spent waiting for pixels, ``embed`` for features, ``settle`` for the disk.
-        bottleneck: the stage that decided the speed: ``decoding``, ``backbone``, ``writing``, or none.
-        codes: number of failures by code.
-    """
-
-    cache: str = ""
-    inputs: int = 0
-    ok: int = 0
-    duplicates: int = 0
-    failed: int = 0
-    computed: int = 0
-    inference_calls: int = 0
-    provider: str = ""
-    images_per_second: float = 0.0
-    cache_bytes: int = 0
-    batch_size: int = 0
-    lanes: int = 0
-    workers: int = 0
-    bottleneck: str = ""
-    seconds: dict[str, float] = field(default_factory=dict)
-    codes: dict[str, int] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def text(self) -> str:
-        """For people: one line that reconciles, one that says what the run did, and where it was long, why it took so long."""
-        codes = f" ({', '.join(f'{code} {count}' for code, count in sorted(self.codes.items()))})" if self.codes else ""
-        lines = [f"{self.inputs} inputs = {self.ok} ok + {self.duplicates} duplicates + {self.failed} failed{codes}"]
-        total = self.seconds["total"]
-        if not self.computed:
-            return "\n".join([*lines, f"nothing to compute, 0 inference calls, {total:.1f} s"])
-        each = {name: 1000 * self.seconds[name] / self.computed for name in ("read+decode", "backbone", "write")}
-        lines.append(
-            f"{self.computed} computed on {self.provider} in {total:.1f} s, {self.images_per_second:.0f} images/s "
-            f"(ms an image: decoding {each['read+decode']:.1f} in {self.workers} workers, "
-            f"backbone {each['backbone']:.1f} in {self.lanes} lanes of {self.batch_size}, writing {each['write']:.1f})"
-        )
-        if total >= ADVICE_SECONDS:
-            lines.append(f"bottleneck: {self.bottleneck}; {ADVICE[self.bottleneck, self.provider]}")
-        return "\n".join(lines)
-
-
-ADVICE_SECONDS = 20.0  # nobody minds what took less
-ADVICE = {
-    ("decoding", "cpu"): "more cores, smaller photos, or another --pixel-path would help",
-    ("decoding", "cuda"): "the GPU waited for images; more cores, smaller photos, or another --pixel-path would help",
-    ("backbone", "cpu"): "--precision int8, a smaller network or a GPU would help",
-    ("backbone", "cuda"): "--precision fp16 or a smaller network would help",
-    ("writing", "cpu"): "the disk of the cache is slow",
-    ("writing", "cuda"): "the disk of the cache is slow",
-}
-
-
-def bottleneck(seconds: Clock, provider: str) -> str:
-    """The stage that decided the speed.
-
-    On a GPU it is what the consumer waited for. On a CPU decoding and backbone share the cores, so it is the larger share of
-    the work; unless the consumer waited for the disk.
-    """
-    waits = {"decoding": seconds["wait"], "backbone": seconds["embed"], "writing": seconds["settle"]}
-    if provider == "cpu" and max(waits, key=waits.__getitem__) != "writing":
-        return "decoding" if seconds["read+decode"] > seconds["backbone"] else "backbone"
-    return max(waits, key=waits.__getitem__)
 
 
 def limited(samples: list[Sample], limit: int | None) -> list[Sample]:
@@ -200,17 +73,29 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
     started = time.perf_counter()
     samples = limited(source.samples(), options.limit)
     budget = options.budget(len(samples))
-    _check_splits_possible(samples, options, source.task)
-    device = resolve_device(_device(options))
-    with open_writer(cache) as writer, stop_on_signal() as stop:
+    check_splits_possible(samples, options, source.task)
+    devices = resolve_devices(device_of(options))
+    check_for_gpu(options.precision, devices[0], tf32=options.tf32)
+    with open_writer(cache) as writer, stop_on_signal() as stop, ExitStack() as opened:
         division = (options.val_fraction, options.test_fraction, options.seed)
         calibrator = Calibrator(source, samples, *division, options.workers, stop) if options.precision == "int8" else None
-        facts, notes = prepare_backbone(writer, backbone, overwrite=options.overwrite, stop=stop, quantise=calibrator)
-        # The session proves the device before any image is read.
-        embedder = Embedder(
-            cache / "backbone.onnx", facts.preprocess, device=device, batch_size=options.batch_size, outputs=facts.outputs
+        half = options.precision == "fp16"
+        facts, notes = prepare_backbone(
+            writer, backbone, overwrite=options.overwrite, stop=stop, quantise=calibrator, half=half
         )
-        sets = fingerprints(facts, embedder.provider, options.storage)
+        # The session proves the device before any image is read.
+        check_for_gpu(facts.precision, devices[0])  # the file may say so itself
+        cuda = Cuda(tf32=options.tf32, half=facts.precision == "fp16")
+        embedder = open_embedder(
+            devices,
+            cache / "backbone.onnx",
+            facts.preprocess,
+            batch_size=options.batch_size,
+            outputs=facts.outputs,
+            cuda=cuda,
+        )
+        opened.callback(embedder.close)
+        sets = fingerprints(facts, embedder.provider, options.storage, tf32=options.tf32)
         writer.begin(*sets, facts={**notes, "versions": library_versions()})
         _check_disk(cache, len(samples) * sum(embedder.dims) * (4 if options.storage == "float32" else 2))
 
@@ -244,8 +129,8 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
             _fail_fast(rows)
         failed = sum(not row.ok for row in rows)
         rows, rule = resolve_splits(rows, options, source.task)
-        _say_splits(before, rows, rule, source.task)
-        if facts.calibration and (moved := count_moved(cache, rows)):
+        say_splits(before, rows, rule, source.task)
+        if facts.precision == "int8" and (moved := count_moved(cache, rows)):
             log.warning("%d images that int8 was calibrated on are in 'val' or 'test' now; --overwrite calibrates again", moved)
         working = sum(clock[name] for name in ("wait", "embed", "settle"))
         spent = (before.facts.get("extract_seconds", 0.0) if before else 0.0) + (working if computed else 0)
@@ -319,7 +204,7 @@ def preview(source: Source, cache: Path, options: Options) -> dict[str, int]:
         ``inputs``; ``unchanged``, which would not be opened; ``to_read``, of which those with unknown content are computed.
     """
     samples = limited(source.samples(), options.limit)
-    _check_splits_possible(samples, options, source.task)
+    check_splits_possible(samples, options, source.task)
     try:
         opened = FeatureCache(cache)
     except InputMissingError:
@@ -332,7 +217,7 @@ def preview(source: Source, cache: Path, options: Options) -> dict[str, int]:
 def survey(source: Source, preprocess: Preprocess, options: Options) -> SampleTable:
     """Read, hash and decode every input without embedding any: the sample table that `run_extract` would write."""
     samples = limited(source.samples(), options.limit)
-    _check_splits_possible(samples, options, source.task)
+    check_splits_possible(samples, options, source.task)
     reader = Reader(source.files, preprocess, set(), Crew(options.workers or cores()))
     rows = _fail_copies([outcome.row for outcome in reader.stream(list(enumerate(samples)), StopFlag())], set())
     rows, rule = resolve_splits(rows, options, source.task)
@@ -359,7 +244,7 @@ class Embedded:
 
 
 def embedded(
-    stream: Iterator[Outcome], embedder: Embedder, progress: Progress, clock: Clock, *, fail_fast: bool = False
+    stream: Iterator[Outcome], embedder: Embedder | Fleet, progress: Progress, clock: Clock, *, fail_fast: bool = False
 ) -> Iterator[Embedded]:
     """Pass what a stream decodes through the backbone, batch after batch; while the lanes compute, the next is gathered.
 
@@ -429,66 +314,6 @@ def run_shard(batches: Iterator[Embedded], writer: CacheWriter, clock: Clock) ->
     with timed(clock, "settle"):
         writer.commit_behind()
     return result if result.outcomes else None
-
-
-def resolve_splits(rows: Sequence[Row], options: Options, task: Task) -> tuple[list[Row], dict[str, Any]]:
-    """The stored split of every row, and how it came about.
-
-    Splits of the source win. Otherwise, where there are labels or numeric targets, the ok rows are divided by hash rank,
-    within each class where a sample has one. A class that became too small because its files failed is an error that names it.
-    """
-    if any(row.split for row in rows):
-        return list(rows), {"rule": "source"}
-    good = [row for row in rows if row.ok]
-    if not good or (not task.targets and any(row.label is None for row in good)):
-        return list(rows), {"rule": "none"}
-    fractions = {"val": options.val_fraction, "test": options.test_fraction}
-    names = assign_splits(good, **fractions, seed=options.seed, stratify=task.name == SINGLE_LABEL)
-    split_of = {row.path: name for row, name in zip(good, names, strict=True)}
-    rule = {"rule": "hash-rank", "val": options.val_fraction, "test": options.test_fraction, "seed": options.seed}
-    return [row.with_split(split_of.get(row.path)) for row in rows], rule
-
-
-def _say_splits(before: SampleTable | None, rows: Sequence[Row], rule: dict[str, Any], task: Task) -> None:
-    """Say where the split or the task of a finished cache changes, and which classes nothing can be trained of."""
-    had = before.facts.get("split") if before else None
-    if before and had and had != rule:
-        old = {row.path: row.split for row in before.rows}
-        moved = sum(row.path in old and old[row.path] != row.split for row in rows)
-        log.warning("the split was %s, it is %s now: %d samples changed sides", rule_text(had), rule_text(rule), moved)
-    recorded = before.facts.get("task", task.name) if before else task.name
-    if recorded != task.name:
-        log.warning("the samples were recorded with --task %s, they are %s now", recorded, task.name)
-    labelled = [(row.label, row.split) for row in rows if row.ok] if task.name == SINGLE_LABEL else []
-    for sentence in untrained_labels(labelled):
-        log.warning("%s: `penult train` will refuse that", sentence)
-
-
-def _check_splits_possible(samples: Sequence[Sample], options: Options, task: Task) -> None:
-    """Refuse before computing what `resolve_splits` would refuse after hours."""
-    if any(s.split for s in samples) or (not task.targets and any(s.label is None for s in samples)):
-        return
-    stratify = task.name == SINGLE_LABEL
-    if stratify and not any(sample.group for sample in samples):
-        names = split_names(val=options.val_fraction, test=options.test_fraction)
-        require_sizes(Counter(sample.label or "" for sample in samples), names)
-        return
-    rows = [Row(s.path, s.label, None, s.group, sha256=s.path) for s in samples]  # as if no two were copies
-    assign_splits(rows, val=options.val_fraction, test=options.test_fraction, seed=options.seed, stratify=stratify)
-
-
-def _device(options: Options) -> str:
-    """Where to compute.
-
-    Raises:
-        UsageError: int8 on a GPU, whose kernels would give other numbers, and slower than float16.
-    """
-    if options.precision != "int8":
-        return options.device
-    if options.device not in ("auto", "cpu"):
-        message = f"--precision int8 is for the CPU, not for --device {options.device}; leave one of them out"
-        raise UsageError(message)
-    return "cpu"
 
 
 def _check_disk(cache: Path, needed: int) -> None:

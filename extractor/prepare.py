@@ -18,6 +18,7 @@ from store.writer import CacheWriter
 from .backbones import Backbone
 from .calibration import without
 from .export import export
+from .half import halve
 from .onnxfile import BackboneFacts, data_files, digest, install, read_facts, remove
 from .progress import StopFlag
 from .stated import read_sidecar
@@ -36,6 +37,7 @@ def prepare_backbone(
     overwrite: bool = False,
     stop: StopFlag | None = None,
     quantise: Quantise | None = None,
+    half: bool = False,
 ) -> tuple[BackboneFacts, dict[str, Any]]:
     """Put ``backbone.onnx`` into a cache, or recognise that the one there is what is asked for, without importing torch.
 
@@ -45,6 +47,7 @@ def prepare_backbone(
         overwrite: whatever is there goes.
         stop: ends an export.
         quantise: makes the int8 form of a float file (`calibration.Calibrator`); asked for once in the life of a cache.
+        half: convert the float file to float16.
 
     Returns:
         What the file says of itself, and notes for cache.json by which the next run recognises the request.
@@ -62,8 +65,8 @@ def prepare_backbone(
             request |= {"name": "onnx", "sidecar": read_sidecar(file)}
     elif backbone.seed is None:
         request["torchvision"] = version("torchvision")  # it decides what the default weights are
-    if quantise:
-        request["precision"] = "int8"
+    if quantise or half:
+        request["precision"] = "int8" if quantise else "fp16"
     request = json.loads(json.dumps(request))
     before = {} if overwrite else (writer.meta or {}).get("facts", {})
     if path.is_file() and before.get("request") == request and before.get("backbone_sha256") == _recorded_digest(path, before):
@@ -79,6 +82,8 @@ def prepare_backbone(
     calibration: Calibration | None = None
     try:
         facts = export(backbone, new, stop)
+        if half and facts.precision == "fp32":
+            facts = halve(new, new, facts)
         frozen = None if overwrite or not quantise else _frozen(path, before, facts)
         if quantise and not frozen and facts.precision == "fp32":
             _require_int8(writer, overwrite=overwrite)
@@ -163,9 +168,9 @@ def _require_match(writer: CacheWriter, facts: BackboneFacts) -> None:
         require_same(there, now, mine=str(writer.path), theirs="this run")
 
 
-def fingerprints(facts: BackboneFacts, provider: str, storage: str) -> list[Fingerprint]:
+def fingerprints(facts: BackboneFacts, provider: str, storage: str, *, tf32: bool = False) -> list[Fingerprint]:
     """Everything that decides the numbers, for each feature set."""
-    decided = {"precision": "fp32", "provider": provider, "tf32": False, "storage": storage}
+    decided = {"precision": "fp32", "provider": provider, "tf32": tf32, "storage": storage}
     return [Fingerprint({**decided, **fields}) for fields in facts.fingerprints()]
 
 

@@ -8,11 +8,11 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from threading import Condition, local
+from threading import Condition, Lock, local
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from store.errors import BadDataError, DeviceUnavailableError, UsageError
 
+from .cuda import DEFAULTS, NO_GRAPH, PROVIDERS, BoundLane, Cuda, load_libraries, prove, providers
 from .preprocess import Preprocess
 from .prologue import takes_pixels
 
@@ -27,7 +28,7 @@ log = logging.getLogger("penult.extractor")
 
 OUT_OF_MEMORY = ("BFCArena", "Failed to allocate memory", "CUDA_ERROR_OUT_OF_MEMORY", "out of memory")
 MAX_DIM = 65536
-DEFAULT_BATCH = {"cpu": 8, "cuda": 64}  # on a CPU large batches lose: they fall out of its caches
+DEFAULT_BATCH = {"cpu": 8, "cuda": 64, "tensorrt": 64}  # on a CPU large batches lose: they fall out of its caches
 MAX_LANES = 16  # on a CPU; with more cores each lane gets several threads, for it keeps activations of its own
 LANES_CUDA = 2  # the copies of one batch hide behind the compute of the other
 MAX_PROLOGUE = 256 * 2**20  # bytes of a backbone file that is rewritten in memory on a CPU, see `Embedder`
@@ -52,22 +53,23 @@ def nvidia_driver_present() -> bool:
 
 
 def resolve_device(device: str) -> str:
-    """``auto`` to ``cuda`` where there is a driver and a CUDA build, else to ``cpu``, said in the log; others as they are.
+    """``auto`` to ``cuda`` where there is a driver and a CUDA build, else to ``cpu``, said in the log; ``cpu``, ``cuda`` and
+    ``tensorrt``, the latter two also with ``:N``, as they are.
 
     Raises:
         DeviceUnavailableError: CUDA was asked for and cannot be here; `Embedder` proves the rest.
-        UsageError: not ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        UsageError: none of these.
     """
-    kind, _, number = device.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (number and (kind != "cuda" or not number.isdecimal())):
-        message = f"--device {device}: expected auto, cpu, cuda or cuda:N"
+    kind, colon, number = device.partition(":")
+    if kind not in ("auto", "cpu", *PROVIDERS) or (colon and (kind not in PROVIDERS or not number.isdecimal())):
+        message = f"--device {device}: expected auto, cpu, cuda, cuda:N, tensorrt or tensorrt:N"
         raise UsageError(message)
     import onnxruntime
 
     available = onnxruntime.get_available_providers()
-    if kind == "cuda":
-        if "CUDAExecutionProvider" not in available:
-            message = f"--device {device}: this onnxruntime has no CUDA provider; install onnxruntime-gpu"
+    if kind in PROVIDERS:
+        if PROVIDERS[kind] not in available:
+            message = f"--device {device}: this onnxruntime has no {PROVIDERS[kind]}; install onnxruntime-gpu"
             raise DeviceUnavailableError(message)
         if not nvidia_driver_present():
             message = (
@@ -133,13 +135,14 @@ class Embedder:
         model: the ONNX file.
         preprocess: with it, pixels are ``(n, h, w, 3)`` uint8 and are normalised here: inside the graph, or beforehand where
             the file is too large to be rewritten in memory; the features are the same bits. Without, what the file takes.
-        device: ``cpu``, ``cuda`` or ``cuda:N`` (see `resolve_device`).
+        device: ``cpu``, ``cuda``, ``tensorrt``, or one of them with ``:N`` (see `resolve_device`).
         batch_size: images per call; None for the device's default.
         lanes: batches at once; None for one per core on the CPU and two on a GPU.
         outputs: names of the outputs to compute; the first where not given.
+        cuda: how a GPU computes.
 
     Attributes:
-        provider: family, ``cpu`` or ``cuda``, proven after the session exists.
+        provider: family, ``cpu``, ``cuda`` or ``tensorrt``, proven after the session exists.
         batch_size: as in use; halved when a GPU ran out of memory.
         lanes: as in use.
         calls: number of inference calls so far.
@@ -160,18 +163,23 @@ class Embedder:
         batch_size: int | None = None,
         lanes: int | None = None,
         outputs: Sequence[str] = (),
+        cuda: Cuda = DEFAULTS,
     ) -> None:
         self.provider = device.partition(":")[0]
         self.calls, self.seconds = 0, 0.0
-        self.lanes = lanes or (LANES_CUDA if self.provider == "cuda" else min(cores(), MAX_LANES))
-        self._model, self._device, self._preprocess = model, device, preprocess
+        self.lanes = lanes or (LANES_CUDA if self.provider in PROVIDERS else min(cores(), MAX_LANES))
+        if cuda.graph and self.lanes != 1:
+            message = f"a CUDA graph is for one lane, not for {self.lanes}: its memory must not be written twice at once"
+            raise ValueError(message)
+        self._model, self._device, self._preprocess, self._cuda = model, device, preprocess, cuda
+        self._turn: AbstractContextManager[Any] = Lock() if cuda.graph else nullcontext()
         self._gate, self._pool = Condition(), ThreadPoolExecutor(self.lanes, "penult-lane")
         session = self._open()
         shapes = {output.name: output.shape for output in session.get_outputs()}
         self._outputs = list(outputs) or [next(iter(shapes))]
         self.dims = [self._dim(shapes.get(name, [])) for name in self._outputs]
         found = session.get_inputs()[0]
-        self._input = found.name
+        self._input, self._dtype = found.name, np.uint8 if found.type == "tensor(uint8)" else np.float32
         self._on_host = preprocess if found.type != "tensor(uint8)" else None
         self.fixed_batch = isinstance(found.shape[0], int)  # the graph takes no other
         self._opened = _Opened(session, found.shape[0] if self.fixed_batch else batch_size or DEFAULT_BATCH[self.provider])
@@ -198,31 +206,28 @@ class Embedder:
         options.intra_op_num_threads = max(cores() // self.lanes, 1)
         # Spinning threads steal the cores that decode; measured +60 % end to end where both share them.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if (
-            self.provider == "cpu" and _int8_saturates()
-        ):  # then exact kernels for int8 networks, which elsewhere would cost more than half of their speed
-            options.add_session_config_entry("session.x64quantprecision", "1")
-        providers: list[Any] = ["CPUExecutionProvider"]
-        if self.provider == "cuda":
-            onnxruntime.set_default_logger_severity(4)  # what it would log is raised instead
-            onnxruntime.preload_dlls()  # finds CUDA and cuDNN in torch's wheels
-            number = int(self._device.partition(":")[2] or 0)
-            cuda = {"device_id": number, "arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
-            providers.insert(0, ("CUDAExecutionProvider", cuda))
-        try:
-            session = onnxruntime.InferenceSession(self._graph() or str(self._model), options, providers=providers)
-        except Exception as error:  # onnxruntime's exceptions have no common public base
-            if self.provider == "cuda":
-                message = f"--device {self._device}: {_first_line(error)}"
-                raise DeviceUnavailableError(message) from error
-            message = f"{self._model} cannot be run: {_first_line(error)}"
-            raise BadDataError(message) from error
-        if self.provider == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
-            message = (
-                f"--device {self._device}: ONNX Runtime made a session on {session.get_providers()[0]} instead: "
-                f"the CUDA provider did not load (does the driver support CUDA {_cuda_version(onnxruntime)}, is cuDNN 9 here?)"
-            )
-            raise DeviceUnavailableError(message)
+        graph = self._graph()
+        if self.provider == "cpu":
+            if _int8_saturates():  # exact kernels for int8 networks, which elsewhere would cost more than half of their speed
+                options.add_session_config_entry("session.x64quantprecision", "1")
+            try:
+                return onnxruntime.InferenceSession(graph or str(self._model), options, providers=["CPUExecutionProvider"])
+            except Exception as error:  # onnxruntime's exceptions have no common public base
+                message = f"{self._model} cannot be run: {_first_line(error)}"
+                raise BadDataError(message) from error
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        wanted = providers(self._device, self._cuda, graph or self._model)  # may set what the libraries read at their start
+        said = load_libraries(onnxruntime)
+        try:  # its own fall-back to the CPU would print, and go on
+            session = onnxruntime.InferenceSession(graph or str(self._model), options, providers=wanted, enable_fallback=0)
+        except Exception as error:
+            if self._cuda.graph and NO_GRAPH in str(error):
+                log.info("no CUDA graph: %s", _first_line(error))
+                self._cuda = replace(self._cuda, graph=False)
+                return self._open()
+            message = f"--device {self._device}: {_first_line(error)} {said}".rstrip()
+            raise DeviceUnavailableError(message) from error
+        prove(session, self._device, onnxruntime, said)
         return session
 
     def _graph(self) -> bytes | None:
@@ -268,6 +273,10 @@ class Embedder:
             self._shrink(opened, failure)
         return [np.concatenate(column) for column in zip(*rows, strict=True)]
 
+    def close(self) -> None:
+        """End the lanes; batches that have not begun are dropped."""
+        self._pool.shutdown(cancel_futures=True)
+
     def _enter(self) -> _Opened:
         """The session as it is now, which stays open until `_leave`."""
         with self._gate:
@@ -312,24 +321,26 @@ class Embedder:
             part = self._on_host.normalise(part)
         short = opened.batch_size - len(part)
         padded = np.concatenate([part, np.zeros((short, *part.shape[1:]), part.dtype)]) if short else part
-        found = self._lane(opened)(padded)
+        found = self._lane(opened, padded.shape)(padded)
         with self._gate:
             self.calls += 1
             self.seconds += time.perf_counter() - begin
         return [np.asarray(features[: len(part)], np.float32) for features in found]
 
-    def _lane(self, opened: _Opened) -> Lane:
+    def _lane(self, opened: _Opened, shape: tuple[int, ...]) -> Lane:
         """This thread's way through the session."""
         if not hasattr(opened.lanes, "lane"):
-            session = opened.session
-            opened.lanes.lane = lambda padded: session.run(self._outputs, {self._input: padded})
+            opened.lanes.lane = self._make_lane(opened, shape)
         lane: Lane = opened.lanes.lane
         return lane
+
+    def _make_lane(self, opened: _Opened, shape: tuple[int, ...]) -> Lane:
+        session = opened.session
+        if self.provider == "cpu":
+            return lambda padded: session.run(self._outputs, {self._input: padded})
+        outputs = dict(zip(self._outputs, self.dims, strict=True))
+        return BoundLane(session, self._device, self._input, shape, self._dtype, outputs, self._turn, graph=self._cuda.graph)
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _cuda_version(onnxruntime: Any) -> str:
-    return str(getattr(onnxruntime, "cuda_version", "")) or "13"

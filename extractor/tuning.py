@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 
+from .fleet import Fleet
 from .session import MAX_BATCH, Embedder
 
 log = logging.getLogger("penult.extractor")
@@ -15,10 +16,10 @@ WORTH = 60.0  # seconds that the backbone would take; below, measuring costs mor
 ROUNDS = 40  # rounds of batches, so many at least that the first look costs little
 SECONDS = 0.5  # that one size is measured at least
 GAIN = 1.03  # a larger batch must be faster by this factor: it costs memory, and a measurement is this uncertain
-LARGEST = {"cpu": 32, "cuda": 512}
+LARGEST = {"cpu": 32, "cuda": 512}  # TensorRT builds an engine for every size, for minutes: it keeps the default
 
 
-def tune(embedder: Embedder, side: int, images: int) -> dict[int, float]:
+def tune(embedder: Embedder | Fleet, side: int, images: int) -> dict[int, float]:
     """Choose the batch size of an embedder by running it on noise in all its lanes.
 
     On a CPU it goes from the default to half or twice of it, and on as long as that gains: large batches fall out of the
@@ -33,7 +34,7 @@ def tune(embedder: Embedder, side: int, images: int) -> dict[int, float]:
         Images per second of each size that was tried; empty where nothing was measured.
     """
     default = embedder.batch_size
-    if embedder.fixed_batch or images < ROUNDS * default * embedder.lanes:
+    if embedder.provider not in LARGEST or embedder.fixed_batch or images < ROUNDS * default * embedder.lanes:
         return {}
     if images * _seconds(embedder, default, side) / (default * embedder.lanes) < WORTH:
         return {}
@@ -48,12 +49,12 @@ def tune(embedder: Embedder, side: int, images: int) -> dict[int, float]:
             best, size = size, int(size * factor)
         if best != default:
             break
-    embedder.batch_size = min(best, embedder.batch_size) if embedder.provider == "cuda" else best
+    embedder.batch_size = best if embedder.provider == "cpu" else min(best, embedder.batch_size)
     log.info("batches of %d: %s", best, ", ".join(f"{size} gives {rate:.0f} images/s" for size, rate in sorted(rates.items())))
     return rates
 
 
-def _rate(embedder: Embedder, size: int, side: int) -> float:
+def _rate(embedder: Embedder | Fleet, size: int, side: int) -> float:
     """Images per second of batches of one size in all lanes."""
     embedder.batch_size = size
     _seconds(embedder, size, side)  # what is allocated and chosen at the first call
@@ -64,7 +65,7 @@ def _rate(embedder: Embedder, size: int, side: int) -> float:
     return rounds * size * embedder.lanes / spent
 
 
-def _seconds(embedder: Embedder, size: int, side: int) -> float:
+def _seconds(embedder: Embedder | Fleet, size: int, side: int) -> float:
     """How long one batch in every lane takes."""
     pixels = np.random.default_rng(0).integers(0, 256, (size, side, side, 3), np.uint8)
     begin = time.perf_counter()

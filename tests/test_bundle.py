@@ -20,7 +20,8 @@ from classifiers.heldout import assign_roles, evaluate_bundle
 from classifiers.predict import Predictor, list_images
 from classifiers.train import make_head, save_head, train_head
 from extractor.backbones import Backbone
-from extractor.pipeline import Options, extract
+from extractor.options import Options
+from extractor.pipeline import extract
 from extractor.sources import ImageFolder
 from store.cache import FeatureCache
 from store.errors import BadDataError, InputMissingError, OutputExistsError, UsageError

@@ -26,7 +26,8 @@ from extractor import decoder as decoding
 from extractor.backbones import Backbone
 from extractor.decoder import Decoder
 from extractor.images import ImageError, decode
-from extractor.pipeline import Options, Summary, run_extract
+from extractor.options import Options, Summary
+from extractor.pipeline import run_extract
 from extractor.preprocess import Preprocess
 from extractor.progress import StopFlag
 from extractor.sources import ImageFolder
@@ -282,7 +283,8 @@ sys.path.insert(0, request["repo"])
 from pathlib import Path
 import extractor.decoder as decoding
 from extractor.backbones import Backbone
-from extractor.pipeline import Options, run_extract
+from extractor.options import Options
+from extractor.pipeline import run_extract
 from extractor.preprocess import Preprocess
 from extractor.sources import ImageFolder
 from store.errors import PenultError

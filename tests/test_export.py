@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import pickle
 import signal
@@ -30,7 +29,7 @@ from extractor.layers import list_layers, torch_penultimate
 from extractor.onnxfile import read_facts
 from extractor.parity import PARITY, check_parity, relative_l2
 from extractor.progress import StopFlag
-from extractor.session import Embedder, resolve_device
+from extractor.session import Embedder
 from extractor.weights import read_state
 from store.errors import (
     BadDataError,
@@ -534,24 +533,6 @@ def test_real_weights_from_a_file_recognise_real_photos(assets: Path, tmp_path: 
 # --- the session -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:x", "cpu:0", "auto:1", "", "cuda:-1"])
-def test_a_strange_device_is_a_usage_error(device: str) -> None:
-    with pytest.raises(UsageError, match="expected auto, cpu, cuda or cuda:N"):
-        resolve_device(device)
-
-
-def test_auto_is_the_cpu_without_a_driver(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(session, "nvidia_driver_present", lambda: False)
-    with caplog.at_level(logging.INFO):
-        session._say_cpu.cache_clear()  # said once per process
-        assert resolve_device("auto") == "cpu"
-    assert "running on the CPU" in caplog.text
-    assert resolve_device("cpu") == "cpu"
-    with pytest.raises(DeviceUnavailableError, match="--device cuda:1: this machine has no NVIDIA driver") as caught:
-        resolve_device("cuda:1")
-    assert caught.value.exit_code == 69
-
-
 @pytest.mark.skipif(session.nvidia_driver_present(), reason="this machine has an NVIDIA driver")
 def test_a_requested_gpu_that_is_not_there_is_an_error(backbone_file: Path) -> None:
     """The real runtime: it gives a session on the CPU, and says nothing."""
@@ -599,122 +580,3 @@ def test_a_model_that_does_not_give_vectors_is_refused(tmp_path: Path) -> None:
     path.write_bytes(graph([helper.make_node("Relu", ["x"], ["out"])], ("out", ["n", 3, 4, 4]), {}).SerializeToString())
     with pytest.raises(BadDataError, match=r"gives an output of shape .*; expected \(n, d\)"):
         Embedder(path, device="cpu")
-
-
-class FakeRuntime(types.ModuleType):
-    """ONNX Runtime on a machine with a GPU that this one is not: real answers from the CPU, staged providers and failures."""
-
-    def __init__(self, delivered: str, fits: int = 10**9, message: str = "") -> None:
-        import onnxruntime
-
-        super().__init__("onnxruntime")
-        self.opened = 0
-        self.sizes: list[int] = []
-        self.SessionOptions = onnxruntime.SessionOptions
-        fake = self
-
-        class Session:
-            def __init__(self, model: str, options: Any, providers: list[Any]) -> None:
-                fake.opened += 1
-                fake.providers = providers
-                self._real = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-                self.get_inputs, self.get_outputs = self._real.get_inputs, self._real.get_outputs
-
-            def get_providers(self) -> list[str]:
-                return [delivered, "CPUExecutionProvider"]
-
-            def run(self, outputs: Any, feed: dict[str, Any]) -> Any:
-                (pixels,) = feed.values()
-                fake.sizes.append(len(pixels))
-                if len(pixels) > fits:
-                    raise RuntimeError(message)
-                return self._real.run(outputs, feed)
-
-        self.InferenceSession = Session
-
-    def get_available_providers(self) -> list[str]:
-        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
-
-    def preload_dlls(self) -> None: ...
-
-    def set_default_logger_severity(self, level: int) -> None: ...
-
-
-Stage = Callable[..., FakeRuntime]
-
-
-@pytest.fixture
-def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
-    def on(delivered: str, fits: int = 10**9, message: str = "") -> FakeRuntime:
-        fake = FakeRuntime(delivered, fits, message)
-        monkeypatch.setitem(sys.modules, "onnxruntime", fake)
-        monkeypatch.setattr(session, "nvidia_driver_present", lambda: True)
-        return fake
-
-    return on
-
-
-def test_a_gpu_session_that_silently_runs_on_the_cpu_is_an_error(backbone_file: Path, stage: Stage) -> None:
-    stage("CPUExecutionProvider")
-    assert resolve_device("auto") == "cuda"
-    with pytest.raises(DeviceUnavailableError, match="made a session on CPUExecutionProvider instead") as caught:
-        Embedder(backbone_file, device="cuda")
-    assert caught.value.exit_code == 69
-
-
-def test_a_gpu_session_asks_for_its_device_without_tf32(backbone_file: Path, stage: Stage) -> None:
-    fake = stage("CUDAExecutionProvider")
-    assert Embedder(backbone_file, device="cuda:3").provider == "cuda"
-    name, options = fake.providers[0]
-    assert name == "CUDAExecutionProvider"
-    assert (options["device_id"], options["use_tf32"]) == (3, "0")
-
-
-def test_a_runtime_without_cuda_is_named(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = stage("CPUExecutionProvider")
-    monkeypatch.setattr(fake, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    assert resolve_device("auto") == "cpu"
-    with pytest.raises(DeviceUnavailableError, match="install onnxruntime-gpu"):
-        resolve_device("cuda")
-
-
-OUT_OF_MEMORY = (
-    "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code returned while running Conv node. bfc_arena.cc:376 "
-    "void* onnxruntime::BFCArena::AllocateRawInternal(size_t, bool) Failed to allocate memory for requested buffer"
-)
-
-
-def test_out_of_memory_halves_the_batch_and_loses_nothing(
-    backbone_file: Path, stage: Stage, caplog: pytest.LogCaptureFixture
-) -> None:
-    expected = run(backbone_file, batch(21))
-    fake = stage("CUDAExecutionProvider", fits=3, message=OUT_OF_MEMORY)
-    embed = Embedder(backbone_file, device="cuda", batch_size=16)
-    found = embed(batch(21))
-    assert found.shape == (21, 512)
-    assert relative_l2(found, expected).max() <= 1e-6
-    assert embed.batch_size == 2
-    assert fake.sizes == [16, 8, 4, *[2] * 11]
-    assert fake.opened == 4, "each failure gets a new session"
-    assert "going on with batches of 2" in caplog.text
-
-
-def test_out_of_memory_with_one_image_is_the_end(backbone_file: Path, stage: Stage) -> None:
-    stage("CUDAExecutionProvider", fits=0, message=OUT_OF_MEMORY)
-    with pytest.raises(DeviceUnavailableError, match="out of memory with a single image"):
-        Embedder(backbone_file, device="cuda", batch_size=4)(batch(4))
-
-
-def test_other_failures_are_not_taken_for_a_full_memory(backbone_file: Path, stage: Stage) -> None:
-    fake = stage("CUDAExecutionProvider", fits=3, message="cuDNN failure 8: CUDNN_STATUS_EXECUTION_FAILED\nmore")
-    with pytest.raises(BadDataError, match=r"CUDNN_STATUS_EXECUTION_FAILED$"):
-        Embedder(backbone_file, device="cuda", batch_size=8)(batch(8))
-    assert fake.sizes == [8]
-
-
-@pytest.mark.gpu
-def test_a_real_gpu_agrees_with_the_cpu(backbone_file: Path) -> None:
-    pixels = batch(10)
-    found = Embedder(backbone_file, device="cuda", batch_size=4)
-    assert found.provider == "cuda"
-    assert relative_l2(found(pixels), run(backbone_file, pixels)).max() <= 1e-4

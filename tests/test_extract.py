@@ -24,7 +24,8 @@ import store.writer
 from extractor.backbones import Backbone
 from extractor.images import decode
 from extractor.onnxfile import read_facts
-from extractor.pipeline import Options, Summary, extract, run_extract
+from extractor.options import Options, Summary
+from extractor.pipeline import extract, run_extract
 from extractor.sources import ImageFolder, Manifest, Source
 from store import hdf5
 from store.cache import FeatureCache, shard_paths
@@ -542,7 +543,8 @@ sys.path.insert(0, request["repo"])
 from pathlib import Path
 import store.writer
 from extractor.backbones import Backbone
-from extractor.pipeline import Options, run_extract
+from extractor.options import Options
+from extractor.pipeline import run_extract
 from extractor.sources import ImageFolder
 from store.errors import PenultError
 

@@ -18,8 +18,9 @@ from extractor.export import export
 from extractor.foreign import import_onnx
 from extractor.images import decode
 from extractor.onnxfile import BackboneFacts, read_facts
+from extractor.options import Options
 from extractor.parity import relative_l2
-from extractor.pipeline import Options, run_extract
+from extractor.pipeline import run_extract
 from extractor.session import Embedder
 from extractor.sources import ImageFolder
 from store.cache import FeatureCache

@@ -21,7 +21,8 @@ from extractor import calibration as calibrating
 from extractor import session
 from extractor.backbones import Backbone
 from extractor.onnxfile import BackboneFacts, Layer, read_facts, save, write_facts
-from extractor.pipeline import Options, run_extract
+from extractor.options import Options
+from extractor.pipeline import run_extract
 from extractor.preprocess import Preprocess
 from extractor.quantise import BOUND, cosines, quantise
 from extractor.ranges import METHODS, Observed, ranges

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from classifiers.bundle import Bundle
 from classifiers.jobs import Job, preview_job, read_job, read_runs, run_job, runs_file
-from extractor.pipeline import Options
+from extractor.options import Options
 from extractor.progress import JsonLog, Metrics, observed
 from store.errors import BudgetExceededError, InputMissingError, JobFileError, LockedError, StorageError
 from store.lock import file_lock

@@ -15,8 +15,9 @@ from cli import cli
 from extractor.backbones import Backbone, load
 from extractor.export import export, to_onnx
 from extractor.layers import last_weighted, list_layers, require_layers, tapped
+from extractor.options import Options
 from extractor.parity import relative_l2
-from extractor.pipeline import Options, run_extract
+from extractor.pipeline import run_extract
 from extractor.session import Embedder
 from extractor.sources import ImageFolder
 from store.cache import PENULTIMATE, FeatureCache

@@ -13,7 +13,8 @@ from PIL import Image
 from classifiers.leaks import MODES, LeakReport, guard, near_copies
 from classifiers.train import make_head, train_head
 from extractor.backbones import Backbone
-from extractor.pipeline import Options, extract
+from extractor.options import Options
+from extractor.pipeline import extract
 from extractor.sources import ImageFolder
 from store.cache import FeatureCache, Subset
 from store.errors import BadDataError

@@ -13,8 +13,9 @@ import torchvision
 from PIL import Image
 
 from extractor.backbones import Backbone
+from extractor.options import Options
 from extractor.parity import relative_l2
-from extractor.pipeline import Options, run_extract
+from extractor.pipeline import run_extract
 from extractor.sources import ImageFolder
 from store.cache import FeatureCache
 

@@ -16,7 +16,8 @@ import pytest
 
 from extractor.backbones import Backbone
 from extractor.images import ImageError
-from extractor.pipeline import Options, run_extract
+from extractor.options import Options
+from extractor.pipeline import run_extract
 from extractor.samples import Task
 from extractor.sources import ImageFolder, Sample, TarShards, open_source
 from extractor.tarshards import TarFiles

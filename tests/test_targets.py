@@ -16,7 +16,8 @@ from classifiers.heldout import evaluate_bundle
 from classifiers.jobs import read_runs, run_job
 from classifiers.train import make_head, train_head
 from extractor.backbones import Backbone
-from extractor.pipeline import Options, run_extract
+from extractor.options import Options
+from extractor.pipeline import run_extract
 from extractor.sources import ImageFolder, open_source
 from store.cache import FeatureCache
 from store.compact import write_compact

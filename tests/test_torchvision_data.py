@@ -21,7 +21,8 @@ from classifiers.heldout import evaluate_bundle
 from classifiers.train import make_head, train_finetuned, train_head
 from extractor.backbones import Backbone
 from extractor.images import ImageError, decode
-from extractor.pipeline import Options, preview, run_extract
+from extractor.options import Options
+from extractor.pipeline import preview, run_extract
 from extractor.sources import ImageFolder, TorchvisionDataset, files_of, open_source
 from extractor.torchvision_data import BELONGS
 from store.cache import FeatureCache

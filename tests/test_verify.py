@@ -13,7 +13,8 @@ import pytest
 
 import store.writer
 from extractor.backbones import Backbone
-from extractor.pipeline import Options, run_extract
+from extractor.options import Options
+from extractor.pipeline import run_extract
 from extractor.sources import ImageFolder
 from store.cache import FeatureCache, shard_paths
 from store.errors import CorruptCacheError, InputMissingError, NewerFormatError, StorageError

@@ -25,7 +25,8 @@ from extractor.backbones import Backbone
 from extractor.decoder import Decoder
 from extractor.images import MEMORY, ImageError, decode
 from extractor.onnxfile import read_facts
-from extractor.pipeline import Options, run_extract
+from extractor.options import Options
+from extractor.pipeline import run_extract
 from extractor.preprocess import PIXEL_PATHS, Preprocess
 from extractor.session import Embedder
 from extractor.sources import ImageFolder, Manifest
