@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
-COLUMNS = 64  # of one product: up to about so many, reading the rows is what takes the time
+COLUMNS = 64  # of one product: up to about so many, reading the rows is what takes the time ..
+GROUP = 8  # .. values of C at once, at most: the next ones start from what these have found, if they are wanted at all
 ROWS = 8192  # at once, so that what is computed of them stays small
 MEMORY = 10  # pairs of steps and gradients that L-BFGS remembers
 CERTIFICATE = 1e-5  # largest entry of the gradient of the mean objective; scikit-learn stops at 1e-4
@@ -123,11 +124,15 @@ class SoftmaxPath:
         inputs: standardised features ``(n, d)`` float32.
         targets: class indices ``(n,)``.
         classes: how many there are.
+
+    Attributes:
+        evaluations: of objectives and gradients so far, over all values of C.
     """
 
     def __init__(self, inputs: Float32, targets: NDArray[np.intp], classes: int) -> None:
         self._targets, self._columns = targets, 1 if classes == 2 else classes
         self._rows, self._axes, self._spread = _principal(inputs)
+        self.evaluations = 0
 
     def optima(self, Cs: Sequence[float], most: int) -> Iterator[Optimum]:
         """One optimum for each C, which must rise; those that nobody asks for are not computed, but for some of a group.
@@ -137,7 +142,7 @@ class SoftmaxPath:
             most: evaluations for each.
         """
         place: Float64 = np.zeros((len(self._spread) + 1, self._columns))
-        group = max(COLUMNS // self._columns, 1)
+        group = min(max(COLUMNS // self._columns, 1), GROUP)
         for begin in range(0, len(Cs), group):
             searches = [_Search(1 / C, place) for C in Cs[begin : begin + group]]
             while active := [search for search in searches if not search.done]:
@@ -170,6 +175,7 @@ class SoftmaxPath:
 
     def _evaluate(self, searches: Sequence[_Search]) -> tuple[list[float], list[Float64], list[float]]:
         """Objective, gradient and mean ``p(1 - p)`` at the trial of each search."""
+        self.evaluations += len(searches)
         places = np.stack([search.trial for search in searches])
         count, _, columns = places.shape
         weights = np.ascontiguousarray(places[:, :-1].transpose(1, 0, 2).reshape(-1, count * columns), np.float32)
