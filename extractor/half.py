@@ -25,7 +25,7 @@ from store.errors import BadDataError
 from . import onnxfile
 from .graph import WEIGHTED, in_order
 from .onnxfile import BackboneFacts
-from .parity import relative_l2
+from .parity import cosines, relative_l2
 from .preprocess import Preprocess
 from .session import Embedder
 
@@ -102,10 +102,7 @@ def compare(found: Sequence[NDArray[np.float32]], exact: Sequence[NDArray[np.flo
     if not all(np.isfinite(rows).all() for rows in found):
         return float("inf"), -1.0
     distances = [relative_l2(a, b).max() for a, b in zip(found, exact, strict=True)]
-    norms = [np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1) for a, b in zip(found, exact, strict=True)]
-    products = [np.einsum("nd,nd->n", a, b) for a, b in zip(found, exact, strict=True)]
-    cosines = [np.divide(p, n, out=np.ones_like(p), where=n > 0).min() for p, n in zip(products, norms, strict=True)]
-    return float(max(distances)), float(min(cosines))
+    return float(max(distances)), float(cosines(exact, found).min())
 
 
 def pictures(preprocess: Preprocess) -> NDArray[np.uint8]:

@@ -62,3 +62,14 @@ def relative_l2(found: NDArray[np.floating[Any]], expected: NDArray[np.floating[
     difference = np.linalg.norm(found.astype(np.float64) - expected, axis=1)
     norm = np.linalg.norm(expected.astype(np.float64), axis=1)
     return np.asarray(np.divide(difference, norm, out=np.where(difference == 0, 0.0, np.inf), where=norm > 0))
+
+
+def cosines(exact: Sequence[NDArray[np.float32]], rounded: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
+    """The cosine between two features of each image ``(n,)``; of several feature sets the least."""
+    found = []
+    for first, second in zip(exact, rounded, strict=True):
+        a, b = first.astype(np.float64), second.astype(np.float64)
+        norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+        same = (a == b).all(axis=1)  # also where both are zero
+        found.append(np.where(same, 1.0, (a * b).sum(axis=1) / np.where(norms > 0, norms, np.inf)))
+    return np.asarray(np.min(found, axis=0))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .onnxfile import read_model
+from .onnxfile import external_files, read_model
 from .preprocess import Preprocess
 
 INPUT = "penult_pixels"
@@ -29,7 +29,7 @@ def takes_pixels(path: Path, preprocess: Preprocess) -> bytes | None:
 
     model = read_model(path)
     graph = model.graph
-    if any(tensor.data_location == TensorProto.EXTERNAL for tensor in graph.initializer):
+    if external_files(model):
         return None
     weights = {tensor.name for tensor in graph.initializer}
     target = next(value for value in graph.input if value.name not in weights)

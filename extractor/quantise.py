@@ -25,6 +25,7 @@ from store.errors import BadDataError
 from . import onnxfile
 from .graph import WEIGHTED
 from .onnxfile import BackboneFacts
+from .parity import cosines
 from .ranges import BINS, METHODS, Observed, limits, ranges
 from .session import Embedder
 
@@ -282,17 +283,6 @@ def embed(model: Path, facts: BackboneFacts, pixels: Pixels, checkpoint: Stop = 
         checkpoint()
         rows.append(future.result())
     return [np.concatenate(column) for column in zip(*rows, strict=True)]
-
-
-def cosines(exact: Features, rounded: Features) -> NDArray[np.float64]:
-    """The cosine between two features of each image ``(n,)``; of several feature sets the least."""
-    found = []
-    for first, second in zip(exact, rounded, strict=True):
-        a, b = first.astype(np.float64), second.astype(np.float64)
-        norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-        same = (a == b).all(axis=1)  # also where both are zero
-        found.append(np.where(same, 1.0, (a * b).sum(axis=1) / np.where(norms > 0, norms, np.inf)))
-    return np.asarray(np.min(found, axis=0))
 
 
 def summary(cosine: NDArray[np.float64]) -> dict[str, float]:

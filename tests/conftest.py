@@ -36,8 +36,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def signals_as_before() -> Iterator[None]:
-    """A command that was run in this process leaves SIGTERM ignored, which the children of later tests would inherit."""
+    """A command that was run in this process leaves SIGTERM ignored, which the children of later tests would inherit; and a
+    shell leaves SIGINT ignored in what it runs in the background, which a test of an interruption must not."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

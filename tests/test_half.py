@@ -109,12 +109,11 @@ def test_the_pictures_are_the_same_each_time_and_differ(backbone_file: Path) -> 
 
 
 @pytest.mark.assets
-@pytest.mark.parametrize(("name", "weights", "kept"), [("mobilenet_v2", "mobilenet_v2-imagenet.pth", 8), ("resnet18", "", 0)])
-def test_on_real_photos_it_stays_within_the_bound(assets: Path, tmp_path: Path, name: str, weights: str, kept: int) -> None:
+def test_on_real_photos_it_stays_within_the_bound(assets: Path, tmp_path: Path) -> None:
     file = tmp_path / "net.onnx"
-    export(Backbone(name, str(assets / "weights" / weights) if weights else "random:0", "IMAGENET1K_V1"), file)
+    export(Backbone("mobilenet_v2", str(assets / "weights/mobilenet_v2-imagenet.pth"), "IMAGENET1K_V1"), file)
     facts = halve(file, tmp_path / "half.onnx", read_facts(file))
-    assert len(facts.calibration["float_layers"]) == kept
+    assert len(facts.calibration["float_layers"]) == 8
     photos = sorted((assets / "data" / "photos").iterdir())[::10]
     with Decoder(facts.preprocess) as decoder:
         pixels: Any = np.stack([decoder(photo.read_bytes()) for photo in photos])

@@ -22,9 +22,10 @@ from extractor import session
 from extractor.backbones import Backbone
 from extractor.onnxfile import BackboneFacts, Layer, read_facts, save, write_facts
 from extractor.options import Options
+from extractor.parity import cosines
 from extractor.pipeline import run_extract
 from extractor.preprocess import Preprocess
-from extractor.quantise import BOUND, cosines, quantise
+from extractor.quantise import BOUND, quantise
 from extractor.ranges import METHODS, Observed, ranges
 from extractor.sources import ImageFolder
 from store.cache import FeatureCache
@@ -399,7 +400,9 @@ def test_a_cpu_whose_8_bit_sums_overflow_gets_exact_kernels(network: Path, monke
 
 
 @pytest.mark.assets
-def test_imagenet_features_of_real_photos(assets: Path, tmp_path: Path) -> None:
+def test_imagenet_features_of_real_photos(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("extractor.calibration.CALIBRATED", 64)  # half of the usual ones, for time
+    monkeypatch.setattr("extractor.calibration.JUDGED", 64)
     network = Backbone("mobilenet_v2", str(assets / "weights/mobilenet_v2-imagenet.pth"), "IMAGENET1K_V1")
     run_extract(ImageFolder(assets / "data/hymenoptera"), network, tmp_path / "cache", INT8)
     cache = FeatureCache(tmp_path / "cache")
