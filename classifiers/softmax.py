@@ -7,9 +7,11 @@ What makes it fast, on features that a fit has to read from memory again and aga
   with the eigenvalue s of each axis (Boehning 1992 bounds it so), and L-BFGS (Nocedal and Wright, algorithm 7.4) that
   starts from it needs tens of steps where it needs hundreds on the features themselves. Fewer rows have fewer axes, too.
 - One product of matrices serves several values of C: as many as share the reading of the rows.
-- From the strongest regularisation to the weakest, each group starts where the one before has ended.
+- From the strongest regularisation to the weakest, each group starts where the last two optima point to on a scale of log C.
+  Where the classes can be separated, weights grow with log C for ever: there this saves three of four steps.
 
-Products are in float32, sums over rows and everything else in float64.
+Rows are multiplied in float32 as long as that tells one step from the next, then in float64, block by block; sums over rows and
+everything else are float64.
 """
 
 from __future__ import annotations
@@ -17,20 +19,22 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
+Floats = NDArray[np.floating[Any]]
 
 COLUMNS = 64  # of one product: up to about so many, reading the rows is what takes the time ..
 GROUP = 8  # .. values of C at once, at most: the next ones start from what these have found, if they are wanted at all
 ROWS = 8192  # at once, so that what is computed of them stays small
 MEMORY = 10  # pairs of steps and gradients that L-BFGS remembers
-CERTIFICATE = 1e-5  # largest entry of the gradient of the mean objective; scikit-learn stops at 1e-4
-DECREMENT = 1e-7  # of the objective: what a last step would gain
-ROUNDING = 1e-7  # relative, of an objective that was computed from float32 products
+GAIN = 3e-7  # of the objective, expected of another step: what is found is then less than 1e-4 above the optimum, as a rule
+HIDDEN = 8  # trials one after the other whose decrease could not be seen: float32 ends here
+ROUNDING = 1e-4  # relative, of an objective: differences below say nothing where it is computed from float32 products
 SUFFICIENT = 1e-4  # of the expected decrease (Armijo)
 SHORTEST = 2.0**-30
 DISTINCT = 1e-12  # of the largest eigenvalue: what is less is no axis of the rows
@@ -44,9 +48,9 @@ class Optimum:
         C: inverse strength of regularisation.
         weight, bias: ``(k, d)`` and ``(k,)``; for two classes ``(1, d)`` and ``(1,)``, of the second against the first.
         objective: summed log-losses plus ``|w|^2 / 2C``.
-        gradient: the certificate: largest absolute entry of the gradient of the objective over the number of rows.
+        gradient: the certificate: largest absolute entry of the gradient of the objective over the sum of the rows' weights.
         evaluations: of objective and gradient.
-        converged: whether the certificate or the expected gain is small enough.
+        converged: whether no step is expected to gain anything that counts.
     """
 
     C: float
@@ -72,6 +76,7 @@ class _Search:
     slope: float = 0.0
     step: float = 1.0
     evaluations: int = 0
+    hidden: int = 0
     done: bool = False
     converged: bool = False
 
@@ -84,7 +89,7 @@ class _Search:
         self.evaluations += 1
         if self.direction.size == 0:
             self.value, self.gradient, self.inverse = value, gradient, inverse
-        elif value <= self.value + SUFFICIENT * self.step * self.slope + ROUNDING * abs(self.value):
+        elif self._descends(value, gradient):
             moved, bent = self.step * self.direction, gradient - self.gradient
             curvature = float((moved * bent).sum())
             if curvature > 0:
@@ -99,6 +104,19 @@ class _Search:
         if self.slope >= 0:  # rounding has spoilt the memory
             self.pairs.clear()
             self._turn()
+
+    def again(self) -> None:
+        """Evaluate the place itself next, more exactly than before."""
+        self.direction, self.step, self.hidden = np.empty(0), 1.0, 0
+
+    def _descends(self, value: float, gradient: Float64) -> bool:
+        """Armijo's rule; where rounding hides the decrease, what it means for the slope (Hager and Zhang 2005, eq. 4.1)."""
+        if value <= self.value + SUFFICIENT * self.step * self.slope:
+            self.hidden = 0
+            return True
+        self.hidden += 1
+        ahead = float((gradient * self.direction).sum())
+        return value <= self.value * (1 + ROUNDING) and ahead <= (2 * SUFFICIENT - 1) * self.slope
 
     def _turn(self) -> None:
         """The next direction: the two loops of L-BFGS, from the diagonal curvature."""
@@ -124,14 +142,18 @@ class SoftmaxPath:
         inputs: standardised features ``(n, d)`` float32.
         targets: class indices ``(n,)``.
         classes: how many there are.
+        weights: of the rows ``(n,)``, more than 0; None is 1 for each.
 
     Attributes:
         evaluations: of objectives and gradients so far, over all values of C.
     """
 
-    def __init__(self, inputs: Float32, targets: NDArray[np.intp], classes: int) -> None:
+    def __init__(self, inputs: Float32, targets: NDArray[np.intp], classes: int, weights: Float64 | None = None) -> None:
         self._targets, self._columns = targets, 1 if classes == 2 else classes
+        self._weights = np.ones(len(targets)) if weights is None else weights
+        self._total = float(self._weights.sum())
         self._rows, self._axes, self._spread = _principal(inputs)
+        self._exact = False
         self.evaluations = 0
 
     def optima(self, Cs: Sequence[float], most: int) -> Iterator[Optimum]:
@@ -141,19 +163,23 @@ class SoftmaxPath:
             Cs: in rising order.
             most: evaluations for each.
         """
-        place: Float64 = np.zeros((len(self._spread) + 1, self._columns))
+        found: deque[tuple[float, Float64]] = deque([(Cs[0], np.zeros((len(self._spread) + 1, self._columns)))], maxlen=2)
         group = min(max(COLUMNS // self._columns, 1), GROUP)
         for begin in range(0, len(Cs), group):
-            searches = [_Search(1 / C, place) for C in Cs[begin : begin + group]]
+            searches = [_Search(1 / C, _ahead(found, C)) for C in Cs[begin : begin + group]]
             while active := [search for search in searches if not search.done]:
                 values, gradients, curved = self._evaluate(active)
                 for search, value, gradient, curvature in zip(active, values, gradients, curved, strict=True):
                     search.take(value, gradient, self._inverse(curvature, search.strength))
-                    search.converged = self._certificate(search) <= CERTIFICATE or -search.slope <= DECREMENT * search.value
+                    search.converged = -search.slope <= GAIN * search.value
                     search.done |= search.converged or search.evaluations >= most
+                if not self._exact and any(search.hidden >= HIDDEN for search in active):
+                    self._exact = True
+                    for search in active:
+                        search.again()
             for C, search in zip(Cs[begin : begin + group], searches, strict=True):
                 yield self._optimum(C, search)
-            place = searches[-1].place
+                found.append((C, search.place))
 
     def _optimum(self, C: float, search: _Search) -> Optimum:
         weight = self._axes @ search.place[:-1].astype(np.float32)
@@ -166,29 +192,37 @@ class SoftmaxPath:
     def _certificate(self, search: _Search) -> float:
         """In the features' own axes, where scikit-learn looks."""
         weights = self._axes @ search.gradient[:-1].astype(np.float32)
-        return float(max(np.abs(weights).max(), np.abs(search.gradient[-1]).max())) / len(self._targets)
+        return float(max(np.abs(weights).max(), np.abs(search.gradient[-1]).max())) / self._total
 
-    def _inverse(self, curvature: float, strength: float) -> Float64:
-        """One over the curvature along every axis, and of the intercepts."""
-        along = np.append(curvature * self._spread + strength, max(curvature * len(self._targets), 1e-12))
-        return np.asarray(1 / along[:, None])
+    def _inverse(self, curvature: Float64, strength: float) -> Float64:
+        """One over the curvature along every axis, and of the intercepts, ``(axes + 1, columns)``."""
+        along = self._spread[:, None] * curvature + strength
+        free = np.maximum(curvature * len(self._targets), 1e-12)
+        return np.asarray(1 / np.concatenate([along, free[None]]))
 
-    def _evaluate(self, searches: Sequence[_Search]) -> tuple[list[float], list[Float64], list[float]]:
-        """Objective, gradient and mean ``p(1 - p)`` at the trial of each search."""
+    @property
+    def _kind(self) -> type[np.floating[Any]]:
+        return np.float64 if self._exact else np.float32
+
+    def _evaluate(self, searches: Sequence[_Search]) -> tuple[list[float], list[Float64], list[Float64]]:
+        """Objective, gradient and, for each column, mean ``p(1 - p)`` at the trial of each search."""
         self.evaluations += len(searches)
         places = np.stack([search.trial for search in searches])
         count, _, columns = places.shape
-        weights = np.ascontiguousarray(places[:, :-1].transpose(1, 0, 2).reshape(-1, count * columns), np.float32)
-        biases = places[:, -1].reshape(-1).astype(np.float32)
-        losses, curvatures, sums = np.zeros(count), np.zeros(count), np.zeros(count * columns)
+        weights = places[:, :-1].transpose(1, 0, 2).reshape(-1, count * columns).astype(self._kind)
+        biases = places[:, -1].reshape(-1).astype(self._kind)
+        losses, curvatures, sums = np.zeros(count), np.zeros(count * columns), np.zeros(count * columns)
         products = np.zeros((count * columns, weights.shape[0]))
         for begin in range(0, len(self._rows), ROWS):
-            rows, truth = self._rows[begin : begin + ROWS], self._targets[begin : begin + ROWS]
+            block = slice(begin, begin + ROWS)
+            rows, counts = self._rows[block].astype(self._kind, copy=False), self._weights[block]
             logits = (rows @ weights + biases).reshape(len(rows), count, columns)
-            loss, residual, curvature = (_binary if columns == 1 else _several)(logits, truth)
-            losses += loss
-            curvatures += curvature
-            flat = residual.reshape(len(rows), count * columns)
+            loss, residual, curvature = (_binary if columns == 1 else _several)(logits, self._targets[block])
+            light = counts.astype(self._kind)
+            residual *= light[:, None, None]
+            losses += counts @ loss
+            curvatures += light @ curvature.reshape(len(rows), -1)
+            flat = residual.reshape(len(rows), -1)
             sums += flat.sum(axis=0, dtype=np.float64)
             products += flat.T @ rows
         gradients = np.empty_like(places)
@@ -199,7 +233,13 @@ class SoftmaxPath:
             weight = places[i, :-1]
             gradients[i, :-1] += search.strength * weight
             values.append(float(losses[i] + 0.5 * search.strength * (weight * weight).sum()))
-        return values, list(gradients), list(curvatures / (len(self._rows) * columns))
+        return values, list(gradients), list(curvatures.reshape(count, columns) / len(self._rows))
+
+
+def _ahead(found: Sequence[tuple[float, Float64]], C: float) -> Float64:
+    """Where the line through the last two optima is at this C, on a scale of log C."""
+    (before, first), (last, place) = found[0], found[-1]
+    return place if last == before else place + np.log(C / last) / np.log(last / before) * (place - first)
 
 
 def _principal(inputs: Float32) -> tuple[Float32, Float32, Float64]:
@@ -217,25 +257,24 @@ def _principal(inputs: Float32) -> tuple[Float32, Float32, Float64]:
     return (sides * lengths).astype(np.float32), (wide.T @ (sides / lengths)).astype(np.float32), spread[kept]
 
 
-def _binary(logits: Float32, truth: NDArray[np.intp]) -> tuple[Float64, Float32, Float64]:
-    """Losses ``(count,)``, residuals and sums of p(1 - p) of ``(rows, count, 1)`` logits of the second class."""
-    sign = np.where(truth == 1, 1, -1).astype(np.float32)[:, None, None]
-    margin = sign * logits
-    wrong = np.exp(-np.logaddexp(0, margin, dtype=np.float32))  # probability of the other class
-    losses = np.logaddexp(0, -margin).sum(axis=(0, 2), dtype=np.float64)
-    return losses, -sign * wrong, (wrong * (1 - wrong)).sum(axis=(0, 2), dtype=np.float64)
+def _binary(logits: Floats, truth: NDArray[np.intp]) -> tuple[Floats, Floats, Floats]:
+    """Of ``(rows, count, 1)`` logits of the second class: losses ``(rows, count)``, residuals and p(1 - p)."""
+    sign = np.where(truth == 1, 1, -1).astype(logits.dtype)[:, None, None]
+    losses = np.logaddexp(0, -sign * logits)
+    wrong = np.exp(-np.logaddexp(0, sign * logits))  # probability of the other class
+    return losses[:, :, 0], -sign * wrong, wrong * (1 - wrong)
 
 
-def _several(logits: Float32, truth: NDArray[np.intp]) -> tuple[Float64, Float32, Float64]:
-    """Losses ``(count,)``, residuals and sums of p(1 - p) of ``(rows, count, k)`` logits."""
+def _several(logits: Floats, truth: NDArray[np.intp]) -> tuple[Floats, Floats, Floats]:
+    """Of ``(rows, count, k)`` logits, which it overwrites: losses ``(rows, count)``, residuals and p(1 - p)."""
     every = np.arange(len(logits))
     logits -= logits.max(axis=2, keepdims=True)
     right = logits[every, :, truth]
     np.exp(logits, out=logits)
     total = logits.sum(axis=2)
-    losses = (np.log(total) - right).sum(axis=0, dtype=np.float64)
+    losses = np.log(total) - right
     logits /= total[:, :, None]
-    curvatures = (logits * (1 - logits)).sum(axis=(0, 2), dtype=np.float64)
+    curvatures = logits * (1 - logits)
     logits[every, :, truth] = 0
     logits[every, :, truth] = -logits.sum(axis=2)  # p - 1 of the right class, without the cancellation
     return losses, logits, curvatures

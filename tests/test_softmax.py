@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 
 from classifiers.dense import log_loss
 from classifiers.logistic import CS
-from classifiers.softmax import CERTIFICATE, Optimum, SoftmaxPath
+from classifiers.softmax import Optimum, SoftmaxPath
 
 Floats = NDArray[np.float32]
 
@@ -34,10 +34,15 @@ SETS = {
     "separable": (400, 64, (0.2,) * 5, 1.0),
     "imbalanced": (500, 48, (0.9, 0.07, 0.03), 0.3),
     "rows in several blocks": (9000, 12, (0.5, 0.25, 0.25), 0.3),
+    "few rows of two classes": (12, 5, (0.5, 0.5), 2.0),
+    "one row in 200": (1500, 32, (0.99, 0.005, 0.005), 0.3),
+    "120 classes": (720, 24, (1 / 120,) * 120, 0.8),
 }
 
 
-def objective(X: Floats, targets: NDArray[np.intp], C: float, weight: NDArray[np.floating], bias: NDArray[np.floating]) -> float:
+def objective(
+    X: Floats, targets: NDArray[np.intp], C: float, weight: NDArray[np.floating], bias: NDArray[np.floating]
+) -> float:
     logits = X.astype(np.float64) @ weight.T.astype(np.float64) + bias
     if logits.shape[1] == 1:
         logits = np.concatenate([0 * logits, logits], axis=1)
@@ -70,16 +75,27 @@ def test_every_point_is_at_least_as_good_as_scikit_learns(name: str) -> None:
             warnings.simplefilter("ignore", ConvergenceWarning)
             theirs = LogisticRegression(C=point.C, max_iter=10_000).fit(X, targets)
         assert own <= 1.0001 * objective(X, targets, point.C, theirs.coef_, theirs.intercept_)
-        assert point.objective == pytest.approx(own, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in SETS if "120" not in name])
+def test_every_point_is_the_optimum(name: str) -> None:
+    """Newton's method to the last digit says what that is; scikit-learn's default may stop at 50 times as much."""
+    X, targets = features(*SETS[name])
+    for point in list(SoftmaxPath(X, targets, len(SETS[name][2])).optima(CS, 5000))[4::8]:
+        exact = LogisticRegression(C=point.C, solver="newton-cholesky", tol=1e-9).fit(X.astype(np.float64), targets)
+        own = objective(X, targets, point.C, point.weight, point.bias)
+        bound = 1.001 if "one row" in name else 1.0001  # where weights are in the hundreds, the last steps gain little each
+        assert own <= bound * objective(X, targets, point.C, exact.coef_, exact.intercept_)
+        assert point.objective == pytest.approx(own, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_certificates_are_true_and_small(name: str) -> None:
     X, targets = features(*SETS[name])
-    for point in SoftmaxPath(X, targets, len(SETS[name][2])).optima(CS[::3], 5000):
+    for point in list(SoftmaxPath(X, targets, len(SETS[name][2])).optima(CS, 5000))[::3]:
         assert point.converged
         assert point.gradient == pytest.approx(steepest(X, targets, point), abs=2e-6)
-        assert point.gradient <= 10 * CERTIFICATE
+        assert point.gradient <= 1e-3
 
 
 def test_a_limit_of_evaluations_is_kept_and_said() -> None:
@@ -99,8 +115,30 @@ def test_points_that_nobody_asks_for_are_not_computed() -> None:
     assert before == 0 < some < path.evaluations / 3
 
 
-def test_features_that_say_nothing_leave_the_shares_of_the_classes() -> None:
+@pytest.mark.parametrize("d", [3, 8])
+def test_features_that_say_nothing_leave_the_shares_of_the_classes(d: int) -> None:
     targets = np.array([0, 0, 0, 1])
-    (found,) = SoftmaxPath(np.zeros((4, 3), np.float32), targets, 2).optima([1.0], 100)
+    (found,) = SoftmaxPath(np.zeros((4, d), np.float32), targets, 2).optima([1.0], 100)
     assert 1 / (1 + np.exp(-found.bias[0])) == pytest.approx(0.25, abs=1e-4)
     np.testing.assert_array_equal(found.weight, 0)
+
+
+def test_constant_columns_get_no_weight() -> None:
+    X, targets = features(*SETS["two classes"])
+    with_constants = np.insert(X, [0, 30], 0, axis=1)
+    (found,) = SoftmaxPath(with_constants, targets, 2).optima([0.1], 1000)
+    (without,) = SoftmaxPath(X, targets, 2).optima([0.1], 1000)
+    np.testing.assert_allclose(found.weight[:, [0, 31]], 0, atol=1e-6)
+    np.testing.assert_allclose(np.delete(found.weight, [0, 31], axis=1), without.weight, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["two classes", "imbalanced"])
+def test_a_row_of_weight_two_is_two_rows(name: str) -> None:
+    X, targets = features(*SETS[name])
+    times = np.arange(len(X)) % 3 + 1
+    classes = len(SETS[name][2])
+    (weighted,) = SoftmaxPath(X, targets, classes, times.astype(float)).optima([0.1], 1000)
+    (repeated,) = SoftmaxPath(np.repeat(X, times, axis=0), np.repeat(targets, times), classes).optima([0.1], 1000)
+    assert weighted.objective == pytest.approx(repeated.objective, rel=1e-5)
+    np.testing.assert_allclose(weighted.weight, repeated.weight, atol=2e-3)
+    assert abs(weighted.gradient - repeated.gradient) < 1e-3
