@@ -565,6 +565,11 @@ def compact(cache: Path, output: Path | None, dtype: str, layer: str | None, *, 
 @output_option("The bundle, a folder.")
 @click.option("--head", type=click.Choice(["logistic", "mlp"]), default="logistic", show_default=True, help="Kind of head.")
 @click.option("--C", "C", type=click.FloatRange(0, min_open=True), help="logistic: one value instead of a search.")
+@click.option("--class-weight", type=click.Choice(["balanced"]), help="logistic: as if every class had as many images.")
+@click.option(
+    "--select", type=click.Choice(["log-loss", "accuracy"]), help="logistic: what C is chosen by.  [default: log-loss]"
+)
+@click.option("--l1-ratio", type=click.FloatRange(0, 1), help="logistic: elastic net, the share of |w| in its penalty.")
 @click.option("--hidden", metavar="N,N", help="mlp: width of each hidden layer.")
 @click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), help="mlp: probability.")
 @click.option("--weight-decay", type=click.FloatRange(0), help="mlp: of AdamW.")
@@ -591,7 +596,8 @@ def train(cache: Path, output: Path, head: str, *, as_json: bool, overwrite: boo
     from store.cache import FeatureCache
 
     hidden = [number(width, "--hidden", MAX_WIDTH) for width in given["hidden"].split(",")] if given["hidden"] else None
-    settings = {"C": given["C"], "hidden": hidden, "dropout": given["dropout"], "weight_decay": given["weight_decay"]}
+    names = ("C", "class_weight", "select", "l1_ratio", "dropout", "weight_decay")
+    settings = {"hidden": hidden, **{name: given[name] for name in names}}
     fractions = {"val": given["val_fraction"], "test": given["test_fraction"], "split_seed": given["seed"]}
     made = make_head(head, seed=given["seed"], **settings)
     bundle = train_head(

@@ -76,14 +76,15 @@ class DenseHead:
         checker.check_model(model)
         return bytes(model.SerializeToString())
 
-    def calibrated(self, logits: ArrayLike, targets: NDArray[np.intp]) -> DenseHead:
+    def calibrated(self, logits: ArrayLike, targets: NDArray[np.intp], weights: NDArray[np.float64] | None = None) -> DenseHead:
         """This head with the temperature that minimises the log-loss of logits it was not fitted on.
 
         Args:
             logits: ``(n, k)``, out of fold.
             targets: ``(n,)`` class indices.
+            weights: of the rows ``(n,)``; None is 1 for each.
         """
-        return replace(self, temperature=fit_temperature(np.asarray(logits), targets))
+        return replace(self, temperature=fit_temperature(np.asarray(logits), targets, weights))
 
 
 def class_indices(y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.intp]]:
@@ -116,10 +117,14 @@ def with_validation(
     return np.concatenate([X, held]), np.concatenate([targets, np.searchsorted(classes, labels)]), [fold]
 
 
-def standardisation(X: NDArray[np.floating[Any]]) -> tuple[Float32, Float32]:
+def standardisation(X: NDArray[np.floating[Any]], weights: NDArray[np.float64] | None = None) -> tuple[Float32, Float32]:
     """Mean and standard deviation per feature, computed in float64; constant features keep a scale of 1."""
-    mean = X.mean(axis=0, dtype=np.float64)
-    scale = X.std(axis=0, dtype=np.float64)
+    if weights is None:
+        mean = X.mean(axis=0, dtype=np.float64)
+        scale = X.std(axis=0, dtype=np.float64)
+    else:
+        mean = np.average(X.astype(np.float64), axis=0, weights=weights)
+        scale = np.sqrt(np.average(np.square(X - mean), axis=0, weights=weights))
     scale[scale < 1e-12 * np.maximum(np.abs(mean), 1e-30)] = 1.0
     scale[scale == 0] = 1.0
     return mean.astype(np.float32), scale.astype(np.float32)
@@ -131,22 +136,24 @@ def softmax(logits: NDArray[np.floating[Any]]) -> Float32:
     return np.asarray(shifted / shifted.sum(axis=1, keepdims=True), np.float32)
 
 
-def log_loss(logits: NDArray[np.floating[Any]], targets: NDArray[np.intp]) -> float:
-    """Mean negative log-likelihood of ``(n, k)`` logits, in float64, without clipping."""
+def log_loss(logits: NDArray[np.floating[Any]], targets: NDArray[np.intp], weights: NDArray[np.float64] | None = None) -> float:
+    """Mean, weighted where rows have weights, negative log-likelihood of ``(n, k)`` logits, in float64, without clipping."""
     wide = logits.astype(np.float64)
     top = wide.max(axis=1)
     total = top + np.log(np.exp(wide - top[:, None]).sum(axis=1))
-    return float(np.mean(total - wide[np.arange(len(targets)), targets]))
+    return float(np.average(total - wide[np.arange(len(targets)), targets], weights=weights))
 
 
-def fit_temperature(logits: NDArray[np.floating[Any]], targets: NDArray[np.intp]) -> float:
+def fit_temperature(
+    logits: NDArray[np.floating[Any]], targets: NDArray[np.intp], weights: NDArray[np.float64] | None = None
+) -> float:
     """The temperature in [0.05, 20] with the least log-loss. Without a single error it would run to the lower end, where
     every probability is 1; a data set that small proves no such certainty, so there the temperature stays at 1 or above.
     """
     from scipy.optimize import minimize_scalar
 
     found = minimize_scalar(
-        lambda log_t: log_loss(logits / np.exp(log_t), targets), bounds=(np.log(0.05), np.log(20.0)), method="bounded"
+        lambda log_t: log_loss(logits / np.exp(log_t), targets, weights), bounds=(np.log(0.05), np.log(20.0)), method="bounded"
     )
     temperature = float(np.exp(found.x))
     if (logits.argmax(axis=1) == targets).all():
