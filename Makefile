@@ -18,6 +18,7 @@ lint: install
 bench: install  ## minutes; writes the tables in docs/benchmarks.md and docs/pixel-paths.md
 	$(BIN)/python benchmarks/cpu.py
 	$(BIN)/python benchmarks/pixels.py
+	$(BIN)/python benchmarks/heads.py
 
 backbones: install  ## about an hour; exports every torchvision network and rewrites the table of docs/backbones.md
 	$(BIN)/python benchmarks/backbones.py

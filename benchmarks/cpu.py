@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -372,6 +373,7 @@ def main() -> None:
         grids = [grid(name, models[name], small, scratch, given.turns) for name in given.grids.split(",")]
         huge = enlarge(Path(scratch) / "huge", some[:: max(len(some) // 40, 1)][:40], (4000, 3000))
         peak = measure("memory", models["mobilenet_v2"], str(huge), scratch)["MiB"]
+    others = re.findall(r"<!-- made by benchmarks/\w+\.py -->.*?<!-- end -->", TABLE.read_text(), re.DOTALL)
     TABLE.write_text(
         TEXT.format(
             date=date.today(),
@@ -398,6 +400,7 @@ def main() -> None:
             grids="\n\n".join(grids),
             peak=peak,
         )
+        + "".join(f"\n{section}\n" for section in others)
     )
 
 

@@ -60,6 +60,11 @@ class _Problem:
         return next(self.heads([C]))
 
 
+def enough(Cs: Sequence[float], ranks: Sequence[tuple[float, float]]) -> bool:
+    """Whether what comes after the values of C that have a rank yet cannot win; the least rank is the best."""
+    return Cs[len(ranks) - 1] > WORSE * Cs[ranks.index(min(ranks))]
+
+
 def _class_weights(
     wanted: str | Mapping[Any, float] | None, targets: NDArray[np.intp], classes: list[str], rows: Float64 | None
 ) -> Float64 | None:
@@ -293,7 +298,7 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             points.append(_Point(found, logits, time.perf_counter() - begin))
             ranks.append(self._rank(_scores(logits, targets[test], None if weights is None else weights[test])))
             begin = time.perf_counter()
-            if len(points) >= least and WORSE * Cs[ranks.index(min(ranks))] < found.C:
+            if len(points) >= least and enough(Cs, ranks):
                 break
         return points
 
