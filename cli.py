@@ -569,7 +569,7 @@ def compact(cache: Path, output: Path | None, dtype: str, layer: str | None, *, 
 @click.option(
     "--select", type=click.Choice(["log-loss", "accuracy"]), help="logistic: what C is chosen by.  [default: log-loss]"
 )
-@click.option("--l1-ratio", type=click.FloatRange(0, 1), help="logistic: elastic net, the share of |w| in its penalty.")
+@click.option("--l1-ratio", type=click.FloatRange(0, 1), help="logistic: elastic net (slow): the share of |w| in its penalty.")
 @click.option("--hidden", metavar="N,N", help="mlp: width of each hidden layer.")
 @click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), help="mlp: probability.")
 @click.option("--weight-decay", type=click.FloatRange(0), help="mlp: of AdamW.")

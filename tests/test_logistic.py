@@ -92,7 +92,7 @@ def test_an_elastic_net_leaves_features_out_and_stands_at_its_optimum() -> None:
     weight = head.dense_.layers[0][0]
     assert (weight[:, :10] == 0).mean() < 0.6 < (weight[:, 10:] == 0).mean()
     assert [point["C"] for point in head.path_] == [0.01, 0.1, 1.0]
-    assert all(point["gradient"] < 1e-3 and point["converged"] for point in head.path_)
+    assert all(point["gradient"] < 2e-3 and point["converged"] for point in head.path_)
 
 
 @pytest.mark.parametrize("k", [2, 3])
