@@ -13,6 +13,8 @@ from sklearn.linear_model import LogisticRegression
 from .dense import log_loss
 from .softmax import Float32, Float64, Optimum
 
+STEEPEST = 1e-3  # gradient of an optimum; SAGA stops beyond it where all weights are 0, its intercepts still on their way
+
 
 class ElasticPath:
     """As `SoftmaxPath`, with ``(l1 |w|_1 + (1 - l1) |w|^2 / 2) / C`` as the penalty.
@@ -39,7 +41,7 @@ class ElasticPath:
             weight, bias = self._model.coef_.astype(np.float32), self._model.intercept_.astype(np.float32)
             passes = int(self._model.n_iter_.max())
             objective, gradient = self._judge(weight, bias, C)
-            yield Optimum(C, weight, bias, objective, gradient, passes, converged=passes < most)
+            yield Optimum(C, weight, bias, objective, gradient, passes, converged=passes < most and gradient <= STEEPEST)
 
     def _judge(self, weight: Float32, bias: Float32, C: float) -> tuple[float, float]:
         """The objective, and the largest entry of its subgradient of least norm over the sum of the rows' weights."""
