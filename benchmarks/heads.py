@@ -44,7 +44,7 @@ Part = tuple[Floats, NDArray[np.intp]]
 
 
 def hymenoptera() -> tuple[Part, Part]:
-    """Penultimate features of MobileNetV2 of 244 and 153 photos.
+    """Penultimate features of MobileNetV2: the train and the val photos.
 
     Raises:
         FileNotFoundError: the photos or the weights are not there.
