@@ -34,7 +34,8 @@ ASSETS = Path(os.environ.get("PENULT_TEST_ASSETS") or REPO.parent / "shared")
 TABLE = REPO / "docs" / "benchmarks.md"
 FAST, MIDDLE, SLOW = ("mobilenet_v3_large", "resnet18"), ("resnet50",), ("vgg16", "inception_v3", "vit_b_16")
 NAIVE_BATCHES = (4, 8, 16, 32)
-BATCHES, WORKERS = (1, 2, 4, 8, 16, 32), (1, 2, 3)
+FINALISTS = 3  # cells of a grid that are measured again
+BATCHES, WORKERS = (1, 2, 4, 8, 16), (1, 2, 3)
 
 # --- the files ---------------------------------------------------------------------------------------------------------
 
@@ -110,31 +111,30 @@ def thingsvision(name: str, photos: str, batch: int) -> dict[str, Any]:
         return {"seconds": (time.perf_counter() - begin) / len(found)}
 
 
-def penult(model: str, photos: str, scratch: str, sink: str = "hdf5", **options: Any) -> dict[str, Any]:
+def penult(
+    model: str, photos: str, scratch: str, sink: str = "hdf5", path: str | None = None, **options: Any
+) -> dict[str, Any]:
     """A whole `run_extract` into an empty cache."""
-    from extractor import quantise, tuning
+    from extractor import quantise
     from extractor.backbones import Backbone
     from extractor.options import Options
     from extractor.pipeline import run_extract
     from extractor.sources import ImageFolder
     from store.writer import CacheWriter
 
-    if options.pop("tune", False):
-        tuning.ROUNDS, tuning.WORTH = 0, 0.0
-    elif options.get("batch_size") is None:
-        tuning.WORTH = float("inf")  # a benchmark is not long enough to be tuned, however slow the machine is
     quantise.BOUND = -1.0  # weights are random here: they decide what int8 keeps, not how fast it is
-    cache = Path(scratch) / f"{Path(model).stem}-{options.get('precision', 'fp32')}.cache"
+    cache = Path(scratch) / f"{Path(model).stem}-{options.get('precision', 'fp32')}-{path}.cache"
+    backbone = Backbone(model, pixel_path=path)
     quiet = partial(Options, val_fraction=0, test_fraction=0, quiet=True)
     if not cache.exists():  # the first run puts the backbone there, and where asked for calibrates it
         only = {key: value for key, value in options.items() if key == "precision"}
-        run_extract(ImageFolder(photos), Backbone(model), cache, quiet(limit=64, **only))
+        run_extract(ImageFolder(photos), backbone, cache, quiet(limit=64, **only))
     for file in [*(cache / "shards").iterdir(), cache / "samples.h5"]:
         file.unlink(missing_ok=True)
     if sink == "null":
         CacheWriter.append = lambda *_: None  # type: ignore[method-assign]
         CacheWriter.commit_behind = lambda _: 0  # type: ignore[method-assign]
-    summary = run_extract(ImageFolder(photos), Backbone(model), cache, quiet(**options))
+    summary = run_extract(ImageFolder(photos), backbone, cache, quiet(**options))
     assert summary.computed == summary.inputs
     spent = summary.seconds["wait"] + summary.seconds["embed"] + summary.seconds["settle"]
     return {"seconds": spent / summary.computed, "batch": summary.batch_size, "workers": summary.workers}
@@ -240,10 +240,13 @@ class Series:
 
 
 def against_the_loop(
-    name: str, model: str, few: Path, parts: Sequence[Path], scratch: str, *, int8: bool, peer: bool
+    name: str, model: str, few: Path, whole: Path, parts: Sequence[Path], scratch: str, *, int8: bool, peer: bool
 ) -> tuple[str, str]:
     """Rows of the table of speeds and of the table of bounds."""
+    from extractor.tuning import SIZES
+
     batch = min(NAIVE_BATCHES, key=lambda size: measure("naive", name, str(few), size)["seconds"])
+    ours = min(SIZES, key=lambda size: measure("infer_alone", model, size, 3.0)["seconds"])
     series = Series()
     for part in map(str, parts):
         series.add("naive 32", measure("naive", name, part, 32))
@@ -253,7 +256,7 @@ def against_the_loop(
             series.add("int8", measure("penult", model, part, scratch, precision="int8"))
         if peer:
             series.add("thingsvision", measure("thingsvision", name, part, 32))
-        decode, infer = measure("decode_alone", model, part), measure("infer_alone", model, 8, 5.0)
+        decode, infer = measure("decode_alone", model, str(whole)), measure("infer_alone", model, ours, 5.0)
         series.add("decode", decode)
         series.add("infer", infer)
         series.add("bound", {"seconds": (decode["seconds"] + infer["seconds"]) / (os.cpu_count() or 1)})
@@ -289,24 +292,29 @@ def sinks(model: str, part: Path, scratch: str, turns: int) -> str:
 
 
 def grid(name: str, model: str, part: Path, scratch: str, turns: int) -> str:
-    """Every batch size with every number of workers, and what ``auto`` chooses."""
+    """Every batch size with every number of workers once; then the fastest of these and ``auto`` in turns."""
+    cells = {
+        (batch, workers): measure("penult", model, str(part), scratch, batch_size=batch, workers=workers)["seconds"]
+        for batch in BATCHES
+        for workers in WORKERS
+    }
+    finalists = sorted(cells, key=cells.__getitem__)[:FINALISTS]
     series, chosen = Series(), set()
     for turn in range(turns):
-        cells = [(batch, workers) for batch in BATCHES for workers in WORKERS]
-        for batch, workers in cells if turn % 2 else reversed(cells):
-            found = measure("penult", model, str(part), scratch, batch_size=batch, workers=workers)
-            series.add(f"{batch} {workers}", found)
-        found = measure("penult", model, str(part), scratch, tune=True)
-        chosen.add(f"{found['batch']}, {found['workers']}")
-        series.add("auto", found)
+        for cell in [*finalists, None] if turn % 2 else [None, *finalists]:
+            asked = {} if cell is None else {"batch_size": cell[0], "workers": cell[1]}
+            found = measure("penult", model, str(part), scratch, **asked)
+            series.add("auto" if cell is None else f"{cell[0]}, {cell[1]}", found)
+            if cell is None:
+                chosen.add(f"{found['batch']}, {found['workers']}")
     typical = {way: statistics.median(seconds) for way, seconds in series.seconds.items()}
     auto = typical.pop("auto")
     best = min(typical, key=typical.__getitem__)
-    rows = [f"| {batch} | " + " | ".join(series.rate(f"{batch} {workers}") for workers in WORKERS) + " |" for batch in BATCHES]
-    batch, workers = best.split()
+    rows = [f"| {batch} | " + " | ".join(f"{1 / cells[batch, workers]:.0f}" for workers in WORKERS) + " |" for batch in BATCHES]
     result = (
-        f"{name}: `auto` chose {' / '.join(sorted(chosen))} (batch size, workers) and made {1 / auto:.0f} images/s, "
-        f"**{100 * typical[best] / auto:.0f} %** of the best of the grid ({batch}, {workers}: {1 / typical[best]:.0f})."
+        f"{name}: `auto` chose {' / '.join(sorted(chosen))} (batch size, workers) and made {1 / auto:.1f} images/s, "
+        f"**{100 * typical[best] / auto:.0f} %** of the best of the grid ({best}: {1 / typical[best]:.1f}). That is of {turns} "
+        f"turns of `auto` and the {FINALISTS} fastest cells of a first pass over the grid:"
     )
     print(result, flush=True)
     head = "| batch size | " + " | ".join(f"{workers} workers" for workers in WORKERS) + " |"
@@ -349,6 +357,7 @@ def main() -> None:
                 name,
                 models[name],
                 few[0],
+                whole[0],
                 few if name in SLOW else whole if name in FAST else many,
                 scratch,
                 int8=name in given.int8.split(","),
@@ -356,21 +365,19 @@ def main() -> None:
             )
             for name in names
         ]
-        writing = sinks(models["mobilenet_v3_large"], many[0], scratch, given.turns)
+        writing = sinks(models["mobilenet_v3_large"], whole[0], scratch, given.turns)
         print("writing", writing, flush=True)
         some = sorted(photo for part in few for photo in part.rglob("*.jpg"))
+        folder = str(enlarge(Path(scratch) / "large", some, (2000, 1500)))
+        best = min((4, 8, 32), key=lambda batch: measure("naive", "resnet50", folder, batch)["seconds"])
         large = Series()
-        for turn in range(given.turns):
-            folder = str(enlarge(Path(scratch) / f"large{turn}", some[turn :: given.turns], (2000, 1500)))
-            for batch in (4, 8, 32):
-                large.add(f"naive {batch}", measure("naive", "resnet50", folder, batch))
+        for _ in range(given.turns):
+            large.add("naive", measure("naive", "resnet50", folder, best))
             large.add("penult", measure("penult", models["resnet50"], folder, scratch))
-        best = min((4, 8, 32), key=lambda batch: statistics.median(large.seconds[f"naive {batch}"]))
-        small = Path(scratch) / "grid"
-        (small / "all").mkdir(parents=True)
-        for photo in sorted(many[0].rglob("*.jpg"))[:160]:
-            (small / "all" / photo.name).write_bytes(photo.read_bytes())
-        grids = [grid(name, models[name], small, scratch, given.turns) for name in given.grids.split(",")]
+            large.add("draft", measure("penult", models["resnet50"], folder, scratch, path="pillow-draft"))
+            large.add("int8", measure("penult", models["resnet50"], folder, scratch, path="pillow-draft", precision="int8"))
+        tried = {name: whole[0] if name in FAST[:1] else many[0] for name in given.grids.split(",")}
+        grids = [grid(name, models[name], part, scratch, given.turns) for name, part in tried.items()]
         huge = enlarge(Path(scratch) / "huge", some[:: max(len(some) // 40, 1)][:40], (4000, 3000))
         peak = measure("memory", models["mobilenet_v2"], str(huge), scratch)["MiB"]
     others = re.findall(r"<!-- made by benchmarks/\w+\.py -->.*?<!-- end -->", TABLE.read_text(), re.DOTALL)
@@ -393,10 +400,12 @@ def main() -> None:
             speeds="\n".join(speed for speed, _ in rows),
             bounds="\n".join(bound for _, bound in rows),
             writing=writing,
-            large_naive=large.rate(f"naive {best}"),
+            large=len(some),
+            large_naive=large.rate("naive"),
             large_batch=best,
-            large_penult=large.rate("penult"),
-            large_ratio=large.ratio(f"naive {best}", "penult"),
+            large_rows="\n".join(
+                f"| {text} | {large.rate(way)} | {large.ratio('naive', way)} |" for way, text in LARGE_WAYS.items()
+            ),
             grids="\n\n".join(grids),
             peak=peak,
         )
@@ -404,6 +413,7 @@ def main() -> None:
     )
 
 
+LARGE_WAYS = {"penult": "fp32", "draft": "fp32, `--pixel-path pillow-draft`", "int8": "int8, `--pixel-path pillow-draft`"}
 TEXT = """# Benchmarks
 
 Written by `make bench`. Rates depend on the machine and on what else it does, ratios much less. What is known of GPUs:
@@ -435,8 +445,11 @@ over their sum: nothing that does both on these cores can be faster.
 
 Writing features to HDF5 against writing nothing (mobilenet_v3_large): {writing} of the time.
 
-Photos of 2000 x 1500 pixels, resnet50: the loop at its best batch size ({large_batch}) {large_naive} images/s, penult
-{large_penult}: {large_ratio}.
+{large} photos of 2000 x 1500 pixels, resnet50; the loop at its best batch size ({large_batch}) makes {large_naive} images/s:
+
+| penult | images/s | against the loop |
+|---|---|---|
+{large_rows}
 
 ## What `auto` chooses
 

@@ -19,7 +19,8 @@ class Options:
     Attributes:
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``tensorrt``, ``tensorrt:N``, or several of one
             kind with commas, by one process each.
-        batch_size: images per inference call; None for what is measured to be fast where there is much to do, see `tuning`.
+        batch_size: images per inference call; None for what is measured to be fast where there is enough to do, see
+            `tuning`.
         workers: decoding threads; None for as many as are needed, see `reading.Crew`.
         storage: ``auto`` (float16 where the values fit) or ``float32``.
         val_fraction, test_fraction, seed: the split, where the data has none.

@@ -42,9 +42,11 @@ from .reading import Clock, Crew, Outcome, Reader, timed
 from .samples import Sample
 from .session import Embedder, cores
 from .sources import Source
-from .tuning import tune
+from .tuning import Pace, tune
 
 log = logging.getLogger("penult.extractor")
+
+AHEAD = 2  # batches per lane on their way at most: results are taken in order, and a slow one must not idle the other lanes
 
 
 def limited(samples: list[Sample], limit: int | None) -> list[Sample]:
@@ -107,12 +109,13 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
         outcomes, todo = plan(samples, before, writer.known, source.files, options)
         if options.batch_size is None:
             tune(embedder, facts.preprocess.crop, len(todo))
+        pace = Pace(embedder, len(todo) if options.batch_size is None else 0)
         crew = Crew(options.workers, embedder.provider)
         reader = Reader(source.files, facts.preprocess, writer.known, crew, ahead=2 * embedder.batch_size)
         clock: Clock = defaultdict(float)
         computed = 0
         with Progress(len(todo), "extract", quiet=options.quiet) as progress, closing(reader.stream(todo, stop)) as stream:
-            batches = embedded(stream, embedder, progress, clock, fail_fast=options.fail_fast)
+            batches = embedded(stream, embedder, pace, progress, clock, fail_fast=options.fail_fast)
             while result := run_shard(batches, writer, clock):
                 for outcome in result.outcomes:
                     outcomes[outcome.index] = outcome.row
@@ -244,7 +247,13 @@ class Embedded:
 
 
 def embedded(
-    stream: Iterator[Outcome], embedder: Embedder | Fleet, progress: Progress, clock: Clock, *, fail_fast: bool = False
+    stream: Iterator[Outcome],
+    embedder: Embedder | Fleet,
+    pace: Pace,
+    progress: Progress,
+    clock: Clock,
+    *,
+    fail_fast: bool = False,
 ) -> Iterator[Embedded]:
     """Pass what a stream decodes through the backbone, batch after batch; while the lanes compute, the next is gathered.
 
@@ -256,6 +265,7 @@ def embedded(
 
     def launch() -> None:
         flying.append((gathered.copy(), embedder.submit(np.stack(waiting))))
+        pace.begin()
         gathered.clear()
         waiting.clear()
 
@@ -276,9 +286,9 @@ def embedded(
             outcome.pixels = None
         if fail_fast and not outcome.row.ok:
             break
-        if len(waiting) >= embedder.batch_size:
+        if len(waiting) >= pace.size:
             launch()
-            if len(flying) > embedder.lanes:
+            if len(flying) >= AHEAD * embedder.lanes:
                 yield land()
     if waiting:
         launch()

@@ -1,9 +1,11 @@
-"""How many images to hand over at once: measured, where there is enough to do that it pays."""
+"""How many images to hand over at once, where the user leaves it open: measured, on a CPU on the very work."""
 
 from __future__ import annotations
 
 import logging
+import statistics
 import time
+from collections import defaultdict
 
 import numpy as np
 
@@ -12,19 +14,63 @@ from .session import MAX_BATCH, Embedder
 
 log = logging.getLogger("penult.extractor")
 
-WORTH = 60.0  # seconds that the backbone would take; below, measuring costs more than it gains
+WORTH = 60.0  # seconds that the backbone would take; below, measuring a GPU costs more than it gains
 ROUNDS = 40  # rounds of batches, so many at least that the first look costs little
 SECONDS = 0.5  # that one size is measured at least
-GAIN = 1.03  # a larger batch must be faster by this factor: it costs memory, and a measurement is this uncertain
+GAIN = 1.03  # another batch size must be faster by this factor: larger ones cost memory, and a measurement is this uncertain
+LARGEST = 512  # on a GPU
+
 # On a CPU no network was seen to gain by more than 8, and ONNX Runtime keeps the memory of the largest batch it has seen.
-LARGEST = {"cpu": 8, "cuda": 512}  # TensorRT builds an engine for every size, for minutes: it keeps the default
+SIZES = (4, 8, 2, 1)
+TRIALS = 8  # batches of each, in turns, so that whatever else the machine does hits all of them
+ENOUGH = 2 * TRIALS * sum(SIZES)  # images; with fewer there is little left to gain after the trials
+
+
+class Pace:
+    """The batch size of a long run on a CPU: its first batches are of several sizes in turn, the others of the fastest.
+
+    All are real work, so nothing is spent on measuring, and each is measured beside the decoding that it shares the cores
+    with. Elsewhere, and where ``images`` is 0, the size is the embedder's.
+
+    Args:
+        embedder: what computes; ``told`` is taken.
+        images: how many there are to do.
+    """
+
+    def __init__(self, embedder: Embedder | Fleet, images: int = 0) -> None:
+        self._embedder = embedder
+        self._took: dict[int, list[float]] = defaultdict(list)
+        self._begun, self._open = 0, False
+        if isinstance(embedder, Embedder) and embedder.provider == "cpu" and not embedder.fixed_batch and images >= ENOUGH:
+            self._open = True
+            embedder.batch_size = max(SIZES)  # whatever is smaller goes through as it is
+            embedder.told = self._tell
+
+    @property
+    def size(self) -> int:
+        """Of the batch to be gathered next; once as many have begun as are needed, of all that follow."""
+        return SIZES[self._begun % len(SIZES)] if self._open else self._embedder.batch_size
+
+    def begin(self) -> None:
+        """The batch was handed over."""
+        self._begun += 1
+        if self._open and min(len(self._took[size]) for size in SIZES) >= TRIALS:
+            self._settle()
+
+    def _tell(self, images: int, seconds: float) -> None:
+        if self._open:
+            self._took[images].append(seconds / images)
+
+    def _settle(self) -> None:
+        typical = {size: statistics.median(self._took[size]) for size in SIZES}
+        best = min(SIZES, key=lambda size: typical[size] * (1.0 if size == SIZES[0] else GAIN))
+        self._open = False
+        self._embedder.batch_size = best
+        log.info("batches of %d: %s", best, _rates({size: 1 / seconds for size, seconds in typical.items()}))
 
 
 def tune(embedder: Embedder | Fleet, side: int, images: int) -> dict[int, float]:
-    """Choose the batch size of an embedder by running it on noise in all its lanes.
-
-    On a CPU it halves the default as long as that gains: large batches fall out of the caches. On a GPU it doubles as long as
-    that gains, and takes the last size that did.
+    """Choose the batch size of a GPU by running it on noise: it doubles as long as that gains.
 
     Args:
         embedder: its ``batch_size`` is set.
@@ -32,27 +78,28 @@ def tune(embedder: Embedder | Fleet, side: int, images: int) -> dict[int, float]
         images: how many there are to do.
 
     Returns:
-        Images per second of each size that was tried; empty where nothing was measured.
+        Images per second of each size that was tried; empty where nothing was measured. TensorRT builds an engine for every
+        size, for minutes, and keeps the default.
     """
     default = embedder.batch_size
-    if embedder.provider not in LARGEST or embedder.fixed_batch or images < ROUNDS * default * embedder.lanes:
+    if embedder.provider != "cuda" or embedder.fixed_batch or images < ROUNDS * default * embedder.lanes:
         return {}
     if images * _seconds(embedder, default, side) / (default * embedder.lanes) < WORTH:
         return {}
+    best, size = default, 2 * default
     rates = {default: _rate(embedder, default, side)}
-    best = default
-    for factor in (2.0, 0.5):
-        size = int(best * factor)
-        while 1 <= size <= min(LARGEST[embedder.provider], MAX_BATCH) and size not in rates:
-            rates[size] = _rate(embedder, size, side)
-            if embedder.batch_size < size or rates[size] < rates[best] * (GAIN if size > best else 1.0):
-                break  # it did not fit into the GPU's memory, or is no faster
-            best, size = size, int(size * factor)
-        if best != default:
-            break
-    embedder.batch_size = best if embedder.provider == "cpu" else min(best, embedder.batch_size)
-    log.info("batches of %d: %s", best, ", ".join(f"{size} gives {rate:.0f} images/s" for size, rate in sorted(rates.items())))
+    while size <= min(LARGEST, MAX_BATCH):
+        rates[size] = _rate(embedder, size, side)
+        if embedder.batch_size < size or rates[size] < GAIN * rates[best]:
+            break  # it did not fit into the memory, or is hardly faster
+        best, size = size, 2 * size
+    embedder.batch_size = min(best, embedder.batch_size)
+    log.info("batches of %d: %s", embedder.batch_size, _rates(rates))
     return rates
+
+
+def _rates(rates: dict[int, float]) -> str:
+    return ", ".join(f"{size} gives {rate:.1f} images/s" for size, rate in sorted(rates.items()))
 
 
 def _rate(embedder: Embedder | Fleet, size: int, side: int) -> float:
