@@ -15,8 +15,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from store.errors import BadDataError
 
+from .folds import Fold
+
 Float32 = NDArray[np.float32]
-Fold = tuple[NDArray[np.intp], NDArray[np.intp]]  # row numbers to fit on, and to judge on
 OPSET = 20
 SHORTEST = 1e-12  # what a length is at least, where it is divided by
 

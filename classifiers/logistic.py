@@ -20,8 +20,9 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from threadpoolctl import threadpool_limits
 
 from .conformal import Conformal, calibrate
-from .dense import DenseHead, Fold, class_indices, log_loss, standardisation, with_validation
+from .dense import DenseHead, class_indices, log_loss, standardisation, with_validation
 from .elastic import ElasticPath
+from .folds import Fold, stratified_folds
 from .softmax import Float32, Float64, Optimum, SoftmaxPath
 
 log = logging.getLogger("penult.classifiers")
@@ -211,7 +212,7 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         groups: Sequence[bytes] | None,
     ) -> None:
         if validation is None:
-            folds = list(self._folds(features, targets, groups))
+            folds = self._folds(targets, groups)
         else:
             features, targets, folds = with_validation(features, targets, validation, self.classes_)
             weights = None if weights is None else np.append(weights, np.ones(len(targets) - len(weights)))
@@ -232,22 +233,13 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Of a point of the path: the least is chosen."""
         return (-float(point["accuracy"]) if self.select == "accuracy" else 0.0, float(point["log_loss"]))
 
-    def _folds(self, X: Float32, targets: NDArray[np.intp], groups: Sequence[bytes] | None) -> Iterator[Fold]:
-        from sklearn.model_selection import StratifiedGroupKFold
-
+    def _folds(self, targets: NDArray[np.intp], groups: Sequence[bytes] | None) -> list[Fold]:
         if not isinstance(self.cv, int):
-            return iter(self.cv)
-        owners = np.arange(len(X)) if groups is None else np.unique(np.array(groups, dtype=object), return_inverse=True)[1]
-        fewest = min(len(np.unique(owners[targets == k])) for k in range(len(self.classes_)))
-        n_splits = min(self.cv, fewest)
-        if n_splits < 2:
-            if self.C is None:
-                log.warning("a class has a single training sample or group: C cannot be chosen and is 1, without calibration")
-            return iter(())
-        splitter = StratifiedGroupKFold(n_splits=n_splits, shuffle=True, random_state=self.seed)
-        # Where groups span classes, a fold may take all of one class; what is fitted on the rest could not know it.
-        whole = len(self.classes_)
-        return iter([fold for fold in splitter.split(X, targets, owners) if len(np.unique(targets[fold[0]])) == whole])
+            return list(self.cv)
+        folds = stratified_folds(targets, groups, self.cv, self.seed)
+        if not folds and self.C is None:
+            log.warning("a class has a single training sample or group: C cannot be chosen and is 1, without calibration")
+        return folds
 
     def _path(
         self, X: Float32, targets: NDArray[np.intp], weights: Float64 | None, folds: list[Fold]

@@ -18,7 +18,8 @@ from store.errors import BadDataError
 from store.splits import hash_rank_split
 
 from .conformal import Conformal, calibrate
-from .dense import DenseHead, Fold, class_indices, standardisation, with_validation
+from .dense import DenseHead, class_indices, standardisation, with_validation
+from .folds import Fold
 
 log = logging.getLogger("penult.classifiers")
 
