@@ -99,6 +99,8 @@ class TrainSection(_Section):
     hidden: list[PositiveInt] | None = None
     dropout: float | None = Field(None, ge=0, lt=1)
     weight_decay: float | None = Field(None, ge=0)
+    lr: float | None = Field(None, gt=0)
+    schedule: Literal["constant", "cosine"] | None = None
     seed: int | None = Field(None, ge=0, lt=2**32)
     leaks: Literal["warn", "refuse", "allow"] = "warn"
 
