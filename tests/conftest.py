@@ -111,11 +111,9 @@ def dataset() -> MakeDataset:
 
 
 @pytest.fixture(scope="session")
-def backbone_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def backbone_file(once: Once) -> Path:
     """SqueezeNet with random weights for 64 x 64 pixels, as ONNX: 512 features, a spatial layer that is averaged."""
-    path = tmp_path_factory.mktemp("backbone") / "squeezenet.onnx"
-    export(Backbone("squeezenet1_1", "random:0", resize=72, crop=64), path)
-    return path
+    return once("squeezenet.onnx", lambda path: export(Backbone("squeezenet1_1", "random:0", resize=72, crop=64), path))
 
 
 @pytest.fixture(scope="session")
