@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, Any
 from store import hdf5
 from store.errors import OutputExistsError, UsageError
 from store.fingerprint import short
+from store.samples import SINGLE_LABEL
+
+from .tasks import output_table, task_of_bundle, whole_rows
 
 if TYPE_CHECKING:
     from .bundle import Bundle
@@ -80,12 +83,22 @@ def bundle_report(bundle: Bundle) -> str:
     """The page that lies in every bundle."""
     metrics = bundle.metrics
     split = bundle.split
-    lead = f"{bundle.head} head on {bundle.backbone.name} ({bundle.backbone.weights}), {len(bundle.classes)} classes"
+    task = task_of_bundle(bundle)
+    lead = f"{bundle.head} head on {bundle.backbone.name} ({bundle.backbone.weights}), {len(bundle.classes)} {task.plural}"
     figures: list[tuple[str, str, str]] = []
     sections: list[Section] = []
     notes: list[str] = []
     if metrics is None:
         notes.append("Nothing was held out, so this page cannot say how good the head is.")
+    elif bundle.task != SINGLE_LABEL:
+        figures = [
+            (what.partition(":")[0], value, "" if bounds == "-" else f"95 % interval {bounds}")
+            for what, value, bounds in whole_rows(metrics)
+        ]
+        figures.append(("held-out images", str(metrics["n"]), f"split {metrics['split']!r}"))
+        notes += metrics["notes"]
+        columns, lines = output_table(metrics)
+        sections.append(Section(f"The {task.plural}", columns=columns, rows=lines))
     else:
         detail = f"95 % interval {interval(metrics['accuracy_interval'])}"
         figures = [
