@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from store import hdf5
 from store.errors import OutputExistsError, UsageError
 from store.fingerprint import short
-from store.samples import SINGLE_LABEL
+from store.samples import MULTI_LABEL, SINGLE_LABEL
 
 from .tasks import output_table, task_of_bundle, whole_rows
 
@@ -148,6 +148,8 @@ def class_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _history_text(bundle: Bundle) -> str:
+    if bundle.task == MULTI_LABEL:
+        return "Log-loss out of fold or on validation for each value of C, mean over the labels; each label has its own best C."
     if bundle.head == "logistic":
         return f"Log-loss out of fold or on validation for each value of C; C = {bundle.hyperparameters['C']:.4g} was chosen."
     if bundle.head == "ridge":
@@ -169,7 +171,8 @@ def history_svg(bundle: Bundle) -> str:
                 chosen = bundle.hyperparameters
                 line = [p for p in history if p.get("tau") == chosen.get("tau")]  # of knn's lines, the one of the chosen tau
                 axes.semilogx([p[key] for p in line], [p[loss] for p in line], "o-", color=BLUE, ms=4)
-                axes.axvline(chosen[key], color=ORANGE, ls="--", lw=1)
+                for value in chosen[key] if isinstance(chosen[key], list) else [chosen[key]]:  # one for each label
+                    axes.axvline(value, color=ORANGE, ls="--", lw=1)
                 axes.set_xlabel(meaning)
                 axes.set_ylabel(loss.replace("_", "-" if loss == "log_loss" else " "))
                 return

@@ -28,7 +28,7 @@ log = logging.getLogger("penult.classifiers")
 
 CS = tuple(float(C) for C in np.logspace(-5, 3, 17))
 SMALL = 2**22  # numbers; below, waiting for each other costs BLAS threads more than they gain
-WORSE = 4  # the log-loss falls and then rises along the path: after so many values above the best, the rest cannot win
+WORSE = 4  # a log-loss falls and then rises along the path: after so many values above the best of every label, none can win
 INTERCEPT = 1e4  # C of the intercepts: without any, that of a label that a fold lacks would run away
 GAIN = 1e-9  # relative, of the objective: a step that gains less is the last
 DISTINCT = 1e-12  # of the largest eigenvalue: what is less is no axis of the rows
@@ -37,7 +37,7 @@ Float64 = NDArray[np.float64]
 
 
 class _Problem:
-    """One training set, fitted for one C after another; each fit starts from the one before."""
+    """One training set, fitted for one C after another (or one for each label); each fit starts from the one before."""
 
     def __init__(self, X: Float32, truth: NDArray[np.bool_], max_iter: int) -> None:
         self._mean, self._scale = standardisation(X)
@@ -47,11 +47,12 @@ class _Problem:
         self._curvature = share * (1 - share)
         self._place = np.concatenate([np.zeros((len(self._spread), len(share))), np.log(share / (1 - share))[None]])
 
-    def fit(self, C: float) -> tuple[DenseHead, bool]:
-        """The head, and whether L-BFGS converged."""
+    def fit(self, C: float | Float64) -> tuple[DenseHead, bool]:
+        """The head, and whether L-BFGS converged; C is one for all labels, or ``(k,)``."""
         from scipy.optimize import minimize
 
-        strength = np.append(np.full(len(self._spread), 1 / C), 1 / INTERCEPT)[:, None]
+        strength = np.full(self._place.shape, 1 / np.asarray(C))
+        strength[-1] = 1 / INTERCEPT
         unit = 1 / np.sqrt(np.append(self._spread, len(self._rows))[:, None] * self._curvature + strength)
         limits: Any = {"maxiter": self._max_iter, "ftol": GAIN, "gtol": 0.0}
         objective: Any = partial(self._objective, unit=unit, strength=strength)
@@ -111,7 +112,7 @@ class MultiLabelLogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[mi
     """L2 logistic regression for several labels an image, with scikit-learn's manners: y is a label indicator ``(n, k)``.
 
     Args:
-        C: inverse regularisation strength, the same for all labels; None chooses it.
+        C: inverse regularisation strength of all labels; None chooses one for each.
         Cs: the values to choose from.
         cv: number of folds where no validation set is given.
         max_iter: limit of L-BFGS iterations for each fit.
@@ -119,8 +120,9 @@ class MultiLabelLogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[mi
 
     Attributes:
         classes_: the columns of y, by number.
-        C_: the value in use.
-        path_: for each value tried: C, log_loss (mean over labels; out of fold or on validation), seconds, converged.
+        C_: the value in use for each label ``(k,)``.
+        path_: for each value tried: C, log_losses of each label (out of fold or on validation) and log_loss, their mean,
+            seconds, converged.
         dense_: the fitted head as arrays.
     """
 
@@ -164,25 +166,32 @@ class MultiLabelLogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[mi
             features, truth = np.concatenate([features, held]), np.concatenate([truth, labels])
         with threadpool_limits(1 if features.size < SMALL else None):
             self.path_ = self._path(features, truth, folds)
-            best = min(self.path_, key=lambda point: float(point["log_loss"]), default=None)
-            if best is None and self.C is None:
-                log.warning("there is a single training sample or group: C cannot be chosen and is 1")
-            self.C_ = float(best["C"]) if best else float(self.C or 1.0)
+            if self.path_:
+                best = np.argmin([point["log_losses"] for point in self.path_], axis=0)
+                self.C_ = np.array([point["C"] for point in self.path_])[best]
+            else:
+                self.C_ = np.full(truth.shape[1], self.C or 1.0)
+                if self.C is None:
+                    log.warning("there is a single training sample or group: C cannot be chosen and is 1")
             self.dense_, self.converged_ = _Problem(features, truth, self.max_iter).fit(self.C_)
         return self
 
-    def _path(self, X: Float32, truth: NDArray[np.bool_], folds: Sequence[Fold]) -> list[dict[str, float | bool]]:
-        """Log-loss out of fold for every C, from small to large."""
+    def _path(self, X: Float32, truth: NDArray[np.bool_], folds: Sequence[Fold]) -> list[dict[str, Any]]:
+        """Log-losses out of fold for every C, from small to large."""
         tried = [self._path_of_fold(X, truth, fold) for fold in folds]
-        return [
-            {
-                "C": points[0].C,
-                "log_loss": float(np.concatenate([point.losses for point in points]).mean()),
-                "seconds": round(sum(point.seconds for point in points), 4),
-                "converged": all(point.converged for point in points),
-            }
-            for points in zip(*tried, strict=False)  # as far as the shortest
-        ]
+        path = []
+        for points in zip(*tried, strict=False):  # as far as the shortest
+            losses = np.concatenate([point.losses for point in points]).mean(axis=0)
+            path.append(
+                {
+                    "C": points[0].C,
+                    "log_loss": float(losses.mean()),
+                    "log_losses": losses.tolist(),
+                    "seconds": round(sum(point.seconds for point in points), 4),
+                    "converged": all(point.converged for point in points),
+                }
+            )
+        return path
 
     def _path_of_fold(self, X: Float32, truth: NDArray[np.bool_], fold: Fold) -> list[_Point]:
         train, test = fold
@@ -193,7 +202,8 @@ class MultiLabelLogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[mi
             dense, converged = problem.fit(float(C))
             losses = _losses(dense.logits(X[test]), truth[test])
             points.append(_Point(float(C), losses, converged, time.perf_counter() - begin))
-            if len(points) - 1 - int(np.argmin([point.losses.mean() for point in points])) >= WORSE:
+            best = np.argmin([point.losses.mean(axis=0) for point in points], axis=0)
+            if len(points) - 1 - int(best.max()) >= WORSE:
                 break
             begin = time.perf_counter()
         return points
@@ -216,7 +226,7 @@ class MultiLabelLogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[mi
     def hyperparameters_(self) -> dict[str, Any]:
         """What was used, as JSON."""
         return {
-            "C": self.C_,
+            "C": self.C_.tolist(),
             "chosen": self.C is None and bool(self.path_),
             "threshold": 0.5,
             "max_iter": self.max_iter,

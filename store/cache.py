@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from . import compact, hdf5, shard
 from .errors import BadDataError, CorruptCacheError, InputMissingError, NewerFormatError, UsageError
 from .fingerprint import Fingerprint
-from .samples import LACKING, Row, SampleTable
+from .samples import LACKING, SINGLE_LABEL, Row, SampleTable
 from .splits import hash_rank_split, merge_groups
 
 log = logging.getLogger("penult.store")
@@ -274,7 +274,7 @@ class FeatureCache:
             BadDataError: a class is too small for the splits asked for.
         """
         rows = self.rows()
-        names = assign_splits(rows, val=val, test=test, seed=seed)
+        names = assign_splits(rows, val=val, test=test, seed=seed, stratify=self.samples.task == SINGLE_LABEL)
         wanted = ["train", *(["val"] if val else []), *(["test"] if test else [])]
         return tuple(
             self.of_rows([row for row, name in zip(rows, names, strict=True) if name == want], want) for want in wanted
