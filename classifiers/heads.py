@@ -18,7 +18,7 @@ OWN = {  # for each task; the first is its default
         "knn": "neighbours.KnnHead",
         "centroid": "centroid.CentroidHead",
     },
-    MULTI_LABEL: {"logistic": "sigmoid.MultiLabelLogisticHead"},
+    MULTI_LABEL: {"logistic": "sigmoid.MultiLabelLogisticHead", "mlp": "mlp.MultiLabelMlpHead"},
     REGRESSION: {"ridge": "ridge.RidgeRegressionHead"},
 }
 HEADS = tuple(OWN[SINGLE_LABEL])

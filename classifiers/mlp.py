@@ -15,6 +15,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from store.errors import BadDataError
+from store.samples import MULTI_LABEL
 from store.splits import hash_rank_split
 
 from .conformal import Conformal, calibrate
@@ -99,19 +100,24 @@ class MlpHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             features, targets, [(train, held)] = with_validation(features, targets, validation, self.classes_)
         else:
             train, held = self._inner_split(features, labels, groups)
-        self.history_: list[dict[str, float]] = []
         self.conformal_: Conformal | None = None
-        if len(held):
-            search = self._train(features[train], targets[train], (features[held], targets[held]), self.max_epochs)
-            losses = [point["val_loss"] for point in self.history_]
-            self.best_epoch_ = int(np.argmin(losses)) + 1
-            final = self._train(features, targets, None, self.best_epoch_)
-            self.dense_, self.conformal_ = calibrate(final, search.logits(features[held]), targets[held])
-        else:  # too few to hold any out
-            self.best_epoch_ = self.max_epochs
-            self.dense_ = self._train(features, targets, None, self.max_epochs)
-        self.temperature_ = self.dense_.temperature
+        self.dense_, search = self._search(features, targets, train, held)
+        if search is not None:
+            self.dense_, self.conformal_ = calibrate(self.dense_, search.logits(features[held]), targets[held])
+        self.temperature_: float | None = self.dense_.temperature
         return self
+
+    def _search(
+        self, X: NDArray[np.float32], targets: NDArray[Any], train: NDArray[np.intp], held: NDArray[np.intp]
+    ) -> tuple[DenseHead, DenseHead | None]:
+        """The head on all rows, and the one without the held-out rows that said how many epochs are best."""
+        self.history_: list[dict[str, float]] = []
+        if not len(held):  # too few to hold any out
+            self.best_epoch_ = self.max_epochs
+            return self._train(X, targets, None, self.max_epochs), None
+        search = self._train(X[train], targets[train], (X[held], targets[held]), self.max_epochs)
+        self.best_epoch_ = int(np.argmin([point["val_loss"] for point in self.history_])) + 1
+        return self._train(X, targets, None, self.best_epoch_), search
 
     def _inner_split(self, X: NDArray[np.float32], y: NDArray[Any], groups: Sequence[bytes] | None) -> Fold:
         owners = groups or [hashlib.sha256(row.tobytes()).digest() for row in X]
@@ -126,15 +132,19 @@ class MlpHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def _train(
         self,
         X: NDArray[np.float32],
-        targets: NDArray[np.intp],
-        held: tuple[NDArray[np.float32], NDArray[np.intp]] | None,
+        targets: NDArray[Any],
+        held: tuple[NDArray[np.float32], NDArray[Any]] | None,
         epochs: int,
         classes: list[str] | None = None,
     ) -> DenseHead:
-        """Train for so many epochs, or with held-out rows until they get no better; then the best epoch is what returns."""
+        """Train for so many epochs, or with held-out rows until they get no better; then the best epoch is what returns.
+
+        Targets are class indices ``(n,)``, or of several labels ``(n, k)`` float32, 1 for those that a row has.
+        """
         import torch
         from torch import nn
 
+        several = targets.ndim == 2
         mean, scale = standardisation(X)
 
         def standardised(rows: NDArray[np.float32]) -> Any:
@@ -149,7 +159,7 @@ class MlpHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 blocks += [nn.Linear(width, following), nn.ReLU()]
             network = nn.Sequential(*blocks, nn.Dropout(self.dropout), nn.Linear(sizes[-1], len(classes or self.classes_)))
             optimiser = torch.optim.AdamW(network.parameters(), lr=self.lr, weight_decay=self.weight_decay)
-            criterion = nn.CrossEntropyLoss()
+            criterion = nn.BCEWithLogitsLoss() if several else nn.CrossEntropyLoss()
             inputs, truth = standardised(X), torch.from_numpy(targets)
             held_inputs, held_truth = (standardised(held[0]), torch.from_numpy(held[1])) if held else (None, None)
             best, best_loss, waited = self._arrays(network), np.inf, 0
@@ -168,7 +178,8 @@ class MlpHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 with torch.inference_mode():
                     logits = network(held_inputs)
                     val_loss = criterion(logits, held_truth).item()
-                    val_accuracy = (logits.argmax(dim=1) == held_truth).float().mean().item()
+                    right = (logits > 0) == (held_truth > 0) if several else logits.argmax(dim=1) == held_truth
+                    val_accuracy = right.float().mean().item()
                 train_loss = total / len(inputs)
                 self.history_.append(
                     {"epoch": epoch, "train_loss": train_loss, "val_loss": val_loss, "val_accuracy": val_accuracy}
@@ -179,7 +190,8 @@ class MlpHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 if waited >= self.patience:
                     break
             layers = best if held else self._arrays(network)
-        return DenseHead(mean, scale, layers, classes or [str(label) for label in self.classes_])
+        names = classes or [str(label) for label in self.classes_]
+        return DenseHead(mean, scale, layers, names, activation="Sigmoid" if several else "Softmax")
 
     def again(self, X: NDArray[np.float32], targets: NDArray[np.intp], classes: list[str]) -> DenseHead:
         """A head on other rows ``(n, d)`` with what was chosen here, without choosing again."""
@@ -205,3 +217,40 @@ class MlpHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def hyperparameters_(self) -> dict[str, Any]:
         """What was used, as JSON."""
         return {**self.get_params(), "hidden": list(self.hidden), "epochs": self.best_epoch_}
+
+
+class MultiLabelMlpHead(MlpHead):
+    """The same for several labels an image: y is a label indicator ``(n, k)``, and each label has a sigmoid.
+
+    Attributes:
+        classes_: the columns of y, by number.
+        best_epoch_, history_, dense_: as in `MlpHead`; val_accuracy is the share of right decisions.
+    """
+
+    kind, task = "mlp", MULTI_LABEL
+    temperature_ = None
+    conformal_ = None
+
+    def fit(
+        self,
+        X: ArrayLike,
+        y: ArrayLike,
+        *,
+        validation: tuple[ArrayLike, ArrayLike] | None = None,
+        groups: Sequence[bytes] | None = None,
+    ) -> Self:
+        features, given = map(np.asarray, validate_data(self, X, y, dtype=np.float32, multi_output=True))
+        truth = given.reshape(len(given), -1).astype(np.float32)
+        self.classes_ = np.arange(truth.shape[1])
+        if validation is not None:
+            held, labels = np.asarray(validation[0], np.float32), np.asarray(validation[1], np.float32)
+            train, inner = np.arange(len(features)), len(features) + np.arange(len(held))
+            features, truth = np.concatenate([features, held]), np.concatenate([truth, labels])
+        else:
+            train, inner = self._inner_split(features, np.zeros(len(features)), groups)
+        self.dense_, _ = self._search(features, truth, train, inner)
+        return self
+
+    def predict(self, X: ArrayLike) -> NDArray[np.intp]:
+        """Which labels each row has ``(n, k)``: those more probable than not."""
+        return (self.predict_proba(X) >= 0.5).astype(np.intp)

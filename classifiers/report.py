@@ -148,7 +148,7 @@ def class_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _history_text(bundle: Bundle) -> str:
-    if bundle.task == MULTI_LABEL:
+    if bundle.task == MULTI_LABEL and bundle.head == "logistic":
         return "Log-loss out of fold or on validation for each value of C, mean over the labels; each label has its own best C."
     if bundle.head == "logistic":
         return f"Log-loss out of fold or on validation for each value of C; C = {bundle.hyperparameters['C']:.4g} was chosen."

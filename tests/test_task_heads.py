@@ -20,6 +20,7 @@ from sklearn.metrics import (
 )
 
 from classifiers import multilabel, regression
+from classifiers.mlp import MultiLabelMlpHead
 from classifiers.regression import Intervals
 from classifiers.ridge import RidgeRegressionHead
 from classifiers.sigmoid import MultiLabelLogisticHead, _Problem
@@ -97,6 +98,22 @@ def test_groups_are_not_divided_and_one_group_chooses_nothing(caplog: pytest.Log
     with caplog.at_level(logging.WARNING):
         assert MultiLabelLogisticHead().fit(X, truth, groups=[b"one"] * 30).C_.tolist() == [1.0, 1.0]
     assert "C cannot be chosen" in caplog.text
+
+
+def test_an_mlp_learns_what_no_straight_line_can() -> None:
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(600, 4)).astype(np.float32)
+    truth = np.stack([X[:, 0] * X[:, 1] > 0, X[:, 2] > 0], axis=1)
+    head = MultiLabelMlpHead(hidden=(32,), lr=1e-2, dropout=0.0, max_epochs=30).fit(X[:400], truth[:400])
+    right = (head.predict(X[400:]) == truth[400:]).mean(axis=0)
+    assert (right > 0.85).all()
+    straight = MultiLabelLogisticHead().fit(X[:400], truth[:400])
+    assert (straight.predict(X[400:]) == truth[400:]).mean(axis=0)[0] < 0.65
+    session = onnxruntime.InferenceSession(head.dense_.to_onnx(), providers=["CPUExecutionProvider"])
+    assert session.run(["probabilities"], {"features": X})[0] == pytest.approx(head.predict_proba(X), abs=1e-5)
+    assert head.history_[head.best_epoch_ - 1]["val_loss"] == min(point["val_loss"] for point in head.history_)
+    held = MultiLabelMlpHead(max_epochs=2).fit(X[:400], truth[:400], validation=(X[400:], truth[400:]))
+    assert held.dense_.mean == pytest.approx(X.mean(axis=0), abs=1e-5)
 
 
 def test_figures_of_several_labels_are_scikit_learns() -> None:

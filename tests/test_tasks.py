@@ -90,6 +90,8 @@ def test_several_labels_from_a_csv_to_a_fused_file(several: Path, listed: Path, 
     code, out, err = penult("evaluate", tmp_path / "h", several)
     assert code == 0, err
     assert "images whose labels are all right" in out
+    code, out, err = penult("train", several, "--head", "mlp", "-o", tmp_path / "m")
+    assert (code, "mlp head, 2 labels" in out) == (0, True), err
     code, out, _ = penult("evaluate", tmp_path / "h", several, "--json")
     again = json.loads(out)["figures"]
     assert {name: figure["value"] for name, figure in again.items()} == pytest.approx(
