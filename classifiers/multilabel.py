@@ -102,10 +102,10 @@ def measure(truth: NDArray[np.bool_], probabilities: Outputs, names: Sequence[st
     once, once_each = weighted_figures(truth, probabilities, np.ones((n, 1), np.float32))
     blocks = [weighted_figures(truth, probabilities, w) for w in resampled(np.zeros(n, np.intp), resamples)]
     exact = int((truth == guess).all(axis=1).sum())
-    figures = {"subset_accuracy": proportion(exact, n)} | {
+    figures = {
         name: bootstrapped(float(value), np.concatenate([block[0][name] for block in blocks]))
         for name, (value,) in once.items()
-    }
+    } | {"subset_accuracy": proportion(exact, n)}
     per_output = []
     for j, name in enumerate(names):
         hits, support, taken = (int(mask.sum()) for mask in (truth[:, j] & guess[:, j], truth[:, j], guess[:, j]))

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from classifiers.bundle import Bundle
+from classifiers.evaluate import evaluate
 from classifiers.fused import Fused, golden_pictures
 from classifiers.heldout import evaluate_bundle
 from classifiers.predict import Predictor
@@ -253,6 +254,8 @@ def test_what_is_for_one_label_says_so(several: Path, numbers: Path, penult: Pen
         evaluate_bundle(bundle, several)
     with pytest.raises(UsageError, match="--head knn: there is ridge for --task regression"):
         make_head("knn", "regression")
+    with pytest.raises(UsageError, match=r"evaluate is for one label an image; this is --task regression"):
+        evaluate(make_head(None, "regression"), FeatureCache(numbers).subset())
     for arguments in (
         ("compare", tmp_path / "h", tmp_path / "r"),
         ("evaluate", tmp_path / "h", several, "--min-accuracy", "0.9"),
