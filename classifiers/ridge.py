@@ -272,10 +272,15 @@ class RidgeRegressionHead(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         centre, unit = standardisation(numbers)
         return self._fitted(_Spectrum(np.asarray(X, np.float32), (numbers - centre) / unit), centre, unit)
 
-    def predict(self, X: ArrayLike) -> Float32:
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
+
+    def predict(self, X: ArrayLike) -> NDArray[np.float64]:
         """The numbers, in the shape of y."""
         check_is_fitted(self)
-        values = self.dense_.probabilities(validate_data(self, X, dtype=np.float32, reset=False))
+        values = self.dense_.probabilities(validate_data(self, X, dtype=np.float32, reset=False)).astype(np.float64)
         return values[:, 0] if self.n_outputs_ is None else values
 
     @property

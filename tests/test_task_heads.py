@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -18,6 +19,7 @@ from sklearn.metrics import (
     r2_score,
     root_mean_squared_error,
 )
+from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from classifiers import multilabel, regression
 from classifiers.mlp import MultiLabelMlpHead
@@ -156,6 +158,11 @@ def test_a_label_that_no_image_has_is_undefined_and_not_zero() -> None:
 
 
 # --- numbers -----------------------------------------------------------------------------------------------------------
+
+
+@parametrize_with_checks([RidgeRegressionHead()])
+def test_scikit_learns_law(estimator: Any, check: Any) -> None:
+    check(estimator)
 
 
 @pytest.mark.parametrize(("n", "d"), [(300, 40), (60, 200)])
