@@ -25,6 +25,7 @@ from store.errors import PenultError
 
 if TYPE_CHECKING:
     from classifiers.evaluate import Evaluation
+    from classifiers.tasks import Measured
     from extractor.backbones import Backbone
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -567,9 +568,7 @@ def compact(cache: Path, output: Path | None, dtype: str, layer: str | None, *, 
 @click.option(
     "--head",
     type=click.Choice(["logistic", "mlp", "ridge", "knn", "centroid"]),
-    default="logistic",
-    show_default=True,
-    help="Kind of head.",
+    help="Kind of head; logistic by default, and ridge for numbers to predict.",
 )
 @click.option("--C", "C", type=click.FloatRange(0, min_open=True), help="logistic: one value instead of a search.")
 @click.option("--class-weight", type=click.Choice(["balanced"]), help="logistic: as if every class had as many images.")
@@ -598,7 +597,7 @@ def compact(cache: Path, output: Path | None, dtype: str, layer: str | None, *, 
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the training, and of a split of its own.")
 @overwrite_option
 @json_option
-def train(cache: Path, output: Path, head: str, *, as_json: bool, overwrite: bool, **given: Any) -> None:
+def train(cache: Path, output: Path, head: str | None, *, as_json: bool, overwrite: bool, **given: Any) -> None:
     """Train a head on cached features and save it as a bundle.
 
     The split stored in the cache is used; --val-fraction or --test-fraction make another one.
@@ -615,9 +614,10 @@ def train(cache: Path, output: Path, head: str, *, as_json: bool, overwrite: boo
     names = ("C", "class_weight", "select", "l1_ratio", "alpha", "k", "dropout", "weight_decay", "lr", "schedule")
     settings = {"hidden": hidden, **{name: given[name] for name in names}}
     fractions = {"val": given["val_fraction"], "test": given["test_fraction"], "split_seed": given["seed"]}
-    made = make_head(head, seed=given["seed"], **settings)
+    features = FeatureCache(cache, given["layer"])
+    made = make_head(head, features.samples.task, seed=given["seed"], **settings)
     bundle = train_head(
-        FeatureCache(cache, given["layer"]),
+        features,
         output,
         made,
         leaks=given["leaks"],
@@ -719,11 +719,17 @@ def evaluate(bundle: Path, data: Path, *, as_json: bool, overwrite: bool, **give
     Example: penult evaluate photos.head photos.cache --split test
     """
     from classifiers.bundle import Bundle
+    from classifiers.evaluate import Evaluation
     from classifiers.heldout import evaluate_bundle
     from classifiers.report import save_confusion
+    from classifiers.tasks import need_single_label
     from store.errors import GateError
 
-    result, _ = evaluate_bundle(Bundle.load(bundle), data, split=given["split"], root=given["root"], **runtime(given))
+    loaded = Bundle.load(bundle)
+    for name in ("min_accuracy", "plot"):
+        if given[name] is not None:
+            need_single_label(loaded.task, f"--{name.replace('_', '-')}")
+    result, _ = evaluate_bundle(loaded, data, split=given["split"], root=given["root"], **runtime(given))
     if given["plot"]:
         save_confusion(result.to_json(), given["plot"], overwrite=overwrite)
     if as_json:
@@ -731,7 +737,7 @@ def evaluate(bundle: Path, data: Path, *, as_json: bool, overwrite: bool, **give
     else:
         print_evaluation(result)
     gate = given["min_accuracy"]
-    if gate is not None and not result.accuracy >= gate:
+    if gate is not None and isinstance(result, Evaluation) and not result.accuracy >= gate:
         message = f"gate not met: accuracy {result.accuracy:.4f} is below --min-accuracy {gate}"
         raise GateError(message)
     return WITH_FAILURES if result.failed else 0
@@ -768,13 +774,13 @@ def predict(bundle: Path, images: Sequence[Path], form: str, *, testing: bool, *
     writer = csv.writer(sys.stdout, lineterminator="\n")
     if form == "csv":
         extra = ["novelty"] if predictor.novelty else []
-        writer.writerow(["path", "label", "probability", "code", "message", *extra, *predictor.classes])
+        writer.writerow(["path", "label", "probability", "code", "message", *extra, *predictor.task.columns()])
     for p in results:
         failed += p.code is not None
-        each = [] if p.probabilities is None else [round(float(value), 6) for value in p.probabilities]
         if form == "csv":
             best = "" if p.probability is None else f"{p.probability:.6f}"
-            columns: list[Any] = each or [""] * len(predictor.classes)
+            blank = [""] * len(predictor.task.columns())
+            columns: list[Any] = blank if p.probabilities is None else predictor.task.cells(p.probabilities)
             if predictor.novelty:
                 columns = ["" if p.novelty is None else f"{p.novelty:.4f}", *columns]
             writer.writerow([p.name, p.label or "", best, p.code or "", p.message, *columns])
@@ -782,11 +788,11 @@ def predict(bundle: Path, images: Sequence[Path], form: str, *, testing: bool, *
             facts = {"path": p.name, "label": p.label, "probability": p.probability, "code": p.code, "message": p.message}
             if predictor.novelty:
                 facts["novelty"] = None if p.novelty is None else round(p.novelty, 4)
-            click.echo(json.dumps({**facts, "probabilities": dict(zip(predictor.classes, each, strict=False))}))
+            click.echo(json.dumps({**facts, **predictor.task.facts(p.probabilities)}))
         else:
             unlike = " (unlike the training images)" if p.novelty and p.novelty > 1 else ""
             novelty = "" if p.novelty is None else f"\tnovelty {p.novelty:.2f}{unlike}"
-            click.echo(f"{p.name}\t{p.code}: {p.message}" if p.code else f"{p.name}\t{p.label}\t{p.probability:.4f}{novelty}")
+            click.echo(f"{p.name}\t{p.code}: {p.message}" if p.code else f"{p.name}\t{predictor.task.text(p)}{novelty}")
     return WITH_FAILURES if failed else 0
 
 
@@ -807,7 +813,7 @@ def fuse(bundle: Path, output: Path, *, overwrite: bool) -> None:
 
     fused = fuse_bundle(Bundle.load(bundle), output, overwrite=overwrite)
     side, size = fused.preprocess.crop, sum(file.stat().st_size for file in (output, *data_files(output)))
-    click.echo(f"{output}: {side} x {side} pixels to {len(fused.classes)} classes, {size / 2**20:.1f} MiB")
+    click.echo(f"{output}: {side} x {side} pixels to {len(fused.classes)} {fused.bound_task.plural}, {size / 2**20:.1f} MiB")
 
 
 @cli.command()
@@ -913,8 +919,11 @@ def decisions(bundle: Path | None) -> Any:
     if bundle is None:
         return None
     from classifiers.bundle import Bundle, head_function
+    from classifiers.tasks import need_single_label
 
-    head = head_function(Bundle.load(bundle).path / "head.onnx")
+    loaded = Bundle.load(bundle)
+    need_single_label(loaded.task, "counting changed decisions")
+    head = head_function(loaded.path / "head.onnx")
     return lambda features: head(features).argmax(axis=1)
 
 
@@ -1016,18 +1025,19 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: 
 def print_bundle(bundle: Any, *, as_json: bool) -> None:
     if as_json:
         return print_json(bundle.to_json())
-    click.echo(f"{bundle.path}: {bundle.head} head, {len(bundle.classes)} classes, in {bundle.cost['train_seconds']:.1f} s")
+    from classifiers.tasks import task_of_bundle
+
+    task, seconds = task_of_bundle(bundle), bundle.cost["train_seconds"]
+    click.echo(f"{bundle.path}: {bundle.head} head, {len(bundle.classes)} {task.plural}, in {seconds:.1f} s")
     metrics = bundle.metrics
     if metrics:
-        low, high = metrics["accuracy_interval"]
-        split = bundle.split["reported_on"]
-        click.echo(f"accuracy {metrics['accuracy']:.4f} [{low:.4f}, {high:.4f}] on {metrics['n']} images of {split!r}")
+        click.echo(f"{task.headline(metrics)} on {metrics['n']} images of {bundle.split['reported_on']!r}")
         for note in metrics["notes"]:
             click.echo(f"warning: {note}", err=True)
     return click.echo(f"report: {bundle.path / 'report.html'}")
 
 
-def print_evaluation(result: Evaluation) -> None:
+def print_evaluation(result: Evaluation | Measured) -> None:
     from classifiers.text import evaluation_text
 
     click.echo(evaluation_text(result, width=None if sys.stdout.isatty() else 160))

@@ -48,15 +48,15 @@ class Predictions:
     Attributes:
         sha256: content digest of each image, 32 bytes.
         paths: relative path of each.
-        labels: true labels ``(n,)``.
-        probabilities: ``(n, k)`` float32, in the order of the bundle's classes.
+        labels: what is true of each: labels ``(n,)``, or of other tasks what `SampleTable.truth` says ``(n, k)``.
+        probabilities: ``(n, k)`` float32, in the order of the bundle's classes; of a regression, the numbers.
         split: what they were held out as.
         novelty: how unlike the training images each is ``(n,)``, see `Novelty`; not saved, and None where the bundle has none.
     """
 
     sha256: Sequence[bytes]
     paths: Sequence[bytes]
-    labels: NDArray[np.str_]
+    labels: NDArray[Any]
     probabilities: NDArray[np.float32]
     split: str = ""
     novelty: NDArray[np.float32] | None = None
@@ -64,7 +64,7 @@ class Predictions:
     @property
     def ids(self) -> str:
         """SHA-256 over the sorted (content, label) pairs: equal ids mean the same images with the same labels."""
-        pairs = sorted(zip(self.sha256, self.labels.tolist(), strict=True))
+        pairs = sorted(zip(self.sha256, map(str, self.labels.tolist()), strict=True))
         return hashlib.sha256(b"".join(digest + label.encode() + b"\0" for digest, label in pairs)).hexdigest()
 
 
@@ -76,15 +76,16 @@ class Bundle:
         path: its folder.
         kind: ``frozen`` or ``fine-tuned``.
         head: one of `heads.HEADS`, or ``fine-tuned``.
-        task: ``single-label``.
-        classes: labels in the order of the outputs.
+        task: ``single-label``, ``multi-label`` or ``regression``.
+        classes: labels in the order of the outputs; of a regression, the names of its targets.
         backbone: facts of ``backbone.onnx``.
         fingerprint: of the features it takes.
         split: how the samples were divided: ``fit``, ``chosen_on``, ``reported_on``, ``rule``.
         hyperparameters, history: what was used and what was tried.
         metrics: the held-out evaluation as JSON; None where nothing was held out.
         cost: ``train_seconds``, ``extract_seconds``, ``images`` (passed through the backbone).
-        conformal: which labels belong to the prediction set of an image (see `Conformal`); None where nothing was out of fold.
+        conformal: which labels belong to the prediction set of an image (see `Conformal`), or how wide the intervals of a
+            regression are (see `regression.Intervals`); None where nothing was out of fold.
         rounding: cross-validated accuracy on float and on int8 features, where it takes int8 ones (see `rounding`).
         made_from: digest of features, samples, labels, splits and settings; equal ones would give the same head again.
         few_shot: accuracy by number of training images, where that was asked for (see `fewshot`).
@@ -174,11 +175,15 @@ class Bundle:
             raise BadDataError(message)
         with hdf5.open_checked(self.path / "predictions.h5", PREDICTIONS) as (datasets, attrs):
             raw = datasets["sha256"][()].tobytes()
-            names = [value.decode() for value in hdf5.unpack_strings(datasets, "label-names")]
+            if "truth" in datasets:
+                labels: NDArray[Any] = datasets["truth"][()]
+            else:
+                names = [value.decode() for value in hdf5.unpack_strings(datasets, "label-names")]
+                labels = np.array(names, dtype=str)[datasets["label"][()]]
             return Predictions(
                 sha256=[raw[i : i + 32] for i in range(0, len(raw), 32)],
                 paths=hdf5.unpack_strings(datasets, "path"),
-                labels=np.array(names, dtype=str)[datasets["label"][()]],
+                labels=labels,
                 probabilities=datasets["probabilities"][()],
                 split=str(attrs["split"]),
             )
@@ -286,15 +291,21 @@ def refuse_existing(path: Path, *, overwrite: bool) -> None:
 def _predictions_file(predictions: Predictions | None, fitted: Sequence[bytes]) -> bytes:
     empty = Predictions([], [], np.array([], dtype=str), np.zeros((0, 0), np.float32))
     held = predictions or empty
-    names, labels = np.unique(held.labels, return_inverse=True)
+    truth: dict[str, NDArray[Any]]
+    if held.labels.ndim == 2:
+        truth, label_names = {"truth": held.labels.astype(np.uint8 if held.labels.dtype == bool else np.float64)}, {}
+    else:
+        names, labels = np.unique(held.labels, return_inverse=True)
+        truth = {"label": labels.astype(np.int32)}
+        label_names = hdf5.pack_strings("label-names", [str(name).encode() for name in names])
     unique = sorted(set(fitted))
     datasets: dict[str, NDArray[Any]] = {
         "sha256": np.frombuffer(b"".join(held.sha256), np.uint8).reshape(-1, 32),
-        "label": labels.astype(np.int32),
+        **truth,
         "probabilities": held.probabilities.astype(np.float32),
         "fitted": np.frombuffer(b"".join(unique), np.uint8).reshape(-1, 32),
         **hdf5.pack_strings("path", held.paths),
-        **hdf5.pack_strings("label-names", [str(name).encode() for name in names]),
+        **label_names,
     }
     return hdf5.build(PREDICTIONS, datasets, {"rows": len(held.paths), "split": held.split})[0]
 

@@ -10,6 +10,7 @@ from store.errors import BadDataError, UsageError
 
 from .bundle import Bundle
 from .report import BLUE, Section, interval, page, percent, svg
+from .tasks import need_single_label
 
 SPLIT_FLAGS = (("val-fraction", "val"), ("test-fraction", "test"), ("seed", "seed"))
 COLUMNS = ("bundle", "kind", "accuracy", "95 % interval", "macro F1", "training", "extraction", "images through backbone")
@@ -55,6 +56,8 @@ def compare(bundles: Sequence[Bundle]) -> list[Compared]:
         message = f"{twice} is given twice" if twice else f"there is one bundle, {bundles[0].path}, and nothing beside it"
         message += "; name two or more different ones, such as those of `penult train` and `penult finetune`"
         raise UsageError(message)
+    for bundle in bundles:
+        need_single_label(bundle.task, f"penult compare ({bundle.name})")
     held_out = [bundle.predictions() for bundle in bundles]
     first = held_out[0]
     for bundle, predictions in zip(bundles[1:], held_out[1:], strict=True):

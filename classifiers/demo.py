@@ -7,6 +7,7 @@ import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -139,7 +140,7 @@ def run_demo(
     return DemoResult(
         first=first,
         second=second,
-        evaluation=evaluate_bundle(bundles[0], cache_path)[0],
+        evaluation=cast(Evaluation, evaluate_bundle(bundles[0], cache_path)[0]),
         comparison=comparison,
         predictions=predictions,
         notes=notes,

@@ -1,4 +1,5 @@
-"""What every trained head is in the end: logits of features, a temperature, softmax. In NumPy and in ONNX.
+"""What every trained head is in the end: logits of features, a temperature, softmax (or sigmoids, or the numbers themselves).
+In NumPy and in ONNX.
 
 Most are a `DenseHead`: standardise, a few dense layers. `neighbours.NeighbourHead` is the other kind.
 """
@@ -6,7 +7,7 @@ Most are a `DenseHead`: standardise, a few dense layers. `neighbours.NeighbourHe
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -28,10 +29,12 @@ class FittedHead(ABC):
     Attributes:
         classes: labels in the order of the outputs.
         temperature: logits are divided by it (Guo et al. 2017, "On Calibration of Modern Neural Networks").
+        activation: from logits to outputs: ``Softmax``, or ``Sigmoid`` of each (several labels), or ``Identity`` (regression).
     """
 
     classes: Sequence[str]
     temperature: float
+    activation: str = "Softmax"
 
     @abstractmethod
     def logits(self, X: ArrayLike) -> Float32:
@@ -45,25 +48,27 @@ class FittedHead(ABC):
     def with_temperature(self, temperature: float) -> Self: ...
 
     def probabilities(self, X: ArrayLike) -> Float32:
-        """``(n, d)`` features to ``(n, k)`` float32 probabilities."""
-        return softmax(self.logits(X) / np.float32(self.temperature))
+        """``(n, d)`` features to ``(n, k)`` float32 probabilities; of a regression, to the numbers."""
+        return ACTIVATIONS[self.activation](self.logits(X) / np.float32(self.temperature))
 
     def to_onnx(self) -> bytes:
-        """The ONNX file: ``features`` (n, d) float32 to ``probabilities`` (n, k) float32."""
+        """The ONNX file: ``features`` (n, d) float32 to ``probabilities`` (or ``values``, of a regression) (n, k) float32."""
         from onnx import TensorProto, checker, helper, numpy_helper
 
         width, nodes, arrays, name = self.graph()
+        along: dict[str, Any] = {"axis": 1} if self.activation == "Softmax" else {}
+        output = "values" if self.activation == "Identity" else "probabilities"
         arrays = {**arrays, "temperature": np.array(self.temperature, np.float32)}
         nodes = [
             *nodes,
             helper.make_node("Div", [name, "temperature"], ["logits"]),
-            helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
+            helper.make_node(self.activation, ["logits"], [output], **along),
         ]
         graph = helper.make_graph(
             nodes,
             "head",
             [helper.make_tensor_value_info("features", TensorProto.FLOAT, ["batch", width])],
-            [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["batch", len(self.classes)])],
+            [helper.make_tensor_value_info(output, TensorProto.FLOAT, ["batch", len(self.classes)])],
             [numpy_helper.from_array(np.ascontiguousarray(array), key) for key, array in arrays.items()],
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10, producer_name="penult")
@@ -95,7 +100,7 @@ class DenseHead(FittedHead):
     Attributes:
         mean, scale: ``(d,)`` float32, subtracted and divided by.
         layers: weight ``(out, in)`` and bias ``(out,)`` of each layer, float32; the last one has one output per class.
-        classes, temperature: as in `FittedHead`.
+        classes, temperature, activation: as in `FittedHead`.
         unit: whether rows are brought to length 1 before and after that, so that the first layer computes cosines.
     """
 
@@ -105,6 +110,7 @@ class DenseHead(FittedHead):
     classes: Sequence[str]
     temperature: float = 1.0
     unit: bool = False
+    activation: str = "Softmax"
 
     def logits(self, X: ArrayLike) -> Float32:
         """``(n, d)`` features to ``(n, k)`` logits, before the temperature."""
@@ -211,6 +217,20 @@ def softmax(logits: NDArray[np.floating[Any]]) -> Float32:
     """Row-wise softmax of ``(n, k)``, in float32."""
     shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
     return np.asarray(shifted / shifted.sum(axis=1, keepdims=True), np.float32)
+
+
+def sigmoid(logits: NDArray[np.floating[Any]]) -> Float32:
+    """The logistic function of each number, in float32."""
+    from scipy.special import expit
+
+    return np.asarray(expit(logits), np.float32)
+
+
+ACTIVATIONS: dict[str, Callable[[NDArray[np.floating[Any]]], Float32]] = {
+    "Softmax": softmax,
+    "Sigmoid": sigmoid,
+    "Identity": lambda logits: np.asarray(logits, np.float32),
+}
 
 
 def log_loss(logits: NDArray[np.floating[Any]], targets: NDArray[np.intp], weights: NDArray[np.float64] | None = None) -> float:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from store.cache import Subset
 from store.errors import BadDataError
+from store.samples import SINGLE_LABEL
 
 from .conformal import Conformal
 from .figures import chance_calibration_errors, ranks, untempered, weighted_figures
@@ -70,7 +71,14 @@ class Evaluation:
 
 
 def evaluate(head: Any, subset: Subset) -> Evaluation:
-    """Evaluate a fitted head (``classes_`` and ``predict_proba``) on cached features."""
+    """Evaluate a fitted head (``classes_`` and ``predict_proba``) on cached features.
+
+    Raises:
+        UsageError: it is a head for several labels or for numbers; `tasks.HeadTask.score` takes the outputs of these.
+    """
+    from .tasks import need_single_label
+
+    need_single_label(getattr(head, "task", SINGLE_LABEL), "classifiers.evaluate.evaluate")
     return score(
         subset.y,
         head.predict_proba(subset.X),

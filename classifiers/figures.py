@@ -68,7 +68,8 @@ def _sums(groups: NDArray[np.intp], count: int, rows: NDArray[np.intp], weights:
     return np.asarray(pick @ weights)
 
 
-def _ratio(part: NDArray[Any], whole: NDArray[Any]) -> Values:
+def ratio(part: NDArray[Any], whole: NDArray[Any]) -> Values:
+    """Quotients in float64; 0 where there is nothing to divide by."""
     return np.asarray(np.divide(part, whole, out=np.zeros(whole.shape), where=whole > 0, dtype=np.float64))
 
 
@@ -84,7 +85,7 @@ def _decisions(truth: NDArray[np.intp], guess: NDArray[np.intp], k: int, weights
         _sums(truth, k, rows, weights),
         _sums(guess, k, rows, weights),
     )
-    scores = {"precision": _ratio(hits, taken), "recall": _ratio(hits, support), "f1": _ratio(2 * hits, support + taken)}
+    scores = {"precision": ratio(hits, taken), "recall": ratio(hits, support), "f1": ratio(2 * hits, support + taken)}
     true_here = np.isin(np.arange(k), truth)
     present = true_here | np.isin(np.arange(k), guess)  # as scikit-learn: classes that appear in truth or prediction
     figures = {"balanced_accuracy": scores["recall"][true_here].mean(axis=0)}
@@ -123,8 +124,16 @@ def _area(positive: NDArray[np.bool_], scores: Probabilities, weights: Weights) 
     passed = (own * (below[0:-1:2] + rest[1::2] / 2)).sum(axis=0, dtype=np.float64)
     above = others - below[0:-1:2]  # the rest at or above each corner
     reached = total - np.cumsum(own, axis=0) + own
-    precision = _ratio(reached, reached + above)
+    precision = ratio(reached, reached + above)
     return passed / (total * others), (own * precision).sum(axis=0) / total
+
+
+def average_precision(positive: NDArray[np.bool_], scores: Probabilities, weights: Weights) -> Values:
+    """Of one label, for each column of weights ``(b,)``; NaN where no row with the label has a weight."""
+    if not positive.any():
+        return np.full(weights.shape[1], np.nan)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return _area(positive, scores, weights)[1]
 
 
 def _surprise(truth: NDArray[np.intp], probabilities: Probabilities) -> Values:

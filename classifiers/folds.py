@@ -24,7 +24,7 @@ def stratified_folds(targets: NDArray[np.intp], groups: Sequence[bytes] | None, 
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
-    owners = np.arange(len(targets)) if groups is None else np.unique(np.array(groups, dtype=object), return_inverse=True)[1]
+    owners = _owners(len(targets), groups)
     classes = np.unique(targets)
     n_splits = min(most, *(len(np.unique(owners[targets == k])) for k in classes))
     if n_splits < 2:
@@ -33,3 +33,19 @@ def stratified_folds(targets: NDArray[np.intp], groups: Sequence[bytes] | None, 
     # Where groups span classes, a fold may take all of one class.
     found = splitter.split(targets[:, None], targets, owners)
     return [(train, test) for train, test in found if len(np.unique(targets[train])) == len(classes)]
+
+
+def group_folds(n: int, groups: Sequence[bytes] | None, count: int, seed: int) -> list[Fold]:
+    """Folds for rows that have no single class to balance; a group is never divided. No folds where there is one group."""
+    from sklearn.model_selection import GroupKFold
+
+    owners = _owners(n, groups)
+    splits = min(count, len(np.unique(owners)))
+    if splits < 2:
+        return []
+    return list(GroupKFold(splits, shuffle=True, random_state=seed).split(np.empty((n, 0)), groups=owners))
+
+
+def _owners(n: int, groups: Sequence[bytes] | None) -> NDArray[np.intp]:
+    """The number of the group of each row."""
+    return np.arange(n) if groups is None else np.unique(np.array(groups, dtype=object), return_inverse=True)[1]

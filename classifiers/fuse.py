@@ -20,12 +20,13 @@ from extractor.graph import cut
 from extractor.onnxfile import PREFIX
 from extractor.prologue import pixel_nodes
 from store.errors import BadDataError, OutputExistsError
-from store.samples import SINGLE_LABEL
+from store.samples import REGRESSION, SINGLE_LABEL
 from store.shard import MAX_ROUNDING
 
 from .bundle import Bundle
-from .fused import GOLDEN, INPUT, LABEL, OUTPUT, RECIPE, TOLERANCE, Fused, Golden, golden_pictures, is_fused
+from .fused import GOLDEN, INPUT, LABEL, RECIPE, TOLERANCE, Fused, Golden, golden_pictures, is_fused
 from .predict import Predictor
+from .tasks import task_of_bundle
 
 log = logging.getLogger("penult.classifiers")
 
@@ -53,7 +54,8 @@ def fuse(bundle: Bundle, out: Path, *, overwrite: bool = False) -> Fused:
         raise OutputExistsError(message)
     onnxfile.require_writable(out)
     pictures = golden_pictures(bundle.backbone.preprocess.crop)
-    expected = Predictor.of(bundle, device="cpu").probabilities(pictures)
+    expected = Predictor.of(bundle, device="cpu").probabilities(pictures).astype(np.float64)
+    spread = task_of_bundle(bundle).spread(expected)
     model = _graph(bundle)
     fused = Fused(
         classes=bundle.classes,
@@ -62,8 +64,9 @@ def fuse(bundle: Bundle, out: Path, *, overwrite: bool = False) -> Fused:
         head=bundle.head,
         preprocessing=bundle.backbone.preprocess.facts(),
         fingerprint=dict(bundle.fingerprint.fields),
-        golden=Golden(RECIPE, _digest(pictures), np.round(expected.astype(np.float64), 7).tolist()),
+        golden=Golden(RECIPE, _digest(pictures), (spread * np.round(expected / spread, 7)).tolist()),
         weights_sha256=onnxfile.weights_digest(model, bundle.path),
+        conformal=bundle.conformal if bundle.task == REGRESSION else None,
     )
     for name, value in fused.metadata().items():
         entry = model.metadata_props.add()
@@ -72,10 +75,10 @@ def fuse(bundle: Bundle, out: Path, *, overwrite: bool = False) -> Fused:
     with onnxfile.replacing(out) as new:
         onnxfile.save(model, new)
         del model  # of a large network, it lies on the disk now
-        moved = _farthest(Predictor.load(new, device="cpu").probabilities(pictures), expected)
+        moved = _farthest(Predictor.load(new, device="cpu").probabilities(pictures) / spread, expected / spread)
         if not moved <= PARITY:
             message = (
-                f"the fused file's probabilities are up to {moved:.1e} from those of {bundle.path}; {PARITY} is allowed. "
+                f"the fused file's {fused.output} are up to {moved:.1e} from those of {bundle.path}; {PARITY} is allowed. "
                 f"Nothing was written; predict with the bundle"
             )
             raise BadDataError(message)
@@ -113,12 +116,13 @@ def selftest(path: Path, **options: Any) -> str:
     if fused.golden.recipe != RECIPE or fused.golden.pixels_sha256 != _digest(pictures):
         message = f"{path} has golden vectors of other pictures ({fused.golden.recipe}) than this penult makes ({RECIPE})"
         raise BadDataError(message)
-    moved = _farthest(predictor.probabilities(pictures), expected)
+    spread = predictor.task.spread(expected)
+    moved = _farthest(predictor.probabilities(pictures) / spread, expected / spread)
     allowed = TOLERANCE.get(fused.precision, TOLERANCE["fp32"])
     provider = predictor.embedder.provider
     if not moved <= allowed:
         message = (
-            f"{path} computes something else here: on {provider}, its probabilities for the golden pictures are up to "
+            f"{path} computes something else here: on {provider}, its {fused.output} for the golden pictures are up to "
             f"{moved:.1e} from the saved ones; {allowed:g} is allowed. Its weights are as saved; try --device cpu, or another "
             f"version of onnxruntime"
         )
@@ -145,10 +149,11 @@ def _graph(bundle: Bundle) -> Any:
         rounding, constants = [helper.make_node("Identity", [features], [taken])], []
     model.graph.initializer.extend([*constants, *head.graph.initializer])
     model.ir_version = max(model.ir_version, head.ir_version)
-    cut(model, [([*rounding, *head.graph.node], OUTPUT, len(bundle.classes))], front, [pixels])
+    output = head.graph.output[0].name
+    cut(model, [([*rounding, *head.graph.node], output, len(bundle.classes))], front, [pixels])
     model.graph.name = "classifier"
     if bundle.task == SINGLE_LABEL:
-        model.graph.node.append(helper.make_node("ArgMax", [OUTPUT], [LABEL], axis=1, keepdims=0))
+        model.graph.node.append(helper.make_node("ArgMax", [output], [LABEL], axis=1, keepdims=0))
         model.graph.output.append(helper.make_tensor_value_info(LABEL, TensorProto.INT64, ["batch"]))
     return model
 

@@ -23,12 +23,15 @@ from extractor.preprocess import Preprocess
 from store.errors import BadDataError, InputMissingError
 from store.fingerprint import Fingerprint
 
+from .tasks import HeadTask, task_of
+
 FORMAT_VERSION = 1
-INPUT, OUTPUT, LABEL = "pixels", "probabilities", "label"
+INPUT, LABEL = "pixels", "label"
 GOLDEN = 16  # pictures
 RECIPE = "shake-blocks-1"
-# How far a probability may be from the saved one, on another machine or device. Sums in another order move features by 1e-6,
-# and now and then one of them to the next float16; int8 and float16 networks round at every layer.
+# How far a probability (of a regression: a number, as a share of its largest) may be from the saved one, on another machine or
+# device. Sums in another order move features by 1e-6, and now and then one of them to the next float16; int8 and float16
+# networks round at every layer.
 TOLERANCE = {"fp32": 1e-3, "int8": 1e-2, "fp16": 2e-2}
 
 
@@ -39,7 +42,7 @@ class Golden:
     Attributes:
         recipe: how the pictures are made.
         pixels_sha256: of their bytes.
-        probabilities: ``(16, k)``, rounded to seven digits.
+        probabilities: ``(16, k)``, rounded to seven digits; of a regression, its numbers, rounded to a 10^7th of the largest.
     """
 
     recipe: str
@@ -53,7 +56,7 @@ class Fused:
 
     Attributes:
         classes: labels in the order of the probabilities.
-        task: ``single-label``.
+        task: ``single-label``, ``multi-label`` or ``regression``.
         kind: ``frozen`` or ``fine-tuned``.
         head: such as ``logistic``.
         preprocessing: from a file to the pixels it takes (resize, crop, interpolation, pixel path), and what the graph then
@@ -61,6 +64,7 @@ class Fused:
         fingerprint: of the features inside it.
         golden: what it must give.
         weights_sha256: `onnxfile.weights_digest` of it.
+        conformal: how wide the intervals of a regression are; None, and not in the file, for other tasks.
     """
 
     classes: list[str]
@@ -71,6 +75,17 @@ class Fused:
     fingerprint: dict[str, Any]
     golden: Golden
     weights_sha256: str
+    conformal: dict[str, Any] | None = None
+
+    @property
+    def bound_task(self) -> HeadTask:
+        """Its task, with the names of its outputs."""
+        return task_of(self.task, self.classes, self.conformal)
+
+    @property
+    def output(self) -> str:
+        """What the graph's output is called."""
+        return self.bound_task.output
 
     @property
     def preprocess(self) -> Preprocess:
@@ -82,7 +97,8 @@ class Fused:
 
     def metadata(self) -> dict[str, str]:
         """Its entries in the file's metadata, as JSON texts."""
-        entries = {name: json.dumps(value, ensure_ascii=False) for name, value in asdict(self).items()}
+        given = {name: value for name, value in asdict(self).items() if name != "conformal" or value is not None}
+        entries = {name: json.dumps(value, ensure_ascii=False) for name, value in given.items()}
         entries["format"] = json.dumps(FORMAT_VERSION)
         return {**entries, "facts_sha256": json.dumps(_facts_digest(entries))}
 
@@ -111,7 +127,7 @@ class Fused:
         ends = (*model.graph.input, *model.graph.output)[:2]
         given = [[dim.dim_value for dim in value.type.tensor_type.shape.dim][1:] for value in ends]
         if given != [[side, side, 3], [classes]]:
-            message = f"{path} says that it makes {classes} probabilities of {side} x {side} x 3 pixels; its graph has {given}"
+            message = f"{path} says that it makes {classes} {fused.output} of {side} x {side} x 3 pixels; its graph has {given}"
             raise BadDataError(message)
         return fused
 
@@ -125,9 +141,10 @@ class Fused:
             if json.loads(entries.pop("facts_sha256")) != _facts_digest(entries):
                 message = f"{path} is not the file that was saved (the digest of its metadata differs); fuse the bundle again"
                 raise BadDataError(message)
+            entries.setdefault("conformal", "null")
             facts = {field.name: json.loads(entries[field.name]) for field in fields(cls)}
             fused = cls(**{**facts, "golden": Golden(**facts["golden"])})
-            fused.preprocess  # noqa: B018 - whether it can be read
+            fused.preprocess, fused.bound_task  # noqa: B018 - whether they can be read
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             if isinstance(error, BadDataError):
                 raise

@@ -8,41 +8,55 @@ from importlib.metadata import packages_distributions
 from typing import Any
 
 from store.errors import UsageError
+from store.samples import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
-OWN = {
-    "logistic": "logistic.LogisticHead",
-    "mlp": "mlp.MlpHead",
-    "ridge": "ridge.RidgeHead",
-    "knn": "neighbours.KnnHead",
-    "centroid": "centroid.CentroidHead",
+OWN = {  # for each task; the first is its default
+    SINGLE_LABEL: {
+        "logistic": "logistic.LogisticHead",
+        "mlp": "mlp.MlpHead",
+        "ridge": "ridge.RidgeHead",
+        "knn": "neighbours.KnnHead",
+        "centroid": "centroid.CentroidHead",
+    },
+    MULTI_LABEL: {"logistic": "sigmoid.MultiLabelLogisticHead", "mlp": "mlp.MultiLabelMlpHead"},
+    REGRESSION: {"ridge": "ridge.RidgeRegressionHead"},
 }
-HEADS = tuple(OWN)
+HEADS = tuple(OWN[SINGLE_LABEL])
 
 
-def make_head(name: str, **settings: Any) -> Any:
+def make_head(name: str | None, task: str = SINGLE_LABEL, **settings: Any) -> Any:
     """An unfitted head by name; settings that are None keep its defaults.
 
     Args:
-        name: one of `HEADS`, or the dotted name of a scikit-learn classifier in an installed package, such as
-            ``sklearn.svm.SVC``. That one is imported, fitted and evaluated like the others, and cannot be saved.
+        name: one of `HEADS` (None is the task's default), or the dotted name of a scikit-learn classifier in an installed
+            package, such as ``sklearn.svm.SVC``. That one is imported, fitted and evaluated like the others, and cannot be
+            saved.
+        task: what the samples were extracted for.
         settings: what its ``__init__`` takes.
 
     Raises:
         UsageError: no such head, or a setting that it does not have.
     """
     given = {key: value for key, value in settings.items() if value is not None}
-    if "." in name:
+    if name is not None and "." in name:
         return _estimator(name, given)
-    if name not in HEADS:
-        message = f"--head {name}: there is {', '.join(HEADS)}"
+    known = OWN[task]
+    name = name or next(iter(known))
+    if name not in known:
+        message = f"--head {name}: there is {', '.join(known)}" + (f" for --task {task}" if task != SINGLE_LABEL else "")
         raise UsageError(message)
-    module, _, kind = OWN[name].partition(".")
+    module, _, kind = known[name].partition(".")
     head: Any = getattr(importlib.import_module(f".{module}", __package__), kind)()
     unknown = sorted(set(given) - set(head.get_params()))
     if unknown:
         message = f"the {name} head has no setting {', '.join(unknown)}"
         raise UsageError(message)
     return head.set_params(**given)
+
+
+def name_of(head: Any) -> str:
+    """What a head is called in a bundle."""
+    return str(getattr(head, "kind", type(head).__name__.removesuffix("Head").lower()))
 
 
 def _estimator(name: str, settings: dict[str, Any]) -> Any:
@@ -72,6 +86,21 @@ def _estimator(name: str, settings: dict[str, Any]) -> Any:
         )
         raise UsageError(message)
     return head
+
+
+def need_task(head: Any, task: str) -> None:
+    """Refuse a head for other targets than the samples have.
+
+    Raises:
+        UsageError: it is one.
+    """
+    made_for = getattr(head, "task", SINGLE_LABEL)
+    if made_for != task:
+        message = (
+            f"{type(head).__name__} is a head for {made_for}, and these samples were extracted with --task {task}; "
+            f"take --head {', '.join(OWN[task])}, or make_head({next(iter(OWN[task]))!r}, {task!r})"
+        )
+        raise UsageError(message)
 
 
 def need_saveable(head: Any) -> None:

@@ -23,14 +23,14 @@ from extractor.pipeline import survey
 from extractor.sources import files_of, open_source
 from store.cache import FeatureCache, assign_splits, is_cache, with_splits
 from store.errors import BadDataError, InputMissingError
-from store.samples import SINGLE_LABEL, Row, SampleTable
+from store.samples import LACKING, REGRESSION, SINGLE_LABEL, Row, SampleTable
 
 from .batches import GONE, MOVED
 from .bundle import Bundle, Predictions, head_function
-from .conformal import Conformal
-from .evaluate import Evaluation, score
+from .evaluate import Evaluation
 from .novelty import novel_share
 from .predict import Predictor
+from .tasks import Measured, task_of_bundle
 
 log = logging.getLogger("penult.classifiers")
 
@@ -60,23 +60,21 @@ def assign_roles(table: SampleTable, *, val: float | None = None, test: float | 
     """Roles from the stored splits, or from new ones where fractions are given.
 
     Raises:
-        BadDataError: more inputs failed than the extraction allowed; samples without a label, or with several; a class is
-            too small.
+        BadDataError: more inputs failed than the extraction allowed; samples without a label or a target; a class is too small.
     """
-    need_single_label(table)
     if table.facts.get("budget_exceeded"):
         message = "more inputs failed than --max-failures allows; look at the ledger, then extract again with a larger budget"
         raise BadDataError(message)
     rows = [row for row in table.rows if row.ok]
-    unlabelled = [row for row in rows if row.label is None]
+    unlabelled = table.incomplete(rows)
     if unlabelled or not rows:
         example = f" (such as {unlabelled[0].name})" if unlabelled else ""
-        message = f"{len(unlabelled)} of {len(rows)} samples have no label{example}; training needs one for each"
+        message = f"{len(unlabelled)} of {len(rows)} samples {LACKING[table.task]}{example}; training needs one for each"
         raise BadDataError(message)
     rule = dict(table.facts.get("split", {}))
     if val is not None or test is not None:
         val, test = 0.2 if val is None else val, 0.2 if test is None else test
-        rows = with_splits(rows, assign_splits(rows, val=val, test=test, seed=seed))
+        rows = with_splits(rows, assign_splits(rows, val=val, test=test, seed=seed, stratify=table.task == SINGLE_LABEL))
         rule = {"rule": "hash-rank", "val": val, "test": test, "seed": seed, "override": True}
     by_name: dict[str, list[Row]] = {}
     for row in rows:
@@ -98,20 +96,6 @@ def assign_roles(table: SampleTable, *, val: float | None = None, test: float | 
     return Roles(fit, choose, report, facts, copies)
 
 
-def need_single_label(table: SampleTable) -> None:
-    """Refuse samples with several labels, or with numbers to predict.
-
-    Raises:
-        BadDataError: the table was extracted for such a task.
-    """
-    if table.task != SINGLE_LABEL:
-        message = (
-            f"these samples were extracted with --task {table.task}, and there are heads for {SINGLE_LABEL} only so far. "
-            f"Features, labels and targets are in the cache; plain h5py reads them"
-        )
-        raise BadDataError(message)
-
-
 def inner_validation(rows: Sequence[Row], *, fraction: float = 0.2, seed: int = 0) -> tuple[list[Row], list[Row]]:
     """Training rows divided once more by hash rank, for what cannot do k-fold: (fit, choose)."""
     names = assign_splits(rows, val=fraction, test=0.0, seed=seed)
@@ -119,8 +103,8 @@ def inner_validation(rows: Sequence[Row], *, fraction: float = 0.2, seed: int = 
     return fit, [row for row, name in zip(rows, names, strict=True) if name == "val"]
 
 
-def predict_held_out(predictor: Predictor, rows: Sequence[Row], files: Files, split: str) -> Predictions:
-    """Pass held-out images through a predictor.
+def predict_held_out(predictor: Predictor, rows: Sequence[Row], truth: NDArray[Any], files: Files, split: str) -> Predictions:
+    """Pass held-out images through a predictor; ``truth`` is what `SampleTable.truth` says of them.
 
     Raises:
         InputMissingError: one of them can no longer be read.
@@ -136,21 +120,13 @@ def predict_held_out(predictor: Predictor, rows: Sequence[Row], files: Files, sp
             raise BadDataError(message)
         found.append(prediction.probabilities)
         novelty.append(prediction.novelty)
-    return as_predictions(rows, np.stack(found), split, None if None in novelty else np.array(novelty, np.float32))
-
-
-def as_predictions(
-    rows: Sequence[Row], probabilities: Any, split: str, novelty: NDArray[np.float32] | None = None
-) -> Predictions:
-    """Rows and their probabilities, as they are saved."""
-    labels = np.array([row.label for row in rows], dtype=str)
-    paths = [row.path for row in rows]
-    return Predictions([row.sha256 for row in rows], paths, labels, np.asarray(probabilities), split, novelty)
+    known = None if None in novelty else np.array(novelty, np.float32)
+    return Predictions([row.sha256 for row in rows], [row.path for row in rows], truth, np.stack(found), split, known)
 
 
 def evaluate_bundle(
     bundle: Bundle, data: str | Path, *, split: str | None = None, root: Path | None = None, **predictor_options: Any
-) -> tuple[Evaluation, Predictions]:
+) -> tuple[Evaluation | Measured, Predictions]:
     """A bundle's figures on a cache or a dataset, leaving out every image that was fitted or chosen on.
 
     Cached features are used where the fingerprint matches; otherwise the images go through the bundle's own backbone.
@@ -172,14 +148,17 @@ def evaluate_bundle(
     if cache is not None:
         table = cache.samples
     else:
-        source = open_source(data, root=root)
+        targets = bundle.classes if bundle.task == REGRESSION else ()
+        source = open_source(data, root=root, task=bundle.task, targets=targets)
         table = survey(source, bundle.backbone.preprocess, Options(val_fraction=0, test_fraction=0))
         if table.facts["budget_exceeded"]:
             message = f"{_failures(table)} of {data}: more than 1 %, so these figures would not be about this dataset"
             raise BadDataError(message)
         if table.counts["failed"]:
             log.warning("%s; the figures are without them", _failures(table))
-    need_single_label(table)
+    if table.task != bundle.task:
+        message = f"{data} was extracted with --task {table.task}, and {bundle.name} is a head for {bundle.task}"
+        raise BadDataError(message)
     rows, name = _rows_of(table, bundle, split)
     fitted = bundle.fitted()
     fresh = [row for row in rows if row.sha256 not in fitted]
@@ -190,22 +169,17 @@ def evaluate_bundle(
         log.warning(
             "%d of %d images were fitted when %s was trained; they are left out", len(rows) - len(fresh), len(rows), bundle.name
         )
+    truth = table.truth(fresh, bundle.classes)
     if cache is not None and _same_features(bundle, cache):
         features, novelty = cache.features([row.sha256 for row in fresh]), bundle.novelty()
         probabilities = head_function(bundle.path / "head.onnx")(features)
-        predictions = as_predictions(fresh, probabilities, name, novelty.scores(features) if novelty else None)
+        digests, paths = [row.sha256 for row in fresh], [row.path for row in fresh]
+        predictions = Predictions(digests, paths, truth, probabilities, name, novelty.scores(features) if novelty else None)
     else:
         predictor = Predictor.of(bundle, **predictor_options)
         files = source.files if source is not None else files_of(table, root)
-        predictions = predict_held_out(predictor, fresh, files, name)
-    evaluation = score(
-        predictions.labels,
-        predictions.probabilities,
-        bundle.classes,
-        name,
-        temperature=bundle.hyperparameters.get("temperature"),
-        conformal=Conformal.from_json(bundle.conformal),
-    )
+        predictions = predict_held_out(predictor, fresh, truth, files, name)
+    evaluation = task_of_bundle(bundle).score(truth, predictions.probabilities, name)
     failed = 0 if cache is not None else table.counts["failed"]
     novel = None if predictions.novelty is None else novel_share(predictions.novelty)
     return replace(evaluation, failed=failed, novelty=novel), predictions
@@ -228,7 +202,7 @@ def _rows_of(table: SampleTable, bundle: Bundle, split: str | None) -> tuple[lis
     rows = [row for row in table.rows if row.ok]
     if bundle.split.get("override") and _is_own_data(bundle, rows):  # it was trained on splits of its own
         fractions = {key: bundle.split[key] for key in ("val", "test", "seed")}
-        rows = with_splits(rows, assign_splits(rows, **fractions))
+        rows = with_splits(rows, assign_splits(rows, **fractions, stratify=table.task == SINGLE_LABEL))
     have = {row.split for row in rows if row.split}
     name = split or (bundle.split.get("reported_on") if bundle.split.get("reported_on") in have else None)
     if name is not None:
@@ -236,8 +210,9 @@ def _rows_of(table: SampleTable, bundle: Bundle, split: str | None) -> tuple[lis
         if not rows:
             message = f"there are no samples in split {name!r}; there is {', '.join(sorted(have)) or 'no split at all'}"
             raise BadDataError(message)
-    if any(row.label is None for row in rows):
-        message = f"{sum(row.label is None for row in rows)} of {len(rows)} samples have no label to compare with"
+    incomplete = table.incomplete(rows, bundle.classes)
+    if incomplete:
+        message = f"{len(incomplete)} of {len(rows)} samples {LACKING[table.task]} to compare with"
         raise BadDataError(message)
     return rows, name or "all"
 

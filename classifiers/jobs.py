@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
@@ -328,7 +328,8 @@ def _run(job: Job, path: Path, record: dict[str, Any], *, quiet: bool) -> JobRes
             bundle = train_head(FeatureCache(plan.cache), staged, plan.head, leaks=plan.leaks)
         else:
             log.info("features, labels and settings are unchanged: %s is kept", bundle.name)
-        evaluation, _ = evaluate_bundle(bundle, plan.cache, split=job.gate.split)
+        found, _ = evaluate_bundle(bundle, plan.cache, split=job.gate.split)
+        evaluation = cast(Evaluation, found)  # a job's samples have one label each
         missed = _gate(evaluation, job.gate.min_accuracy)
         target = plan.bundle
         if trained and missed:

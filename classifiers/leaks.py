@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from store.cache import Subset
 from store.errors import BadDataError
-from store.samples import Row, display
+from store.samples import Row, SampleTable, display
 
 log = logging.getLogger("penult.classifiers")
 
@@ -83,13 +83,17 @@ def _few(items: Sequence[str]) -> str:
     return ", ".join(items[:SHOWN]) + (f" and {len(items) - SHOWN} more" if len(items) > SHOWN else "")
 
 
-def conflicting_labels(rows: Sequence[Row]) -> list[list[str]]:
-    """Paths of each content that has more than one label."""
+def conflicting_labels(table: SampleTable) -> list[list[str]]:
+    """Paths of each content that has more than one label, or set of labels, or other targets."""
     by_content: dict[bytes, list[Row]] = defaultdict(list)
-    for row in rows:
+    for row in table.rows:
         if row.ok:
             by_content[row.sha256].append(row)
-    return [[row.name for row in same] for same in by_content.values() if len({row.label for row in same}) > 1]
+
+    def said(rows: Sequence[Row]) -> set[Any]:
+        return {(frozenset(table.labels_of(row)), row.targets) for row in rows}
+
+    return [[row.name for row in same] for same in by_content.values() if len(said(same)) > 1]
 
 
 def near_copies(fitted: Subset, held_out: Subset) -> tuple[list[Leak], bool]:

@@ -18,6 +18,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from store.errors import BadDataError
+from store.samples import MULTI_LABEL
 from store.splits import hash_rank_split
 
 from .conformal import Conformal, calibrate
@@ -154,27 +155,32 @@ class MlpHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             message = f"schedule is {self.schedule!r}; expected {' or '.join(map(repr, SCHEDULES))}"
             raise ValueError(message)
         self.classes_, targets = class_indices(labels)
-        classes = [str(label) for label in self.classes_]
         if validation is not None:
             features, targets, [(train, held)] = with_validation(features, targets, validation, self.classes_)
         else:
             train, held = self._inner_split(features, labels, groups)
         self.conformal_: Conformal | None = None
-        if len(held):
-            rows = features[train], targets[train]
-            judges = features[held], targets[held]
-            runs = [self._train(*rows, judges, self.max_epochs, classes, setting) for setting in self._settings()]
-            self.tried_ = [run.summary for run in runs]
-            chosen = min(runs, key=lambda run: float(run.summary["val_loss"]))
-            self.setting_, self.history_, self.best_epoch_ = chosen.setting, chosen.history, int(chosen.summary["epoch"])
-            final = self._train(features, targets, None, self.best_epoch_, classes, self.setting_).head
-            self.dense_, self.conformal_ = calibrate(final, chosen.head.logits(features[held]), targets[held])
-        else:  # too few to hold any out
+        self.dense_, search = self._search(features, targets, train, held)
+        if search is not None:
+            self.dense_, self.conformal_ = calibrate(self.dense_, search.logits(features[held]), targets[held])
+        self.temperature_: float | None = self.dense_.temperature
+        return self
+
+    def _search(
+        self, X: NDArray[np.float32], targets: NDArray[Any], train: NDArray[np.intp], held: NDArray[np.intp]
+    ) -> tuple[DenseHead, DenseHead | None]:
+        """The head on all rows, and the one without the held-out rows that said which setting and how many epochs are best."""
+        classes = [str(label) for label in self.classes_]
+        if not len(held):  # too few to hold any out
             self.setting_, self.history_, self.tried_ = self._settings()[0], [], []
             self.best_epoch_ = self.max_epochs
-            self.dense_ = self._train(features, targets, None, self.max_epochs, classes, self.setting_).head
-        self.temperature_ = self.dense_.temperature
-        return self
+            return self._train(X, targets, None, self.max_epochs, classes, self.setting_).head, None
+        rows, judges = (X[train], targets[train]), (X[held], targets[held])
+        runs = [self._train(*rows, judges, self.max_epochs, classes, setting) for setting in self._settings()]
+        self.tried_ = [run.summary for run in runs]
+        best = min(runs, key=lambda run: float(run.summary["val_loss"]))
+        self.setting_, self.history_, self.best_epoch_ = best.setting, best.history, int(best.summary["epoch"])
+        return self._train(X, targets, None, self.best_epoch_, classes, self.setting_).head, best.head
 
     def _settings(self) -> list[dict[str, Any]]:
         """Every combination to try; one where all is given."""
@@ -194,16 +200,20 @@ class MlpHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def _train(
         self,
         X: NDArray[np.float32],
-        targets: NDArray[np.intp],
-        held: tuple[NDArray[np.float32], NDArray[np.intp]] | None,
+        targets: NDArray[Any],
+        held: tuple[NDArray[np.float32], NDArray[Any]] | None,
         epochs: int,
         classes: list[str],
         setting: dict[str, Any],
     ) -> _Run:
-        """Train for so many epochs, or with held-out rows until they get no better; then the best epoch is what returns."""
+        """Train for so many epochs, or with held-out rows until they get no better; then the best epoch is what returns.
+
+        Targets are class indices ``(n,)``, or of several labels ``(n, k)`` float32, 1 for those that a row has.
+        """
         import torch
         from torch import nn
 
+        several = targets.ndim == 2
         device = torch.device(self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
         mean, scale = standardisation(X)
 
@@ -215,10 +225,11 @@ class MlpHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             torch.manual_seed(self.seed)
             network = _network([X.shape[1], *setting["hidden"], len(classes)], setting["dropout"]).to(device)
             optimiser = torch.optim.AdamW(network.parameters(), lr=setting["lr"], weight_decay=setting["weight_decay"])
-            criterion = nn.CrossEntropyLoss()
+            criterion = nn.BCEWithLogitsLoss() if several else nn.CrossEntropyLoss()
             inputs, truth = standardised(X), torch.from_numpy(targets).to(device)
             judges, labels = (standardised(held[0]), torch.from_numpy(held[1]).to(device)) if held else (None, None)
-            run, best_loss, waited = _Run(setting, DenseHead(mean, scale, _arrays(network), classes)), np.inf, 0
+            head = DenseHead(mean, scale, _arrays(network), classes, activation="Sigmoid" if several else "Softmax")
+            run, best_loss, waited = _Run(setting, head), np.inf, 0
             for epoch in range(1, epochs + 1):
                 if self.schedule == "cosine":
                     for group in optimiser.param_groups:
@@ -237,7 +248,8 @@ class MlpHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 with torch.inference_mode():
                     logits = network(judges)
                     val_loss = criterion(logits, labels).item()
-                    val_accuracy = (logits.argmax(dim=1) == labels).float().mean().item()
+                    right = (logits > 0) == (labels > 0) if several else logits.argmax(dim=1) == labels
+                    val_accuracy = right.float().mean().item()
                 point = {"epoch": epoch, "train_loss": total.item() / len(inputs)}
                 run.history.append({**point, "val_loss": val_loss, "val_accuracy": val_accuracy})
                 waited = 0 if val_loss < best_loss - self.min_delta else waited + 1
@@ -268,3 +280,40 @@ class MlpHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """What was used, as JSON."""
         chosen = {**self.setting_, "hidden": list(self.setting_["hidden"])}
         return {**self.get_params(), **chosen, "epochs": self.best_epoch_, "tried": self.tried_}
+
+
+class MultiLabelMlpHead(MlpHead):
+    """The same for several labels an image: y is a label indicator ``(n, k)``, and each label has a sigmoid.
+
+    Attributes:
+        classes_: the columns of y, by number.
+        setting_, tried_, best_epoch_, history_, dense_: as in `MlpHead`; val_accuracy is the share of right decisions.
+    """
+
+    kind, task = "mlp", MULTI_LABEL
+    temperature_ = None
+    conformal_ = None
+
+    def fit(
+        self,
+        X: ArrayLike,
+        y: ArrayLike,
+        *,
+        validation: tuple[ArrayLike, ArrayLike] | None = None,
+        groups: Sequence[bytes] | None = None,
+    ) -> Self:
+        features, given = map(np.asarray, validate_data(self, X, y, dtype=np.float32, multi_output=True))
+        truth = given.reshape(len(given), -1).astype(np.float32)
+        self.classes_ = np.arange(truth.shape[1])
+        if validation is not None:
+            held, labels = np.asarray(validation[0], np.float32), np.asarray(validation[1], np.float32)
+            train, inner = np.arange(len(features)), len(features) + np.arange(len(held))
+            features, truth = np.concatenate([features, held]), np.concatenate([truth, labels])
+        else:
+            train, inner = self._inner_split(features, np.zeros(len(features)), groups)
+        self.dense_, _ = self._search(features, truth, train, inner)
+        return self
+
+    def predict(self, X: ArrayLike) -> NDArray[np.intp]:
+        """Which labels each row has ``(n, k)``: those more probable than not."""
+        return (self.predict_proba(X) >= 0.5).astype(np.intp)

@@ -25,12 +25,13 @@ from extractor.session import Embedder, resolve_device
 from extractor.sources import ImageFolder, refuse_ours
 from store.errors import InputMissingError, UsageError
 from store.fingerprint import Fingerprint
-from store.samples import display
+from store.samples import SINGLE_LABEL, display
 from store.shard import as_stored
 
 from .bundle import Bundle, head_function
-from .fused import OUTPUT, Fused, is_fused, precision_of
+from .fused import Fused, is_fused, precision_of
 from .novelty import Novelty
+from .tasks import HeadTask, task_of, task_of_bundle
 
 _Read = tuple[bytes, NDArray[np.uint8] | ImageError]  # a path, and what came of it
 
@@ -41,8 +42,9 @@ class Prediction:
 
     Attributes:
         path: as it was given.
-        label, probability: of the most probable class; None where the file cannot be used.
-        probabilities: ``(k,)`` in the order of the bundle's classes.
+        label, probability: of the most probable class; None where the file cannot be used. Several labels have ``|`` between
+            them and no probability in common; of a regression both are None.
+        probabilities: ``(k,)`` in the order of the bundle's classes; of a regression, its numbers.
         code, message: why the file cannot be used.
         novelty: how unlike the training images it is; above 1 it is so. None where the bundle cannot tell.
     """
@@ -75,6 +77,7 @@ class Predictor:
         output: of the backbone's graph, where it has several.
         cuda: how a GPU computes; as it did for the cache.
         novelty: what tells images that are unlike the training images.
+        task: what the columns are, and how one decides by them; by default classes, one of which an image has.
     """
 
     def __init__(
@@ -91,8 +94,9 @@ class Predictor:
         output: str = "features",
         cuda: Cuda = DEFAULTS,
         novelty: Novelty | None = None,
+        task: HeadTask | None = None,
     ) -> None:
-        self.classes, self.novelty = list(classes), novelty
+        self.task, self.novelty = task or task_of(SINGLE_LABEL, list(classes)), novelty
         self._backbone, self._preprocess, self._head, self._storage = backbone, preprocess, head, storage
         self._device, self._batch_size, self._output = device, batch_size, output
         self._workers, self._cuda = workers, cuda
@@ -112,7 +116,8 @@ class Predictor:
             lambda probabilities: probabilities,
             fused.classes,
             storage="float32",
-            output=OUTPUT,
+            output=fused.output,
+            task=fused.bound_task,
             **_computing(Fingerprint(fused.fingerprint), options),
         )
 
@@ -127,6 +132,7 @@ class Predictor:
             storage=bundle.storage,
             output=bundle.backbone.outputs[0],
             novelty=bundle.novelty(),
+            task=task_of_bundle(bundle),
             **_computing(bundle.fingerprint, options),
         )
 
@@ -160,12 +166,16 @@ class Predictor:
                 yield Prediction(path, code=pixels.code, message=str(pixels))
                 continue
             row, novelty = next(rows)
-            best = int(row.argmax())
-            yield Prediction(path, self.classes[best], float(row[best]), row, novelty=novelty)
+            yield Prediction(path, *self.task.decide(row), row, novelty=novelty)
 
     def _judged(self, features: NDArray[Any]) -> Iterator[tuple[NDArray[np.float32], float | None]]:
         novelty = [None] * len(features) if self.novelty is None else self.novelty.scores(features).tolist()
         return zip(self._head(features), novelty, strict=True)
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """What the columns of its probabilities are called."""
+        return self.task.names
 
     @cached_property
     def embedder(self) -> Embedder:

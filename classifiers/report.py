@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, Any
 from store import hdf5
 from store.errors import OutputExistsError, UsageError
 from store.fingerprint import short
+from store.samples import MULTI_LABEL, SINGLE_LABEL
+
+from .tasks import output_table, task_of_bundle, whole_rows
 
 if TYPE_CHECKING:
     from .bundle import Bundle
@@ -80,12 +83,22 @@ def bundle_report(bundle: Bundle) -> str:
     """The page that lies in every bundle."""
     metrics = bundle.metrics
     split = bundle.split
-    lead = f"{bundle.head} head on {bundle.backbone.name} ({bundle.backbone.weights}), {len(bundle.classes)} classes"
+    task = task_of_bundle(bundle)
+    lead = f"{bundle.head} head on {bundle.backbone.name} ({bundle.backbone.weights}), {len(bundle.classes)} {task.plural}"
     figures: list[tuple[str, str, str]] = []
     sections: list[Section] = []
     notes: list[str] = []
     if metrics is None:
         notes.append("Nothing was held out, so this page cannot say how good the head is.")
+    elif bundle.task != SINGLE_LABEL:
+        figures = [
+            (what.partition(":")[0], value, "" if bounds == "-" else f"95 % interval {bounds}")
+            for what, value, bounds in whole_rows(metrics)
+        ]
+        figures.append(("held-out images", str(metrics["n"]), f"split {metrics['split']!r}"))
+        notes += metrics["notes"]
+        columns, lines = output_table(metrics)
+        sections.append(Section(f"The {task.plural}", columns=columns, rows=lines))
     else:
         detail = f"95 % interval {interval(metrics['accuracy_interval'])}"
         figures = [
@@ -135,6 +148,8 @@ def class_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _history_text(bundle: Bundle) -> str:
+    if bundle.task == MULTI_LABEL and bundle.head == "logistic":
+        return "Log-loss out of fold or on validation for each value of C, mean over the labels; each label has its own best C."
     if bundle.head == "logistic":
         return f"Log-loss out of fold or on validation for each value of C; C = {bundle.hyperparameters['C']:.4g} was chosen."
     if bundle.head == "ridge":
@@ -156,7 +171,8 @@ def history_svg(bundle: Bundle) -> str:
                 chosen = bundle.hyperparameters
                 line = [p for p in history if p.get("tau") == chosen.get("tau")]  # of knn's lines, the one of the chosen tau
                 axes.semilogx([p[key] for p in line], [p[loss] for p in line], "o-", color=BLUE, ms=4)
-                axes.axvline(chosen[key], color=ORANGE, ls="--", lw=1)
+                for value in chosen[key] if isinstance(chosen[key], list) else [chosen[key]]:  # one for each label
+                    axes.axvline(value, color=ORANGE, ls="--", lw=1)
                 axes.set_xlabel(meaning)
                 axes.set_ylabel(loss.replace("_", "-" if loss == "log_loss" else " "))
                 return

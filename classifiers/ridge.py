@@ -1,15 +1,26 @@
-"""Ridge regression on +-1 targets as a classifier: every lambda from one decomposition, in seconds."""
+"""Ridge regression, of numbers or as a classifier on +-1: every lambda from one decomposition, in seconds."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, RegressorMixin
+from sklearn.utils.validation import check_is_fitted, validate_data
+from threadpoolctl import threadpool_limits
+
+from store.samples import REGRESSION
 
 from .dense import DenseHead, FittedHead, Float32, standardisation
-from .searched import SearchedHead, Tried
+from .folds import group_folds
+from .regression import Intervals
+from .searched import JUDGED, SMALL, SearchedHead, Tried
+
+log = logging.getLogger("penult.classifiers")
 
 ALPHAS = tuple(float(alpha) for alpha in np.logspace(-2, 7, 37))
 DEFAULT_ALPHA = 1.0  # scikit-learn's
@@ -24,10 +35,10 @@ class _Spectrum:
     """One training set, decomposed once: after that, the solution of any lambda is a product.
 
     Standardised features are Z = P V^T, where P^T P is diagonal, so Z^T Z + lambda is diagonal in V. That comes from the
-    eigenvectors of Z^T Z, or of Z Z^T where there are fewer rows than columns: whichever is smaller.
+    eigenvectors of Z^T Z, or of Z Z^T where there are fewer rows than columns: whichever is smaller. ``wanted`` is ``(n, k)``.
     """
 
-    def __init__(self, X: Float32, targets: NDArray[np.intp], k: int) -> None:
+    def __init__(self, X: Float32, wanted: NDArray[np.float64]) -> None:
         n, d = X.shape
         self._mean, self._scale = standardisation(X)
         # Near a square, little is left over to judge a small lambda by, which float32 would lose.
@@ -36,9 +47,8 @@ class _Spectrum:
         self._Z -= self._mean
         self._Z /= self._scale
         self._tall = n > d
-        signs = _signs(targets, k)
-        self._bias = signs.mean(axis=0)
-        self._centred = signs - self._bias
+        self._bias = wanted.mean(axis=0)
+        self._centred = wanted - self._bias
         gram = _gram(self._Z if self._tall else self._Z.T)
         if not self._tall:  # what rounding left of the mean would weigh as much as a small lambda
             gram -= gram.mean(axis=0)
@@ -135,7 +145,7 @@ class RidgeHead(SearchedHead):
         alone = groups is None or len(set(groups)) == len(groups)
         if not alone or np.bincount(targets).min() < 2:
             return super()._by_folds(X, targets, groups)
-        spectrum = _Spectrum(X, targets, len(self.classes_))
+        spectrum = _Spectrum(X, _signs(targets, len(self.classes_)))
         settings, rows = self._settings(len(X)), self._drawing(len(X))(np.arange(len(X)))
         logits = list(spectrum.left_out(rows, [setting["alpha"] for setting in settings]))
         names = [str(label) for label in self.classes_]
@@ -144,12 +154,138 @@ class RidgeHead(SearchedHead):
     def _judge(
         self, X: Float32, targets: NDArray[np.intp], held: Float32, settings: Sequence[dict[str, Any]]
     ) -> Sequence[Float32]:
-        spectrum = _Spectrum(X, targets, len(self.classes_))
+        spectrum = _Spectrum(X, _signs(targets, len(self.classes_)))
         names = [str(label) for label in self.classes_]
         return [spectrum.head(setting["alpha"], names).logits(held) for setting in settings]
 
     def _fitted(self, X: Float32, targets: NDArray[np.intp], classes: list[str], setting: dict[str, Any]) -> FittedHead:
-        return _Spectrum(X, targets, len(classes)).head(setting["alpha"], classes)
+        return _Spectrum(X, _signs(targets, len(classes))).head(setting["alpha"], classes)
 
     def _score(self, logits: Float32, targets: NDArray[np.intp]) -> dict[str, float]:
         return {"squared_error": float(np.mean((logits - _signs(targets, logits.shape[1])) ** 2))}
+
+
+class RidgeRegressionHead(RegressorMixin, BaseEstimator):  # type: ignore[misc]
+    """Ridge regression of one number or several, with scikit-learn's manners: y is ``(n,)`` or ``(n, t)``.
+
+    Features and numbers are standardised. One lambda serves all columns; it has the least mean squared error, by leave-one-out,
+    which needs no other fit, or by folds where groups must not be divided, or on validation. The prediction intervals come from
+    the same left-out predictions.
+
+    Args:
+        alpha, alphas, cv, seed: as in `RidgeHead`.
+
+    Attributes:
+        alpha_: the value in use.
+        chosen_by_: ``leave-one-out``, ``folds`` or ``validation``; None where nothing could be chosen.
+        history_: for each value tried: alpha and squared_error, of standardised numbers, mean over columns.
+        dense_: the fitted head as arrays; its outputs are in the units of y.
+        conformal_: prediction intervals; None where nothing was out of fold.
+    """
+
+    kind, task = "ridge", REGRESSION
+    temperature_ = None
+
+    def __init__(self, alpha: float | None = None, *, alphas: Sequence[float] = ALPHAS, cv: int = 5, seed: int = 0) -> None:
+        self.alpha = alpha
+        self.alphas = alphas
+        self.cv = cv
+        self.seed = seed
+
+    def fit(
+        self,
+        X: ArrayLike,
+        y: ArrayLike,
+        *,
+        validation: tuple[ArrayLike, ArrayLike] | None = None,
+        groups: Sequence[bytes] | None = None,
+    ) -> Self:
+        """Choose lambda and fit.
+
+        Args:
+            X: features ``(n, d)``.
+            y: numbers ``(n,)`` or ``(n, t)``.
+            validation: ``(X, y)`` to choose on; the final fit uses both. Without it, left-out rows of ``X``.
+            groups: what must not be divided between folds, one per row of ``X``.
+        """
+        features, given = map(np.asarray, validate_data(self, X, y, dtype=np.float32, multi_output=True, y_numeric=True))
+        self.n_outputs_ = None if given.ndim == 1 else given.shape[1]
+        numbers = given.reshape(len(given), -1).astype(np.float64)
+        held = None
+        if validation is not None:
+            held = np.asarray(validation[0], np.float32), np.asarray(validation[1], np.float64).reshape(-1, numbers.shape[1])
+        with threadpool_limits(1 if features.size < SMALL else None):
+            self._choose_and_fit(features, numbers, held, groups)
+        return self
+
+    def _choose_and_fit(
+        self,
+        X: Float32,
+        numbers: NDArray[np.float64],
+        held: tuple[Float32, NDArray[np.float64]] | None,
+        groups: Sequence[bytes] | None,
+    ) -> None:
+        n, whole = len(X), None
+        if held is not None:
+            X, numbers = np.concatenate([X, held[0]]), np.concatenate([numbers, held[1]])
+        centre, unit = standardisation(numbers)
+        wanted = (numbers - centre) / unit
+        alphas = [float(alpha) for alpha in ([self.alpha] if self.alpha is not None else sorted(self.alphas))]
+        self.alpha_ = float(self.alpha or DEFAULT_ALPHA)
+        self.chosen_by_: str | None = None
+        self.conformal_: Intervals | None = None
+        self.history_: list[dict[str, float]] = []
+        if held is None and n > 2 and (groups is None or len(set(groups)) == n):
+            whole, by = _Spectrum(X, wanted), "leave-one-out"
+            rows = np.sort(np.random.default_rng(self.seed).permutation(n)[:JUDGED])
+            self._choose(by, alphas, list(whole.left_out(rows, alphas)), wanted[rows], unit)
+        elif folds := group_folds(n, groups, self.cv, self.seed) if held is None else [(np.arange(n), np.arange(n, len(X)))]:
+            by = "folds" if held is None else "validation"
+            spectra = (_Spectrum(X[train], wanted[train]) for train, _ in folds)
+            parts = [
+                [spectrum.head(alpha, []).logits(X[test]) for alpha in alphas]
+                for spectrum, (_, test) in zip(spectra, folds, strict=True)
+            ]
+            rows = np.concatenate([test for _, test in folds])
+            self._choose(by, alphas, [np.concatenate(each) for each in zip(*parts, strict=True)], wanted[rows], unit)
+        elif self.alpha is None:
+            log.warning("there is a single training sample or group: lambda cannot be chosen and is %g", self.alpha_)
+        self.dense_ = self._fitted(whole or _Spectrum(X, wanted), centre, unit)
+
+    def _choose(
+        self, by: str, alphas: Sequence[float], tried: Sequence[Float32], wanted: NDArray[np.float64], unit: Float32
+    ) -> None:
+        """By predictions ``(m, t)`` of rows that were left out, for each lambda."""
+        errors = [float(np.mean((values - wanted) ** 2)) for values in tried]
+        best = int(np.argmin(errors))
+        self.chosen_by_, self.alpha_ = by, alphas[best]
+        self.history_ = [{"alpha": alpha, "squared_error": error} for alpha, error in zip(alphas, errors, strict=True)]
+        self.conformal_ = Intervals.fit((tried[best] - wanted) * unit)
+
+    def _fitted(self, spectrum: _Spectrum, centre: Float32, unit: Float32) -> DenseHead:
+        """With outputs in their units."""
+        head = spectrum.head(self.alpha_, [str(j) for j in range(len(unit))])
+        ((weight, bias),) = head.layers
+        return replace(head, layers=[(weight * unit[:, None], bias * unit + centre)], activation="Identity")
+
+    def again(self, X: Float32, numbers: NDArray[np.float64]) -> DenseHead:
+        """A head on other rows ``(n, d)`` with what was chosen here, without choosing again."""
+        centre, unit = standardisation(numbers)
+        return self._fitted(_Spectrum(np.asarray(X, np.float32), (numbers - centre) / unit), centre, unit)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
+
+    def predict(self, X: ArrayLike) -> NDArray[np.float64]:
+        """The numbers, in the shape of y."""
+        check_is_fitted(self)
+        values = self.dense_.probabilities(validate_data(self, X, dtype=np.float32, reset=False)).astype(np.float64)
+        return values[:, 0] if self.n_outputs_ is None else values
+
+    @property
+    def hyperparameters_(self) -> dict[str, Any]:
+        """What was used, as JSON."""
+        tried = {"tried": len(self.history_), "chosen_by": self.chosen_by_}
+        return {"alpha": self.alpha_, **tried, "cv": self.cv, "seed": self.seed}

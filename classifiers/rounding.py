@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from store.cache import FeatureCache, groups_of
 from store.calibration import read_calibration
 from store.errors import BadDataError, PenultError
-from store.samples import Row
+from store.samples import SINGLE_LABEL, Row
 
 log = logging.getLogger("penult.classifiers")
 
@@ -37,6 +37,9 @@ def judge_rounding(cache: FeatureCache, head: Any, fitted: Sequence[Row]) -> dic
         BadDataError: int8 costs more than half a point and more than one image.
     """
     if cache.fingerprint.fields.get("precision") != "int8":
+        return None
+    if cache.samples.task != SINGLE_LABEL:
+        log.warning("what int8 costs this head is not judged: that is done for one label an image only")
         return None
     try:
         kept = read_calibration(cache.path)

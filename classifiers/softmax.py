@@ -152,7 +152,7 @@ class SoftmaxPath:
         self._targets, self._columns = targets, 1 if classes == 2 else classes
         self._weights = np.ones(len(targets)) if weights is None else weights
         self._total = float(self._weights.sum())
-        self._rows, self._axes, self._spread = _principal(inputs)
+        self._rows, self._axes, self._spread = principal_axes(inputs)
         self._exact = False
         self.evaluations = 0
 
@@ -242,7 +242,7 @@ def _ahead(found: Sequence[tuple[float, Float64]], C: float) -> Float64:
     return place if last == before else place + np.log(C / last) / np.log(last / before) * (place - first)
 
 
-def _principal(inputs: Float32) -> tuple[Float32, Float32, Float64]:
+def principal_axes(inputs: Float32) -> tuple[Float32, Float32, Float64]:
     """The rows in their principal axes ``(n, r)``, the axes ``(d, r)``, and the sum of squares along each ``(r,)``."""
     n, d = inputs.shape
     if n > d:

@@ -9,6 +9,7 @@ from rich.cells import cell_len
 
 from .evaluate import Evaluation
 from .report import CLASS_COLUMNS, class_rows, interval, percent
+from .tasks import Measured, output_table, task_of, whole_rows
 
 MATRIX_CLASSES = 20  # a wider confusion matrix does not fit a terminal; `--plot` shows it
 READABLE = 16  # characters that a column of text gets at least, if it needs them
@@ -77,8 +78,10 @@ def _narrowest(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int)
     return sum(min(width, READABLE) if i < left else width for i, width in enumerate(widths)) + GAP * (len(columns) - 1) + EDGES
 
 
-def evaluation_text(result: Evaluation, *, width: int | None = None) -> str:
+def evaluation_text(result: Evaluation | Measured, *, width: int | None = None) -> str:
     """Accuracy with its interval, the other figures, the per-class table, and the confusion matrix where it fits."""
+    if isinstance(result, Measured):
+        return _measured_text(result, width)
     low, high = result.accuracy_interval
     parts = [
         f"accuracy {result.accuracy:.4f} [{low:.4f}, {high:.4f}] (95 % Wilson), {result.n - result.correct} errors in "
@@ -91,6 +94,19 @@ def evaluation_text(result: Evaluation, *, width: int | None = None) -> str:
     ]
     if len(result.classes) <= MATRIX_CLASSES:
         parts.append(confusion_text(result, width=width))
+    return "\n\n".join(parts)
+
+
+def _measured_text(result: Measured, width: int | None) -> str:
+    """The headline, the figures over all labels or targets, and those of each."""
+    metrics = result.to_json()
+    task = task_of(result.task, [entry["name"] for entry in result.per_output])
+    parts = [
+        f"{task.headline(metrics)} (95 % interval), {result.n} images of {result.split!r}",
+        table(("figure", "value", "95 % interval"), whole_rows(metrics), width=width),
+        *_novelty(result.novelty, result.n),
+        table(*output_table(metrics), width=width),
+    ]
     return "\n\n".join(parts)
 
 

@@ -23,24 +23,24 @@ from extractor.prepare import fingerprints
 from extractor.session import resolve_device
 from extractor.sources import Source, files_of
 from store.cache import FeatureCache, Subset
-from store.errors import BadDataError, UsageError
-from store.samples import Row, SampleTable, display
-from store.splits import untrained_labels
+from store.errors import UsageError
+from store.samples import SINGLE_LABEL, Row, SampleTable, display
 
 from .batches import Item
-from .bundle import Bundle, refuse_existing, save_bundle
+from .bundle import Bundle, Predictions, refuse_existing, save_bundle
 from .dense import DenseHead
 from .evaluate import score
 from .fewshot import learning_curve
 from .finetune import FineTuneOptions, finetune
 from .heads import HEADS as HEADS
 from .heads import make_head as make_head
-from .heads import need_saveable
-from .heldout import Roles, as_predictions, assign_roles, inner_validation, predict_held_out
+from .heads import name_of, need_saveable, need_task
+from .heldout import Roles, assign_roles, inner_validation, predict_held_out
 from .leaks import Leak, LeakReport, conflicting_labels, guard, near_copies
 from .novelty import Novelty, novel_share
 from .predict import Predictor
 from .rounding import judge_rounding
+from .tasks import HeadTask, need_single_label, task_of
 
 log = logging.getLogger("penult.classifiers")
 
@@ -71,14 +71,17 @@ def train_head(
 
     Raises:
         BadDataError: the data cannot be trained on, or int8 features cost too much accuracy; says why.
-        UsageError: the head cannot be saved.
+        UsageError: the head cannot be saved, or is for another task than the samples.
         OutputExistsError: the bundle exists.
     """
     refuse_existing(out, overwrite=overwrite)
     need_saveable(head)
+    need_task(head, cache.samples.task)
+    if few_shot:
+        need_single_label(cache.samples.task, "--few-shot")
     origin = made_from(cache, head, val=val, test=test, split_seed=split_seed)
     roles = assign_roles(cache.samples, val=val, test=test, seed=split_seed)
-    _need_classes(roles)
+    _require(cache.samples, roles)
     train = cache.of_rows(roles.fit, "train")
     choose = cache.of_rows(roles.choose, "val") if roles.choose else None
     held_out = cache.of_rows(roles.report, str(roles.facts["reported_on"])) if roles.report else None
@@ -117,29 +120,30 @@ def _look_for_leaks(cache: FeatureCache, roles: Roles, fitted: Sequence[Subset],
     return LeakReport(
         copies=[row.name for row in roles.copies],
         near=sorted(best.values(), key=lambda leak: leak.ratio),
-        conflicts=conflicting_labels(cache.samples.rows),
+        conflicts=conflicting_labels(cache.samples),
         searched=searched,
     )
 
 
-def _with_leaks(metrics: dict[str, Any], leaks: LeakReport, held_out: Subset, probabilities: Any, classes: list[str]) -> None:
-    """Put what was found into the metrics, with the figures without the images that look like fitted ones."""
+def _with_leaks(metrics: dict[str, Any], leaks: LeakReport, held_out: Subset, probabilities: Any, task: HeadTask) -> None:
+    """Put what was found into the metrics, with the figure without the images that look like fitted ones."""
     metrics["leaks"] = leaks.to_json()
     suspicious = {leak.path for leak in leaks.near}
     keep = np.array([display(path) not in suspicious for path in held_out.paths])
     if leaks.near and keep.any():
-        without = score(held_out.y[keep], probabilities[keep], classes, held_out.name)
-        low, high = without.accuracy_interval
+        without = task.score(held_out.y[keep], probabilities[keep], held_out.name).to_json()
         metrics["notes"].append(
-            f"accuracy {metrics['accuracy']:.4f} with, {without.accuracy:.4f} [{low:.4f}, {high:.4f}] without the "
-            f"{len(leaks.near)} image(s) that look like copies of fitted ones"
+            f"{task.headline(metrics)} with, {task.headline(without)} without the {len(leaks.near)} image(s) that look like "
+            f"copies of fitted ones"
         )
-        metrics["leaks"] |= {"accuracy_without": without.accuracy, "n_without": without.n}
+        metrics["leaks"] |= {"n_without": without["n"]}
+        if "accuracy" in without:
+            metrics["leaks"]["accuracy_without"] = without["accuracy"]
 
 
 def made_from(cache: FeatureCache, head: Any, **split: Any) -> str:
     """Digest of everything that decides what `train_head` makes, hexadecimal."""
-    rows = [(row.sha256.hex(), row.label, row.split, row.group.hex()) for row in cache.rows()]
+    rows = [(row.sha256.hex(), row.label, row.split, row.group.hex(), *row.targets) for row in cache.rows()]
     facts = [cache.fingerprint.fields, rows, type(head).__name__, head.get_params(), split, cache.samples.facts.get("split")]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -181,25 +185,17 @@ def save_head(
     metrics = predictions = None
     novelty = Novelty.fit(fitted)
     conformal = getattr(head, "conformal_", None)
+    names = list(head.dense_.classes) if cache.samples.task == SINGLE_LABEL else cache.samples.outputs
+    facts_kept = conformal and conformal.to_json()
+    task = task_of(cache.samples.task, names, facts_kept, head.temperature_)
     if held_out is not None:
         probabilities = head.dense_.probabilities(held_out.X)
-        rows = [
-            Row(path, label, held_out.name, sha256=digest)
-            for path, label, digest in zip(held_out.paths, held_out.y.tolist(), held_out.sha256, strict=True)
-        ]
-        predictions = as_predictions(rows, probabilities, held_out.name)
-        evaluation = score(
-            held_out.y,
-            probabilities,
-            list(head.dense_.classes),
-            held_out.name,
-            temperature=head.temperature_,
-            conformal=conformal,
-        )
+        predictions = Predictions(held_out.sha256, held_out.paths, held_out.y, probabilities, held_out.name)
+        evaluation = task.score(held_out.y, probabilities, held_out.name)
         novel = novel_share(novelty.scores(held_out.X)) if novelty else None
         metrics = replace(evaluation, novelty=novel).to_json()
         if leaks is not None:
-            _with_leaks(metrics, leaks, held_out, probabilities, list(head.dense_.classes))
+            _with_leaks(metrics, leaks, held_out, probabilities, task)
     else:
         log.warning("nothing is held out, so nothing can be said about how good this head is")
     with cache.backbone_file() as file:
@@ -207,8 +203,9 @@ def save_head(
     bundle = Bundle(
         path=Path(out),
         kind="frozen",
-        head=type(head).__name__.removesuffix("Head").lower(),
-        classes=list(head.dense_.classes),
+        head=name_of(head),
+        task=task.name,
+        classes=names,
         backbone=facts,
         fingerprint=cache.fingerprint,
         split=split or {"reported_on": held_out.name if held_out else None, "rule": "caller"},
@@ -216,7 +213,7 @@ def save_head(
         history=list(head.history_),
         made_from=origin,
         metrics=metrics,
-        conformal=conformal and conformal.to_json(),
+        conformal=facts_kept,
         rounding=rounding,
         few_shot=few_shot,
         cost={
@@ -271,9 +268,10 @@ def train_finetuned(
         table: SampleTable = data.samples
     else:
         table = survey(data, load(backbone).preprocess, extract_options or Options())
+    need_single_label(table.task, "fine-tuning")
     roles = assign_roles(table)
     files = files_of(table, root) if isinstance(data, FeatureCache) else data.files
-    _need_classes(roles)
+    _require(table, roles)
     fit, choose = (roles.fit, roles.choose) if roles.choose else inner_validation(roles.fit, seed=options.seed)
     if not roles.choose:
         roles.facts["chosen_on"] = "a fifth of train, by hash rank"
@@ -289,7 +287,8 @@ def train_finetuned(
         predictor = Predictor(network, facts.preprocess, head.probabilities, classes, storage=storage, device=options.device)
         predictions = metrics = None
         if roles.report:
-            predictions = predict_held_out(predictor, roles.report, files, str(roles.facts["reported_on"]))
+            truth, name = table.truth(roles.report), str(roles.facts["reported_on"])
+            predictions = predict_held_out(predictor, roles.report, truth, files, name)
             metrics = score(predictions.labels, predictions.probabilities, classes, predictions.split).to_json()
         bundle = Bundle(
             path=out,
@@ -325,13 +324,6 @@ def _labelled(rows: Sequence[Row], files: Files, classes: list[str]) -> list[Ite
     return [(Located(files, row.path), index[str(row.label)]) for row in rows]
 
 
-def _need_classes(roles: Roles) -> None:
-    labels = {row.label for row in roles.fit}
+def _require(table: SampleTable, roles: Roles) -> None:
     parts = [(roles.fit, "train"), (roles.choose, roles.facts["chosen_on"]), (roles.report, roles.facts["reported_on"])]
-    unknown = untrained_labels([(row.label, str(name)) for part, name in parts for row in part])
-    if unknown:
-        message = f"{'; '.join(unknown)}: give it training images, or leave it out"
-        raise BadDataError(message)
-    if len(labels) < 2:
-        message = f"a classifier needs at least two classes; the training split has one, {labels.pop()!r}"
-        raise BadDataError(message)
+    task_of(table.task, table.outputs).require(table, [(rows, str(name)) for rows, name in parts])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from store.cache import assign_splits
-from store.samples import SINGLE_LABEL, Row, SampleTable
+from store.samples import MULTI_LABEL, SINGLE_LABEL, Row, SampleTable
 from store.splits import require_sizes, rule_text, split_names, untrained_labels
 
 from .options import Options
@@ -26,13 +26,20 @@ def resolve_splits(rows: Sequence[Row], options: Options, task: Task) -> tuple[l
     if any(row.split for row in rows):
         return list(rows), {"rule": "source"}
     good = [row for row in rows if row.ok]
-    if not good or (not task.targets and any(row.label is None for row in good)):
+    if not good or not _labelled([row.label for row in good], task):
         return list(rows), {"rule": "none"}
     fractions = {"val": options.val_fraction, "test": options.test_fraction}
     names = assign_splits(good, **fractions, seed=options.seed, stratify=task.name == SINGLE_LABEL)
     split_of = {row.path: name for row, name in zip(good, names, strict=True)}
     rule = {"rule": "hash-rank", "val": options.val_fraction, "test": options.test_fraction, "seed": options.seed}
     return [row.with_split(split_of.get(row.path)) for row in rows], rule
+
+
+def _labelled(labels: Sequence[str | None], task: Task) -> bool:
+    """Whether samples can be trained on, so that a split makes sense; where images have several labels, some may have none."""
+    if task.targets:
+        return True
+    return (any if task.name == MULTI_LABEL else all)(label is not None for label in labels)
 
 
 def say_splits(before: SampleTable | None, rows: Sequence[Row], rule: dict[str, Any], task: Task) -> None:
@@ -52,7 +59,7 @@ def say_splits(before: SampleTable | None, rows: Sequence[Row], rule: dict[str, 
 
 def check_splits_possible(samples: Sequence[Sample], options: Options, task: Task) -> None:
     """Refuse before computing what `resolve_splits` would refuse after hours."""
-    if any(s.split for s in samples) or (not task.targets and any(s.label is None for s in samples)):
+    if any(s.split for s in samples) or not _labelled([s.label for s in samples], task):
         return
     stratify = task.name == SINGLE_LABEL
     if stratify and not any(sample.group for sample in samples):

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from . import compact, hdf5, shard
 from .errors import BadDataError, CorruptCacheError, InputMissingError, NewerFormatError, UsageError
 from .fingerprint import Fingerprint
-from .samples import Row, SampleTable
+from .samples import LACKING, SINGLE_LABEL, Row, SampleTable
 from .splits import hash_rank_split, merge_groups
 
 log = logging.getLogger("penult.store")
@@ -36,7 +36,7 @@ class Subset:
 
     Attributes:
         X: features ``(n, d)``, float32, or float16 where all rows are stored so.
-        y: labels ``(n,)`` of dtype str.
+        y: labels ``(n,)`` of dtype str; for other tasks as `SampleTable.truth` has it.
         sha256: content digest of each sample, 32 bytes.
         paths: relative path of each sample.
         groups: what must not be divided; by default the content digest.
@@ -44,7 +44,7 @@ class Subset:
     """
 
     X: NDArray[np.floating[Any]]
-    y: NDArray[np.str_]
+    y: NDArray[Any]
     sha256: Sequence[bytes]
     paths: Sequence[bytes]
     groups: Sequence[bytes]
@@ -274,7 +274,7 @@ class FeatureCache:
             BadDataError: a class is too small for the splits asked for.
         """
         rows = self.rows()
-        names = assign_splits(rows, val=val, test=test, seed=seed)
+        names = assign_splits(rows, val=val, test=test, seed=seed, stratify=self.samples.task == SINGLE_LABEL)
         wanted = ["train", *(["val"] if val else []), *(["test"] if test else [])]
         return tuple(
             self.of_rows([row for row, name in zip(rows, names, strict=True) if name == want], want) for want in wanted
@@ -284,12 +284,13 @@ class FeatureCache:
         """Features and labels of some of this cache's ok rows.
 
         Raises:
-            BadDataError: there are none, or some have no label.
+            BadDataError: there are none, or some have no label or lack a target.
         """
-        unlabelled = [row for row in rows if row.label is None]
+        unlabelled = self.samples.incomplete(rows)
         if unlabelled or not rows:
+            what = f"{len(unlabelled)} of {len(rows)} samples"
             message = (
-                f"{self.path}: {len(unlabelled)} of {len(rows)} samples have no label (such as {unlabelled[0].name})"
+                f"{self.path}: {what} {LACKING[self.samples.task]} (such as {unlabelled[0].name})"
                 if rows
                 else f"{self.path} has no usable samples"
             )
@@ -297,7 +298,7 @@ class FeatureCache:
         digests = [row.sha256 for row in rows]
         return Subset(
             X=self.features(digests),
-            y=np.array([row.label for row in rows], dtype=str),
+            y=self.samples.truth(rows),
             sha256=digests,
             paths=[row.path for row in rows],
             groups=groups_of(rows),

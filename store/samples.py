@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import hdf5
-from .errors import CorruptCacheError
+from .errors import BadDataError, CorruptCacheError
 
 ENCODING_TYPE = "penult-samples"
 TASKS = SINGLE_LABEL, MULTI_LABEL, REGRESSION = "single-label", "multi-label", "regression"
+LACKING = {SINGLE_LABEL: "have no label", REGRESSION: "lack a target"}  # and without any label, an image is what it is
 LABEL_SEPARATOR = "|"
 MISSING = math.nan  # one object for all: rows that lack the same target compare equal
 
@@ -96,6 +97,62 @@ class SampleTable:
     def classes(self) -> list[str]:
         """The distinct labels of the ok rows, sorted."""
         return sorted({label for row in self.rows if row.ok for label in self.labels_of(row)})
+
+    @property
+    def outputs(self) -> list[str]:
+        """What a head has an output for: each label, or each numeric target."""
+        return list(self.target_names) if self.task == REGRESSION else self.classes
+
+    def incomplete(self, rows: Sequence[Row], names: Sequence[str] | None = None) -> list[Row]:
+        """The rows that do not say what is to be predicted. Of several labels, an image may have none.
+
+        Args:
+            rows: of this table.
+            names: the targets that count; by default all.
+        """
+        if self.task == MULTI_LABEL:
+            return []
+        if self.task == REGRESSION:
+            places = self._places(names)
+            return [row for row in rows if any(row.targets[i] != row.targets[i] for i in places)]
+        return [row for row in rows if row.label is None]
+
+    def truth(self, rows: Sequence[Row], names: Sequence[str] | None = None) -> NDArray[Any]:
+        """What is to be predicted of some rows.
+
+        Args:
+            rows: of this table, none of them `incomplete`.
+            names: of the columns; by default `outputs`.
+
+        Returns:
+            Labels ``(n,)``; with several labels, which of them each row has ``(n, k)`` bool; targets ``(n, t)`` float64.
+
+        Raises:
+            BadDataError: a label is none of the names, or a target is not there; names it.
+        """
+        if self.task == SINGLE_LABEL:
+            return np.array([row.label for row in rows], dtype=str)
+        if self.task == REGRESSION:
+            places = self._places(names)
+            return np.array([[row.targets[i] for i in places] for row in rows], np.float64).reshape(len(rows), len(places))
+        index = {name: i for i, name in enumerate(self.outputs if names is None else names)}
+        found = np.zeros((len(rows), len(index)), bool)
+        for i, row in enumerate(rows):
+            for label in self.labels_of(row):
+                if label not in index:
+                    message = f"{row.name} has the label {label!r}; expected some of {', '.join(map(repr, index))}"
+                    raise BadDataError(message)
+                found[i, index[label]] = True
+        return found
+
+    def _places(self, names: Sequence[str] | None) -> list[int]:
+        """Which numbers of a row are these targets."""
+        wanted, have = self.target_names if names is None else names, list(self.target_names)
+        missing = [name for name in wanted if name not in have]
+        if missing:
+            message = f"there is no target {missing[0]!r} in the samples; there is {', '.join(map(repr, have)) or 'none'}"
+            raise BadDataError(message)
+        return [have.index(name) for name in wanted]
 
     def splits(self) -> list[str]:
         """The distinct splits of the ok rows, in the order train, val, test, others."""

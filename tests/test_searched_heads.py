@@ -95,7 +95,7 @@ def test_ridge_chooses_as_ridge_classifier_cv_does(n: int, d: int) -> None:
 def test_left_out_values_are_those_of_a_fit_without_the_row() -> None:
     X, y = blobs(n=40, d=9, noise=4)
     Z = StandardScaler().fit_transform(X.astype(np.float64))
-    spectrum = ridge._Spectrum(X, np.searchsorted(["ant", "bee", "cat"], y), 3)
+    spectrum = ridge._Spectrum(X, ridge._signs(np.searchsorted(["ant", "bee", "cat"], y), 3))
     [found] = spectrum.left_out(np.arange(40), [5.0])
     expected = cross_val_predict(RidgeClassifier(alpha=5.0), Z, y, cv=LeaveOneOut(), method="decision_function")
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)

@@ -106,15 +106,13 @@ def test_too_few_samples_for_the_splits_are_said_before_anything_is_computed(lis
     assert not (listed.parent / "c").exists()
 
 
-def test_heads_are_for_one_label(listed: Path, backbone: Backbone, dataset: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_head_is_for_one_task(listed: Path, backbone: Backbone, dataset: Callable[..., Path], tmp_path: Path) -> None:
     run_extract(open_source(listed, task="multi-label"), backbone, tmp_path / "c", Options(quiet=True))
-    with pytest.raises(
-        BadDataError, match="extracted with --task multi-label, and there are heads for single-label only so far"
-    ):
+    with pytest.raises(UsageError, match="LogisticHead is a head for single-label, and these samples were"):
         train_head(FeatureCache(tmp_path / "c"), tmp_path / "h", make_head("logistic"))
     run_extract(ImageFolder(dataset(tmp_path / "p")), backbone, tmp_path / "d", Options(quiet=True))
     bundle = train_head(FeatureCache(tmp_path / "d"), tmp_path / "h", make_head("logistic"))
-    with pytest.raises(BadDataError, match="extracted with --task multi-label"):
+    with pytest.raises(BadDataError, match="extracted with --task multi-label, and h is a head for single-label"):
         evaluate_bundle(bundle, tmp_path / "c")
 
 
@@ -142,7 +140,9 @@ def test_the_command_line_takes_a_task(listed: Path, backbone_file: Path, tmp_pa
     done = penult("info", cache)
     assert "target age: 16 given, 0.0 to 225.0" in done.stdout
     done = penult("train", cache, "-o", tmp_path / "h")
-    assert (done.returncode, done.stderr.count("heads for single-label only so far")) == (65, 1)
+    assert (done.returncode, "ridge head, 1 targets" in done.stdout) == (0, True), done.stderr
+    done = penult("train", cache, "--head", "logistic", "-o", tmp_path / "l")
+    assert (done.returncode, done.stderr) == (2, "error: --head logistic: there is ridge for --task regression\n")
     done = penult("extract", listed, "-m", backbone_file, "-o", tmp_path / "d", "--target", "age")
     assert (done.returncode, done.stderr) == (
         2,
