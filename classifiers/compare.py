@@ -9,7 +9,8 @@ from typing import Any
 from store.errors import BadDataError, UsageError
 
 from .bundle import Bundle
-from .report import BLUE, Section, interval, page, percent, svg
+from .plots import BLUE, svg
+from .report import Section, interval, page, percent
 
 SPLIT_FLAGS = (("val-fraction", "val"), ("test-fraction", "test"), ("seed", "seed"))
 COLUMNS = ("bundle", "kind", "accuracy", "95 % interval", "macro F1", "training", "extraction", "images through backbone")

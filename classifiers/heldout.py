@@ -194,6 +194,7 @@ def evaluate_bundle(
         features, novelty = cache.features([row.sha256 for row in fresh]), bundle.novelty()
         probabilities = head_function(bundle.path / "head.onnx")(features)
         predictions = as_predictions(fresh, probabilities, name, novelty.scores(features) if novelty else None)
+        predictions = replace(predictions, features=features)
     else:
         predictor = Predictor.of(bundle, **predictor_options)
         files = source.files if source is not None else files_of(table, root)

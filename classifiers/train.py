@@ -37,6 +37,7 @@ from .heads import HEADS as HEADS
 from .heads import make_head as make_head
 from .heads import need_saveable
 from .heldout import Roles, as_predictions, assign_roles, inner_validation, predict_held_out
+from .illustrations import files_or_none, illustrate
 from .leaks import Leak, LeakReport, conflicting_labels, guard, near_copies
 from .novelty import Novelty, novel_share
 from .predict import Predictor
@@ -56,6 +57,7 @@ def train_head(
     leaks: str = "warn",
     few_shot: Sequence[int] = (),
     repeats: int = 20,
+    pictures: bool = True,
     overwrite: bool = False,
 ) -> Bundle:
     """Fit a head on a cache's training rows, evaluate it on the held-out ones and save a bundle.
@@ -67,6 +69,7 @@ def train_head(
         val, test, split_seed: fractions for a split other than the stored one.
         leaks: what happens to images on both sides of the split: ``warn``, ``refuse`` or ``allow``; see `leaks`.
         few_shot, repeats: images of each class and draws of them, for a learning curve on the held-out images; see `fewshot`.
+        pictures: whether the report has thumbnails of mistakes and of training images like them.
         overwrite: replace an existing bundle.
 
     Raises:
@@ -103,6 +106,7 @@ def train_head(
         leaks=found,
         rounding=rounding,
         few_shot=curve,
+        files=files_or_none(cache.samples) if pictures else None,
         overwrite=overwrite,
     )
 
@@ -157,6 +161,7 @@ def save_head(
     leaks: LeakReport | None = None,
     rounding: dict[str, Any] | None = None,
     few_shot: list[dict[str, Any]] | None = None,
+    files: Files | None = None,
     overwrite: bool = False,
 ) -> Bundle:
     """Save a fitted head as a bundle.
@@ -172,13 +177,14 @@ def save_head(
         leaks: what was found on both sides of the split.
         rounding: what `judge_rounding` found, of an int8 cache.
         few_shot: what `learning_curve` found.
+        files: where the report takes thumbnails from; None for none.
         origin: what `made_from` says, if a later run shall recognise this one.
         overwrite: replace an existing bundle.
     """
     from extractor.onnxfile import read_facts
 
     need_saveable(head)
-    metrics = predictions = None
+    metrics = predictions = shown = None
     novelty = Novelty.fit(fitted)
     conformal = getattr(head, "conformal_", None)
     if held_out is not None:
@@ -198,6 +204,7 @@ def save_head(
         )
         novel = novel_share(novelty.scores(held_out.X)) if novelty else None
         metrics = replace(evaluation, novelty=novel).to_json()
+        shown = illustrate(predictions, list(head.dense_.classes), X=held_out.X, fitted=fitted, files=files)
         if leaks is not None:
             _with_leaks(metrics, leaks, held_out, probabilities, list(head.dense_.classes))
     else:
@@ -234,6 +241,7 @@ def save_head(
             predictions=predictions,
             fitted=digests,
             novelty=novelty.to_bytes() if novelty else None,
+            shown=shown,
             overwrite=overwrite,
         )
 
@@ -246,6 +254,7 @@ def train_finetuned(
     *,
     extract_options: Options | None = None,
     root: Path | None = None,
+    pictures: bool = True,
     overwrite: bool = False,
 ) -> Bundle:
     """Fine-tune the backbone end to end on the same split and save it as a bundle like any other.
@@ -257,6 +266,7 @@ def train_finetuned(
         options: of the training.
         extract_options: the split, where ``data`` is a source without one.
         root: where the images are, if they moved since the cache was made.
+        pictures: whether the report has thumbnails of mistakes.
         overwrite: replace an existing bundle.
 
     Raises:
@@ -287,10 +297,11 @@ def train_finetuned(
         facts = to_onnx(tuned.loaded, backbone.name, network)
         storage = "float32"  # its features are never cached, hence never rounded
         predictor = Predictor(network, facts.preprocess, head.probabilities, classes, storage=storage, device=options.device)
-        predictions = metrics = None
+        predictions = metrics = shown = None
         if roles.report:
             predictions = predict_held_out(predictor, roles.report, files, str(roles.facts["reported_on"]))
             metrics = score(predictions.labels, predictions.probabilities, classes, predictions.split).to_json()
+            shown = illustrate(predictions, classes, files=files if pictures else None)
         bundle = Bundle(
             path=out,
             kind="fine-tuned",
@@ -316,6 +327,7 @@ def train_finetuned(
             head=head.to_onnx(),
             predictions=predictions,
             fitted=fitted,
+            shown=shown,
             overwrite=overwrite,
         )
 
