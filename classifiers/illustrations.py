@@ -181,4 +181,5 @@ def report_again(
     else:
         files = open_source(data, root=root).files
     found = illustrate(predictions, bundle.classes, X=predictions.features, fitted=fitted, files=files if pictures else None)
-    return bundle_report(replace(bundle, metrics=evaluation.to_json()), predictions, found)
+    own = bundle.metrics is not None and bundle.predictions().ids == predictions.ids  # which also know of leaks
+    return bundle_report(bundle if own else replace(bundle, metrics=evaluation.to_json()), predictions, found)

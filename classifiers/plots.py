@@ -31,6 +31,7 @@ SEARCHES = (  # what a history is a search of: the setting, what to call it, wha
     ("k", "k (neighbours)", "log_loss"),
 )
 MANY_CLASSES = 40  # more do not fit a matrix that can be read; the most confused ones are shown
+MANY_BARS = 24
 NUMBERED = 25  # a matrix of more classes has no room for counts
 
 
@@ -44,6 +45,7 @@ def history_svg(bundle: Bundle) -> str:
                 chosen = bundle.hyperparameters
                 line = [p for p in history if p.get("tau") == chosen.get("tau")]  # of knn's lines, the one of the chosen tau
                 axes.semilogx([p[key] for p in line], [p[loss] for p in line], "o-", color=BLUE, ms=4)
+                axes.minorticks_off()
                 axes.axvline(chosen[key], color=ORANGE, ls="--", lw=1)
                 axes.set_xlabel(meaning)
                 axes.set_ylabel(loss.replace("_", "-" if loss == "log_loss" else " "))
@@ -83,9 +85,9 @@ def recall_svg(metrics: dict[str, Any]) -> str:
     """Recall of each class with its interval, the worst at the top where there are too many for all."""
     entries = [entry for entry in metrics["per_class"] if entry["n"]]
     title = ""
-    if len(entries) > MANY_CLASSES:
-        entries = sorted(entries, key=lambda entry: entry["recall"])[:MANY_CLASSES]
-        title = f"the {MANY_CLASSES} classes of least recall"
+    if len(entries) > MANY_BARS:
+        entries = sorted(entries, key=lambda entry: entry["recall"])[:MANY_BARS]
+        title = f"the {MANY_BARS} classes of least recall"
 
     def draw(axes: Any) -> None:
         places = np.arange(len(entries))[::-1]
@@ -148,29 +150,33 @@ def map_svg(found: FeatureMap, truth: NDArray[np.intp], guess: NDArray[np.intp],
     """Images as points, coloured by true class; a ring around those that were taken for another one."""
     truth, guess, points = truth[found.rows], guess[found.rows], found.points
     present = np.unique(truth)
+    few = len(present) <= len(COLOURS)
 
     def draw(axes: Any) -> None:
         from matplotlib import colormaps
 
-        few = len(present) <= len(COLOURS)
-        for i, c in enumerate(present):
-            colour = COLOURS[i] if few else colormaps["hsv"](i / len(present))
-            here = points[truth == c]
-            axes.scatter(*here.T, s=14, color=colour, alpha=0.75, linewidths=0, label=shorten(classes[c]))
+        place = np.searchsorted(present, truth)
+        hues = np.array(COLOURS) if few else colormaps["hsv"](np.arange(len(present)) / len(present))
+        dots = {"s": 14, "alpha": 0.75, "linewidths": 0}
+        if few:  # each has a line in the legend
+            for i, c in enumerate(present):
+                axes.scatter(*points[place == i].T, color=hues[i], label=shorten(classes[c]), **dots)
+        else:
+            axes.scatter(*points.T, c=hues[place], **dots)
         wrong = points[truth != guess]
         axes.scatter(*wrong.T, s=34, facecolors="none", edgecolors=INK, linewidths=0.9, label="taken for another class")
         axes.set_xticks([])
         axes.set_yticks([])
         axes.spines[:].set_visible(False)
         if few:
-            axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, handletextpad=0.1)
+            columns = 4 if max(len(classes[c]) for c in present) < 8 else 2
+            axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=columns, handletextpad=0.1)
         elif len(present) <= MANY_CLASSES:
             for c in present:
                 x, y = np.median(points[truth == c], axis=0)
                 box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.8}
                 axes.text(x, y, shorten(classes[c]), ha="center", va="center", fontsize=8, bbox=box)
 
-    few = len(present) <= len(COLOURS)
     return svg(draw, (WIDTH, 4.0 + 0.12 * (len(present) + 2)) if few else (9.4, 6.2))
 
 

@@ -101,9 +101,14 @@ def bundle_report(bundle: Bundle, predictions: Predictions | None = None, shown:
     else:
         cards = _cards(metrics)
         notes += metrics["notes"]
-        sections += _quality(bundle, metrics, predictions)
+        sections.append(Section("Confusion matrix", plot=plots.confusion_svg(metrics), half=len(metrics["classes"]) <= SMALL))
+    if metrics and predictions:
+        sections.append(_reliability(bundle, metrics, predictions))
     if bundle.history and bundle.head != "centroid":  # which has nothing to choose
         sections.append(Section("Training", text=_history_text(bundle), plot=plots.history_svg(bundle), half=True))
+    if metrics:
+        text = "How many images of each class were found."
+        sections.append(Section("Classes", text=text, plot=plots.recall_svg(metrics), half=True))
     if bundle.few_shot:
         sections.append(_few_shot(bundle.few_shot))
     if metrics and predictions and shown:
@@ -138,27 +143,16 @@ def _cards(metrics: dict[str, Any]) -> list[Card]:
     return cards
 
 
-def _quality(bundle: Bundle, metrics: dict[str, Any], predictions: Predictions | None) -> list[Section]:
-    few = len(metrics["classes"]) <= SMALL
-    sections = [
-        Section("Confusion matrix", plot=plots.confusion_svg(metrics), half=few),
-        Section("Classes", text="How many images of each class were found.", plot=plots.recall_svg(metrics), half=True),
-    ]
-    if predictions is not None:
-        temperature = bundle.hyperparameters.get("temperature")
-        before = None if temperature is None else untempered(predictions.probabilities, temperature)
-        plot = plots.reliability_svg(_truth(bundle, predictions), predictions.probabilities, before)
-        sections.append(Section("Reliability", text=_reliability_text(metrics, temperature), plot=plot, half=True))
-    return sections
-
-
-def _reliability_text(metrics: dict[str, Any], temperature: float | None) -> str:
+def _reliability(bundle: Bundle, metrics: dict[str, Any], predictions: Predictions) -> Section:
+    temperature = bundle.hyperparameters.get("temperature")
+    before = None if temperature is None else untempered(predictions.probabilities, temperature)
+    plot = plots.reliability_svg(_truth(bundle, predictions), predictions.probabilities, before)
     ece = {name: figure["value"] for name, figure in metrics.get("figures", {}).items() if name.startswith("ece")}
     text = "How often the head is right where it is so sure; on the dashed line its confidence can be taken at its word."
     if "ece" in ece:
-        before = "" if temperature is None else f" ({ece['ece_before']:.3f} before temperature scaling, T = {temperature:.2f})"
-        text += f" ECE {ece['ece']:.3f}{before}; perfect confidence would show about {ece['ece_by_chance']:.3f} here."
-    return text
+        scaled = "" if temperature is None else f" ({ece['ece_before']:.3f} before temperature scaling, T = {temperature:.2f})"
+        text += f" ECE {ece['ece']:.3f}{scaled}; perfect confidence would show about {ece['ece_by_chance']:.3f} here."
+    return Section("Reliability", text=text, plot=plot, half=True)
 
 
 def _few_shot(curve: Sequence[dict[str, Any]]) -> Section:

@@ -79,7 +79,7 @@ def train_head(
     """
     refuse_existing(out, overwrite=overwrite)
     need_saveable(head)
-    origin = made_from(cache, head, val=val, test=test, split_seed=split_seed)
+    origin = made_from(cache, head, pictures=pictures, val=val, test=test, split_seed=split_seed)
     roles = assign_roles(cache.samples, val=val, test=test, seed=split_seed)
     _need_classes(roles)
     train = cache.of_rows(roles.fit, "train")
@@ -141,10 +141,11 @@ def _with_leaks(metrics: dict[str, Any], leaks: LeakReport, held_out: Subset, pr
         metrics["leaks"] |= {"accuracy_without": without.accuracy, "n_without": without.n}
 
 
-def made_from(cache: FeatureCache, head: Any, **split: Any) -> str:
+def made_from(cache: FeatureCache, head: Any, *, pictures: bool = True, **split: Any) -> str:
     """Digest of everything that decides what `train_head` makes, hexadecimal."""
     rows = [(row.sha256.hex(), row.label, row.split, row.group.hex()) for row in cache.rows()]
     facts = [cache.fingerprint.fields, rows, type(head).__name__, head.get_params(), split, cache.samples.facts.get("split")]
+    facts += [] if pictures else ["no pictures"]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
