@@ -148,7 +148,7 @@ def _reliability(bundle: Bundle, metrics: dict[str, Any], predictions: Predictio
     before = None if temperature is None else untempered(predictions.probabilities, temperature)
     plot = plots.reliability_svg(_truth(bundle, predictions), predictions.probabilities, before)
     ece = {name: figure["value"] for name, figure in metrics.get("figures", {}).items() if name.startswith("ece")}
-    text = "How often the head is right where it is so sure; on the dashed line its confidence can be taken at its word."
+    text = "How often the head is right where it claims so much confidence; on the dashed line the two agree."
     if "ece" in ece:
         scaled = "" if temperature is None else f" ({ece['ece_before']:.3f} before temperature scaling, T = {temperature:.2f})"
         text += f" ECE {ece['ece']:.3f}{scaled}; perfect confidence would show about {ece['ece_by_chance']:.3f} here."
