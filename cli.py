@@ -575,9 +575,16 @@ def compact(cache: Path, output: Path | None, dtype: str, layer: str | None, *, 
     help="Kind of head.",
 )
 @click.option("--C", "C", type=click.FloatRange(0, min_open=True), help="logistic: one value instead of a search.")
+@click.option("--class-weight", type=click.Choice(["balanced"]), help="logistic: as if every class had as many images.")
+@click.option(
+    "--select", type=click.Choice(["log-loss", "accuracy"]), help="logistic: what C is chosen by.  [default: log-loss]"
+)
+@click.option("--l1-ratio", type=click.FloatRange(0, 1), help="logistic: elastic net (slow): the share of |w| in its penalty.")
 @click.option("--alpha", type=click.FloatRange(0, min_open=True), help="ridge: one value instead of a search.")
 @click.option("--k", "k", type=click.IntRange(1), help="knn: how many neighbours vote, instead of a search.")
-@click.option("--hidden", metavar="N,N", help="mlp: width of each hidden layer.")
+@click.option("--hidden", metavar="N,N", help="mlp: width of each hidden layer, instead of a search.")
+@click.option("--lr", type=click.FloatRange(0, min_open=True), help="mlp: learning rate, instead of a search.")
+@click.option("--schedule", type=click.Choice(["constant", "cosine"]), help="mlp: of the learning rate.  [default: constant]")
 @click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), help="mlp: probability.")
 @click.option("--weight-decay", type=click.FloatRange(0), help="mlp: of AdamW.")
 @click.option(
@@ -609,7 +616,8 @@ def train(cache: Path, output: Path, head: str, *, as_json: bool, overwrite: boo
     shots: list[Any] = (
         [number(each, "--few-shot", MAX_SHOTS) for each in given["few_shot"].split(",")] if given["few_shot"] else []
     )
-    settings = {key: given[key] for key in ("C", "alpha", "k", "dropout", "weight_decay")} | {"hidden": hidden}
+    names = ("C", "class_weight", "select", "l1_ratio", "alpha", "k", "dropout", "weight_decay", "lr", "schedule")
+    settings = {"hidden": hidden, **{name: given[name] for name in names}}
     fractions = {"val": given["val_fraction"], "test": given["test_fraction"], "split_seed": given["seed"]}
     made = make_head(head, seed=given["seed"], **settings)
     bundle = train_head(

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -379,6 +380,7 @@ def main() -> None:
         grids = [grid(name, models[name], part, scratch, given.turns) for name, part in tried.items()]
         huge = enlarge(Path(scratch) / "huge", some[:: max(len(some) // 40, 1)][:40], (4000, 3000))
         peak = measure("memory", models["mobilenet_v2"], str(huge), scratch)["MiB"]
+    others = re.findall(r"<!-- made by benchmarks/\w+\.py -->.*?<!-- end -->", TABLE.read_text(), re.DOTALL)
     TABLE.write_text(
         TEXT.format(
             date=date.today(),
@@ -407,6 +409,7 @@ def main() -> None:
             grids="\n\n".join(grids),
             peak=peak,
         )
+        + "".join(f"\n{section}\n" for section in others)
     )
 
 

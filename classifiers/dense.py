@@ -15,8 +15,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from store.errors import BadDataError
 
+from .folds import Fold
+
 Float32 = NDArray[np.float32]
-Fold = tuple[NDArray[np.intp], NDArray[np.intp]]  # row numbers to fit on, and to judge on
 OPSET = 20
 SHORTEST = 1e-12  # what a length is at least, where it is divided by
 
@@ -69,15 +70,22 @@ class FittedHead(ABC):
         checker.check_model(model)
         return bytes(model.SerializeToString())
 
-    def calibrated(self, logits: ArrayLike, targets: NDArray[np.intp], *, unscaled: bool = False) -> Self:
+    def calibrated(
+        self,
+        logits: ArrayLike,
+        targets: NDArray[np.intp],
+        *,
+        weights: NDArray[np.float64] | None = None,
+        unscaled: bool = False,
+    ) -> Self:
         """This head with the temperature that minimises the log-loss of logits it was not fitted on.
 
         Args:
             logits: ``(n, k)``, out of fold.
             targets: ``(n,)`` class indices.
-            unscaled: as in `fit_temperature`.
+            weights, unscaled: as in `fit_temperature`.
         """
-        return self.with_temperature(fit_temperature(np.asarray(logits), targets, unscaled=unscaled))
+        return self.with_temperature(fit_temperature(np.asarray(logits), targets, weights=weights, unscaled=unscaled))
 
 
 @dataclass(frozen=True)
@@ -186,10 +194,14 @@ def with_validation(
     return np.concatenate([X, held]), np.concatenate([targets, np.searchsorted(classes, labels)]), [fold]
 
 
-def standardisation(X: NDArray[np.floating[Any]]) -> tuple[Float32, Float32]:
+def standardisation(X: NDArray[np.floating[Any]], weights: NDArray[np.float64] | None = None) -> tuple[Float32, Float32]:
     """Mean and standard deviation per feature, computed in float64; constant features keep a scale of 1."""
-    mean = X.mean(axis=0, dtype=np.float64)
-    scale = X.std(axis=0, dtype=np.float64)
+    if weights is None:
+        mean = X.mean(axis=0, dtype=np.float64)
+        scale = X.std(axis=0, dtype=np.float64)
+    else:
+        mean = np.average(X.astype(np.float64), axis=0, weights=weights)
+        scale = np.sqrt(np.average(np.square(X - mean), axis=0, weights=weights))
     scale[scale < 1e-12 * np.maximum(np.abs(mean), 1e-30)] = 1.0
     scale[scale == 0] = 1.0
     return mean.astype(np.float32), scale.astype(np.float32)
@@ -201,21 +213,28 @@ def softmax(logits: NDArray[np.floating[Any]]) -> Float32:
     return np.asarray(shifted / shifted.sum(axis=1, keepdims=True), np.float32)
 
 
-def log_loss(logits: NDArray[np.floating[Any]], targets: NDArray[np.intp]) -> float:
-    """Mean negative log-likelihood of ``(n, k)`` logits, in float64, without clipping."""
+def log_loss(logits: NDArray[np.floating[Any]], targets: NDArray[np.intp], weights: NDArray[np.float64] | None = None) -> float:
+    """Mean, weighted where rows have weights, negative log-likelihood of ``(n, k)`` logits, in float64, without clipping."""
     wide = logits.astype(np.float64)
     top = wide.max(axis=1)
     total = top + np.log(np.exp(wide - top[:, None]).sum(axis=1))
-    return float(np.mean(total - wide[np.arange(len(targets)), targets]))
+    return float(np.average(total - wide[np.arange(len(targets)), targets], weights=weights))
 
 
-def fit_temperature(logits: NDArray[np.floating[Any]], targets: NDArray[np.intp], *, unscaled: bool = False) -> float:
+def fit_temperature(
+    logits: NDArray[np.floating[Any]],
+    targets: NDArray[np.intp],
+    *,
+    weights: NDArray[np.float64] | None = None,
+    unscaled: bool = False,
+) -> float:
     """The temperature in [0.05, 20] with the least log-loss. Without a single error it would run to the lower end, where
     every probability is 1; a data set that small proves no such certainty, so there the temperature stays at 1 or above.
 
     Args:
         logits: ``(n, k)``.
         targets: ``(n,)`` class indices.
+        weights: of the rows ``(n,)``; None is 1 for each.
         unscaled: the logits are scores such as cosines, whose size says nothing: the range is [0.01, 1000], and instead of
             the bound at 1, one more sample counts that belongs to every class alike (Laplace's rule of succession).
     """
@@ -227,7 +246,7 @@ def fit_temperature(logits: NDArray[np.floating[Any]], targets: NDArray[np.intp]
 
     def loss(log_t: float) -> float:
         scaled = 1 / float(np.exp(log_t))
-        return log_loss(logits * scaled, targets) + share * margin * scaled
+        return log_loss(logits * scaled, targets, weights) + share * margin * scaled
 
     found = minimize_scalar(loss, bounds=(np.log(least), np.log(most)), method="bounded")
     temperature = float(np.exp(found.x))

@@ -93,9 +93,14 @@ class TrainSection(_Section):
     C: float | None = Field(None, gt=0)
     alpha: float | None = Field(None, gt=0)
     k: int | None = Field(None, ge=1)
+    class_weight: Literal["balanced"] | None = None
+    select: Literal["log-loss", "accuracy"] | None = None
+    l1_ratio: float | None = Field(None, ge=0, le=1)
     hidden: list[PositiveInt] | None = None
     dropout: float | None = Field(None, ge=0, lt=1)
     weight_decay: float | None = Field(None, ge=0)
+    lr: float | None = Field(None, gt=0)
+    schedule: Literal["constant", "cosine"] | None = None
     seed: int | None = Field(None, ge=0, lt=2**32)
     leaks: Literal["warn", "refuse", "allow"] = "warn"
     thumbnails: bool = True

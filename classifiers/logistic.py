@@ -1,68 +1,113 @@
-"""L2-regularised multinomial logistic regression on standardised features, its regularisation chosen on validation.
+"""Regularised multinomial logistic regression on standardised features, its regularisation chosen on validation.
 
-The protocol is that of Kornblith et al. 2019 and SimCLR (Appendix B.8): L-BFGS, no augmentation, a logarithmic range of
-values, chosen on validation and refitted on everything. C = 1 / lambda with summed losses, as in scikit-learn.
+The protocol is that of Kornblith et al. 2019 and SimCLR (Appendix B.8): L-BFGS, no augmentation, 45 values over eleven
+decades, chosen on validation and refitted on everything. C = 1 / lambda with summed losses, as in scikit-learn.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from threadpoolctl import threadpool_limits
 
 from .conformal import Conformal, calibrate
-from .dense import DenseHead, Fold, class_indices, log_loss, standardisation, with_validation
+from .dense import DenseHead, class_indices, log_loss, standardisation, with_validation
+from .elastic import ElasticPath
+from .folds import Fold, stratified_folds
+from .softmax import Float32, Float64, Optimum, SoftmaxPath
 
 log = logging.getLogger("penult.classifiers")
 
-CS = tuple(float(c) for c in np.logspace(-5, 3, 17))
-TOLERANCE = 1e-5  # of the gradient; with scikit-learn's 1e-4 a fit was seen to stop 46 % above the optimum
+CS = tuple(float(C) for C in np.logspace(-5, 6, 45))
 SMALL = 2**22  # numbers; below, waiting for each other costs BLAS threads more than they gain (8 times, on 1,100 x 512)
-WORSE = 4  # the log-loss falls and then rises along the path: after so many values above the best, the rest cannot win
+NET = CS[::4]  # for an elastic net, whose fits cannot share anything
+WORSE = 99.0  # results get better and then worse along the path: beyond so many times the best C, the rest cannot win
+SELECT = ("log-loss", "accuracy")
 
 
 class _Problem:
-    """One training set, fitted for one C after another; each fit starts from the one before."""
+    """One training set, to be fitted with one C after another."""
 
-    def __init__(self, X: NDArray[np.float32], targets: NDArray[np.intp], classes: list[str], max_iter: int) -> None:
-        from sklearn.linear_model import LogisticRegression
+    def __init__(
+        self, head: LogisticHead, X: Float32, targets: NDArray[np.intp], classes: list[str], rows: Float64 | None
+    ) -> None:
+        self._mean, self._scale = standardisation(X, rows)
+        self._classes, self._max_iter = classes, head.max_iter
+        inputs = (X - self._mean) / self._scale
+        weights = _class_weights(head.class_weight, targets, classes, rows)
+        self._path = (
+            ElasticPath(inputs, targets, len(classes), weights, l1=head.l1_ratio, seed=head.seed)
+            if head.l1_ratio
+            else SoftmaxPath(inputs, targets, len(classes), weights)
+        )
 
-        self._mean, self._scale = standardisation(X)
-        self._inputs, self._targets, self._classes = (X - self._mean) / self._scale, targets, classes
-        self._model = LogisticRegression(max_iter=max_iter, tol=TOLERANCE, warm_start=True)
+    def heads(self, Cs: Sequence[float]) -> Iterator[tuple[DenseHead, Optimum]]:
+        """A head for each C, in rising order, and how it was found."""
+        for found in self._path.optima(Cs, self._max_iter):
+            weight, bias = found.weight, found.bias
+            if len(weight) == 1:  # two classes: one logit z; softmax([0, z]) is its sigmoid
+                weight, bias = np.concatenate([0 * weight, weight]), np.concatenate([0 * bias, bias])
+            yield DenseHead(self._mean, self._scale, [(weight, bias)], self._classes), found
 
-    def fit(self, C: float) -> tuple[DenseHead, bool]:
-        """The head, and whether L-BFGS converged."""
-        from sklearn.exceptions import ConvergenceWarning
+    def fit(self, C: float) -> tuple[DenseHead, Optimum]:
+        return next(self.heads([C]))
 
-        model = self._model.set_params(C=C)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # returned instead
-            model.fit(self._inputs, self._targets)
-        weight, bias = model.coef_.astype(np.float32), model.intercept_.astype(np.float32)
-        if len(weight) == 1:  # two classes: one logit z; softmax([0, z]) is its sigmoid
-            weight, bias = np.concatenate([0 * weight, weight]), np.concatenate([0 * bias, bias])
-        converged = bool(np.max(model.n_iter_) < model.max_iter)
-        return DenseHead(self._mean, self._scale, [(weight, bias)], self._classes), converged
+
+def enough(Cs: Sequence[float], ranks: Sequence[tuple[float, float]]) -> bool:
+    """Whether what comes after the values of C that have a rank yet cannot win; the least rank is the best."""
+    return Cs[len(ranks) - 1] > WORSE * Cs[ranks.index(min(ranks))]
+
+
+def _class_weights(
+    wanted: str | Mapping[Any, float] | None, targets: NDArray[np.intp], classes: list[str], rows: Float64 | None
+) -> Float64 | None:
+    """What each row counts ``(n,)``, its own weight included; None is 1 for each.
+
+    Raises:
+        ValueError: a weight is for no class, or neither ``"balanced"`` nor a dict was given.
+    """
+    if wanted is None:
+        return rows
+    if wanted == "balanced":
+        counts = np.bincount(targets, rows, minlength=len(classes))
+        each = counts.sum() / (len(classes) * np.maximum(counts, 1e-300))
+    elif isinstance(wanted, Mapping):
+        known = {str(label): float(weight) for label, weight in wanted.items()}
+        each = np.array([known.get(label, 1.0) for label in classes])
+    else:
+        message = f"class_weight is {wanted!r}; expected 'balanced', a dict of weights by label, or None"
+        raise ValueError(message)
+    weights: Float64 = each[targets]
+    return weights if rows is None else weights * rows
 
 
 @dataclass(frozen=True)
 class _Point:
     """What one value of C gave on the held-out rows of one fold."""
 
-    C: float
-    logits: NDArray[np.float32]
-    converged: bool
+    found: Optimum
+    logits: Float32
     seconds: float
+
+
+def _scores(logits: Float32, targets: NDArray[np.intp], weights: Float64 | None) -> dict[str, float | bool]:
+    right = logits.argmax(axis=1) == targets
+    return {"log_loss": log_loss(logits, targets, weights), "accuracy": float(np.average(right, weights=weights))}
+
+
+def _as_json(class_weight: str | Mapping[Any, float] | None) -> str | dict[str, float] | None:
+    if isinstance(class_weight, Mapping):
+        return {str(label): float(weight) for label, weight in class_weight.items()}
+    return class_weight
 
 
 class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
@@ -70,15 +115,19 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     Args:
         C: inverse regularisation strength; None chooses it.
-        Cs: the values to choose from, in rising order.
-        cv: number of folds where no validation set is given.
-        max_iter: limit of L-BFGS iterations for each fit.
+        Cs: the values to choose from; None is 45 over eleven decades, and every fourth of them for an elastic net.
+        class_weight: None, ``"balanced"``, or a dict of weights by label, 1 for those it lacks.
+        l1_ratio: share of absolute values in the penalty; more than 0 is an elastic net, fitted by scikit-learn's SAGA.
+        select: what C is chosen by: the least ``"log-loss"``, or the best ``"accuracy"`` (of equal ones the least log-loss).
+        cv: number of folds where no validation set is given, or the folds themselves as pairs of row numbers.
+        max_iter: limit of evaluations of the objective for each value.
         seed: of the folds.
 
     Attributes:
         classes_: labels in the order of the outputs.
         C_: the value in use.
-        path_: for each value tried: C, log_loss, accuracy (out of fold or on validation), seconds, converged.
+        path_: for each value tried: C; log_loss and accuracy (out of fold or on validation); gradient, the certificate of the
+            fit (see `softmax.Optimum`, the worst of the folds); evaluations, seconds, converged.
         dense_: the fitted head as arrays, temperature included.
         temperature_: fitted on the out-of-fold or validation logits of the chosen value.
         conformal_: prediction sets, calibrated on the same logits; None where nothing was out of fold.
@@ -88,13 +137,19 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self,
         C: float | None = None,
         *,
-        Cs: Sequence[float] = CS,
-        cv: int = 5,
+        Cs: Sequence[float] | None = None,
+        class_weight: str | Mapping[Any, float] | None = None,
+        l1_ratio: float = 0.0,
+        select: str = "log-loss",
+        cv: int | Iterable[Fold] = 5,
         max_iter: int = 2000,
         seed: int = 0,
     ) -> None:
         self.C = C
         self.Cs = Cs
+        self.class_weight = class_weight
+        self.l1_ratio = l1_ratio
+        self.select = select
         self.cv = cv
         self.max_iter = max_iter
         self.seed = seed
@@ -103,6 +158,7 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self,
         X: ArrayLike,
         y: ArrayLike,
+        sample_weight: ArrayLike | None = None,
         *,
         validation: tuple[ArrayLike, ArrayLike] | None = None,
         groups: Sequence[bytes] | None = None,
@@ -112,113 +168,158 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         Args:
             X: features ``(n, d)``.
             y: labels ``(n,)``.
-            validation: ``(X, y)`` to choose on; the final fit uses both. Without it, k-fold inside ``X``.
+            sample_weight: how many times each row counts ``(n,)``, in everything; None is once.
+            validation: ``(X, y)`` to choose on, each row once; the final fit uses both. Without it, k-fold inside ``X``.
             groups: what must not be divided between folds, one per row of ``X``.
+
+        Raises:
+            ValueError: a setting, a label or a weight cannot be used; says which.
         """
         features, labels = map(np.asarray, validate_data(self, X, y, dtype=np.float32))
+        weights = None
+        if sample_weight is not None:
+            weights = np.asarray(_check_sample_weight(sample_weight, features, dtype=np.float64, ensure_non_negative=True))
+        check_classification_targets(labels)
         self.classes_, targets = class_indices(labels)
+        self._check_settings(targets, weights)
         with threadpool_limits(1 if features.size < SMALL else None):
-            self._choose_and_fit(features, targets, validation, groups)
+            self._choose_and_fit(features, targets, weights, validation, groups)
         return self
+
+    def _check_settings(self, targets: NDArray[np.intp], weights: Float64 | None) -> None:
+        weightless = np.bincount(targets, weights) == 0
+        if weightless.any():
+            message = f"class {self.classes_[weightless][0]!s} has only sample weights of 0; leave its rows out"
+            raise ValueError(message)
+        if self.select not in SELECT:
+            message = f"select is {self.select!r}; expected {' or '.join(map(repr, SELECT))}"
+            raise ValueError(message)
+        if not 0 <= self.l1_ratio <= 1:
+            message = f"l1_ratio is {self.l1_ratio}; expected 0 to 1"
+            raise ValueError(message)
+        if isinstance(self.class_weight, Mapping):
+            unknown = sorted(set(map(str, self.class_weight)) - set(map(str, self.classes_)))
+            if unknown:
+                message = f"class_weight has labels that the data lacks: {', '.join(unknown)}"
+                raise ValueError(message)
 
     def _choose_and_fit(
         self,
-        features: NDArray[np.float32],
+        features: Float32,
         targets: NDArray[np.intp],
+        weights: Float64 | None,
         validation: tuple[ArrayLike, ArrayLike] | None,
         groups: Sequence[bytes] | None,
     ) -> None:
         if validation is None:
-            folds = list(self._folds(features, targets, groups))
+            folds = self._folds(targets, groups)
         else:
             features, targets, folds = with_validation(features, targets, validation, self.classes_)
-        self.path_, held_out = self._path(features, targets, folds)
-        best = min(self.path_, key=lambda point: float(point["log_loss"]), default=None)
+            weights = None if weights is None else np.append(weights, np.ones(len(targets) - len(weights)))
+        self.path_, held_out = self._path(features, targets, weights, folds)
+        best = min(self.path_, key=self._rank, default=None)
         self.C_ = float(best["C"]) if best else float(self.C or 1.0)
-        dense, self.converged_ = self._problem(features, targets).fit(self.C_)
+        dense, found = self._problem(features, targets, weights).fit(self.C_)
+        self.converged_, self.n_iter_ = found.converged, found.evaluations
         self.conformal_: Conformal | None = None
         if best:
-            truth = targets[np.concatenate([test for _, test in folds])]
-            dense, self.conformal_ = calibrate(dense, held_out[self.C_], truth)
+            rows = np.concatenate([test for _, test in folds])
+            given = None if weights is None else weights[rows]
+            dense, self.conformal_ = calibrate(dense, held_out[self.C_], targets[rows], weights=given)
         self.dense_ = dense
         self.temperature_ = dense.temperature
 
-    def _folds(self, X: NDArray[np.float32], targets: NDArray[np.intp], groups: Sequence[bytes] | None) -> Iterator[Fold]:
-        from sklearn.model_selection import StratifiedGroupKFold
+    def _rank(self, point: Mapping[str, float | bool]) -> tuple[float, float]:
+        """Of a point of the path: the least is chosen."""
+        return (-float(point["accuracy"]) if self.select == "accuracy" else 0.0, float(point["log_loss"]))
 
-        owners = np.arange(len(X)) if groups is None else np.unique(np.array(groups, dtype=object), return_inverse=True)[1]
-        fewest = min(len(np.unique(owners[targets == k])) for k in range(len(self.classes_)))
-        n_splits = min(self.cv, fewest)
-        if n_splits < 2:
-            if self.C is None:
-                log.warning("a class has a single training sample or group: C cannot be chosen and is 1, without calibration")
-            return iter(())
-        splitter = StratifiedGroupKFold(n_splits=n_splits, shuffle=True, random_state=self.seed)
-        # Where groups span classes, a fold may take all of one class; what is fitted on the rest could not know it.
-        whole = len(self.classes_)
-        return iter([fold for fold in splitter.split(X, targets, owners) if len(np.unique(targets[fold[0]])) == whole])
+    def _folds(self, targets: NDArray[np.intp], groups: Sequence[bytes] | None) -> list[Fold]:
+        if not isinstance(self.cv, int):
+            return list(self.cv)
+        folds = stratified_folds(targets, groups, self.cv, self.seed)
+        if not folds and self.C is None:
+            log.warning("a class has a single training sample or group: C cannot be chosen and is 1, without calibration")
+        return folds
 
     def _path(
-        self, X: NDArray[np.float32], targets: NDArray[np.intp], folds: list[Fold]
-    ) -> tuple[list[dict[str, float | bool]], dict[float, NDArray[np.float32]]]:
-        """Log-loss and accuracy out of fold for every C, warm-started from small to large, and the logits of each."""
+        self, X: Float32, targets: NDArray[np.intp], weights: Float64 | None, folds: list[Fold]
+    ) -> tuple[list[dict[str, float | bool]], dict[float, Float32]]:
+        """Log-loss and accuracy out of fold for every C, from small to large, and the logits of each."""
         if not folds:
             return [], {}
-        Cs = [float(C) for C in ([self.C] if self.C is not None else sorted(self.Cs))]
-        tried = [self._path_of_fold(X, targets, fold, Cs) for fold in folds]  # one standardised copy at a time
-        truth = np.concatenate([targets[test] for _, test in folds])
+        grid = (NET if self.l1_ratio else CS) if self.Cs is None else self.Cs
+        Cs = sorted({float(C) for C in (grid if self.C is None else [self.C])})
+        tried: list[list[_Point]] = []
+        for fold in folds:  # one standardised copy at a time; each goes at least as far as those before
+            tried.append(self._path_of_fold(X, targets, weights, fold, Cs, max(map(len, tried), default=0)))
+        for fold, points in zip(folds, tried, strict=True):
+            missing = Cs[len(points) : len(tried[-1])]
+            points += self._path_of_fold(X, targets, weights, fold, missing, len(missing)) if missing else []
+        rows = np.concatenate([test for _, test in folds])
         path: list[dict[str, float | bool]] = []
-        held_out: dict[float, NDArray[np.float32]] = {}
-        for points in zip(*tried, strict=False):  # as far as the shortest
-            C = points[0].C
-            logits = held_out[C] = np.concatenate([point.logits for point in points])
+        held_out: dict[float, Float32] = {}
+        for each_fold in zip(*tried, strict=True):
+            found = [point.found for point in each_fold]
+            C = found[0].C
+            logits = held_out[C] = np.concatenate([point.logits for point in each_fold])
             path.append(
                 {
-                    "C": C,
-                    "log_loss": log_loss(logits, truth),
-                    "accuracy": float(np.mean(logits.argmax(axis=1) == truth)),
-                    "seconds": round(sum(point.seconds for point in points), 4),
-                    "converged": all(point.converged for point in points),
+                    "C": float(C),
+                    **_scores(logits, targets[rows], None if weights is None else weights[rows]),
+                    "gradient": max(each.gradient for each in found),
+                    "evaluations": sum(each.evaluations for each in found),
+                    "seconds": round(sum(point.seconds for point in each_fold), 4),
+                    "converged": all(each.converged for each in found),
                 }
             )
         return path, held_out
 
-    def _path_of_fold(self, X: NDArray[np.float32], targets: NDArray[np.intp], fold: Fold, Cs: list[float]) -> list[_Point]:
+    def _path_of_fold(
+        self,
+        X: Float32,
+        targets: NDArray[np.intp],
+        weights: Float64 | None,
+        fold: Fold,
+        Cs: Sequence[float],
+        least: int,
+    ) -> list[_Point]:
+        """As many points as may win, but at least so many."""
         train, test = fold
-        problem = self._problem(X[train], targets[train])
+        problem = self._problem(X[train], targets[train], None if weights is None else weights[train])
         points: list[_Point] = []
-        losses: list[float] = []
-        for C in Cs:
-            begin = time.perf_counter()
-            dense, converged = problem.fit(C)
+        ranks: list[tuple[float, float]] = []
+        begin = time.perf_counter()
+        for dense, found in problem.heads(Cs):
             logits = dense.logits(X[test])
-            points.append(_Point(C, logits, converged, time.perf_counter() - begin))
-            losses.append(log_loss(logits, targets[test]))
-            if len(losses) - 1 - int(np.argmin(losses)) >= WORSE:
+            points.append(_Point(found, logits, time.perf_counter() - begin))
+            ranks.append(self._rank(_scores(logits, targets[test], None if weights is None else weights[test])))
+            begin = time.perf_counter()
+            if len(points) >= least and enough(Cs, ranks):
                 break
         return points
 
-    def _problem(self, X: NDArray[np.float32], targets: NDArray[np.intp]) -> _Problem:
-        return _Problem(X, targets, [str(label) for label in self.classes_], self.max_iter)
+    def _problem(self, X: Float32, targets: NDArray[np.intp], weights: Float64 | None) -> _Problem:
+        return _Problem(self, X, targets, [str(label) for label in self.classes_], weights)
 
-    def again(self, X: NDArray[np.float32], targets: NDArray[np.intp], classes: list[str]) -> DenseHead:
+    def again(self, X: Float32, targets: NDArray[np.intp], classes: list[str]) -> DenseHead:
         """A head on other rows ``(n, d)`` with what was chosen here, without choosing again."""
         with threadpool_limits(1 if X.size < SMALL else None):
-            return _Problem(X, targets, classes, self.max_iter).fit(self.C_)[0]
+            return _Problem(self, X, targets, classes, None).fit(self.C_)[0]
 
-    def decision_function(self, X: ArrayLike) -> NDArray[np.float32]:
+    def decision_function(self, X: ArrayLike) -> Float32:
         """Logits ``(n, k)``; for two classes ``(n,)``, positive for the second."""
         check_is_fitted(self)
         logits = self.dense_.logits(validate_data(self, X, dtype=np.float32, reset=False))
         return np.asarray(logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits)
 
-    def predict_proba(self, X: ArrayLike) -> NDArray[np.float32]:
+    def predict_proba(self, X: ArrayLike) -> Float32:
         """Probabilities ``(n, k)``, temperature included."""
         check_is_fitted(self)
         return self.dense_.probabilities(validate_data(self, X, dtype=np.float32, reset=False))
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
         """The most probable label of each row."""
+        check_is_fitted(self)
         return np.asarray(self.classes_[self.predict_proba(X).argmax(axis=1)])
 
     @property
@@ -227,8 +328,11 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return {
             "C": self.C_,
             "chosen": self.C is None and bool(self.path_),
+            "select": self.select,
+            "class_weight": _as_json(self.class_weight),
+            "l1_ratio": self.l1_ratio,
             "max_iter": self.max_iter,
-            "cv": self.cv,
+            "cv": self.cv if isinstance(self.cv, int) else "given",
             "seed": self.seed,
         }
 

@@ -5,24 +5,36 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from store.errors import BadDataError
 from store.splits import hash_rank_split
 
 from .conformal import Conformal, calibrate
-from .dense import DenseHead, Fold, class_indices, standardisation, with_validation
+from .dense import DenseHead, class_indices, standardisation, with_validation
+from .folds import Fold
 
 log = logging.getLogger("penult.classifiers")
 
 SMALL_BATCH = 2**20  # numbers; a smaller batch is done before a second thread has woken up
+GRID: dict[str, tuple[Any, ...]] = {  # what is tried where a setting is left open: every combination, the first ones first
+    "hidden": ((128,), (512,)),
+    "dropout": (0.3,),
+    "weight_decay": (1e-2,),
+    "lr": (1e-3, 3e-3),
+}
+SUMMARY = ("epoch", "val_loss", "val_accuracy")
+SCHEDULES = ("constant", "cosine")
 
 
 @contextmanager
@@ -38,51 +50,94 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@dataclass
+class _Run:
+    """One setting, trained: the head of its best epoch, and how it came there."""
+
+    setting: dict[str, Any]
+    head: DenseHead
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        best = min(self.history, key=lambda point: point["val_loss"])
+        return {**self.setting, "hidden": list(self.setting["hidden"]), **{key: best[key] for key in SUMMARY}}
+
+
+def _network(sizes: Sequence[int], dropout: float) -> Any:
+    """Dense layers of these widths, input and output included; ReLU and dropout before each but the first."""
+    from torch import nn
+
+    blocks: list[nn.Module] = []
+    for i, (width, following) in enumerate(itertools.pairwise(sizes)):
+        blocks += [nn.ReLU(), nn.Dropout(dropout)] if i else []
+        blocks.append(nn.Linear(width, following))
+    return nn.Sequential(*blocks)
+
+
+def _arrays(network: Any) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    """Weight and bias of each dense layer."""
+    from torch import nn
+
+    linear = [module for module in network if isinstance(module, nn.Linear)]
+    return [(m.weight.detach().cpu().numpy().copy(), m.bias.detach().cpu().numpy().copy()) for m in linear]
+
+
 class MlpHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """Dense layers with ReLU and dropout, AdamW, early stopping, then a refit on everything for the best number of epochs.
+
+    Settings that are None are chosen by the validation loss, from `GRID`.
 
     Args:
         hidden: width of each hidden layer.
         dropout: probability, on the input of every layer but the first.
         weight_decay: of AdamW, decoupled.
-        lr: learning rate.
+        lr: learning rate at the start.
+        schedule: of the learning rate: ``constant``, or ``cosine`` down to 0 at ``max_epochs``.
         batch_size: rows per step.
         max_epochs: limit.
         patience: epochs without a better validation loss (by more than ``min_delta``) before it stops.
         min_delta: what counts as better.
         validation_fraction: share of the training rows to stop on where no validation set is given; whole groups, by hash rank.
         seed: of initial weights, order and dropout.
+        device: ``cpu``, ``cuda``, or ``auto``: a GPU where torch finds one. The head itself is the same kind of file.
 
     Attributes:
         classes_, dense_, temperature_, conformal_: as in `LogisticHead`.
+        setting_: what was used of `GRID`.
+        tried_: for each setting tried: what it is, its best epoch, and val_loss and val_accuracy there.
         best_epoch_: number of epochs of the final fit.
-        history_: for each epoch of the search: epoch, train_loss, val_loss, val_accuracy.
+        history_: for each epoch of the chosen setting: epoch, train_loss, val_loss, val_accuracy.
     """
 
     def __init__(
         self,
-        hidden: Sequence[int] = (128,),
+        hidden: Sequence[int] | None = None,
         *,
-        dropout: float = 0.3,
-        weight_decay: float = 1e-2,
-        lr: float = 3e-4,
+        dropout: float | None = None,
+        weight_decay: float | None = None,
+        lr: float | None = None,
+        schedule: str = "constant",
         batch_size: int = 32,
         max_epochs: int = 100,
         patience: int = 10,
         min_delta: float = 1e-4,
         validation_fraction: float = 0.2,
         seed: int = 0,
+        device: str = "auto",
     ) -> None:
         self.hidden = hidden
         self.dropout = dropout
         self.weight_decay = weight_decay
         self.lr = lr
+        self.schedule = schedule
         self.batch_size = batch_size
         self.max_epochs = max_epochs
         self.patience = patience
         self.min_delta = min_delta
         self.validation_fraction = validation_fraction
         self.seed = seed
+        self.device = device
 
     def fit(
         self,
@@ -92,26 +147,39 @@ class MlpHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         validation: tuple[ArrayLike, ArrayLike] | None = None,
         groups: Sequence[bytes] | None = None,
     ) -> Self:
-        """Find the number of epochs on validation, then fit on everything; arguments as in `LogisticHead.fit`."""
+        """Choose settings and number of epochs on validation, then fit on everything; arguments as in `LogisticHead.fit`."""
         features, labels = map(np.asarray, validate_data(self, X, y, dtype=np.float32))
+        check_classification_targets(labels)
+        if self.schedule not in SCHEDULES:
+            message = f"schedule is {self.schedule!r}; expected {' or '.join(map(repr, SCHEDULES))}"
+            raise ValueError(message)
         self.classes_, targets = class_indices(labels)
+        classes = [str(label) for label in self.classes_]
         if validation is not None:
             features, targets, [(train, held)] = with_validation(features, targets, validation, self.classes_)
         else:
             train, held = self._inner_split(features, labels, groups)
-        self.history_: list[dict[str, float]] = []
         self.conformal_: Conformal | None = None
         if len(held):
-            search = self._train(features[train], targets[train], (features[held], targets[held]), self.max_epochs)
-            losses = [point["val_loss"] for point in self.history_]
-            self.best_epoch_ = int(np.argmin(losses)) + 1
-            final = self._train(features, targets, None, self.best_epoch_)
-            self.dense_, self.conformal_ = calibrate(final, search.logits(features[held]), targets[held])
+            rows = features[train], targets[train]
+            judges = features[held], targets[held]
+            runs = [self._train(*rows, judges, self.max_epochs, classes, setting) for setting in self._settings()]
+            self.tried_ = [run.summary for run in runs]
+            chosen = min(runs, key=lambda run: float(run.summary["val_loss"]))
+            self.setting_, self.history_, self.best_epoch_ = chosen.setting, chosen.history, int(chosen.summary["epoch"])
+            final = self._train(features, targets, None, self.best_epoch_, classes, self.setting_).head
+            self.dense_, self.conformal_ = calibrate(final, chosen.head.logits(features[held]), targets[held])
         else:  # too few to hold any out
+            self.setting_, self.history_, self.tried_ = self._settings()[0], [], []
             self.best_epoch_ = self.max_epochs
-            self.dense_ = self._train(features, targets, None, self.max_epochs)
+            self.dense_ = self._train(features, targets, None, self.max_epochs, classes, self.setting_).head
         self.temperature_ = self.dense_.temperature
         return self
+
+    def _settings(self) -> list[dict[str, Any]]:
+        """Every combination to try; one where all is given."""
+        choices = {name: grid if getattr(self, name) is None else (getattr(self, name),) for name, grid in GRID.items()}
+        return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 
     def _inner_split(self, X: NDArray[np.float32], y: NDArray[Any], groups: Sequence[bytes] | None) -> Fold:
         owners = groups or [hashlib.sha256(row.tobytes()).digest() for row in X]
@@ -129,68 +197,61 @@ class MlpHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         targets: NDArray[np.intp],
         held: tuple[NDArray[np.float32], NDArray[np.intp]] | None,
         epochs: int,
-        classes: list[str] | None = None,
-    ) -> DenseHead:
+        classes: list[str],
+        setting: dict[str, Any],
+    ) -> _Run:
         """Train for so many epochs, or with held-out rows until they get no better; then the best epoch is what returns."""
         import torch
         from torch import nn
 
+        device = torch.device(self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
         mean, scale = standardisation(X)
 
         def standardised(rows: NDArray[np.float32]) -> Any:
-            return torch.from_numpy((rows - mean) / scale)
+            return torch.from_numpy((rows - mean) / scale).to(device)
 
-        with torch.random.fork_rng(devices=[]), _threads(1 if self.batch_size * X.shape[1] < SMALL_BATCH else None):
+        gpus = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=gpus), _threads(1 if self.batch_size * X.shape[1] < SMALL_BATCH else None):
             torch.manual_seed(self.seed)
-            sizes = [X.shape[1], *self.hidden]
-            blocks: list[nn.Module] = []
-            for i, (width, following) in enumerate(itertools.pairwise(sizes)):
-                blocks += [nn.Dropout(self.dropout)] if i else []
-                blocks += [nn.Linear(width, following), nn.ReLU()]
-            network = nn.Sequential(*blocks, nn.Dropout(self.dropout), nn.Linear(sizes[-1], len(classes or self.classes_)))
-            optimiser = torch.optim.AdamW(network.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+            network = _network([X.shape[1], *setting["hidden"], len(classes)], setting["dropout"]).to(device)
+            optimiser = torch.optim.AdamW(network.parameters(), lr=setting["lr"], weight_decay=setting["weight_decay"])
             criterion = nn.CrossEntropyLoss()
-            inputs, truth = standardised(X), torch.from_numpy(targets)
-            held_inputs, held_truth = (standardised(held[0]), torch.from_numpy(held[1])) if held else (None, None)
-            best, best_loss, waited = self._arrays(network), np.inf, 0
+            inputs, truth = standardised(X), torch.from_numpy(targets).to(device)
+            judges, labels = (standardised(held[0]), torch.from_numpy(held[1]).to(device)) if held else (None, None)
+            run, best_loss, waited = _Run(setting, DenseHead(mean, scale, _arrays(network), classes)), np.inf, 0
             for epoch in range(1, epochs + 1):
+                if self.schedule == "cosine":
+                    for group in optimiser.param_groups:
+                        group["lr"] = setting["lr"] * (1 + math.cos(math.pi * (epoch - 1) / self.max_epochs)) / 2
                 network.train()
-                total = 0.0
-                for rows in torch.split(torch.randperm(len(inputs)), self.batch_size):
+                total = torch.zeros((), device=device)
+                for rows in torch.split(torch.randperm(len(inputs)).to(device), self.batch_size):
                     optimiser.zero_grad()
                     loss = criterion(network(inputs[rows]), truth[rows])
                     loss.backward()
                     optimiser.step()
-                    total += loss.item() * len(rows)
-                if held_inputs is None or held_truth is None:
+                    total += loss.detach() * len(rows)
+                if judges is None or labels is None:
                     continue
                 network.eval()
                 with torch.inference_mode():
-                    logits = network(held_inputs)
-                    val_loss = criterion(logits, held_truth).item()
-                    val_accuracy = (logits.argmax(dim=1) == held_truth).float().mean().item()
-                train_loss = total / len(inputs)
-                self.history_.append(
-                    {"epoch": epoch, "train_loss": train_loss, "val_loss": val_loss, "val_accuracy": val_accuracy}
-                )
+                    logits = network(judges)
+                    val_loss = criterion(logits, labels).item()
+                    val_accuracy = (logits.argmax(dim=1) == labels).float().mean().item()
+                point = {"epoch": epoch, "train_loss": total.item() / len(inputs)}
+                run.history.append({**point, "val_loss": val_loss, "val_accuracy": val_accuracy})
                 waited = 0 if val_loss < best_loss - self.min_delta else waited + 1
                 if val_loss < best_loss:
-                    best, best_loss = self._arrays(network), val_loss
+                    run.head, best_loss = replace(run.head, layers=_arrays(network)), val_loss
                 if waited >= self.patience:
                     break
-            layers = best if held else self._arrays(network)
-        return DenseHead(mean, scale, layers, classes or [str(label) for label in self.classes_])
+            if held is None:
+                run.head = replace(run.head, layers=_arrays(network))
+        return run
 
     def again(self, X: NDArray[np.float32], targets: NDArray[np.intp], classes: list[str]) -> DenseHead:
         """A head on other rows ``(n, d)`` with what was chosen here, without choosing again."""
-        return self._train(X, targets, None, self.best_epoch_, classes)
-
-    @staticmethod
-    def _arrays(network: Any) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
-        from torch import nn
-
-        linear = [module for module in network if isinstance(module, nn.Linear)]
-        return [(m.weight.detach().numpy().copy(), m.bias.detach().numpy().copy()) for m in linear]
+        return self._train(X, targets, None, self.best_epoch_, classes, self.setting_).head
 
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float32]:
         """Probabilities ``(n, k)``, temperature included."""
@@ -199,9 +260,11 @@ class MlpHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
         """The most probable label of each row."""
+        check_is_fitted(self)
         return np.asarray(self.classes_[self.predict_proba(X).argmax(axis=1)])
 
     @property
     def hyperparameters_(self) -> dict[str, Any]:
         """What was used, as JSON."""
-        return {**self.get_params(), "hidden": list(self.hidden), "epochs": self.best_epoch_}
+        chosen = {**self.setting_, "hidden": list(self.setting_["hidden"])}
+        return {**self.get_params(), **chosen, "epochs": self.best_epoch_, "tried": self.tried_}

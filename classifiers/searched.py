@@ -16,7 +16,8 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from threadpoolctl import threadpool_limits
 
 from .conformal import Conformal, calibrate
-from .dense import FittedHead, Float32, Fold, class_indices, log_loss, with_validation
+from .dense import FittedHead, Float32, class_indices, log_loss, with_validation
+from .folds import Fold, stratified_folds
 
 log = logging.getLogger("penult.classifiers")
 
@@ -118,16 +119,7 @@ class SearchedHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _by_folds(self, X: Float32, targets: NDArray[np.intp], groups: Sequence[bytes] | None) -> Tried | None:
         """Every setting on rows it was not fitted on; None where a class is too small for that."""
-        from sklearn.model_selection import StratifiedGroupKFold
-
-        owners = np.arange(len(X)) if groups is None else np.unique(np.array(groups, dtype=object), return_inverse=True)[1]
-        whole = len(self.classes_)
-        n_splits = min(self.cv, *(len(np.unique(owners[targets == k])) for k in range(whole)))
-        if n_splits < 2:
-            return None
-        splitter = StratifiedGroupKFold(n_splits=n_splits, shuffle=True, random_state=self.seed)
-        # Where groups span classes, a fold may take all of one class; what is fitted on the rest could not know it.
-        folds = [fold for fold in splitter.split(X, targets, owners) if len(np.unique(targets[fold[0]])) == whole]
+        folds = stratified_folds(targets, groups, self.cv, self.seed)
         return self._by(folds, X, targets) if folds else None
 
     def _by(self, folds: Sequence[Fold], X: Float32, targets: NDArray[np.intp]) -> Tried:

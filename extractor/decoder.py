@@ -52,7 +52,7 @@ READY, PIXELS, REFUSED = range(3)
 class Decoder:
     """Decodes, resizes and crops in worker processes; any number of threads may call it, and each then has its own worker.
 
-    A worker starts when it is first needed. Leaving the context ends all of them, also those that are busy.
+    A worker starts when it is first needed, or at `start`. Leaving the context ends all of them, also those that are busy.
 
     Args:
         preprocess: what happens to the pixels.
@@ -84,6 +84,10 @@ class Decoder:
             return worker.ask(data)
         finally:
             self._give_back(worker)
+
+    def start(self) -> None:
+        """Start a worker before it is needed, and do not wait for it."""
+        self._give_back(self._take())
 
     def _take(self) -> _Worker:
         with self._lock:

@@ -31,6 +31,7 @@ from store.writer import CacheWriter, open_writer
 from .backbones import Backbone
 from .calibration import Calibrator, count_moved
 from .cuda import Cuda
+from .decoder import Decoder
 from .division import check_splits_possible, resolve_splits, say_splits
 from .files import Files
 from .fleet import Fleet, open_embedder, resolve_devices
@@ -85,6 +86,8 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
         facts, notes = prepare_backbone(
             writer, backbone, overwrite=options.overwrite, stop=stop, quantise=calibrator, half=half
         )
+        decoder = opened.enter_context(Decoder(facts.preprocess, stop=stop))
+        decoder.start()  # beside the session, which takes as long
         # The session proves the device before any image is read.
         check_for_gpu(facts.precision, devices[0])  # the file may say so itself
         cuda = Cuda(tf32=options.tf32, half=facts.precision == "fp16")
@@ -114,7 +117,10 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
         reader = Reader(source.files, facts.preprocess, writer.known, crew, ahead=2 * embedder.batch_size)
         clock: Clock = defaultdict(float)
         computed = 0
-        with Progress(len(todo), "extract", quiet=options.quiet) as progress, closing(reader.stream(todo, stop)) as stream:
+        with (
+            Progress(len(todo), "extract", quiet=options.quiet) as progress,
+            closing(reader.stream(todo, stop, decoder)) as stream,
+        ):
             batches = embedded(stream, embedder, pace, progress, clock, fail_fast=options.fail_fast)
             while result := run_shard(batches, writer, clock):
                 for outcome in result.outcomes:

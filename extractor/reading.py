@@ -76,9 +76,11 @@ class Reader:
         self._claimed, self._lock = set(known), Lock()
         self.seconds: Clock = defaultdict(float)
 
-    def stream(self, todo: Sequence[tuple[int, Sample]], stop: StopFlag) -> Generator[Outcome, None, None]:
-        """Outcomes in the order of ``todo``; ends early when ``stop`` is set."""
-        decoder = Decoder(self._preprocess, stop=stop)
+    def stream(
+        self, todo: Sequence[tuple[int, Sample]], stop: StopFlag, decoder: Decoder | None = None
+    ) -> Generator[Outcome, None, None]:
+        """Outcomes in the order of ``todo``; ends early when ``stop`` is set. The decoder is closed then, also a given one."""
+        decoder = decoder or Decoder(self._preprocess, stop=stop)
         return ahead(lambda item: self._read(*item, decoder), todo, self._crew, stop, decoder, self._ahead)
 
     def _read(self, index: int, sample: Sample, decoder: Decoder) -> Outcome:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 import cli
@@ -24,6 +25,7 @@ ASSETS = Path(os.environ.get("PENULT_TEST_ASSETS") or REPO.parent / "shared")
 
 MakeImage = Callable[..., Path]
 MakeDataset = Callable[..., Path]
+Once = Callable[[str, Callable[[Path], object]], Path]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -49,6 +51,30 @@ def signals_as_before() -> Iterator[None]:
 def assets() -> Path:
     """The folder of real photos and weights; only for tests marked ``assets``."""
     return ASSETS
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """``once(name, make) -> path``: what takes long is made by ``make(path)`` once for all processes of a test run."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def path_of(name: str, make: Callable[[Path], object]) -> Path:
+        path, unfinished = shared / name, shared / f"unfinished-{name}"
+        with FileLock(shared / f"{name}.lock"):
+            if not path.exists():
+                make(unfinished)
+                unfinished.rename(path)
+        return path
+
+    return path_of
+
+
+@pytest.fixture(scope="session")
+def imagenet(assets: Path, once: Once) -> Path:
+    """MobileNetV2 with the shared ImageNet weights, as ONNX; only for tests marked ``assets``."""
+    weights = str(assets / "weights/mobilenet_v2-imagenet.pth")
+    return once("imagenet.onnx", lambda path: export(Backbone("mobilenet_v2", weights, "IMAGENET1K_V1"), path))
 
 
 def write_image(path: Path, seed: int = 0, size: tuple[int, int] = (80, 60), fmt: str | None = None, **options: Any) -> Path:

@@ -512,19 +512,18 @@ def test_an_export_that_cannot_be_written_is_a_storage_error_and_leaves_nothing(
 
 
 @pytest.mark.assets
-def test_real_weights_from_a_file_recognise_real_photos(assets: Path, tmp_path: Path) -> None:
+def test_real_weights_from_a_file_recognise_real_photos(assets: Path, imagenet: Path) -> None:
     """The features times the checkpoint's own classifier: nothing of this works if a weight or a pixel is off."""
     from extractor.images import decode
 
-    weights = assets / "weights/mobilenet_v2-imagenet.pth"
-    facts = export(Backbone("mobilenet_v2", str(weights), preset="IMAGENET1K_V1"), tmp_path / "m.onnx")
+    facts = read_facts(imagenet)
     assert (facts.dim, facts.pooling, facts.weights) == (1280, "none", "mobilenet_v2-imagenet.pth")
     photos = sorted(path for path in (assets / "data/photos").rglob("*") if path.is_file())
     assert len(photos) == 250
     chosen = range(0, 250, 6)
     pixels = np.stack([facts.preprocess.pixels(decode(photos[i].read_bytes())) for i in chosen])
-    features = Embedder(tmp_path / "m.onnx", device="cpu")(facts.preprocess.normalise(pixels))
-    state = read_state(weights)
+    features = Embedder(imagenet, device="cpu")(facts.preprocess.normalise(pixels))
+    state = read_state(assets / "weights/mobilenet_v2-imagenet.pth")
     logits = features @ state["classifier.1.weight"].numpy().T + state["classifier.1.bias"].numpy()
     right = logits.argmax(axis=1) == [4 * i for i in chosen]
     assert right.mean() >= 0.7  # 81 % on all of them

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 from numpy.typing import NDArray
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from classifiers.dense import DenseHead, fit_temperature, log_loss, softmax, standardisation
-from classifiers.logistic import LogisticHead
+from classifiers.logistic import CS, LogisticHead
 from classifiers.mlp import MlpHead
 from store.errors import BadDataError
 
@@ -26,6 +31,11 @@ def blobs(n: int = 90, d: int = 12, k: int = 3, seed: int = 0, noise: float = 1.
     targets = np.arange(n) % k
     X = centres[targets] + noise * rng.normal(size=(n, d))
     return X.astype(np.float32), np.array(["ant", "bee", "cat"])[targets]
+
+
+@parametrize_with_checks([MlpHead((16,), lr=1e-2, max_epochs=20)])
+def test_scikit_learns_law(estimator: Any, check: Any) -> None:
+    check(estimator)
 
 
 @pytest.mark.parametrize("head", [LogisticHead(), MlpHead(max_epochs=60, lr=3e-3)], ids=["logistic", "mlp"])
@@ -76,7 +86,7 @@ def test_folds_do_not_divide_groups() -> None:
 def test_the_path_stops_where_nothing_can_win() -> None:
     head = LogisticHead().fit(*blobs(n=60, noise=4.0))
     losses = [point["log_loss"] for point in head.path_]
-    assert len(losses) < 17
+    assert len(losses) < len(CS) - 8
     assert losses[-1] > min(losses)
 
 
@@ -101,6 +111,35 @@ def test_mlp_is_reproducible_and_leaves_the_callers_random_state_alone() -> None
     second, other = MlpHead(max_epochs=5, seed=3).fit(X, y), MlpHead(max_epochs=5, seed=4).fit(X, y)
     np.testing.assert_array_equal(first.predict_proba(X), second.predict_proba(X))
     assert not np.array_equal(first.predict_proba(X), other.predict_proba(X))
+
+
+def test_mlp_tries_what_is_left_open_and_keeps_what_was_best() -> None:
+    head = MlpHead(max_epochs=8, patience=8).fit(*blobs(noise=3.0), validation=blobs(seed=1, noise=3.0))
+    tried = [(each["hidden"], each["lr"]) for each in head.tried_]
+    assert tried == [([128], 1e-3), ([128], 3e-3), ([512], 1e-3), ([512], 3e-3)]
+    best = min(head.tried_, key=lambda each: float(each["val_loss"]))
+    assert {**head.setting_, "hidden": list(head.setting_["hidden"])}.items() <= best.items()
+    assert head.best_epoch_ == best["epoch"]
+    assert min(point["val_loss"] for point in head.history_) == best["val_loss"]
+    assert json.loads(json.dumps(head.hyperparameters_))["tried"] == head.tried_
+    stated = MlpHead(hidden=(16,), lr=1e-2, max_epochs=3).fit(*blobs(noise=3.0))
+    assert [(each["hidden"], each["lr"]) for each in stated.tried_] == [([16], 1e-2)]
+
+
+def test_mlp_lowers_its_learning_rate_where_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def noted(self: torch.optim.AdamW, closure: None = None) -> None:
+        rates.append(self.param_groups[0]["lr"])
+        step(self, closure)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    X, y = blobs()
+    MlpHead((8,), lr=0.1, batch_size=len(X), max_epochs=4, patience=4, schedule="cosine").fit(X, y, validation=(X, y))
+    np.testing.assert_allclose(rates[:4], [0.1, 0.0853553, 0.05, 0.0146447], rtol=1e-5)
+    with pytest.raises(ValueError, match="expected 'constant' or 'cosine'"):
+        MlpHead(schedule="step").fit(X, y)
 
 
 def test_mlp_stops_early_and_refits_for_the_best_number_of_epochs() -> None:

@@ -400,11 +400,12 @@ def test_a_cpu_whose_8_bit_sums_overflow_gets_exact_kernels(network: Path, monke
 
 
 @pytest.mark.assets
-def test_imagenet_features_of_real_photos(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imagenet_features_of_real_photos(
+    assets: Path, imagenet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("extractor.calibration.CALIBRATED", 64)  # half of the usual ones, for time
     monkeypatch.setattr("extractor.calibration.JUDGED", 64)
-    network = Backbone("mobilenet_v2", str(assets / "weights/mobilenet_v2-imagenet.pth"), "IMAGENET1K_V1")
-    run_extract(ImageFolder(assets / "data/hymenoptera"), network, tmp_path / "cache", INT8)
+    run_extract(ImageFolder(assets / "data/hymenoptera"), Backbone(str(imagenet)), tmp_path / "cache", INT8)
     cache = FeatureCache(tmp_path / "cache")
     found = cache.meta["facts"]["calibration"]
     assert found["min"] >= 0.995

@@ -102,12 +102,11 @@ def test_refuse_refuses_and_allow_is_silent(planted: FeatureCache, tmp_path: Pat
 
 
 @pytest.mark.assets
-def test_no_false_alarm_on_real_photos_and_a_planted_copy_is_found(assets: Path, tmp_path: Path) -> None:
+def test_no_false_alarm_on_real_photos_and_a_planted_copy_is_found(assets: Path, imagenet: Path, tmp_path: Path) -> None:
     root = shutil.copytree(assets / "data/hymenoptera", tmp_path / "photos")
     with Image.open(root / "train/ants/0013035.jpg") as image:
         smaller = image.convert("RGB").resize((image.width * 3 // 4, image.height * 3 // 4), Image.Resampling.LANCZOS)
         smaller.save(root / "val/ants/planted.jpg", quality=85)
-    imagenet = Backbone("mobilenet_v2", str(assets / "weights/mobilenet_v2-imagenet.pth"), "IMAGENET1K_V1")
-    cache = extract(ImageFolder(root), imagenet, tmp_path / "c", Options(quiet=True))
+    cache = extract(ImageFolder(root), Backbone(str(imagenet)), tmp_path / "c", Options(quiet=True))
     leaks, _ = near_copies(cache.subset("train"), cache.subset("val"))
     assert [(leak.path, leak.fitted) for leak in leaks] == [("val/ants/planted.jpg", "train/ants/0013035.jpg")]
