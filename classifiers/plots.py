@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 PLOT_FORMATS = ("png", "svg", "pdf")
 BLUE = "#2b6cb0"
 ORANGE = "#c05621"
+GREEN = "#2f855a"
 GREY = "#c9d1dc"
 INK = "#1d2430"
 COLOURS = ("#2b6cb0", "#dd8a1d", "#2f855a", "#b83280", "#6b46c1", "#0f9bb3", "#a0522d", "#7a8599", "#b7a313", "#e05252")
@@ -36,7 +37,7 @@ NUMBERED = 25  # a matrix of more classes has no room for counts
 
 
 def history_svg(bundle: Bundle) -> str:
-    """The regularisation path, or the losses by epoch."""
+    """The regularisation path, with the accuracies where they are known, or the losses by epoch."""
 
     def draw(axes: Any) -> None:
         history = bundle.history
@@ -48,7 +49,13 @@ def history_svg(bundle: Bundle) -> str:
                 axes.minorticks_off()
                 axes.axvline(chosen[key], color=ORANGE, ls="--", lw=1)
                 axes.set_xlabel(meaning)
-                axes.set_ylabel(loss.replace("_", "-" if loss == "log_loss" else " "))
+                axes.set_ylabel(loss.replace("_", "-" if loss == "log_loss" else " "), color=BLUE)
+                if "accuracy" in line[0]:
+                    right = axes.twinx()
+                    right.plot([p[key] for p in line], [p["accuracy"] for p in line], "s:", color=GREEN, ms=2.5, lw=1)
+                    right.yaxis.set_major_formatter("{x:.1%}")
+                    right.set_ylabel("accuracy", color=GREEN)
+                    right.spines["top"].set_visible(False)
                 return
         epochs = [p["epoch"] for p in history]
         for key, colour in (("train_loss", BLUE), ("val_loss", ORANGE)):

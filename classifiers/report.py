@@ -118,7 +118,7 @@ def bundle_report(bundle: Bundle, predictions: Predictions | None = None, shown:
         sections += _tables(metrics)
     sections += [
         Section("Split", rows=[(key.replace("_", " "), str(value)) for key, value in bundle.split.items()], half=True),
-        Section("Settings", rows=[(key, json.dumps(value)) for key, value in bundle.hyperparameters.items()], half=True),
+        *_settings(bundle.hyperparameters),
         Section("Fingerprint", rows=[(key, short(value)) for key, value in bundle.fingerprint.leaves().items()]),
     ]
     return page(bundle.name, lead, sections, figures=cards, notes=notes)
@@ -191,6 +191,18 @@ def _tables(metrics: dict[str, Any]) -> list[Section]:
     return [*figures, Section("Per class", columns=CLASS_COLUMNS, rows=classes, folded=len(classes) > LONG)]
 
 
+def _settings(used: dict[str, Any]) -> list[Section]:
+    """What was used, and a table of what else was tried."""
+    tried = used.get("tried") or []
+    facts = [(key, json.dumps(value)) for key, value in used.items() if key != "tried"]
+    sections = [Section("Settings", rows=facts, half=True)]
+    if tried:
+        rows = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in each.values()] for each in tried]
+        columns = [key.replace("_", " ") for key in tried[0]]
+        sections.append(Section("Tried", columns=columns, rows=rows))
+    return sections
+
+
 def _truth(bundle: Bundle, predictions: Predictions) -> Any:
     """Class index of each image ``(n,)``."""
     order = {label: i for i, label in enumerate(bundle.classes)}
@@ -217,7 +229,9 @@ def class_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def _history_text(bundle: Bundle) -> str:
     if bundle.head == "logistic":
-        return f"Log-loss out of fold or on validation for each value of C; C = {bundle.hyperparameters['C']:.4g} was chosen."
+        by = " by accuracy" if bundle.hyperparameters.get("select") == "accuracy" else ""
+        chosen = f"C = {bundle.hyperparameters['C']:.4g} was chosen{by}"
+        return f"Log-loss and accuracy, out of fold or on validation, for each value of C; {chosen}."
     if bundle.head == "ridge":
         alpha = bundle.hyperparameters["alpha"]
         return f"Squared error out of fold or on validation for each value of lambda; {alpha:.4g} was chosen."
