@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,10 @@ def illustrate(
     near = _nearest(np.asarray(X[wrong], np.float32), fitted) if X is not None and fitted and len(wrong) else [[]] * len(wrong)
     wanted = {predictions.sha256[i]: predictions.paths[i] for i in worst}
     wanted |= {subset.sha256[j]: subset.paths[j] for each in near for subset, j in each}
-    shown, missing = thumbnails(wanted, files) if files is not None else ({}, {})
+    with ThreadPoolExecutor(1, "penult-pictures") as pool:  # they are decoded in other processes
+        pictures = pool.submit(thumbnails, wanted, files) if files is not None else None
+        found = feature_map(X) if X is not None else None
+    shown, missing = pictures.result() if pictures is not None else ({}, {})
 
     def picture(digest: bytes, path: bytes, label: str) -> Picture:
         return Picture(display(path), label, shown.get(digest, ""))
@@ -110,7 +114,7 @@ def illustrate(
             for i, each in zip(worst, near, strict=True)
         ],
         pictures=_missing(missing, len(wanted)) if files is not None else WITHOUT,
-        map=feature_map(X) if X is not None else None,
+        map=found,
     )
 
 

@@ -193,8 +193,10 @@ def _tables(metrics: dict[str, Any]) -> list[Section]:
 
 def _settings(used: dict[str, Any]) -> list[Section]:
     """What was used, and a table of what else was tried."""
-    tried = used.get("tried") or []
-    facts = [(key, json.dumps(value)) for key, value in used.items() if key != "tried"]
+    tried = used.get("tried")
+    if not isinstance(tried, list):  # most heads only count; their history has all of it
+        tried = []
+    facts = [(key, json.dumps(value)) for key, value in used.items() if not (tried and key == "tried")]
     sections = [Section("Settings", rows=facts, half=True)]
     if tried:
         rows = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in each.values()] for each in tried]
