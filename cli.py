@@ -123,6 +123,9 @@ observing_options = options(
     click.option("--metrics", type=FOLDER, help="Write a Prometheus textfile (.prom), replaced whole."),
     click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing."),
 )
+pictures_option = click.option(
+    "--thumbnails/--no-thumbnails", "pictures", default=True, show_default=True, help="Whether the report shows images."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 
@@ -595,6 +598,7 @@ def compact(cache: Path, output: Path | None, dtype: str, layer: str | None, *, 
 @split_options
 @one_layer_option
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the training, and of a split of its own.")
+@pictures_option
 @overwrite_option
 @json_option
 def train(cache: Path, output: Path, head: str | None, *, as_json: bool, overwrite: bool, **given: Any) -> None:
@@ -623,6 +627,7 @@ def train(cache: Path, output: Path, head: str | None, *, as_json: bool, overwri
         leaks=given["leaks"],
         few_shot=shots,
         repeats=given["repeats"],
+        pictures=given["pictures"],
         overwrite=overwrite,
         **fractions,
     )
@@ -650,6 +655,7 @@ def train(cache: Path, output: Path, head: str | None, *, as_json: bool, overwri
 @source_options
 @split_options
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the training, and of the split of DATA without one.")
+@pictures_option
 @overwrite_option
 @json_option
 def finetune(data: Path, output: Path, *, as_json: bool, overwrite: bool, **given: Any) -> None:
@@ -698,6 +704,7 @@ def finetune(data: Path, output: Path, *, as_json: bool, overwrite: bool, **give
         FineTuneOptions(quiet=quiet, **settings),
         extract_options=split,
         root=given["root"],
+        pictures=given["pictures"],
         overwrite=overwrite,
     )
     print_bundle(bundle, as_json=as_json)
@@ -814,6 +821,32 @@ def fuse(bundle: Path, output: Path, *, overwrite: bool) -> None:
     fused = fuse_bundle(Bundle.load(bundle), output, overwrite=overwrite)
     side, size = fused.preprocess.crop, sum(file.stat().st_size for file in (output, *data_files(output)))
     click.echo(f"{output}: {side} x {side} pixels to {len(fused.classes)} {fused.bound_task.plural}, {size / 2**20:.1f} MiB")
+
+
+@cli.command()
+@click.argument("bundle", type=FOLDER)
+@click.argument("data", required=False, type=FOLDER)
+@output_option("The page, an .html file.")
+@click.option("--split", help="Which part; by default the one that was held out in training.")
+@click.option("--root", type=FOLDER, help="Where the images are, if they moved.")
+@pictures_option
+@run_options
+@overwrite_option
+def report(bundle: Path, data: Path | None, output: Path, *, overwrite: bool, **given: Any) -> None:
+    """Make the page of a bundle anew, or another one about how it does on a cache or a dataset.
+
+    Without DATA the page has no images and no map of features.
+
+    Example: penult report photos.head photos.cache -o photos.html
+    """
+    from classifiers.bundle import Bundle
+    from classifiers.illustrations import report_again
+    from classifiers.report import write_output
+
+    asked = {key: given[key] for key in ("split", "root", "pictures")}
+    html = report_again(Bundle.load(bundle), data, **asked, **runtime(given))
+    write_output(output, html.encode(), overwrite=overwrite)
+    click.echo(f"report: {output}")
 
 
 @cli.command()

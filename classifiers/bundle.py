@@ -21,7 +21,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,9 @@ from store.errors import BadDataError, InputMissingError, OutputExistsError, Pen
 from store.fingerprint import Fingerprint
 
 from .novelty import Novelty
+
+if TYPE_CHECKING:
+    from .illustrations import Illustrations
 
 FORMAT_VERSION = 1
 NOVELTY = "novelty.h5"
@@ -52,6 +55,7 @@ class Predictions:
         probabilities: ``(n, k)`` float32, in the order of the bundle's classes; of a regression, the numbers.
         split: what they were held out as.
         novelty: how unlike the training images each is ``(n,)``, see `Novelty`; not saved, and None where the bundle has none.
+        features: what the head saw ``(n, d)``; not saved, and None where they came from no cache.
     """
 
     sha256: Sequence[bytes]
@@ -60,6 +64,7 @@ class Predictions:
     probabilities: NDArray[np.float32]
     split: str = ""
     novelty: NDArray[np.float32] | None = None
+    features: NDArray[np.floating[Any]] | None = None
 
     @property
     def ids(self) -> str:
@@ -207,6 +212,7 @@ def save_bundle(
     predictions: Predictions | None,
     fitted: Sequence[bytes],
     novelty: bytes | None = None,
+    shown: Illustrations | None = None,
     overwrite: bool = False,
 ) -> Bundle:
     """Write a bundle in one step: it is complete or it is not there.
@@ -218,6 +224,7 @@ def save_bundle(
         predictions: on held-out images; None where there were none.
         fitted: content digests of everything that was fitted or chosen on.
         novelty: ``novelty.h5``, where there is one.
+        shown: what the report shows of the held-out images.
         overwrite: replace an existing bundle.
 
     Raises:
@@ -241,7 +248,7 @@ def save_bundle(
         files = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
         complete = replace(bundle, files=files, versions=library_versions())
         hdf5.commit(temporary / "predictions.h5", _predictions_file(predictions, fitted))
-        hdf5.commit(temporary / "report.html", bundle_report(complete).encode())
+        hdf5.commit(temporary / "report.html", bundle_report(complete, predictions, shown).encode())
         facts = json.dumps(complete.to_json(), indent=2, ensure_ascii=False) + "\n"
         hdf5.commit(temporary / "head.json", facts.encode())
         install(temporary, bundle.path)

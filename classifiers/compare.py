@@ -9,7 +9,8 @@ from typing import Any
 from store.errors import BadDataError, UsageError
 
 from .bundle import Bundle
-from .report import BLUE, Section, interval, page, percent, svg
+from .plots import BLUE, svg
+from .report import Section, interval, page, percent
 from .tasks import need_single_label
 
 SPLIT_FLAGS = (("val-fraction", "val"), ("test-fraction", "test"), ("seed", "seed"))

@@ -150,7 +150,7 @@ def _squared_error(truth: NDArray[np.intp], probabilities: Probabilities) -> Val
 
 def _calibration_error(truth: NDArray[np.intp], probabilities: Probabilities, weights: Weights) -> Values:
     """Expected calibration error of the winning class, in bins of equal width (Guo et al. 2017, equation 3)."""
-    confidence, bins = _confidence(probabilities)
+    confidence, bins = confidence_bins(probabilities)
     gap = (probabilities.argmax(axis=1) == truth) - confidence
     per_bin = np.where(np.unique(bins)[:, None] == bins, gap, 0.0) @ weights
     return np.asarray(np.abs(per_bin).sum(axis=0) / weights.sum(axis=0, dtype=np.float64))
@@ -160,13 +160,13 @@ def chance_calibration_errors(probabilities: Probabilities, count: int, seed: in
     """What calibration errors ``(count,)`` would be found if each confidence were exactly the chance to be right: "consistency
     resampling" of Bröcker & Smith 2007. On few images it is far from zero.
     """
-    confidence, bins = _confidence(probabilities)
+    confidence, bins = confidence_bins(probabilities)
     rng, n = np.random.default_rng(seed), len(confidence)
     gaps = ((rng.random(n, np.float32) < confidence) - confidence for _ in range(count))
     return np.array([np.abs(np.bincount(bins, gap)).sum() / n for gap in gaps])
 
 
-def _confidence(probabilities: Probabilities) -> tuple[Values, NDArray[np.intp]]:
+def confidence_bins(probabilities: Probabilities) -> tuple[Values, NDArray[np.intp]]:
     """Probability of the winning class ``(n,)``, and the bin it falls in."""
     confidence = probabilities.max(axis=1).astype(np.float64)
     return confidence, np.clip(np.ceil(confidence * BINS).astype(np.intp) - 1, 0, BINS - 1)

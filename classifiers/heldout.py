@@ -174,7 +174,8 @@ def evaluate_bundle(
         features, novelty = cache.features([row.sha256 for row in fresh]), bundle.novelty()
         probabilities = head_function(bundle.path / "head.onnx")(features)
         digests, paths = [row.sha256 for row in fresh], [row.path for row in fresh]
-        predictions = Predictions(digests, paths, truth, probabilities, name, novelty.scores(features) if novelty else None)
+        scores = novelty.scores(features) if novelty else None
+        predictions = Predictions(digests, paths, truth, probabilities, name, scores, features)
     else:
         predictor = Predictor.of(bundle, **predictor_options)
         files = source.files if source is not None else files_of(table, root)

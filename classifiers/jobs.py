@@ -103,6 +103,7 @@ class TrainSection(_Section):
     schedule: Literal["constant", "cosine"] | None = None
     seed: int | None = Field(None, ge=0, lt=2**32)
     leaks: Literal["warn", "refuse", "allow"] = "warn"
+    thumbnails: bool = True
 
 
 class GateSection(_Section):
@@ -224,7 +225,7 @@ class _Plan:
     cache: Path
     bundle: Path
     head: Any
-    leaks: str
+    training: dict[str, Any]
 
 
 def _resolve(job: Job, here: Path, *, quiet: bool) -> _Plan:
@@ -243,14 +244,14 @@ def _resolve(job: Job, here: Path, *, quiet: bool) -> _Plan:
         if chosen[key] and (here / chosen[key]).is_file():
             chosen[key] = str(here / chosen[key])
     wanted = job.train.model_dump()
-    leaks = wanted.pop("leaks")
+    training = {"leaks": wanted.pop("leaks"), "pictures": wanted.pop("thumbnails")}
     try:
         head = make_head(wanted.pop("head"), **wanted)
         options.budget(0)
     except UsageError as error:
         message = f"[train] or [extract]: {error}"
         raise JobFileError(message) from error
-    return _Plan(source, Backbone.from_facts(chosen), options, here / job.cache, here / job.bundle, head, leaks)
+    return _Plan(source, Backbone.from_facts(chosen), options, here / job.cache, here / job.bundle, head, training)
 
 
 def preview_job(path: Path) -> dict[str, Any]:
@@ -277,7 +278,7 @@ def _made_already(plan: _Plan) -> Bundle | None:
 
 
 def _origin(plan: _Plan) -> str:
-    return made_from(FeatureCache(plan.cache), plan.head, val=None, test=None, split_seed=0)
+    return made_from(FeatureCache(plan.cache), plan.head, pictures=plan.training["pictures"], val=None, test=None, split_seed=0)
 
 
 def run_job(path: Path, *, quiet: bool = False, record: dict[str, Any] | None = None) -> JobResult:
@@ -325,7 +326,7 @@ def _run(job: Job, path: Path, record: dict[str, Any], *, quiet: bool) -> JobRes
         if bundle is None:
             shutil.rmtree(staging, ignore_errors=True)  # of a killed run; the job's lock is ours
             staged = staging / plan.bundle.name
-            bundle = train_head(FeatureCache(plan.cache), staged, plan.head, leaks=plan.leaks)
+            bundle = train_head(FeatureCache(plan.cache), staged, plan.head, **plan.training)
         else:
             log.info("features, labels and settings are unchanged: %s is kept", bundle.name)
         found, _ = evaluate_bundle(bundle, plan.cache, split=job.gate.split)

@@ -1,13 +1,10 @@
-"""Plots and HTML: self-contained pages that load nothing, and a confusion matrix as a file of its own."""
+"""Pages that load nothing, and a confusion matrix as a file of its own."""
 
 from __future__ import annotations
 
-import io
 import json
 import logging
-import re
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
@@ -15,38 +12,47 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from store import hdf5
 from store.errors import OutputExistsError, UsageError
 from store.fingerprint import short
 from store.samples import MULTI_LABEL, SINGLE_LABEL
 
+from . import plots
+from .figures import untempered
 from .tasks import output_table, task_of_bundle, whole_rows
 
 if TYPE_CHECKING:
-    from .bundle import Bundle
+    from .bundle import Bundle, Predictions
+    from .illustrations import Illustrations, Mistake
 
 log = logging.getLogger("penult.classifiers")
 
-PLOT_FORMATS = ("png", "svg", "pdf")
-BLUE = "#2b6cb0"
-ORANGE = "#c05621"
-SEARCHES = (  # what a history is a search of: the setting, what to call it, what is least at the best one
-    ("C", "C (inverse regularisation)", "log_loss"),
-    ("alpha", "lambda (regularisation)", "squared_error"),
-    ("k", "k (neighbours)", "log_loss"),
-)
-MANY_CLASSES = 40  # more do not fit a matrix that can be read; the most confused ones are shown
+SMALL = 6  # classes whose confusion matrix leaves room for a plot beside it
+LONG = 25  # lines of a table that are shown at once; longer ones are folded
+
+
+Card = tuple[str, str, str]  # of a figure: what it is, its value, what to know of it
 
 
 @dataclass(frozen=True)
 class Section:
-    """One part of a page: a heading with text, a plot, or a table; a table without ``columns`` is a list of facts."""
+    """One part of a page: a heading with text, and a plot, mistakes or a table; one without ``columns`` is a list of facts.
+
+    Attributes:
+        half: two such sections stand side by side where there is room.
+        folded: the table is shown when it is asked for.
+    """
 
     heading: str
     text: str = ""
     plot: str = ""
     columns: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = field(default_factory=tuple)
+    mistakes: Sequence[Mistake] = ()
+    half: bool = False
+    folded: bool = False
 
 
 def page(
@@ -54,7 +60,7 @@ def page(
     lead: str,
     sections: Sequence[Section],
     *,
-    figures: Sequence[tuple[str, str, str]] = (),
+    figures: Sequence[Card] = (),
     notes: Sequence[str] = (),
 ) -> str:
     """Render a page; everything but the plots is escaped."""
@@ -79,54 +85,157 @@ def interval(bounds: Sequence[float]) -> str:
     return f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f} %"
 
 
-def bundle_report(bundle: Bundle) -> str:
-    """The page that lies in every bundle."""
-    metrics = bundle.metrics
-    split = bundle.split
-    task = task_of_bundle(bundle)
+def bundle_report(bundle: Bundle, predictions: Predictions | None = None, shown: Illustrations | None = None) -> str:
+    """The page about a bundle.
+
+    Args:
+        bundle: its facts.
+        predictions: what its metrics were measured on.
+        shown: what is to be seen of these images.
+    """
+    metrics, cost, task = bundle.metrics, bundle.cost, task_of_bundle(bundle)
     lead = f"{bundle.head} head on {bundle.backbone.name} ({bundle.backbone.weights}), {len(bundle.classes)} {task.plural}"
-    figures: list[tuple[str, str, str]] = []
+    cards: list[Card] = []
     sections: list[Section] = []
     notes: list[str] = []
+    training = []
+    if bundle.history and bundle.head != "centroid":  # which has nothing to choose
+        training.append(Section("Training", text=_history_text(bundle), plot=plots.history_svg(bundle), half=True))
     if metrics is None:
         notes.append("Nothing was held out, so this page cannot say how good the head is.")
-    elif bundle.task != SINGLE_LABEL:
-        figures = [
-            (what.partition(":")[0], value, "" if bounds == "-" else f"95 % interval {bounds}")
-            for what, value, bounds in whole_rows(metrics)
-        ]
-        figures.append(("held-out images", str(metrics["n"]), f"split {metrics['split']!r}"))
-        notes += metrics["notes"]
-        columns, lines = output_table(metrics)
-        sections.append(Section(f"The {task.plural}", columns=columns, rows=lines))
+        sections += training
     else:
-        detail = f"95 % interval {interval(metrics['accuracy_interval'])}"
-        figures = [
-            ("accuracy", percent(metrics["accuracy"]), detail),
-            ("macro F1", f"{metrics['macro_f1']:.3f}", "mean over the classes"),
-            ("held-out images", str(metrics["n"]), f"split {metrics['split']!r}, {metrics['n'] - metrics['correct']} errors"),
-        ]
         notes += metrics["notes"]
-        sections += [
-            Section("Confusion matrix", plot=confusion_svg(metrics)),
-            Section("Per class", columns=CLASS_COLUMNS, rows=class_rows(metrics)),
-        ]
-    cost = bundle.cost
-    figures.append(("images through the backbone", f"{cost['images']}", f"training took {cost['train_seconds']:.1f} s"))
-    if bundle.history and bundle.head != "centroid":  # which has nothing to choose
-        sections.append(Section("Training", text=_history_text(bundle), plot=history_svg(bundle)))
-    if bundle.few_shot:
-        from . import fewshot
-
-        text = "Accuracy on the held-out images by training images of each class; the interval is that of the mean over draws."
-        rows = [fewshot.cells(point) for point in bundle.few_shot]
-        sections.append(Section("With few images", text=text, columns=fewshot.COLUMNS, rows=rows))
+        if bundle.task == SINGLE_LABEL:
+            cards = _cards(metrics)
+            sections += _classes(bundle, metrics, predictions, shown, training)
+        else:
+            cards = _output_cards(metrics)
+            columns, lines = output_table(metrics)
+            sections += [*training, Section(f"The {task.plural}", columns=columns, rows=lines)]
+    cards.append(("images through the backbone", f"{cost['images']}", f"training took {cost['train_seconds']:.1f} s"))
     sections += [
-        Section("Split", rows=[(key.replace("_", " "), str(value)) for key, value in split.items()]),
-        Section("Settings", rows=[(key, json.dumps(value)) for key, value in bundle.hyperparameters.items()]),
+        Section("Split", rows=[(key.replace("_", " "), str(value)) for key, value in bundle.split.items()], half=True),
+        *_settings(bundle.hyperparameters),
         Section("Fingerprint", rows=[(key, short(value)) for key, value in bundle.fingerprint.leaves().items()]),
     ]
-    return page(bundle.name, lead, sections, figures=figures, notes=notes)
+    return page(bundle.name, lead, sections, figures=cards, notes=notes)
+
+
+def _classes(
+    bundle: Bundle,
+    metrics: dict[str, Any],
+    predictions: Predictions | None,
+    shown: Illustrations | None,
+    training: Sequence[Section],
+) -> list[Section]:
+    """What there is to say of images that have one label each."""
+    sections = [Section("Confusion matrix", plot=plots.confusion_svg(metrics), half=len(metrics["classes"]) <= SMALL)]
+    if predictions:
+        sections.append(_reliability(bundle, metrics, predictions))
+    text = "How many images of each class were found."
+    sections += [*training, Section("Classes", text=text, plot=plots.recall_svg(metrics), half=True)]
+    if bundle.few_shot:
+        sections.append(_few_shot(bundle.few_shot))
+    if predictions and shown:
+        sections += _images(bundle, metrics, predictions, shown)
+    return sections + _tables(metrics)
+
+
+def _output_cards(metrics: dict[str, Any]) -> list[Card]:
+    """The figures over all labels, or all targets."""
+    cards = [
+        (what.partition(":")[0], value, "" if bounds == "-" else f"95 % interval {bounds}")
+        for what, value, bounds in whole_rows(metrics)
+    ]
+    return [*cards, ("held-out images", str(metrics["n"]), f"split {metrics['split']!r}")]
+
+
+def _cards(metrics: dict[str, Any]) -> list[Card]:
+    """What one wants to know first."""
+    n, figures, sets, novelty = metrics["n"], metrics.get("figures", {}), metrics.get("sets"), metrics.get("novelty")
+    f1 = figures.get("f1_macro", {}).get("interval")
+    cards = [
+        ("accuracy", percent(metrics["accuracy"]), f"95 % interval {interval(metrics['accuracy_interval'])}"),
+        ("macro F1", f"{metrics['macro_f1']:.3f}", f"{f1[0]:.3f} to {f1[1]:.3f}" if f1 else "mean over the classes"),
+        ("held-out images", str(n), f"split {metrics['split']!r}, {n - metrics['correct']} errors"),
+    ]
+    if sets:
+        found = sets["marginal"]
+        right = f", right on {percent(found['decided_right'] / found['decided'])}" if found["decided"] else ""
+        cards.append(("sure of", percent(found["decided"] / n), f"one label in the {100 * sets['target']:.0f} % set{right}"))
+    if novelty:
+        expected = f"{100 * novelty['expected']:.0f} % are expected"
+        cards.append(("unlike the training images", percent(novelty["share"]), f"{expected} of the same kind"))
+    return cards
+
+
+def _reliability(bundle: Bundle, metrics: dict[str, Any], predictions: Predictions) -> Section:
+    temperature = bundle.hyperparameters.get("temperature")
+    before = None if temperature is None else untempered(predictions.probabilities, temperature)
+    plot = plots.reliability_svg(_truth(bundle, predictions), predictions.probabilities, before)
+    ece = {name: figure["value"] for name, figure in metrics.get("figures", {}).items() if name.startswith("ece")}
+    text = "How often the head is right where it claims so much confidence; on the dashed line the two agree."
+    if "ece" in ece:
+        scaled = "" if temperature is None else f" ({ece['ece_before']:.3f} before temperature scaling, T = {temperature:.2f})"
+        text += f" ECE {ece['ece']:.3f}{scaled}; perfect confidence would show about {ece['ece_by_chance']:.3f} here."
+    return Section("Reliability", text=text, plot=plot, half=True)
+
+
+def _few_shot(curve: Sequence[dict[str, Any]]) -> Section:
+    from . import fewshot
+
+    text = "Accuracy on the held-out images by training images of each class; the interval is that of the mean over draws."
+    rows = [fewshot.cells(point) for point in curve]
+    return Section("With few images", text=text, plot=plots.few_shot_svg(curve), columns=fewshot.COLUMNS, rows=rows, half=True)
+
+
+def _images(bundle: Bundle, metrics: dict[str, Any], predictions: Predictions, shown: Illustrations) -> list[Section]:
+    """The map, and the mistakes."""
+    sections = []
+    if shown.map is not None:
+        truth, guess = _truth(bundle, predictions), predictions.probabilities.argmax(axis=1)
+        drawn = len(shown.map.rows)
+        which = f"The {drawn} held-out images" if drawn == metrics["n"] else f"{drawn} of the {metrics['n']} held-out images"
+        text = f"{which} by their features ({shown.map.method}): close together is what the backbone finds alike."
+        few = len(bundle.classes) <= len(plots.COLOURS)
+        sections.append(Section("Map of the features", text, plots.map_svg(shown.map, truth, guess, bundle.classes), half=few))
+    errors = metrics["n"] - metrics["correct"]
+    text = f"The most confident of {errors}, the worst first." if errors else f"None in {metrics['n']} images."
+    if any(mistake.neighbours for mistake in shown.mistakes):
+        text += " Beside each are the training images that the backbone finds most like it."
+    if shown.mistakes and shown.pictures:
+        text += f" {shown.pictures}"
+    return [*sections, Section("Mistakes", text, mistakes=shown.mistakes)]
+
+
+def _tables(metrics: dict[str, Any]) -> list[Section]:
+    from .text import figure_rows
+
+    rows = figure_rows(metrics.get("figures", {}), metrics["classes"])
+    figures = [Section("Figures", columns=("figure", "value", "95 % interval"), rows=rows)] if rows else []
+    classes = class_rows(metrics)
+    return [*figures, Section("Per class", columns=CLASS_COLUMNS, rows=classes, folded=len(classes) > LONG)]
+
+
+def _settings(used: dict[str, Any]) -> list[Section]:
+    """What was used, and a table of what else was tried."""
+    tried = used.get("tried")
+    if not isinstance(tried, list):  # most heads only count; their history has all of it
+        tried = []
+    facts = [(key, json.dumps(value)) for key, value in used.items() if not (tried and key == "tried")]
+    sections = [Section("Settings", rows=facts, half=True)]
+    if tried:
+        rows = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in each.values()] for each in tried]
+        columns = [key.replace("_", " ") for key in tried[0]]
+        sections.append(Section("Tried", columns=columns, rows=rows))
+    return sections
+
+
+def _truth(bundle: Bundle, predictions: Predictions) -> Any:
+    """Class index of each image ``(n,)``."""
+    order = {label: i for i, label in enumerate(bundle.classes)}
+    return np.array([order[label] for label in predictions.labels.tolist()], dtype=np.intp)
 
 
 CLASS_COLUMNS = ("class", "images", "precision", "recall", "95 % interval", "F1")
@@ -151,7 +260,9 @@ def _history_text(bundle: Bundle) -> str:
     if bundle.task == MULTI_LABEL and bundle.head == "logistic":
         return "Log-loss out of fold or on validation for each value of C, mean over the labels; each label has its own best C."
     if bundle.head == "logistic":
-        return f"Log-loss out of fold or on validation for each value of C; C = {bundle.hyperparameters['C']:.4g} was chosen."
+        by = " by accuracy" if bundle.hyperparameters.get("select") == "accuracy" else ""
+        chosen = f"C = {bundle.hyperparameters['C']:.4g} was chosen{by}"
+        return f"Log-loss and accuracy, out of fold or on validation, for each value of C; {chosen}."
     if bundle.head == "ridge":
         alpha = bundle.hyperparameters["alpha"]
         return f"Squared error out of fold or on validation for each value of lambda; {alpha:.4g} was chosen."
@@ -159,71 +270,6 @@ def _history_text(bundle: Bundle) -> str:
         k, tau = (bundle.hyperparameters[name] for name in ("k", "tau"))
         return f"Log-loss out of fold or on validation by number of neighbours; k = {k}, tau = {tau:.4g} was chosen."
     return "Loss on training and validation images by epoch."
-
-
-def history_svg(bundle: Bundle) -> str:
-    """The regularisation path, or the losses by epoch."""
-
-    def draw(axes: Any) -> None:
-        history = bundle.history
-        for key, meaning, loss in SEARCHES:
-            if key in history[0]:
-                chosen = bundle.hyperparameters
-                line = [p for p in history if p.get("tau") == chosen.get("tau")]  # of knn's lines, the one of the chosen tau
-                axes.semilogx([p[key] for p in line], [p[loss] for p in line], "o-", color=BLUE, ms=4)
-                for value in chosen[key] if isinstance(chosen[key], list) else [chosen[key]]:  # one for each label
-                    axes.axvline(value, color=ORANGE, ls="--", lw=1)
-                axes.set_xlabel(meaning)
-                axes.set_ylabel(loss.replace("_", "-" if loss == "log_loss" else " "))
-                return
-        epochs = [p["epoch"] for p in history]
-        for key, colour in (("train_loss", BLUE), ("val_loss", ORANGE)):
-            axes.plot(epochs, [p[key] for p in history], "o-", color=colour, ms=3, label=key.replace("_", " "))
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_xlabel("epoch")
-        axes.set_ylabel("loss")
-        axes.legend(frameon=False)
-
-    return svg(draw, (6.4, 3.0))
-
-
-def draw_confusion(axes: Any, metrics: dict[str, Any]) -> None:
-    """A confusion matrix on matplotlib axes: row-normalised colour, counts as numbers."""
-    import numpy as np
-
-    matrix, classes = np.array(metrics["confusion"]), [_shorten(label) for label in metrics["classes"]]
-    if len(classes) > MANY_CLASSES:
-        errors = matrix.sum(axis=1) - np.diag(matrix) + matrix.sum(axis=0) - np.diag(matrix)
-        chosen = np.sort(np.argsort(-errors, kind="stable")[:MANY_CLASSES])
-        matrix, classes = matrix[np.ix_(chosen, chosen)], [classes[i] for i in chosen]
-        axes.set_title(f"the {MANY_CLASSES} classes with the most errors", fontsize=9)
-    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    ticks = range(len(classes))
-    axes.set_xticks(ticks, classes, rotation=45, ha="right")
-    axes.set_yticks(ticks, classes)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
-    if len(classes) <= 25:
-        for i in ticks:
-            for j in ticks:
-                if matrix[i, j]:
-                    axes.text(j, i, str(matrix[i, j]), ha="center", va="center", color="white" if share[i, j] > 0.5 else "#333")
-
-
-def _shorten(label: str) -> str:
-    text = label if len(label) <= 18 else label[:17] + "…"
-    return text.replace("$", r"\$")
-
-
-def _confusion_size(metrics: dict[str, Any]) -> tuple[float, float]:
-    side = min(2.6 + 0.34 * min(len(metrics["classes"]), MANY_CLASSES), 11.0)
-    return side + 0.8, side
-
-
-def confusion_svg(metrics: dict[str, Any]) -> str:
-    """The confusion matrix as inline SVG."""
-    return svg(lambda axes: draw_confusion(axes, metrics), _confusion_size(metrics))
 
 
 def save_confusion(metrics: dict[str, Any], path: Path, *, overwrite: bool = False) -> None:
@@ -234,15 +280,19 @@ def save_confusion(metrics: dict[str, Any], path: Path, *, overwrite: bool = Fal
         OutputExistsError: the file exists.
     """
     kind = path.suffix.lower().lstrip(".")
-    if kind not in PLOT_FORMATS:
-        message = f"{path}: a plot is written as {', '.join('.' + name for name in PLOT_FORMATS)}"
+    if kind not in plots.PLOT_FORMATS:
+        message = f"{path}: a plot is written as {', '.join('.' + name for name in plots.PLOT_FORMATS)}"
         raise UsageError(message)
     if kind != "svg":  # there the reader's fonts draw the text
         names = [label if _drawable(label) else f"class {i + 1}" for i, label in enumerate(metrics["classes"])]
         if names != metrics["classes"]:
             log.warning("%s: its font lacks letters of some labels, which are numbered as in the per-class table", path)
         metrics = {**metrics, "classes": names}
-    write_output(path, _figure(lambda axes: draw_confusion(axes, metrics), _confusion_size(metrics), kind), overwrite=overwrite)
+    write_output(
+        path,
+        plots.figure(lambda axes: plots.draw_confusion(axes, metrics), plots.confusion_size(metrics), kind),
+        overwrite=overwrite,
+    )
 
 
 def _drawable(label: str) -> bool:
@@ -264,28 +314,3 @@ def write_output(path: Path, data: bytes, *, overwrite: bool) -> None:
         message = f"{path} exists; choose another name or pass --overwrite"
         raise OutputExistsError(message)
     hdf5.commit(path, data)
-
-
-def svg(draw: Callable[[Any], None], size: tuple[float, float]) -> str:
-    text = _figure(draw, size, "svg").decode()
-    return re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-
-
-def _figure(draw: Callable[[Any], None], size: tuple[float, float], kind: str) -> bytes:
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # Not pyplot: no global state, no display. A fixed salt makes equal plots equal bytes.
-    with matplotlib.rc_context({"svg.hashsalt": "penult", "svg.fonttype": "none", "font.size": 9}), warnings.catch_warnings():
-        # An SVG keeps its text as text: who looks at it has the letters that are missing here, where only sizes are guessed.
-        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from|Matplotlib currently does not support")
-        figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        draw(axes)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-    return buffer.getvalue()

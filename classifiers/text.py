@@ -86,7 +86,7 @@ def evaluation_text(result: Evaluation | Measured, *, width: int | None = None) 
     parts = [
         f"accuracy {result.accuracy:.4f} [{low:.4f}, {high:.4f}] (95 % Wilson), {result.n - result.correct} errors in "
         f"{result.n} images of {result.split!r}, macro F1 {result.macro_f1:.4f}",
-        table(("figure", "value", "95 % interval"), _figure_rows(result), width=width),
+        table(("figure", "value", "95 % interval"), figure_rows(result.figures, result.classes), width=width),
         *_confidence(result),
         *_abstention(result.sets, result.n),
         *_novelty(result.novelty, result.n),
@@ -110,9 +110,9 @@ def _measured_text(result: Measured, width: int | None) -> str:
     return "\n\n".join(parts)
 
 
-def _figure_rows(result: Evaluation) -> list[tuple[str, str, str]]:
-    figures = result.figures
-    scales = SCALES | ({"pr_auc": f"PR-AUC: the same, for {result.classes[1]}"} if len(result.classes) == 2 else {})
+def figure_rows(figures: dict[str, dict[str, Any]], classes: Sequence[str]) -> list[tuple[str, str, str]]:
+    """What each figure is called, its value and its interval, as text."""
+    scales = SCALES | ({"pr_auc": f"PR-AUC: the same, for {classes[1]}"} if len(classes) == 2 else {})
     rows = [
         (text, percent(figure["value"]), interval(figure["interval"]) if figure["interval"] else "-")
         for name, text in SHARES.items()

@@ -36,6 +36,7 @@ from .heads import HEADS as HEADS
 from .heads import make_head as make_head
 from .heads import name_of, need_saveable, need_task
 from .heldout import Roles, assign_roles, inner_validation, predict_held_out
+from .illustrations import files_or_none, illustrate
 from .leaks import Leak, LeakReport, conflicting_labels, guard, near_copies
 from .novelty import Novelty, novel_share
 from .predict import Predictor
@@ -56,6 +57,7 @@ def train_head(
     leaks: str = "warn",
     few_shot: Sequence[int] = (),
     repeats: int = 20,
+    pictures: bool = True,
     overwrite: bool = False,
 ) -> Bundle:
     """Fit a head on a cache's training rows, evaluate it on the held-out ones and save a bundle.
@@ -67,6 +69,7 @@ def train_head(
         val, test, split_seed: fractions for a split other than the stored one.
         leaks: what happens to images on both sides of the split: ``warn``, ``refuse`` or ``allow``; see `leaks`.
         few_shot, repeats: images of each class and draws of them, for a learning curve on the held-out images; see `fewshot`.
+        pictures: whether the report has thumbnails of mistakes and of training images like them.
         overwrite: replace an existing bundle.
 
     Raises:
@@ -79,7 +82,7 @@ def train_head(
     need_task(head, cache.samples.task)
     if few_shot:
         need_single_label(cache.samples.task, "--few-shot")
-    origin = made_from(cache, head, val=val, test=test, split_seed=split_seed)
+    origin = made_from(cache, head, pictures=pictures, val=val, test=test, split_seed=split_seed)
     roles = assign_roles(cache.samples, val=val, test=test, seed=split_seed)
     _require(cache.samples, roles)
     train = cache.of_rows(roles.fit, "train")
@@ -106,6 +109,7 @@ def train_head(
         leaks=found,
         rounding=rounding,
         few_shot=curve,
+        files=files_or_none(cache.samples) if pictures else None,
         overwrite=overwrite,
     )
 
@@ -141,10 +145,11 @@ def _with_leaks(metrics: dict[str, Any], leaks: LeakReport, held_out: Subset, pr
             metrics["leaks"]["accuracy_without"] = without["accuracy"]
 
 
-def made_from(cache: FeatureCache, head: Any, **split: Any) -> str:
+def made_from(cache: FeatureCache, head: Any, *, pictures: bool = True, **split: Any) -> str:
     """Digest of everything that decides what `train_head` makes, hexadecimal."""
     rows = [(row.sha256.hex(), row.label, row.split, row.group.hex(), *row.targets) for row in cache.rows()]
     facts = [cache.fingerprint.fields, rows, type(head).__name__, head.get_params(), split, cache.samples.facts.get("split")]
+    facts += [] if pictures else ["no pictures"]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -161,6 +166,7 @@ def save_head(
     leaks: LeakReport | None = None,
     rounding: dict[str, Any] | None = None,
     few_shot: list[dict[str, Any]] | None = None,
+    files: Files | None = None,
     overwrite: bool = False,
 ) -> Bundle:
     """Save a fitted head as a bundle.
@@ -176,13 +182,14 @@ def save_head(
         leaks: what was found on both sides of the split.
         rounding: what `judge_rounding` found, of an int8 cache.
         few_shot: what `learning_curve` found.
+        files: where the report takes thumbnails from; None for none.
         origin: what `made_from` says, if a later run shall recognise this one.
         overwrite: replace an existing bundle.
     """
     from extractor.onnxfile import read_facts
 
     need_saveable(head)
-    metrics = predictions = None
+    metrics = predictions = shown = None
     novelty = Novelty.fit(fitted)
     conformal = getattr(head, "conformal_", None)
     names = list(head.dense_.classes) if cache.samples.task == SINGLE_LABEL else cache.samples.outputs
@@ -194,6 +201,8 @@ def save_head(
         evaluation = task.score(held_out.y, probabilities, held_out.name)
         novel = novel_share(novelty.scores(held_out.X)) if novelty else None
         metrics = replace(evaluation, novelty=novel).to_json()
+        if task.name == SINGLE_LABEL:
+            shown = illustrate(predictions, names, X=held_out.X, fitted=fitted, files=files)
         if leaks is not None:
             _with_leaks(metrics, leaks, held_out, probabilities, task)
     else:
@@ -231,6 +240,7 @@ def save_head(
             predictions=predictions,
             fitted=digests,
             novelty=novelty.to_bytes() if novelty else None,
+            shown=shown,
             overwrite=overwrite,
         )
 
@@ -243,6 +253,7 @@ def train_finetuned(
     *,
     extract_options: Options | None = None,
     root: Path | None = None,
+    pictures: bool = True,
     overwrite: bool = False,
 ) -> Bundle:
     """Fine-tune the backbone end to end on the same split and save it as a bundle like any other.
@@ -254,6 +265,7 @@ def train_finetuned(
         options: of the training.
         extract_options: the split, where ``data`` is a source without one.
         root: where the images are, if they moved since the cache was made.
+        pictures: whether the report has thumbnails of mistakes.
         overwrite: replace an existing bundle.
 
     Raises:
@@ -285,11 +297,12 @@ def train_finetuned(
         facts = to_onnx(tuned.loaded, backbone.name, network)
         storage = "float32"  # its features are never cached, hence never rounded
         predictor = Predictor(network, facts.preprocess, head.probabilities, classes, storage=storage, device=options.device)
-        predictions = metrics = None
+        predictions = metrics = shown = None
         if roles.report:
             truth, name = table.truth(roles.report), str(roles.facts["reported_on"])
             predictions = predict_held_out(predictor, roles.report, truth, files, name)
             metrics = score(predictions.labels, predictions.probabilities, classes, predictions.split).to_json()
+            shown = illustrate(predictions, classes, files=files if pictures else None)
         bundle = Bundle(
             path=out,
             kind="fine-tuned",
@@ -315,6 +328,7 @@ def train_finetuned(
             head=head.to_onnx(),
             predictions=predictions,
             fitted=fitted,
+            shown=shown,
             overwrite=overwrite,
         )
 

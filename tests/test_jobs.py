@@ -89,6 +89,19 @@ def test_nothing_is_done_again_unless_it_changed(job: Callable[..., Path], tmp_p
     assert (relabelled.trained, relabelled.extract.computed) == (True, 0)
 
 
+def test_a_job_that_wants_no_thumbnails_trains_again_without(job: Callable[..., Path], tmp_path: Path) -> None:
+    for seed, label in enumerate(("blue", "red"), 7):  # of one tint: there are mistakes to show
+        paint(tmp_path / "photos", label, (128, 128, 128), 15, seed)
+    assert run_job(job(gate=0)).trained
+    page = tmp_path / "out.head" / "report.html"
+    assert "data:image/jpeg" in page.read_text()
+    path = job(gate=0)
+    path.write_text(path.read_text().replace("[train]", "[train]\nthumbnails = false"))
+    assert run_job(path).trained
+    assert "data:image/jpeg" not in page.read_text()
+    assert not run_job(path).trained
+
+
 def test_a_damaged_bundle_is_made_again(job: Callable[..., Path], tmp_path: Path) -> None:
     run_job(job())
     (tmp_path / "out.head/head.onnx").write_bytes(b"")

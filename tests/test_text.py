@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 from rich.cells import cell_len
 
+from classifiers import plots
 from classifiers.compare import COLUMNS
 from classifiers.evaluate import Evaluation, score
-from classifiers.report import _drawable, confusion_svg, save_confusion
+from classifiers.report import _drawable, save_confusion
 from classifiers.text import evaluation_text, table
 
 COMPARED = [
@@ -93,7 +94,7 @@ def test_labels_in_any_script_are_text_in_an_svg_and_numbered_where_the_font_lac
 ) -> None:
     """A warning of matplotlib's would fail this test: pytest runs with warnings as errors."""
     metrics = evaluation(SCRIPTS).to_json()
-    drawn = confusion_svg(metrics)
+    drawn = plots.confusion_svg(metrics)
     assert "\u732b" in drawn
     assert "\U0001f41d bees" in drawn
     save_confusion(metrics, tmp_path / "m.svg")

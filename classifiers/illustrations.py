@@ -1,0 +1,192 @@
+"""What a report shows of the images themselves: a map of their features, and the mistakes beside what they were taken for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from extractor.files import Files
+from extractor.sources import files_of, open_source
+from store.cache import FeatureCache, Subset, is_cache
+from store.errors import PenultError
+from store.samples import SINGLE_LABEL, SampleTable, display
+
+from .bundle import Bundle, Predictions
+from .featuremap import FeatureMap, feature_map
+from .heldout import evaluate_bundle
+from .thumbnails import thumbnails
+
+MISTAKES = 12
+NEIGHBOURS = 4
+MOVED = "If the images moved, `penult report BUNDLE DATA --root FOLDER -o FILE.html` finds them."
+WITHOUT = "This page was made without pictures; `penult report BUNDLE DATA -o FILE.html` makes one that has them."
+BLOCK = 4096  # training images that mistakes are compared with at once
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image of a page: its name and label, and a data URI, which is empty where it is not shown."""
+
+    name: str
+    label: str
+    uri: str = ""
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """An image that was taken for another class.
+
+    Attributes:
+        image: with its true label.
+        guess, probability: what it was taken for.
+        neighbours: the training images whose features are nearest (cosine), the nearest first.
+    """
+
+    image: Picture
+    guess: str
+    probability: float
+    neighbours: list[Picture] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Illustrations:
+    """What a page can show beside figures.
+
+    Attributes:
+        mistakes: the most confident ones, the most confident first.
+        pictures: why pictures are missing, in words; empty where all are there.
+        map: of the features; None where there are none, or too few.
+    """
+
+    mistakes: list[Mistake] = field(default_factory=list)
+    pictures: str = ""
+    map: FeatureMap | None = None
+
+
+def illustrate(
+    predictions: Predictions,
+    classes: Sequence[str],
+    *,
+    X: NDArray[np.floating[Any]] | None = None,
+    fitted: Sequence[Subset] = (),
+    files: Files | None = None,
+) -> Illustrations:
+    """Find what is worth showing.
+
+    Args:
+        predictions: on held-out images.
+        classes: labels of their columns.
+        X: features of the same images ``(n, d)``; without them there is neither map nor neighbours.
+        fitted: training images, where neighbours are looked for.
+        files: where the images are; None shows none of them.
+    """
+    guess = np.array(classes, dtype=str)[predictions.probabilities.argmax(axis=1)]
+    confidence = predictions.probabilities.max(axis=1)
+    wrong = np.flatnonzero(guess != predictions.labels)
+    wrong = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES]
+    worst: list[int] = wrong.tolist()
+    near = _nearest(np.asarray(X[wrong], np.float32), fitted) if X is not None and fitted and len(wrong) else [[]] * len(wrong)
+    wanted = {predictions.sha256[i]: predictions.paths[i] for i in worst}
+    wanted |= {subset.sha256[j]: subset.paths[j] for each in near for subset, j in each}
+    with ThreadPoolExecutor(1, "penult-pictures") as pool:  # they are decoded in other processes
+        pictures = pool.submit(thumbnails, wanted, files) if files is not None else None
+        found = feature_map(X) if X is not None else None
+    shown, missing = pictures.result() if pictures is not None else ({}, {})
+
+    def picture(digest: bytes, path: bytes, label: str) -> Picture:
+        return Picture(display(path), label, shown.get(digest, ""))
+
+    return Illustrations(
+        mistakes=[
+            Mistake(
+                picture(predictions.sha256[i], predictions.paths[i], str(predictions.labels[i])),
+                str(guess[i]),
+                float(confidence[i]),
+                [picture(subset.sha256[j], subset.paths[j], str(subset.y[j])) for subset, j in each],
+            )
+            for i, each in zip(worst, near, strict=True)
+        ],
+        pictures=_missing(missing, len(wanted)) if files is not None else WITHOUT,
+        map=found,
+    )
+
+
+def _nearest(X: NDArray[np.float32], fitted: Sequence[Subset]) -> list[list[tuple[Subset, int]]]:
+    """The training images nearest to each of some features ``(m, d)``."""
+    from sklearn.preprocessing import normalize
+
+    X = normalize(X)
+    best: list[list[tuple[float, int, int]]] = [[] for _ in X]
+    for s, subset in enumerate(fitted):
+        for begin in range(0, len(subset), BLOCK):
+            likeness = X @ normalize(np.asarray(subset.X[begin : begin + BLOCK], np.float32)).T
+            for m, row in enumerate(likeness):
+                top = np.argsort(-row, kind="stable")[:NEIGHBOURS]
+                best[m] = sorted([*best[m], *((-float(row[j]), s, begin + int(j)) for j in top)])[:NEIGHBOURS]
+    return [[(fitted[s], j) for _, s, j in each] for each in best]
+
+
+def _missing(missing: dict[bytes, str], count: int) -> str:
+    if not missing:
+        return ""
+    reasons = ", ".join(f"{why}: {n}" for why, n in sorted(Counter(missing.values()).items()))
+    return f"{len(missing)} of {count} pictures could not be read any more ({reasons}). {MOVED}"
+
+
+def files_or_none(table: SampleTable, root: Path | None = None) -> Files | None:
+    """Where the images of a table are; None where that cannot be opened any more."""
+    try:
+        return files_of(table, root)
+    except PenultError:
+        return None
+
+
+def report_again(
+    bundle: Bundle,
+    data: str | Path | None = None,
+    *,
+    split: str | None = None,
+    root: Path | None = None,
+    pictures: bool = True,
+    **predictor_options: Any,
+) -> str:
+    """The page of a bundle, anew: of its own held-out images, or evaluated on a cache or a dataset.
+
+    Args:
+        bundle: what it is about.
+        data, split, root, predictor_options: as `evaluate_bundle` takes them. Without ``data`` neither the images nor their
+            features are at hand, and the page has figures and names alone.
+        pictures: whether thumbnails are shown.
+
+    Raises:
+        BadDataError: as `evaluate_bundle`.
+    """
+    from .report import bundle_report
+
+    if data is None:
+        held = bundle.predictions() if bundle.metrics is not None else None
+        shown = illustrate(held, bundle.classes) if held and bundle.task == SINGLE_LABEL else None
+        return bundle_report(bundle, held, shown)
+    evaluation, predictions = evaluate_bundle(bundle, data, split=split, root=root, **predictor_options)
+    if bundle.task != SINGLE_LABEL:
+        return bundle_report(replace(bundle, metrics=evaluation.to_json()), predictions)
+    fitted: list[Subset] = []
+    if is_cache(data):
+        cache = FeatureCache(data)
+        files = files_or_none(cache.samples, root)
+        if predictions.features is not None:
+            seen, cache = bundle.fitted(), cache.with_layer(bundle.backbone.layer)
+            rows = [row for row in cache.rows() if row.sha256 in seen and row.label is not None]
+            fitted = [cache.of_rows(rows, "train")] if rows else []
+    else:
+        files = open_source(data, root=root).files
+    found = illustrate(predictions, bundle.classes, X=predictions.features, fitted=fitted, files=files if pictures else None)
+    own = bundle.metrics is not None and bundle.predictions().ids == predictions.ids  # which also know of leaks
+    return bundle_report(bundle if own else replace(bundle, metrics=evaluation.to_json()), predictions, found)
