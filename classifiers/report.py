@@ -99,7 +99,7 @@ def bundle_report(bundle: Bundle, predictions: Predictions | None = None, shown:
     sections: list[Section] = []
     notes: list[str] = []
     training = []
-    if bundle.history and bundle.head != "centroid":  # which has nothing to choose
+    if len(bundle.history) > 1:  # else nothing was chosen
         training.append(Section("Training", text=_history_text(bundle), plot=plots.history_svg(bundle), half=True))
     if metrics is None:
         notes.append("Nothing was held out, so this page cannot say how good the head is.")
