@@ -19,12 +19,17 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from threadpoolctl import threadpool_limits
 
+from store.stored import StoredFeatures
+
 from .conformal import Conformal, calibrate
 from .dense import DenseHead, Fold, class_indices, log_loss, standardisation, with_validation
 from .elastic import ElasticPath
 from .softmax import Float32, Float64, Optimum, SoftmaxPath
+from .streaming import StandardisedRows, stored_standardisation, stored_with_validation
 
 log = logging.getLogger("penult.classifiers")
+
+Features = Float32 | StoredFeatures
 
 CS = tuple(float(C) for C in np.logspace(-5, 6, 45))
 SMALL = 2**22  # numbers; below, waiting for each other costs BLAS threads more than they gain (8 times, on 1,100 x 512)
@@ -37,12 +42,17 @@ class _Problem:
     """One training set, to be fitted with one C after another."""
 
     def __init__(
-        self, head: LogisticHead, X: Float32, targets: NDArray[np.intp], classes: list[str], rows: Float64 | None
+        self, head: LogisticHead, X: Features, targets: NDArray[np.intp], classes: list[str], rows: Float64 | None
     ) -> None:
-        self._mean, self._scale = standardisation(X, rows)
         self._classes, self._max_iter = classes, head.max_iter
-        inputs = (X - self._mean) / self._scale
         weights = _class_weights(head.class_weight, targets, classes, rows)
+        self._path: ElasticPath | SoftmaxPath
+        if isinstance(X, StoredFeatures):
+            self._mean, self._scale = stored_standardisation(X, rows)
+            self._path = SoftmaxPath(StandardisedRows(X, self._mean, self._scale), targets, len(classes), weights)
+            return
+        self._mean, self._scale = standardisation(X, rows)
+        inputs = (X - self._mean) / self._scale
         self._path = (
             ElasticPath(inputs, targets, len(classes), weights, l1=head.l1_ratio, seed=head.seed)
             if head.l1_ratio
@@ -165,7 +175,7 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Choose C and fit.
 
         Args:
-            X: features ``(n, d)``.
+            X: features ``(n, d)``; those that stay on disk are read from there for each step of the fit.
             y: labels ``(n,)``.
             sample_weight: how many times each row counts ``(n,)``, in everything; None is once.
             validation: ``(X, y)`` to choose on, each row once; the final fit uses both. Without it, k-fold inside ``X``.
@@ -174,7 +184,11 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         Raises:
             ValueError: a setting, a label or a weight cannot be used; says which.
         """
-        features, labels = map(np.asarray, validate_data(self, X, y, dtype=np.float32))
+        features: Features
+        if isinstance(X, StoredFeatures):
+            features, labels, self.n_features_in_ = X, np.asarray(y), X.shape[1]
+        else:
+            features, labels = map(np.asarray, validate_data(self, X, y, dtype=np.float32))
         weights = None
         if sample_weight is not None:
             weights = np.asarray(_check_sample_weight(sample_weight, features, dtype=np.float64, ensure_non_negative=True))
@@ -204,7 +218,7 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _choose_and_fit(
         self,
-        features: Float32,
+        features: Features,
         targets: NDArray[np.intp],
         weights: Float64 | None,
         validation: tuple[ArrayLike, ArrayLike] | None,
@@ -213,7 +227,7 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if validation is None:
             folds = list(self._folds(features, targets, groups))
         else:
-            features, targets, folds = with_validation(features, targets, validation, self.classes_)
+            features, targets, folds = self._with_validation(features, targets, validation)
             weights = None if weights is None else np.append(weights, np.ones(len(targets) - len(weights)))
         self.path_, held_out = self._path(features, targets, weights, folds)
         best = min(self.path_, key=self._rank, default=None)
@@ -228,11 +242,19 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.dense_ = dense
         self.temperature_ = dense.temperature
 
+    def _with_validation(
+        self, features: Features, targets: NDArray[np.intp], validation: tuple[ArrayLike, ArrayLike]
+    ) -> tuple[Features, NDArray[np.intp], list[Fold]]:
+        held, labels = validation
+        if isinstance(features, StoredFeatures) and isinstance(held, StoredFeatures):
+            return stored_with_validation(features, targets, (held, labels), self.classes_)
+        return with_validation(np.asarray(features), targets, validation, self.classes_)
+
     def _rank(self, point: Mapping[str, float | bool]) -> tuple[float, float]:
         """Of a point of the path: the least is chosen."""
         return (-float(point["accuracy"]) if self.select == "accuracy" else 0.0, float(point["log_loss"]))
 
-    def _folds(self, X: Float32, targets: NDArray[np.intp], groups: Sequence[bytes] | None) -> Iterator[Fold]:
+    def _folds(self, X: Features, targets: NDArray[np.intp], groups: Sequence[bytes] | None) -> Iterator[Fold]:
         from sklearn.model_selection import StratifiedGroupKFold
 
         if not isinstance(self.cv, int):
@@ -250,7 +272,7 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return iter([fold for fold in splitter.split(X, targets, owners) if len(np.unique(targets[fold[0]])) == whole])
 
     def _path(
-        self, X: Float32, targets: NDArray[np.intp], weights: Float64 | None, folds: list[Fold]
+        self, X: Features, targets: NDArray[np.intp], weights: Float64 | None, folds: list[Fold]
     ) -> tuple[list[dict[str, float | bool]], dict[float, Float32]]:
         """Log-loss and accuracy out of fold for every C, from small to large, and the logits of each."""
         if not folds:
@@ -284,7 +306,7 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _path_of_fold(
         self,
-        X: Float32,
+        X: Features,
         targets: NDArray[np.intp],
         weights: Float64 | None,
         fold: Fold,
@@ -306,7 +328,7 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 break
         return points
 
-    def _problem(self, X: Float32, targets: NDArray[np.intp], weights: Float64 | None) -> _Problem:
+    def _problem(self, X: Features, targets: NDArray[np.intp], weights: Float64 | None) -> _Problem:
         return _Problem(self, X, targets, [str(label) for label in self.classes_], weights)
 
     def again(self, X: Float32, targets: NDArray[np.intp], classes: list[str]) -> DenseHead:
@@ -329,6 +351,11 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """The most probable label of each row."""
         check_is_fitted(self)
         return np.asarray(self.classes_[self.predict_proba(X).argmax(axis=1)])
+
+    @property
+    def streams(self) -> bool:
+        """Whether it can be fitted to features that stay on disk."""
+        return not self.l1_ratio
 
     @property
     def hyperparameters_(self) -> dict[str, Any]:

@@ -116,11 +116,13 @@ def read_shard(path: Path) -> Shard:
         return Shard(path, sha256, features.shape[1], features.dtype, str(attrs["fingerprint"]))
 
 
-def read_rows(shard: Shard, rows: NDArray[np.intp]) -> NDArray[np.floating[Any]]:
+def read_rows(shard: Shard, rows: NDArray[np.integer[Any]]) -> NDArray[np.floating[Any]]:
     """The features of some rows, ``(len(rows), d)`` in the shard's dtype and the order asked for."""
     with hdf5.open_checked(shard.path, shard.encoding_type) as (datasets, _):
         features = datasets["features"]
-        if len(rows) * 4 > features.shape[0]:
-            return np.asarray(features[()][rows])
+        first, last = (int(rows.min()), int(rows.max())) if len(rows) else (0, -1)
+        if len(rows) * 4 > last - first + 1:
+            span = np.asarray(features[first : last + 1])
+            return span if (np.diff(rows) == 1).all() else span[rows - first]
         unique, inverse = np.unique(rows, return_inverse=True)  # HDF5 wants increasing row numbers
         return np.asarray(features[unique][inverse])
