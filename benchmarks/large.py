@@ -1,7 +1,7 @@
 """Training on more features than fit into memory: 1,000,000 x 2,048 under 4 GB, and what that changes.
 
-Run by ``make soak``; writes its section of docs/benchmarks.md. A seeded cache is written shard by shard into a temporary folder.
-Of its first 100,000 rows a head is trained twice, from disk and in memory; of all of them from disk. Each training is a
+Run by ``make soak``; writes its section of docs/benchmarks.md. A seeded cache is written shard by shard into a temporary
+folder. Of its first 100,000 rows a head is trained twice, from disk and in memory; of all of them from disk. Each training is a
 process of its own, whose peak memory counts. ``--rows`` makes it smaller, and leaves the page as it is.
 """
 
@@ -165,8 +165,8 @@ validation and test), the whole path of regularisation. {date}, {cores} cores ({
 |---:|---|---:|---:|---:|---:|---:|
 {rows}
 
-On the {subset:,} rows, from disk against in memory: the largest difference of validation log-loss at any of {points} values of C
-is {largest:.1e}, that of the held-out log-loss {held:.1e} (bound {bound:g}).
+On the {subset:,} rows, from disk against in memory: the largest difference of validation log-loss at any of {points} values
+of C is {largest:.1e}, that of the held-out log-loss {held:.1e} (bound {bound:g}).
 
 {end}
 """

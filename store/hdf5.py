@@ -139,6 +139,11 @@ def _refusal(dataset: Any) -> str | None:
     return None
 
 
+def offset(dataset: Any) -> int:
+    """Where the bytes of a dataset of `open_checked` begin in its file; 0 where it has none."""
+    return dataset.id.get_offset() or 0
+
+
 @contextmanager
 def open_checked(path: Path, encoding_type: str) -> Iterator[tuple[dict[str, Any], dict[str, str | int]]]:
     """Open a file of the cache for reading after checking that it can only give its own bytes.

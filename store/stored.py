@@ -64,7 +64,11 @@ class StoredFeatures:
                 self.sound.add(i)
             mine = np.flatnonzero(self.owner == i)
             whole = slice(mine[0], mine[-1] + 1) if mine[-1] - mine[0] + 1 == len(mine) else mine
-            out[whole] = shard.read_rows(self.shards[i], self.row[whole])
+            found = shard.read_rows(self.shards[i], self.row[whole])
+            if isinstance(whole, slice) and out.dtype == np.float32:
+                shard.widen(found, out[whole])
+            else:
+                out[whole] = found
         return out
 
     @property
