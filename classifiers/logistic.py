@@ -101,16 +101,23 @@ def _class_weights(
 
 @dataclass(frozen=True)
 class _Point:
-    """What one value of C gave on the held-out rows of one fold."""
+    """What one value of C gave on the held-out rows of one fold: sums over their weights, for logits would fill the memory."""
 
+    head: DenseHead
     found: Optimum
-    logits: Float32
+    loss: float
+    right: float
+    weight: float
     seconds: float
 
 
-def _scores(logits: Float32, targets: NDArray[np.intp], weights: Float64 | None) -> dict[str, float | bool]:
-    right = logits.argmax(axis=1) == targets
-    return {"log_loss": log_loss(logits, targets, weights), "accuracy": float(np.average(right, weights=weights))}
+def _scores(points: Sequence[_Point]) -> dict[str, float]:
+    """Of one C, over the folds."""
+    total = sum(point.weight for point in points)
+    return {
+        "log_loss": sum(point.loss for point in points) / total,
+        "accuracy": sum(point.right for point in points) / total,
+    }
 
 
 def _as_json(class_weight: str | Mapping[Any, float] | None) -> str | dict[str, float] | None:
@@ -229,7 +236,7 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         else:
             features, targets, folds = self._with_validation(features, targets, validation)
             weights = None if weights is None else np.append(weights, np.ones(len(targets) - len(weights)))
-        self.path_, held_out = self._path(features, targets, weights, folds)
+        self.path_, heads = self._path(features, targets, weights, folds)
         best = min(self.path_, key=self._rank, default=None)
         self.C_ = float(best["C"]) if best else float(self.C or 1.0)
         dense, found = self._problem(features, targets, weights).fit(self.C_)
@@ -238,7 +245,8 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if best:
             rows = np.concatenate([test for _, test in folds])
             given = None if weights is None else weights[rows]
-            dense, self.conformal_ = calibrate(dense, held_out[self.C_], targets[rows], weights=given)
+            held_out = [head.logits(features[test]) for head, (_, test) in zip(heads[self.C_], folds, strict=True)]
+            dense, self.conformal_ = calibrate(dense, np.concatenate(held_out), targets[rows], weights=given)
         self.dense_ = dense
         self.temperature_ = dense.temperature
 
@@ -273,8 +281,8 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _path(
         self, X: Features, targets: NDArray[np.intp], weights: Float64 | None, folds: list[Fold]
-    ) -> tuple[list[dict[str, float | bool]], dict[float, Float32]]:
-        """Log-loss and accuracy out of fold for every C, from small to large, and the logits of each."""
+    ) -> tuple[list[dict[str, float | bool]], dict[float, list[DenseHead]]]:
+        """Log-loss and accuracy out of fold for every C, from small to large, and the head of each fold."""
         if not folds:
             return [], {}
         grid = (NET if self.l1_ratio else CS) if self.Cs is None else self.Cs
@@ -285,24 +293,23 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         for fold, points in zip(folds, tried, strict=True):
             missing = Cs[len(points) : len(tried[-1])]
             points += self._path_of_fold(X, targets, weights, fold, missing, len(missing)) if missing else []
-        rows = np.concatenate([test for _, test in folds])
         path: list[dict[str, float | bool]] = []
-        held_out: dict[float, Float32] = {}
+        heads: dict[float, list[DenseHead]] = {}
         for each_fold in zip(*tried, strict=True):
             found = [point.found for point in each_fold]
             C = found[0].C
-            logits = held_out[C] = np.concatenate([point.logits for point in each_fold])
+            heads[C] = [point.head for point in each_fold]
             path.append(
                 {
                     "C": float(C),
-                    **_scores(logits, targets[rows], None if weights is None else weights[rows]),
+                    **_scores(each_fold),
                     "gradient": max(each.gradient for each in found),
                     "evaluations": sum(each.evaluations for each in found),
                     "seconds": round(sum(point.seconds for point in each_fold), 4),
                     "converged": all(each.converged for each in found),
                 }
             )
-        return path, held_out
+        return path, heads
 
     def _path_of_fold(
         self,
@@ -318,11 +325,15 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         problem = self._problem(X[train], targets[train], None if weights is None else weights[train])
         points: list[_Point] = []
         ranks: list[tuple[float, float]] = []
+        held, truth = X[test], targets[test]
+        counts = np.ones(len(test)) if weights is None else weights[test]
+        total = float(counts.sum())
         begin = time.perf_counter()
         for dense, found in problem.heads(Cs):
-            logits = dense.logits(X[test])
-            points.append(_Point(found, logits, time.perf_counter() - begin))
-            ranks.append(self._rank(_scores(logits, targets[test], None if weights is None else weights[test])))
+            logits = dense.logits(held)
+            loss, right = log_loss(logits, truth, counts) * total, float(counts @ (logits.argmax(axis=1) == truth))
+            points.append(_Point(dense, found, loss, right, total, time.perf_counter() - begin))
+            ranks.append(self._rank(_scores(points[-1:])))
             begin = time.perf_counter()
             if len(points) >= least and enough(Cs, ranks):
                 break
