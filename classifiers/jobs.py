@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
 from extractor.backbones import Backbone
 from extractor.options import Options, Summary
@@ -101,6 +101,7 @@ class TrainSection(_Section):
     weight_decay: float | None = Field(None, ge=0)
     seed: int | None = Field(None, ge=0, lt=2**32)
     leaks: Literal["warn", "refuse", "allow"] = "warn"
+    max_memory: ByteSize | None = None
 
 
 class GateSection(_Section):
@@ -223,6 +224,7 @@ class _Plan:
     bundle: Path
     head: Any
     leaks: str
+    max_memory: int | None
 
 
 def _resolve(job: Job, here: Path, *, quiet: bool) -> _Plan:
@@ -241,14 +243,15 @@ def _resolve(job: Job, here: Path, *, quiet: bool) -> _Plan:
         if chosen[key] and (here / chosen[key]).is_file():
             chosen[key] = str(here / chosen[key])
     wanted = job.train.model_dump()
-    leaks = wanted.pop("leaks")
+    leaks, max_memory = wanted.pop("leaks"), wanted.pop("max_memory")
     try:
         head = make_head(wanted.pop("head"), **wanted)
         options.budget(0)
     except UsageError as error:
         message = f"[train] or [extract]: {error}"
         raise JobFileError(message) from error
-    return _Plan(source, Backbone.from_facts(chosen), options, here / job.cache, here / job.bundle, head, leaks)
+    backbone = Backbone.from_facts(chosen)
+    return _Plan(source, backbone, options, here / job.cache, here / job.bundle, head, leaks, max_memory)
 
 
 def preview_job(path: Path) -> dict[str, Any]:
@@ -323,7 +326,7 @@ def _run(job: Job, path: Path, record: dict[str, Any], *, quiet: bool) -> JobRes
         if bundle is None:
             shutil.rmtree(staging, ignore_errors=True)  # of a killed run; the job's lock is ours
             staged = staging / plan.bundle.name
-            bundle = train_head(FeatureCache(plan.cache), staged, plan.head, leaks=plan.leaks)
+            bundle = train_head(FeatureCache(plan.cache), staged, plan.head, leaks=plan.leaks, max_memory=plan.max_memory)
         else:
             log.info("features, labels and settings are unchanged: %s is kept", bundle.name)
         evaluation, _ = evaluate_bundle(bundle, plan.cache, split=job.gate.split)
