@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from store.errors import UsageError
-from store.stored import StoredFeatures
+from store.stored import ROWS, StoredFeatures
 
 from .dense import Float32, Fold, scale_of, validation_targets
 
@@ -22,6 +22,7 @@ log = logging.getLogger("penult.classifiers")
 
 LEAST = 4  # bytes of each number, on top of those that are stored: every head makes float32 of it
 USUAL = 20  # as a rule: training and validation rows together, those of a fold, standardised, turned to their axes
+FLOOR = 24  # bytes of each number of a block that is read, and of the Gram matrix, with its eigenvectors
 
 
 def default_limit() -> int:
@@ -42,20 +43,20 @@ def resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes, and the most there ever was
 
 
-def must_stream(head: Any, numbers: int, itemsize: int, limit: int | None) -> bool:
+def must_stream(head: Any, rows: int, dim: int, itemsize: int, limit: int | None) -> bool:
     """Whether a head has to read its features from disk again and again.
 
     Args:
         head: an unfitted one of `heads.HEADS`.
-        numbers: how many all features are.
-        itemsize: bytes of each, as stored.
+        rows, dim: of all features.
+        itemsize: bytes of each number, as stored.
         limit: of the memory of this process, bytes; None is `default_limit`.
 
     Raises:
         UsageError: it has to, and cannot.
     """
     left = (default_limit() if limit is None else limit) - resident()
-    streams = getattr(head, "streams", False)
+    streams, numbers = getattr(head, "streams", False), rows * dim
     needed = numbers * (itemsize + (USUAL if streams else LEAST))
     if needed <= left:
         return False
@@ -70,6 +71,9 @@ def must_stream(head: Any, numbers: int, itemsize: int, limit: int | None) -> bo
         )
         raise UsageError(message)
     log.info("the features stay on disk and are read anew for every step: %s (--max-memory)", found)
+    floor = FLOOR * (ROWS + dim) * dim
+    if left < floor:
+        log.warning("that takes about %.1f GB of memory all the same, more than --max-memory leaves", floor / 1e9)
     return True
 
 

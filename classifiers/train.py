@@ -85,8 +85,8 @@ def train_head(
     origin = made_from(cache, head, val=val, test=test, split_seed=split_seed)
     roles = assign_roles(cache.samples, val=val, test=test, seed=split_seed)
     _need_classes(roles)
-    numbers = cache.dim * sum(map(len, (roles.fit, roles.choose, roles.report)))
-    stored = must_stream(head, numbers, cache.dtype.itemsize, max_memory)
+    rows = len(roles.fit) + len(roles.choose) + len(roles.report)
+    stored = must_stream(head, rows, cache.dim, cache.dtype.itemsize, max_memory)
     if stored:
         roles = _for_streaming(roles, few_shot, seed=split_seed)
     train = cache.of_rows(roles.fit, "train", stored=stored)
