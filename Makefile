@@ -25,7 +25,7 @@ bench: install  ## minutes; writes the tables in docs/benchmarks.md, docs/metric
 backbones: install  ## about an hour; exports every torchvision network and rewrites the table of docs/backbones.md
 	$(BIN)/python benchmarks/backbones.py
 
-soak: install  ## hours; injects every fault and rewrites docs/reliability.md, then trains on a million rows in 4 GB
+soak: install  ## hours; injects every fault and rewrites docs/reliability.md; then a million rows in 4 GB, docs/large.md
 	$(BIN)/python benchmarks/soak.py
 	$(BIN)/python benchmarks/large.py
 

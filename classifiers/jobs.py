@@ -193,6 +193,8 @@ EXPECTED = {  # what pydantic complains about, in our words
     "less_than": "less than {lt}",
     "less_than_equal": "at most {le}",
     "string_pattern_mismatch": 'a number such as 10, or a share such as "1%"',
+    "byte_size": 'a size such as "4GB"',
+    "byte_size_unit": 'a size such as "4GB"',
 }
 
 
