@@ -25,8 +25,9 @@ bench: install  ## minutes; writes the tables in docs/benchmarks.md, docs/metric
 backbones: install  ## about an hour; exports every torchvision network and rewrites the table of docs/backbones.md
 	$(BIN)/python benchmarks/backbones.py
 
-soak: install  ## half an hour; injects every fault and rewrites docs/reliability.md
+soak: install  ## hours; injects every fault and rewrites docs/reliability.md; then a million rows in 4 GB, docs/large.md
 	$(BIN)/python benchmarks/soak.py
+	$(BIN)/python benchmarks/large.py
 
 install: .venv/installed
 

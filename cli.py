@@ -37,6 +37,20 @@ MAX_WIDTH = 65536  # of a hidden layer
 CANNOT_CREATE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 
 
+class Memory(click.ParamType[int]):
+    """A number of bytes, such as 4GB or 500MiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from pydantic import ByteSize, TypeAdapter, ValidationError
+
+        try:
+            return int(TypeAdapter(ByteSize).validate_python(value))
+        except ValidationError:
+            return self.fail(f"{value!r} is no size; expected a number of bytes such as 4GB or 500MiB", param, ctx)
+
+
 def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     """Several click options as one decorator, in the order of the help text."""
 
@@ -595,6 +609,7 @@ def compact(cache: Path, output: Path | None, dtype: str, layer: str | None, *, 
 )
 @click.option("--few-shot", metavar="N,N", help="Also measure the head with so many training images of each class.")
 @click.option("--repeats", type=click.IntRange(2), default=20, show_default=True, help="--few-shot: draws for each number.")
+@click.option("--max-memory", type=Memory(), help="More features than fit stay on disk.  [default: half of what is free]")
 @split_options
 @one_layer_option
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the training, and of a split of its own.")
@@ -628,6 +643,7 @@ def train(cache: Path, output: Path, head: str | None, *, as_json: bool, overwri
         few_shot=shots,
         repeats=given["repeats"],
         pictures=given["pictures"],
+        max_memory=given["max_memory"],
         overwrite=overwrite,
         **fractions,
     )

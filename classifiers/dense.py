@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from store.errors import BadDataError
+from store.stored import StoredFeatures
 
 from .folds import Fold
 
@@ -114,6 +115,8 @@ class DenseHead(FittedHead):
 
     def logits(self, X: ArrayLike) -> Float32:
         """``(n, d)`` features to ``(n, k)`` logits, before the temperature."""
+        if isinstance(X, StoredFeatures):
+            return np.concatenate([self.logits(rows) for _, rows in X.blocks()])
         hidden = np.asarray(X, np.float32)
         hidden = ((unit_rows(hidden) if self.unit else hidden) - self.mean) / self.scale
         hidden = unit_rows(hidden) if self.unit else hidden
@@ -191,13 +194,23 @@ def with_validation(
     Raises:
         BadDataError: validation has a class that training lacks.
     """
-    held, labels = np.asarray(validation[0], np.float32), np.asarray(validation[1])
+    held = np.asarray(validation[0], np.float32)
+    fold = np.arange(len(X)), len(X) + np.arange(len(held))
+    return np.concatenate([X, held]), np.concatenate([targets, validation_targets(validation[1], classes)]), [fold]
+
+
+def validation_targets(y: ArrayLike, classes: NDArray[Any]) -> NDArray[np.intp]:
+    """The index of each label among the classes of training.
+
+    Raises:
+        BadDataError: one is not there.
+    """
+    labels = np.asarray(y)
     unknown = sorted(set(labels.tolist()) - set(classes.tolist()))
     if unknown:
         message = f"validation has classes that training lacks: {', '.join(map(str, unknown))}"
         raise BadDataError(message)
-    fold = np.arange(len(X)), len(X) + np.arange(len(held))
-    return np.concatenate([X, held]), np.concatenate([targets, np.searchsorted(classes, labels)]), [fold]
+    return np.searchsorted(classes, labels)
 
 
 def standardisation(X: NDArray[np.floating[Any]], weights: NDArray[np.float64] | None = None) -> tuple[Float32, Float32]:
@@ -208,6 +221,12 @@ def standardisation(X: NDArray[np.floating[Any]], weights: NDArray[np.float64] |
     else:
         mean = np.average(X.astype(np.float64), axis=0, weights=weights)
         scale = np.sqrt(np.average(np.square(X - mean), axis=0, weights=weights))
+    return scale_of(mean, scale)
+
+
+def scale_of(mean: NDArray[np.float64], deviation: NDArray[np.float64]) -> tuple[Float32, Float32]:
+    """Mean and scale in float32, from the mean and standard deviation of each feature."""
+    scale = deviation.copy()
     scale[scale < 1e-12 * np.maximum(np.abs(mean), 1e-30)] = 1.0
     scale[scale == 0] = 1.0
     return mean.astype(np.float32), scale.astype(np.float32)

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from store.stored import StoredFeatures
+
 POINTS = 1000  # more images take seconds and show no more
 FEWEST = 3
 NEIGHBOURHOODS = 60  # images below which t-SNE has no neighbourhoods to keep, and principal axes are shown
@@ -30,7 +32,7 @@ class FeatureMap:
     method: str
 
 
-def feature_map(X: NDArray[np.floating[Any]], seed: int = 0) -> FeatureMap | None:
+def feature_map(X: NDArray[np.floating[Any]] | StoredFeatures, seed: int = 0) -> FeatureMap | None:
     """Put features ``(n, d)``, scaled to length 1, on a plane; of many images a seeded draw of `POINTS`.
 
     Returns:

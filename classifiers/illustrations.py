@@ -17,6 +17,7 @@ from extractor.sources import files_of, open_source
 from store.cache import FeatureCache, Subset, is_cache
 from store.errors import PenultError
 from store.samples import SINGLE_LABEL, SampleTable, display
+from store.stored import StoredFeatures
 
 from .bundle import Bundle, Predictions
 from .featuremap import FeatureMap, feature_map
@@ -74,7 +75,7 @@ def illustrate(
     predictions: Predictions,
     classes: Sequence[str],
     *,
-    X: NDArray[np.floating[Any]] | None = None,
+    X: NDArray[np.floating[Any]] | StoredFeatures | None = None,
     fitted: Sequence[Subset] = (),
     files: Files | None = None,
 ) -> Illustrations:

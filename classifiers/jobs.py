@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
 from extractor.backbones import Backbone
 from extractor.options import Options, Summary
@@ -104,6 +104,7 @@ class TrainSection(_Section):
     seed: int | None = Field(None, ge=0, lt=2**32)
     leaks: Literal["warn", "refuse", "allow"] = "warn"
     thumbnails: bool = True
+    max_memory: ByteSize | None = None
 
 
 class GateSection(_Section):
@@ -195,6 +196,8 @@ EXPECTED = {  # what pydantic complains about, in our words
     "less_than": "less than {lt}",
     "less_than_equal": "at most {le}",
     "string_pattern_mismatch": 'a number such as 10, or a share such as "1%"',
+    "byte_size": 'a size such as "4GB"',
+    "byte_size_unit": 'a size such as "4GB"',
 }
 
 
@@ -244,14 +247,15 @@ def _resolve(job: Job, here: Path, *, quiet: bool) -> _Plan:
         if chosen[key] and (here / chosen[key]).is_file():
             chosen[key] = str(here / chosen[key])
     wanted = job.train.model_dump()
-    training = {"leaks": wanted.pop("leaks"), "pictures": wanted.pop("thumbnails")}
+    training = {"leaks": wanted.pop("leaks"), "pictures": wanted.pop("thumbnails"), "max_memory": wanted.pop("max_memory")}
     try:
         head = make_head(wanted.pop("head"), **wanted)
         options.budget(0)
     except UsageError as error:
         message = f"[train] or [extract]: {error}"
         raise JobFileError(message) from error
-    return _Plan(source, Backbone.from_facts(chosen), options, here / job.cache, here / job.bundle, head, training)
+    backbone = Backbone.from_facts(chosen)
+    return _Plan(source, backbone, options, here / job.cache, here / job.bundle, head, training)
 
 
 def preview_job(path: Path) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class LeakReport:
         copies: held-out images (and images that choices are made on) whose very bytes were fitted; they are left out.
         near: held-out images that look like fitted ones: recompressed, resized, cropped or mirrored, or taken in a burst.
         conflicts: images whose bytes stand under more than one label.
-        searched: False where there were too many pairs to look for near ones.
+        searched: False where there were too many images to look for near ones.
     """
 
     copies: list[str] = field(default_factory=list)
@@ -75,7 +75,7 @@ class LeakReport:
             same = [" = ".join(paths) for paths in self.conflicts]
             found.append(f"{len(same)} image(s) stand under more than one label: {_few(same)}")
         if not self.searched:
-            found.append("too many pairs to look for near copies between fitted and held-out images")
+            found.append("too many images to look for near copies between fitted and held-out ones")
         return found
 
 
@@ -104,11 +104,13 @@ def near_copies(fitted: Subset, held_out: Subset) -> tuple[list[Leak], bool]:
     for each backbone, as a bound on the cosine would: untrained and ReLU features have cosines near 1 for any pair.
 
     Returns:
-        The leaks, the most suspicious first, and whether it was looked for at all (`MOST_PRODUCTS`).
+        The leaks, the most suspicious first, and whether it was looked for at all (`MOST_PRODUCTS`, and features in memory).
     """
     n, m = len(fitted), len(held_out)
     if n < 3 or m == 0:
         return [], True
+    if not isinstance(fitted.X, np.ndarray) or not isinstance(held_out.X, np.ndarray):
+        return [], False
     if float(n) * m * fitted.X.shape[1] > MOST_PRODUCTS:
         return [], False
     reference = _unit(fitted.X)

@@ -19,13 +19,18 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from threadpoolctl import threadpool_limits
 
+from store.stored import StoredFeatures
+
 from .conformal import Conformal, calibrate
 from .dense import DenseHead, class_indices, log_loss, standardisation, with_validation
 from .elastic import ElasticPath
 from .folds import Fold, stratified_folds
 from .softmax import Float32, Float64, Optimum, SoftmaxPath
+from .streaming import StandardisedRows, stored_standardisation, stored_with_validation
 
 log = logging.getLogger("penult.classifiers")
+
+Features = Float32 | StoredFeatures
 
 CS = tuple(float(C) for C in np.logspace(-5, 6, 45))
 SMALL = 2**22  # numbers; below, waiting for each other costs BLAS threads more than they gain (8 times, on 1,100 x 512)
@@ -38,12 +43,17 @@ class _Problem:
     """One training set, to be fitted with one C after another."""
 
     def __init__(
-        self, head: LogisticHead, X: Float32, targets: NDArray[np.intp], classes: list[str], rows: Float64 | None
+        self, head: LogisticHead, X: Features, targets: NDArray[np.intp], classes: list[str], rows: Float64 | None
     ) -> None:
-        self._mean, self._scale = standardisation(X, rows)
         self._classes, self._max_iter = classes, head.max_iter
-        inputs = (X - self._mean) / self._scale
         weights = _class_weights(head.class_weight, targets, classes, rows)
+        self._path: ElasticPath | SoftmaxPath
+        if isinstance(X, StoredFeatures):
+            self._mean, self._scale = stored_standardisation(X, rows)
+            self._path = SoftmaxPath(StandardisedRows(X, self._mean, self._scale), targets, len(classes), weights)
+            return
+        self._mean, self._scale = standardisation(X, rows)
+        inputs = (X - self._mean) / self._scale
         self._path = (
             ElasticPath(inputs, targets, len(classes), weights, l1=head.l1_ratio, seed=head.seed)
             if head.l1_ratio
@@ -92,16 +102,23 @@ def _class_weights(
 
 @dataclass(frozen=True)
 class _Point:
-    """What one value of C gave on the held-out rows of one fold."""
+    """What one value of C gave on the held-out rows of one fold: sums over their weights, for logits would fill the memory."""
 
+    head: DenseHead
     found: Optimum
-    logits: Float32
+    loss: float
+    right: float
+    weight: float
     seconds: float
 
 
-def _scores(logits: Float32, targets: NDArray[np.intp], weights: Float64 | None) -> dict[str, float | bool]:
-    right = logits.argmax(axis=1) == targets
-    return {"log_loss": log_loss(logits, targets, weights), "accuracy": float(np.average(right, weights=weights))}
+def _scores(points: Sequence[_Point]) -> dict[str, float]:
+    """Of one C, over the folds."""
+    total = sum(point.weight for point in points)
+    return {
+        "log_loss": sum(point.loss for point in points) / total,
+        "accuracy": sum(point.right for point in points) / total,
+    }
 
 
 def _as_json(class_weight: str | Mapping[Any, float] | None) -> str | dict[str, float] | None:
@@ -166,7 +183,7 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Choose C and fit.
 
         Args:
-            X: features ``(n, d)``.
+            X: features ``(n, d)``; those that stay on disk are read from there for each step of the fit.
             y: labels ``(n,)``.
             sample_weight: how many times each row counts ``(n,)``, in everything; None is once.
             validation: ``(X, y)`` to choose on, each row once; the final fit uses both. Without it, k-fold inside ``X``.
@@ -175,7 +192,11 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         Raises:
             ValueError: a setting, a label or a weight cannot be used; says which.
         """
-        features, labels = map(np.asarray, validate_data(self, X, y, dtype=np.float32))
+        features: Features
+        if isinstance(X, StoredFeatures):
+            features, labels, self.n_features_in_ = X, np.asarray(y), X.shape[1]
+        else:
+            features, labels = map(np.asarray, validate_data(self, X, y, dtype=np.float32))
         weights = None
         if sample_weight is not None:
             weights = np.asarray(_check_sample_weight(sample_weight, features, dtype=np.float64, ensure_non_negative=True))
@@ -205,7 +226,7 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _choose_and_fit(
         self,
-        features: Float32,
+        features: Features,
         targets: NDArray[np.intp],
         weights: Float64 | None,
         validation: tuple[ArrayLike, ArrayLike] | None,
@@ -214,9 +235,9 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if validation is None:
             folds = self._folds(targets, groups)
         else:
-            features, targets, folds = with_validation(features, targets, validation, self.classes_)
+            features, targets, folds = self._with_validation(features, targets, validation)
             weights = None if weights is None else np.append(weights, np.ones(len(targets) - len(weights)))
-        self.path_, held_out = self._path(features, targets, weights, folds)
+        self.path_, heads = self._path(features, targets, weights, folds)
         best = min(self.path_, key=self._rank, default=None)
         self.C_ = float(best["C"]) if best else float(self.C or 1.0)
         dense, found = self._problem(features, targets, weights).fit(self.C_)
@@ -225,9 +246,18 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if best:
             rows = np.concatenate([test for _, test in folds])
             given = None if weights is None else weights[rows]
-            dense, self.conformal_ = calibrate(dense, held_out[self.C_], targets[rows], weights=given)
+            held_out = [head.logits(features[test]) for head, (_, test) in zip(heads[self.C_], folds, strict=True)]
+            dense, self.conformal_ = calibrate(dense, np.concatenate(held_out), targets[rows], weights=given)
         self.dense_ = dense
         self.temperature_ = dense.temperature
+
+    def _with_validation(
+        self, features: Features, targets: NDArray[np.intp], validation: tuple[ArrayLike, ArrayLike]
+    ) -> tuple[Features, NDArray[np.intp], list[Fold]]:
+        held, labels = validation
+        if isinstance(features, StoredFeatures) and isinstance(held, StoredFeatures):
+            return stored_with_validation(features, targets, (held, labels), self.classes_)
+        return with_validation(np.asarray(features), targets, validation, self.classes_)
 
     def _rank(self, point: Mapping[str, float | bool]) -> tuple[float, float]:
         """Of a point of the path: the least is chosen."""
@@ -242,9 +272,9 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return folds
 
     def _path(
-        self, X: Float32, targets: NDArray[np.intp], weights: Float64 | None, folds: list[Fold]
-    ) -> tuple[list[dict[str, float | bool]], dict[float, Float32]]:
-        """Log-loss and accuracy out of fold for every C, from small to large, and the logits of each."""
+        self, X: Features, targets: NDArray[np.intp], weights: Float64 | None, folds: list[Fold]
+    ) -> tuple[list[dict[str, float | bool]], dict[float, list[DenseHead]]]:
+        """Log-loss and accuracy out of fold for every C, from small to large, and the head of each fold."""
         if not folds:
             return [], {}
         grid = (NET if self.l1_ratio else CS) if self.Cs is None else self.Cs
@@ -255,28 +285,27 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         for fold, points in zip(folds, tried, strict=True):
             missing = Cs[len(points) : len(tried[-1])]
             points += self._path_of_fold(X, targets, weights, fold, missing, len(missing)) if missing else []
-        rows = np.concatenate([test for _, test in folds])
         path: list[dict[str, float | bool]] = []
-        held_out: dict[float, Float32] = {}
+        heads: dict[float, list[DenseHead]] = {}
         for each_fold in zip(*tried, strict=True):
             found = [point.found for point in each_fold]
             C = found[0].C
-            logits = held_out[C] = np.concatenate([point.logits for point in each_fold])
+            heads[C] = [point.head for point in each_fold]
             path.append(
                 {
                     "C": float(C),
-                    **_scores(logits, targets[rows], None if weights is None else weights[rows]),
+                    **_scores(each_fold),
                     "gradient": max(each.gradient for each in found),
                     "evaluations": sum(each.evaluations for each in found),
                     "seconds": round(sum(point.seconds for point in each_fold), 4),
                     "converged": all(each.converged for each in found),
                 }
             )
-        return path, held_out
+        return path, heads
 
     def _path_of_fold(
         self,
-        X: Float32,
+        X: Features,
         targets: NDArray[np.intp],
         weights: Float64 | None,
         fold: Fold,
@@ -288,17 +317,21 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         problem = self._problem(X[train], targets[train], None if weights is None else weights[train])
         points: list[_Point] = []
         ranks: list[tuple[float, float]] = []
+        held, truth = X[test], targets[test]
+        counts = np.ones(len(test)) if weights is None else weights[test]
+        total = float(counts.sum())
         begin = time.perf_counter()
         for dense, found in problem.heads(Cs):
-            logits = dense.logits(X[test])
-            points.append(_Point(found, logits, time.perf_counter() - begin))
-            ranks.append(self._rank(_scores(logits, targets[test], None if weights is None else weights[test])))
+            logits = dense.logits(held)
+            loss, right = log_loss(logits, truth, counts) * total, float(counts @ (logits.argmax(axis=1) == truth))
+            points.append(_Point(dense, found, loss, right, total, time.perf_counter() - begin))
+            ranks.append(self._rank(_scores(points[-1:])))
             begin = time.perf_counter()
             if len(points) >= least and enough(Cs, ranks):
                 break
         return points
 
-    def _problem(self, X: Float32, targets: NDArray[np.intp], weights: Float64 | None) -> _Problem:
+    def _problem(self, X: Features, targets: NDArray[np.intp], weights: Float64 | None) -> _Problem:
         return _Problem(self, X, targets, [str(label) for label in self.classes_], weights)
 
     def again(self, X: Float32, targets: NDArray[np.intp], classes: list[str]) -> DenseHead:
@@ -321,6 +354,11 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """The most probable label of each row."""
         check_is_fitted(self)
         return np.asarray(self.classes_[self.predict_proba(X).argmax(axis=1)])
+
+    @property
+    def streams(self) -> bool:
+        """Whether it can be fitted to features that stay on disk."""
+        return not self.l1_ratio
 
     @property
     def hyperparameters_(self) -> dict[str, Any]:

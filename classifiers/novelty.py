@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from store import hdf5
 from store.cache import Subset
+from store.stored import StoredFeatures
 
 from .intervals import wilson
 
@@ -54,7 +55,7 @@ class Novelty:
         begin = 0
         for subset in fitted:
             here = (chosen >= begin) & (chosen < begin + len(subset))
-            X[here] = _unit(subset.X[chosen[here] - begin])
+            X[here] = _unit(np.asarray(subset.X[chosen[here] - begin]))
             begin += len(subset)
         judged = slice(REFERENCE, None) if len(X) >= REFERENCE + FEWEST else slice(None)
         reference = X[:REFERENCE].astype(np.float16).astype(np.float32)  # as it is saved
@@ -66,8 +67,10 @@ class Novelty:
         usual = float(found[min(math.ceil((len(found) + 1) * (1 - FALSE_ALARMS)), len(found)) - 1])
         return cls(reference, usual) if usual > 0 else None
 
-    def scores(self, X: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+    def scores(self, X: NDArray[np.floating[Any]] | StoredFeatures) -> NDArray[np.float32]:
         """Distance of features ``(n, d)`` in units of what is usual, ``(n,)``; above 1 it is unlike the training images."""
+        if isinstance(X, StoredFeatures):
+            return np.concatenate([self.scores(rows) for _, rows in X.blocks()])
         return np.asarray(_neighbour(1 - _unit(X) @ self.reference.T) / np.float32(self.usual))
 
     def to_bytes(self) -> bytes:

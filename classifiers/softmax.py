@@ -7,6 +7,7 @@ What makes it fast, on features that a fit has to read from memory again and aga
   with the eigenvalue s of each axis (Boehning 1992 bounds it so), and L-BFGS (Nocedal and Wright, algorithm 7.4) that
   starts from it needs tens of steps where it needs hundreds on the features themselves. Fewer rows have fewer axes, too.
 - One product of matrices serves several values of C: as many as share the reading of the rows.
+- Rows that do not fit into memory are read for each product; then the weights are turned to the axes instead of the rows.
 - From the strongest regularisation to the weakest, each group starts where the last two optima point to on a scale of log C.
   Where the classes can be separated, weights grow with log C for ever: there this saves three of four steps.
 
@@ -19,7 +20,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,17 @@ ROUNDING = 1e-4  # relative, of an objective: differences below say nothing wher
 SUFFICIENT = 1e-4  # of the expected decrease (Armijo)
 SHORTEST = 2.0**-30
 DISTINCT = 1e-12  # of the largest eigenvalue: what is less is no axis of the rows
+
+
+class Rows(Protocol):
+    """Rows that are read in blocks, each time, because there are too many to keep."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice, /) -> Float32: ...
 
 
 @dataclass(frozen=True)
@@ -139,7 +151,7 @@ class SoftmaxPath:
     """One training set, to be fitted with many values of C.
 
     Args:
-        inputs: standardised features ``(n, d)`` float32.
+        inputs: standardised features ``(n, d)`` float32, or what reads them.
         targets: class indices ``(n,)``.
         classes: how many there are.
         weights: of the rows ``(n,)``, more than 0; None is 1 for each.
@@ -148,11 +160,12 @@ class SoftmaxPath:
         evaluations: of objectives and gradients so far, over all values of C.
     """
 
-    def __init__(self, inputs: Float32, targets: NDArray[np.intp], classes: int, weights: Float64 | None = None) -> None:
+    def __init__(self, inputs: Float32 | Rows, targets: NDArray[np.intp], classes: int, weights: Float64 | None = None) -> None:
         self._targets, self._columns = targets, 1 if classes == 2 else classes
         self._weights = np.ones(len(targets)) if weights is None else weights
         self._total = float(self._weights.sum())
         self._rows, self._axes, self._spread = principal_axes(inputs)
+        self._turned = isinstance(self._rows, np.ndarray)
         self._exact = False
         self.evaluations = 0
 
@@ -209,7 +222,8 @@ class SoftmaxPath:
         self.evaluations += len(searches)
         places = np.stack([search.trial for search in searches])
         count, _, columns = places.shape
-        weights = places[:, :-1].transpose(1, 0, 2).reshape(-1, count * columns).astype(self._kind)
+        along = places[:, :-1].transpose(1, 0, 2).reshape(-1, count * columns)
+        weights = (along if self._turned else self._axes @ along).astype(self._kind)
         biases = places[:, -1].reshape(-1).astype(self._kind)
         losses, curvatures, sums = np.zeros(count), np.zeros(count * columns), np.zeros(count * columns)
         products = np.zeros((count * columns, weights.shape[0]))
@@ -225,6 +239,8 @@ class SoftmaxPath:
             flat = residual.reshape(len(rows), -1)
             sums += flat.sum(axis=0, dtype=np.float64)
             products += flat.T @ rows
+        if not self._turned:
+            products = products @ self._axes
         gradients = np.empty_like(places)
         gradients[:, :-1] = products.reshape(count, columns, -1).transpose(0, 2, 1)
         gradients[:, -1] = sums.reshape(count, columns)
@@ -242,13 +258,28 @@ def _ahead(found: Sequence[tuple[float, Float64]], C: float) -> Float64:
     return place if last == before else place + np.log(C / last) / np.log(last / before) * (place - first)
 
 
-def principal_axes(inputs: Float32) -> tuple[Float32, Float32, Float64]:
-    """The rows in their principal axes ``(n, r)``, the axes ``(d, r)``, and the sum of squares along each ``(r,)``."""
+@overload
+def principal_axes(inputs: Float32) -> tuple[Float32, Float32, Float64]: ...
+
+
+@overload
+def principal_axes(inputs: Float32 | Rows) -> tuple[Float32 | Rows, Float32, Float64]: ...
+
+
+def principal_axes(inputs: Float32 | Rows) -> tuple[Float32 | Rows, Float32, Float64]:
+    """The rows in their principal axes ``(n, r)``, the axes ``(d, r)``, and the sum of squares along each ``(r,)``.
+
+    Rows that are read each time are not turned: ``(n, d)``.
+    """
     n, d = inputs.shape
-    if n > d:
-        spread, axes = np.linalg.eigh((inputs.T @ inputs).astype(np.float64))
+    if n > d or not isinstance(inputs, np.ndarray):
+        gram = np.zeros((d, d))
+        for begin in range(0, n, ROWS):
+            rows = inputs[begin : begin + ROWS]
+            gram += rows.T @ rows
+        spread, axes = np.linalg.eigh(gram)
         turned = axes.astype(np.float32)
-        return inputs @ turned, turned, np.maximum(spread, 0)
+        return inputs @ turned if isinstance(inputs, np.ndarray) else inputs, turned, np.maximum(spread, 0)
     wide = inputs.astype(np.float64)
     spread, sides = np.linalg.eigh(wide @ wide.T)
     kept = spread > DISTINCT * max(spread[-1], 1e-300)

@@ -41,9 +41,12 @@ from .leaks import Leak, LeakReport, conflicting_labels, guard, near_copies
 from .novelty import Novelty, novel_share
 from .predict import Predictor
 from .rounding import judge_rounding
+from .streaming import must_stream
 from .tasks import HeadTask, need_single_label, task_of
 
 log = logging.getLogger("penult.classifiers")
+
+INNER = "a fifth of train, by hash rank"
 
 
 def train_head(
@@ -58,6 +61,7 @@ def train_head(
     few_shot: Sequence[int] = (),
     repeats: int = 20,
     pictures: bool = True,
+    max_memory: int | None = None,
     overwrite: bool = False,
 ) -> Bundle:
     """Fit a head on a cache's training rows, evaluate it on the held-out ones and save a bundle.
@@ -70,11 +74,13 @@ def train_head(
         leaks: what happens to images on both sides of the split: ``warn``, ``refuse`` or ``allow``; see `leaks`.
         few_shot, repeats: images of each class and draws of them, for a learning curve on the held-out images; see `fewshot`.
         pictures: whether the report has thumbnails of mistakes and of training images like them.
+        max_memory: of this process, bytes; with less than the features need they stay on disk (see `streaming`). None is half
+            of what the machine has to give.
         overwrite: replace an existing bundle.
 
     Raises:
         BadDataError: the data cannot be trained on, or int8 features cost too much accuracy; says why.
-        UsageError: the head cannot be saved, or is for another task than the samples.
+        UsageError: the head cannot be saved, is for another task than the samples, or needs more memory than it may have.
         OutputExistsError: the bundle exists.
     """
     refuse_existing(out, overwrite=overwrite)
@@ -85,9 +91,13 @@ def train_head(
     origin = made_from(cache, head, pictures=pictures, val=val, test=test, split_seed=split_seed)
     roles = assign_roles(cache.samples, val=val, test=test, seed=split_seed)
     _require(cache.samples, roles)
-    train = cache.of_rows(roles.fit, "train")
-    choose = cache.of_rows(roles.choose, "val") if roles.choose else None
-    held_out = cache.of_rows(roles.report, str(roles.facts["reported_on"])) if roles.report else None
+    rows = len(roles.fit) + len(roles.choose) + len(roles.report)
+    stored = must_stream(head, rows, cache.dim, cache.dtype.itemsize, max_memory)
+    if stored:
+        roles = _for_streaming(roles, few_shot, seed=split_seed)
+    train = cache.of_rows(roles.fit, "train", stored=stored)
+    choose = cache.of_rows(roles.choose, "val", stored=stored) if roles.choose else None
+    held_out = cache.of_rows(roles.report, str(roles.facts["reported_on"]), stored=stored) if roles.report else None
     found = _look_for_leaks(cache, roles, [train, *([choose] if choose else [])], held_out)
     guard(found, leaks)
     curve = learning_curve(head, train, held_out, few_shot, repeats, seed=split_seed) if few_shot else None
@@ -112,6 +122,21 @@ def train_head(
         files=files_or_none(cache.samples) if pictures else None,
         overwrite=overwrite,
     )
+
+
+def _for_streaming(roles: Roles, few_shot: Sequence[int], *, seed: int) -> Roles:
+    """One choice instead of one in each fold, for every pass over the features takes its time.
+
+    Raises:
+        UsageError: a learning curve was asked for.
+    """
+    if few_shot:
+        message = "--few-shot needs all features in memory, and they do not fit; raise --max-memory, or leave it out"
+        raise UsageError(message)
+    if roles.choose:
+        return roles
+    fit, choose = inner_validation(roles.fit, seed=seed)
+    return replace(roles, fit=fit, choose=choose, facts={**roles.facts, "chosen_on": INNER})
 
 
 def _look_for_leaks(cache: FeatureCache, roles: Roles, fitted: Sequence[Subset], held_out: Subset | None) -> LeakReport:
@@ -286,7 +311,7 @@ def train_finetuned(
     _require(table, roles)
     fit, choose = (roles.fit, roles.choose) if roles.choose else inner_validation(roles.fit, seed=options.seed)
     if not roles.choose:
-        roles.facts["chosen_on"] = "a fifth of train, by hash rank"
+        roles.facts["chosen_on"] = INNER
     classes = sorted({str(row.label) for row in roles.fit})
     tuned = finetune(_labelled(fit, files, classes), _labelled(choose, files, classes), len(classes), backbone, options)
 

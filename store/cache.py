@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import compact, hdf5, shard
+from . import compact, shard
 from .errors import BadDataError, CorruptCacheError, InputMissingError, NewerFormatError, UsageError
 from .fingerprint import Fingerprint
 from .samples import LACKING, SINGLE_LABEL, Row, SampleTable
 from .splits import hash_rank_split, merge_groups
+from .stored import StoredFeatures
 
 log = logging.getLogger("penult.store")
 
@@ -35,7 +36,7 @@ class Subset:
     """Some samples of a cache with their features.
 
     Attributes:
-        X: features ``(n, d)``, float32, or float16 where all rows are stored so.
+        X: features ``(n, d)``, float32, or float16 where all rows are stored so; or where they are, see `FeatureCache.of_rows`.
         y: labels ``(n,)`` of dtype str; for other tasks as `SampleTable.truth` has it.
         sha256: content digest of each sample, 32 bytes.
         paths: relative path of each sample.
@@ -43,7 +44,7 @@ class Subset:
         name: the split it came from.
     """
 
-    X: NDArray[np.floating[Any]]
+    X: NDArray[np.floating[Any]] | StoredFeatures
     y: NDArray[Any]
     sha256: Sequence[bytes]
     paths: Sequence[bytes]
@@ -156,11 +157,12 @@ class FeatureCache:
         return [s for s in found if s.fingerprint == self.fingerprint.canonical]
 
     @cached_property
-    def _index(self) -> tuple[NDArray[np.bytes_], NDArray[np.intp], NDArray[np.intp]]:
+    def _index(self) -> tuple[NDArray[np.bytes_], NDArray[np.int32], NDArray[np.int32]]:
         """Sorted keys, and the shard and the row of each."""
+        sizes = [len(s.sha256) for s in self.shards]
         keys = np.concatenate([s.sha256 for s in self.shards]) if self.shards else np.empty(0, "S32")
-        owner = np.repeat(np.arange(len(self.shards)), [len(s.sha256) for s in self.shards])
-        row = np.concatenate([np.arange(len(s.sha256)) for s in self.shards]) if self.shards else np.empty(0, np.intp)
+        owner = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+        row = np.concatenate([np.arange(size, dtype=np.int32) for size in sizes]) if sizes else np.empty(0, np.int32)
         order = np.argsort(keys, kind="stable")
         return keys[order], owner[order], row[order]
 
@@ -183,6 +185,14 @@ class FeatureCache:
         Raises:
             CorruptCacheError: some are not there, or a shard is damaged; names it.
         """
+        return np.asarray(self.stored(sha256))
+
+    def stored(self, sha256: Sequence[bytes]) -> StoredFeatures:
+        """As `features`, to be read later.
+
+        Raises:
+            CorruptCacheError: some are not there.
+        """
         keys, owner, row = self._index
         wanted = np.frombuffer(b"".join(sha256), "S32")
         place = np.searchsorted(keys, wanted)
@@ -195,15 +205,7 @@ class FeatureCache:
                 f"Run the same extract command again; it computes what is missing"
             )
             raise CorruptCacheError(message)
-        out = np.empty((len(wanted), self.dim), self.dtype)
-        owners = owner[place]
-        for i in np.unique(owners).tolist():
-            if i not in self._sound:
-                hdf5.verify(self.shards[i].path, self.shards[i].encoding_type)
-                self._sound.add(i)
-            mine = np.flatnonzero(owners == i)
-            out[mine] = shard.read_rows(self.shards[i], row[place[mine]])
-        return out
+        return StoredFeatures(self.shards, owner[place], row[place], self.dtype, self._sound)
 
     def describe(self) -> dict[str, Any]:
         """What `penult info` shows, as JSON."""
@@ -280,8 +282,9 @@ class FeatureCache:
             self.of_rows([row for row, name in zip(rows, names, strict=True) if name == want], want) for want in wanted
         )
 
-    def of_rows(self, rows: Sequence[Row], name: str) -> Subset:
-        """Features and labels of some of this cache's ok rows.
+    def of_rows(self, rows: Sequence[Row], name: str, *, stored: bool = False) -> Subset:
+        """Features and labels of some of this cache's ok rows; with ``stored`` their features stay on disk, and their order is
+        that on disk.
 
         Raises:
             BadDataError: there are none, or some have no label or lack a target.
@@ -296,8 +299,16 @@ class FeatureCache:
             )
             raise BadDataError(message)
         digests = [row.sha256 for row in rows]
+        X: NDArray[np.floating[Any]] | StoredFeatures
+        if stored:
+            located = self.stored(digests)
+            order = located.order
+            X, rows = located[order], [rows[i] for i in order.tolist()]
+            digests = [row.sha256 for row in rows]
+        else:
+            X = self.features(digests)
         return Subset(
-            X=self.features(digests),
+            X=X,
             y=self.samples.truth(rows),
             sha256=digests,
             paths=[row.path for row in rows],

@@ -83,7 +83,8 @@ def open_compact(path: Path) -> tuple[shard.Shard, dict[str, Any]]:
             raise CorruptCacheError(message)
         fingerprint = Fingerprint.parse(str(attrs["fingerprint"]))
         sha256 = np.ascontiguousarray(keys).view("S32").reshape(m)
-        whole = shard.Shard(path, sha256, features.shape[1], features.dtype, fingerprint.canonical, ENCODING_TYPE)
+        begin = hdf5.offset(features)
+        whole = shard.Shard(path, sha256, features.shape[1], features.dtype, fingerprint.canonical, begin, ENCODING_TYPE)
         return whole, {"format": 1, "fingerprint": fingerprint.fields, "facts": json.loads(str(attrs["cache"]))}
 
 

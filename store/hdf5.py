@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import itertools
+import math
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,16 +25,25 @@ from .errors import CorruptCacheError, InputMissingError, NewerFormatError, Outp
 
 Array = NDArray[Any]
 ENCODING_VERSION = 1
+BLOCK = 16 * 2**20  # bytes of a dataset that are read at once for its digest: a compact file may be larger than the memory
 
 
-def payload_sha256(datasets: Mapping[str, Array], attrs: Mapping[str, str | int]) -> str:
-    """Digest of a file's whole content, independent of how HDF5 lays it out (rule 8)."""
+def payload_sha256(datasets: Mapping[str, Any], attrs: Mapping[str, str | int]) -> str:
+    """Digest of a file's whole content, independent of how HDF5 lays it out (rule 8).
+
+    Args:
+        datasets: by name, arrays or an open file's; these are read block by block.
+        attrs: all of the file's.
+    """
     digest = hashlib.sha256()
     for name in sorted(datasets):
-        array = np.ascontiguousarray(datasets[name])
-        shape = ",".join(map(str, array.shape))
-        digest.update(f"{name}\0{array.dtype.str}\0{shape}\0".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
+        data = datasets[name]
+        shape = ",".join(map(str, data.shape))
+        digest.update(f"{name}\0{data.dtype.str}\0{shape}\0".encode())
+        rows = max(BLOCK // max(data.dtype.itemsize * math.prod(data.shape[1:]), 1), 1)
+        length = len(data) if data.shape and data.size else 0
+        for block in (data[i : i + rows] for i in range(0, length, rows)) if data.shape else [data[()]]:
+            digest.update(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
     for name in sorted(set(attrs) - {"payload-sha256"}):
         digest.update(f"{name}\0{attrs[name]}\0".encode())
     return digest.hexdigest()
@@ -139,6 +149,11 @@ def _refusal(dataset: Any) -> str | None:
     return None
 
 
+def offset(dataset: Any) -> int:
+    """Where the bytes of a dataset of `open_checked` begin in its file; 0 where it has none."""
+    return dataset.id.get_offset() or 0
+
+
 @contextmanager
 def open_checked(path: Path, encoding_type: str) -> Iterator[tuple[dict[str, Any], dict[str, str | int]]]:
     """Open a file of the cache for reading after checking that it can only give its own bytes.
@@ -200,7 +215,7 @@ def verify(path: Path, encoding_type: str) -> None:
         CorruptCacheError: the content is not what was written.
     """
     with open_checked(path, encoding_type) as (datasets, attrs):
-        found = payload_sha256({name: dataset[()] for name, dataset in datasets.items()}, attrs)
+        found = payload_sha256(datasets, attrs)
         if found != attrs.get("payload-sha256"):
             message = (
                 f"{path} is damaged: its payload is {found[:12]}.., it was written as {str(attrs.get('payload-sha256'))[:12]}.."

@@ -220,6 +220,10 @@ def test_a_log_that_cannot_be_written_is_said_before_any_work(tmp_path: Path) ->
         (WHOLE + "[extract]\nmax_failures = -1\n", "expected a number such as 10, or a share such as"),
         (WHOLE + "[extract]\nmax_failures = true\n", "expected a number such as 10, or a share such as"),
         (WHOLE + "[extract]\nretry_failed = 'yes'\n", """'extract.retry_failed' is "yes"; expected true or false"""),
+        (
+            JOB.format(backbone="resnet18", C='1.0\nmax_memory = "4 QB"', gate=0.5),
+            """'train.max_memory' is "4 QB"; expected a size such as "4GB\"""",
+        ),
         (WHOLE + "extract = 3\n", "'gate.extract'"),
         ("extract = 3\n" + WHOLE, "'extract' is 3; expected a section of keys"),
         (JOB.format(backbone="resnet18", C=1.0, gate=0.5) + "[extrat]\n", "unknown key 'extrat'; did you mean 'extract'?"),
@@ -243,6 +247,11 @@ def test_one_mean_stands_for_three_as_on_the_command_line(tmp_path: Path) -> Non
 def test_a_budget_is_a_number_or_a_share(tmp_path: Path, value: str, budget: int) -> None:
     (tmp_path / "job.toml").write_text(WHOLE + f"[extract]\nmax_failures = {value}\n")
     assert Options(max_failures=read_job(tmp_path / "job.toml").extract.max_failures).budget(1000) == budget
+
+
+def test_memory_has_a_unit(tmp_path: Path) -> None:
+    (tmp_path / "job.toml").write_text(JOB.format(backbone="resnet18", C='1.0\nmax_memory = "4GB"', gate=0.5))
+    assert read_job(tmp_path / "job.toml").train.max_memory == 4 * 10**9
 
 
 def test_every_key_is_documented() -> None:

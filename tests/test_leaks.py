@@ -56,7 +56,7 @@ def test_too_many_pairs_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("classifiers.leaks.MOST_PRODUCTS", 10)
     leaks, searched = near_copies(subset(np.eye(20), "f"), subset(np.eye(20), "h"))
     assert (leaks, searched) == ([], False)
-    assert "too many pairs" in LeakReport(searched=False).sentences()[0]
+    assert "too many images" in LeakReport(searched=False).sentences()[0]
 
 
 @pytest.fixture(scope="module")

@@ -217,6 +217,16 @@ def test_the_payload_digest_is_the_one_of_rule_8(tmp_path: Path, dtype: Any) -> 
     hdf5.verify(path, KIND)
 
 
+def test_the_digest_is_the_same_whatever_is_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_one(tmp_path, rows=70, dim=5)
+    monkeypatch.setattr(hdf5, "BLOCK", 64)
+    hdf5.verify(path, KIND)
+    arrays = {"one": np.array(3.0), "none": np.empty((10**12, 0)), "wide": np.arange(300.0).reshape(2, 150)}
+    small = hdf5.payload_sha256(arrays, {})
+    monkeypatch.undo()
+    assert hdf5.payload_sha256(arrays, {}) == small
+
+
 def test_a_sample_tables_digest_is_the_one_of_rule_8(tmp_path: Path) -> None:
     path = tmp_path / "samples.h5"
     path.write_bytes(SampleTable([Row(b"a", "x", sha256=digests(1)[0])], {"root": "00"}).to_bytes())
