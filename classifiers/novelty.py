@@ -19,6 +19,7 @@ from store import hdf5
 from store.cache import Subset
 from store.stored import StoredFeatures
 
+from .dense import unit_rows
 from .intervals import wilson
 
 ENCODING_TYPE = "penult-novelty"
@@ -55,7 +56,7 @@ class Novelty:
         begin = 0
         for subset in fitted:
             here = (chosen >= begin) & (chosen < begin + len(subset))
-            X[here] = _unit(np.asarray(subset.X[chosen[here] - begin]))
+            X[here] = unit_rows(np.asarray(subset.X[chosen[here] - begin]))
             begin += len(subset)
         judged = slice(REFERENCE, None) if len(X) >= REFERENCE + FEWEST else slice(None)
         reference = X[:REFERENCE].astype(np.float16).astype(np.float32)  # as it is saved
@@ -71,7 +72,7 @@ class Novelty:
         """Distance of features ``(n, d)`` in units of what is usual, ``(n,)``; above 1 it is unlike the training images."""
         if isinstance(X, StoredFeatures):
             return np.concatenate([self.scores(rows) for _, rows in X.blocks()])
-        return np.asarray(_neighbour(1 - _unit(X) @ self.reference.T) / np.float32(self.usual))
+        return np.asarray(_neighbour(1 - unit_rows(X) @ self.reference.T) / np.float32(self.usual))
 
     def to_bytes(self) -> bytes:
         """As ``novelty.h5``."""
@@ -93,11 +94,6 @@ def novel_share(scores: NDArray[np.float32]) -> dict[str, Any]:
     """How many of some images are unlike the training images, as JSON: ``novel``, ``share``, ``interval``, ``expected``."""
     novel = int((scores > 1).sum())
     return {"novel": novel, "share": novel / len(scores), "interval": wilson(novel, len(scores)), "expected": FALSE_ALARMS}
-
-
-def _unit(X: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
-    wide = np.asarray(X, np.float32)
-    return np.asarray(wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), np.finfo(np.float32).tiny))
 
 
 def _neighbour(distances: NDArray[np.float32]) -> NDArray[np.float32]:
