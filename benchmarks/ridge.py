@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from classifiers.ridge import ALPHAS, RidgeHead
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- made by benchmarks/ridge.py -->", "<!-- end of ridge -->"
+BEGIN, END = "<!-- made by benchmarks/ridge.py -->", "<!-- end -->"
 LARGEST = (50_000, 2048, 10)
 SIZES = ((5_000, 1280, 10), (500, 2048, 10), LARGEST)
 RANK = 200  # directions that classes and most of the variance lie in, as in real features
