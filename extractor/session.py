@@ -130,7 +130,7 @@ class Embedder:
     On a CPU a lane is a thread that runs whole batches alone: several small batches side by side beat one whose layers all
     threads wait for, the more so where decoding wants the same cores. On a GPU two lanes let copies hide behind compute.
     On a GPU every batch is padded to one shape, so that its memory stays flat and results do not depend on the last batch; a
-    CPU gives the same bits at every batch size (seen on nine networks, fp32 and int8).
+    CPU gives the same bits at every batch size (seen on nine networks, fp32).
 
     Args:
         model: the ONNX file.
