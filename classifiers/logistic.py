@@ -17,7 +17,6 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
-from threadpoolctl import threadpool_limits
 
 from store.stored import StoredFeatures
 
@@ -27,13 +26,13 @@ from .elastic import ElasticPath
 from .folds import Fold, stratified_folds
 from .softmax import Float32, Float64, Optimum, SoftmaxPath
 from .streaming import StandardisedRows, stored_standardisation, stored_with_validation
+from .threads import threads_for
 
 log = logging.getLogger("penult.classifiers")
 
 Features = Float32 | StoredFeatures
 
 CS = tuple(float(C) for C in np.logspace(-5, 6, 45))
-SMALL = 2**22  # numbers; below, waiting for each other costs BLAS threads more than they gain (8 times, on 1,100 x 512)
 NET = CS[::4]  # for an elastic net, whose fits cannot share anything
 WORSE = 99.0  # results get better and then worse along the path: beyond so many times the best C, the rest cannot win
 SELECT = ("log-loss", "accuracy")
@@ -203,7 +202,7 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         check_classification_targets(labels)
         self.classes_, targets = class_indices(labels)
         self._check_settings(targets, weights)
-        with threadpool_limits(1 if features.size < SMALL else None):
+        with threads_for(features.size):
             self._choose_and_fit(features, targets, weights, validation, groups)
         return self
 
@@ -336,7 +335,7 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def again(self, X: Float32, targets: NDArray[np.intp], classes: list[str]) -> DenseHead:
         """A head on other rows ``(n, d)`` with what was chosen here, without choosing again."""
-        with threadpool_limits(1 if X.size < SMALL else None):
+        with threads_for(X.size):
             return _Problem(self, X, targets, classes, None).fit(self.C_)[0]
 
     def decision_function(self, X: ArrayLike) -> Float32:

@@ -11,14 +11,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
-from threadpoolctl import threadpool_limits
 
 from store.samples import REGRESSION
 
 from .dense import DenseHead, FittedHead, Float32, standardisation
 from .folds import group_folds
 from .regression import Intervals
-from .searched import JUDGED, SMALL, SearchedHead, Tried
+from .searched import JUDGED, SearchedHead, Tried
+from .threads import threads_for
 
 log = logging.getLogger("penult.classifiers")
 
@@ -214,7 +214,7 @@ class RidgeRegressionHead(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         held = None
         if validation is not None:
             held = np.asarray(validation[0], np.float32), np.asarray(validation[1], np.float64).reshape(-1, numbers.shape[1])
-        with threadpool_limits(1 if features.size < SMALL else None):
+        with threads_for(features.size):
             self._choose_and_fit(features, numbers, held, groups)
         return self
 

@@ -13,15 +13,14 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
-from threadpoolctl import threadpool_limits
 
 from .conformal import Conformal, calibrate
 from .dense import FittedHead, Float32, class_indices, log_loss, with_validation
 from .folds import Fold, stratified_folds
+from .threads import threads_for
 
 log = logging.getLogger("penult.classifiers")
 
-SMALL = 2**22  # numbers; below, waiting for each other costs BLAS threads more than they gain
 JUDGED = 10_000  # rows that settings are judged on, drawn where there are more: an accuracy to half a point
 LOGITS = 2**22  # numbers; and not more than that many for one setting, where there are many classes
 
@@ -86,7 +85,7 @@ class SearchedHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         features, labels = map(np.asarray, validate_data(self, X, y, dtype=np.float32))
         check_classification_targets(labels)
         self.classes_, targets = class_indices(labels)
-        with threadpool_limits(1 if features.size < SMALL else None):
+        with threads_for(features.size):
             if validation is None:
                 tried = self._by_folds(features, targets, groups)
             else:
@@ -165,7 +164,7 @@ class SearchedHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def again(self, X: Float32, targets: NDArray[np.intp], classes: list[str]) -> FittedHead:
         """A head on other rows ``(n, d)`` with what was chosen here, without choosing again."""
-        with threadpool_limits(1 if X.size < SMALL else None):
+        with threads_for(X.size):
             return self._fitted(np.asarray(X, np.float32), targets, classes, self.setting_)
 
     def predict_proba(self, X: ArrayLike) -> Float32:

@@ -18,18 +18,17 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
-from threadpoolctl import threadpool_limits
 
 from store.samples import MULTI_LABEL
 
 from .dense import DenseHead, Float32, standardisation
 from .folds import Fold, group_folds
 from .softmax import Float64, principal_axes
+from .threads import threads_for
 
 log = logging.getLogger("penult.classifiers")
 
 CS = tuple(float(C) for C in np.logspace(-5, 3, 17))
-SMALL = 2**22  # numbers; below, waiting for each other costs BLAS threads more than they gain
 WORSE = 4  # a log-loss falls and then rises along the path: after so many values above the best of every label, none can win
 INTERCEPT = 1e4  # C of the intercepts: without any, that of a label that a fold lacks would run away
 GAIN = 1e-9  # relative, of the objective: a step that gains less is the last
@@ -151,7 +150,7 @@ class MultiLabelLogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[mi
             held, labels = np.asarray(validation[0], np.float32), np.asarray(validation[1], bool)
             folds = [(np.arange(len(features)), len(features) + np.arange(len(held)))]
             features, truth = np.concatenate([features, held]), np.concatenate([truth, labels])
-        with threadpool_limits(1 if features.size < SMALL else None):
+        with threads_for(features.size):
             self.path_ = self._path(features, truth, folds)
             if self.path_:
                 best = np.argmin([point["log_losses"] for point in self.path_], axis=0)
@@ -197,7 +196,7 @@ class MultiLabelLogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[mi
 
     def again(self, X: Float32, truth: NDArray[np.bool_]) -> DenseHead:
         """A head on other rows ``(n, d)`` with what was chosen here, without choosing again."""
-        with threadpool_limits(1 if X.size < SMALL else None):
+        with threads_for(X.size):
             return _Problem(np.asarray(X, np.float32), truth, self.max_iter).fit(self.C_)[0]
 
     def predict_proba(self, X: ArrayLike) -> Float32:

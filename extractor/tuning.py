@@ -10,7 +10,7 @@ from collections import defaultdict
 import numpy as np
 
 from .fleet import Fleet
-from .session import MAX_BATCH, Embedder
+from .session import Embedder
 
 log = logging.getLogger("penult.extractor")
 
@@ -88,7 +88,7 @@ def tune(embedder: Embedder | Fleet, side: int, images: int) -> dict[int, float]
         return {}
     best, size = default, 2 * default
     rates = {default: _rate(embedder, default, side)}
-    while size <= min(LARGEST, MAX_BATCH):
+    while size <= LARGEST:
         rates[size] = _rate(embedder, size, side)
         if embedder.batch_size < size or rates[size] < GAIN * rates[best]:
             break  # it did not fit into the memory, or is hardly faster
