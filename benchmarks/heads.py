@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from threadpoolctl import threadpool_limits
 
 from classifiers.dense import log_loss, standardisation
-from classifiers.logistic import CS, SMALL, enough
+from classifiers.logistic import CS, enough
 from classifiers.softmax import Optimum, SoftmaxPath
+from classifiers.threads import threads_for
 
 REPO = Path(__file__).resolve().parent.parent
 ASSETS = Path(os.environ.get("PENULT_TEST_ASSETS") or REPO.parent / "shared")
@@ -125,7 +125,7 @@ def measure(inputs: Floats, targets: NDArray[np.intp], case: Case) -> Found:
     shares = np.array_split(places, max(case.turns - 1, 1))
     theirs, their_seconds, seconds, ours = {}, {}, [], []
     for turn in range(case.turns):
-        with threadpool_limits(1 if inputs.size < SMALL else None):
+        with threads_for(inputs.size):
             begin = time.perf_counter()
             ours = list(SoftmaxPath(inputs, targets, int(targets.max()) + 1).optima(CS, MOST))
             seconds.append(time.perf_counter() - begin)
