@@ -62,13 +62,29 @@ class _Problem:
     def heads(self, Cs: Sequence[float]) -> Iterator[tuple[DenseHead, Optimum]]:
         """A head for each C, in rising order, and how it was found."""
         for found in self._path.optima(Cs, self._max_iter):
-            weight, bias = found.weight, found.bias
-            if len(weight) == 1:  # two classes: one logit z; softmax([0, z]) is its sigmoid
-                weight, bias = np.concatenate([0 * weight, weight]), np.concatenate([0 * bias, bias])
-            yield DenseHead(self._mean, self._scale, [(weight, bias)], self._classes), found
+            yield self._head(found), found
 
-    def fit(self, C: float) -> tuple[DenseHead, Optimum]:
-        return next(self.heads([C]))
+    def _head(self, found: Optimum) -> DenseHead:
+        weight, bias = found.weight, found.bias
+        if len(weight) == 1:  # two classes: one logit z; softmax([0, z]) is its sigmoid
+            weight, bias = np.concatenate([0 * weight, weight]), np.concatenate([0 * bias, bias])
+        return DenseHead(self._mean, self._scale, [(weight, bias)], self._classes)
+
+    def fit(self, C: float, start: DenseHead | None = None) -> tuple[DenseHead, Optimum]:
+        """The one head that is kept, as exactly as can be told; ``start`` is one that was fitted on some of these rows."""
+        if isinstance(self._path, SoftmaxPath):
+            found = next(self._path.optima([C], self._max_iter, 0.0, None if start is None else self._place(start)))
+        else:
+            found = next(self._path.optima([C], self._max_iter))
+        return self._head(found), found
+
+    def _place(self, head: DenseHead) -> tuple[Float64, Float64]:
+        """Weights and biases of a head that standardises otherwise."""
+        ((weight, bias),) = head.layers
+        w = weight.astype(np.float64) / head.scale
+        b = bias - w @ head.mean + w @ self._mean
+        w = w * self._scale
+        return (w[1:] - w[:1], b[1:] - b[:1]) if len(w) == 2 else (w, b)
 
 
 def enough(Cs: Sequence[float], ranks: Sequence[tuple[float, float]]) -> bool:
@@ -239,7 +255,7 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.path_, heads = self._path(features, targets, weights, folds)
         best = min(self.path_, key=self._rank, default=None)
         self.C_ = float(best["C"]) if best else float(self.C or 1.0)
-        dense, found = self._problem(features, targets, weights).fit(self.C_)
+        dense, found = self._problem(features, targets, weights).fit(self.C_, heads[self.C_][0] if best else None)
         self.converged_, self.n_iter_ = found.converged, found.evaluations
         self.conformal_: Conformal | None = None
         if best:

@@ -1,4 +1,4 @@
-"""L2-regularised logistic regression for many strengths of regularisation, each to its optimum, in few passes over the data.
+"""L2-regularised logistic regression for many strengths of regularisation, each with a certificate, in few passes.
 
 The objective is scikit-learn's: summed log-losses plus ``|w|^2 / 2C``, intercepts free; for two classes one vector of weights.
 What makes it fast, on features that a fit has to read from memory again and again:
@@ -6,7 +6,8 @@ What makes it fast, on features that a fit has to read from memory again and aga
 - The rows are turned to their principal axes once. There the curvature of the loss is nearly diagonal, ``p(1 - p) s + 1/C``
   with the eigenvalue s of each axis (Boehning 1992 bounds it so), and L-BFGS (Nocedal and Wright, algorithm 7.4) that
   starts from it needs tens of steps where it needs hundreds on the features themselves. Fewer rows have fewer axes, too.
-- One product of matrices serves several values of C: as many as share the reading of the rows.
+- One product of matrices serves several values of C: as many as share the reading of the rows. Blocks of rows go side by side.
+- Steps are the same for all classes in sum, as the optimum is: adding one vector to the weights of all changes no probability.
 - Rows that do not fit into memory are read for each product; then the weights are turned to the axes instead of the rows.
 - From the strongest regularisation to the weakest, each group starts where the last two optima point to on a scale of log C.
   Where the classes can be separated, weights grow with log C for ever: there this saves three of four steps.
@@ -25,15 +26,19 @@ from typing import Any, Protocol, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from .threads import side_by_side
+
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Floats = NDArray[np.floating[Any]]
 
 COLUMNS = 64  # of one product: up to about so many, reading the rows is what takes the time ..
 GROUP = 8  # .. values of C at once, at most: the next ones start from what these have found, if they are wanted at all
-ROWS = 8192  # at once, so that what is computed of them stays small
+ROWS = 2048  # at once, so that what is computed of them stays in the processor's caches
+ENOUGH = 16  # times as many rows as features tell the axes of all of them well enough
 MEMORY = 10  # pairs of steps and gradients that L-BFGS remembers
 GAIN = 3e-7  # of the objective, expected of another step: what is found is then less than 1e-4 above the optimum, as a rule
+STEEP = 1e-5  # or the certificate is at most this: a tenth of what scikit-learn stops at
 HIDDEN = 8  # trials one after the other whose decrease could not be seen: float32 ends here
 ROUNDING = 1e-4  # relative, of an objective: differences below say nothing where it is computed from float32 products
 SUFFICIENT = 1e-4  # of the expected decrease (Armijo)
@@ -62,7 +67,7 @@ class Optimum:
         objective: summed log-losses plus ``|w|^2 / 2C``.
         gradient: the certificate: largest absolute entry of the gradient of the objective over the sum of the rows' weights.
         evaluations: of objective and gradient.
-        converged: whether no step is expected to gain anything that counts.
+        converged: whether no step is expected to gain anything that counts, or the certificate is small enough.
     """
 
     C: float
@@ -96,8 +101,8 @@ class _Search:
     def trial(self) -> Float64:
         return self.place if self.direction.size == 0 else self.place + self.step * self.direction
 
-    def take(self, value: float, gradient: Float64, inverse: Float64) -> None:
-        """The objective at the trial: go there, or try half of the step."""
+    def take(self, value: float, gradient: Float64, inverse: Float64) -> bool:
+        """The objective at the trial: whether it went there, or tries half of the step."""
         self.evaluations += 1
         if self.direction.size == 0:
             self.value, self.gradient, self.inverse = value, gradient, inverse
@@ -110,12 +115,13 @@ class _Search:
         else:
             self.step /= 2
             self.done = self.step < SHORTEST  # nothing is left to gain in float32
-            return
+            return False
         self.step = 1.0
         self._turn()
         if self.slope >= 0:  # rounding has spoilt the memory
             self.pairs.clear()
             self._turn()
+        return True
 
     def again(self) -> None:
         """Evaluate the place itself next, more exactly than before."""
@@ -138,6 +144,8 @@ class _Search:
             taken.append(share)
             q -= share * bent
         q *= self.inverse
+        if q.shape[1] > 1:  # the gradient's sum over the classes is zero; the curvature, which differs, has spoilt that
+            q -= q.mean(axis=1, keepdims=True)
         if self.pairs:
             _, bent, curvature = self.pairs[-1]
             q *= curvature / float((bent * bent * self.inverse).sum())
@@ -169,22 +177,29 @@ class SoftmaxPath:
         self._exact = False
         self.evaluations = 0
 
-    def optima(self, Cs: Sequence[float], most: int) -> Iterator[Optimum]:
+    def optima(
+        self, Cs: Sequence[float], most: int, steep: float = STEEP, start: tuple[Floats, Floats] | None = None
+    ) -> Iterator[Optimum]:
         """One optimum for each C, which must rise; those that nobody asks for are not computed, but for some of a group.
 
         Args:
             Cs: in rising order.
             most: evaluations for each.
+            steep: largest entry of the gradient that will do; 0 goes on until no step is expected to gain anything.
+            start: weights and biases to begin with, as in `Optimum`; None is zero.
         """
-        found: deque[tuple[float, Float64]] = deque([(Cs[0], np.zeros((len(self._spread) + 1, self._columns)))], maxlen=2)
+        place = np.zeros((len(self._spread) + 1, self._columns))
+        if start is not None:
+            place[:-1], place[-1] = self._axes.T @ start[0].T, start[1]
+        found: deque[tuple[float, Float64]] = deque([(Cs[0], place)], maxlen=2)
         group = min(max(COLUMNS // self._columns, 1), GROUP)
         for begin in range(0, len(Cs), group):
             searches = [_Search(1 / C, _ahead(found, C)) for C in Cs[begin : begin + group]]
             while active := [search for search in searches if not search.done]:
                 values, gradients, curved = self._evaluate(active)
                 for search, value, gradient, curvature in zip(active, values, gradients, curved, strict=True):
-                    search.take(value, gradient, self._inverse(curvature, search.strength))
-                    search.converged = -search.slope <= GAIN * search.value
+                    went = search.take(value, gradient, self._inverse(curvature, search.strength))
+                    search.converged = -search.slope <= GAIN * search.value or (went and self._is_flat(gradient, steep))
                     search.done |= search.converged or search.evaluations >= most
                 if not self._exact and any(search.hidden >= HIDDEN for search in active):
                     self._exact = True
@@ -197,15 +212,20 @@ class SoftmaxPath:
     def _optimum(self, C: float, search: _Search) -> Optimum:
         weight = self._axes @ search.place[:-1].astype(np.float32)
         bias = search.place[-1].astype(np.float32)
-        found = self._certificate(search)
+        found = self._certificate(search.gradient)
         return Optimum(
             C, np.ascontiguousarray(weight.T), bias, search.value, found, search.evaluations, converged=search.converged
         )
 
-    def _certificate(self, search: _Search) -> float:
+    def _is_flat(self, gradient: Float64, steep: float) -> bool:
+        """Whether the certificate is at most so much; without turning a gradient back that is too long for that."""
+        longest = steep * self._total * np.sqrt((len(self._axes) + 1) * self._columns)
+        return bool(np.linalg.norm(gradient) <= longest) and self._certificate(gradient) <= steep
+
+    def _certificate(self, gradient: Float64) -> float:
         """In the features' own axes, where scikit-learn looks."""
-        weights = self._axes @ search.gradient[:-1].astype(np.float32)
-        return float(max(np.abs(weights).max(), np.abs(search.gradient[-1]).max())) / self._total
+        weights = self._axes @ gradient[:-1].astype(np.float32)
+        return float(max(np.abs(weights).max(), np.abs(gradient[-1]).max())) / self._total
 
     def _inverse(self, curvature: Float64, strength: float) -> Float64:
         """One over the curvature along every axis, and of the intercepts, ``(axes + 1, columns)``."""
@@ -227,18 +247,23 @@ class SoftmaxPath:
         biases = places[:, -1].reshape(-1).astype(self._kind)
         losses, curvatures, sums = np.zeros(count), np.zeros(count * columns), np.zeros(count * columns)
         products = np.zeros((count * columns, weights.shape[0]))
-        for begin in range(0, len(self._rows), ROWS):
+
+        def part(begin: int) -> tuple[Floats, Floats, Float64, Floats]:
             block = slice(begin, begin + ROWS)
             rows, counts = self._rows[block].astype(self._kind, copy=False), self._weights[block]
             logits = (rows @ weights + biases).reshape(len(rows), count, columns)
             loss, residual, curvature = (_binary if columns == 1 else _several)(logits, self._targets[block])
             light = counts.astype(self._kind)
             residual *= light[:, None, None]
-            losses += counts @ loss
-            curvatures += light @ curvature.reshape(len(rows), -1)
             flat = residual.reshape(len(rows), -1)
-            sums += flat.sum(axis=0, dtype=np.float64)
-            products += flat.T @ rows
+            bent = light @ curvature.reshape(len(rows), -1)
+            return counts @ loss, bent, flat.sum(axis=0, dtype=np.float64), flat.T @ rows
+
+        for loss, bent, total, product in side_by_side(part, range(0, len(self._rows), ROWS)):
+            losses += loss
+            curvatures += bent
+            sums += total
+            products += product
         if not self._turned:
             products = products @ self._axes
         gradients = np.empty_like(places)
@@ -269,17 +294,22 @@ def principal_axes(inputs: Float32 | Rows) -> tuple[Float32 | Rows, Float32, Flo
 def principal_axes(inputs: Float32 | Rows) -> tuple[Float32 | Rows, Float32, Float64]:
     """The rows in their principal axes ``(n, r)``, the axes ``(d, r)``, and the sum of squares along each ``(r,)``.
 
-    Rows that are read each time are not turned: ``(n, d)``.
+    Rows that are read each time are not turned: ``(n, d)``. Of many rows some blocks are looked at: axes decide how
+    many steps it takes, and not where they lead.
     """
     n, d = inputs.shape
     if n > d or not isinstance(inputs, np.ndarray):
         gram = np.zeros((d, d))
-        for begin in range(0, n, ROWS):
+        starts = range(0, n, ROWS)
+        starts = starts[:: max(n // (ENOUGH * d), 1)]
+        seen = 0
+        for begin in starts:
             rows = inputs[begin : begin + ROWS]
+            seen += len(rows)
             gram += rows.T @ rows
         spread, axes = np.linalg.eigh(gram)
         turned = axes.astype(np.float32)
-        return inputs @ turned if isinstance(inputs, np.ndarray) else inputs, turned, np.maximum(spread, 0)
+        return inputs @ turned if isinstance(inputs, np.ndarray) else inputs, turned, np.maximum(spread, 0) * (n / seen)
     wide = inputs.astype(np.float64)
     spread, sides = np.linalg.eigh(wide @ wide.T)
     kept = spread > DISTINCT * max(spread[-1], 1e-300)

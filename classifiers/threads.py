@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_info, threadpool_limits
 
 SMALL = 2**22  # numbers; on 1,100 x 512 features two threads took 8 times as long as one
+SHARE = 4  # blocks for each core: with fewer, the last ones leave cores idle
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def threads_for(numbers: int) -> Any:
     """A context in which BLAS has one thread where there are few numbers, and else as many as it had."""
     return threadpool_limits(1 if numbers < SMALL else None)
+
+
+def side_by_side(function: Callable[[T], R], blocks: Sequence[T]) -> Iterator[R]:
+    """What a function gives for each block, in order.
+
+    Where there are many blocks, each of BLAS's threads takes one and works on it alone: what is no product of matrices is then
+    done by all of them, too.
+    """
+    threads = max((pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"), default=1)
+    if threads == 1 or len(blocks) < SHARE * threads:
+        yield from map(function, blocks)
+        return
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads, "penult-blocks") as pool:
+        waiting: deque[Future[R]] = deque()
+        for block in blocks:
+            waiting.append(pool.submit(function, block))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
