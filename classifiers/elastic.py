@@ -11,7 +11,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from .dense import log_loss
-from .softmax import Float32, Float64, Optimum
+from .rowsums import Float32, Float64
+from .softmax import Optimum
 
 STEEPEST = 1e-3  # gradient of an optimum; SAGA stops beyond it where all weights are 0, its intercepts still on their way
 

@@ -24,7 +24,8 @@ from .conformal import Conformal, calibrate
 from .dense import DenseHead, class_indices, log_loss, standardisation, with_validation
 from .elastic import ElasticPath
 from .folds import Fold, stratified_folds
-from .softmax import Float32, Float64, Optimum, SoftmaxPath
+from .rowsums import Float32, Float64, gpu_for
+from .softmax import Optimum, SoftmaxPath
 from .streaming import StandardisedRows, stored_standardisation, stored_with_validation
 from .threads import threads_for
 
@@ -56,7 +57,7 @@ class _Problem:
         self._path = (
             ElasticPath(inputs, targets, len(classes), weights, l1=head.l1_ratio, seed=head.seed)
             if head.l1_ratio
-            else SoftmaxPath(inputs, targets, len(classes), weights)
+            else SoftmaxPath(inputs, targets, len(classes), weights, device=gpu_for(head.device, inputs.size))
         )
 
     def heads(self, Cs: Sequence[float]) -> Iterator[tuple[DenseHead, Optimum]]:
@@ -153,6 +154,7 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         select: what C is chosen by: the least ``"log-loss"``, or the best ``"accuracy"`` (of equal ones the least log-loss).
         cv: number of folds where no validation set is given, or the folds themselves as pairs of row numbers.
         max_iter: limit of evaluations of the objective for each value.
+        device: ``cpu``, ``cuda``, or ``auto``: a GPU where torch finds one and it is worth it; see `rowsums.gpu_for`.
         seed: of the folds.
 
     Attributes:
@@ -175,6 +177,7 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         select: str = "log-loss",
         cv: int | Iterable[Fold] = 5,
         max_iter: int = 2000,
+        device: str = "auto",
         seed: int = 0,
     ) -> None:
         self.C = C
@@ -184,6 +187,7 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.select = select
         self.cv = cv
         self.max_iter = max_iter
+        self.device = device
         self.seed = seed
 
     def fit(

@@ -23,7 +23,8 @@ from store.samples import MULTI_LABEL
 
 from .dense import DenseHead, Float32, standardisation
 from .folds import Fold, group_folds
-from .softmax import Float64, principal_axes
+from .rowsums import Float64
+from .softmax import principal_axes
 from .threads import threads_for
 
 log = logging.getLogger("penult.classifiers")

@@ -12,8 +12,8 @@ What makes it fast, on features that a fit has to read from memory again and aga
 - From the strongest regularisation to the weakest, each group starts where the last two optima point to on a scale of log C.
   Where the classes can be separated, weights grow with log C for ever: there this saves three of four steps.
 
-Rows are multiplied in float32 as long as that tells one step from the next, then in float64, block by block; sums over rows and
-everything else are float64.
+Rows are multiplied in float32 as long as that tells one step from the next, then in float64; sums over rows and everything else
+are float64.
 """
 
 from __future__ import annotations
@@ -21,20 +21,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .threads import side_by_side
-
-Float32 = NDArray[np.float32]
-Float64 = NDArray[np.float64]
-Floats = NDArray[np.floating[Any]]
+from .rowsums import ROWS, Float32, Float64, Floats, GpuSums, Rows, RowSums
 
 COLUMNS = 64  # of one product: up to about so many, reading the rows is what takes the time ..
 GROUP = 8  # .. values of C at once, at most: the next ones start from what these have found, if they are wanted at all
-ROWS = 2048  # at once, so that what is computed of them stays in the processor's caches
 ENOUGH = 16  # times as many rows as features tell the axes of all of them well enough
 MEMORY = 10  # pairs of steps and gradients that L-BFGS remembers
 GAIN = 3e-7  # of the objective, expected of another step: what is found is then less than 1e-4 above the optimum, as a rule
@@ -44,17 +39,6 @@ ROUNDING = 1e-4  # relative, of an objective: differences below say nothing wher
 SUFFICIENT = 1e-4  # of the expected decrease (Armijo)
 SHORTEST = 2.0**-30
 DISTINCT = 1e-12  # of the largest eigenvalue: what is less is no axis of the rows
-
-
-class Rows(Protocol):
-    """Rows that are read in blocks, each time, because there are too many to keep."""
-
-    @property
-    def shape(self) -> tuple[int, int]: ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, rows: slice, /) -> Float32: ...
 
 
 @dataclass(frozen=True)
@@ -163,17 +147,32 @@ class SoftmaxPath:
         targets: class indices ``(n,)``.
         classes: how many there are.
         weights: of the rows ``(n,)``, more than 0; None is 1 for each.
+        device: of torch, where the rows are multiplied, such as ``cuda``; None is this processor, without torch. Rows that are
+            read each time stay here.
 
     Attributes:
         evaluations: of objectives and gradients so far, over all values of C.
     """
 
-    def __init__(self, inputs: Float32 | Rows, targets: NDArray[np.intp], classes: int, weights: Float64 | None = None) -> None:
-        self._targets, self._columns = targets, 1 if classes == 2 else classes
-        self._weights = np.ones(len(targets)) if weights is None else weights
-        self._total = float(self._weights.sum())
-        self._rows, self._axes, self._spread = principal_axes(inputs)
-        self._turned = isinstance(self._rows, np.ndarray)
+    def __init__(
+        self,
+        inputs: Float32 | Rows,
+        targets: NDArray[np.intp],
+        classes: int,
+        weights: Float64 | None = None,
+        *,
+        device: str | None = None,
+    ) -> None:
+        self._n, self._columns = len(targets), 1 if classes == 2 else classes
+        counts = np.ones(len(targets)) if weights is None else weights
+        self._total = float(counts.sum())
+        rows, self._axes, self._spread = principal_axes(inputs)
+        self._turned = isinstance(rows, np.ndarray)
+        self._sums: RowSums | GpuSums
+        if device is None or not isinstance(rows, np.ndarray):
+            self._sums = RowSums(rows, targets, counts)
+        else:
+            self._sums = GpuSums(rows, targets, counts, device)
         self._exact = False
         self.evaluations = 0
 
@@ -230,7 +229,7 @@ class SoftmaxPath:
     def _inverse(self, curvature: Float64, strength: float) -> Float64:
         """One over the curvature along every axis, and of the intercepts, ``(axes + 1, columns)``."""
         along = self._spread[:, None] * curvature + strength
-        free = np.maximum(curvature * len(self._targets), 1e-12)
+        free = np.maximum(curvature * self._n, 1e-12)
         return np.asarray(1 / np.concatenate([along, free[None]]))
 
     @property
@@ -245,36 +244,18 @@ class SoftmaxPath:
         along = places[:, :-1].transpose(1, 0, 2).reshape(-1, count * columns)
         weights = (along if self._turned else self._axes @ along).astype(self._kind)
         biases = places[:, -1].reshape(-1).astype(self._kind)
-        losses, curvatures, sums = np.zeros(count), np.zeros(count * columns), np.zeros(count * columns)
-        products = np.zeros((count * columns, weights.shape[0]))
-
-        def part(begin: int) -> tuple[Floats, Floats, Float64, Floats]:
-            block = slice(begin, begin + ROWS)
-            rows, counts = self._rows[block].astype(self._kind, copy=False), self._weights[block]
-            logits = (rows @ weights + biases).reshape(len(rows), count, columns)
-            loss, residual, curvature = (_binary if columns == 1 else _several)(logits, self._targets[block])
-            light = counts.astype(self._kind)
-            residual *= light[:, None, None]
-            flat = residual.reshape(len(rows), -1)
-            bent = light @ curvature.reshape(len(rows), -1)
-            return counts @ loss, bent, flat.sum(axis=0, dtype=np.float64), flat.T @ rows
-
-        for loss, bent, total, product in side_by_side(part, range(0, len(self._rows), ROWS)):
-            losses += loss
-            curvatures += bent
-            sums += total
-            products += product
+        losses, curvatures, residuals, products = self._sums(weights, biases, count)
         if not self._turned:
             products = products @ self._axes
         gradients = np.empty_like(places)
         gradients[:, :-1] = products.reshape(count, columns, -1).transpose(0, 2, 1)
-        gradients[:, -1] = sums.reshape(count, columns)
+        gradients[:, -1] = residuals.reshape(count, columns)
         values = []
         for i, search in enumerate(searches):
             weight = places[i, :-1]
             gradients[i, :-1] += search.strength * weight
             values.append(float(losses[i] + 0.5 * search.strength * (weight * weight).sum()))
-        return values, list(gradients), list(curvatures.reshape(count, columns) / len(self._rows))
+        return values, list(gradients), list(curvatures.reshape(count, columns) / self._n)
 
 
 def _ahead(found: Sequence[tuple[float, Float64]], C: float) -> Float64:
@@ -316,26 +297,3 @@ def principal_axes(inputs: Float32 | Rows) -> tuple[Float32 | Rows, Float32, Flo
     lengths = np.sqrt(spread[kept])
     sides = sides[:, kept]
     return (sides * lengths).astype(np.float32), (wide.T @ (sides / lengths)).astype(np.float32), spread[kept]
-
-
-def _binary(logits: Floats, truth: NDArray[np.intp]) -> tuple[Floats, Floats, Floats]:
-    """Of ``(rows, count, 1)`` logits of the second class: losses ``(rows, count)``, residuals and p(1 - p)."""
-    sign = np.where(truth == 1, 1, -1).astype(logits.dtype)[:, None, None]
-    losses = np.logaddexp(0, -sign * logits)
-    wrong = np.exp(-np.logaddexp(0, sign * logits))  # probability of the other class
-    return losses[:, :, 0], -sign * wrong, wrong * (1 - wrong)
-
-
-def _several(logits: Floats, truth: NDArray[np.intp]) -> tuple[Floats, Floats, Floats]:
-    """Of ``(rows, count, k)`` logits, which it overwrites: losses ``(rows, count)``, residuals and p(1 - p)."""
-    every = np.arange(len(logits))
-    logits -= logits.max(axis=2, keepdims=True)
-    right = logits[every, :, truth]
-    np.exp(logits, out=logits)
-    total = logits.sum(axis=2)
-    losses = np.log(total) - right
-    logits /= total[:, :, None]
-    curvatures = logits * (1 - logits)
-    logits[every, :, truth] = 0
-    logits[every, :, truth] = -logits.sum(axis=2)  # p - 1 of the right class, without the cancellation
-    return losses, logits, curvatures

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import classifiers.rowsums
 import classifiers.softmax
 import store.stored
 import store.writer
@@ -74,6 +75,7 @@ def synthetic(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone, data
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store.stored, "ROWS", 400)
+    monkeypatch.setattr(classifiers.rowsums, "ROWS", 400)
     monkeypatch.setattr(classifiers.softmax, "ROWS", 400)
 
 
