@@ -106,7 +106,7 @@ def comparison_report(found: Comparison, *, notes: Sequence[str] = (), title: st
         value, between = _difference(line).split(" ", 1)
         cards.append((line.name, f"{value} points", f"of accuracy, 95 % interval {between}"))
     words = [(line.name, line.verdict.sentence) for line in others if line.verdict]
-    rule = f"The smallest difference of accuracy that counts here is {points(found.worthwhile)} points."
+    rule = f"The smallest difference of accuracy that counts here is {points(found.worthwhile)}."
     cost_columns, cost_rows = cost_table(found.lines)
     sections = [
         Section("Is it worth it?", rule, rows=words),
@@ -225,7 +225,7 @@ def _training(found: Comparison) -> list[Section]:
             axes.set_xlabel("epoch")
             axes.set_ylabel(label)
             if key == "val_accuracy":
-                axes.yaxis.set_major_formatter("{x:.0%}")
+                axes.yaxis.set_major_formatter("{x:.1%}")
             _legend(axes)
 
         return plots.svg(draw, (plots.WIDTH, 3.2))

@@ -19,6 +19,7 @@ from .fewshot import each_warning_once
 from .heads import make_head
 from .heldout import ACCEPTED
 from .intervals import Interval, bootstrap_interval, resampled, resamples_for, wilson
+from .paired import difference_interval
 from .verdict import bounds, signed
 
 log = logging.getLogger("penult.classifiers")
@@ -87,8 +88,9 @@ def label_curve(bundle: Bundle, cache: FeatureCache, *, worthwhile: float, repea
             {"share": share, "images": count, "accuracy": accuracy, "accuracy_interval": found, "accuracies": accuracies}
         )
     value = points[-1]["accuracy"] - points[-2]["accuracy"]
-    half = wilson(0, len(held_out))[1]
-    found = bootstrap_interval(value, drawn[-1] - drawn[-2]) or (value - half, value + half)
+    gained = right[-1].mean(axis=0) - right[-2].mean(axis=0)  # by each image
+    disputed = float(gained[gained > 0].sum()), float(-gained[gained < 0].sum())
+    found = difference_interval(value, drawn[-1] - drawn[-2], *disputed, len(held_out))
     sentence = _sentence(points, value, found, len(held_out), worthwhile)
     return LabelCurve(bundle.name, points, {"value": value, "interval": found}, sentence)
 

@@ -124,7 +124,7 @@ def _class_changes(
         yield {"label": classes[k], "n": n, "wins": wins, "losses": losses, "value": value, "interval": found}
 
 
-def difference_interval(value: float, drawn: Values, wins: int, losses: int, n: int) -> Interval:
+def difference_interval(value: float, drawn: Values, wins: float, losses: float, n: int) -> Interval:
     """The paired bootstrap interval of ``value = (wins - losses) / n``, or as far as `score_interval` where that is wider:
     with few images that two heads disagree on, resampling shows too little of what might have been.
     """
@@ -133,7 +133,7 @@ def difference_interval(value: float, drawn: Values, wins: int, losses: int, n: 
     return min(low, found[0]), max(high, found[1])
 
 
-def score_interval(wins: int, losses: int, n: int) -> Interval:
+def score_interval(wins: float, losses: float, n: int) -> Interval:
     """The 95 % interval of ``(wins - losses) / n`` from the Wilson intervals of both shares (Zou & Donner 2008): an image is at
     most one of both, so that one share is the lower for the other.
     """

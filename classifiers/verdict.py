@@ -61,7 +61,7 @@ def judge(change: Change, n: int, *, subject: str, cost_ratio: float | None, wor
     price = "" if cost_ratio is None else f" and {_price(cost_ratio)}"
     what = "the saving is " if saving else ""
     if decision == UNKNOWN:
-        more = f"about {_rounded(needed)} would be needed" if needed else f"for it is too close to {points(worthwhile)} points"
+        more = f"about {_rounded(needed)} would be needed" if needed else f"for it is too close to {points(worthwhile)}"
         ending = f"whether {what or 'it is '}worth it cannot be told with {n} images, {more}"
     else:
         ending = f"{what}{decision} on this data"
@@ -94,7 +94,7 @@ def _rounded(count: int) -> str:
 
 def points(share: float) -> str:
     """A share as percentage points, as short as it can be."""
-    return f"{100 * share:.4g}"
+    return f"{100 * share:.4g} point" + ("" if round(100 * share, 4) == 1 else "s")
 
 
 def signed(share: float) -> str:

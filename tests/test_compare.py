@@ -232,7 +232,7 @@ def test_an_interval_alone_proves_nothing_that_mcnemar_denies() -> None:
 def test_too_close_to_call_asks_for_no_number_of_images() -> None:
     found = verdict(0.008, 0.002, 0.014, 41, disputed=100, n=20_000)
     assert (found.decision, found.needed) == (UNKNOWN, None)
-    assert found.sentence.endswith("cannot be told with 20000 images, for it is too close to 1 points.")
+    assert found.sentence.endswith("cannot be told with 20000 images, for it is too close to 1 point.")
 
 
 def test_few_images_without_a_difference_do_not_claim_one() -> None:
