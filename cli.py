@@ -868,24 +868,36 @@ def report(bundle: Path, data: Path | None, output: Path, *, overwrite: bool, **
 @cli.command()
 @click.argument("bundles", nargs=-1, required=True, type=FOLDER)
 @click.option("-o", "--output", type=FOLDER, help="Also write an HTML report.")
+@click.option("--against", metavar="NAME", help="The bundle to compare with; the first frozen one given by default.")
+@click.option(
+    "--worthwhile",
+    type=click.FloatRange(0, 100, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="The smallest difference of accuracy that matters, points.",
+)
+@click.option("--curve", type=FOLDER, metavar="CACHE", help="Also refit the frozen head on 10, 25, 50 and 100 % of its images.")
 @overwrite_option
 @json_option
-def compare(bundles: Sequence[Path], output: Path | None, *, overwrite: bool, as_json: bool) -> None:
-    """Compare bundles on the same held-out images: accuracy, interval, macro F1, cost.
+def compare(bundles: Sequence[Path], output: Path | None, *, overwrite: bool, as_json: bool, **given: Any) -> None:
+    """Compare bundles on the same held-out images: differences with intervals, cost, and whether that is worth it.
 
     Example: penult compare photos.head photos-finetuned.head -o report.html
     """
     from classifiers.bundle import Bundle
-    from classifiers.compare import COLUMNS, comparison_report
     from classifiers.compare import compare as compare_bundles
+    from classifiers.comparison import comparison_report, comparison_text
     from classifiers.report import write_output
+    from store.cache import FeatureCache
 
-    lines = compare_bundles([Bundle.load(path) for path in bundles])
+    curve = FeatureCache(given["curve"]) if given["curve"] else None
+    loaded = [Bundle.load(path) for path in bundles]
+    found = compare_bundles(loaded, against=given["against"], worthwhile=given["worthwhile"], curve=curve)
     if output:
-        write_output(output, comparison_report(lines).encode(), overwrite=overwrite)
+        write_output(output, comparison_report(found).encode(), overwrite=overwrite)
     if as_json:
-        return print_json([line.to_json() for line in lines])
-    return print_table(COLUMNS, [line.cells() for line in lines], left=2)
+        return print_json(found.to_json())
+    return click.echo(comparison_text(found, width=None if sys.stdout.isatty() else 160))
 
 
 @cli.command()
@@ -944,7 +956,7 @@ def demo(output: Path, weights: str | None, epochs: int, *, overwrite: bool) -> 
 
     Example: penult demo -o demo
     """
-    from classifiers.compare import COLUMNS
+    from classifiers.comparison import comparison_text
     from classifiers.demo import run_demo
 
     result = run_demo(output, weights=weights, epochs=epochs, overwrite=overwrite)
@@ -957,7 +969,7 @@ def demo(output: Path, weights: str | None, epochs: int, *, overwrite: bool) -> 
         ("image", "label", "probability"), [(p.name, p.label or "", f"{p.probability:.3f}") for p in result.predictions]
     )
     click.echo("\nFrozen features or fine-tuning?")
-    print_table(COLUMNS, [line.cells() for line in result.comparison], left=2)
+    click.echo(comparison_text(result.comparison, width=None if sys.stdout.isatty() else 160))
     for note in result.notes:
         click.echo(f"\n{note}")
     click.echo(f"\nReport: {result.report}   Bundles: {output}/*.head (each has a report.html)")

@@ -88,7 +88,8 @@ class Bundle:
         split: how the samples were divided: ``fit``, ``chosen_on``, ``reported_on``, ``rule``.
         hyperparameters, history: what was used and what was tried.
         metrics: the held-out evaluation as JSON; None where nothing was held out.
-        cost: ``train_seconds``, ``extract_seconds``, ``images`` (passed through the backbone).
+        cost: ``train_seconds``, ``extract_seconds``, ``images`` (passed through the backbone), and of both together
+            ``peak_memory`` and ``energy`` (see `extractor.metering.Spent`; bundles of old have neither).
         conformal: which labels belong to the prediction set of an image (see `Conformal`), or how wide the intervals of a
             regression are (see `regression.Intervals`); None where nothing was out of fold.
         rounding: cross-validated accuracy on float and on int8 features, where it takes int8 ones (see `rounding`).

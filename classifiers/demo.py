@@ -18,8 +18,9 @@ from extractor.sources import ImageFolder
 from store.cache import FeatureCache, Subset
 from store.errors import InputMissingError, OutputExistsError
 
-from .bundle import Bundle
-from .compare import Compared, compare, comparison_report
+from .bundle import Bundle, Predictions
+from .compare import Comparison, Entrant, compare_entrants
+from .comparison import comparison_report
 from .evaluate import Evaluation, score
 from .finetune import FineTuneOptions
 from .heldout import evaluate_bundle
@@ -43,7 +44,7 @@ class DemoResult:
     first: Summary
     second: Summary
     evaluation: Evaluation
-    comparison: list[Compared]
+    comparison: Comparison
     predictions: list[Prediction]
     notes: list[str]
     report: Path
@@ -128,7 +129,7 @@ def run_demo(
         tuning = replace(tuning, optimizer="adamw", lr=1e-3, head_lr_factor=1.0, batch_statistics=True)
     bundles.append(train_finetuned(cache, out / "finetuned.head", backbone, tuning))
     pixels, evaluation = raw_pixels(cache)
-    comparison = sorted([*compare(bundles), pixels], key=lambda line: -line.accuracy)
+    comparison = compare_entrants([*map(Entrant.of, bundles), pixels])
     held_out = cache.rows("test")[:: max(len(cache.rows("test")) // 5, 1)][:5]
     shown = [out / "digits" / row.path.decode() for row in held_out]
     predictions = list(Predictor.of(bundles[0]).predict(list_images(shown)))
@@ -148,7 +149,7 @@ def run_demo(
     )
 
 
-def raw_pixels(cache: FeatureCache) -> tuple[Compared, Evaluation]:
+def raw_pixels(cache: FeatureCache) -> tuple[Entrant, Evaluation]:
     """Logistic regression on the 64 pixel values, on the same split: the line that features must beat."""
     from PIL import Image
 
@@ -161,19 +162,10 @@ def raw_pixels(cache: FeatureCache) -> tuple[Compared, Evaluation]:
     begin = time.perf_counter()
     head = LogisticHead().fit(X, train.y, validation=(Xv, val.y), groups=train.groups)
     seconds = time.perf_counter() - begin
-    evaluation = score(test.y, head.predict_proba(Xt), [str(label) for label in head.classes_], "test")
-    line = Compared(
-        name="raw pixels",
-        kind="no backbone",
-        n=evaluation.n,
-        accuracy=evaluation.accuracy,
-        accuracy_interval=evaluation.accuracy_interval,
-        macro_f1=evaluation.macro_f1,
-        train_seconds=round(seconds, 3),
-        extract_seconds=0.0,
-        images=0,
-    )
-    return line, evaluation
+    classes, probabilities = [str(label) for label in head.classes_], head.predict_proba(Xt)
+    predictions = Predictions(test.sha256, test.paths, test.y, probabilities, "test")
+    cost = {"train_seconds": round(seconds, 3), "extract_seconds": 0.0, "images": 0}
+    return Entrant("raw pixels", "no backbone", predictions, classes, cost), score(test.y, probabilities, classes, "test")
 
 
 def _make_room(out: Path, *, overwrite: bool) -> None:

@@ -59,6 +59,13 @@ def name_of(head: Any) -> str:
     return str(getattr(head, "kind", type(head).__name__.removesuffix("Head").lower()))
 
 
+def settings_of(head: Any) -> dict[str, Any]:
+    """What a head was told beyond its defaults, as JSON and as `make_head` takes it: what a refit on other rows begins with."""
+    plain = {name: value for name, value in head.get_params().items() if isinstance(value, (str, int, float, list, tuple))}
+    defaults = type(head)().get_params()
+    return {name: value for name, value in plain.items() if value != defaults[name]}
+
+
 def _estimator(name: str, settings: dict[str, Any]) -> Any:
     from sklearn.base import BaseEstimator, is_classifier
 

@@ -17,8 +17,11 @@ WORK = 4 * 10**9  # about ten seconds, in resamples x images x (classes + 100); 
 BLOCK = 10**7  # numbers in one block of weights: 40 MB
 
 
-def wilson(successes: int, n: int) -> Interval:
-    """The 95 % score interval of a proportion (Wilson 1927). Unlike the normal one it is honest at 0 and at n."""
+def wilson(successes: float, n: int) -> Interval:
+    """The 95 % score interval of a proportion (Wilson 1927). Unlike the normal one it is honest at 0 and at n.
+
+    ``successes`` is a fraction where it is a mean of several counts.
+    """
     if n == 0:
         return 0.0, 1.0
     p, z2 = successes / n, Z95**2

@@ -69,8 +69,8 @@ def history_svg(bundle: Bundle) -> str:
     return svg(draw, (WIDTH, 3.2))
 
 
-def few_shot_svg(curve: Sequence[dict[str, Any]]) -> str:
-    """Accuracy by training images of each class: every draw, the mean and its interval."""
+def few_shot_svg(curve: Sequence[dict[str, Any]], axis: str = "training images of each class") -> str:
+    """Accuracy by training images: every draw, the mean and its interval; ``axis`` says what is counted."""
 
     def draw(axes: Any) -> None:
         shots = [point["shots"] for point in curve]
@@ -83,7 +83,7 @@ def few_shot_svg(curve: Sequence[dict[str, Any]]) -> str:
         axes.minorticks_off()
         axes.set_xticks(shots, [str(n) for n in shots])
         axes.yaxis.set_major_formatter("{x:.0%}")
-        axes.set_xlabel("training images of each class")
+        axes.set_xlabel(axis)
         axes.set_ylabel("accuracy")
 
     return svg(draw, (WIDTH, 3.2))

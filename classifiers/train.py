@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from extractor.backbones import Backbone, load
 from extractor.export import to_onnx
 from extractor.files import Files, Located
+from extractor.metering import Meter, Spent, together
 from extractor.options import Options
 from extractor.pipeline import survey
 from extractor.prepare import fingerprints
@@ -34,7 +34,7 @@ from .fewshot import learning_curve
 from .finetune import FineTuneOptions, finetune
 from .heads import HEADS as HEADS
 from .heads import make_head as make_head
-from .heads import name_of, need_saveable, need_task
+from .heads import name_of, need_saveable, need_task, settings_of
 from .heldout import Roles, assign_roles, inner_validation, predict_held_out
 from .illustrations import files_or_none, illustrate
 from .leaks import Leak, LeakReport, conflicting_labels, guard, near_copies
@@ -101,9 +101,9 @@ def train_head(
     found = _look_for_leaks(cache, roles, [train, *([choose] if choose else [])], held_out)
     guard(found, leaks)
     curve = learning_curve(head, train, held_out, few_shot, repeats, seed=split_seed) if few_shot else None
-    begin = time.perf_counter()
+    meter = Meter(getattr(head, "device", "cpu"))
     head.fit(train.X, train.y, validation=(choose.X, choose.y) if choose else None, groups=train.groups)
-    seconds = time.perf_counter() - begin
+    spent = meter.read()
     rounding = judge_rounding(cache, head, roles.fit)
     if not head.history_:
         roles.facts["chosen_on"] = None
@@ -114,7 +114,7 @@ def train_head(
         fitted=[train, *([choose] if choose else [])],
         held_out=held_out,
         split=roles.facts,
-        seconds=seconds,
+        spent=spent,
         origin=origin,
         leaks=found,
         rounding=rounding,
@@ -186,7 +186,7 @@ def save_head(
     fitted: Sequence[Subset],
     held_out: Subset | None,
     split: dict[str, Any] | None = None,
-    seconds: float = 0.0,
+    spent: Spent | None = None,
     origin: str = "",
     leaks: LeakReport | None = None,
     rounding: dict[str, Any] | None = None,
@@ -203,7 +203,7 @@ def save_head(
         fitted: everything it was fitted or chosen on; `evaluate_bundle` will refuse these images.
         held_out: what it is reported on; None for nothing.
         split: facts about the split.
-        seconds: training time.
+        spent: on training.
         leaks: what was found on both sides of the split.
         rounding: what `judge_rounding` found, of an int8 cache.
         few_shot: what `learning_curve` found.
@@ -243,7 +243,7 @@ def save_head(
         backbone=facts,
         fingerprint=cache.fingerprint,
         split=split or {"reported_on": held_out.name if held_out else None, "rule": "caller"},
-        hyperparameters={**head.hyperparameters_, "temperature": head.temperature_},
+        hyperparameters={**head.hyperparameters_, "temperature": head.temperature_, "asked": settings_of(head)},
         history=list(head.history_),
         made_from=origin,
         metrics=metrics,
@@ -251,9 +251,10 @@ def save_head(
         rounding=rounding,
         few_shot=few_shot,
         cost={
-            "train_seconds": round(seconds, 3),
+            "train_seconds": round(spent.seconds, 3) if spent else 0.0,
             "extract_seconds": cache.samples.facts.get("extract_seconds", 0.0),
             "images": cache.samples.counts["ok"],
+            **together(cache.samples.facts.get("extract_cost"), spent.facts() if spent else None),
         },
     )
     digests = [digest for subset in fitted for digest in subset.sha256]
@@ -313,7 +314,9 @@ def train_finetuned(
     if not roles.choose:
         roles.facts["chosen_on"] = INNER
     classes = sorted({str(row.label) for row in roles.fit})
+    meter = Meter(*options.device.split(","))
     tuned = finetune(_labelled(fit, files, classes), _labelled(choose, files, classes), len(classes), backbone, options)
+    spent = meter.read().facts()
 
     zeros, ones = np.zeros(tuned.weight.shape[1], np.float32), np.ones(tuned.weight.shape[1], np.float32)
     head = DenseHead(zeros, ones, [(tuned.weight, tuned.bias)], classes)
@@ -344,7 +347,7 @@ def train_finetuned(
             },
             history=tuned.history,
             metrics=metrics,
-            cost={"train_seconds": round(tuned.seconds, 3), "extract_seconds": 0.0, "images": tuned.images},
+            cost={"train_seconds": round(tuned.seconds, 3), "extract_seconds": 0.0, "images": tuned.images, **spent},
         )
         fitted = [row.sha256 for row in [*fit, *choose]]
         return save_bundle(

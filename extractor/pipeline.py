@@ -35,6 +35,7 @@ from .decoder import Decoder
 from .division import check_splits_possible, resolve_splits, say_splits
 from .files import Files
 from .fleet import Fleet, open_embedder, resolve_devices
+from .metering import Meter, together
 from .options import Options, Summary, bottleneck, check_for_gpu, device_of
 from .prepare import fingerprints, library_versions, prepare_backbone
 from .preprocess import Preprocess
@@ -79,6 +80,7 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
     check_splits_possible(samples, options, source.task)
     devices = resolve_devices(device_of(options))
     check_for_gpu(options.precision, devices[0], tf32=options.tf32)
+    meter = Meter(*devices)
     with open_writer(cache) as writer, stop_on_signal() as stop, ExitStack() as opened:
         division = (options.val_fraction, options.test_fraction, options.seed)
         calibrator = Calibrator(source, samples, *division, options.workers, stop) if options.precision == "int8" else None
@@ -144,6 +146,9 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
         working = sum(clock[name] for name in ("wait", "embed", "settle"))
         spent = (before.facts.get("extract_seconds", 0.0) if before else 0.0) + (working if computed else 0)
         facts_now = {**_facts(source, rule, rows, options), "extract_seconds": round(spent, 3)}
+        cost = before.facts.get("extract_cost") if before else None
+        if computed or cost:
+            facts_now["extract_cost"] = together(cost, meter.read().facts()) if computed else cost
         table = SampleTable(rows, facts_now, source.task.targets)
         changed = writer.finish(table)
     summary = Summary(

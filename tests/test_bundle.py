@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from classifiers.bundle import Bundle, save_bundle
-from classifiers.compare import compare, comparison_report
+from classifiers.compare import compare
+from classifiers.comparison import comparison_report
 from classifiers.heldout import assign_roles, evaluate_bundle
 from classifiers.predict import Predictor, list_images
 from classifiers.text import evaluation_text
@@ -245,11 +246,11 @@ def test_newer_and_broken_descriptions_are_refused(bundle: Bundle, tmp_path: Pat
 
 def test_compare_lines_up_the_same_images_and_refuses_others(bundle: Bundle, cache: FeatureCache, tmp_path: Path) -> None:
     weak = train_head(cache, tmp_path / "weak.head", make_head("mlp"))
-    lines = compare([weak, bundle])
-    assert {line.name for line in lines} == {"weak.head", "photos.head"}
-    assert lines[0].accuracy >= lines[1].accuracy
-    assert all(line.n == 12 and line.images == 60 for line in lines)
-    html = comparison_report(lines, notes=["<script>alert(1)</script>"])
+    found = compare([weak, bundle])
+    assert [line.name for line in found.lines] == ["weak.head", "photos.head"]
+    assert found.n == 12
+    assert all(line.cost["images"] == 60 for line in found.lines)
+    html = comparison_report(found, notes=["<script>alert(1)</script>"])
     assert "weak.head" in html
     assert "<script>" not in html
     other = train_head(cache, tmp_path / "other.head", make_head("logistic", C=1.0), test=0.3)

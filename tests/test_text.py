@@ -11,11 +11,11 @@ from PIL import Image
 from rich.cells import cell_len
 
 from classifiers import plots
-from classifiers.compare import COLUMNS
 from classifiers.evaluate import Evaluation, score
 from classifiers.report import _drawable, save_confusion
 from classifiers.text import evaluation_text, table
 
+COLUMNS = ("bundle", "kind", "accuracy", "95 % interval", "macro F1", "training", "extraction", "images through backbone")
 COMPARED = [
     ("ants.head", "frozen", "97.4 %", "93.5 to 99.0 %", "0.974", "0.9 s", "4.9 s once", "398"),
     ("ants-finetuned.head", "fine-tuned", "94.8 %", "90.0 to 97.3 %", "0.947", "51.1 s", "-", "1225"),
