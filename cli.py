@@ -942,12 +942,13 @@ def sweep(data: Path, wanted: Sequence[str], output: Path, head: str | None, *, 
         return found.exit_code
     print_table(found.columns, found.rows(), left=2)
     for each in found.failed:
-        click.echo(f"\nno features of {each.source}: {each.error}")
+        click.echo(f"\nNo features of {each.source}: {each.error}")
+    click.echo()
     for note in found.notes():
-        click.echo(f"\n{note}")
-    click.echo(f"\nRank correlation with the {found.figure} of trained heads")
+        click.echo(note)
+    click.echo(f"\nRank correlation of the scores with the {found.figure} of trained heads, {len(found.lines)} sources")
     print_table(AGREEMENT_COLUMNS, [each.cells() for each in found.agreements()])
-    click.echo(f"\nPage: {output / PAGE}   {found.advice()}")
+    click.echo(f"\nPage: {output / PAGE}\nNext: {found.advice()}")
     return found.exit_code
 
 

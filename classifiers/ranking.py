@@ -15,10 +15,14 @@ from store.samples import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 from .intervals import Interval
 from .plots import BLUE, GREY, INK, WIDTH, svg
-from .report import Card, Section, interval, page, percent
+from .report import Card, Section, page
 
 FIGURES = {SINGLE_LABEL: "accuracy", MULTI_LABEL: "mean average precision", REGRESSION: "R2"}  # what sources are ranked by
 SCORES = {"logme": "LogME", "h_score": "H-score, not shrunk", "h_score_shrunk": "H-score"}
+MEANINGS = {
+    "logme": "The evidence of a linear model of the labels, per image. No head is trained for it; larger is better.",
+    "h_score_shrunk": "How far apart the class means are, for the spread of the features. No head is trained for it.",
+}
 SHOWN = ("logme", "h_score_shrunk")  # without shrinkage it is the same for all where features outnumber images
 FEW = 5  # sources: of four, even the right order comes up by chance in one of twelve cases, it or its reverse
 UNLIKELY = 0.05
@@ -87,7 +91,8 @@ class Agreement:
     kendall_p: float | None
     spearman_rho: float | None
 
-    def text(self) -> str:
+    @property
+    def so(self) -> str:
         """What it allows to conclude."""
         if self.n < FEW or self.kendall_p is None:
             return "too few to conclude" if self.n < FEW else "the same for all"
@@ -97,10 +102,10 @@ class Agreement:
         """In the order of `AGREEMENT_COLUMNS`."""
         figures = [("-" if each is None else f"{each:.2f}") for each in (self.kendall_tau, self.spearman_rho)]
         p = "-" if self.kendall_p is None else f"{self.kendall_p:.2g}"
-        return (SCORES[self.score], *figures, p, str(self.n), self.text())
+        return (SCORES[self.score], *figures, p, self.so)
 
 
-AGREEMENT_COLUMNS = ("score", "Kendall's tau", "Spearman's rho", "p", "sources", "so")
+AGREEMENT_COLUMNS = ("score", "Kendall's tau", "Spearman's rho", "p", "so")
 
 
 @dataclass(frozen=True)
@@ -137,12 +142,13 @@ class Ranking:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        held = [] if self.reported_on is None else [f"on {self.reported_on!r}", "95 % interval"]
-        names = [SCORES[name] for name in self._scores]
-        return ("rank", "source", "features", "extraction", "images/s", self.figure, "95 % interval", *held, *names, "Pareto")
+        held = [] if self.reported_on is None else [f"held out: {self.reported_on}"]
+        names = [SCORES[name] for name in self.shown]
+        return ("rank", "source", "features", "extraction", "images/s", self.figure, *held, *names, "Pareto")
 
     @property
-    def _scores(self) -> list[str]:
+    def shown(self) -> list[str]:
+        """The scores that the table and the page show."""
         return [name for name in SHOWN if self.lines[0].scores[name] is not None]
 
     def front(self) -> list[bool]:
@@ -166,19 +172,19 @@ class Ranking:
                 str(line.dim),
                 f"{line.extract_seconds:.1f} s",
                 f"{line.images / line.extract_seconds:.0f}" if line.extract_seconds else "-",
-                *self.cells(line.choice),
-                *(self.cells(line.held_out) if line.held_out else ()),
-                *(f"{line.scores[name]:.3f}" for name in self._scores),
+                self.text(line.choice),
+                *([self.text(line.held_out)] if line.held_out else ()),
+                *(f"{line.scores[name]:.3f}" for name in self.shown),
                 "front" if best else "dominated",
             )
             for rank, (line, best) in enumerate(zip(self.lines, self.front(), strict=True), 1)
         ]
 
-    def cells(self, figure: Figure) -> tuple[str, str]:
-        """A figure and its interval, as text."""
-        if self.task == SINGLE_LABEL and figure.interval:
-            return percent(figure.value), interval(figure.interval)
-        return f"{figure.value:.3f}", "{:.3f} to {:.3f}".format(*figure.interval) if figure.interval else "-"
+    def text(self, figure: Figure) -> str:
+        """A figure with its interval."""
+        scale, digits, unit = (100, 1, " %") if self.task == SINGLE_LABEL else (1, 3, "")
+        bounds = ", ".join(f"{scale * bound:.{digits}f}" for bound in figure.interval or ())
+        return f"{scale * figure.value:.{digits}f}{unit}" + (f" [{bounds}]" if bounds else "")
 
     def agreements(self) -> list[Agreement]:
         """Of every score that there is for this task."""
@@ -212,6 +218,8 @@ class Ranking:
             notes.append(f"These images do not tell {', '.join(tied)} from 1 (exact McNemar test, p >= {UNLIKELY} each).")
         if len({line.cache for line in self.lines}) < len(self.lines):
             notes.append("Layers of one backbone come from one pass, and each has the time of all of it.")
+        heads, scores = (sum(getattr(line, name) for line in self.lines) for name in ("train_seconds", "score_seconds"))
+        notes.append(f"Training the heads took {heads:.1f} s, the scores {scores:.1f} s.")
         return notes
 
     def advice(self) -> str:
@@ -219,7 +227,7 @@ class Ranking:
         best = self.lines[0]
         several = sum(line.cache == best.cache for line in self.lines) > 1
         layer = f" --layer {shlex.quote(best.layer)}" if several else ""
-        return f"Next: penult train {shlex.quote(best.cache)}{layer} --head {self.head} -o best.head"
+        return f"penult train {shlex.quote(best.cache)}{layer} --head {self.head} -o best.head"
 
     def to_json(self) -> dict[str, Any]:
         facts = {
@@ -229,7 +237,7 @@ class Ranking:
         for rank, (line, best, p) in enumerate(zip(self.lines, self.front(), self.against_best(), strict=True), 1):
             known = {key: value for key, value in asdict(line).items() if key != "right"}
             sources.append({"rank": rank, **known, "pareto": best, "p_against_best": p})
-        agreements = [asdict(each) | {"so": each.text()} for each in self.agreements()]
+        agreements = [asdict(each) | {"so": each.so} for each in self.agreements()]
         return {**facts, "sources": sources, "failed": [asdict(each) for each in self.failed], "agreement": agreements}
 
 
@@ -261,29 +269,23 @@ def ranking_page(found: Ranking) -> str:
     cards: list[Card] = []
     for figure, where in ((best.choice, found.chosen_on), (best.held_out, f"{found.reported_on}, held out")):
         if figure is not None:
-            value, bounds = found.cells(figure)
-            cards.append((f"{found.figure} of the first", value, f"{bounds} (95 %), {figure.n} images: {where}"))
+            value, _, bounds = found.text(figure).partition(" [")
+            cards.append((f"{found.figure} of the first", value, f"95 % [{bounds or ']'}, {figure.n} images: {where}"))
     rate = f", {best.images / best.extract_seconds:.0f} images/s" if best.extract_seconds else ""
     cards.append(("its extraction", f"{best.extract_seconds:.1f} s", f"{best.dim} features{rate}"))
     logme = agreements[0]
     tau = "-" if logme.kendall_tau is None else f"{logme.kendall_tau:.2f}"
-    cards.append(("LogME against trained heads", tau, f"Kendall's tau, {logme.n} sources: {logme.text()}"))
+    cards.append(("LogME against trained heads", tau, f"Kendall's tau, {logme.n} sources: {logme.so}"))
     text = "Sources by their rank. What is grey is dominated: another is as good in less time, or better in the same."
+    agree = f"Rank correlation of the scores with the {found.figure} of trained heads, {logme.n} sources."
     sections = [
         Section("What it costs", text=text, plot=_cost_svg(found), half=True),
-        *(_score_section(found, each) for each in agreements if each.score in SHOWN),
-        Section("Ranking", columns=found.columns[1:], rows=[row[1:] for row in _numbered(found)]),
-        Section(
-            "Do the scores agree?",
-            text=f"Rank correlation of each score, which needs no training, with the {found.figure} of trained heads.",
-            columns=AGREEMENT_COLUMNS,
-            rows=[each.cells() for each in agreements],
-        ),
+        *(_score_section(found, name) for name in found.shown),
+        Section("Do the scores agree?", agree, columns=AGREEMENT_COLUMNS, rows=[a.cells() for a in agreements], half=True),
+        Section("Ranking", " ".join(found.notes()), columns=found.columns[1:], rows=[row[1:] for row in _numbered(found)]),
     ]
-    if found.failed:
-        rows = [(each.source, each.error) for each in found.failed]
-        sections.append(Section("Without features", rows=rows))
-    return page("Which backbone?", lead, sections, figures=cards, notes=found.notes())
+    missing = [f"No features of {each.source}: {each.error}" for each in found.failed]
+    return page("Which backbone?", lead, sections, figures=cards, notes=missing)
 
 
 def _numbered(found: Ranking) -> list[tuple[str, ...]]:
@@ -291,9 +293,10 @@ def _numbered(found: Ranking) -> list[tuple[str, ...]]:
     return [(row[0], f"{row[0]}  {row[1]}", *row[2:]) for row in found.rows()]
 
 
-def _score_section(found: Ranking, each: Agreement) -> Section:
-    values = [line.scores[each.score] or 0.0 for line in found.lines]
-    return Section(f"{SCORES[each.score]} and {found.figure}", plot=_score_svg(found, values, SCORES[each.score]), half=True)
+def _score_section(found: Ranking, name: str) -> Section:
+    values = [line.scores[name] or 0.0 for line in found.lines]
+    title = f"{SCORES[name]} and {found.figure}"
+    return Section(title, MEANINGS[name], plot=_score_svg(found, values, SCORES[name]), half=True)
 
 
 def _cost_svg(found: Ranking) -> str:

@@ -110,10 +110,12 @@ def cache_paths(backbones: Sequence[Backbone], folder: Path) -> list[Path]:
     """
     paths: list[Path] = []
     for backbone in backbones:
-        text = "@".join([label_of(backbone), *backbone.layers])
-        name = re.sub(r"[^\w.+@=-]+", "_", text, flags=re.ASCII)
-        if len(name) > LONGEST:
-            name = f"{name[:LONGEST]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        several = f"{len(backbone.layers)}-layers" if len(backbone.layers) > 1 else ""
+        name = "@".join([label_of(backbone), *([several] if several else backbone.layers)])
+        name = re.sub(r"[^\w.+@=-]+", "_", name, flags=re.ASCII)
+        if several or len(name) > LONGEST:
+            whole = "@".join([label_of(backbone), *backbone.layers])
+            name = f"{name[:LONGEST]}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
         path = folder / f"{name}.cache"
         if path in paths:
             message = f"two sources would both be kept in {path}; rename one of the files"
@@ -249,6 +251,7 @@ class _Bench:
         self._rows = [*roles.fit, *roles.choose]
         self._digests = [row.sha256 for row in self._rows]
         self._truth = table.truth(self._rows)
+        self._distinct = list({digest: i for i, digest in enumerate(self._digests)}.values())  # copies prove nothing
         self._held_out = table.truth(roles.report) if roles.report else None
         self._groups = groups_of(roles.fit)
         self._folds = self._divide(seed)
@@ -275,7 +278,7 @@ class _Bench:
         validation = (X[n:], self._truth[n:]) if self._roles.choose else None
         head.fit(X[:n], self._truth[:n], validation=validation, groups=self._groups)
         trained = time.perf_counter()
-        scores = transferability(X, self._truth, self._task.name)
+        scores = transferability(X[self._distinct], self._truth[self._distinct], self._task.name)
         scored = time.perf_counter()
         truth, outputs = self._out_of_fold(head, X)
         choice, right = self._figure(head, truth, outputs)

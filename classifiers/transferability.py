@@ -20,6 +20,7 @@ from .threads import threads_for
 
 Float64 = NDArray[np.float64]
 
+STARTS = 32  # values of t, between the least and the largest eigenvalue, of which the iteration starts at the best
 STEPS = 1000  # of the fixed-point iteration, at most; tens are enough as a rule
 SETTLED = 1e-9  # relative change of t that ends it
 FARTHEST = 1e12  # t from the largest and the least eigenvalue: beyond, the evidence has reached its limit
@@ -61,8 +62,9 @@ def log_maximum_evidence(X: NDArray[np.floating[Any]], targets: NDArray[Any]) ->
 
     You et al. 2021, "LogME: Practical assessment of pre-trained models for transfer learning": a target is y = F w + noise,
     with w ~ N(0, 1/alpha) and noise ~ N(0, 1/beta). Alpha and beta are found by the fixed-point iteration over t = alpha / beta
-    of the journal version (You et al. 2022, "Ranking and tuning pre-trained models"). It starts at the mean eigenvalue instead
-    of 1, so that the scale of the features does not matter, and the evidence is that at the best beta for the t it reaches.
+    of the journal version (You et al. 2022, "Ranking and tuning pre-trained models"). Instead of at 1 it starts at the best of
+    `STARTS`: so the scale of the features does not matter, and of several maxima it finds the largest. (That of no noise at
+    all, which rows that are there twice would have, is not among them.)
 
     Args:
         X: features ``(n, d)``, as they are: neither centred nor scaled.
@@ -81,15 +83,13 @@ def log_maximum_evidence(X: NDArray[np.floating[Any]], targets: NDArray[Any]) ->
 
 
 def _evidence(found: _Spectrum) -> Float64:
-    """The largest log evidence of each target ``(k,)``.
-
-    With t = alpha / beta fixed, y ~ N(0, (1 + F F^T / t) / beta), whose best beta is n / q with q = y^T (1 + F F^T / t)^-1 y.
-    """
+    """The largest log evidence of each target ``(k,)``."""
     n, values, squares = found.n, found.values[:, None], found.squares
     if not len(values):
-        return _log_density(n, found.outside, np.zeros_like(found.outside))
-    least, most = values.min() / FARTHEST, values.max() * FARTHEST
-    t = np.full(squares.shape[1], values.mean())
+        return _evidence_at(found, np.ones(squares.shape[1]))
+    starts = np.geomspace(values.min(), values.max(), STARTS)
+    best = np.argmax([_evidence_at(found, np.full(squares.shape[1], start)) for start in starts], axis=0)
+    t, least, most = starts[best], values.min() / FARTHEST, values.max() * FARTHEST
     for _ in range(STEPS):
         share = values / (values + t)  # of each axis that the data decide, and not the prior
         decided = share.sum(axis=0)
@@ -101,13 +101,17 @@ def _evidence(found: _Spectrum) -> Float64:
         before, t = t, np.clip(reached, least, most)
         if np.abs(t / before - 1).max() < SETTLED:
             break
-    q = (squares * (t / (values + t))).sum(axis=0) + found.outside
-    return _log_density(n, q, np.log1p(values / t).sum(axis=0))
+    return _evidence_at(found, t)
 
 
-def _log_density(n: int, q: Float64, log_determinant: Float64) -> Float64:
-    """Of y ~ N(0, M q / n), where q = y^T M^-1 y."""
-    return 0.5 * (n * (np.log(n / q) - 1 - math.log(2 * math.pi)) - log_determinant)
+def _evidence_at(found: _Spectrum, t: Float64) -> Float64:
+    """The log evidence of each target ``(k,)`` at its t ``(k,)``, with the best beta for that.
+
+    There y ~ N(0, M / beta) with M = 1 + F F^T / t; the best beta is n / q, with q = y^T M^-1 y.
+    """
+    n, values = found.n, found.values[:, None]
+    q = (found.squares * (t / (values + t))).sum(axis=0) + found.outside
+    return np.asarray(0.5 * (n * (np.log(n / q) - 1 - math.log(2 * math.pi)) - np.log1p(values / t).sum(axis=0)))
 
 
 def h_scores(X: NDArray[np.floating[Any]], labels: NDArray[Any]) -> tuple[float, float]:
