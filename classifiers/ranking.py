@@ -71,6 +71,12 @@ class Line:
     score_seconds: float
     right: NDArray[np.bool_] | None = None
 
+    @property
+    def cost(self) -> str:
+        """Time and rate of the extraction, as text."""
+        rate = f", {self.images / self.extract_seconds:.0f}/s" if self.extract_seconds else ""
+        return f"{self.extract_seconds:.1f} s{rate}"
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -144,7 +150,7 @@ class Ranking:
     def columns(self) -> tuple[str, ...]:
         held = [] if self.reported_on is None else [f"held out: {self.reported_on}"]
         names = [SCORES[name] for name in self.shown]
-        return ("rank", "source", "features", "extraction", "images/s", self.figure, *held, *names, "Pareto")
+        return ("rank", "source", "features", "extraction", self.figure, *held, *names, "Pareto")
 
     @property
     def shown(self) -> list[str]:
@@ -168,10 +174,9 @@ class Ranking:
         return [
             (
                 str(rank),
-                line.source,
+                line.source.replace("@", " @"),  # a place to fold it at
                 str(line.dim),
-                f"{line.extract_seconds:.1f} s",
-                f"{line.images / line.extract_seconds:.0f}" if line.extract_seconds else "-",
+                line.cost,
                 self.text(line.choice),
                 *([self.text(line.held_out)] if line.held_out else ()),
                 *(f"{line.scores[name]:.3f}" for name in self.shown),
@@ -211,7 +216,7 @@ class Ranking:
         """What to know before one reads the table."""
         n = self.lines[0].choice.n
         held = "nothing is held out" if self.reported_on is None else f"{self.reported_on!r} was not looked at for it"
-        notes = [f"Ranked by {self.figure} on {n} images that no head was fitted on ({self.chosen_on}); {held}."]
+        notes = [f"Ranked by {self.figure} on {n} images, by heads fitted without them ({self.chosen_on}); {held}."]
         p = self.against_best()
         tied = [str(rank) for rank, each in enumerate(p, 1) if rank > 1 and each is not None and each >= UNLIKELY]
         if tied:
@@ -271,8 +276,7 @@ def ranking_page(found: Ranking) -> str:
         if figure is not None:
             value, _, bounds = found.text(figure).partition(" [")
             cards.append((f"{found.figure} of the first", value, f"95 % [{bounds or ']'}, {figure.n} images: {where}"))
-    rate = f", {best.images / best.extract_seconds:.0f} images/s" if best.extract_seconds else ""
-    cards.append(("its extraction", f"{best.extract_seconds:.1f} s", f"{best.dim} features{rate}"))
+    cards.append(("its extraction", f"{best.extract_seconds:.1f} s", f"{best.dim} features, {best.images} images"))
     logme = agreements[0]
     tau = "-" if logme.kendall_tau is None else f"{logme.kendall_tau:.2f}"
     cards.append(("LogME against trained heads", tau, f"Kendall's tau, {logme.n} sources: {logme.so}"))

@@ -60,7 +60,10 @@ def largest_evidence(X: NDArray[np.float64], y: NDArray[np.float64]) -> float:
     def against(place: NDArray[np.float64]) -> float:
         alpha, beta = np.exp(place)
         covariance = X @ X.T / alpha + np.eye(len(y)) / beta
-        return -float(multivariate_normal(np.zeros(len(y)), covariance).logpdf(y))
+        try:
+            return -float(multivariate_normal(np.zeros(len(y)), covariance).logpdf(y))
+        except np.linalg.LinAlgError:  # too far out for float64
+            return 1e6
 
     starts = [(a, b) for a in (-4.0, 2.0, 8.0) for b in (0.0, 3.0)]
     options = {"xatol": 1e-8, "fatol": 1e-10, "maxiter": 4000}
@@ -396,6 +399,16 @@ def test_out_of_fold_accuracy_is_that_of_heads_fitted_without_the_fold(
         train = FeatureCache(best.cache).subset("train")
         fitted = make_head(head).fit(train.X, train.y, groups=train.groups)
         assert best.choice.value == next(point["accuracy"] for point in fitted.path_ if point["C"] == fitted.C_)
+
+
+def test_where_nothing_is_held_out_nothing_is_reported(colours: Path, toy: Path, tmp_path: Path) -> None:
+    (backbone,) = parse_sources([f"{toy}@pooled"], Backbone(""))
+    options = Options(quiet=True, val_fraction=0, test_fraction=0)
+    found = run_sweep(ImageFolder(colours), [backbone], tmp_path / "sweep", options, head="centroid")
+    assert (found.reported_on, found.lines[0].held_out, found.lines[0].choice.n) == (None, None, 80)
+    assert [column for column in found.columns if "held out" in column] == []
+    assert len(found.columns) == len(found.rows()[0])
+    assert "nothing is held out" in (tmp_path / "sweep/sweep.html").read_text()
 
 
 @pytest.mark.parametrize(("task", "head"), [("multi-label", "logistic"), ("multi-label", "mlp"), ("regression", None)])
