@@ -62,8 +62,7 @@ def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
-weights_options = options(
-    click.option("--weights", metavar="NAME|FILE.pth|random", help="Weights; torchvision's default where not given."),
+pixel_options = options(
     click.option("--preset", metavar="NAME", help="Torchvision weights whose preprocessing a .pth file goes with."),
     click.option("--resize", type=click.IntRange(1), help="Shorter side after resizing, pixels (the preset's)."),
     click.option("--crop", type=click.IntRange(1), help="Side of the centred crop, pixels (the preset's)."),
@@ -73,6 +72,15 @@ weights_options = options(
         help="How files become pixels; pillow, the reference, by default. The others are faster and not quite equal.",
     ),
 )
+weights_options = options(
+    click.option("--weights", metavar="NAME|FILE.pth|random", help="Weights; torchvision's default where not given."),
+    pixel_options,
+)
+pooling_option = click.option(
+    "--pooling",
+    type=click.Choice(["average", "max", "token"]),
+    help="How a layer that is no vector becomes one; average by default, token is a transformer's class token.",
+)
 layer_options = options(
     click.option(
         "--layer",
@@ -81,11 +89,7 @@ layer_options = options(
         metavar="NAME",
         help="A layer to take features from, instead of the penultimate one; several give several feature sets.",
     ),
-    click.option(
-        "--pooling",
-        type=click.Choice(["average", "max", "token"]),
-        help="How a layer that is no vector becomes one; average by default, token is a transformer's class token.",
-    ),
+    pooling_option,
 )
 input_options = options(
     click.option("--mean", metavar="R[,G,B]", help="Of an ONNX file: subtracted from pixels in 0..1 (see --input-range)."),
@@ -131,6 +135,14 @@ task_options = options(
         help="What labels mean; multi-label separates them by |.",
     ),
     click.option("--target", "targets", multiple=True, metavar="COLUMN", help="regression: a numeric column; repeatable."),
+)
+max_failures_option = click.option(
+    "--max-failures", default="1%", show_default=True, metavar="N|P%", help="How many may fail; a share is at least 3."
+)
+head_option = click.option(
+    "--head",
+    type=click.Choice(["logistic", "mlp", "ridge", "knn", "centroid"]),
+    help="Kind of head; logistic by default, and ridge for numbers to predict.",
 )
 observing_options = options(
     click.option("--log-json", type=FOLDER, help="Append every message as one JSON object per line; the last is `summary`."),
@@ -364,9 +376,7 @@ def weights_list(*, as_json: bool) -> None:
 @click.option(
     "--on-error", type=click.Choice(["skip", "fail"]), default="skip", show_default=True, help="What a bad file does."
 )
-@click.option(
-    "--max-failures", default="1%", show_default=True, metavar="N|P%", help="How many may fail; a share is at least 3."
-)
+@max_failures_option
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "fp16", "int8"]),
@@ -582,11 +592,7 @@ def compact(cache: Path, output: Path | None, dtype: str, layer: str | None, *, 
 @cli.command()
 @click.argument("cache", type=FOLDER)
 @output_option("The bundle, a folder.")
-@click.option(
-    "--head",
-    type=click.Choice(["logistic", "mlp", "ridge", "knn", "centroid"]),
-    help="Kind of head; logistic by default, and ridge for numbers to predict.",
-)
+@head_option
 @click.option("--C", "C", type=click.FloatRange(0, min_open=True), help="logistic: one value instead of a search.")
 @click.option("--class-weight", type=click.Choice(["balanced"]), help="logistic: as if every class had as many images.")
 @click.option(
@@ -898,6 +904,64 @@ def compare(bundles: Sequence[Path], output: Path | None, *, overwrite: bool, as
     if as_json:
         return print_json(found.to_json())
     return click.echo(comparison_text(found, width=None if sys.stdout.isatty() else 160))
+
+
+@cli.command()
+@click.argument("data", type=FOLDER)
+@click.option(
+    "-m",
+    "--backbone",
+    "wanted",
+    required=True,
+    multiple=True,
+    metavar="NAME[=WEIGHTS][@LAYER]...,...",
+    help="Networks, or FILE.onnx; each with @LAYER for features of other layers. See docs/sweep.md.",
+)
+@pixel_options
+@pooling_option
+@input_options
+@output_option("Folder of the caches and of sweep.html.")
+@head_option
+@run_options
+@source_options
+@task_options
+@split_options
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the split, and of the training.")
+@max_failures_option
+@click.option("--overwrite", is_flag=True, help="Extract anew.")
+@json_option
+def sweep(data: Path, wanted: Sequence[str], output: Path, head: str | None, *, as_json: bool, **given: Any) -> int:
+    """Find the backbone for a dataset: extract with several, each cached, and rank them by the head on their features.
+
+    The same images and the same split count for all. LogME and the H-score say, without training, how good features will be.
+
+    Example: penult sweep photos/ -m resnet18,resnet50,resnet50@layer3,theirs.onnx -o photos.sweep
+    """
+    from classifiers.ranking import AGREEMENT_COLUMNS
+    from classifiers.sweep import PAGE, parse_sources, run_sweep
+    from extractor.options import Options
+    from extractor.sources import open_source
+
+    stated = backbone_from({**given, "backbone": "", "weights": None})
+    backbones = parse_sources(wanted, stated)
+    source = open_source(data, **{key: given[key] for key in ("root", "follow_symlinks", "group_by", "task", "targets")})
+    fractions = {key: given[key] for key in ("val_fraction", "test_fraction") if given[key] is not None}
+    kept = {key: given[key] for key in ("seed", "max_failures", "limit", "overwrite")}
+    chosen = Options(**runtime(given), **fractions, **kept, quiet=is_quiet())
+    found = run_sweep(source, backbones, output, chosen, head=head, seed=given["seed"], data=str(data))
+    if as_json:
+        print_json(found.to_json())
+        return found.exit_code
+    print_table(found.columns, found.rows(), left=2)
+    for each in found.failed:
+        click.echo(f"\nNo features of {each.source}: {each.error}")
+    click.echo()
+    for note in found.notes():
+        click.echo(note)
+    click.echo(f"\nRank correlation of the scores with the {found.figure} of trained heads, {len(found.lines)} sources")
+    print_table(AGREEMENT_COLUMNS, [each.cells() for each in found.agreements()])
+    click.echo(f"\nPage: {output / PAGE}\nNext: {found.advice()}")
+    return found.exit_code
 
 
 @cli.command()

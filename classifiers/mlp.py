@@ -314,6 +314,10 @@ class MultiLabelMlpHead(MlpHead):
         self.dense_, _ = self._search(features, truth, train, inner)
         return self
 
+    def again(self, X: NDArray[np.float32], targets: NDArray[Any], classes: list[str] | None = None) -> DenseHead:
+        names = classes or [str(k) for k in range(targets.shape[1])]
+        return super().again(X, targets.astype(np.float32), names)
+
     def predict(self, X: ArrayLike) -> NDArray[np.intp]:
         """Which labels each row has ``(n, k)``: those more probable than not."""
         return (self.predict_proba(X) >= 0.5).astype(np.intp)
