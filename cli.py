@@ -667,10 +667,39 @@ def train(cache: Path, output: Path, head: str | None, *, as_json: bool, overwri
 @output_option("The bundle, a folder.")
 @click.option("--epochs", type=click.IntRange(1), help="At most so many.")
 @click.option("--lr", type=click.FloatRange(0, min_open=True), help="Learning rate of the transferred layers.")
-@click.option("--head-lr-factor", type=click.FloatRange(0, min_open=True), help="The new head learns so many times faster.")
-@click.option("--freeze-until", metavar="STAGE", help="Freeze what runs before this stage; `head` freezes everything.")
-@click.option("--optimizer", type=click.Choice(["sgd", "adamw"]), help="Which optimiser.")
+@click.option(
+    "--head-lr-factor",
+    type=click.FloatRange(0, min_open=True),
+    help="The head learns so many times faster.  [default: 10; 1 with --init-head]",
+)
+@click.option(
+    "--schedule",
+    type=click.Choice(["constant", "cosine", "step", "plateau"]),
+    help="How the learning rates fall.  [default: cosine]",
+)
+@click.option("--warmup", type=click.FloatRange(0), metavar="EPOCHS", help="First let them rise for so many epochs.")
+@click.option(
+    "--freeze-until",
+    metavar="LAYER",
+    help="Freeze what runs before this layer, as `penult backbones NAME --layers` names it; `head` freezes everything.",
+)
+@click.option(
+    "--init-head", type=FOLDER, metavar="BUNDLE", help="Start from this head, trained on cached features of the same split."
+)
+@click.option("--optimizer", type=click.Choice(["sgd", "adamw"]), help="Which optimiser.  [default: sgd]")
+@click.option("--momentum", type=click.FloatRange(0, 1, max_open=True), help="Of sgd.  [default: 0.9]")
 @click.option("--weight-decay", type=click.FloatRange(0), help="Of the optimiser.")
+@click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), help="Of the features that the head sees.")
+@click.option("--label-smoothing", type=click.FloatRange(0, 1, max_open=True), help="In the training loss.")
+@click.option("--class-weight", type=click.Choice(["balanced"]), help="As if every class had as many images.")
+@click.option(
+    "--ema",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    metavar="DECAY",
+    help="Validate and keep an average of the weights, with this decay per batch, such as 0.99.",
+)
+@click.option("--mixed-precision", type=click.Choice(["bf16", "fp16"]), help="Compute in it what torch finds safe.")
+@click.option("--log-dir", type=FOLDER, help="Folder for metrics.csv, and TensorBoard's events where it is installed.")
 @click.option("--patience", type=click.IntRange(1), help="Epochs without improvement before it stops.")
 @click.option("--augment/--no-augment", default=True, show_default=True, help="Random crops and flips.")
 @run_options
@@ -683,10 +712,12 @@ def train(cache: Path, output: Path, head: str | None, *, as_json: bool, overwri
 def finetune(data: Path, output: Path, *, as_json: bool, overwrite: bool, **given: Any) -> None:
     """Fine-tune a backbone end to end on the same split, to compare with frozen features.
 
-    DATA is a cache, whose samples and split are taken over, or a dataset as `penult extract` takes it.
+    DATA is a cache, whose samples and split are taken over, or a dataset as `penult extract` takes it. Interrupted, the same
+    command goes on after the last finished epoch. docs/finetune.md says what the flags do.
 
     Example: penult finetune photos.cache -m resnet50 -o photos-finetuned.head
     """
+    from classifiers.bundle import Bundle
     from classifiers.finetune import FineTuneOptions
     from classifiers.train import train_finetuned
     from extractor.options import Options
@@ -697,9 +728,17 @@ def finetune(data: Path, output: Path, *, as_json: bool, overwrite: bool, **give
         "epochs",
         "lr",
         "head_lr_factor",
+        "schedule",
+        "warmup",
         "freeze_until",
         "optimizer",
+        "momentum",
         "weight_decay",
+        "dropout",
+        "label_smoothing",
+        "class_weight",
+        "ema",
+        "mixed_precision",
         "patience",
         "augment",
         "seed",
@@ -726,6 +765,8 @@ def finetune(data: Path, output: Path, *, as_json: bool, overwrite: bool, **give
         FineTuneOptions(quiet=quiet, **settings),
         extract_options=split,
         root=given["root"],
+        init_head=Bundle.load(given["init_head"]) if given["init_head"] else None,
+        log_dir=given["log_dir"],
         pictures=given["pictures"],
         overwrite=overwrite,
     )

@@ -36,13 +36,23 @@ class Batches:
     """Batches of normalised pixels ``(n, 3, crop, crop)`` and labels, made a few ahead where there are workers.
 
     A last batch of one image joins the one before it: batch normalisation has no statistics of one. The decoder must not crop.
+    Of several processes each takes its ``share`` of every batch: which of how many it is.
     """
 
-    def __init__(self, items: Sequence[Item], decoder: Decoder, options: FineTuneOptions, *, train: bool) -> None:
+    def __init__(
+        self,
+        items: Sequence[Item],
+        decoder: Decoder,
+        options: FineTuneOptions,
+        *,
+        train: bool,
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
         self._items, self._decoder, self._options, self._train = items, decoder, options, train
         self._preprocess = decoder.preprocess
         self._starts = list(range(0, len(items), options.batch_size))
-        if len(items) % options.batch_size == 1 and len(self._starts) > 1:
+        self._share = share
+        if 0 < len(items) % options.batch_size < 2 * share[1] and len(self._starts) > 1:
             self._starts.pop()
         self._epoch = 0
         self._held: dict[int, Image.Image] = {}
@@ -51,12 +61,17 @@ class Batches:
     def __len__(self) -> int:
         return len(self._starts)
 
+    def skip(self, epochs: int) -> None:
+        """Go on as after so many epochs."""
+        self._epoch = epochs
+
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         self._epoch += 1
         order = np.arange(len(self._items))
         if self._train:
             np.random.default_rng([self._options.seed, self._epoch]).shuffle(order)
-        parts = np.split(order, self._starts[1:])
+        rank, processes = self._share
+        parts = [part[rank::processes] for part in np.split(order, self._starts[1:])]
         if not self._options.workers:
             yield from map(self._batch, parts)
             return

@@ -6,33 +6,36 @@ classification layer, so a fine-tuned network is exported, cached and fused like
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
-import os
 import time
-import warnings
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 from numpy.typing import NDArray
 
 from extractor import backbones
 from extractor.backbones import Backbone, Loaded
-from extractor.decoder import Decoder
-from extractor.layers import last_weighted
-from extractor.progress import Progress, StopFlag, stop_on_signal
-from extractor.session import resolve_device
+from extractor.fleet import resolve_devices
+from extractor.progress import StopFlag, stop_on_signal
 from store.errors import BadDataError, DeviceUnavailableError, InterruptedRunError, UsageError
 
-from .batches import Batches, Item
+from .batches import Item
+from .checkpoints import Checkpoints
+from .epochs import Plan, gpu_of, isolated, run_epochs
+from .probing import AffineHead
+from .ranks import run_on_all
+from .training import DivergedError, end_to_end
 
 log = logging.getLogger("penult.classifiers")
+
+SCHEDULES = ("constant", "cosine", "step", "plateau")
+HEAD_FACTOR = 10.0  # of the learning rate, for a head that begins at zero
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,18 @@ class FineTuneOptions:
     """How to fine-tune; the defaults are the command line's.
 
     Attributes:
-        lr: initial learning rate of the transferred layers; it falls to zero along half a cosine over ``epochs``.
-        head_lr_factor: the head's learning rate over ``lr``; it begins at zero and has far to go.
-        optimizer: ``sgd`` (Nesterov momentum 0.9) or ``adamw``.
+        lr: learning rate of the transferred layers, before ``schedule``.
+        head_lr_factor: the head's learning rate over ``lr``. None: 10 for a head that begins at zero and has far to go, 1 for
+            one that was trained before.
+        schedule: ``cosine`` (half a cosine to zero), ``step`` (to a tenth after one and after two thirds of the epochs),
+            ``plateau`` (to a tenth after half of ``patience`` without improvement) or ``constant``.
+        warmup: epochs, not necessarily whole, in which the rates rise from near zero before that.
+        optimizer: ``sgd`` (with Nesterov's ``momentum``) or ``adamw``.
+        dropout: of the features that the head sees.
         label_smoothing: in the training loss only.
+        class_weight: ``balanced`` lets images count in the losses as if every class had as many. None: each counts the same.
+        ema: decay per batch of an average of the weights, which is then what is validated and kept. None: no average.
+        mixed_precision: ``bf16``, or on a GPU ``fp16``, for what torch computes in it safely. None: float32 throughout.
         freeze_until: name of a layer as in ``network.named_modules()``, such as ``layer3`` or ``features.14``: everything
             that runs before it is frozen, parameters and batch-norm statistics. ``head``: only the new head is trained.
             None: everything is.
@@ -52,17 +63,24 @@ class FineTuneOptions:
         patience, min_delta: stop after so many epochs in which the validation loss did not fall by more than min_delta.
         augment: random crops and horizontal flips of the training images.
         workers: threads that prepare batches; 0 for none but the training one.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``; several with commas share every batch.
         quiet: no progress line.
     """
 
     epochs: int = 5
     batch_size: int = 16
-    lr: float = 1e-4
-    head_lr_factor: float = 100.0
+    lr: float = 1e-3
+    head_lr_factor: float | None = None
+    schedule: str = "cosine"
+    warmup: float = 0.0
     optimizer: str = "sgd"
+    momentum: float = 0.9
     weight_decay: float = 1e-4
+    dropout: float = 0.0
     label_smoothing: float = 0.0
+    class_weight: str | None = None
+    ema: float | None = None
+    mixed_precision: str | None = None
     freeze_until: str | None = None
     batch_statistics: bool = False
     patience: int = 3
@@ -83,10 +101,17 @@ class FineTuneOptions:
             "epochs": (self.epochs >= 1, "at least 1"),
             "batch_size": (self.batch_size >= 2, "at least 2: batch normalisation has no statistics of one image"),
             "lr": (0 < self.lr < math.inf, "a positive number"),
-            "head_lr_factor": (0 < self.head_lr_factor < math.inf, "a positive number"),
+            "head_lr_factor": (self.head_lr_factor is None or 0 < self.head_lr_factor < math.inf, "a positive number"),
+            "schedule": (self.schedule in SCHEDULES, ", ".join(SCHEDULES)),
+            "warmup": (0 <= self.warmup < self.epochs, f"0 or more, less than the {self.epochs} epochs"),
             "optimizer": (self.optimizer in ("sgd", "adamw"), "sgd or adamw"),
+            "momentum": (0 <= self.momentum < 1, "0 or more, less than 1"),
             "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more"),
+            "dropout": (0 <= self.dropout < 1, "0 or more, less than 1"),
             "label_smoothing": (0 <= self.label_smoothing < 1, "0 or more, less than 1"),
+            "class_weight": (self.class_weight in (None, "balanced"), "balanced, or none"),
+            "ema": (self.ema is None or 0 < self.ema < 1, "more than 0, less than 1"),
+            "mixed_precision": (self.mixed_precision in (None, "bf16", "fp16"), "bf16, fp16, or none"),
             "patience": (self.patience >= 1, "at least 1"),
             "min_delta": (0 <= self.min_delta < math.inf, "0 or more"),
             "seed": (self.seed >= 0, "0 or more"),
@@ -105,11 +130,13 @@ class FineTuned:
     Attributes:
         loaded: on the CPU, in eval mode, shaped as torchvision's (its own classifier is still there, and untrained).
         weight, bias: the head on penultimate features, ``(k, d)`` and ``(k,)`` float32; logits = features @ weight.T + bias.
-        history: per epoch: epoch (from 1), train_loss (of augmented images, with label smoothing), val_loss,
-            val_accuracy, lr (of the transferred layers), seconds.
-        seconds: wall time, loading and decoding included.
+        history: per epoch, after epoch 0, which is validation before any training: epoch, train_loss (of augmented images,
+            with label smoothing), val_loss, val_accuracy, lr (of the transferred layers, at its beginning), head_lr, seconds.
+        best_epoch: the one with the lowest validation loss of those that trained.
+        seconds: wall time, loading and decoding included, of interrupted runs up to their last finished epoch.
         images: images passed through the network, training and validation.
         trained_parameters: how many numbers were trained, the head's included.
+        head_lr_factor: as it was used.
     """
 
     loaded: Loaded
@@ -120,47 +147,80 @@ class FineTuned:
     seconds: float
     images: int
     trained_parameters: int
+    head_lr_factor: float
 
 
 def finetune(
-    train: Sequence[Item], validation: Sequence[Item], n_classes: int, backbone: Backbone, options: FineTuneOptions
+    train: Sequence[Item],
+    validation: Sequence[Item],
+    n_classes: int,
+    backbone: Backbone,
+    options: FineTuneOptions,
+    *,
+    start: AffineHead | None = None,
+    checkpoints: Checkpoints | None = None,
+    log_dir: Path | None = None,
 ) -> FineTuned:
     """Train backbone and head end to end on images, with early stopping on the validation loss.
 
     Args:
         train, validation: paths and labels, 0 to n_classes - 1.
+        start: the head to begin with; zeros where there is none.
+        checkpoints: where finished epochs are kept; a run that finds some of its own there goes on after them.
+        log_dir: a folder for the history as it grows, see `curves`.
 
     Raises:
         UsageError: options that do not fit the network; an unknown ``freeze_until`` is answered with the nearest names.
         BadDataError: labels that do not fit, an image that cannot be decoded, a loss that is not finite.
+        FingerprintMismatchError: ``start`` takes other features.
         InputMissingError: an image or the weights cannot be read.
         DeviceUnavailableError: torch does not have the device.
-        InterruptedRunError: SIGINT or SIGTERM; nothing is kept, the same command starts over.
+        OutputExistsError: the checkpoints are of a run with other settings.
+        LockedError: another run writes these checkpoints.
+        InterruptedRunError: SIGINT or SIGTERM; with checkpoints the finished epochs are kept.
     """
     options.check()
+    if options.head_lr_factor is None:
+        options = replace(options, head_lr_factor=1.0 if start else HEAD_FACTOR)
     _check_items(train, validation, n_classes)
     if backbone.is_file:
         message = f"{backbone.name} is an ONNX file and cannot be trained: name a torchvision network and --weights FILE.pth"
         raise UsageError(message)
-    device = _device(options.device)
+    devices = [_device(device, options.device) for device in resolve_devices(options.device)]
+    _check_share(train, validation, options, devices)
+    if devices[0] == "cpu" and options.mixed_precision == "fp16":
+        message = "mixed_precision fp16 needs a GPU; bf16 works on a CPU too"
+        raise UsageError(message)
     begin = time.perf_counter()
-    with stop_on_signal("nothing of an unfinished fine-tuning is kept") as stop:
+    what = "finished epochs are kept" if checkpoints else "nothing of an unfinished fine-tuning is kept"
+    with ExitStack() as stack:
+        stop = stack.enter_context(stop_on_signal(what))
+        kept = checkpoints or stack.enter_context(Checkpoints.passing())
+        stack.enter_context(kept.held())
         try:
-            with _isolated(device, options.seed):
-                tuned = _fit(train, validation, n_classes, backbone, options, device, stop)
+            plan = Plan(train, validation, n_classes, backbone, options, devices, start, kept, log_dir)
+            with isolated(devices, options.seed):
+                tuned = _fit(plan, stop)
         except BaseException as error:
             # Lightning makes exceptions of its own of a signal, one of them a SystemExit.
             if stop:
-                raise InterruptedRunError(stop.signum, "to start over") from None
-            if "out of memory" in str(error) and device != "cpu":
+                raise InterruptedRunError(stop.signum, _then(checkpoints)) from None
+            if isinstance(error, DivergedError):
+                kept.remove()  # going on would end there again
+            if "out of memory" in str(error) and devices[0] != "cpu":
                 message = (
-                    f"--device {device}: out of memory with {options.batch_size} images at a time; use a smaller batch_size"
+                    f"--device {options.device}: out of memory with {options.batch_size} images at a time; use a smaller "
+                    f"batch_size"
                 )
                 raise DeviceUnavailableError(message) from error
             raise
         if stop:
-            raise InterruptedRunError(stop.signum, "to start over")
-    return replace(tuned, seconds=round(time.perf_counter() - begin, 3))
+            raise InterruptedRunError(stop.signum, _then(checkpoints))
+    return replace(tuned, seconds=round(tuned.seconds + time.perf_counter() - begin, 3))
+
+
+def _then(checkpoints: Checkpoints | None) -> str:
+    return "to continue" if checkpoints and checkpoints.file.exists() else "to start over"
 
 
 def _check_items(train: Sequence[Item], validation: Sequence[Item], n_classes: int) -> None:
@@ -179,238 +239,54 @@ def _check_items(train: Sequence[Item], validation: Sequence[Item], n_classes: i
         raise BadDataError(message)
 
 
-def _device(wanted: str) -> str:
+def _check_share(train: Sequence[Item], validation: Sequence[Item], options: FineTuneOptions, devices: Sequence[str]) -> None:
+    """Each device takes its share of every batch, and batch normalisation has no statistics of one image."""
+    least = min(len(train), len(validation), options.batch_size) // len(devices)
+    if len(devices) > 1 and least < 2:
+        message = f"--device {options.device}: {least} image(s) of a batch for each device; expected at least 2"
+        raise UsageError(message)
+
+
+def _device(device: str, asked: str) -> str:
     import torch
 
-    device = resolve_device(wanted).replace("tensorrt", "cuda")  # torch trains on the card itself
-    if device == "cpu" or (torch.cuda.is_available() and int(device.partition(":")[2] or 0) < torch.cuda.device_count()):
+    device = device.replace("tensorrt", "cuda")  # torch trains on the card itself
+    if device == "cpu" or (torch.cuda.is_available() and gpu_of(device) < torch.cuda.device_count()):
         return device
-    if wanted == "auto":
+    if asked == "auto":
         log.info("torch has no GPU here: training on the CPU")
         return "cpu"
-    message = f"--device {wanted}: torch {torch.__version__} finds {torch.cuda.device_count()} such devices; try --device cpu"
+    message = f"--device {asked}: torch {torch.__version__} finds {torch.cuda.device_count()} such devices; try --device cpu"
     raise DeviceUnavailableError(message)
 
 
-@contextmanager
-def _isolated(device: str, seed: int) -> Iterator[None]:
-    """Seed torch and let Lightning set its flags, speak and warn; afterwards everything is as it was."""
-    import torch
-
-    with warnings.catch_warnings(), mock.patch.dict(os.environ):
-        import lightning.pytorch  # noqa: F401 - it sets levels and filters when it is first imported
-
-        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)  # Lightning 2.6, torch 2.15
-        warnings.filterwarnings("ignore", "Found .* in eval mode at the start of training")  # they are the frozen ones
-        warnings.filterwarnings("ignore", ".*does not have a deterministic implementation")
-        loggers = {logger: logger.level for logger in map(logging.getLogger, ("lightning.pytorch", "lightning.fabric"))}
-        strict, benchmark = torch.get_deterministic_debug_mode(), torch.backends.cudnn.benchmark
-        gpus = [int(device.partition(":")[2] or 0)] if device != "cpu" else []
-        try:
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
-            with torch.random.fork_rng(devices=gpus):
-                for generator in (torch.default_generator, *(torch.cuda.default_generators[gpu] for gpu in gpus)):
-                    generator.manual_seed(seed)
-                yield
-        finally:
-            torch.set_deterministic_debug_mode(strict)
-            torch.backends.cudnn.benchmark = benchmark
-            for logger, level in loggers.items():
-                logger.setLevel(level)
-
-
-def modules_before(network: Any, example: Any, freeze_until: str, last: str) -> list[Any]:
-    """The modules of a network that begin to run before a layer; what each holds directly is what is frozen.
-
-    So a module around that layer counts, for its own parameters (the class token of a ViT), and its children count by
-    themselves. A module that is never called (the projection of an attention) goes with the one around it.
-
-    Args:
-        freeze_until: name of the layer.
-        last: name of the last classification layer, for which ``head`` stands.
-
-    Raises:
-        UsageError: no such layer, or it does not run.
-    """
-    import torch
-
-    modules = dict(network.named_modules())
-    began: list[str] = []
-    hooks = [m.register_forward_pre_hook(lambda *_, name=n: began.append(name)) for n, m in modules.items()]
-    with torch.inference_mode():
-        network(example)
-    for hook in hooks:
-        hook.remove()
-    until = last if freeze_until == "head" else freeze_until
-    if not until or until not in began:
-        near = difflib.get_close_matches(until, [name for name in began if name], n=5)
-        stages = ", ".join(near or [name for name, _ in network.named_children() if name in began])
-        what = "does not run in this network" if until in modules else "is no layer of this network"
-        message = f"freeze_until {freeze_until!r} {what}. {'Did you mean' if near else 'It has'} {stages}, or head?"
-        raise UsageError(message)
-    called, before = set(began), set(began[: began.index(until)])
-
-    def caller(name: str) -> str:
-        while name not in called:
-            name = name.rpartition(".")[0]
-        return name
-
-    return [module for name, module in modules.items() if caller(name) in before]
-
-
-def parameter_groups(features: Any, network: Any, head: Any, options: FineTuneOptions) -> list[dict[str, Any]]:
-    """What the optimiser trains: the transferred parameters that ``features`` depend on, and the head, faster.
-
-    All others get ``requires_grad`` False, the network's own classification layer among them.
-    """
-    import torch
-
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    if features.requires_grad:
-        gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
-        used = [parameter for parameter, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
-    else:
-        used = []
-    network.requires_grad_(requires_grad=False)
-    for parameter in used:
-        parameter.requires_grad_()
-    return [
-        {"params": used, "lr": options.lr},
-        {"params": list(head.parameters()), "lr": options.lr * options.head_lr_factor},
-    ]
-
-
-def _end_to_end(loaded: Loaded, n_classes: int, options: FineTuneOptions, progress: Progress, stop: StopFlag) -> Any:
-    """A LightningModule: the network, with a head on the input of its last classification layer."""
-    import torch
-    from lightning.pytorch import LightningModule
-
-    network, side = loaded.network, loaded.preprocess.crop
-    example = torch.zeros(1, 3, side, side)
-    last = last_weighted(network, example)
-    frozen = modules_before(network, example, options.freeze_until, last) if options.freeze_until else []
-    for module in frozen:
-        for parameter in module.parameters(recurse=False):
-            parameter.requires_grad_(requires_grad=False)
-
-    class EndToEnd(LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = network
-            self.hook = network.get_submodule(last).register_forward_pre_hook(self.catch)
-            features = self.features(example)
-            self.head = torch.nn.Linear(features.shape[1], n_classes)
-            # From zero, the first steps move the head and spare the network.
-            torch.nn.init.zeros_(self.head.weight)
-            torch.nn.init.zeros_(self.head.bias)
-            self.groups = parameter_groups(features, network, self.head, options)
-            self.history: list[dict[str, Any]] = []
-            self.best: dict[str, Any] = {"epoch": 0, "val_loss": math.inf}
-            self.best_state: dict[str, Any] = {}
-            self.images, self.began = 0, 0.0
-            self.sums: Counter[str] = Counter()
-
-        def catch(self, _module: Any, inputs: tuple[Any, ...]) -> None:
-            self.caught = inputs[0]
-
-        def features(self, pixels: Any) -> Any:
-            self.network(pixels)
-            caught, self.caught = self.caught, None
-            return caught.mean(dim=(2, 3)) if caught.ndim == 4 else caught
-
-        def configure_optimizers(self) -> Any:
-            if options.optimizer == "sgd":
-                optimizer: Any = torch.optim.SGD(self.groups, momentum=0.9, nesterov=True, weight_decay=options.weight_decay)
-            else:
-                optimizer = torch.optim.AdamW(self.groups, weight_decay=options.weight_decay)
-            return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs)]
-
-        def on_train_epoch_start(self) -> None:
-            self.began, self.sums = time.perf_counter(), Counter()
-            self.rate = self.trainer.optimizers[0].param_groups[0]["lr"]  # the scheduler steps before the validation
-
-        def training_step(self, batch: tuple[Any, Any], _index: int) -> Any:
-            return self.step("train", batch, options.label_smoothing)
-
-        def validation_step(self, batch: tuple[Any, Any], _index: int) -> None:
-            self.step("val", batch, 0.0)
-
-        def step(self, part: str, batch: tuple[Any, Any], smoothing: float) -> Any:
-            if stop:
-                raise InterruptedRunError(stop.signum, "to start over")
-            pixels, labels = batch
-            logits = self.head(self.features(pixels))
-            loss = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing)
-            value, n = float(loss.detach()), len(labels)
-            if not math.isfinite(value):
-                message = f"the loss became {value} in epoch {self.current_epoch + 1}: use a lower rate than lr {options.lr:g}"
-                raise BadDataError(message)
-            right = int((logits.argmax(dim=1) == labels).sum())
-            self.sums.update({part: n, f"{part}_loss": value * n, f"{part}_right": right})
-            self.images += n
-            progress.advance(n)
-            return loss
-
-        def on_validation_epoch_end(self) -> None:
-            row = {
-                "epoch": self.current_epoch + 1,
-                "train_loss": self.sums["train_loss"] / self.sums["train"],
-                "val_loss": self.sums["val_loss"] / self.sums["val"],
-                "val_accuracy": self.sums["val_right"] / self.sums["val"],
-                "lr": self.rate,
-                "seconds": round(time.perf_counter() - self.began, 3),
-            }
-            self.history.append(row)
-            self.log("val_loss", row["val_loss"])
-            if row["val_loss"] < self.best["val_loss"]:
-                self.best = row
-                self.best_state = {name: tensor.to("cpu", copy=True) for name, tensor in self.state_dict().items()}
-            log.info("epoch %(epoch)d: loss %(train_loss).4f, validation %(val_loss).4f, %(val_accuracy).2f right", row)
-
-    model = EndToEnd().train()
-    statistics = () if options.batch_statistics else torch.nn.modules.batchnorm._BatchNorm
-    for module in (*frozen, *(module for module in network.modules() if isinstance(module, statistics))):
-        module.training = False  # Lightning leaves the modes alone, and restores each one after validation
-    return model
-
-
-def _fit(
-    train: Sequence[Item],
-    validation: Sequence[Item],
-    n_classes: int,
-    backbone: Backbone,
-    options: FineTuneOptions,
-    device: str,
-    stop: StopFlag,
-) -> FineTuned:
-    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-    from lightning.pytorch import Trainer
-    from lightning.pytorch.callbacks import EarlyStopping
-
-    loaded = backbones.load(backbone)
-    with (
-        Progress(options.epochs * (len(train) + len(validation)), "fine-tune", quiet=options.quiet) as progress,
-        Decoder(loaded.preprocess, crop=False, stop=stop) as decoder,
-    ):
-        model = _end_to_end(loaded, n_classes, options, progress, stop)
-        trainer = Trainer(
-            accelerator="cpu" if device == "cpu" else "gpu",
-            devices=1 if device == "cpu" else [int(device.partition(":")[2] or 0)],
-            max_epochs=options.epochs,
-            callbacks=[EarlyStopping("val_loss", min_delta=options.min_delta, patience=options.patience)],
-            deterministic="warn",  # not every operation has a deterministic CUDA kernel
-            plugins=[LightningEnvironment()],  # within a SLURM job Lightning would take the job's tasks for its own
-            num_sanity_val_steps=0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        batches: Any = [Batches(items, decoder, options, train=items is train) for items in (train, validation)]
-        trainer.fit(model, *batches)
+def _fit(plan: Plan, stop: StopFlag) -> FineTuned:
+    """`finetune`, with ``seconds`` of earlier runs alone."""
+    options, checkpoints = plan.options, plan.checkpoints
+    loaded = backbones.load(plan.backbone)
+    decided = {
+        **{name: value for name, value in asdict(options).items() if name not in ("workers", "quiet")},
+        "device": [device.partition(":")[0] for device in plan.devices],
+        "network": plan.backbone.name,
+        "weights": loaded.weights_digest,
+        "pixels": loaded.preprocess.facts(),
+        "init_head": plan.start.sha256 if plan.start else None,
+        "images": checkpoints.images or [len(plan.train), len(plan.validation)],
+        "versions": {name: version(name) for name in ("torch", "lightning")},
+    }
+    state = checkpoints.resume(decided)
+    earlier = float(state["run"]["seconds"]) if state else 0.0
+    model = end_to_end(loaded, plan.counts, options, plan.start)
+    if not (state and state["run"]["finished"]):
+        if len(plan.devices) > 1:
+            run_on_all(plan, decided, stop)
+        else:
+            run_epochs(plan, loaded, model, decided, stop)
+        state = checkpoints.read()
+    assert state is not None  # there is one after every epoch
+    training = state["training"]
     model.hook.remove()
-    model.cpu().load_state_dict(model.best_state)
+    model.cpu().load_state_dict(training["best_state"])
     network = loaded.network.eval().requires_grad_()
     network.zero_grad()
     digest = backbones.digest(network.state_dict())
@@ -418,9 +294,10 @@ def _fit(
         loaded=Loaded(network, loaded.preprocess, f"fine-tuned from {loaded.weights_name}", digest, loaded.source),
         weight=model.head.weight.detach().numpy(),
         bias=model.head.bias.detach().numpy(),
-        history=model.history,
-        best_epoch=model.best["epoch"],
-        seconds=0.0,
-        images=model.images,
+        history=training["history"],
+        best_epoch=training["best"]["epoch"],
+        seconds=earlier,
+        images=training["images"],
         trained_parameters=sum(parameter.numel() for group in model.groups for parameter in group["params"]),
+        head_lr_factor=options.head_lr_factor or HEAD_FACTOR,
     )

@@ -28,6 +28,7 @@ from store.samples import SINGLE_LABEL, Row, SampleTable, display
 
 from .batches import Item
 from .bundle import Bundle, Predictions, refuse_existing, save_bundle
+from .checkpoints import Checkpoints
 from .dense import DenseHead
 from .evaluate import score
 from .fewshot import learning_curve
@@ -40,6 +41,7 @@ from .illustrations import files_or_none, illustrate
 from .leaks import Leak, LeakReport, conflicting_labels, guard, near_copies
 from .novelty import Novelty, novel_share
 from .predict import Predictor
+from .probing import start_from
 from .rounding import judge_rounding
 from .streaming import must_stream
 from .tasks import HeadTask, need_single_label, task_of
@@ -279,10 +281,14 @@ def train_finetuned(
     *,
     extract_options: Options | None = None,
     root: Path | None = None,
+    init_head: Bundle | None = None,
+    log_dir: Path | None = None,
     pictures: bool = True,
     overwrite: bool = False,
 ) -> Bundle:
     """Fine-tune the backbone end to end on the same split and save it as a bundle like any other.
+
+    Finished epochs are kept beside the bundle until it is there; the same call goes on after them.
 
     Args:
         data: a cache, whose sample table, root and failures are taken over (so that comparisons are paired), or a source.
@@ -291,12 +297,14 @@ def train_finetuned(
         options: of the training.
         extract_options: the split, where ``data`` is a source without one.
         root: where the images are, if they moved since the cache was made.
+        init_head: a bundle whose head is the start; see `probing`.
+        log_dir: see `curves`.
         pictures: whether the report has thumbnails of mistakes.
-        overwrite: replace an existing bundle.
+        overwrite: replace an existing bundle, or an unfinished one with other settings.
 
     Raises:
         BadDataError: the data cannot be trained on, or the training diverged.
-        OutputExistsError: the bundle exists.
+        OutputExistsError: the bundle exists, or an unfinished one with other settings.
     """
     refuse_existing(out, overwrite=overwrite)
     if backbone.is_file:
@@ -314,8 +322,20 @@ def train_finetuned(
     if not roles.choose:
         roles.facts["chosen_on"] = INNER
     classes = sorted({str(row.label) for row in roles.fit})
+    start = start_from(init_head, classes, [row.sha256 for row in roles.report]) if init_head else None
+    seen = [[(row.sha256.hex(), row.label) for row in rows] for rows in (fit, choose)]
+    checkpoints = Checkpoints.beside(out, hashlib.sha256(json.dumps(seen).encode()).hexdigest(), overwrite=overwrite)
     meter = Meter(*options.device.split(","))
-    tuned = finetune(_labelled(fit, files, classes), _labelled(choose, files, classes), len(classes), backbone, options)
+    tuned = finetune(
+        _labelled(fit, files, classes),
+        _labelled(choose, files, classes),
+        len(classes),
+        backbone,
+        options,
+        start=start,
+        checkpoints=checkpoints,
+        log_dir=log_dir,
+    )
     spent = meter.read().facts()
 
     zeros, ones = np.zeros(tuned.weight.shape[1], np.float32), np.ones(tuned.weight.shape[1], np.float32)
@@ -324,7 +344,8 @@ def train_finetuned(
         network = Path(temporary) / "backbone.onnx"
         facts = to_onnx(tuned.loaded, backbone.name, network)
         storage = "float32"  # its features are never cached, hence never rounded
-        predictor = Predictor(network, facts.preprocess, head.probabilities, classes, storage=storage, device=options.device)
+        device = options.device.partition(",")[0]
+        predictor = Predictor(network, facts.preprocess, head.probabilities, classes, storage=storage, device=device)
         predictions = metrics = shown = None
         if roles.report:
             truth, name = table.truth(roles.report), str(roles.facts["reported_on"])
@@ -337,10 +358,12 @@ def train_finetuned(
             head="fine-tuned",
             classes=classes,
             backbone=facts,
-            fingerprint=fingerprints(facts, resolve_device(options.device).partition(":")[0], storage)[0],
+            fingerprint=fingerprints(facts, resolve_device(device).partition(":")[0], storage)[0],
             split=roles.facts,
             hyperparameters={
                 **vars(options),
+                "head_lr_factor": tuned.head_lr_factor,
+                "init_head": start and start.name,
                 "best_epoch": tuned.best_epoch,
                 "trained_parameters": tuned.trained_parameters,
                 "weights": backbone.weights and Path(backbone.weights).name,
@@ -350,7 +373,7 @@ def train_finetuned(
             cost={"train_seconds": round(tuned.seconds, 3), "extract_seconds": 0.0, "images": tuned.images, **spent},
         )
         fitted = [row.sha256 for row in [*fit, *choose]]
-        return save_bundle(
+        saved = save_bundle(
             bundle,
             backbone=network,
             head=head.to_onnx(),
@@ -359,6 +382,8 @@ def train_finetuned(
             shown=shown,
             overwrite=overwrite,
         )
+    checkpoints.remove()
+    return saved
 
 
 def _labelled(rows: Sequence[Row], files: Files, classes: list[str]) -> list[Item]:

@@ -22,13 +22,8 @@ from PIL import Image
 
 from classifiers import batches as loading
 from classifiers.batches import random_box, read_resized
-from classifiers.finetune import (
-    FineTuned,
-    FineTuneOptions,
-    finetune,
-    modules_before,
-    parameter_groups,
-)
+from classifiers.finetune import FineTuned, FineTuneOptions, finetune
+from classifiers.freezing import modules_before, parameter_groups
 from extractor import backbones
 from extractor.backbones import Backbone
 from extractor.decoder import Decoder
@@ -101,7 +96,7 @@ def tuned(photos: tuple[Items, Items]) -> FineTuned:
 
 
 def test_it_learns_colours(tuned: FineTuned, photos: tuple[Items, Items]) -> None:
-    best = tuned.history[tuned.best_epoch - 1]
+    best = tuned.history[tuned.best_epoch]
     assert best["val_accuracy"] == 1.0
     assert best["val_loss"] < 0.3
     logits = embed(tuned, photos[1]) @ tuned.weight.T + tuned.bias
@@ -114,7 +109,8 @@ def test_what_it_returns(tuned: FineTuned) -> None:
     start = backbones.load(SQUEEZE)
     loaded = tuned.loaded
     assert json.loads(json.dumps(tuned.history)) == tuned.history
-    assert list(tuned.history[0]) == ["epoch", "train_loss", "val_loss", "val_accuracy", "lr", "seconds"]
+    assert list(tuned.history[0]) == ["epoch", "train_loss", "val_loss", "val_accuracy", "lr", "head_lr", "seconds"]
+    assert [row["epoch"] for row in tuned.history] == list(range(len(tuned.history)))
     assert (tuned.weight.shape, tuned.bias.shape) == ((2, 512), (2,))
     assert (tuned.weight.dtype, tuned.bias.dtype) == (np.float32, np.float32)
     assert loaded.weights_name == "fine-tuned from random:0"
@@ -131,7 +127,14 @@ def test_what_it_returns(tuned: FineTuned) -> None:
 
 def test_every_image_is_counted(tuned: FineTuned) -> None:
     # 33 images in batches of 8: the last one joins the batch before, batch normalisation takes no batch of one
-    assert tuned.images == len(tuned.history) * (33 + 10)
+    assert tuned.images == 10 + (len(tuned.history) - 1) * (33 + 10)
+
+
+def test_epoch_0_is_before_any_training(tuned: FineTuned) -> None:
+    before = tuned.history[0]
+    assert (before["train_loss"], before["lr"], before["head_lr"]) == (None, None, None)
+    assert before["val_loss"] == pytest.approx(np.log(2), abs=1e-6)  # the head begins at zero
+    assert tuned.best_epoch > 0
 
 
 @pytest.mark.parametrize(
@@ -142,6 +145,14 @@ def test_no_batch_of_one(photos: tuple[Items, Items], n: int, size: int, expecte
         batches = loading.Batches(photos[0][:n], decoder, replace(FAST, batch_size=size), train=True)
         assert len(batches) == len(expected)
         assert [len(labels) for _, labels in batches] == expected
+
+
+def test_processes_share_every_batch(photos: tuple[Items, Items]) -> None:
+    with Decoder(Preprocess(40, 32, "bilinear", (0.5,) * 3, (0.5,) * 3), crop=False) as decoder:
+        options = replace(FAST, batch_size=10)
+        shares = [loading.Batches(photos[0], decoder, options, train=True, share=(rank, 2)) for rank in (0, 1)]
+        # three images are left, too few for two processes, and join the batch before
+        assert [[len(labels) for _, labels in share] for share in shares] == [[5, 5, 7], [5, 5, 6]]
 
 
 def test_batches_are_the_same_with_threads_and_without_memory(
@@ -251,8 +262,9 @@ def test_learning_rates(photos: tuple[Items, Items], tuned: FineTuned) -> None:
     assert groups[1]["params"] == [head.weight, head.bias]
     assert len(groups[0]["params"]) == len(list(network.features.parameters())) - 2
     assert not any(p.requires_grad for p in network.classifier.parameters())
-    cosine = [0.01 * (1 + np.cos(np.pi * epoch / 8)) / 2 for epoch in range(len(tuned.history))]
-    assert [row["lr"] for row in tuned.history] == pytest.approx(cosine)
+    cosine = [0.01 * (1 + np.cos(np.pi * epoch / 8)) / 2 for epoch in range(len(tuned.history) - 1)]
+    assert [row["lr"] for row in tuned.history[1:]] == pytest.approx(cosine)
+    assert [row["head_lr"] for row in tuned.history[1:]] == pytest.approx([2 * rate for rate in cosine])
 
 
 def test_the_same_seed_gives_the_same_numbers(photos: tuple[Items, Items]) -> None:
@@ -301,7 +313,7 @@ def test_early_stopping_restores_the_best_epoch(photos: tuple[Items, Items]) -> 
     train, validation = photos
     wrong = [(path, 1 - label) for path, label in validation]  # the better it learns, the worse it gets
     tuned = finetune(train, wrong, 2, SHUFFLE, replace(FAST, epochs=20, patience=2))
-    losses = [row["val_loss"] for row in tuned.history]
+    losses = [row["val_loss"] for row in tuned.history[1:]]
     assert len(losses) == tuned.best_epoch + 2 < 20
     assert losses[tuned.best_epoch - 1] == min(losses)
     logits = embed(tuned, wrong) @ tuned.weight.T + tuned.bias
@@ -328,7 +340,7 @@ def test_the_exported_network_and_the_head_give_the_logits(
     features = session.run(None, {session.get_inputs()[0].name: pixels})[0]
     expected = embed(tuned, photos[1]) @ tuned.weight.T + tuned.bias
     assert relative_l2(features @ tuned.weight.T + tuned.bias, expected).max() < 1e-4
-    assert tuned.history[0]["val_accuracy"] == (expected.argmax(1) == [label for _, label in photos[1]]).mean()
+    assert tuned.history[1]["val_accuracy"] == (expected.argmax(1) == [label for _, label in photos[1]]).mean()
 
 
 def test_a_loss_that_is_not_finite_is_bad_data(photos: tuple[Items, Items]) -> None:
@@ -365,6 +377,15 @@ def test_labels_that_do_not_fit() -> None:
         {"lr": 0.0},
         {"lr": float("nan")},
         {"head_lr_factor": -1.0},
+        {"head_lr_factor": 0.0},
+        {"schedule": "linear"},
+        {"warmup": 2.0},
+        {"momentum": 1.0},
+        {"dropout": 1.0},
+        {"class_weight": "inverse"},
+        {"ema": 1.0},
+        {"mixed_precision": "fp8"},
+        {"mixed_precision": "fp16"},
         {"optimizer": "adam"},
         {"weight_decay": -1.0},
         {"label_smoothing": 1.0},
@@ -425,6 +446,6 @@ def test_importing_it_is_light() -> None:
 def test_on_a_gpu(photos: tuple[Items, Items]) -> None:
     begin = time.perf_counter()
     tuned = run(photos, device="cuda", epochs=6)
-    assert tuned.history[tuned.best_epoch - 1]["val_accuracy"] == 1.0
+    assert tuned.history[tuned.best_epoch]["val_accuracy"] == 1.0
     assert all(parameter.device.type == "cpu" for parameter in tuned.loaded.network.parameters())
     assert tuned.seconds <= time.perf_counter() - begin
