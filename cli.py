@@ -26,6 +26,7 @@ from store.errors import PenultError
 if TYPE_CHECKING:
     from classifiers.evaluate import Evaluation
     from classifiers.tasks import Measured
+    from extractor.augment import Augmentation
     from extractor.backbones import Backbone
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -139,6 +140,25 @@ observing_options = options(
 )
 pictures_option = click.option(
     "--thumbnails/--no-thumbnails", "pictures", default=True, show_default=True, help="Whether the report shows images."
+)
+augment_options = options(
+    click.option(
+        "--augment",
+        type=click.Choice(["standard", "trivialaugment", "randaugment", "autoaugment", "augmix", "none"]),
+        default="standard",
+        show_default=True,
+        help="Random changes of images: standard is crops and flips; policies come on top of these.",
+    ),
+    click.option("--no-augment", is_flag=True, help="The same as --augment none."),
+    click.option("--crop-area", type=click.FloatRange(0, 1, min_open=True), help="Least share of an image in a random crop."),
+    click.option("--no-flip", is_flag=True, help="No mirror images: where left and right mean something, as in text."),
+    click.option("--vertical-flip", is_flag=True, help="Also upside down: where there is no up, as from above."),
+    click.option("--rotation", type=click.FloatRange(0, 180), help="Degrees, either way."),
+    click.option("--translation", type=click.FloatRange(0, 1), help="Share of the side."),
+    click.option("--shear", type=click.FloatRange(0, 90, max_open=True), help="Degrees."),
+    click.option("--zoom", type=click.FloatRange(0), help="0.25: from 1/1.25 to 1.25 times the size."),
+    click.option("--brightness", type=click.FloatRange(0, 1), help="0.2: a factor from 0.8 to 1.2."),
+    click.option("--contrast", type=click.FloatRange(0, 1), help="0.2: a factor from 0.8 to 1.2."),
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
@@ -666,7 +686,7 @@ def train(cache: Path, output: Path, head: str | None, *, as_json: bool, overwri
 @click.option("--optimizer", type=click.Choice(["sgd", "adamw"]), help="Which optimiser.")
 @click.option("--weight-decay", type=click.FloatRange(0), help="Of the optimiser.")
 @click.option("--patience", type=click.IntRange(1), help="Epochs without improvement before it stops.")
-@click.option("--augment/--no-augment", default=True, show_default=True, help="Random crops and flips.")
+@augment_options
 @run_options
 @source_options
 @split_options
@@ -695,7 +715,6 @@ def finetune(data: Path, output: Path, *, as_json: bool, overwrite: bool, **give
         "optimizer",
         "weight_decay",
         "patience",
-        "augment",
         "seed",
         "device",
     )
@@ -717,7 +736,7 @@ def finetune(data: Path, output: Path, *, as_json: bool, overwrite: bool, **give
         origin,
         output,
         backbone_from(given),
-        FineTuneOptions(quiet=quiet, **settings),
+        FineTuneOptions(quiet=quiet, augment=augmentation_from(given), **settings),
         extract_options=split,
         root=given["root"],
         pictures=given["pictures"],
@@ -1002,6 +1021,22 @@ def backbone_from(given: dict[str, Any]) -> Backbone:
         squash=given.get("squash") or None,
         **stated,
     )
+
+
+def augmentation_from(given: dict[str, Any]) -> Augmentation:
+    from dataclasses import replace
+
+    from extractor.augment import Augmentation
+
+    names = ("rotation", "translation", "shear", "zoom", "brightness", "contrast")
+    changes: dict[str, Any] = {name: given[name] for name in names if given[name] is not None}
+    if given["crop_area"] is not None:
+        changes["area"] = (given["crop_area"], 1.0)
+    if given["vertical_flip"]:
+        changes["vertical_flip"] = 0.5
+    if given["no_flip"]:
+        changes["flip"] = 0.0
+    return replace(Augmentation.named("none" if given["no_augment"] else given["augment"]), **changes)
 
 
 def runtime(given: dict[str, Any]) -> dict[str, Any]:

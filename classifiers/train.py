@@ -338,6 +338,7 @@ def train_finetuned(
             split=roles.facts,
             hyperparameters={
                 **vars(options),
+                "augment": options.augment.facts() if options.augment else None,
                 "best_epoch": tuned.best_epoch,
                 "trained_parameters": tuned.trained_parameters,
                 "weights": backbone.weights and Path(backbone.weights).name,
