@@ -373,7 +373,9 @@ def weights_list(*, as_json: bool) -> None:
 @source_options
 @task_options
 @split_options
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the split.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the split, and of views.")
+@click.option("--views", type=click.IntRange(1), default=1, show_default=True, help="Of each image; see docs/views.md.")
+@augment_options
 @click.option(
     "--storage",
     type=click.Choice(["auto", "float32"]),
@@ -425,9 +427,10 @@ def extract(data: Path, output: Path, *, as_json: bool, **given: Any) -> int:
             key: given[key]
             for key in (
                 *("storage", "seed", "max_failures", "retry_failed", "verify_content", "limit", "overwrite"),
-                *("precision", "tf32"),
+                *("precision", "tf32", "views"),
             )
         },
+        augmentation=augmentation_from(given),
     )
     if given["dry_run"]:
         print_preview(preview(source, output, chosen), as_json=as_json)
@@ -460,7 +463,8 @@ def info(cache: Path, layer: str | None, *, as_json: bool) -> None:
     if as_json:
         return print_json(facts)
     counts = facts["counts"]
-    click.echo(f"{cache}: {facts['rows']} rows of {facts['dim']} {facts['dtype']} features in {facts['shards']} shard(s)")
+    each = f" in {facts['views']} views each" if facts["views"] > 1 else ""
+    click.echo(f"{cache}: {facts['rows']} rows{each} of {facts['dim']} {facts['dtype']} features in {facts['shards']} shard(s)")
     click.echo(f"{counts['inputs']} inputs = {counts['ok']} ok + {counts['duplicates']} duplicates + {counts['failed']} failed")
     if len(facts["layers"]) > 1:
         click.echo(f"features of {', '.join(facts['layers'])}; these are those of {opened.layer} (--layer shows others)")
@@ -630,6 +634,7 @@ def compact(cache: Path, output: Path | None, dtype: str, layer: str | None, *, 
 @click.option("--few-shot", metavar="N,N", help="Also measure the head with so many training images of each class.")
 @click.option("--repeats", type=click.IntRange(2), default=20, show_default=True, help="--few-shot: draws for each number.")
 @click.option("--max-memory", type=Memory(), help="More features than fit stay on disk.  [default: half of what is free]")
+@click.option("--average-views", is_flag=True, help="Predict the mean over the views of an image, which are fitted anyway.")
 @split_options
 @one_layer_option
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the training, and of a split of its own.")
@@ -664,6 +669,7 @@ def train(cache: Path, output: Path, head: str | None, *, as_json: bool, overwri
         repeats=given["repeats"],
         pictures=given["pictures"],
         max_memory=given["max_memory"],
+        average_views=given["average_views"],
         overwrite=overwrite,
         **fractions,
     )

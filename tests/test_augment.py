@@ -191,7 +191,7 @@ def test_what_cannot_be_meant_is_refused_by_name(changes: dict[str, Any]) -> Non
 
 
 def test_names_are_those_of_the_command_line() -> None:
-    for command in ("finetune",):
+    for command in ("extract", "finetune"):
         option = next(each for each in cli.cli.commands[command].params if each.name == "augment")
         assert isinstance(option.type, click.Choice)
         assert tuple(option.type.choices) == NAMES
