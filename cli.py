@@ -26,6 +26,7 @@ from store.errors import PenultError
 if TYPE_CHECKING:
     from classifiers.evaluate import Evaluation
     from classifiers.tasks import Measured
+    from extractor.augment import Augmentation
     from extractor.backbones import Backbone
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -151,6 +152,25 @@ observing_options = options(
 )
 pictures_option = click.option(
     "--thumbnails/--no-thumbnails", "pictures", default=True, show_default=True, help="Whether the report shows images."
+)
+augment_options = options(
+    click.option(
+        "--augment",
+        type=click.Choice(["standard", "trivialaugment", "randaugment", "autoaugment", "augmix", "none"]),
+        default="standard",
+        show_default=True,
+        help="Random changes of images: standard is crops and flips; policies come on top of these.",
+    ),
+    click.option("--no-augment", is_flag=True, help="The same as --augment none."),
+    click.option("--crop-area", type=click.FloatRange(0, 1, min_open=True), help="Least share of an image in a random crop."),
+    click.option("--no-flip", is_flag=True, help="No mirror images: where left and right mean something, as in text."),
+    click.option("--vertical-flip", is_flag=True, help="Also upside down: where there is no up, as from above."),
+    click.option("--rotation", type=click.FloatRange(0, 180), help="Degrees, either way."),
+    click.option("--translation", type=click.FloatRange(0, 1), help="Share of the side."),
+    click.option("--shear", type=click.FloatRange(0, 90, max_open=True), help="Degrees."),
+    click.option("--zoom", type=click.FloatRange(0), help="0.25: from 1/1.25 to 1.25 times the size."),
+    click.option("--brightness", type=click.FloatRange(0, 1), help="0.2: a factor from 0.8 to 1.2."),
+    click.option("--contrast", type=click.FloatRange(0, 1), help="0.2: a factor from 0.8 to 1.2."),
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
@@ -365,7 +385,9 @@ def weights_list(*, as_json: bool) -> None:
 @source_options
 @task_options
 @split_options
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the split.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the split, and of views.")
+@click.option("--views", type=click.IntRange(1), default=1, show_default=True, help="Of each image; see docs/views.md.")
+@augment_options
 @click.option(
     "--storage",
     type=click.Choice(["auto", "float32"]),
@@ -415,9 +437,10 @@ def extract(data: Path, output: Path, *, as_json: bool, **given: Any) -> int:
             key: given[key]
             for key in (
                 *("storage", "seed", "max_failures", "retry_failed", "verify_content", "limit", "overwrite"),
-                *("precision", "tf32"),
+                *("precision", "tf32", "views"),
             )
         },
+        augmentation=augmentation_from(given),
     )
     if given["dry_run"]:
         print_preview(preview(source, output, chosen), as_json=as_json)
@@ -450,7 +473,8 @@ def info(cache: Path, layer: str | None, *, as_json: bool) -> None:
     if as_json:
         return print_json(facts)
     counts = facts["counts"]
-    click.echo(f"{cache}: {facts['rows']} rows of {facts['dim']} {facts['dtype']} features in {facts['shards']} shard(s)")
+    each = f" in {facts['views']} views each" if facts["views"] > 1 else ""
+    click.echo(f"{cache}: {facts['rows']} rows{each} of {facts['dim']} {facts['dtype']} features in {facts['shards']} shard(s)")
     click.echo(f"{counts['inputs']} inputs = {counts['ok']} ok + {counts['duplicates']} duplicates + {counts['failed']} failed")
     if len(facts["layers"]) > 1:
         click.echo(f"features of {', '.join(facts['layers'])}; these are those of {opened.layer} (--layer shows others)")
@@ -616,6 +640,7 @@ def compact(cache: Path, output: Path | None, dtype: str, layer: str | None, *, 
 @click.option("--few-shot", metavar="N,N", help="Also measure the head with so many training images of each class.")
 @click.option("--repeats", type=click.IntRange(2), default=20, show_default=True, help="--few-shot: draws for each number.")
 @click.option("--max-memory", type=Memory(), help="More features than fit stay on disk.  [default: half of what is free]")
+@click.option("--average-views", is_flag=True, help="Predict the mean over the views of an image, which are fitted anyway.")
 @split_options
 @one_layer_option
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the training, and of a split of its own.")
@@ -650,6 +675,7 @@ def train(cache: Path, output: Path, head: str | None, *, as_json: bool, overwri
         repeats=given["repeats"],
         pictures=given["pictures"],
         max_memory=given["max_memory"],
+        average_views=given["average_views"],
         overwrite=overwrite,
         **fractions,
     )
@@ -701,7 +727,7 @@ def train(cache: Path, output: Path, head: str | None, *, as_json: bool, overwri
 @click.option("--mixed-precision", type=click.Choice(["bf16", "fp16"]), help="Compute in it what torch finds safe.")
 @click.option("--log-dir", type=FOLDER, help="Folder for metrics.csv, and TensorBoard's events where it is installed.")
 @click.option("--patience", type=click.IntRange(1), help="Epochs without improvement before it stops.")
-@click.option("--augment/--no-augment", default=True, show_default=True, help="Random crops and flips.")
+@augment_options
 @run_options
 @source_options
 @split_options
@@ -740,7 +766,6 @@ def finetune(data: Path, output: Path, *, as_json: bool, overwrite: bool, **give
         "ema",
         "mixed_precision",
         "patience",
-        "augment",
         "seed",
         "device",
     )
@@ -762,7 +787,7 @@ def finetune(data: Path, output: Path, *, as_json: bool, overwrite: bool, **give
         origin,
         output,
         backbone_from(given),
-        FineTuneOptions(quiet=quiet, **settings),
+        FineTuneOptions(quiet=quiet, augment=augmentation_from(given), **settings),
         extract_options=split,
         root=given["root"],
         init_head=Bundle.load(given["init_head"]) if given["init_head"] else None,
@@ -1119,6 +1144,22 @@ def backbone_from(given: dict[str, Any]) -> Backbone:
         squash=given.get("squash") or None,
         **stated,
     )
+
+
+def augmentation_from(given: dict[str, Any]) -> Augmentation:
+    from dataclasses import replace
+
+    from extractor.augment import Augmentation
+
+    names = ("rotation", "translation", "shear", "zoom", "brightness", "contrast")
+    changes: dict[str, Any] = {name: given[name] for name in names if given[name] is not None}
+    if given["crop_area"] is not None:
+        changes["area"] = (given["crop_area"], 1.0)
+    if given["vertical_flip"]:
+        changes["vertical_flip"] = 0.5
+    if given["no_flip"]:
+        changes["flip"] = 0.0
+    return replace(Augmentation.named("none" if given["no_augment"] else given["augment"]), **changes)
 
 
 def runtime(given: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +16,6 @@ from PIL import Image
 from extractor.decoder import Decoder
 from extractor.files import Located
 from extractor.images import ImageError
-from extractor.preprocess import FILTERS
 from store.errors import BadDataError, InputMissingError
 
 if TYPE_CHECKING:
@@ -28,8 +26,6 @@ Item = tuple[Path | Located, int]
 MAX_HELD = 2**29  # bytes of decoded images kept in memory; what does not fit is decoded again in every epoch
 GONE = ("not_found", "unreadable")  # codes of what cannot be read, as opposed to decoded
 MOVED = "is it gone since the features were extracted? If the images moved, --root says where they are"
-CROP_AREA = (0.35, 1.0)  # torchvision's recipe begins at 0.08, which is for training from nothing
-CROP_RATIO = (3 / 4, 4 / 3)
 
 
 class Batches:
@@ -96,10 +92,7 @@ class Batches:
             return self._preprocess.pixels(image)
         # One generator per image and epoch: the same numbers whatever the order and the number of threads.
         rng = np.random.default_rng([self._options.seed, self._epoch, index])
-        side = self._preprocess.crop
-        box = random_box(image.width, image.height, rng)
-        pixels = np.asarray(image.crop(box).resize((side, side), FILTERS[self._preprocess.interpolation]))
-        return pixels[:, ::-1] if rng.random() < 0.5 else pixels
+        return self._options.augment.pixels(image, rng, self._preprocess)
 
     def _image(self, index: int) -> Image.Image:
         """The image at the size it has before cropping; `Preprocess.pixels` of it and of the original are the same."""
@@ -132,20 +125,3 @@ def read_resized(path: Path | Located, decoder: Decoder) -> Image.Image:
             raise InputMissingError(message) from error
         message = f"{path}: {error.code}: {error}; has it changed since the features were extracted?"
         raise BadDataError(message) from error
-
-
-def random_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of a random crop (Szegedy et al. 2014), drawn as torchvision's RandomResizedCrop does.
-
-    torchvision's own draws from torch's global generator, which threads would share with dropout.
-    """
-    for _ in range(10):
-        area = width * height * rng.uniform(*CROP_AREA)
-        ratio = math.exp(rng.uniform(*np.log(CROP_RATIO)))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-            return left, top, left + w, top + h
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    return left, top, left + side, top + side

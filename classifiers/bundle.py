@@ -27,9 +27,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from extractor.onnxfile import BackboneFacts, copy
+from extractor.views import Views
 from store import hdf5
 from store.errors import BadDataError, InputMissingError, OutputExistsError, PenultError
-from store.fingerprint import Fingerprint
+from store.fingerprint import VIEWS, Fingerprint
 
 from .novelty import Novelty
 
@@ -84,7 +85,7 @@ class Bundle:
         task: ``single-label``, ``multi-label`` or ``regression``.
         classes: labels in the order of the outputs; of a regression, the names of its targets.
         backbone: facts of ``backbone.onnx``.
-        fingerprint: of the features it takes.
+        fingerprint: of the features it takes; with ``views`` where its outputs are averaged over these.
         split: how the samples were divided: ``fit``, ``chosen_on``, ``reported_on``, ``rule``.
         hyperparameters, history: what was used and what was tried.
         metrics: the held-out evaluation as JSON; None where nothing was held out.
@@ -121,6 +122,12 @@ class Bundle:
     @property
     def name(self) -> str:
         return self.path.name
+
+    @property
+    def views(self) -> Views | None:
+        """What its outputs for an image are averaged over; None where it looks at the image once."""
+        drawn = self.fingerprint.fields.get(VIEWS)
+        return Views.from_facts(drawn) if drawn else None
 
     @property
     def storage(self) -> str:
@@ -321,6 +328,11 @@ def _predictions_file(predictions: Predictions | None, fitted: Sequence[bytes]) 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def averaged(outputs: NDArray[np.float32], views: int) -> NDArray[np.float32]:
+    """The mean output ``(n, k)`` of each image, of ``(n * views, k)``."""
+    return outputs if views == 1 else outputs.reshape(-1, views, outputs.shape[1]).mean(axis=1)
 
 
 def head_function(path: Path) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:

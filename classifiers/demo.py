@@ -11,6 +11,7 @@ from typing import cast
 
 import numpy as np
 
+from extractor.augment import NONE
 from extractor.backbones import Backbone, load
 from extractor.options import Options, Summary
 from extractor.pipeline import run_extract
@@ -124,7 +125,7 @@ def run_demo(
         log.info("trained %s in %.1f s", name, bundles[-1].cost["train_seconds"])
     log.info("fine-tuning the whole network for %d epochs, to compare", epochs)
     untrained = backbone.seed is not None  # then batch norm has no statistics worth keeping, and all layers must learn
-    tuning = FineTuneOptions(epochs=epochs, batch_size=32, augment=False)  # flipped digits are other digits
+    tuning = FineTuneOptions(epochs=epochs, batch_size=32, augment=NONE)  # flipped digits are other digits
     if untrained:
         tuning = replace(tuning, optimizer="adamw", lr=1e-3, head_lr_factor=1.0, batch_statistics=True)
     bundles.append(train_finetuned(cache, out / "finetuned.head", backbone, tuning))

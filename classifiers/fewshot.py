@@ -22,7 +22,14 @@ COLUMNS = ("images a class", "accuracy", "95 % interval", "lowest to highest", "
 
 
 def learning_curve(
-    head: Any, train: Subset, held_out: Subset | None, shots: Sequence[int], repeats: int = 20, *, seed: int = 0
+    head: Any,
+    train: Subset,
+    held_out: Subset | None,
+    shots: Sequence[int],
+    repeats: int = 20,
+    *,
+    seed: int = 0,
+    views: Subset | None = None,
 ) -> list[dict[str, Any]]:
     """Accuracy by number of training images.
 
@@ -36,6 +43,7 @@ def learning_curve(
         shots: numbers of images of each class.
         repeats: draws for each number.
         seed: of the draws.
+        views: all views of what is drawn from, in the same order, where those of a drawn image are fitted.
 
     Returns:
         For each number, in rising order: ``shots``; ``accuracy``, the mean over the draws; ``accuracy_interval``, its 95 %
@@ -58,6 +66,8 @@ def learning_curve(
         if len(groups) < most:
             message = f"--few-shot {most}: class {label!r} has {len(groups)} training image(s) or group(s); ask for fewer"
             raise BadDataError(message)
+    every = views or train
+    each = len(every) // len(train)
     rng = np.random.default_rng(seed)
     draws = [_draw(members, most, rng) for _ in range(repeats)]
     curve = []
@@ -65,8 +75,10 @@ def learning_curve(
         accuracies = []
         with each_warning_once():
             for draw in draws:
-                rows = np.concatenate([order[:n] for order in draw])
-                fitted = clone(head).fit(train.X[rows], train.y[rows], groups=[train.groups[i] for i in rows])
+                images = np.concatenate([order[:n] for order in draw])
+                rows = (images[:, None] * each + np.arange(each)).ravel()
+                whose = [every.groups[i] for i in rows.tolist()]
+                fitted = clone(head).fit(every.X[rows], every.y[rows], groups=whose, views=each)
                 accuracies.append(float(np.mean(fitted.predict(held_out.X) == held_out.y)))
         curve.append(_point(n, accuracies, len(held_out)))
     return curve

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from extractor import backbones
+from extractor.augment import STANDARD, Augmentation
 from extractor.backbones import Backbone, Loaded
 from extractor.fleet import resolve_devices
 from extractor.progress import StopFlag, stop_on_signal
@@ -61,7 +62,7 @@ class FineTuneOptions:
         batch_statistics: let batch normalisation follow the new images where it is not frozen; False keeps the statistics
             it came with, which a few hundred images in small batches only make worse.
         patience, min_delta: stop after so many epochs in which the validation loss did not fall by more than min_delta.
-        augment: random crops and horizontal flips of the training images.
+        augment: how the training images are changed at random, anew in every epoch; `extractor.augment.NONE` for not at all.
         workers: threads that prepare batches; 0 for none but the training one.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``; several with commas share every batch.
         quiet: no progress line.
@@ -85,7 +86,7 @@ class FineTuneOptions:
     batch_statistics: bool = False
     patience: int = 3
     min_delta: float = 0.0
-    augment: bool = True
+    augment: Augmentation = STANDARD
     seed: int = 0
     workers: int = 0
     device: str = "auto"

@@ -46,6 +46,11 @@ def group_folds(n: int, groups: Sequence[bytes] | None, count: int, seed: int) -
     return list(GroupKFold(splits, shuffle=True, random_state=seed).split(np.empty((n, 0)), groups=owners))
 
 
+def on_first_views(folds: Sequence[Fold], views: int) -> list[Fold]:
+    """The same folds, judged on the first of every ``views`` rows: what images will come as, and not what was made of them."""
+    return [(train, test[test % views == 0]) if views > 1 else (train, test) for train, test in folds]
+
+
 def _owners(n: int, groups: Sequence[bytes] | None) -> NDArray[np.intp]:
     """The number of the group of each row."""
     return np.arange(n) if groups is None else np.unique(np.array(groups, dtype=object), return_inverse=True)[1]

@@ -53,6 +53,13 @@ def fuse(bundle: Bundle, out: Path, *, overwrite: bool = False) -> Fused:
         message = f"{out} exists; choose another name" + ("" if out.is_dir() else " or pass --overwrite")
         raise OutputExistsError(message)
     onnxfile.require_writable(out)
+    if bundle.views:
+        log.warning(
+            "%s averages over %d views of an image and %s looks at it once: the bundle's figures are not its own",
+            bundle.name,
+            bundle.views.count,
+            out,
+        )
     pictures = golden_pictures(bundle.backbone.preprocess.crop)
     expected = Predictor.of(bundle, device="cpu").probabilities(pictures).astype(np.float64)
     spread = task_of_bundle(bundle).spread(expected)
@@ -63,7 +70,7 @@ def fuse(bundle: Bundle, out: Path, *, overwrite: bool = False) -> Fused:
         kind=bundle.kind,
         head=bundle.head,
         preprocessing=bundle.backbone.preprocess.facts(),
-        fingerprint=dict(bundle.fingerprint.fields),
+        fingerprint=dict(bundle.fingerprint.single.fields),
         golden=Golden(RECIPE, _digest(pictures), (spread * np.round(expected / spread, 7)).tolist()),
         weights_sha256=onnxfile.weights_digest(model, bundle.path),
         conformal=bundle.conformal if bundle.task == REGRESSION else None,

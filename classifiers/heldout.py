@@ -26,7 +26,7 @@ from store.errors import BadDataError, InputMissingError
 from store.samples import LACKING, REGRESSION, SINGLE_LABEL, Row, SampleTable
 
 from .batches import GONE, MOVED
-from .bundle import Bundle, Predictions, head_function
+from .bundle import Bundle, Predictions, averaged, head_function
 from .evaluate import Evaluation
 from .novelty import novel_share
 from .predict import Predictor
@@ -171,9 +171,10 @@ def evaluate_bundle(
         )
     truth = table.truth(fresh, bundle.classes)
     if cache is not None and _same_features(bundle, cache):
-        features, novelty = cache.features([row.sha256 for row in fresh]), bundle.novelty()
-        probabilities = head_function(bundle.path / "head.onnx")(features)
         digests, paths = [row.sha256 for row in fresh], [row.path for row in fresh]
+        features, novelty, views = cache.features(digests), bundle.novelty(), bundle.fingerprint.views
+        seen = features if views == 1 else np.asarray(cache.stored(digests, views=True))
+        probabilities = averaged(head_function(bundle.path / "head.onnx")(seen), views)
         scores = novelty.scores(features) if novelty else None
         predictions = Predictions(digests, paths, truth, probabilities, name, scores, features)
     else:
@@ -219,8 +220,9 @@ def _rows_of(table: SampleTable, bundle: Bundle, split: str | None) -> tuple[lis
 
 
 def _same_features(bundle: Bundle, cache: FeatureCache) -> bool:
-    differences = bundle.fingerprint.differences(cache.fingerprint, ignore=ACCEPTED)
-    for name, (mine, theirs) in bundle.fingerprint.differences(cache.fingerprint).items():
+    there = cache.fingerprint if bundle.views else cache.fingerprint.single
+    differences = bundle.fingerprint.differences(there, ignore=ACCEPTED)
+    for name, (mine, theirs) in bundle.fingerprint.differences(there).items():
         if not differences:
             log.warning("%s differs: %s was trained with %s, %s holds %s", name, bundle.name, mine, cache.path, theirs)
     if differences:

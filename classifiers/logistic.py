@@ -23,7 +23,7 @@ from store.stored import StoredFeatures
 from .conformal import Conformal, calibrate
 from .dense import DenseHead, class_indices, log_loss, standardisation, with_validation
 from .elastic import ElasticPath
-from .folds import Fold, stratified_folds
+from .folds import Fold, on_first_views, stratified_folds
 from .rowsums import Float32, Float64, gpu_for
 from .softmax import Optimum, SoftmaxPath
 from .streaming import StandardisedRows, stored_standardisation, stored_with_validation
@@ -198,6 +198,7 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         *,
         validation: tuple[ArrayLike, ArrayLike] | None = None,
         groups: Sequence[bytes] | None = None,
+        views: int = 1,
     ) -> Self:
         """Choose C and fit.
 
@@ -207,6 +208,8 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             sample_weight: how many times each row counts ``(n,)``, in everything; None is once.
             validation: ``(X, y)`` to choose on, each row once; the final fit uses both. Without it, k-fold inside ``X``.
             groups: what must not be divided between folds, one per row of ``X``.
+            views: rows come in runs of so many views of an image, all of one group. All are fitted; what is chosen and
+                calibrated is judged on the first of each.
 
         Raises:
             ValueError: a setting, a label or a weight cannot be used; says which.
@@ -223,7 +226,7 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.classes_, targets = class_indices(labels)
         self._check_settings(targets, weights)
         with threads_for(features.size):
-            self._choose_and_fit(features, targets, weights, validation, groups)
+            self._choose_and_fit(features, targets, weights, validation, groups, views)
         return self
 
     def _check_settings(self, targets: NDArray[np.intp], weights: Float64 | None) -> None:
@@ -250,12 +253,14 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         weights: Float64 | None,
         validation: tuple[ArrayLike, ArrayLike] | None,
         groups: Sequence[bytes] | None,
+        views: int,
     ) -> None:
         if validation is None:
             folds = self._folds(targets, groups)
         else:
-            features, targets, folds = self._with_validation(features, targets, validation)
+            features, targets, folds = self._with_validation(features, targets, validation, views)
             weights = None if weights is None else np.append(weights, np.ones(len(targets) - len(weights)))
+        folds = on_first_views(folds, views)
         self.path_, heads = self._path(features, targets, weights, folds)
         best = min(self.path_, key=self._rank, default=None)
         self.C_ = float(best["C"]) if best else float(self.C or 1.0)
@@ -271,11 +276,11 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.temperature_ = dense.temperature
 
     def _with_validation(
-        self, features: Features, targets: NDArray[np.intp], validation: tuple[ArrayLike, ArrayLike]
+        self, features: Features, targets: NDArray[np.intp], validation: tuple[ArrayLike, ArrayLike], views: int
     ) -> tuple[Features, NDArray[np.intp], list[Fold]]:
         held, labels = validation
         if isinstance(features, StoredFeatures) and isinstance(held, StoredFeatures):
-            return stored_with_validation(features, targets, (held, labels), self.classes_)
+            return stored_with_validation(features, targets, (held, labels), self.classes_, views)
         return with_validation(np.asarray(features), targets, validation, self.classes_)
 
     def _rank(self, point: Mapping[str, float | bool]) -> tuple[float, float]:

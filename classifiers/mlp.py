@@ -23,7 +23,7 @@ from store.splits import hash_rank_split
 
 from .conformal import Conformal, calibrate
 from .dense import DenseHead, class_indices, standardisation, with_validation
-from .folds import Fold
+from .folds import Fold, on_first_views
 
 log = logging.getLogger("penult.classifiers")
 
@@ -147,6 +147,7 @@ class MlpHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         *,
         validation: tuple[ArrayLike, ArrayLike] | None = None,
         groups: Sequence[bytes] | None = None,
+        views: int = 1,
     ) -> Self:
         """Choose settings and number of epochs on validation, then fit on everything; arguments as in `LogisticHead.fit`."""
         features, labels = map(np.asarray, validate_data(self, X, y, dtype=np.float32))
@@ -159,6 +160,7 @@ class MlpHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             features, targets, [(train, held)] = with_validation(features, targets, validation, self.classes_)
         else:
             train, held = self._inner_split(features, labels, groups)
+        [(train, held)] = on_first_views([(train, held)], views)
         self.conformal_: Conformal | None = None
         self.dense_, search = self._search(features, targets, train, held)
         if search is not None:
@@ -301,6 +303,7 @@ class MultiLabelMlpHead(MlpHead):
         *,
         validation: tuple[ArrayLike, ArrayLike] | None = None,
         groups: Sequence[bytes] | None = None,
+        views: int = 1,
     ) -> Self:
         features, given = map(np.asarray, validate_data(self, X, y, dtype=np.float32, multi_output=True))
         truth = given.reshape(len(given), -1).astype(np.float32)
@@ -311,6 +314,7 @@ class MultiLabelMlpHead(MlpHead):
             features, truth = np.concatenate([features, held]), np.concatenate([truth, labels])
         else:
             train, inner = self._inner_split(features, np.zeros(len(features)), groups)
+        [(train, inner)] = on_first_views([(train, inner)], views)
         self.dense_, _ = self._search(features, truth, train, inner)
         return self
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from extractor.cuda import DEFAULTS, Cuda
 from extractor.decoder import Decoder
@@ -23,17 +25,18 @@ from extractor.progress import StopFlag
 from extractor.reading import Crew, ahead
 from extractor.session import Embedder, resolve_device
 from extractor.sources import ImageFolder, refuse_ours
+from extractor.views import Views
 from store.errors import InputMissingError, UsageError
 from store.fingerprint import Fingerprint
 from store.samples import SINGLE_LABEL, display
 from store.shard import as_stored
 
-from .bundle import Bundle, head_function
+from .bundle import Bundle, averaged, head_function
 from .fused import Fused, is_fused, precision_of
 from .novelty import Novelty
 from .tasks import HeadTask, task_of, task_of_bundle
 
-_Read = tuple[bytes, NDArray[np.uint8] | ImageError]  # a path, and what came of it
+_Read = tuple[bytes, NDArray[np.uint8] | ImageError]  # a path, and what came of it: its views (views, crop, crop, 3)
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class Predictor:
         cuda: how a GPU computes; as it did for the cache.
         novelty: what tells images that are unlike the training images.
         task: what the columns are, and how one decides by them; by default classes, one of which an image has.
+        views: what the head's outputs for an image are averaged over; None for the image as it is.
     """
 
     def __init__(
@@ -95,11 +99,12 @@ class Predictor:
         cuda: Cuda = DEFAULTS,
         novelty: Novelty | None = None,
         task: HeadTask | None = None,
+        views: Views | None = None,
     ) -> None:
         self.task, self.novelty = task or task_of(SINGLE_LABEL, list(classes)), novelty
         self._backbone, self._preprocess, self._head, self._storage = backbone, preprocess, head, storage
         self._device, self._batch_size, self._output = device, batch_size, output
-        self._workers, self._cuda = workers, cuda
+        self._workers, self._cuda, self._views = workers, cuda, views
 
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> Self:
@@ -133,6 +138,7 @@ class Predictor:
             output=bundle.backbone.outputs[0],
             novelty=bundle.novelty(),
             task=task_of_bundle(bundle),
+            views=bundle.views,
             **_computing(bundle.fingerprint, options),
         )
 
@@ -143,13 +149,15 @@ class Predictor:
             paths: what to read.
             files: what it is read from; by default the file system.
         """
-        size, decoder = self.embedder.batch_size, Decoder(self._preprocess)
+        size = max(self.embedder.batch_size // self._count, 1)
+        decoder = Decoder(self._preprocess, crop=self._views is None)
         read = partial(self._pixels, files or FolderFiles(), decoder)
         flying: deque[tuple[list[_Read], Future[list[NDArray[np.float32]]] | None]] = deque()
         crew = Crew(self._workers, self.embedder.provider)
         for batch in _batches(ahead(read, map(os.fsencode, paths), crew, StopFlag(), decoder), size):
-            good = [pixels for _, pixels in batch if isinstance(pixels, np.ndarray)]
-            flying.append((batch, self.embedder.submit(np.stack(good)) if good else None))
+            good = [pixels for _, pixels in batch if not isinstance(pixels, ImageError)]
+            pictures = np.concatenate(good) if good else None
+            flying.append((batch, None if pictures is None else self.embedder.submit(pictures)))
             if len(flying) > self.embedder.lanes:
                 yield from self._decided(*flying.popleft())
         while flying:
@@ -169,8 +177,13 @@ class Predictor:
             yield Prediction(path, *self.task.decide(row), row, novelty=novelty)
 
     def _judged(self, features: NDArray[Any]) -> Iterator[tuple[NDArray[np.float32], float | None]]:
-        novelty = [None] * len(features) if self.novelty is None else self.novelty.scores(features).tolist()
-        return zip(self._head(features), novelty, strict=True)
+        first = features[:: self._count]
+        novelty = [None] * len(first) if self.novelty is None else self.novelty.scores(first).tolist()
+        return zip(averaged(self._head(features), self._count), novelty, strict=True)
+
+    @property
+    def _count(self) -> int:
+        return self._views.count if self._views else 1
 
     @property
     def classes(self) -> Sequence[str]:
@@ -191,7 +204,11 @@ class Predictor:
 
     def _pixels(self, files: Files, decoder: Decoder, path: bytes) -> _Read:
         try:
-            return path, decoder(files.read(path)[0])
+            data = files.read(path)[0]
+            pixels = decoder(data)
+            if self._views is None:
+                return path, pixels[None]
+            return path, self._views.pixels(Image.fromarray(pixels), hashlib.sha256(data).digest(), self._preprocess)
         except ImageError as error:
             return path, error
 

@@ -15,7 +15,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from store.samples import REGRESSION
 
 from .dense import DenseHead, FittedHead, Float32, standardisation
-from .folds import group_folds
+from .folds import group_folds, on_first_views
 from .regression import Intervals
 from .searched import JUDGED, SearchedHead, Tried
 from .threads import threads_for
@@ -141,10 +141,10 @@ class RidgeHead(SearchedHead):
     def _unchosen(self, n: int) -> dict[str, Any]:
         return {"alpha": float(DEFAULT_ALPHA if self.alpha is None else self.alpha)}
 
-    def _by_folds(self, X: Float32, targets: NDArray[np.intp], groups: Sequence[bytes] | None) -> Tried | None:
-        alone = groups is None or len(set(groups)) == len(groups)
+    def _by_folds(self, X: Float32, targets: NDArray[np.intp], groups: Sequence[bytes] | None, views: int) -> Tried | None:
+        alone = views == 1 and (groups is None or len(set(groups)) == len(groups))
         if not alone or np.bincount(targets).min() < 2:
-            return super()._by_folds(X, targets, groups)
+            return super()._by_folds(X, targets, groups, views)
         spectrum = _Spectrum(X, _signs(targets, len(self.classes_)))
         settings, rows = self._settings(len(X)), self._drawing(len(X))(np.arange(len(X)))
         logits = list(spectrum.left_out(rows, [setting["alpha"] for setting in settings]))
@@ -199,6 +199,7 @@ class RidgeRegressionHead(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         *,
         validation: tuple[ArrayLike, ArrayLike] | None = None,
         groups: Sequence[bytes] | None = None,
+        views: int = 1,
     ) -> Self:
         """Choose lambda and fit.
 
@@ -207,6 +208,7 @@ class RidgeRegressionHead(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             y: numbers ``(n,)`` or ``(n, t)``.
             validation: ``(X, y)`` to choose on; the final fit uses both. Without it, left-out rows of ``X``.
             groups: what must not be divided between folds, one per row of ``X``.
+            views: as in `SearchedHead.fit`.
         """
         features, given = map(np.asarray, validate_data(self, X, y, dtype=np.float32, multi_output=True, y_numeric=True))
         self.n_outputs_ = None if given.ndim == 1 else given.shape[1]
@@ -215,7 +217,7 @@ class RidgeRegressionHead(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         if validation is not None:
             held = np.asarray(validation[0], np.float32), np.asarray(validation[1], np.float64).reshape(-1, numbers.shape[1])
         with threads_for(features.size):
-            self._choose_and_fit(features, numbers, held, groups)
+            self._choose_and_fit(features, numbers, held, groups, views)
         return self
 
     def _choose_and_fit(
@@ -224,6 +226,7 @@ class RidgeRegressionHead(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         numbers: NDArray[np.float64],
         held: tuple[Float32, NDArray[np.float64]] | None,
         groups: Sequence[bytes] | None,
+        views: int,
     ) -> None:
         n, whole = len(X), None
         if held is not None:
@@ -235,12 +238,13 @@ class RidgeRegressionHead(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         self.chosen_by_: str | None = None
         self.conformal_: Intervals | None = None
         self.history_: list[dict[str, float]] = []
-        if held is None and n > 2 and (groups is None or len(set(groups)) == n):
+        if held is None and views == 1 and n > 2 and (groups is None or len(set(groups)) == n):
             whole, by = _Spectrum(X, wanted), "leave-one-out"
             rows = np.sort(np.random.default_rng(self.seed).permutation(n)[:JUDGED])
             self._choose(by, alphas, list(whole.left_out(rows, alphas)), wanted[rows], unit)
         elif folds := group_folds(n, groups, self.cv, self.seed) if held is None else [(np.arange(n), np.arange(n, len(X)))]:
             by = "folds" if held is None else "validation"
+            folds = on_first_views(folds, views)
             spectra = (_Spectrum(X[train], wanted[train]) for train, _ in folds)
             parts = [
                 [spectrum.head(alpha, []).logits(X[test]) for alpha in alphas]

@@ -16,7 +16,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from .conformal import Conformal, calibrate
 from .dense import FittedHead, Float32, class_indices, log_loss, with_validation
-from .folds import Fold, stratified_folds
+from .folds import Fold, on_first_views, stratified_folds
 from .threads import threads_for
 
 log = logging.getLogger("penult.classifiers")
@@ -73,6 +73,7 @@ class SearchedHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         *,
         validation: tuple[ArrayLike, ArrayLike] | None = None,
         groups: Sequence[bytes] | None = None,
+        views: int = 1,
     ) -> Self:
         """Choose the settings and fit.
 
@@ -81,16 +82,18 @@ class SearchedHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             y: labels ``(n,)``.
             validation: ``(X, y)`` to choose on; the final fit uses both. Without it, folds inside ``X``.
             groups: what must not be divided between folds, one per row of ``X``.
+            views: rows come in runs of so many views of an image, all of one group. All are fitted; what is chosen and
+                calibrated is judged on the first of each.
         """
         features, labels = map(np.asarray, validate_data(self, X, y, dtype=np.float32))
         check_classification_targets(labels)
         self.classes_, targets = class_indices(labels)
         with threads_for(features.size):
             if validation is None:
-                tried = self._by_folds(features, targets, groups)
+                tried = self._by_folds(features, targets, groups, views)
             else:
                 features, targets, folds = with_validation(features, targets, validation, self.classes_)
-                tried = replace(self._by(folds, features, targets), by="validation")
+                tried = replace(self._by(on_first_views(folds, views), features, targets), by="validation")
             self._choose_and_fit(features, targets, tried)
         return self
 
@@ -116,9 +119,9 @@ class SearchedHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """What one setting is worth, by its logits on held-out rows."""
         return {"log_loss": log_loss(logits, targets)}
 
-    def _by_folds(self, X: Float32, targets: NDArray[np.intp], groups: Sequence[bytes] | None) -> Tried | None:
+    def _by_folds(self, X: Float32, targets: NDArray[np.intp], groups: Sequence[bytes] | None, views: int) -> Tried | None:
         """Every setting on rows it was not fitted on; None where a class is too small for that."""
-        folds = stratified_folds(targets, groups, self.cv, self.seed)
+        folds = on_first_views(stratified_folds(targets, groups, self.cv, self.seed), views)
         return self._by(folds, X, targets) if folds else None
 
     def _by(self, folds: Sequence[Fold], X: Float32, targets: NDArray[np.intp]) -> Tried:

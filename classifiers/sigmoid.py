@@ -22,7 +22,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from store.samples import MULTI_LABEL
 
 from .dense import DenseHead, Float32, standardisation
-from .folds import Fold, group_folds
+from .folds import Fold, group_folds, on_first_views
 from .rowsums import Float64
 from .softmax import principal_axes
 from .threads import threads_for
@@ -133,6 +133,7 @@ class MultiLabelLogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[mi
         *,
         validation: tuple[ArrayLike, ArrayLike] | None = None,
         groups: Sequence[bytes] | None = None,
+        views: int = 1,
     ) -> Self:
         """Choose C by the log-loss and fit.
 
@@ -141,6 +142,7 @@ class MultiLabelLogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[mi
             y: which labels each row has ``(n, k)``.
             validation: ``(X, y)`` to choose on; the final fit uses both. Without it, k-fold inside ``X``.
             groups: what must not be divided between folds, one per row of ``X``.
+            views: as in `LogisticHead.fit`.
         """
         features, given = map(np.asarray, validate_data(self, X, y, dtype=np.float32, multi_output=True))
         truth = given.reshape(len(given), -1).astype(bool)
@@ -152,7 +154,7 @@ class MultiLabelLogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[mi
             folds = [(np.arange(len(features)), len(features) + np.arange(len(held)))]
             features, truth = np.concatenate([features, held]), np.concatenate([truth, labels])
         with threads_for(features.size):
-            self.path_ = self._path(features, truth, folds)
+            self.path_ = self._path(features, truth, on_first_views(folds, views))
             if self.path_:
                 best = np.argmin([point["log_losses"] for point in self.path_], axis=0)
                 self.C_ = np.array([point["C"] for point in self.path_])[best]

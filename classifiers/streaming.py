@@ -113,11 +113,15 @@ def stored_standardisation(X: StoredFeatures, weights: NDArray[np.float64] | Non
 
 
 def stored_with_validation(
-    X: StoredFeatures, targets: NDArray[np.intp], validation: tuple[StoredFeatures, Any], classes: NDArray[Any]
+    X: StoredFeatures,
+    targets: NDArray[np.intp],
+    validation: tuple[StoredFeatures, Any],
+    classes: NDArray[Any],
+    views: int = 1,
 ) -> tuple[StoredFeatures, NDArray[np.intp], list[Fold]]:
-    """As `dense.with_validation`, in the order on disk."""
+    """As `dense.with_validation`, in the order on disk; the views of an image stay together."""
     held, labels = validation
     every = X.joined(held)
-    order = every.order
+    order = every.order_of_runs(views)
     fold = np.flatnonzero(order < len(X)), np.flatnonzero(order >= len(X))
     return every[order], np.concatenate([targets, validation_targets(labels, classes)])[order], [fold]

@@ -24,10 +24,11 @@ from extractor.session import resolve_device
 from extractor.sources import Source, files_of
 from store.cache import FeatureCache, Subset
 from store.errors import UsageError
+from store.fingerprint import VIEWS
 from store.samples import SINGLE_LABEL, Row, SampleTable, display
 
 from .batches import Item
-from .bundle import Bundle, Predictions, refuse_existing, save_bundle
+from .bundle import Bundle, Predictions, averaged, refuse_existing, save_bundle
 from .checkpoints import Checkpoints
 from .dense import DenseHead
 from .evaluate import score
@@ -64,6 +65,7 @@ def train_head(
     repeats: int = 20,
     pictures: bool = True,
     max_memory: int | None = None,
+    average_views: bool = False,
     overwrite: bool = False,
 ) -> Bundle:
     """Fit a head on a cache's training rows, evaluate it on the held-out ones and save a bundle.
@@ -78,6 +80,7 @@ def train_head(
         pictures: whether the report has thumbnails of mistakes and of training images like them.
         max_memory: of this process, bytes; with less than the features need they stay on disk (see `streaming`). None is half
             of what the machine has to give.
+        average_views: predict the mean of the outputs for the views of an image. They are fitted either way.
         overwrite: replace an existing bundle.
 
     Raises:
@@ -90,11 +93,14 @@ def train_head(
     need_task(head, cache.samples.task)
     if few_shot:
         need_single_label(cache.samples.task, "--few-shot")
-    origin = made_from(cache, head, pictures=pictures, val=val, test=test, split_seed=split_seed)
+    if average_views and cache.views == 1:
+        message = f"--average-views: {cache.path} has one view of each image; extract with --views 4 to have some"
+        raise UsageError(message)
+    origin = made_from(cache, head, pictures=pictures, average_views=average_views, val=val, test=test, split_seed=split_seed)
     roles = assign_roles(cache.samples, val=val, test=test, seed=split_seed)
     _require(cache.samples, roles)
     rows = len(roles.fit) + len(roles.choose) + len(roles.report)
-    stored = must_stream(head, rows, cache.dim, cache.dtype.itemsize, max_memory)
+    stored = must_stream(head, rows * cache.views, cache.dim, cache.dtype.itemsize, max_memory)
     if stored:
         roles = _for_streaming(roles, few_shot, seed=split_seed)
     train = cache.of_rows(roles.fit, "train", stored=stored)
@@ -102,9 +108,14 @@ def train_head(
     held_out = cache.of_rows(roles.report, str(roles.facts["reported_on"]), stored=stored) if roles.report else None
     found = _look_for_leaks(cache, roles, [train, *([choose] if choose else [])], held_out)
     guard(found, leaks)
-    curve = learning_curve(head, train, held_out, few_shot, repeats, seed=split_seed) if few_shot else None
+    seen, judged = train, choose
+    if cache.views > 1:  # of what is fitted; all else is about the images as they are
+        seen = cache.of_rows(roles.fit, "train", stored=stored, views=True)
+        judged = cache.of_rows(roles.choose, "val", stored=stored, views=True) if roles.choose else None
+    curve = learning_curve(head, train, held_out, few_shot, repeats, seed=split_seed, views=seen) if few_shot else None
     meter = Meter(getattr(head, "device", "cpu"))
-    head.fit(train.X, train.y, validation=(choose.X, choose.y) if choose else None, groups=train.groups)
+    validation = (judged.X, judged.y) if judged else None
+    head.fit(seen.X, seen.y, validation=validation, groups=seen.groups, views=cache.views)
     spent = meter.read()
     rounding = judge_rounding(cache, head, roles.fit)
     if not head.history_:
@@ -122,6 +133,7 @@ def train_head(
         rounding=rounding,
         few_shot=curve,
         files=files_or_none(cache.samples) if pictures else None,
+        views={**cache.fingerprint.fields[VIEWS], "averaged": average_views} if cache.views > 1 else None,
         overwrite=overwrite,
     )
 
@@ -172,11 +184,12 @@ def _with_leaks(metrics: dict[str, Any], leaks: LeakReport, held_out: Subset, pr
             metrics["leaks"]["accuracy_without"] = without["accuracy"]
 
 
-def made_from(cache: FeatureCache, head: Any, *, pictures: bool = True, **split: Any) -> str:
+def made_from(cache: FeatureCache, head: Any, *, pictures: bool = True, average_views: bool = False, **split: Any) -> str:
     """Digest of everything that decides what `train_head` makes, hexadecimal."""
     rows = [(row.sha256.hex(), row.label, row.split, row.group.hex(), *row.targets) for row in cache.rows()]
     facts = [cache.fingerprint.fields, rows, type(head).__name__, head.get_params(), split, cache.samples.facts.get("split")]
     facts += [] if pictures else ["no pictures"]
+    facts += ["average views"] if average_views else []
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -194,6 +207,7 @@ def save_head(
     rounding: dict[str, Any] | None = None,
     few_shot: list[dict[str, Any]] | None = None,
     files: Files | None = None,
+    views: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Bundle:
     """Save a fitted head as a bundle.
@@ -210,6 +224,8 @@ def save_head(
         rounding: what `judge_rounding` found, of an int8 cache.
         few_shot: what `learning_curve` found.
         files: where the report takes thumbnails from; None for none.
+        views: where all views of the cache were fitted, whether the head predicts the mean of its outputs for them, under
+            ``averaged``, beside what the fingerprint says of them; None where the images were fitted as they are.
         origin: what `made_from` says, if a later run shall recognise this one.
         overwrite: replace an existing bundle.
     """
@@ -221,9 +237,12 @@ def save_head(
     conformal = getattr(head, "conformal_", None)
     names = list(head.dense_.classes) if cache.samples.task == SINGLE_LABEL else cache.samples.outputs
     facts_kept = conformal and conformal.to_json()
-    task = task_of(cache.samples.task, names, facts_kept, head.temperature_)
+    averaging = bool(views and views["averaged"])
+    temperature = None if averaging else head.temperature_  # a mean of probabilities is of no one temperature
+    task = task_of(cache.samples.task, names, facts_kept, temperature)
     if held_out is not None:
-        probabilities = head.dense_.probabilities(held_out.X)
+        looked_at = cache.stored(held_out.sha256, views=True) if averaging else held_out.X
+        probabilities = averaged(head.dense_.probabilities(looked_at), cache.views if averaging else 1)
         predictions = Predictions(held_out.sha256, held_out.paths, held_out.y, probabilities, held_out.name)
         evaluation = task.score(held_out.y, probabilities, held_out.name)
         novel = novel_share(novelty.scores(held_out.X)) if novelty else None
@@ -243,9 +262,14 @@ def save_head(
         task=task.name,
         classes=names,
         backbone=facts,
-        fingerprint=cache.fingerprint,
+        fingerprint=cache.fingerprint if averaging else cache.fingerprint.single,
         split=split or {"reported_on": held_out.name if held_out else None, "rule": "caller"},
-        hyperparameters={**head.hyperparameters_, "temperature": head.temperature_, "asked": settings_of(head)},
+        hyperparameters={
+            **head.hyperparameters_,
+            "temperature": temperature,
+            **({"views": views} if views else {}),
+            "asked": settings_of(head),
+        },
         history=list(head.history_),
         made_from=origin,
         metrics=metrics,
@@ -364,6 +388,7 @@ def train_finetuned(
                 **vars(options),
                 "head_lr_factor": tuned.head_lr_factor,
                 "init_head": start and start.name,
+                "augment": options.augment.facts() if options.augment else None,
                 "best_epoch": tuned.best_epoch,
                 "trained_parameters": tuned.trained_parameters,
                 "weights": backbone.weights and Path(backbone.weights).name,

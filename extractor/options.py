@@ -7,7 +7,9 @@ from typing import Any
 
 from store.errors import UsageError
 
+from .augment import STANDARD, Augmentation
 from .reading import Clock
+from .views import Views
 
 MIN_BUDGET = 3
 
@@ -33,6 +35,8 @@ class Options:
         quiet: no progress line.
         precision: ``fp32``, ``int8`` (on the CPU, calibrated once on training images), or ``fp16`` (on a GPU).
         tf32: let a GPU round the products of float32 to 10 bits, for speed.
+        views: of each image; from 2 on, the others are drawn by ``seed`` as ``augmentation`` says, see `views.Views`.
+        augmentation: what the others may differ in.
     """
 
     device: str = "auto"
@@ -51,6 +55,16 @@ class Options:
     quiet: bool = False
     precision: str = "fp32"
     tf32: bool = False
+    views: int = 1
+    augmentation: Augmentation = STANDARD
+
+    @property
+    def drawn(self) -> Views | None:
+        """How views are drawn; None where there is one of each image."""
+        if self.views == 1 and self.augmentation != STANDARD:
+            message = "an augmentation is drawn for --views of 2 and more; say how many, or leave it out"
+            raise UsageError(message)
+        return Views(self.views, self.seed, self.augmentation) if self.views != 1 else None
 
     def budget(self, inputs: int) -> int:
         """How many inputs may fail."""
@@ -77,6 +91,7 @@ class Summary:
         images_per_second: computed images over the time spent on them; 0 where there were none.
         cache_bytes: size of all shards.
         batch_size, lanes, workers: as used.
+        views: of each image.
         seconds: wall time by stage. ``read+decode`` and ``backbone`` are summed over workers and lanes, ``write`` is
             beside them; ``wait`` was spent waiting for pixels, ``embed`` for features, ``settle`` for the disk.
         bottleneck: the stage that decided the speed: ``decoding``, ``backbone``, ``writing``, or none.
@@ -96,6 +111,7 @@ class Summary:
     batch_size: int = 0
     lanes: int = 0
     workers: int = 0
+    views: int = 1
     bottleneck: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     codes: dict[str, int] = field(default_factory=dict)
@@ -111,8 +127,9 @@ class Summary:
         if not self.computed:
             return "\n".join([*lines, f"nothing to compute, 0 inference calls, {total:.1f} s"])
         each = {name: 1000 * self.seconds[name] / self.computed for name in ("read+decode", "backbone", "write")}
+        views = f" in {self.views} views each" if self.views > 1 else ""
         lines.append(
-            f"{self.computed} computed on {self.provider} in {total:.1f} s, {self.images_per_second:.0f} images/s "
+            f"{self.computed} computed{views} on {self.provider} in {total:.1f} s, {self.images_per_second:.0f} images/s "
             f"(ms an image: decoding {each['read+decode']:.1f} in {self.workers} workers, "
             f"backbone {each['backbone']:.1f} in {self.lanes} lanes of {self.batch_size}, writing {each['write']:.1f})"
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import shutil
 import time
@@ -45,6 +46,7 @@ from .samples import Sample
 from .session import Embedder, cores
 from .sources import Source
 from .tuning import Pace, tune
+from .views import require_reference
 
 log = logging.getLogger("penult.extractor")
 
@@ -78,6 +80,9 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
     samples = limited(source.samples(), options.limit)
     budget = options.budget(len(samples))
     check_splits_possible(samples, options, source.task)
+    drawn = options.drawn
+    if drawn:
+        require_reference(backbone.pixel_path)
     devices = resolve_devices(device_of(options))
     check_for_gpu(options.precision, devices[0], tf32=options.tf32)
     meter = Meter(*devices)
@@ -88,7 +93,9 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
         facts, notes = prepare_backbone(
             writer, backbone, overwrite=options.overwrite, stop=stop, quantise=calibrator, half=half
         )
-        decoder = opened.enter_context(Decoder(facts.preprocess, stop=stop))
+        if drawn:
+            require_reference(facts.preprocess.pixel_path)  # an ONNX file may say it
+        decoder = opened.enter_context(Decoder(facts.preprocess, crop=drawn is None, stop=stop))
         decoder.start()  # beside the session, which takes as long
         # The session proves the device before any image is read.
         check_for_gpu(facts.precision, devices[0])  # the file may say so itself
@@ -102,9 +109,10 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
             cuda=cuda,
         )
         opened.callback(embedder.close)
-        sets = fingerprints(facts, embedder.provider, options.storage, tf32=options.tf32)
+        sets = fingerprints(facts, embedder.provider, options.storage, tf32=options.tf32, views=drawn)
         writer.begin(*sets, facts={**notes, "versions": library_versions()})
-        _check_disk(cache, len(samples) * sum(embedder.dims) * (4 if options.storage == "float32" else 2))
+        numbers = len(samples) * options.views * sum(embedder.dims)
+        _check_disk(cache, numbers * (4 if options.storage == "float32" else 2))
 
         before = writer.samples
         if before and options.limit and len(samples) < len(before.rows):
@@ -113,17 +121,18 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
             )
         outcomes, todo = plan(samples, before, writer.known, source.files, options)
         if options.batch_size is None:
-            tune(embedder, facts.preprocess.crop, len(todo))
-        pace = Pace(embedder, len(todo) if options.batch_size is None else 0)
+            tune(embedder, facts.preprocess.crop, options.views * len(todo))
+        pace = Pace(embedder, options.views * len(todo) if options.batch_size is None else 0)
         crew = Crew(options.workers, embedder.provider)
-        reader = Reader(source.files, facts.preprocess, writer.known, crew, ahead=2 * embedder.batch_size)
+        most = 2 * math.ceil(embedder.batch_size / options.views)
+        reader = Reader(source.files, facts.preprocess, writer.known, crew, ahead=most, views=drawn)
         clock: Clock = defaultdict(float)
         computed = 0
         with (
             Progress(len(todo), "extract", quiet=options.quiet) as progress,
             closing(reader.stream(todo, stop, decoder)) as stream,
         ):
-            batches = embedded(stream, embedder, pace, progress, clock, fail_fast=options.fail_fast)
+            batches = embedded(stream, embedder, pace, progress, clock, views=options.views, fail_fast=options.fail_fast)
             while result := run_shard(batches, writer, clock):
                 for outcome in result.outcomes:
                     outcomes[outcome.index] = outcome.row
@@ -162,6 +171,7 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
         batch_size=embedder.batch_size,
         lanes=embedder.lanes,
         workers=crew.size,
+        views=options.views,
         bottleneck=bottleneck(clock, embedder.provider) if computed else "",
         seconds={**{name: round(value, 3) for name, value in clock.items()}, "total": round(time.perf_counter() - started, 3)},
         codes=dict(Counter(row.code for row in rows if row.code)),
@@ -247,7 +257,8 @@ def _facts(source: Source, rule: dict[str, Any], rows: Sequence[Row], options: O
 
 @dataclass
 class Embedded:
-    """Outcomes in the order of the stream, and the features of those of them that have pixels, ``(n, d)`` each."""
+    """Outcomes in the order of the stream, and the features of those of them that have pixels, ``(n, d)`` each, or of their
+    views ``(n, views, d)``."""
 
     outcomes: list[Outcome]
     features: list[NDArray[np.float32]] = field(default_factory=list)
@@ -264,26 +275,41 @@ def embedded(
     progress: Progress,
     clock: Clock,
     *,
+    views: int = 1,
     fail_fast: bool = False,
 ) -> Iterator[Embedded]:
     """Pass what a stream decodes through the backbone, batch after batch; while the lanes compute, the next is gathered.
 
+    A batch has as many pictures with views as without, so the views of an image may be in several: it is yielded with the last.
     With ``fail_fast`` it ends at the first failed input, which is then the last outcome.
     """
     flying: deque[tuple[list[Outcome], Future[list[NDArray[np.float32]]]]] = deque()
-    gathered: list[Outcome] = []
-    waiting: list[NDArray[np.uint8]] = []
+    gathered: deque[tuple[Outcome, int]] = deque()  # each with the number of pictures that came until its last view
+    waiting: deque[NDArray[np.uint8]] = deque()
+    came = sent = 0
+    begun: list[NDArray[np.float32]] = []  # features of an image whose other views are on their way
 
-    def launch() -> None:
-        flying.append((gathered.copy(), embedder.submit(np.stack(waiting))))
+    def launch(size: int) -> None:
+        nonlocal sent
+        pictures = np.stack([waiting.popleft() for _ in range(size)])
+        sent += size
+        complete = []
+        while gathered and gathered[0][1] <= sent:
+            complete.append(gathered.popleft()[0])
+        flying.append((complete, embedder.submit(pictures)))
         pace.begin()
-        gathered.clear()
-        waiting.clear()
 
     def land() -> Embedded:
-        outcomes, features = flying.popleft()
+        nonlocal begun
+        outcomes, future = flying.popleft()
         with timed(clock, "embed"):
-            return Embedded(outcomes, features.result())
+            features = future.result()
+        if views == 1:
+            return Embedded(outcomes, features)
+        rows = [np.concatenate(parts) for parts in zip(begun, features, strict=True)] if begun else features
+        whole = len(rows[0]) // views * views
+        begun = [each[whole:] for each in rows]
+        return Embedded(outcomes, [each[:whole].reshape(-1, views, each.shape[1]) for each in rows])
 
     while True:
         with timed(clock, "wait"):
@@ -291,22 +317,23 @@ def embedded(
         if outcome is None:
             break
         progress.advance()
-        gathered.append(outcome)
         if outcome.pixels is not None:
-            waiting.append(outcome.pixels)
+            waiting.extend(outcome.pixels.reshape(-1, *outcome.pixels.shape[-3:]))
+            came += views
             outcome.pixels = None
+        gathered.append((outcome, came))
         if fail_fast and not outcome.row.ok:
             break
-        if len(waiting) >= pace.size:
-            launch()
+        while len(waiting) >= (size := pace.size):
+            launch(size)
             if len(flying) >= AHEAD * embedder.lanes:
                 yield land()
     if waiting:
-        launch()
+        launch(len(waiting))
     while flying:
         yield land()
     if gathered:
-        yield Embedded(gathered)
+        yield Embedded([outcome for outcome, _ in gathered])
 
 
 @dataclass

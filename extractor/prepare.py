@@ -22,6 +22,7 @@ from .half import halve
 from .onnxfile import BackboneFacts, data_files, digest, install, read_facts, remove
 from .progress import StopFlag
 from .stated import read_sidecar
+from .views import Views
 
 log = logging.getLogger("penult.extractor")
 
@@ -168,9 +169,12 @@ def _require_match(writer: CacheWriter, facts: BackboneFacts) -> None:
         require_same(there, now, mine=str(writer.path), theirs="this run")
 
 
-def fingerprints(facts: BackboneFacts, provider: str, storage: str, *, tf32: bool = False) -> list[Fingerprint]:
+def fingerprints(
+    facts: BackboneFacts, provider: str, storage: str, *, tf32: bool = False, views: Views | None = None
+) -> list[Fingerprint]:
     """Everything that decides the numbers, for each feature set."""
-    decided = {"precision": "fp32", "provider": provider, "tf32": tf32, "storage": storage}
+    decided: dict[str, Any] = {"precision": "fp32", "provider": provider, "tf32": tf32, "storage": storage}
+    decided |= {"views": views.fingerprint(facts.preprocess)} if views else {}
     return [Fingerprint({**decided, **fields}) for fields in facts.fingerprints()]
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from store.errors import UsageError
 
-from .images import Decoded, ImageError, decode_at_least
+from .images import Decoded, ImageError, decode, decode_at_least
 
 FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -208,10 +208,19 @@ def _whole(image: Image.Image) -> Decoded:
 @cache
 def probe(preprocess: Preprocess) -> str:
     """SHA-256 of the preprocessed pixels of the built-in test image (JPEG with an EXIF orientation), hexadecimal."""
-    from importlib.resources import files
-
-    data = (files(__package__) / "probe.jpg").read_bytes()
+    data = _probe_data()
     pixels = preprocess.read(data).tobytes()
     if preprocess.pixel_path == "pillow-draft":  # this image is too small for it at most sizes
         pixels += replace(preprocess, resize=32, crop=28).read(data).tobytes()
     return hashlib.sha256(pixels).hexdigest()
+
+
+def probe_image() -> Image.Image:
+    """The built-in test image."""
+    return decode(_probe_data())
+
+
+def _probe_data() -> bytes:
+    from importlib.resources import files
+
+    return (files(__package__) / "probe.jpg").read_bytes()

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from store.errors import InterruptedRunError
 from store.samples import Row
@@ -28,6 +29,7 @@ from .preprocess import Preprocess
 from .progress import StopFlag
 from .samples import Sample
 from .session import cores
+from .views import Views
 
 AHEAD = 8  # decoded images per worker that wait at most
 WINDOW = 1.0  # seconds over which a crew looks whether it is too small ..
@@ -52,7 +54,7 @@ R = TypeVar("R")
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of one file that had to be read."""
+    """What became of one file that had to be read; pixels are ``(crop, crop, 3)``, or of views ``(views, crop, crop, 3)``."""
 
     index: int
     row: Row
@@ -69,18 +71,29 @@ class Reader:
         known: content digests that need no decoding.
         crew: the threads, each with a decode worker of its own.
         ahead: how many images may wait, where that is more than `AHEAD` for each worker.
+        views: drawn of each image in the threads: a decode worker has neither the memory nor the time to import torchvision.
     """
 
-    def __init__(self, files: Files, preprocess: Preprocess, known: set[bytes], crew: Crew, ahead: int = 0) -> None:
+    def __init__(
+        self,
+        files: Files,
+        preprocess: Preprocess,
+        known: set[bytes],
+        crew: Crew,
+        ahead: int = 0,
+        views: Views | None = None,
+    ) -> None:
         self._files, self._preprocess, self._crew, self._ahead = files, preprocess, crew, ahead
+        self._views = views
         self._claimed, self._lock = set(known), Lock()
         self.seconds: Clock = defaultdict(float)
 
     def stream(
         self, todo: Sequence[tuple[int, Sample]], stop: StopFlag, decoder: Decoder | None = None
     ) -> Generator[Outcome, None, None]:
-        """Outcomes in the order of ``todo``; ends early when ``stop`` is set. The decoder is closed then, also a given one."""
-        decoder = decoder or Decoder(self._preprocess, stop=stop)
+        """Outcomes in the order of ``todo``; ends early when ``stop`` is set. The decoder is closed then, also a given one,
+        which must not crop where there are views."""
+        decoder = decoder or Decoder(self._preprocess, crop=self._views is None, stop=stop)
         return ahead(lambda item: self._read(*item, decoder), todo, self._crew, stop, decoder, self._ahead)
 
     def _read(self, index: int, sample: Sample, decoder: Decoder) -> Outcome:
@@ -92,7 +105,10 @@ class Reader:
             row = replace(row, sha256=digest, stat=stat)
             if not self._claim(digest):
                 return Outcome(index, row)
-            return Outcome(index, row, decoder(data), decoded=True)
+            pixels = decoder(data)
+            if self._views:
+                pixels = self._views.pixels(Image.fromarray(pixels), digest, self._preprocess)
+            return Outcome(index, row, pixels, decoded=True)
         except ImageError as error:
             return Outcome(index, replace(row, code=error.code, message=str(error)))
         finally:

@@ -172,23 +172,30 @@ class FeatureCache:
         return self.shards[0].dim if self.shards else 0
 
     @property
+    def views(self) -> int:
+        """Feature vectors of each image; the first is that of the image as it is."""
+        return self.fingerprint.views
+
+    @property
     def dtype(self) -> np.dtype[Any]:
         """float16 if every row is stored so, else float32."""
         kinds = {s.dtype for s in self.shards}
         return np.dtype(np.float16) if kinds == {np.dtype(np.float16)} else np.dtype(np.float32)
 
-    def features(self, sha256: Sequence[bytes]) -> NDArray[np.floating[Any]]:
-        """Features by content digest, ``(n, dim)`` in `dtype` and the order asked for.
+    def features(self, sha256: Sequence[bytes], *, views: bool = False) -> NDArray[np.floating[Any]]:
+        """Features by content digest, ``(n, dim)`` in `dtype` and the order asked for; with ``views`` all of them,
+        ``(n, self.views, dim)``.
 
         Each shard is checked completely when it is first read from.
 
         Raises:
             CorruptCacheError: some are not there, or a shard is damaged; names it.
         """
-        return np.asarray(self.stored(sha256))
+        found = np.asarray(self.stored(sha256, views=views))
+        return found.reshape(len(sha256), self.views, -1) if views else found
 
-    def stored(self, sha256: Sequence[bytes]) -> StoredFeatures:
-        """As `features`, to be read later.
+    def stored(self, sha256: Sequence[bytes], *, views: bool = False) -> StoredFeatures:
+        """As `features`, to be read later; with ``views`` they follow each other, ``(n * self.views, dim)``.
 
         Raises:
             CorruptCacheError: some are not there.
@@ -205,7 +212,9 @@ class FeatureCache:
                 f"Run the same extract command again; it computes what is missing"
             )
             raise CorruptCacheError(message)
-        return StoredFeatures(self.shards, owner[place], row[place], self.dtype, self._sound)
+        numbers = np.arange(self.views if views else 1, dtype=np.int32)
+        vectors = (row[place, None] * np.int32(self.views) + numbers).ravel()
+        return StoredFeatures(self.shards, np.repeat(owner[place], len(numbers)), vectors, self.dtype, self._sound)
 
     def describe(self) -> dict[str, Any]:
         """What `penult info` shows, as JSON."""
@@ -220,6 +229,7 @@ class FeatureCache:
             "format": self.meta["format"],
             "rows": sum(len(s.sha256) for s in self.shards),
             "dim": self.dim,
+            "views": self.views,
             "dtype": str(self.dtype),
             "shards": len(self.shards),
             "counts": self.samples.counts,
@@ -282,9 +292,14 @@ class FeatureCache:
             self.of_rows([row for row, name in zip(rows, names, strict=True) if name == want], want) for want in wanted
         )
 
-    def of_rows(self, rows: Sequence[Row], name: str, *, stored: bool = False) -> Subset:
-        """Features and labels of some of this cache's ok rows; with ``stored`` their features stay on disk, and their order is
-        that on disk.
+    def of_rows(self, rows: Sequence[Row], name: str, *, stored: bool = False, views: bool = False) -> Subset:
+        """Features and labels of some of this cache's ok rows.
+
+        Args:
+            rows: which.
+            name: of the subset.
+            stored: their features stay on disk, and their order is that on disk.
+            views: all views of each image, one after the other, each with what is known of the image.
 
         Raises:
             BadDataError: there are none, or some have no label or lack a target.
@@ -299,18 +314,15 @@ class FeatureCache:
             )
             raise BadDataError(message)
         digests = [row.sha256 for row in rows]
-        X: NDArray[np.floating[Any]] | StoredFeatures
+        located, each = self.stored(digests, views=views), self.views if views else 1
+        rows = [row for row in rows for _ in range(each)]
         if stored:
-            located = self.stored(digests)
-            order = located.order
-            X, rows = located[order], [rows[i] for i in order.tolist()]
-            digests = [row.sha256 for row in rows]
-        else:
-            X = self.features(digests)
+            order = located.order_of_runs(each)
+            located, rows = located[order], [rows[i] for i in order.tolist()]
         return Subset(
-            X=X,
+            X=located if stored else np.asarray(located),
             y=self.samples.truth(rows),
-            sha256=digests,
+            sha256=[row.sha256 for row in rows],
             paths=[row.path for row in rows],
             groups=groups_of(rows),
             name=name,

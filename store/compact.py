@@ -24,7 +24,8 @@ DTYPES = ("float32", "float16")
 
 
 def write_compact(cache: FeatureCache, out: Path, *, dtype: str = "float32", overwrite: bool = False) -> int:
-    """Write a cache as one file; every reading command takes it in place of the folder. Removed images are left out.
+    """Write a cache as one file; every reading command takes it in place of the folder. Removed images are left out, and all
+    views but the first: row by row, features and labels go together.
 
     Args:
         cache: the cache; it is built in memory, about three times its size in ``dtype``.
@@ -48,6 +49,8 @@ def write_compact(cache: FeatureCache, out: Path, *, dtype: str = "float32", ove
     if dtype == "float16" and not (fits := shard.fits_float16(features)).all():
         message = f"float16 would not hold {int((~fits).sum())} of {len(fits)} rows; use --dtype float32"
         raise BadDataError(message)
+    if cache.views > 1:
+        log.info("%s has the first of %d views of each image, the image as it is", out, cache.views)
     failed = [row for row in cache.samples.rows if not row.ok]
     with cache.backbone_file() as backbone:
         whole = "backbone_data" not in cache.meta["facts"]
@@ -62,7 +65,7 @@ def write_compact(cache: FeatureCache, out: Path, *, dtype: str = "float32", ove
         "rows": len(table.rows),
         "feature-rows": len(good),
         "facts": json.dumps(table.facts, sort_keys=True),
-        "fingerprint": cache.fingerprint.canonical,
+        "fingerprint": cache.fingerprint.single.canonical,
         "cache": json.dumps(cache.meta["facts"], sort_keys=True),
     }
     hdf5.commit(out, hdf5.build(ENCODING_TYPE, datasets, attrs)[0])
@@ -81,7 +84,7 @@ def open_compact(path: Path) -> tuple[shard.Shard, dict[str, Any]]:
         if features.ndim != 2 or features.shape[0] != m or len(keys) != m or features.dtype not in (np.float16, np.float32):
             message = f"{path}: features {features.shape} of type {features.dtype} do not fit {m} rows"
             raise CorruptCacheError(message)
-        fingerprint = Fingerprint.parse(str(attrs["fingerprint"]))
+        fingerprint = Fingerprint.parse(str(attrs["fingerprint"])).single
         sha256 = np.ascontiguousarray(keys).view("S32").reshape(m)
         begin = hdf5.offset(features)
         whole = shard.Shard(path, sha256, features.shape[1], features.dtype, fingerprint.canonical, begin, ENCODING_TYPE)
@@ -134,7 +137,8 @@ def prune(path: Path) -> tuple[int, int]:
                 with hdf5.open_checked(old.path, shard.ENCODING_TYPE) as (datasets, _):
                     names = hdf5.unpack_strings(datasets, "path")
                 places = np.flatnonzero(keep)
-                features = shard.read_rows(old, places)
+                features = shard.read_rows(old, old.vectors(places))
+                features = features.reshape(len(places), old.views, -1) if old.views > 1 else features
                 chosen = places.tolist()
                 parts = ([digests[i] for i in chosen], [names[i] for i in chosen])
                 shard.write_shard(path / "shards", number, features, *parts, fingerprint)

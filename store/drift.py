@@ -74,7 +74,7 @@ class Drift:
     def passed(self) -> bool:
         """Whether B holds what A holds: the same images, labels and kind of storage, and features within the bound."""
         whole = not self.only_a and not self.only_b and not self.relabelled and self.dtype_a == self.dtype_b
-        decided = {name for name in self.fingerprint if name != "provider"}
+        decided = {name for name in self.fingerprint if name != "provider" and not name.startswith("views.")}
         return whole and not decided and not self.flips and self.max_l2 <= self.bound
 
     def to_json(self) -> dict[str, Any]:
@@ -99,7 +99,7 @@ class Drift:
 
 
 def compare_caches(a: FeatureCache, b: FeatureCache, *, predict: Predict | None = None, bound: float | None = None) -> Drift:
-    """Compare two caches by content.
+    """Compare two caches by content; of views, the first.
 
     Args:
         a: the reference, such as last month's.
@@ -180,7 +180,7 @@ def _fingerprint_causes(differences: dict[str, tuple[Any, Any]]) -> list[str]:
         elif name == "pixels.probe":
             if set(differences).isdisjoint({"pixels.resize", "pixels.crop", "pixels.interpolation", "pixels.path"}):
                 causes.append("another decoder or resampler: the same settings give other pixels")
-        else:
+        elif not name.startswith("views."):  # the first view, which is compared, does not depend on them
             causes.append(f"other {name}: {short(mine)} against {short(theirs)}")
     return causes
 

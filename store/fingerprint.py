@@ -11,6 +11,8 @@ from typing import Any
 
 from .errors import CorruptCacheError, FingerprintMismatchError, InputMissingError
 
+VIEWS = "views"  # the field that says how the views of an image were drawn; absent where there is one
+
 
 @dataclass(frozen=True)
 class Fingerprint:
@@ -27,6 +29,17 @@ class Fingerprint:
     def key(self) -> str:
         """SHA-256 of `canonical`, as 64 hexadecimal digits."""
         return hashlib.sha256(self.canonical.encode()).hexdigest()
+
+    @property
+    def views(self) -> int:
+        """How many views of each image there are."""
+        drawn = self.fields.get(VIEWS)
+        return int(drawn["count"]) if isinstance(drawn, Mapping) else 1
+
+    @property
+    def single(self) -> Fingerprint:
+        """That of the first view alone, which is the image as it is."""
+        return Fingerprint({name: value for name, value in self.fields.items() if name != VIEWS})
 
     @classmethod
     def parse(cls, text: str) -> Fingerprint:

@@ -29,6 +29,7 @@ class Shard:
         path: its file.
         sha256: keys of the rows, ``(n,)`` of dtype ``S32``.
         dim: length of a feature vector.
+        views: feature vectors of each row, one after the other in the file.
         dtype: float16 or float32.
         fingerprint: canonical JSON.
         offset: where the features begin in the file, bytes; they lie there row by row, as they are.
@@ -42,6 +43,11 @@ class Shard:
     fingerprint: str
     offset: int
     encoding_type: str = ENCODING_TYPE
+    views: int = 1
+
+    def vectors(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
+        """The numbers of all the vectors of some rows, as `read_rows` takes them."""
+        return (rows[:, None] * self.views + np.arange(self.views, dtype=rows.dtype)).ravel()
 
     def digests(self) -> list[bytes]:
         """The keys as 32 bytes each (NumPy strips the zeros that end an ``S32``)."""
@@ -81,7 +87,7 @@ def write_shard(
     Args:
         directory: the cache's ``shards`` folder.
         number: its place in the order of writing.
-        features: ``(n, d)`` float16 or float32, finite.
+        features: ``(n, d)``, or ``(n, views, d)``, float16 or float32, finite.
         sha256: n digests of 32 bytes.
         paths: n relative paths.
         fingerprint: of all rows.
@@ -107,20 +113,23 @@ def read_shard(path: Path) -> Shard:
         CorruptCacheError: the file is damaged or refused.
     """
     with hdf5.open_checked(path, ENCODING_TYPE) as (datasets, attrs):
-        features, keys = datasets["features"], datasets["sha256"]
-        n = int(attrs["rows"])
-        if features.ndim != 2 or features.shape[0] != n or keys.shape != (n, 32) or keys.dtype != np.uint8:
-            message = f"{path}: features {features.shape} and keys {keys.shape} do not fit {n} rows"
+        features, keys, text = datasets["features"], datasets["sha256"], str(attrs["fingerprint"])
+        n, views = int(attrs["rows"]), Fingerprint.parse(text).views
+        shape = (n,) if views == 1 else (n, views)
+        if views < 1 or features.shape[:-1] != shape or keys.shape != (n, 32) or keys.dtype != np.uint8:
+            each = f" of {views} views" if views != 1 else ""
+            message = f"{path}: features {features.shape} and keys {keys.shape} do not fit {n} rows{each}"
             raise CorruptCacheError(message)
         if features.dtype not in (np.float16, np.float32):
             message = f"{path}: features have type {features.dtype}"
             raise CorruptCacheError(message)
         sha256 = keys[()].view("S32").reshape(n)
-        return Shard(path, sha256, features.shape[1], features.dtype, str(attrs["fingerprint"]), hdf5.offset(features))
+        return Shard(path, sha256, features.shape[-1], features.dtype, text, hdf5.offset(features), views=views)
 
 
 def read_rows(shard: Shard, rows: NDArray[np.integer[Any]]) -> NDArray[np.floating[Any]]:
-    """The features of some rows, ``(len(rows), d)`` in the shard's dtype and the order asked for, without any check.
+    """Some feature vectors, ``(len(rows), d)`` in the shard's dtype and the order asked for, without any check. They are
+    counted one by one: where rows have views, view v of row i is ``i * views + v``.
 
     HDF5 is not asked: it takes several times as long to open a shard as to read it, which counts where each step of a fit reads
     a million rows.

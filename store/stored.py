@@ -16,14 +16,14 @@ ROWS = 8192  # at once: 64 MiB of 2,048 float32
 
 @dataclass(frozen=True, eq=False)
 class StoredFeatures:
-    """Features of some samples of a cache, where they are.
+    """Features of some samples of a cache, or of their views, where they are.
 
     Indexing by a slice or by row numbers gives others of the same kind; ``np.asarray`` reads them. Each shard is checked
     completely when it is first read from.
 
     Attributes:
         shards: what they are in.
-        owner, row: the shard of each sample, and its row there, ``(n,)``.
+        owner, row: the shard of each feature vector, and its number there (see `shard.read_rows`), ``(n,)``.
         dtype: as which they are read: float16 where all shards are, else float32.
         sound: numbers of shards that were checked; shared by all of one cache.
     """
@@ -74,7 +74,13 @@ class StoredFeatures:
     @property
     def order(self) -> NDArray[np.intp]:
         """The order in which they lie on disk: features in it are read without going back."""
-        return np.lexsort((self.row, self.owner))
+        return self.order_of_runs(1)
+
+    def order_of_runs(self, length: int) -> NDArray[np.intp]:
+        """The same where so many rows each stay together, in their order: the views of an image, also of one that is there
+        twice."""
+        runs = np.lexsort((self.row[::length], self.owner[::length]))
+        return (runs[:, None] * length + np.arange(length)).ravel()
 
     def joined(self, other: StoredFeatures) -> StoredFeatures:
         """These and others of the same cache after them."""

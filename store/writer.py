@@ -124,7 +124,7 @@ class CacheWriter:
             self.meta = meta
 
     def append(self, features: Sequence[NDArray[np.float32]], sha256: Sequence[bytes], paths: Sequence[bytes]) -> None:
-        """Add the rows ``(n, d)`` of every feature set to the shards in memory.
+        """Add the rows ``(n, d)``, or ``(n, views, d)``, of every feature set to the shards in memory.
 
         Raises:
             BadDataError: NaN or infinity, with the count and a path.
@@ -132,7 +132,7 @@ class CacheWriter:
         if not self._pending_bytes:
             self._pending_since = time.monotonic()
         for X in features:
-            bad = np.asarray(~np.isfinite(X).all(axis=1))
+            bad = np.asarray(~np.isfinite(X.reshape(len(X), -1)).all(axis=1))
             if bad.any():
                 first = Row(paths[int(np.flatnonzero(bad)[0])]).name
                 message = f"the backbone gave NaN or infinity for {int(bad.sum())} of {len(bad)} images (such as {first})"
@@ -140,7 +140,11 @@ class CacheWriter:
         for each, X in zip(self._sets, features, strict=True):
             # A run that died between the files of two feature sets left rows in one of them.
             new = np.array([digest not in each.known for digest in sha256], bool)
-            half = shard.fits_float16(X) if each.storage == "auto" else np.zeros(len(X), bool)
+            vectors = X.reshape(-1, X.shape[-1])
+            fits = shard.fits_float16(vectors) if each.storage == "auto" else np.zeros(len(vectors), bool)
+            half = fits.reshape(len(X), -1).all(axis=1)
+            if X.ndim == 3 and each.storage == "auto" and not half.all():
+                X = shard.as_stored(vectors, each.storage).reshape(X.shape)  # one view must not change what another is
             for dtype, chosen in ((np.float16, np.flatnonzero(new & half)), (np.float32, np.flatnonzero(new & ~half))):
                 if len(chosen):
                     rows: NDArray[np.floating[Any]] = X[chosen].astype(dtype)

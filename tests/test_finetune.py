@@ -21,10 +21,11 @@ import pytest
 from PIL import Image
 
 from classifiers import batches as loading
-from classifiers.batches import random_box, read_resized
+from classifiers.batches import read_resized
 from classifiers.finetune import FineTuned, FineTuneOptions, finetune
 from classifiers.freezing import modules_before, parameter_groups
 from extractor import backbones
+from extractor.augment import NONE
 from extractor.backbones import Backbone
 from extractor.decoder import Decoder
 from extractor.export import to_onnx
@@ -182,18 +183,6 @@ def test_evaluation_pixels_are_the_extractors(photos: tuple[Items, Items]) -> No
             assert (found == preprocess.normalise(expected)).all()
 
 
-def test_random_boxes_are_inside_and_of_the_asked_area() -> None:
-    rng = np.random.default_rng(0)
-    areas = []
-    for _ in range(2000):
-        left, top, right, bottom = random_box(60, 40, rng)
-        assert 0 <= left < right <= 60
-        assert 0 <= top < bottom <= 40
-        areas.append((right - left) * (bottom - top) / 2400)
-    assert 0.3 < min(areas) < 0.4
-    assert random_box(100, 2, np.random.default_rng(0)) == (49, 0, 51, 2)
-
-
 @pytest.mark.parametrize("follow", [True, False], ids=["statistics-follow", "statistics-kept"])
 def test_frozen_layers_do_not_move(photos: tuple[Items, Items], follow: bool) -> None:
     before = backbones.load(SHUFFLE).network.state_dict()
@@ -327,7 +316,7 @@ def test_the_exported_network_and_the_head_give_the_logits(
 ) -> None:
     import onnxruntime
 
-    tuned = run(photos, backbone, epochs=1, optimizer="adamw", lr=1e-3, label_smoothing=0.1, augment=False)
+    tuned = run(photos, backbone, epochs=1, optimizer="adamw", lr=1e-3, label_smoothing=0.1, augment=NONE)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's
         facts = to_onnx(tuned.loaded, backbone.name, tmp_path / "backbone.onnx")

@@ -1,0 +1,86 @@
+"""Cached views: each image as it is, and some seeded augmentations of it, so that heads see more than one crop of an image."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from store.errors import UsageError
+
+from .augment import Augmentation
+from .preprocess import Preprocess, probe_image
+
+MAX_VIEWS = 64  # decoded images wait in memory, and each has so many
+PROBES = 16  # draws for the probe: a policy makes one or two of its changes in each
+
+
+@dataclass(frozen=True)
+class Views:
+    """How many views, and how they are drawn.
+
+    Attributes:
+        count: of each image; the first one is the image as it is.
+        seed: of all draws.
+        augmentation: what is drawn.
+
+    Raises:
+        UsageError: a number that cannot be meant, or an augmentation that changes nothing.
+    """
+
+    count: int
+    seed: int
+    augmentation: Augmentation
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.count <= MAX_VIEWS:
+            message = f"--views {self.count}: expected 1 to {MAX_VIEWS}"
+            raise UsageError(message)
+        if not self.augmentation:
+            message = f"--views {self.count} without an augmentation is {self.count} times the same; leave one of them out"
+            raise UsageError(message)
+
+    def pixels(self, image: Image.Image, digest: bytes, preprocess: Preprocess) -> NDArray[np.uint8]:
+        """All views of an image: ``(count, crop, crop, 3)`` uint8.
+
+        Each has a generator of its own, of seed, content and number: they do not depend on what else is drawn, or when.
+
+        Args:
+            image: at the size it has before cropping; of the reference pixel path (see `require_reference`).
+            digest: SHA-256 of the bytes that it was decoded from.
+            preprocess: what happens to pixels.
+        """
+        content = int.from_bytes(digest)
+        rngs = (np.random.default_rng([self.seed, content, view]) for view in range(1, self.count))
+        return np.stack([preprocess.pixels(image), *(self.augmentation.pixels(image, rng, preprocess) for rng in rngs)])
+
+    def fingerprint(self, preprocess: Preprocess) -> dict[str, Any]:
+        """What decides them, with a probe: another version of Pillow or torchvision may draw or compute something else."""
+        image = preprocess.scaled(probe_image())
+        probed = Views(PROBES, self.seed, self.augmentation).pixels(image, b"", preprocess)
+        return {**self.facts(), "probe": hashlib.sha256(probed.tobytes()).hexdigest()}
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON."""
+        return {"count": self.count, "seed": self.seed, "augmentation": self.augmentation.facts()}
+
+    @classmethod
+    def from_facts(cls, facts: dict[str, Any]) -> Views:
+        """Inverse of `facts`; the probe is left alone."""
+        return cls(facts["count"], facts["seed"], Augmentation.from_facts(facts["augmentation"]))
+
+
+def require_reference(pixel_path: str | None) -> None:
+    """Refuse the faster pixel paths, which decode and resize no more than their crop needs: the first view has to have the bits
+    of an ordinary cache, and the others need all of the image.
+
+    Raises:
+        UsageError: it is one of these.
+    """
+    if pixel_path not in (None, "pillow"):
+        message = f"--views needs whole images, and --pixel-path {pixel_path} makes only the crop; leave one of them out"
+        raise UsageError(message)
