@@ -34,6 +34,7 @@ from pathlib import Path
 from classifiers.batches import Batches
 from classifiers.checkpoints import Checkpoints
 from classifiers.finetune import FineTuneOptions, finetune
+from extractor.augment import Augmentation
 from extractor.backbones import Backbone
 
 told, made, original = json.loads(sys.argv[1]), [], Batches._batch
@@ -46,6 +47,7 @@ def batch(self, part):
 
 Batches._batch = batch
 items = [[(Path(path), label) for path, label in part] for part in told["items"]]
+told["options"]["augment"] = Augmentation(**told["options"]["augment"])
 options, backbone = FineTuneOptions(**told["options"]), Backbone.from_facts(told["backbone"])
 finetune(*items, 2, backbone, options, checkpoints=Checkpoints(Path(told["folder"])))
 """
