@@ -221,6 +221,8 @@ def test_rank_correlation_says_when_it_says_nothing() -> None:
     assert mixed.so == "may be chance"
     assert agreement("logme", [1, 2, 3, 4], [1, 2, 3, 4]).so == "too few to conclude"
     assert agreement("logme", [1, 2], [1, 2]).kendall_tau is None
+    rounding = [1 + i * np.finfo(float).eps for i in range(6)]
+    assert agreement("h_score", rounding, [1, 2, 3, 4, 5, 6]).kendall_tau is None
     assert agreement("h_score", [1.0] * 6, [1, 2, 3, 4, 5, 6]).so == "the same for all"
 
 
