@@ -1,7 +1,7 @@
 """How often 95 % intervals hold the true value, and 90 % prediction sets the true label, where both are known.
 
-Run by ``make bench``; rewrites its tables in docs/metrics.md. Images are drawn from populations whose true figures are those of
-400,000 draws; class sizes vary from draw to draw, as they do in a random split.
+Run by ``make bench``; rewrites its tables in docs/metrics.md and docs/compare.md. Images are drawn from populations whose true
+figures are those of 400,000 draws; class sizes vary from draw to draw, as they do in a random split.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from numpy.typing import NDArray
 from classifiers.conformal import KINDS, Conformal
 from classifiers.evaluate import score
 from classifiers.figures import weighted_figures
+from classifiers.intervals import RESAMPLES, bootstrap_interval, resampled
+from classifiers.paired import difference_interval
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "metrics.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 BEGIN, END = "<!-- made by `make bench` -->", "<!-- end -->"
 TRUE = 400_000  # draws; half at a time
 FIGURES = {
@@ -113,6 +115,63 @@ def set_coverage(population: Population, draws: int) -> dict[str, tuple[float, f
     return {kind: (right.sum() / n.sum(), float((right / n).min())) for kind, (n, right) in totals.items()}
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Two heads of known accuracy on ``n`` images; on a share of them one luck decides for both."""
+
+    n: int
+    classes: int
+    accuracies: tuple[float, float]
+    shared: float
+
+    def draw(self, rng: np.random.Generator) -> NDArray[np.int8]:
+        """Of each image ``(n,)``: 1 where only the second head is right, -1 where only the first one is, else 0."""
+        luck, other = rng.random((2, self.n))
+        other = np.where(rng.random(self.n) < self.shared, luck, other)
+        return (other < self.accuracies[1]).astype(np.int8) - (luck < self.accuracies[0]).astype(np.int8)
+
+
+PAIRS = (
+    Pair(150, 2, (0.96, 0.96), 0.5),
+    Pair(150, 2, (0.95, 0.97), 0.5),
+    Pair(500, 10, (0.90, 0.90), 0.7),
+    Pair(500, 10, (0.88, 0.92), 0.7),
+    Pair(2000, 10, (0.80, 0.82), 0.5),
+)
+
+
+def difference_coverage(pair: Pair, draws: int) -> tuple[float, float]:
+    """Share of intervals that hold the true difference: those of `penult compare`, and the bootstrap's alone."""
+    rng, truth = np.random.default_rng(0), np.arange(pair.n) % pair.classes
+    true = pair.accuracies[1] - pair.accuracies[0]
+    held = []
+    for seed in range(draws):
+        change = pair.draw(rng)
+        wins, losses = int((change > 0).sum()), int((change < 0).sum())
+        value = (wins - losses) / pair.n
+        drawn = np.concatenate([change.astype(np.float32) @ weights for weights in resampled(truth, RESAMPLES, seed)])
+        values = drawn.astype(np.float64) / pair.n
+        found = difference_interval(value, values, wins, losses, pair.n), bootstrap_interval(value, values) or (value, value)
+        held.append([low - 1e-9 <= true <= high + 1e-9 for low, high in found])  # a difference is a multiple of 1 / n
+    shown, alone = np.mean(held, axis=0).tolist()
+    return shown, alone
+
+
+def pairs_report(draws: int) -> str:
+    lines = [
+        f"{date.today()}, {draws} draws of each.",
+        "",
+        "| images | classes | true accuracies | one luck for both | interval holds the true difference | bootstrap alone |",
+        "|---|---|---|---|---|---|",
+    ]
+    for pair in PAIRS:
+        shown, alone = difference_coverage(pair, draws)
+        first, second = pair.accuracies
+        facts = f"{pair.n} | {pair.classes} | {100 * first:.0f} %, {100 * second:.0f} % | {100 * pair.shared:.0f} %"
+        lines.append(f"| {facts} | {100 * shown:.1f} % | {100 * alone:.1f} % |")
+    return "\n".join(lines)
+
+
 def report(draws: int) -> str:
     names = [str(population) for population in POPULATIONS]
     found = [figure_coverage(population, draws) for population in POPULATIONS]
@@ -141,11 +200,12 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=1000, help="of each population (default 1000: about five minutes)")
     parser.add_argument("--no-page", action="store_true", help="print only")
     options = parser.parse_args()
-    text = report(options.draws)
-    print(text)
-    if not options.no_page:
-        before, _, rest = PAGE.read_text("utf-8").partition(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}", "utf-8")
+    for page, text in ((DOCS / "metrics.md", report), (DOCS / "compare.md", pairs_report)):
+        found = text(options.draws)
+        print(found)
+        if not options.no_page:
+            before, _, rest = page.read_text("utf-8").partition(BEGIN)
+            page.write_text(f"{before}{BEGIN}\n\n{found}\n\n{END}{rest.partition(END)[2]}", "utf-8")
 
 
 if __name__ == "__main__":

@@ -68,10 +68,7 @@ def _tests(found: Comparison) -> str:
     """What the columns of the first table are."""
     others = len(found.lines) - 1
     holm = "" if others == 1 else f", by Holm's method for {others} comparisons"
-    return (
-        f"{found.n} images of {found.split!r}. Difference: from {found.baseline}, paired 95 % interval of {found.resamples} "
-        f"resamples; p: McNemar's exact test{holm}; cost: extraction and training."
-    )
+    return f"{found.n} images of {found.split!r}; difference with its paired 95 % interval; p of McNemar's exact test{holm}"
 
 
 def comparison_text(found: Comparison, *, width: int | None = None) -> str:

@@ -260,7 +260,7 @@ def agreement(score: str, scores: Sequence[float], figures: Sequence[float]) -> 
     """Whether a score orders sources as the figures do: Kendall's tau-b with its p-value, and Spearman's rho."""
     from scipy.stats import kendalltau, spearmanr
 
-    n = len(scores)
+    n, scores = len(scores), [float(f"{value:.9g}") for value in scores]  # rounding makes no order
     if n < 3 or len(set(scores)) == 1 or len(set(figures)) == 1:
         return Agreement(score, n, None, None, None)
     tau = kendalltau(scores, figures)
@@ -280,7 +280,7 @@ def ranking_page(found: Ranking) -> str:
     logme = agreements[0]
     tau = "-" if logme.kendall_tau is None else f"{logme.kendall_tau:.2f}"
     cards.append(("LogME against trained heads", tau, f"Kendall's tau, {logme.n} sources: {logme.so}"))
-    text = "Sources by their rank. What is grey is dominated: another is as good in less time, or better in the same."
+    text = "Sources by their rank. Grey is dominated: another is as good in less time, or better in the same."
     agree = f"Rank correlation of the scores with the {found.figure} of trained heads, {logme.n} sources."
     sections = [
         Section("What it costs", text=text, plot=_cost_svg(found), half=True),

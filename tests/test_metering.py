@@ -5,10 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 import types
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from extractor.backbones import Backbone
 from extractor.metering import Meter, drawn, peak_memory, together
+from extractor.options import Options
+from extractor.pipeline import extract
+from extractor.sources import ImageFolder
 
 
 class Nvml(types.ModuleType):
@@ -98,3 +104,16 @@ def test_several_pieces_of_work_as_one() -> None:
     assert together(first, second, None, {}) == {"peak_memory": 5, "energy": 1.5}
     assert together(first, first) == {"peak_memory": 5, "energy": 3.0}
     assert together(None) == {"peak_memory": None, "energy": None}
+
+
+def test_a_cache_keeps_what_extraction_cost(dataset: Callable[..., Path], backbone: Backbone, tmp_path: Path) -> None:
+    photos = dataset(tmp_path / "photos", {"ants": 4, "bees": 4})
+    cost = []
+    for more in (0, 0, 2):
+        dataset(photos, {"wasps": more}, seed=1)
+        facts = extract(ImageFolder(photos), backbone, tmp_path / "c", Options(quiet=True, val_fraction=0)).samples.facts
+        cost.append(facts["extract_cost"])
+    assert cost[0]["peak_memory"] > 2**20
+    assert cost[0]["energy"] is None
+    assert cost[1] == cost[0], "nothing was computed"
+    assert cost[2]["peak_memory"] >= cost[0]["peak_memory"]
