@@ -77,8 +77,8 @@ def learning_curve(
             for draw in draws:
                 images = np.concatenate([order[:n] for order in draw])
                 rows = (images[:, None] * each + np.arange(each)).ravel()
-                groups = [every.groups[i] for i in rows.tolist()]
-                fitted = clone(head).fit(every.X[rows], every.y[rows], groups=groups, views=each)
+                owners = [every.groups[i] for i in rows.tolist()]
+                fitted = clone(head).fit(every.X[rows], every.y[rows], groups=owners, views=each)
                 accuracies.append(float(np.mean(fitted.predict(held_out.X) == held_out.y)))
         curve.append(_point(n, accuracies, len(held_out)))
     return curve
