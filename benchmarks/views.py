@@ -62,7 +62,8 @@ class Judged:
         mean = averaged(views.predict_proba(seen), K)
         truth = np.searchsorted(once.classes_, test.y)
         self.right = [outputs.argmax(axis=1) == truth for outputs in (one, several, mean)]
-        self.loss = [-np.log(outputs[np.arange(len(truth)), truth]).mean() for outputs in (one, several)]
+        own = [outputs[np.arange(len(truth)), truth] for outputs in (one, several)]
+        self.loss = [float(-np.log(np.maximum(each, np.finfo(np.float32).tiny)).mean()) for each in own]
 
 
 def draws(train: Subset, shots: int) -> Iterator[NDArray[np.intp]]:

@@ -73,12 +73,12 @@ def learning_curve(
     curve = []
     for n in sorted(set(shots)):
         accuracies = []
-        with each_warning_once():
+        with _each_warning_once():
             for draw in draws:
                 images = np.concatenate([order[:n] for order in draw])
                 rows = (images[:, None] * each + np.arange(each)).ravel()
-                whose = [every.groups[i] for i in rows.tolist()]
-                fitted = clone(head).fit(every.X[rows], every.y[rows], groups=whose, views=each)
+                owners = [every.groups[i] for i in rows.tolist()]
+                fitted = clone(head).fit(every.X[rows], every.y[rows], groups=owners, views=each)
                 accuracies.append(float(np.mean(fitted.predict(held_out.X) == held_out.y)))
         curve.append(_point(n, accuracies, len(held_out)))
     return curve
@@ -109,7 +109,7 @@ def _point(shots: int, accuracies: list[float], n: int) -> dict[str, Any]:
 
 
 @contextmanager
-def each_warning_once() -> Iterator[None]:
+def _each_warning_once() -> Iterator[None]:
     """What a head says of one draw it would say of all."""
     said: set[str] = set()
 

@@ -17,12 +17,14 @@ from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
+from extractor.augment import Augmentation
 from extractor.backbones import Backbone
 from extractor.options import Options, Summary
 from extractor.pipeline import preview, run_extract
 from extractor.prepare import library_versions
 from extractor.session import MAX_BATCH, MAX_WORKERS
 from extractor.sources import Source, open_source
+from extractor.views import MAX_VIEWS
 from store.cache import FeatureCache
 from store.errors import BadDataError, GateError, InputMissingError, JobFileError, PenultError, UsageError
 from store.lock import file_lock
@@ -74,6 +76,8 @@ class ExtractSection(_Section):
     val_fraction: float = Field(0.2, ge=0, lt=1)
     test_fraction: float = Field(0.2, ge=0, lt=1)
     seed: int = 0
+    views: int = Field(1, ge=1, le=MAX_VIEWS)
+    augment: Literal["standard", "trivialaugment", "randaugment", "autoaugment", "augmix"] = "standard"
     group_by: str | None = None
     root: str | None = None
     follow_symlinks: bool = False
@@ -105,6 +109,7 @@ class TrainSection(_Section):
     leaks: Literal["warn", "refuse", "allow"] = "warn"
     thumbnails: bool = True
     max_memory: ByteSize | None = None
+    average_views: bool = False
 
 
 class GateSection(_Section):
@@ -241,16 +246,21 @@ def _resolve(job: Job, here: Path, *, quiet: bool) -> _Plan:
         group_by=settings.pop("group_by"),
         follow_symlinks=settings.pop("follow_symlinks"),
     )
-    options = Options(fail_fast=settings.pop("on_error") == "fail", quiet=quiet, **settings)
+    fail_fast, augmentation = settings.pop("on_error") == "fail", Augmentation.named(settings.pop("augment"))
+    options = Options(fail_fast=fail_fast, augmentation=augmentation, quiet=quiet, **settings)
     chosen = job.backbone.model_dump()
     for key in ("name", "weights"):  # a file lies where the job file says, a name is a name
         if chosen[key] and (here / chosen[key]).is_file():
             chosen[key] = str(here / chosen[key])
     wanted = job.train.model_dump()
-    training = {"leaks": wanted.pop("leaks"), "pictures": wanted.pop("thumbnails"), "max_memory": wanted.pop("max_memory")}
+    training = {name: wanted.pop(name) for name in ("leaks", "max_memory", "average_views")}
+    training["pictures"] = wanted.pop("thumbnails")
     try:
         head = make_head(wanted.pop("head"), **wanted)
         options.budget(0)
+        if options.drawn is None and training["average_views"]:
+            message = "average_views without views: ask for extract.views too"
+            raise UsageError(message)
     except UsageError as error:
         message = f"[train] or [extract]: {error}"
         raise JobFileError(message) from error
@@ -282,7 +292,8 @@ def _made_already(plan: _Plan) -> Bundle | None:
 
 
 def _origin(plan: _Plan) -> str:
-    return made_from(FeatureCache(plan.cache), plan.head, pictures=plan.training["pictures"], val=None, test=None, split_seed=0)
+    training = {name: plan.training[name] for name in ("pictures", "average_views")}
+    return made_from(FeatureCache(plan.cache), plan.head, **training, val=None, test=None, split_seed=0)
 
 
 def run_job(path: Path, *, quiet: bool = False, record: dict[str, Any] | None = None) -> JobResult:

@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from classifiers.bundle import Bundle
 from classifiers.jobs import Job, preview_job, read_job, read_runs, run_job, runs_file
+from extractor.augment import STANDARD
 from extractor.options import Options
 from extractor.progress import JsonLog, Metrics, observed
 from store.errors import BudgetExceededError, InputMissingError, JobFileError, LockedError, StorageError
@@ -100,6 +101,23 @@ def test_a_job_that_wants_no_thumbnails_trains_again_without(job: Callable[..., 
     assert run_job(path).trained
     assert "data:image/jpeg" not in page.read_text()
     assert not run_job(path).trained
+
+
+def test_a_job_may_have_views_and_average_over_them(job: Callable[..., Path], tmp_path: Path) -> None:
+    def written(extract: str, train: str) -> Path:
+        path = job()
+        path.write_text(path.read_text().replace("[train]", f"[train]\n{train}") + f"\n[extract]\n{extract}\n")
+        return path
+
+    assert run_job(written("views = 2", "average_views = true")).trained
+    views = Bundle.load(tmp_path / "out.head").views
+    assert views is not None
+    assert (views.count, views.augmentation) == (2, STANDARD)
+    assert not run_job(written("views = 2", "average_views = true")).trained
+    assert run_job(written("views = 2", "")).trained, "another head, on the same features"
+    for extract, train, word in (("", "average_views = true", "extract.views"), ('augment = "augmix"', "", "--views")):
+        with pytest.raises(JobFileError, match=word):
+            run_job(written(extract, train))
 
 
 def test_a_damaged_bundle_is_made_again(job: Callable[..., Path], tmp_path: Path) -> None:
