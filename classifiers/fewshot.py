@@ -73,7 +73,7 @@ def learning_curve(
     curve = []
     for n in sorted(set(shots)):
         accuracies = []
-        with _each_warning_once():
+        with each_warning_once():
             for draw in draws:
                 images = np.concatenate([order[:n] for order in draw])
                 rows = (images[:, None] * each + np.arange(each)).ravel()
@@ -109,7 +109,7 @@ def _point(shots: int, accuracies: list[float], n: int) -> dict[str, Any]:
 
 
 @contextmanager
-def _each_warning_once() -> Iterator[None]:
+def each_warning_once() -> Iterator[None]:
     """What a head says of one draw it would say of all."""
     said: set[str] = set()
 
