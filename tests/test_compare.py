@@ -167,6 +167,13 @@ def test_rows_and_classes_in_another_order_change_nothing() -> None:
     assert compare_entrants([entrant("a", truth, first), shuffled]).to_json() == plain.to_json()
 
 
+def test_the_same_images_with_other_labels_are_refused() -> None:
+    truth = classes_of(30)
+    changed = np.where(np.arange(30) == 4, 0, truth)
+    with pytest.raises(BadDataError, match=r"a and b were evaluated on the same 30 images, but some have another label since"):
+        compare_entrants([entrant("a", truth, says(truth, 0.9, 0)), entrant("b", changed, says(truth, 0.9, 0))])
+
+
 def test_several_comparisons_are_corrected_for() -> None:
     truth = classes_of(300)
     others = [entrant(f"h{i}", truth, says(truth, 0.8 + 0.03 * i, seed=i)) for i in range(4)]
