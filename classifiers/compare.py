@@ -247,6 +247,12 @@ def _need_same_images(entrants: Sequence[Entrant]) -> None:
         theirs = other.predictions
         if theirs.ids == mine.ids:
             continue
+        if sorted(theirs.sha256) == sorted(mine.sha256):
+            message = (
+                f"{first.name} and {other.name} were evaluated on the same {len(mine.sha256)} images, but some have another "
+                f"label since: train both from the cache as it is now"
+            )
+            raise BadDataError(message)
         shared = len(set(theirs.sha256) & set(mine.sha256))
         message = (
             f"{first.name} was evaluated on {len(mine.sha256)} images ({mine.split}) and {other.name} on "

@@ -42,7 +42,12 @@ def _p(value: float) -> str:
 
 
 def _seconds(value: float) -> str:
-    return f"{value:.1f} s" if value < 1e4 else f"{value / 3600:.1f} h"
+    return _short(value, "s") if value < 1e4 else _short(value / 3600, "h")
+
+
+def _short(value: float, unit: str) -> str:
+    """In few characters: ten columns shall stand side by side."""
+    return f"{value:.1f} {unit}" if value < 99.95 else f"{value:.0f} {unit}"
 
 
 def cost_table(lines: Sequence[Compared]) -> tuple[list[str], list[list[str]]]:
@@ -54,14 +59,14 @@ def cost_table(lines: Sequence[Compared]) -> tuple[list[str], list[list[str]]]:
         cost, memory = line.cost, line.cost.get("peak_memory")
         row = [line.name, *(f"{line.figures[name]:.3f}" for name in FIGURES)]
         row += [_seconds(cost["extract_seconds"]) if cost["extract_seconds"] else "-", _seconds(cost["train_seconds"])]
-        row += [str(cost["images"]), "-" if memory is None else f"{memory / 2**30:.1f} GiB"]
+        row += [str(cost["images"]), "-" if memory is None else _short(memory / 1e9, "GB")]
         row += [_joules(cost.get("energy"))] if energy else []
         rows.append(row)
     return columns, rows
 
 
 def _joules(energy: float | None) -> str:
-    return "-" if energy is None else f"{energy / 1000:.1f} kJ"
+    return "-" if energy is None else _short(energy / 1000, "kJ")
 
 
 def _tests(found: Comparison) -> str:
@@ -182,7 +187,7 @@ def _cost_plot(found: Comparison) -> str:
             name = plots.shorten(line.name)
             axes.errorbar([seconds], [line.accuracy], yerr=spread, fmt="o", color=_colour(found, line), capsize=3, label=name)
         axes.set_xscale("log")
-        axes.yaxis.set_major_formatter("{x:.0%}")
+        axes.yaxis.set_major_formatter("{x:.1%}")
         axes.set_xlabel("seconds")
         axes.set_ylabel("accuracy")
         _legend(axes)

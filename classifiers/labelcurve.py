@@ -78,7 +78,7 @@ def label_curve(bundle: Bundle, cache: FeatureCache, *, worthwhile: float, repea
             rows = [_rows(train, draw, share) for draw in (draws if share < 1 else draws[:1])]
             right.append(np.stack([_refit(head, train, each, held_out) for each in rows]))
             images.append(round(np.mean([len(each) for each in rows])))
-            log.info("refitted on %d of %d training images, %d times", images[-1], len(train), len(rows))
+            log.info("refitted on %d of %d training images, %d draw(s)", images[-1], len(train), len(rows))
     drawn = _resampled_accuracies(held_out.y, right, seed)
     points = []
     for share, count, each, values in zip(SHARES, images, right, drawn, strict=True):
