@@ -725,6 +725,7 @@ def train(cache: Path, output: Path, head: str | None, *, as_json: bool, overwri
     help="Validate and keep an average of the weights, with this decay per batch, such as 0.99.",
 )
 @click.option("--mixed-precision", type=click.Choice(["bf16", "fp16"]), help="Compute in it what torch finds safe.")
+@click.option("--batch-statistics", is_flag=True, help="Let batch normalisation follow the new images where not frozen.")
 @click.option("--log-dir", type=FOLDER, help="Folder for metrics.csv, and TensorBoard's events where it is installed.")
 @click.option("--patience", type=click.IntRange(1), help="Epochs without improvement before it stops.")
 @augment_options
@@ -765,6 +766,7 @@ def finetune(data: Path, output: Path, *, as_json: bool, overwrite: bool, **give
         "class_weight",
         "ema",
         "mixed_precision",
+        "batch_statistics",
         "patience",
         "seed",
         "device",

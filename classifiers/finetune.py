@@ -70,7 +70,7 @@ class FineTuneOptions:
 
     epochs: int = 5
     batch_size: int = 16
-    lr: float = 1e-3
+    lr: float = 1e-4
     head_lr_factor: float | None = None
     schedule: str = "cosine"
     warmup: float = 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING, Any
 
+from store.cache import PENULTIMATE
 from store.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ def modules_before(network: Any, example: Any, freeze_until: str, last: str) -> 
 
     Args:
         freeze_until: name of the layer.
-        last: name of the last classification layer, for which ``head`` stands.
+        last: name of the last classification layer, for which ``head`` and ``penultimate`` stand.
 
     Raises:
         UsageError: no such layer, or it does not run.
@@ -33,7 +34,7 @@ def modules_before(network: Any, example: Any, freeze_until: str, last: str) -> 
         network(example)
     for hook in hooks:
         hook.remove()
-    until = last if freeze_until == "head" else freeze_until
+    until = last if freeze_until in ("head", PENULTIMATE) else freeze_until
     if not until or until not in began:
         near = difflib.get_close_matches(until, [name for name in began if name], n=5)
         stages = ", ".join(near or [name for name, _ in network.named_children() if name in began])

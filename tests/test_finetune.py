@@ -196,8 +196,9 @@ def test_frozen_layers_do_not_move(photos: tuple[Items, Items], follow: bool) ->
     assert tuned.trained_parameters == sum(before[name].numel() for name in moved & parameters) + 2 * 1024 + 2
 
 
-def test_head_trains_the_head_alone(photos: tuple[Items, Items]) -> None:
-    tuned = run(photos, epochs=1, freeze_until="head")
+@pytest.mark.parametrize("layer", ["head", "penultimate"])
+def test_head_trains_the_head_alone(photos: tuple[Items, Items], layer: str) -> None:
+    tuned = run(photos, epochs=1, freeze_until=layer)
     assert tuned.loaded.weights_digest == backbones.load(SHUFFLE).weights_digest
     assert tuned.trained_parameters == 2 * 1024 + 2
     assert np.abs(tuned.weight).max() > 0
