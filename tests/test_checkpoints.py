@@ -192,6 +192,16 @@ def test_other_settings_do_not_go_on(
     assert "an unfinished run of 1 epoch(s) is thrown away (lr: 0.01, now 0.02)" in caplog.text
 
 
+def test_what_stopped_early_does_not_go_on(pictures: tuple[Items, Items], tmp_path: Path, made: list[Any]) -> None:
+    kept, early = Checkpoints(tmp_path / "kept"), replace(FAST, epochs=9, patience=1, min_delta=9.0)
+    first = finetune(*pictures, 2, SHUFFLE, early, checkpoints=kept)
+    assert first.history[-1]["epoch"] == 2
+    made.clear()
+    again = finetune(*pictures, 2, SHUFFLE, early, checkpoints=kept)
+    assert made == []
+    assert (again.history, again.best_epoch) == (first.history, first.best_epoch)
+
+
 def test_workers_may_change(pictures: tuple[Items, Items], tmp_path: Path, made: list[Any]) -> None:
     kept, once = Checkpoints(tmp_path / "kept"), replace(FAST, epochs=1)
     finetune(*pictures, 2, SHUFFLE, once, checkpoints=kept)
