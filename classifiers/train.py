@@ -272,7 +272,7 @@ def save_head(
         cost={
             "train_seconds": round(seconds, 3),
             "extract_seconds": cache.samples.facts.get("extract_seconds", 0.0),
-            "images": cache.samples.counts["ok"],
+            "images": cache.samples.counts["ok"] * cache.views,
         },
     )
     digests = [digest for subset in fitted for digest in subset.sha256]
