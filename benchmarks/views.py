@@ -13,7 +13,8 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ PAGE = REPO / "docs" / "views.md"
 BEGIN, END = "<!-- written by benchmarks/views.py -->", "<!-- end -->"
 K = 4
 SHOTS, DRAWS = (2, 5, 10), 20
+SEEDS = (0, 1, 2)  # of views
 RESAMPLES = 10_000
 UPRIGHT = Augmentation(area=(0.8, 1.0), flip=0.0, rotation=10.0, translation=0.05)  # a flipped digit is another one
 COLUMNS = (
@@ -82,27 +84,31 @@ def by_draw(differences: NDArray[np.float64]) -> str:
     )
 
 
-def by_image(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> str:
-    """Difference with its interval over held-out images, which are drawn again in pairs."""
-    gain = other.astype(float) - one
+def by_image(one: NDArray[np.float64], other: NDArray[np.float64]) -> str:
+    """Difference of how often each held-out image is right, with its interval over these, which are drawn again in pairs."""
+    gain = other - one
     drawn = np.random.default_rng(0).integers(0, len(gain), (RESAMPLES, len(gain)))
     bounds = bootstrap_interval(float(gain.mean()), gain[drawn].mean(axis=1))
     return f"{100 * gain.mean():+.1f}" + (f" [{100 * bounds[0]:+.1f}, {100 * bounds[1]:+.1f}]" if bounds else " (none differs)")
 
 
-def rows(name: str, cache: FeatureCache, held: str) -> Iterator[list[str]]:
-    train, test = cache.subset("train"), cache.subset(held)
+def rows(name: str, caches: Sequence[FeatureCache], held: str) -> Iterator[list[str]]:
+    """Few images are drawn many times, with the views of the first cache; all are fitted with the views of each."""
+    train, test = caches[0].subset("train"), caches[0].subset(held)
     for shots in (*SHOTS, None):
         begin = time.perf_counter()
-        chosen = [np.arange(len(train))] if shots is None else list(draws(train, shots))
-        found = [Judged(cache, train, test, each) for each in chosen]
+        if shots is None:
+            found = [Judged(cache, train, test, np.arange(len(train))) for cache in caches]
+        else:
+            found = [Judged(caches[0], train, test, each) for each in draws(train, shots)]
         one, several, mean = (np.array([each.right[i].mean() for each in found]) for i in range(3))
         losses = [f"{np.mean([each.loss[i] for each in found]):.3f}" for i in range(2)]
         if shots is None:
-            gains = [by_image(found[0].right[0], found[0].right[i]) for i in (1, 2)]
+            right = [np.mean([each.right[i] for each in found], axis=0) for i in range(3)]
+            gains = [by_image(right[0], right[i]) for i in (1, 2)]
         else:
             gains = [by_draw(several - one), by_draw(mean - one)]
-        what = f"all {len(train)}" if shots is None else f"{shots} a class, {DRAWS} draws"
+        what = f"all {len(train)}, {len(caches)} seeds" if shots is None else f"{shots} a class, {DRAWS} draws"
         yield [name, what, f"{100 * one.mean():.1f} %", f"{100 * several.mean():.1f} %", gains[0], *losses, gains[1]]
         print(f"{name}, {what}: {time.perf_counter() - begin:.0f} s", file=sys.stderr)
 
@@ -121,7 +127,11 @@ def main() -> None:
         ):
             backbone = Backbone("mobilenet_v2", given.weights, "IMAGENET1K_V1", resize=side, crop=side)
             options = Options(views=K, augmentation=augmentation, device="cpu", quiet=True)
-            table += list(rows(name, extract(ImageFolder(data), backbone, Path(folder) / f"{held}.cache", options), held))
+            caches = [
+                extract(ImageFolder(data), backbone, Path(folder) / f"{held}-{seed}.cache", replace(options, seed=seed))
+                for seed in SEEDS
+            ]
+            table += list(rows(name, caches, held))
     lines = [COLUMNS, ["---"] * len(COLUMNS), *table]
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     before, _, rest = PAGE.read_text().partition(BEGIN)

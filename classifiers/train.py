@@ -110,6 +110,7 @@ def train_head(
     guard(found, leaks)
     seen, judged = train, choose
     if cache.views > 1:  # of what is fitted; all else is about the images as they are
+        log.info("all %d views of each training image are fitted; choices are judged on the first", cache.views)
         seen = cache.of_rows(roles.fit, "train", stored=stored, views=True)
         judged = cache.of_rows(roles.choose, "val", stored=stored, views=True) if roles.choose else None
     curve = learning_curve(head, train, held_out, few_shot, repeats, seed=split_seed, views=seen) if few_shot else None
@@ -279,7 +280,7 @@ def save_head(
         cost={
             "train_seconds": round(spent.seconds, 3) if spent else 0.0,
             "extract_seconds": cache.samples.facts.get("extract_seconds", 0.0),
-            "images": cache.samples.counts["ok"],
+            "images": cache.samples.counts["ok"] * cache.views,
             **together(cache.samples.facts.get("extract_cost"), spent.facts() if spent else None),
         },
     )

@@ -46,6 +46,7 @@ class Drift:
         common: images whose content is in both.
         only_a, only_b: contents in one of them only.
         dtype_a, dtype_b: how the features are stored.
+        views_a, views_b: of each image; the first are compared, which are the images as they are.
         fingerprint: fields that differ, with (A, B).
         max_l2, mean_l2, min_cosine: over the common images.
         bound: largest relative L2 that CONTRACTS 8 allows for two caches like these.
@@ -69,6 +70,8 @@ class Drift:
     relabelled: int
     flips: int | None = None
     causes: list[str] = field(default_factory=list)
+    views_a: int = 1
+    views_b: int = 1
 
     @property
     def passed(self) -> bool:
@@ -90,6 +93,8 @@ class Drift:
             ("cosine, smallest", f"{self.min_cosine:.6f}"),
             ("other labels", str(self.relabelled)),
         ]
+        if max(self.views_a, self.views_b) > 1:
+            found.append(("views of each image", f"{self.views_a}, {self.views_b}; the first are compared"))
         if self.flips is not None:
             found.append(("decisions that flip", str(self.flips)))
         found += [(f"fingerprint: {name}", f"{short(a)} against {short(b)}") for name, (a, b) in self.fingerprint.items()]
@@ -144,6 +149,8 @@ def compare_caches(a: FeatureCache, b: FeatureCache, *, predict: Predict | None 
             *_permutation_causes(X, Y, l2, max(allowed, SAME)),
             *([f"stored as {b.dtype} instead of {a.dtype}"] if a.dtype != b.dtype else []),
         ],
+        views_a=a.views,
+        views_b=b.views,
     )
 
 
