@@ -100,7 +100,7 @@ def _samples(bundle: Bundle, cache: FeatureCache) -> tuple[Subset, Subset]:
     """What the bundle was fitted or chosen on, and what it was held out."""
     if bundle.backbone.layer in cache.layers:
         cache = cache.with_layer(bundle.backbone.layer)
-    differences = bundle.fingerprint.differences(cache.fingerprint, ignore=ACCEPTED)
+    differences = bundle.fingerprint.single.differences(cache.fingerprint.single, ignore=ACCEPTED)  # it fits images as they are
     if differences:
         found = ", ".join(differences)
         message = f"{cache.path} holds other features than {bundle.name} takes ({found}); name the cache it was trained from"

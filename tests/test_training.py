@@ -14,12 +14,13 @@ import pytest
 from classifiers import training
 from classifiers.finetune import FineTuned, FineTuneOptions, finetune
 from extractor import backbones
+from extractor.augment import NONE
 from extractor.backbones import Backbone
 from extractor.layers import torch_penultimate
 
 SQUEEZE = Backbone("squeezenet1_1", "random:0", resize=40, crop=32)
 SHUFFLE = Backbone("shufflenet_v2_x0_5", "random:0", resize=40, crop=32)
-FAST = FineTuneOptions(epochs=2, batch_size=8, lr=0.01, head_lr_factor=2.0, augment=False, device="cpu", quiet=True)
+FAST = FineTuneOptions(epochs=2, batch_size=8, lr=0.01, head_lr_factor=2.0, augment=NONE, device="cpu", quiet=True)
 Items = list[tuple[Path, int]]
 
 
