@@ -21,6 +21,7 @@ bench: install  ## minutes; writes the tables in docs/benchmarks.md, docs/metric
 	$(BIN)/python benchmarks/ridge.py
 	$(BIN)/python benchmarks/coverage.py
 	$(BIN)/python benchmarks/heads.py
+	$(BIN)/python benchmarks/finetuning.py
 
 backbones: install  ## about an hour; exports every torchvision network and rewrites the table of docs/backbones.md
 	$(BIN)/python benchmarks/backbones.py
