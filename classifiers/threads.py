@@ -27,7 +27,9 @@ def side_by_side(function: Callable[[T], R], blocks: Sequence[T]) -> Iterator[R]
     Where there are many blocks, each of BLAS's threads takes one and works on it alone: what is no product of matrices is then
     done by all of them, too.
     """
-    threads = max((pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"), default=1)
+    threads = 1
+    if len(blocks) >= SHARE * 2:  # to ask takes a millisecond
+        threads = max((pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"), default=1)
     if threads == 1 or len(blocks) < SHARE * threads:
         yield from map(function, blocks)
         return
