@@ -24,12 +24,10 @@ from store.cache import FeatureCache
 # exporter is compared with what people do.
 LAST = {
     "resnet18": "fc",
-    "alexnet": "classifier.6",
     "googlenet": "fc",
     "inception_v3": "fc",
     "mobilenet_v3_large": "classifier.3",
     "squeezenet1_1": "classifier",
-    "efficientnet_b0": "classifier.1",
     "swin_t": "head",
     "vit_b_32": "heads.head",
 }
