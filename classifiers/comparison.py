@@ -180,13 +180,14 @@ def _mark(axes: Any, place: float, figure: dict[str, Any], colour: str, label: s
 
 def _cost_plot(found: Comparison) -> str:
     def draw(axes: Any) -> None:
+        seconds: list[float] = []
         for line in found.lines:
             low, high = line.accuracy_interval
             spread = [[line.accuracy - low], [high - line.accuracy]]
-            seconds = max(line.seconds, 1e-3)
-            name = plots.shorten(line.name)
-            axes.errorbar([seconds], [line.accuracy], yerr=spread, fmt="o", color=_colour(found, line), capsize=3, label=name)
-        axes.set_xscale("log")
+            seconds.append(max(line.seconds, 1e-3))
+            name, colour = plots.shorten(line.name), _colour(found, line)
+            axes.errorbar(seconds[-1:], [line.accuracy], yerr=spread, fmt="o", color=colour, capsize=3, label=name)
+        plots.plain_log(axes, seconds)
         axes.yaxis.set_major_formatter("{x:.1%}")
         axes.set_xlabel("seconds")
         axes.set_ylabel("accuracy")

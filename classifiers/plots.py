@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -34,6 +35,19 @@ SEARCHES = (  # what a history is a search of: the setting, what to call it, wha
 MANY_CLASSES = 40  # more do not fit a matrix that can be read; the most confused ones are shown
 MANY_BARS = 24
 NUMBERED = 25  # a matrix of more classes has no room for counts
+
+
+def plain_log(axes: Any, values: Sequence[float]) -> None:
+    """A logarithmic horizontal axis for these values, with as many plain numbers below it as there is room for."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    least, most = min(values) / 1.25, max(values) * 1.25
+    decades = math.log10(most / least)
+    axes.set_xscale("log")
+    axes.set_xlim(least, most)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5) if decades < 3 else (1,)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter("{x:g}")
 
 
 def history_svg(bundle: Bundle) -> str:

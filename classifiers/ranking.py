@@ -14,7 +14,7 @@ from store.errors import PenultError
 from store.samples import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 from .intervals import Interval
-from .plots import BLUE, GREY, INK, WIDTH, svg
+from .plots import BLUE, GREY, INK, WIDTH, plain_log, svg
 from .report import Card, Section, page
 
 FIGURES = {SINGLE_LABEL: "accuracy", MULTI_LABEL: "mean average precision", REGRESSION: "R2"}  # what sources are ranked by
@@ -305,7 +305,6 @@ def _score_section(found: Ranking, name: str) -> Section:
 
 def _cost_svg(found: Ranking) -> str:
     """Figure, with its interval, by extraction time; sources of one pass stand side by side."""
-    from matplotlib.ticker import LogLocator, NullLocator
 
     seen: dict[float, int] = {}
     places = []
@@ -316,14 +315,10 @@ def _cost_svg(found: Ranking) -> str:
     best = np.array(found.front())
 
     def draw(axes: Any) -> None:
-        axes.set_xscale("log")
         values = _figures(axes, found, places, best)
         order = [i for i in np.argsort(places) if best[i]]
         axes.step([places[i] for i in order], [values[i] for i in order], where="post", color=BLUE, lw=1, ls=":")
-        axes.set_xlim(min(places) / 1.25, max(places) * 1.25)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter("{x:g}")
+        plain_log(axes, places)
         axes.set_xlabel("extraction, seconds")
 
     return svg(draw, (WIDTH, 3.6))
