@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 import re
 import shlex
@@ -65,6 +67,17 @@ def test_only_the_command_line_prints_and_exits(path: Path) -> None:
             called = ast.unparse(node.func)
             if called in ("print", "sys.exit", "exit", "quit"):
                 assert (path.name, called) in allowed, f"line {node.lineno}: {called}"
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_benchmarks_import_what_is_there(path: Path) -> None:
+    """Nobody runs them for weeks: a name that has moved would show only then."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in FLOORS:
+            module = importlib.import_module(str(node.module))
+            for name in (alias.name for alias in node.names):
+                inside = hasattr(module, "__path__") and importlib.util.find_spec(f"{node.module}.{name}")
+                assert inside or hasattr(module, name), f"line {node.lineno}: {node.module} has no {name}"
 
 
 def test_our_top_level_names_are_ours_alone() -> None:
