@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -31,6 +30,7 @@ if str(REPO) not in sys.path:
     sys.path.insert(0, str(REPO))
 
 from extractor.backbones import Backbone  # noqa: E402
+from extractor.metering import MAXRSS_UNIT  # noqa: E402
 from extractor.options import Options  # noqa: E402
 from extractor.pipeline import extract  # noqa: E402
 from extractor.sources import ImageFolder  # noqa: E402
@@ -133,7 +133,7 @@ class Trained:
             f"on disk, `--max-memory {limit}`" if "stay on disk" in said else "in memory",
             time.perf_counter() - begin,
             facts["cost"]["train_seconds"],
-            peak_of(usage),
+            usage.ru_maxrss * MAXRSS_UNIT,
             {point["C"]: point["log_loss"] for point in facts["history"]},
             facts["hyperparameters"]["C"],
             facts["metrics"]["log_loss"],
@@ -145,11 +145,6 @@ class Trained:
     def line(self) -> str:
         times = f"{self.fit:,.0f} | {self.seconds:,.0f}"
         return f"| {self.rows:,} | {self.where} | {times} | {self.peak / 1e9:.2f} | {self.C:.3g} | {self.loss:.6f} |"
-
-
-def peak_of(usage: resource.struct_rusage) -> int:
-    """Bytes; Linux counts kB."""
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 TEXT = """# More features than memory

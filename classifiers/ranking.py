@@ -14,6 +14,7 @@ from store.errors import PenultError
 from store.samples import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 from .intervals import Interval
+from .paired import mcnemar
 from .plots import BLUE, GREY, INK, WIDTH, plain_log, svg
 from .report import Card, Section, page
 
@@ -199,17 +200,13 @@ class Ranking:
 
     def against_best(self) -> list[float | None]:
         """The p-value of the exact test of McNemar (1947) of each line against the first; None where it cannot be made."""
-        from scipy.stats import binomtest
-
-        found: list[float | None] = []
         best = self.lines[0].right
-        for line in self.lines:
-            if best is None or line.right is None:
+        found: list[float | None] = []
+        for right in (line.right for line in self.lines):
+            if best is None or right is None:
                 found.append(None)
-                continue
-            only_best, only_this = int((best & ~line.right).sum()), int((line.right & ~best).sum())
-            differing = only_best + only_this
-            found.append(float(binomtest(only_best, differing).pvalue) if differing else 1.0)
+            else:
+                found.append(mcnemar(int((right & ~best).sum()), int((best & ~right).sum())))
         return found
 
     def notes(self) -> list[str]:

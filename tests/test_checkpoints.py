@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -51,16 +51,7 @@ told["options"]["augment"] = Augmentation(**told["options"]["augment"])
 options, backbone = FineTuneOptions(**told["options"]), Backbone.from_facts(told["backbone"])
 finetune(*items, 2, backbone, options, checkpoints=Checkpoints(Path(told["folder"])))
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="module")

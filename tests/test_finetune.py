@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,17 +45,7 @@ RESNET = Backbone("resnet18", "random:0", resize=40, crop=32)  # few nodes, so i
 COLOURS = ((200, 60, 60), (60, 60, 200))
 FAST = FineTuneOptions(epochs=2, lr=0.01, head_lr_factor=2.0, device="cpu", quiet=True)
 Items = list[tuple[Path, int]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads of these tiny networks wait for each other where other processes use the cores: 20 times slower."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="session")

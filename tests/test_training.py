@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,7 @@ SQUEEZE = Backbone("squeezenet1_1", "random:0", resize=40, crop=32)
 SHUFFLE = Backbone("shufflenet_v2_x0_5", "random:0", resize=40, crop=32)
 FAST = FineTuneOptions(epochs=2, batch_size=8, lr=0.01, head_lr_factor=2.0, augment=NONE, device="cpu", quiet=True)
 Items = list[tuple[Path, int]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="module")
