@@ -9,7 +9,6 @@ import csv
 import errno
 import gc
 import io
-import json
 import logging
 import os
 import re
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from store import json_text
 from store.errors import PenultError
 
 if TYPE_CHECKING:
@@ -116,6 +116,11 @@ run_options = options(
     ),
     click.option("-b", "--batch-size", default="auto", show_default=True, metavar="N|auto", help="Images per batch."),
     click.option("-j", "--workers", default="auto", show_default=True, metavar="N|auto", help="Decoding threads."),
+)
+accept_pixels_option = click.option(
+    "--accept-pixels",
+    is_flag=True,
+    help="Go on where this machine decodes images otherwise than the training did, and say how much that changes.",
 )
 split_options = options(
     click.option("--val-fraction", type=click.FloatRange(0, 1, max_open=True), help="Share for validation."),
@@ -807,6 +812,7 @@ def finetune(data: Path, output: Path, *, as_json: bool, overwrite: bool, **give
 @click.option("--min-accuracy", type=click.FloatRange(0, 1), help="Gate: exit 65 below it.")
 @click.option("--plot", type=FOLDER, help="Write the confusion matrix as .png, .svg or .pdf.")
 @click.option("--root", type=FOLDER, help="Where the images are, if they moved.")
+@accept_pixels_option
 @run_options
 @overwrite_option
 @json_option
@@ -847,6 +853,7 @@ def evaluate(bundle: Path, data: Path, *, as_json: bool, overwrite: bool, **give
     "--format", "form", type=click.Choice(["table", "csv", "jsonl"]), default="table", show_default=True, help="Output."
 )
 @click.option("--selftest", "testing", is_flag=True, help="First check its weights, and what it gives for golden pictures.")
+@accept_pixels_option
 @run_options
 def predict(bundle: Path, images: Sequence[Path], form: str, *, testing: bool, **given: Any) -> int:
     """Predict label and probability of images, or of everything in a folder; a novelty above 1 is unlike the training images.
@@ -882,10 +889,18 @@ def predict(bundle: Path, images: Sequence[Path], form: str, *, testing: bool, *
                 columns = ["" if p.novelty is None else f"{p.novelty:.4f}", *columns]
             writer.writerow([p.name, p.label or "", best, p.code or "", p.message, *columns])
         elif form == "jsonl":
-            facts = {"path": p.name, "label": p.label, "probability": p.probability, "code": p.code, "message": p.message}
+            facts: dict[str, Any] = {
+                "path": p.name,
+                "label": p.label,
+                "probability": p.probability,
+                "code": p.code,
+                "message": p.message,
+            }
             if predictor.novelty:
                 facts["novelty"] = None if p.novelty is None else round(p.novelty, 4)
-            click.echo(json.dumps({**facts, **predictor.task.facts(p.probabilities)}))
+            if predictor.pixel_drift:
+                facts["pixel_drift"] = predictor.pixel_drift.to_json()
+            click.echo(json_text.dumps({**facts, **predictor.task.facts(p.probabilities)}))
         else:
             unlike = " (unlike the training images)" if p.novelty and p.novelty > 1 else ""
             novelty = "" if p.novelty is None else f"\tnovelty {p.novelty:.2f}{unlike}"
@@ -920,6 +935,7 @@ def fuse(bundle: Path, output: Path, *, overwrite: bool) -> None:
 @click.option("--split", help="Which part; by default the one that was held out in training.")
 @click.option("--root", type=FOLDER, help="Where the images are, if they moved.")
 @pictures_option
+@accept_pixels_option
 @run_options
 @overwrite_option
 def report(bundle: Path, data: Path | None, output: Path, *, overwrite: bool, **given: Any) -> None:
@@ -1111,13 +1127,20 @@ def decisions(bundle: Path | None) -> Any:
     """The class that a bundle's head decides for, as a function of features; None without a bundle."""
     if bundle is None:
         return None
-    from classifiers.bundle import Bundle, head_function
+    from classifiers.bundle import Bundle
+    from classifiers.figures import require_finite
     from classifiers.tasks import need_single_label
 
     loaded = Bundle.load(bundle)
     need_single_label(loaded.task, "counting changed decisions")
-    head = head_function(loaded.path / "head.onnx")
-    return lambda features: head(features).argmax(axis=1)
+    head = loaded.head_function()
+
+    def decided(features: Any) -> Any:
+        outputs = head(features)
+        require_finite(outputs, str(bundle))
+        return outputs.argmax(axis=1)
+
+    return decided
 
 
 def print_drift(drift: Any, *, as_json: bool) -> None:
@@ -1165,7 +1188,8 @@ def augmentation_from(given: dict[str, Any]) -> Augmentation:
 
 
 def runtime(given: dict[str, Any]) -> dict[str, Any]:
-    return {"device": given["device"], **sizes(given)}
+    accepted = {"accept_pixels": given["accept_pixels"]} if "accept_pixels" in given else {}
+    return {"device": given["device"], **sizes(given), **accepted}
 
 
 def calibration_text(found: dict[str, Any]) -> str:
@@ -1222,7 +1246,7 @@ def print_preview(would: dict[str, Any], *, as_json: bool) -> None:
 
 
 def print_json(facts: Any) -> None:
-    click.echo(json.dumps(facts, indent=2))
+    click.echo(json_text.dumps(facts, indent=2))
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> None:

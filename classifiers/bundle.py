@@ -26,12 +26,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from extractor.onnxfile import BackboneFacts, copy
+from extractor.onnxfile import BackboneFacts, copy, read_facts, require_features
 from extractor.views import Views
-from store import hdf5
+from store import hdf5, json_text
+from store.cache import FeatureCache
 from store.errors import BadDataError, InputMissingError, OutputExistsError, PenultError
 from store.fingerprint import VIEWS, Fingerprint
 
+from .figures import require_finite
 from .novelty import Novelty
 
 if TYPE_CHECKING:
@@ -172,10 +174,18 @@ class Bundle:
             if not (path / name).is_file():
                 message = f"{path} lacks {name}"
                 raise InputMissingError(message)
-            if _digest(path / name) != bundle.files.get(name):
-                message = f"{path}/{name} is not the file that was saved (its SHA-256 differs)"
-                raise BadDataError(message)
+            bundle.require_saved(name, _digest(path / name))
         return bundle
+
+    def require_saved(self, name: str, sha256: str) -> None:
+        """Refuse a file that is not the one that was saved with this head.
+
+        Raises:
+            BadDataError: it was changed, or replaced since the bundle was loaded.
+        """
+        if sha256 != self.files.get(name):
+            message = f"{self.path}/{name} is not the file that was saved (its SHA-256 differs)"
+            raise BadDataError(message)
 
     def predictions(self) -> Predictions:
         """The held-out predictions.
@@ -187,6 +197,7 @@ class Bundle:
             message = f"{self.path} was trained without held-out images, so it has no predictions to compare"
             raise BadDataError(message)
         with hdf5.open_checked(self.path / "predictions.h5", PREDICTIONS) as (datasets, attrs):
+            require_finite(datasets["probabilities"][()], f"{self.path}/predictions.h5")
             raw = datasets["sha256"][()].tobytes()
             if "truth" in datasets:
                 labels: NDArray[Any] = datasets["truth"][()]
@@ -203,7 +214,20 @@ class Bundle:
 
     def novelty(self) -> Novelty | None:
         """What tells images that are unlike the training images; None where there were too few of these."""
-        return Novelty.load(self.path / NOVELTY) if NOVELTY in self.files else None
+        if NOVELTY not in self.files:
+            return None
+        self.require_saved(NOVELTY, _digest(self.path / NOVELTY))
+        return Novelty.load(self.path / NOVELTY)
+
+    def head_function(self) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+        """``head.onnx`` as a function from features ``(n, d)`` to probabilities ``(n, k)``, on the CPU.
+
+        Raises:
+            BadDataError: the file is another one than was saved, or asks for what a head does not need.
+        """
+        data = (self.path / "head.onnx").read_bytes()
+        self.require_saved("head.onnx", hashlib.sha256(data).hexdigest())
+        return head_function(data, self.path / "head.onnx")
 
     def fitted(self) -> set[bytes]:
         """Content digests of every image that any choice or fit looked at."""
@@ -215,7 +239,7 @@ class Bundle:
 def save_bundle(
     bundle: Bundle,
     *,
-    backbone: Path,
+    backbone: Path | FeatureCache,
     head: bytes,
     predictions: Predictions | None,
     fitted: Sequence[bytes],
@@ -227,7 +251,8 @@ def save_bundle(
 
     Args:
         bundle: the facts; ``files`` and ``versions`` are filled in here.
-        backbone: the ONNX file.
+        backbone: the ONNX file, or the cache that has it. The copy must be a network that gives the features of the bundle's
+            fingerprint, and of a cache the very file that made them.
         head: ONNX bytes.
         predictions: on held-out images; None where there were none.
         fitted: content digests of everything that was fitted or chosen on.
@@ -237,6 +262,8 @@ def save_bundle(
 
     Raises:
         OutputExistsError: the path is taken (by something that is no bundle: also with ``overwrite``).
+        BadDataError: the backbone is not the one that made the features.
+        LockedError: another run has replaced the cache.
         OutputError: the place cannot be written to.
         StorageError: disk full, I/O error.
     """
@@ -249,7 +276,12 @@ def save_bundle(
     temporary = bundle.path.with_name(f".{bundle.path.name}.{secrets.token_hex(6)}.tmp")
     try:
         temporary.mkdir(parents=True)
-        copy(backbone, temporary / "backbone.onnx")
+        network = temporary / "backbone.onnx"
+        if isinstance(backbone, FeatureCache):
+            backbone.copy_backbone(network)
+        else:
+            copy(backbone, network)
+        require_features(read_facts(network), bundle.fingerprint, mine="its backbone", theirs=bundle.name)
         hdf5.commit(temporary / "head.onnx", head)
         if novelty is not None:
             hdf5.commit(temporary / NOVELTY, novelty)
@@ -257,7 +289,7 @@ def save_bundle(
         complete = replace(bundle, files=files, versions=library_versions())
         hdf5.commit(temporary / "predictions.h5", _predictions_file(predictions, fitted))
         hdf5.commit(temporary / "report.html", bundle_report(complete, predictions, shown).encode())
-        facts = json.dumps(complete.to_json(), indent=2, ensure_ascii=False) + "\n"
+        facts = json_text.dumps(complete.to_json(), indent=2, ensure_ascii=False) + "\n"
         hdf5.commit(temporary / "head.json", facts.encode())
         install(temporary, bundle.path)
     except OSError as error:
@@ -335,8 +367,12 @@ def averaged(outputs: NDArray[np.float32], views: int) -> NDArray[np.float32]:
     return outputs if views == 1 else outputs.reshape(-1, views, outputs.shape[1]).mean(axis=1)
 
 
-def head_function(path: Path) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
-    """``head.onnx`` as a function from features to probabilities, on the CPU, after a look at what the file asks for.
+def head_function(data: bytes, path: Path) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+    """The ONNX file of a head as a function from features to probabilities, on the CPU, after a look at what it asks for.
+
+    Args:
+        data: the file's content.
+        path: of it, for messages.
 
     Raises:
         BadDataError: it is not ONNX, wants operators outside the standard ones, or data from other files.
@@ -344,7 +380,6 @@ def head_function(path: Path) -> Callable[[NDArray[np.float32]], NDArray[np.floa
     import onnx
     import onnxruntime
 
-    data = path.read_bytes()
     try:
         model = onnx.load_model_from_string(data)
     except Exception as error:  # protobuf's DecodeError is not public

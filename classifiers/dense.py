@@ -57,6 +57,9 @@ class FittedHead(ABC):
         from onnx import TensorProto, checker, helper, numpy_helper
 
         width, nodes, arrays, name = self.graph()
+        if broken := [key for key, array in arrays.items() if array.dtype.kind == "f" and not np.isfinite(array).all()]:
+            message = f"the fitted head holds NaN or infinity ({', '.join(broken)}): training diverged, or features are huge"
+            raise BadDataError(message)
         along: dict[str, Any] = {"axis": 1} if self.activation == "Softmax" else {}
         output = "values" if self.activation == "Identity" else "probabilities"
         arrays = {**arrays, "temperature": np.array(self.temperature, np.float32)}

@@ -15,7 +15,7 @@ from store.errors import BadDataError
 from store.samples import SINGLE_LABEL
 
 from .conformal import Conformal
-from .figures import chance_calibration_errors, ranks, untempered, weighted_figures
+from .figures import chance_calibration_errors, ranks, require_finite, untempered, weighted_figures
 from .intervals import Interval, bootstrap_interval, distance_interval, resampled, resamples_for, wilson
 
 WIDE = 0.10  # an accuracy interval wider than ten points does not tell good from mediocre
@@ -45,6 +45,7 @@ class Evaluation:
         temperature: of the head; figures called ``..._before`` are without it. None where it has none.
         sets: what the head's prediction sets are worth here, see `Conformal.measured`; None where it has none.
         novelty: how many images are unlike the training images, see `novel_share`; None where the bundle cannot tell.
+        pixel_drift: as JSON, where pixels that differ from those of the training were accepted, see `PixelDrift`.
     """
 
     split: str
@@ -64,6 +65,7 @@ class Evaluation:
     temperature: float | None = None
     sets: dict[str, Any] | None = None
     novelty: dict[str, Any] | None = None
+    pixel_drift: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As it reads back from a file: lists, no tuples."""
@@ -109,11 +111,12 @@ def score(
         conformal: what says which labels are in a prediction set.
 
     Raises:
-        BadDataError: there are no images, or they have a class that the head does not know; names it.
+        BadDataError: there are no images, one has a class that the head does not know, or a probability is no number.
     """
     if not len(labels):
         message = "no images to evaluate on"
         raise BadDataError(message)
+    require_finite(probabilities)
     index = {label: i for i, label in enumerate(classes)}
     unknown = Counter(label for label in labels.tolist() if label not in index)
     if unknown:

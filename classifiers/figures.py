@@ -11,11 +11,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from store.errors import BadDataError
+
 Probabilities = NDArray[np.floating[Any]]
 Values = NDArray[np.float64]
 Weights = NDArray[np.float32]
 
 BINS = 15  # of confidence, for the calibration error: the number of Guo et al. 2017
+
+
+def require_finite(outputs: Probabilities, what: str = "the head") -> None:
+    """Refuse outputs ``(n, k)`` that are no numbers: the largest of a row with a NaN is the NaN, so it would count as a class.
+
+    Args:
+        outputs: of n images.
+        what: gave them, for the message.
+
+    Raises:
+        BadDataError: how many rows hold NaN or infinity.
+    """
+    bad = np.asarray(~np.isfinite(outputs).all(axis=1))
+    if bad.any():
+        message = (
+            f"{what} gives NaN or infinity for {int(bad.sum())} of {len(bad)} images, the first of which is number "
+            f"{int(bad.argmax()) + 1}; no figure of these would mean anything"
+        )
+        raise BadDataError(message)
 
 
 def weighted_figures(

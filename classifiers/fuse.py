@@ -7,7 +7,9 @@ Reading, resizing and cropping stay outside: photos of many sizes make no batch,
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +20,20 @@ from extractor import onnxfile
 from extractor.foreign import load_data, require_domains
 from extractor.graph import cut
 from extractor.onnxfile import PREFIX
+from extractor.parity import cpu_session
 from extractor.prologue import pixel_nodes
 from store.errors import BadDataError, OutputExistsError
 from store.samples import REGRESSION, SINGLE_LABEL
 from store.shard import MAX_ROUNDING
 
 from .bundle import Bundle
-from .fused import GOLDEN, INPUT, LABEL, RECIPE, TOLERANCE, Fused, Golden, golden_pictures, is_fused
+from .fused import GOLDEN, INPUT, LABEL, NO_LABEL, RECIPE, TOLERANCE, Fused, Golden, golden_pictures, is_fused
 from .predict import Predictor
 from .tasks import task_of_bundle
 
 log = logging.getLogger("penult.classifiers")
 
+NO_NUMBERS = (np.nan, np.inf, -np.inf)
 PARITY = 1e-5  # on probabilities, CONTRACTS: "fused ONNX vs head on cached features, same pixels"
 
 
@@ -61,9 +65,14 @@ def fuse(bundle: Bundle, out: Path, *, overwrite: bool = False) -> Fused:
             out,
         )
     pictures = golden_pictures(bundle.backbone.preprocess.crop)
-    expected = Predictor.of(bundle, device="cpu").probabilities(pictures).astype(np.float64)
-    spread = task_of_bundle(bundle).spread(expected)
-    model = _graph(bundle)
+    apart = Predictor.of(bundle, device="cpu")
+    expected = apart.probabilities(pictures).astype(np.float64)
+    if not np.isfinite(expected).any():
+        message = f"{bundle.path} gives NaN or infinity for each of {GOLDEN} pictures; there is nothing to fuse"
+        raise BadDataError(message)
+    spread = task_of_bundle(bundle).spread(np.nan_to_num(expected))
+    model, features = _graph(bundle)
+    image = apart.embedder.metadata.get(onnxfile.PROBE_IMAGE)
     fused = Fused(
         classes=bundle.classes,
         task=bundle.task,
@@ -71,9 +80,11 @@ def fuse(bundle: Bundle, out: Path, *, overwrite: bool = False) -> Fused:
         head=bundle.head,
         preprocessing=bundle.backbone.preprocess.facts(),
         fingerprint=dict(bundle.fingerprint.single.fields),
-        golden=Golden(RECIPE, _digest(pictures), (spread * np.round(expected / spread, 7)).tolist()),
+        golden=Golden(RECIPE, _digest(pictures), _numbers(spread * np.round(expected / spread, 7))),
         weights_sha256=onnxfile.weights_digest(model, bundle.path),
         conformal=bundle.conformal if bundle.task == REGRESSION else None,
+        features=features,
+        probe_image=json.loads(image) if image else None,
     )
     for name, value in fused.metadata().items():
         entry = model.metadata_props.add()
@@ -89,6 +100,7 @@ def fuse(bundle: Bundle, out: Path, *, overwrite: bool = False) -> Fused:
                 f"Nothing was written; predict with the bundle"
             )
             raise BadDataError(message)
+        _require_no_label(new, fused)
     log.debug("fused and apart, probabilities differ by %.1e at most", moved)
     return fused
 
@@ -111,7 +123,9 @@ def selftest(path: Path, **options: Any) -> str:
     """
     if not is_fused(path):
         bundle = Bundle.load(path)
-        found = Predictor.of(bundle, **options).probabilities(golden_pictures(bundle.backbone.preprocess.crop))
+        predictor = Predictor.of(bundle, **options)
+        predictor.require_pixels()
+        found = predictor.probabilities(golden_pictures(bundle.backbone.preprocess.crop))
         if not np.isfinite(found).all():
             bad = GOLDEN - np.isfinite(found).all(axis=1).sum()
             message = f"{path} gives what is no number for {bad} of {GOLDEN} pictures"
@@ -119,11 +133,12 @@ def selftest(path: Path, **options: Any) -> str:
         return f"{path}: all files as saved; {GOLDEN} pictures pass (what they must give is saved by `penult fuse`)"
     fused = Fused.load(path)
     predictor = Predictor.fused(path, fused, **options)
-    pictures, expected = golden_pictures(fused.preprocess.crop), np.array(fused.golden.probabilities)
+    predictor.require_pixels()
+    pictures, expected = golden_pictures(fused.preprocess.crop), np.array(fused.golden.probabilities, np.float64)
     if fused.golden.recipe != RECIPE or fused.golden.pixels_sha256 != _digest(pictures):
         message = f"{path} has golden vectors of other pictures ({fused.golden.recipe}) than this penult makes ({RECIPE})"
         raise BadDataError(message)
-    spread = predictor.task.spread(expected)
+    spread = predictor.task.spread(np.nan_to_num(expected))
     moved = _farthest(predictor.probabilities(pictures) / spread, expected / spread)
     allowed = TOLERANCE.get(fused.precision, TOLERANCE["fp32"])
     provider = predictor.embedder.provider
@@ -134,11 +149,44 @@ def selftest(path: Path, **options: Any) -> str:
             f"version of onnxruntime"
         )
         raise BadDataError(message)
+    _require_no_label(path, fused)
     return f"{path}: weights and metadata as saved; {GOLDEN} golden vectors agree to {moved:.1e} on {provider}"
 
 
-def _graph(bundle: Bundle) -> Any:
-    """The whole graph: prologue, backbone, rounding, head, label."""
+def _require_no_label(path: Path, fused: Fused) -> None:
+    """Give the part of a fused file behind its features some that are no numbers, which no picture may bring about.
+
+    Raises:
+        BadDataError: it makes numbers, or a label, of them; or what it says of other images depends on them.
+    """
+    from onnx import TensorProto, helper, utils
+
+    if fused.features is None:
+        return
+    name, width = fused.features["tensor"], fused.features["width"]
+    model = onnxfile.read_model(path)
+    for field in ("sparse_initializer", "quantization_annotation"):  # of the backbone; the extractor takes neither
+        model.graph.ClearField(field)
+    extractor = utils.Extractor(model)
+    extractor.value_infos[name] = helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", width])
+    outputs = [value.name for value in model.graph.output]
+    behind = extractor.extract_model([name], outputs)
+    load_data(behind, path)
+    rows = np.random.default_rng(0).normal(0, 1, (2 * len(NO_NUMBERS), width)).astype(np.float32)
+    broken = rows.copy()
+    broken[::2, width // 2] = NO_NUMBERS
+    with tempfile.TemporaryDirectory(prefix="penult-") as folder:
+        onnxfile.save(behind, Path(folder) / "behind.onnx")
+        session = cpu_session(Path(folder) / "behind.onnx")
+        sound, found = (dict(zip(outputs, session.run(outputs, {name: each}), strict=True)) for each in (rows, broken))
+    right = np.isnan(found[fused.output][::2]).all() and all((found[each][1::2] == sound[each][1::2]).all() for each in outputs)
+    if not right or (found.get(LABEL, np.array([NO_LABEL]))[::2] != NO_LABEL).any():
+        message = f"{path} makes {' and '.join(outputs)} of features that are no numbers; fuse the bundle again"
+        raise BadDataError(message)
+
+
+def _graph(bundle: Bundle) -> tuple[Any, dict[str, Any]]:
+    """The whole graph: prologue, backbone, rounding, head, label; and where the features are in it."""
     from onnx import TensorProto, compose, helper
 
     model = onnxfile.read_model(bundle.path / "backbone.onnx")
@@ -147,7 +195,9 @@ def _graph(bundle: Bundle) -> Any:
     load_data(model, bundle.path / "backbone.onnx")
     head = _at_opset(onnxfile.read_model(bundle.path / "head.onnx"), _opset(model))
     compose.add_prefix_graph(model.graph, "backbone/", inplace=True)
-    compose.add_prefix_graph(head.graph, "head/", rename_outputs=False, inplace=True)
+    output = head.graph.output[0].name
+    compose.add_prefix_graph(head.graph, "head/", inplace=True)
+    raw = head.graph.output[0].name
     features, taken = f"backbone/{bundle.backbone.outputs[0]}", head.graph.input[0].name
     front, pixels = pixel_nodes(model.graph, bundle.backbone.preprocess, INPUT)
     if bundle.storage == "auto":
@@ -156,13 +206,16 @@ def _graph(bundle: Bundle) -> Any:
         rounding, constants = [helper.make_node("Identity", [features], [taken])], []
     model.graph.initializer.extend([*constants, *head.graph.initializer])
     model.ir_version = max(model.ir_version, head.ir_version)
-    output = head.graph.output[0].name
-    cut(model, [([*rounding, *head.graph.node], output, len(bundle.classes))], front, [pixels])
+    ending, zeros = finite_nodes(features, raw, output, bundle.backbone.dim)
+    model.graph.initializer.extend(zeros)
+    cut(model, [([*rounding, *head.graph.node, *ending], output, len(bundle.classes))], front, [pixels])
     model.graph.name = "classifier"
     if bundle.task == SINGLE_LABEL:
-        model.graph.node.append(helper.make_node("ArgMax", [output], [LABEL], axis=1, keepdims=0))
+        nodes, constants = label_nodes(output, len(bundle.classes))
+        model.graph.node.extend(nodes)
+        model.graph.initializer.extend(constants)
         model.graph.output.append(helper.make_tensor_value_info(LABEL, TensorProto.INT64, ["batch"]))
-    return model
+    return model, {"tensor": features, "width": bundle.backbone.dim}
 
 
 def _opset(model: Any) -> int:
@@ -219,11 +272,71 @@ def rounding_nodes(given: str, taken: str, dim: int) -> tuple[list[Any], list[An
     return nodes, [numpy_helper.from_array(value, f"stored/{name}") for name, value in constants.items()]
 
 
+def finite_nodes(features: str, raw: str, output: str, dim: int) -> tuple[list[Any], list[Any]]:
+    """A head's outputs as they are, and NaN where a feature is no number: a sigmoid makes 1 of infinity.
+
+    Args:
+        features: of the backbone ``(n, dim)``.
+        raw, output: names of the head's outputs before and after.
+        dim: number of features.
+
+    Returns:
+        Nodes and constants.
+    """
+    from onnx import helper, numpy_helper
+
+    nodes = [
+        helper.make_node("Mul", [features, "finite/zero"], ["finite/nothing"], name="finite/nothing"),  # NaN where it is none
+        helper.make_node("MatMul", ["finite/nothing", "finite/ones"], ["finite/added"], name="finite/added"),
+        helper.make_node("Add", [raw, "finite/added"], [output], name=f"finite/{output}"),
+    ]
+    constants = {"finite/zero": np.array(0, np.float32), "finite/ones": np.ones((dim, 1), np.float32)}
+    return nodes, [numpy_helper.from_array(value, name) for name, value in constants.items()]
+
+
+def label_nodes(output: str, classes: int) -> tuple[list[Any], list[Any]]:
+    """The index of the most probable class ``(n,)``, and `NO_LABEL` where a probability is no number.
+
+    Operators of opset 7 that take whole numbers: (best + 1) times whether it is known, less 1.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    def node(kind: str, inputs: str, result: str, **attributes: Any) -> Any:
+        names = {"output": output, LABEL: LABEL}
+        placed = [names.get(name, f"label/{name}") for name in (*inputs.split(), result)]
+        return helper.make_node(kind, placed[:-1], placed[-1:], name=f"label/{result}", **attributes)
+
+    nodes = [
+        node("Mul", "output zero", "nothing"),
+        node("MatMul", "nothing ones", "sum"),
+        node("Less", "sum half", "is_known"),
+        node("Cast", "is_known", "known", to=TensorProto.INT64),
+        node("ArgMax", "output", "best", axis=1, keepdims=1),
+        node("Sub", "best none", "counted"),
+        node("Mul", "counted known", "kept"),
+        node("Add", "kept none", "index"),
+        node("Reshape", "index shape", LABEL),
+    ]
+    constants: dict[str, NDArray[Any]] = {
+        "zero": np.array(0, np.float32),
+        "ones": np.ones((classes, 1), np.float32),
+        "half": np.array(0.5, np.float32),
+        "none": np.array(NO_LABEL, np.int64),
+        "shape": np.array([-1], np.int64),
+    }
+    return nodes, [numpy_helper.from_array(value, f"label/{name}") for name, value in constants.items()]
+
+
 def _farthest(found: NDArray[np.floating[Any]], expected: NDArray[np.floating[Any]]) -> float:
-    """Largest difference; infinity where something is no number or there are other numbers of classes."""
-    if found.shape != expected.shape or not np.isfinite(found).all():
+    """Largest difference; infinity where only one of two is a number, or there are other numbers of classes."""
+    if found.shape != expected.shape or (np.isfinite(found) != np.isfinite(expected)).any():
         return float("inf")
-    return float(np.abs(found - expected).max())
+    return float(np.abs(found - expected)[np.isfinite(expected)].max(initial=0))
+
+
+def _numbers(values: NDArray[np.float64]) -> list[list[float | None]]:
+    """As JSON, which has no NaN."""
+    return [[value if np.isfinite(value) else None for value in row] for row in values.tolist()]
 
 
 def _digest(pictures: NDArray[np.uint8]) -> str:

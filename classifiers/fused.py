@@ -27,6 +27,8 @@ from .tasks import HeadTask, task_of
 
 FORMAT_VERSION = 1
 INPUT, LABEL = "pixels", "label"
+OPTIONAL = ("conformal", "features", "probe_image")
+NO_LABEL = -1  # of an image for which the network gives NaN or infinity
 GOLDEN = 16  # pictures
 RECIPE = "shake-blocks-1"
 # How far a probability (of a regression: a number, as a share of its largest) may be from the saved one, on another machine or
@@ -43,11 +45,12 @@ class Golden:
         recipe: how the pictures are made.
         pixels_sha256: of their bytes.
         probabilities: ``(16, k)``, rounded to seven digits; of a regression, its numbers, rounded to a 10^7th of the largest.
+            None for what is no number.
     """
 
     recipe: str
     pixels_sha256: str
-    probabilities: list[list[float]]
+    probabilities: list[list[float | None]]
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class Fused:
         golden: what it must give.
         weights_sha256: `onnxfile.weights_digest` of it.
         conformal: how wide the intervals of a regression are; None, and not in the file, for other tasks.
+        features: ``tensor`` and ``width`` of the features inside, which the self-test replaces; None in files of old.
+        probe_image: what the test image was where the features were made, see `ProbeImage`; None where that is not known.
     """
 
     classes: list[str]
@@ -76,6 +81,8 @@ class Fused:
     golden: Golden
     weights_sha256: str
     conformal: dict[str, Any] | None = None
+    features: dict[str, Any] | None = None
+    probe_image: dict[str, Any] | None = None
 
     @property
     def bound_task(self) -> HeadTask:
@@ -97,7 +104,7 @@ class Fused:
 
     def metadata(self) -> dict[str, str]:
         """Its entries in the file's metadata, as JSON texts."""
-        given = {name: value for name, value in asdict(self).items() if name != "conformal" or value is not None}
+        given = {name: value for name, value in asdict(self).items() if name not in OPTIONAL or value is not None}
         entries = {name: json.dumps(value, ensure_ascii=False) for name, value in given.items()}
         entries["format"] = json.dumps(FORMAT_VERSION)
         return {**entries, "facts_sha256": json.dumps(_facts_digest(entries))}
@@ -131,6 +138,16 @@ class Fused:
             raise BadDataError(message)
         return fused
 
+    def require_loaded(self, path: Path, metadata: Mapping[str, str]) -> None:
+        """Refuse a session that runs another file than this was read from: another run may have replaced it in between.
+
+        Raises:
+            BadDataError: it does.
+        """
+        if metadata.get(f"{PREFIX}facts_sha256") != self.metadata()["facts_sha256"]:
+            message = f"{path} was replaced while it was opened; run the same command again"
+            raise BadDataError(message)
+
     @classmethod
     def _parse(cls, entries: dict[str, str], path: Path) -> Fused:
         try:
@@ -141,7 +158,7 @@ class Fused:
             if json.loads(entries.pop("facts_sha256")) != _facts_digest(entries):
                 message = f"{path} is not the file that was saved (the digest of its metadata differs); fuse the bundle again"
                 raise BadDataError(message)
-            entries.setdefault("conformal", "null")
+            entries = {**dict.fromkeys(OPTIONAL, "null"), **entries}
             facts = {field.name: json.loads(entries[field.name]) for field in fields(cls)}
             fused = cls(**{**facts, "golden": Golden(**facts["golden"])})
             fused.preprocess, fused.bound_task  # noqa: B018 - whether they can be read

@@ -26,7 +26,7 @@ from store.errors import BadDataError, InputMissingError
 from store.samples import LACKING, REGRESSION, SINGLE_LABEL, Row, SampleTable
 
 from .batches import GONE, MOVED
-from .bundle import Bundle, Predictions, averaged, head_function
+from .bundle import Bundle, Predictions, averaged
 from .evaluate import Evaluation
 from .novelty import novel_share
 from .predict import Predictor
@@ -136,14 +136,18 @@ def evaluate_bundle(
         data: a cache, or a dataset as `penult extract` takes it.
         split: which part; by default the one the bundle was reported on, or everything where there are no splits.
         root: where the images are, if they moved since they were extracted.
-        predictor_options: ``device``, ``batch_size``, ``workers``.
+        predictor_options: ``device``, ``batch_size``, ``workers``, ``accept_pixels``.
 
     Raises:
-        BadDataError: everything asked for was fitted, or there is nothing to evaluate.
+        BadDataError: everything asked for was fitted, there is nothing to evaluate, or an output is no number.
+        FingerprintMismatchError: images must be embedded, and this machine makes other pixels than those of the training.
     """
     cache = FeatureCache(data) if is_cache(data) else None
     if cache is not None and bundle.backbone.layer in cache.layers:
         cache = cache.with_layer(bundle.backbone.layer)
+    predictor = None if cache is not None and _same_features(bundle, cache) else Predictor.of(bundle, **predictor_options)
+    if predictor is not None:
+        predictor.require_pixels()
     source = None
     if cache is not None:
         table = cache.samples
@@ -170,21 +174,22 @@ def evaluate_bundle(
             "%d of %d images were fitted when %s was trained; they are left out", len(rows) - len(fresh), len(rows), bundle.name
         )
     truth = table.truth(fresh, bundle.classes)
-    if cache is not None and _same_features(bundle, cache):
+    if cache is not None and predictor is None:
         digests, paths = [row.sha256 for row in fresh], [row.path for row in fresh]
         features, novelty, views = cache.features(digests), bundle.novelty(), bundle.fingerprint.views
         seen = features if views == 1 else np.asarray(cache.stored(digests, views=True))
-        probabilities = averaged(head_function(bundle.path / "head.onnx")(seen), views)
+        probabilities = averaged(bundle.head_function()(seen), views)
         scores = novelty.scores(features) if novelty else None
         predictions = Predictions(digests, paths, truth, probabilities, name, scores, features)
     else:
-        predictor = Predictor.of(bundle, **predictor_options)
+        assert predictor is not None
         files = source.files if source is not None else files_of(table, root)
         predictions = predict_held_out(predictor, fresh, truth, files, name)
     evaluation = task_of_bundle(bundle).score(truth, predictions.probabilities, name)
     failed = 0 if cache is not None else table.counts["failed"]
     novel = None if predictions.novelty is None else novel_share(predictions.novelty)
-    return replace(evaluation, failed=failed, novelty=novel), predictions
+    drift = predictor.pixel_drift.to_json() if predictor and predictor.pixel_drift else None
+    return replace(evaluation, failed=failed, novelty=novel, pixel_drift=drift), predictions
 
 
 def _is_own_data(bundle: Bundle, rows: Sequence[Row]) -> bool:

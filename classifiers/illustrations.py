@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from extractor.files import Files
+from extractor.pixel_drift import PixelDrift
 from extractor.sources import files_of, open_source
 from store.cache import FeatureCache, Subset, is_cache
 from store.errors import PenultError
@@ -176,6 +177,9 @@ def report_again(
         shown = illustrate(held, bundle.classes) if held and bundle.task == SINGLE_LABEL else None
         return bundle_report(bundle, held, shown)
     evaluation, predictions = evaluate_bundle(bundle, data, split=split, root=root, **predictor_options)
+    if evaluation.pixel_drift:
+        note = PixelDrift(**evaluation.pixel_drift).text(bundle.name)
+        evaluation = replace(evaluation, notes=[*evaluation.notes, note])
     if bundle.task != SINGLE_LABEL:
         return bundle_report(replace(bundle, metrics=evaluation.to_json()), predictions)
     fitted: list[Subset] = []
@@ -189,5 +193,5 @@ def report_again(
     else:
         files = open_source(data, root=root).files
     found = illustrate(predictions, bundle.classes, X=predictions.features, fitted=fitted, files=files if pictures else None)
-    own = bundle.metrics is not None and bundle.predictions().ids == predictions.ids  # which also know of leaks
+    own = bundle.metrics is not None and not evaluation.pixel_drift and bundle.predictions().ids == predictions.ids
     return bundle_report(bundle if own else replace(bundle, metrics=evaluation.to_json()), predictions, found)

@@ -25,6 +25,7 @@ from extractor.prepare import library_versions
 from extractor.session import MAX_BATCH, MAX_WORKERS
 from extractor.sources import Source, open_source
 from extractor.views import MAX_VIEWS
+from store import json_text
 from store.cache import FeatureCache
 from store.errors import BadDataError, GateError, InputMissingError, JobFileError, PenultError, UsageError
 from store.lock import file_lock
@@ -379,7 +380,7 @@ def runs_file(job: Path) -> Path:
 def _append(path: Path, record: dict[str, Any]) -> None:
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json_text.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:  # the run itself is done; its record must not turn that around

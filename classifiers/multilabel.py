@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from store.errors import BadDataError
 from store.samples import LABEL_SEPARATOR, MULTI_LABEL, Row, SampleTable
 
-from .figures import Values, Weights, average_precision, ratio
+from .figures import Values, Weights, average_precision, ratio, require_finite
 from .intervals import resampled, resamples_for
 from .tasks import FEW, HeadTask, Measured, Outputs, bootstrapped, headline_of, proportion
 
@@ -91,12 +91,13 @@ def measure(truth: NDArray[np.bool_], probabilities: Outputs, names: Sequence[st
     """Compare probabilities ``(n, k)`` with the labels that images have ``(n, k)``; see docs/metrics.md.
 
     Raises:
-        BadDataError: there are no images.
+        BadDataError: there are no images, or an output is no number.
     """
     n, k = truth.shape
     if not n:
         message = "no images to evaluate on"
         raise BadDataError(message)
+    require_finite(probabilities)
     guess = probabilities >= THRESHOLD
     resamples = resamples_for(n, k)
     once, once_each = weighted_figures(truth, probabilities, np.ones((n, 1), np.float32))

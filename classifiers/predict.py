@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,21 +23,29 @@ from extractor.cuda import DEFAULTS, Cuda
 from extractor.decoder import Decoder
 from extractor.files import Files, FolderFiles
 from extractor.images import ImageError
+from extractor.onnxfile import PROBE_IMAGE, facts_of, require_features
+from extractor.parity import relative_l2
+from extractor.pixel_drift import PixelDrift, PixelOrigin, ProbeImage, libraries
 from extractor.preprocess import Preprocess
 from extractor.progress import StopFlag
 from extractor.reading import Crew, ahead
 from extractor.session import Embedder, resolve_device
 from extractor.sources import ImageFolder, refuse_ours
 from extractor.views import Views
-from store.errors import InputMissingError, UsageError
+from store.errors import BadDataError, InputMissingError, UsageError
 from store.fingerprint import Fingerprint
 from store.samples import SINGLE_LABEL, display
 from store.shard import as_stored
 
-from .bundle import Bundle, averaged, head_function
+from .bundle import Bundle, averaged
 from .fused import Fused, is_fused, precision_of
 from .novelty import Novelty
 from .tasks import HeadTask, task_of, task_of_bundle
+
+log = logging.getLogger("penult.classifiers")
+
+NOT_FINITE = "the network gives NaN or infinity for this image"
+FIRST = 16  # images that a difference of pixels is measured on
 
 _Read = tuple[bytes, NDArray[np.uint8] | ImageError]  # a path, and what came of it: its views (views, crop, crop, 3)
 
@@ -82,7 +93,14 @@ class Predictor:
         novelty: what tells images that are unlike the training images.
         task: what the columns are, and how one decides by them; by default classes, one of which an image has.
         views: what the head's outputs for an image are averaged over; None for the image as it is.
+        pixels: what its pixels must be like; None where nothing was made of such before.
+        require: looks at the metadata of the network that was loaded, and refuses one that the head is not for.
+
+    Attributes:
+        pixel_drift: how far its pixels are from those of the training, where that was accepted and measured.
     """
+
+    pixel_drift: PixelDrift | None = None
 
     def __init__(
         self,
@@ -100,21 +118,28 @@ class Predictor:
         novelty: Novelty | None = None,
         task: HeadTask | None = None,
         views: Views | None = None,
+        pixels: PixelOrigin | None = None,
+        require: Callable[[Mapping[str, str]], None] | None = None,
     ) -> None:
         self.task, self.novelty = task or task_of(SINGLE_LABEL, list(classes)), novelty
         self._backbone, self._preprocess, self._head, self._storage = backbone, preprocess, head, storage
         self._device, self._batch_size, self._output = device, batch_size, output
-        self._workers, self._cuda, self._views = workers, cuda, views
+        self._workers, self._cuda, self._views, self._pixel_origin, self._require = workers, cuda, views, pixels, require
 
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> Self:
-        """Open a bundle or a fused classifier; see `Bundle.load` and `Fused.load` for what is refused."""
+        """Open a bundle or a fused classifier; see `Bundle.load` and `Fused.load` for what is refused.
+
+        Options are ``device``, ``batch_size``, ``workers``, and ``accept_pixels``: go on where this machine makes other pixels
+        than those of the training, and measure the difference.
+        """
         path = Path(path)
         return cls.fused(path, Fused.load(path), **options) if is_fused(path) else cls.of(Bundle.load(path), **options)
 
     @classmethod
-    def fused(cls, path: Path, fused: Fused, **options: Any) -> Self:
+    def fused(cls, path: Path, fused: Fused, *, accept_pixels: bool = False, **options: Any) -> Self:
         """The predictor of a fused classifier: its graph is backbone and head, and takes pixels itself."""
+        fingerprint = Fingerprint(fused.fingerprint)
         return cls(
             path,
             fused.preprocess,
@@ -123,22 +148,34 @@ class Predictor:
             storage="float32",
             output=fused.output,
             task=fused.bound_task,
-            **_computing(Fingerprint(fused.fingerprint), options),
+            pixels=PixelOrigin.of(str(path), fingerprint, accept=accept_pixels),
+            require=partial(fused.require_loaded, path),
+            **_computing(fingerprint, options),
         )
 
     @classmethod
-    def of(cls, bundle: Bundle, **options: Any) -> Self:
+    def of(cls, bundle: Bundle, *, accept_pixels: bool = False, **options: Any) -> Self:
         """The predictor of a bundle that was loaded before."""
+
+        def require(metadata: Mapping[str, str]) -> None:
+            facts, file = facts_of(metadata), bundle.path / "backbone.onnx"
+            if facts is None:
+                message = f"{file} does not say what it is; it is not the network that {bundle.name} was trained with"
+                raise BadDataError(message)
+            require_features(facts, bundle.fingerprint, mine=str(file), theirs=f"the head of {bundle.name}")
+
         return cls(
             bundle.path / "backbone.onnx",
             bundle.backbone.preprocess,
-            head_function(bundle.path / "head.onnx"),
+            bundle.head_function(),
             bundle.classes,
             storage=bundle.storage,
             output=bundle.backbone.outputs[0],
             novelty=bundle.novelty(),
             task=task_of_bundle(bundle),
             views=bundle.views,
+            pixels=PixelOrigin.of(str(bundle.path), bundle.fingerprint, accept=accept_pixels),
+            require=require,
             **_computing(bundle.fingerprint, options),
         )
 
@@ -148,13 +185,34 @@ class Predictor:
         Args:
             paths: what to read.
             files: what it is read from; by default the file system.
+
+        Raises:
+            FingerprintMismatchError: this machine makes other pixels than those of the training; at once, before any is read.
         """
+        self.require_pixels()
+        return self._predictions(map(os.fsencode, paths), files or FolderFiles())
+
+    def require_pixels(self) -> None:
+        """Refuse to go on where this machine makes other pixels than those of the training, unless that is accepted.
+
+        Raises:
+            FingerprintMismatchError: says what differs and what to do.
+        """
+        if self._pixel_origin is not None and self._pixel_origin.differs(self._preprocess) and not self._pixel_origin.accept:
+            self._pixel_origin.require(self._preprocess, self._image_then())
+
+    def _predictions(self, paths: Iterator[bytes], files: Files) -> Iterator[Prediction]:
+        if self._pixel_origin is not None and self._pixel_origin.differs(self._preprocess):
+            first = list(islice(paths, FIRST))
+            self.pixel_drift = self._measured(first, files)
+            log.warning("%s", self.pixel_drift.text(self._pixel_origin.name))
+            paths = chain(first, paths)
         size = max(self.embedder.batch_size // self._count, 1)
         decoder = Decoder(self._preprocess, crop=self._views is None)
-        read = partial(self._pixels, files or FolderFiles(), decoder)
+        read = partial(self._pixels, files, decoder)
         flying: deque[tuple[list[_Read], Future[list[NDArray[np.float32]]] | None]] = deque()
         crew = Crew(self._workers, self.embedder.provider)
-        for batch in _batches(ahead(read, map(os.fsencode, paths), crew, StopFlag(), decoder), size):
+        for batch in _batches(ahead(read, paths, crew, StopFlag(), decoder), size):
             good = [pixels for _, pixels in batch if not isinstance(pixels, ImageError)]
             pictures = np.concatenate(good) if good else None
             flying.append((batch, None if pictures is None else self.embedder.submit(pictures)))
@@ -165,21 +223,78 @@ class Predictor:
 
     def probabilities(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Probabilities ``(n, k)`` of images that are decoded, resized and cropped: ``(n, crop, crop, 3)``, RGB."""
-        return self._head(as_stored(self.embedder.embed(pixels)[0], self._storage))
+        return self._outputs(self.embedder.embed(pixels)[0])[0]
+
+    def _outputs(self, features: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """What the head says of features ``(n, d)``, and these as it sees them. A row that is not finite gives NaN, also where
+        the head would make a number of it, as a sigmoid of infinity is 1; the other rows are what they are without it."""
+        stored = as_stored(features, self._storage)
+        finite = np.asarray(np.isfinite(stored).all(axis=1))
+        if finite.all():
+            return self._head(stored), stored
+        outputs = self._head(np.where(finite[:, None], stored, np.float32(0)))
+        outputs[~finite] = np.nan
+        return outputs, stored
 
     def _decided(self, batch: list[_Read], features: Future[list[NDArray[np.float32]]] | None) -> Iterator[Prediction]:
-        rows = self._judged(as_stored(features.result()[0], self._storage)) if features else iter(())
+        rows = self._judged(features.result()[0]) if features else iter(())
         for path, pixels in batch:
             if isinstance(pixels, ImageError):
                 yield Prediction(path, code=pixels.code, message=str(pixels))
                 continue
             row, novelty = next(rows)
+            if not np.isfinite(row).all():
+                yield Prediction(path, code="not_finite", message=NOT_FINITE)
+                continue
             yield Prediction(path, *self.task.decide(row), row, novelty=novelty)
 
     def _judged(self, features: NDArray[Any]) -> Iterator[tuple[NDArray[np.float32], float | None]]:
-        first = features[:: self._count]
+        outputs, stored = self._outputs(features)
+        first = np.nan_to_num(stored[:: self._count], nan=0, posinf=0, neginf=0)
         novelty = [None] * len(first) if self.novelty is None else self.novelty.scores(first).tolist()
-        return zip(averaged(self._head(features), self._count), novelty, strict=True)
+        return zip(averaged(outputs, self._count), novelty, strict=True)
+
+    def _changed(self, outputs: NDArray[np.float32], others: NDArray[np.float32]) -> int:
+        """How many images get another label by other outputs."""
+        return sum(self.task.decide(a)[0] != self.task.decide(b)[0] for a, b in zip(outputs, others, strict=True))
+
+    def _image_then(self) -> ProbeImage | None:
+        """The test image as it was when the network was made, if the network says."""
+        assert self._pixel_origin is not None
+        return ProbeImage.parse(self.embedder.metadata.get(PROBE_IMAGE), self._pixel_origin.probe)
+
+    def _measured(self, first: Sequence[bytes], files: Files) -> PixelDrift:
+        """How far pixels are from those of the training: on the test image, and on the first images, whose pixels of then
+        nobody knows, if they moved as the test image did."""
+        then, now = self._image_then(), ProbeImage.here(self._preprocess)
+        if then is None:
+            return PixelDrift({}, libraries())
+        moved = np.concatenate([(a.astype(int) - b).ravel() for a, b in zip(now.pixels, then.pixels, strict=True)])
+        shift = now.pixels[0].astype(int) - then.pixels[0]
+        with Decoder(self._preprocess) as decoder:
+            good = []
+            for path in first:
+                with suppress(ImageError):
+                    good.append(decoder(files.read(path)[0]))
+        pixels = np.stack([now.pixels[0], *good])
+        before = np.stack([then.pixels[0], *(np.clip(image - shift, 0, 255).astype(np.uint8) for image in good)])
+        (features, outputs), (features_then, outputs_then) = (
+            (found, self._outputs(found)[0]) for found in (self.embedder.embed(each)[0] for each in (pixels, before))
+        )
+        differences = np.abs(outputs.astype(np.float64) - outputs_then).max(axis=1)
+        sound = [i for i in range(1, len(pixels)) if np.isfinite(differences[i])]
+        gives_features = self._output != self.task.output  # a fused classifier does not
+        return PixelDrift(
+            then.libraries,
+            now.libraries,
+            levels=int(np.abs(moved).max()),
+            share=float((moved != 0).mean()),
+            features=float(relative_l2(features[:1], features_then[:1])[0]) if gives_features else None,
+            outputs=float(differences[0]),
+            images=len(sound),
+            images_outputs=float(differences[sound].max()) if sound else None,
+            images_decisions=self._changed(outputs[sound], outputs_then[sound]) if sound else None,
+        )
 
     @property
     def _count(self) -> int:
@@ -192,8 +307,12 @@ class Predictor:
 
     @cached_property
     def embedder(self) -> Embedder:
-        """The backbone's session, opened on first use."""
-        return Embedder(
+        """The backbone's session, opened on first use.
+
+        Raises:
+            BadDataError: what was loaded is not the network that the head is for.
+        """
+        opened = Embedder(
             self._backbone,
             self._preprocess,
             device=resolve_device(self._device),
@@ -201,6 +320,9 @@ class Predictor:
             outputs=[self._output],
             cuda=self._cuda,
         )
+        if self._require is not None:
+            self._require(opened.metadata)
+        return opened
 
     def _pixels(self, files: Files, decoder: Decoder, path: bytes) -> _Read:
         try:

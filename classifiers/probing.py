@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from extractor.backbones import Loaded
 from extractor.onnxfile import BackboneFacts, external_files, read_model
+from extractor.preprocess import probe
 from store.errors import BadDataError, FingerprintMismatchError, UsageError
 from store.fingerprint import short
 from store.samples import SINGLE_LABEL
@@ -36,6 +37,7 @@ class AffineHead:
         name: the bundle it came from.
         sha256: of that bundle's ``head.onnx``.
         backbone: whose features it takes.
+        probe: digest of the test image that these were made with, as in a fingerprint.
     """
 
     weight: NDArray[np.float32]
@@ -44,6 +46,7 @@ class AffineHead:
     name: str
     sha256: str
     backbone: BackboneFacts
+    probe: str
 
     @classmethod
     def of(cls, bundle: Bundle) -> AffineHead:
@@ -80,6 +83,7 @@ class AffineHead:
             name=bundle.name,
             sha256=bundle.files["head.onnx"],
             backbone=bundle.backbone,
+            probe=str(bundle.fingerprint.leaves()["pixels.probe"]),
         )
 
     def require_features(self, loaded: Loaded, layer: str) -> None:
@@ -92,6 +96,7 @@ class AffineHead:
             "weights": (self.backbone.weights_sha256, loaded.weights_digest),
             "layer": (self.backbone.layer, layer),
             "preprocessing": (self.backbone.preprocess.facts(), loaded.preprocess.facts()),
+            "pixels of the test image": (self.probe, probe(loaded.preprocess)),
         }
         wrong = [f"{name}: {short(a)} against {short(b)}" for name, (a, b) in pairs.items() if a != b]
         if wrong:

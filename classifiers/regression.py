@@ -14,7 +14,7 @@ from store.errors import BadDataError
 from store.samples import REGRESSION, Row, SampleTable
 
 from .conformal import COVERAGE
-from .figures import Values, Weights
+from .figures import Values, Weights, require_finite
 from .intervals import resampled, resamples_for
 from .tasks import FEW, HeadTask, Measured, Outputs, bootstrapped, headline_of, proportion
 
@@ -140,12 +140,13 @@ def measure(
         half_widths: of the prediction intervals, see `Intervals`.
 
     Raises:
-        BadDataError: there are no images.
+        BadDataError: there are no images, or an output is no number.
     """
     n, t = truth.shape
     if not n:
         message = "no images to evaluate on"
         raise BadDataError(message)
+    require_finite(values)
     resamples = resamples_for(n, t)
     once = weighted_figures(truth, values, np.ones((n, 1), np.float32))
     blocks = [weighted_figures(truth, values, weights) for weights in resampled(np.zeros(n, np.intp), resamples)]

@@ -62,7 +62,7 @@ class Measured:
         per_output: for each label or target: ``name``, ``n`` (the images that count for it) and its own ``figures``.
         resamples: of the bootstrap.
         notes: what keeps these figures from being conclusive.
-        failed, novelty: as in `Evaluation`.
+        failed, novelty, pixel_drift: as in `Evaluation`.
     """
 
     task: str
@@ -74,6 +74,7 @@ class Measured:
     notes: list[str] = field(default_factory=list)
     failed: int = 0
     novelty: dict[str, Any] | None = None
+    pixel_drift: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As it reads back from a file: lists, no tuples."""
@@ -112,7 +113,11 @@ class HeadTask(ABC):
 
     @abstractmethod
     def score(self, truth: NDArray[Any], outputs: Outputs, split: str) -> Evaluation | Measured:
-        """Compare a head's outputs ``(n, k)`` with what `SampleTable.truth` says of the same images."""
+        """Compare a head's outputs ``(n, k)`` with what `SampleTable.truth` says of the same images.
+
+        Raises:
+            BadDataError: there are none, or an output is no number.
+        """
 
     @abstractmethod
     def headline(self, metrics: dict[str, Any]) -> str:

@@ -87,6 +87,7 @@ def train_head(
         BadDataError: the data cannot be trained on, or int8 features cost too much accuracy; says why.
         UsageError: the head cannot be saved, is for another task than the samples, or needs more memory than it may have.
         OutputExistsError: the bundle exists.
+        LockedError: another run has replaced the cache meanwhile.
     """
     refuse_existing(out, overwrite=overwrite)
     need_saveable(head)
@@ -99,6 +100,7 @@ def train_head(
     origin = made_from(cache, head, pictures=pictures, average_views=average_views, val=val, test=test, split_seed=split_seed)
     roles = assign_roles(cache.samples, val=val, test=test, seed=split_seed)
     _require(cache.samples, roles)
+    cache.require_backbone()
     rows = len(roles.fit) + len(roles.choose) + len(roles.report)
     stored = must_stream(head, rows * cache.views, cache.dim, cache.dtype.itemsize, max_memory)
     if stored:
@@ -254,15 +256,13 @@ def save_head(
             _with_leaks(metrics, leaks, held_out, probabilities, task)
     else:
         log.warning("nothing is held out, so nothing can be said about how good this head is")
-    with cache.backbone_file() as file:
-        facts = read_facts(file).only(cache.layer)
     bundle = Bundle(
         path=Path(out),
         kind="frozen",
         head=name_of(head),
         task=task.name,
         classes=names,
-        backbone=facts,
+        backbone=read_facts(cache.path, cache.read_backbone()).only(cache.layer),
         fingerprint=cache.fingerprint if averaging else cache.fingerprint.single,
         split=split or {"reported_on": held_out.name if held_out else None, "rule": "caller"},
         hyperparameters={
@@ -285,17 +285,16 @@ def save_head(
         },
     )
     digests = [digest for subset in fitted for digest in subset.sha256]
-    with cache.backbone_file() as file:
-        return save_bundle(
-            bundle,
-            backbone=file,
-            head=head.dense_.to_onnx(),
-            predictions=predictions,
-            fitted=digests,
-            novelty=novelty.to_bytes() if novelty else None,
-            shown=shown,
-            overwrite=overwrite,
-        )
+    return save_bundle(
+        bundle,
+        backbone=cache,
+        head=head.dense_.to_onnx(),
+        predictions=predictions,
+        fitted=digests,
+        novelty=novelty.to_bytes() if novelty else None,
+        shown=shown,
+        overwrite=overwrite,
+    )
 
 
 def train_finetuned(
@@ -337,6 +336,8 @@ def train_finetuned(
         raise UsageError(message)
     if isinstance(data, FeatureCache):
         table: SampleTable = data.samples
+        if init_head:
+            data.require_backbone()
     else:
         table = survey(data, load(backbone).preprocess, extract_options or Options())
     need_single_label(table.task, "fine-tuning")

@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,11 +18,13 @@ from typing import Any
 
 from store import hdf5
 from store.errors import BadDataError, InputMissingError, PenultError, UsageError
-from store.fingerprint import file_digest
+from store.fingerprint import Fingerprint, file_digest
 
+from .pixel_drift import ProbeImage
 from .preprocess import Preprocess
 
 PREFIX = "penult."
+PROBE_IMAGE = f"{PREFIX}probe_image"
 POOLINGS = ("average", "max", "token")
 MAX_INLINE = 2_000_000_000  # bytes; protobuf refuses messages of 2 GiB, so larger weights lie in a file beside
 DATA_SUFFIX = ".data"
@@ -121,45 +123,80 @@ class BackboneFacts:
         return [{**shared, "layer": each.layer, "pooling": each.pooling} for each in self.layers]
 
 
+def require_features(facts: BackboneFacts, fingerprint: Fingerprint, *, mine: str, theirs: str) -> None:
+    """Refuse a network that does not give the features that a fingerprint is of. Their pixels are compared where pixels are
+    made (`pixel_drift`), so what this machine makes of the test image does not count here.
+
+    Args:
+        facts: what the network says of itself.
+        fingerprint: of the features.
+        mine: the network, for the message.
+        theirs: what has the fingerprint.
+
+    Raises:
+        FingerprintMismatchError: names every field that differs.
+    """
+    given = next((each for each in facts.fingerprints() if each["layer"] == fingerprint.fields.get("layer")), {})
+    given = given or facts.fingerprints()[0]
+    asked = Fingerprint({name: fingerprint.fields.get(name) for name in given})
+    Fingerprint(given).require(asked, mine=mine, theirs=theirs, ignore=("pixels.probe",))
+
+
 def write_facts(model: Any, facts: BackboneFacts) -> None:
-    """Put the facts into the model's metadata, one entry per field."""
-    for name, value in json.loads(facts.to_json()).items():
+    """Put the facts into the model's metadata, one entry per field, and what the test image is on this machine."""
+    entries = {PREFIX + name: value for name, value in json.loads(facts.to_json()).items()}
+    entries[PROBE_IMAGE] = ProbeImage.here(facts.preprocess).to_json()
+    for name, value in entries.items():
         entry = model.metadata_props.add()
-        entry.key, entry.value = PREFIX + name, json.dumps(value)
+        entry.key, entry.value = name, json.dumps(value)
 
 
-def facts_in(model: Any) -> BackboneFacts | None:
-    """The facts in a model's metadata; None where penult did not write it.
+def entries_in(model: Any) -> dict[str, str]:
+    """A model's metadata."""
+    return {str(entry.key): str(entry.value) for entry in model.metadata_props}
+
+
+def facts_of(entries: Mapping[str, str]) -> BackboneFacts | None:
+    """The facts in the metadata of a model, or of the session that runs it; None where penult did not write them.
 
     Raises:
         BadDataError: they are damaged.
     """
-    found = {entry.key.removeprefix(PREFIX): entry.value for entry in model.metadata_props if entry.key.startswith(PREFIX)}
-    if "preprocess" not in found:
+    names = [key for key in entries if key.startswith(PREFIX) and key != PROBE_IMAGE]
+    if f"{PREFIX}preprocess" not in names:
         return None
     try:
-        return BackboneFacts.from_json(json.dumps({name: json.loads(value) for name, value in found.items()}))
+        return BackboneFacts.from_json(json.dumps({key.removeprefix(PREFIX): json.loads(entries[key]) for key in names}))
     except (KeyError, TypeError, ValueError) as error:
         message = f"the metadata that penult wrote into the ONNX file cannot be read: {error}"
         raise BadDataError(message) from error
 
 
-def read_facts(path: Path) -> BackboneFacts:
+def facts_in(model: Any) -> BackboneFacts | None:
+    """`facts_of` a model's metadata."""
+    return facts_of(entries_in(model))
+
+
+def read_facts(path: Path, data: bytes | None = None) -> BackboneFacts:
     """What a backbone file says of itself, without reading external data.
+
+    Args:
+        path: of the file.
+        data: its content, where it has been read.
 
     Raises:
         InputMissingError: no such file.
         BadDataError: not an ONNX file, or one without penult's metadata.
     """
-    facts = facts_in(read_model(path))
+    facts = facts_in(read_model(path, data))
     if facts is None:
         message = f"{path} was not made by penult; `penult export` makes a backbone of it"
         raise BadDataError(message)
     return facts
 
 
-def read_model(path: Path) -> Any:
-    """The ``onnx.ModelProto`` of a file, its external data left on the disk.
+def read_model(path: Path, data: bytes | None = None) -> Any:
+    """The ``onnx.ModelProto`` of a file, or of its content, the external data left on the disk.
 
     Raises:
         InputMissingError: no such file.
@@ -168,7 +205,7 @@ def read_model(path: Path) -> Any:
     import onnx
 
     try:
-        model = onnx.load(path, load_external_data=False)
+        model = onnx.load_model_from_string(path.read_bytes() if data is None else data)
     except OSError as error:
         message = f"cannot read {path}: {error.strerror}"
         raise InputMissingError(message) from error

@@ -58,10 +58,13 @@ def check_parity(
 
 
 def relative_l2(found: NDArray[np.floating[Any]], expected: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-    """Per row of ``(n, d)``: norm of the difference over norm of the expected row; 0 where both are zero."""
-    difference = np.linalg.norm(found.astype(np.float64) - expected, axis=1)
+    """Per row of ``(n, d)``: norm of the difference over norm of the expected row; 0 where both are zero, and infinity where
+    there is no number: `max` passes over a NaN."""
+    with np.errstate(invalid="ignore"):
+        difference = np.linalg.norm(found.astype(np.float64) - expected, axis=1)
     norm = np.linalg.norm(expected.astype(np.float64), axis=1)
-    return np.asarray(np.divide(difference, norm, out=np.where(difference == 0, 0.0, np.inf), where=norm > 0))
+    distance = np.divide(difference, norm, out=np.where(difference == 0, 0.0, np.inf), where=norm > 0)
+    return np.asarray(np.where(np.isnan(distance), np.inf, distance))
 
 
 def cosines(exact: Sequence[NDArray[np.float32]], rounded: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:

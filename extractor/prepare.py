@@ -20,6 +20,7 @@ from .calibration import without
 from .export import export
 from .half import halve
 from .onnxfile import BackboneFacts, data_files, digest, install, read_facts, remove
+from .pixel_drift import libraries
 from .progress import StopFlag
 from .stated import read_sidecar
 from .views import Views
@@ -186,4 +187,4 @@ def library_versions() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:  # onnxruntime has one of two names
             continue
-    return found
+    return {**found, **libraries()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -17,7 +16,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from store import hdf5
+from store import hdf5, json_text
 from store.errors import PenultError, StorageError
 
 log = logging.getLogger("penult.extractor")
@@ -140,7 +139,7 @@ class JsonLog(logging.Handler):
 
     def _write(self, when: float, facts: dict[str, Any]) -> None:
         stamp = datetime.fromtimestamp(when, UTC).isoformat(timespec="milliseconds")
-        self._file.write(json.dumps({"time": stamp, **facts}) + "\n")
+        self._file.write(json_text.dumps({"time": stamp, **facts}) + "\n")
         self._file.flush()
 
     def close(self) -> None:

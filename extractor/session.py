@@ -195,6 +195,11 @@ class Embedder:
     def batch_size(self, size: int) -> None:
         self._opened = _Opened(self._opened.session, size)
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the network that is loaded says of itself: the file may have been replaced since somebody looked into it."""
+        return dict(self._opened.session.get_modelmeta().custom_metadata_map)
+
     def _dim(self, shape: Sequence[Any]) -> int:
         if len(shape) == 2 and isinstance(shape[1], int) and 0 < shape[1] <= MAX_DIM:
             return shape[1]

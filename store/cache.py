@@ -6,9 +6,9 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +17,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import compact, shard
-from .errors import BadDataError, CorruptCacheError, InputMissingError, NewerFormatError, UsageError
-from .fingerprint import Fingerprint
+from . import compact, hdf5, shard
+from .errors import (
+    BadDataError,
+    CorruptCacheError,
+    InputMissingError,
+    LockedError,
+    NewerFormatError,
+    PenultError,
+    UsageError,
+)
+from .fingerprint import Fingerprint, file_digest, short
+from .lock import is_locked
 from .samples import LACKING, SINGLE_LABEL, Row, SampleTable
 from .splits import hash_rank_split, merge_groups
 from .stored import StoredFeatures
@@ -27,6 +36,7 @@ from .stored import StoredFeatures
 log = logging.getLogger("penult.store")
 
 FORMAT_VERSION = 1
+BACKBONE = "backbone.onnx"
 PENULTIMATE = "penultimate"  # how --layer names the default
 PER_SET = {"layer": None, "pooling": None}  # what the fingerprints of one cache's feature sets may differ in
 
@@ -65,12 +75,14 @@ class FeatureCache:
     Raises:
         InputMissingError: there is no cache, or it was never finished.
         CorruptCacheError: its files are damaged or of a newer format.
+        LockedError: another run is just replacing it.
         UsageError: it has no features of that layer; names those it has.
     """
 
     def __init__(self, path: str | Path, layer: str | None = None) -> None:
         self.path = Path(path)
         self._sound: set[int] = set()  # shards whose payload was checked
+        self._opened_as = self._state()
         if self.path.is_file():
             self._open_compact(layer)
             return
@@ -81,10 +93,16 @@ class FeatureCache:
             kind = "an unfinished cache; run the same extract command again to continue it"
             kind = kind if (self.path / "shards").is_dir() else "not a penult cache (it has no samples.h5)"
             message = f"{self.path} is {kind}"
-            raise InputMissingError(message)
-        self.meta = read_meta(self.path)
+            raise self.blamed(InputMissingError(message))
+        try:
+            self.meta = read_meta(self.path)
+            self.samples = SampleTable.read(self.path / "samples.h5")
+        except (CorruptCacheError, InputMissingError) as error:
+            raise self.blamed(error) from error
+        if self._state() != self._opened_as:  # the table may be of another cache than the description
+            message = f"{self.path} changed while it was opened"
+            raise self.blamed(CorruptCacheError(message))
         self.fingerprint = self._choose(layer)
-        self.samples = SampleTable.read(self.path / "samples.h5")
 
     def _open_compact(self, layer: str | None) -> None:
         self.samples = SampleTable.read(self.path, compact.ENCODING_TYPE)
@@ -92,6 +110,27 @@ class FeatureCache:
         self.fingerprint = self._choose(layer)
         self.shards = [whole]
         self._sound.add(0)  # reading the table checked the whole file
+
+    def _state(self) -> object:
+        """What tells that another cache lies here: the content of cache.json, or the inode, size and time of the one file."""
+        try:
+            if self.path.is_file():
+                stat = self.path.stat()
+                return stat.st_ino, stat.st_size, stat.st_mtime_ns
+            return (self.path / "cache.json").read_bytes()
+        except OSError:
+            return None
+
+    def blamed(self, error: PenultError) -> PenultError:
+        """What a file that is missing, or is not what was written, means: `LockedError` where another run replaces or repairs
+        the cache, or has done so since this one was opened; else the error itself.
+        """
+        if self._state() == self._opened_as and not is_locked(self.path):
+            return error
+        message = (
+            f"{self.path} is being changed, or was replaced, by another run while it was read; try again when that has ended"
+        )
+        return LockedError(message)
 
     @property
     def fingerprints(self) -> list[Fingerprint]:
@@ -126,24 +165,80 @@ class FeatureCache:
         """
         return self if layer == self.layer else FeatureCache(self.path, layer)
 
-    @contextmanager
-    def backbone_file(self) -> Iterator[Path]:
-        """The ONNX file that made the features; a compact file's is written to a temporary folder for as long as it is used.
+    def read_backbone(self) -> bytes:
+        """The ONNX file that made the features; without its external data, where it has such.
 
         Raises:
             InputMissingError: it is not there.
+            CorruptCacheError: it is not the file that made the features; `penult extract` makes it again.
+            LockedError: another run has replaced the cache.
         """
         if self.path.is_file():
-            with tempfile.TemporaryDirectory(prefix="penult-") as folder:
-                path = Path(folder) / "backbone.onnx"
-                path.write_bytes(compact.read_backbone(self.path))
-                yield path
+            data = compact.read_backbone(self.path)
+            self._require_backbone(hashlib.sha256(data).hexdigest())
+            return data
+        try:
+            data = (self.path / BACKBONE).read_bytes()
+        except OSError as error:
+            why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+            message = f"{self.path / BACKBONE} {why}; the same extract command makes it again"
+            raise self.blamed(InputMissingError(message)) from error
+        if not self._backbone_data:
+            self._require_backbone(hashlib.sha256(data).hexdigest())
+        return data
+
+    def copy_backbone(self, target: Path) -> None:
+        """Copy the ONNX file that made the features, and its external data beside it; what is compared with what was recorded
+        is the copy, since another run may replace the file at any time.
+
+        Raises:
+            InputMissingError, CorruptCacheError, LockedError: as `read_backbone`.
+            StorageError, OutputError: it cannot be written.
+        """
+        hdf5.commit(target, self.read_backbone())
+        if not self._backbone_data:
             return
-        path = self.path / "backbone.onnx"
-        if not path.is_file():
-            message = f"{path} is missing; the same extract command makes it again"
-            raise InputMissingError(message)
-        yield path
+        copies = [target.with_name(name) for name in self._backbone_data]
+        for copy in copies:
+            try:
+                shutil.copyfile(self.path / copy.name, copy)
+            except FileNotFoundError as error:
+                message = f"{self.path / copy.name} is missing; the same extract command makes it again"
+                raise self.blamed(InputMissingError(message)) from error
+            except OSError as error:
+                message = f"cannot write {copy}: {error.strerror}"
+                raise hdf5.write_error(error)(message) from error
+        self._require_backbone(file_digest(target, *copies))
+
+    def require_backbone(self) -> None:
+        """Look, before any work is done, whether the ONNX file is the one that made the features.
+
+        Raises:
+            InputMissingError, CorruptCacheError, LockedError: as `read_backbone`.
+        """
+        if self._backbone_data:
+            self._require_backbone(file_digest(*(self.path / name for name in (BACKBONE, *self._backbone_data))))
+        else:
+            self.read_backbone()
+
+    @property
+    def _backbone_data(self) -> list[str]:
+        """Names of the files with the backbone's external data."""
+        if self.path.is_file():
+            return []  # `compact` leaves such a backbone out
+        names = [str(name) for name in self.meta["facts"].get("backbone_data", [])]
+        if any(Path(name).name != name for name in names):
+            message = f"{self.path}/cache.json names files outside the cache; refused"
+            raise CorruptCacheError(message)
+        return names
+
+    def _require_backbone(self, found: str) -> None:
+        recorded = self.meta["facts"].get("backbone_sha256")
+        if found != recorded:
+            what = f"its SHA-256 is {short(found)}, recorded is {short(recorded)}" if recorded else "cache.json is lost"
+            file = self.path if self.path.is_file() else self.path / BACKBONE
+            message = f"{file}: this is not the backbone that made the features ({what}); the same extract command repairs it"
+            raise self.blamed(CorruptCacheError(message))
 
     @property
     def root(self) -> Path:
@@ -153,7 +248,10 @@ class FeatureCache:
     @cached_property
     def shards(self) -> list[shard.Shard]:
         """The shards of this cache's fingerprint, in the order of writing."""
-        found = [shard.read_shard(path) for path in shard_paths(self.path)]
+        try:
+            found = [shard.read_shard(path) for path in shard_paths(self.path)]
+        except (CorruptCacheError, InputMissingError) as error:
+            raise self.blamed(error) from error
         return [s for s in found if s.fingerprint == self.fingerprint.canonical]
 
     @cached_property
@@ -211,10 +309,10 @@ class FeatureCache:
                 f"{self.path} lacks the features of {missing} of {len(wanted)} samples: a shard is missing. "
                 f"Run the same extract command again; it computes what is missing"
             )
-            raise CorruptCacheError(message)
+            raise self.blamed(CorruptCacheError(message))
         numbers = np.arange(self.views if views else 1, dtype=np.int32)
         vectors = (row[place, None] * np.int32(self.views) + numbers).ravel()
-        return StoredFeatures(self.shards, np.repeat(owner[place], len(numbers)), vectors, self.dtype, self._sound)
+        return StoredFeatures(self.shards, np.repeat(owner[place], len(numbers)), vectors, self.dtype, self._sound, self.blamed)
 
     def describe(self) -> dict[str, Any]:
         """What `penult info` shows, as JSON."""

@@ -39,6 +39,8 @@ def write_compact(cache: FeatureCache, out: Path, *, dtype: str = "float32", ove
     Raises:
         OutputExistsError: the file exists.
         BadDataError: float16 would not hold the values.
+        CorruptCacheError: the cache's backbone is not the one that made its features.
+        LockedError: another run has replaced the cache meanwhile.
         StorageError: it cannot be written.
     """
     if out.exists() and (not overwrite or not out.is_file()):
@@ -52,9 +54,8 @@ def write_compact(cache: FeatureCache, out: Path, *, dtype: str = "float32", ove
     if cache.views > 1:
         log.info("%s has the first of %d views of each image, the image as it is", out, cache.views)
     failed = [row for row in cache.samples.rows if not row.ok]
-    with cache.backbone_file() as backbone:
-        whole = "backbone_data" not in cache.meta["facts"]
-        onnx = np.frombuffer(backbone.read_bytes() if whole else b"", np.uint8)
+    whole = "backbone_data" not in cache.meta["facts"]
+    onnx = np.frombuffer(cache.read_backbone() if whole else b"", np.uint8)
     if not whole:
         log.warning(
             "the backbone of %s is over 2 GB and is left out of %s: heads trained on it cannot be saved", cache.path, out

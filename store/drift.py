@@ -166,6 +166,7 @@ def _distances(X: NDArray[Any], Y: NDArray[Any]) -> tuple[NDArray[np.float64], N
         difference, nx, ny = (np.linalg.norm(v, axis=1) for v in (y - x, x, y))
         part = slice(start, start + 4096)
         l2[part] = np.divide(difference, nx, out=np.where(difference == 0, 0.0, np.inf), where=nx > 0)
+        l2[part][np.isnan(l2[part])] = np.inf  # no bound holds for it
         equal = (difference == 0).astype(np.float64)
         cosine[part] = np.divide((x * y).sum(axis=1), nx * ny, out=equal, where=(nx > 0) & (ny > 0))
     return l2, cosine

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import LockedError
 from .hdf5 import write_error
+
+_ours: set[Path] = set()  # what this process holds
 
 
 @contextmanager
@@ -20,6 +24,27 @@ def writer_lock(directory: Path) -> Iterator[None]:
     """
     with file_lock(directory / ".lock", what=str(directory)):
         yield
+
+
+def is_locked(directory: Path) -> bool:
+    """Whether another process holds the writer's lock of a cache directory. For readers that found something odd: asking
+    takes a shared lock for an instant and needs no right to write; where there is no lock file, nobody writes.
+    """
+    if directory.absolute() / ".lock" in _ours:
+        return False
+    try:
+        descriptor = os.open(directory / ".lock", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(descriptor)
+    return False
 
 
 @contextmanager
@@ -45,7 +70,9 @@ def file_lock(path: Path, *, what: str) -> Iterator[None]:
     except OSError as error:
         message = f"cannot lock {what} with {path}: {error.strerror or error}"
         raise write_error(error)(message) from error
+    _ours.add(path.absolute())
     try:
         yield
     finally:
+        _ours.discard(path.absolute())
         lock.release()

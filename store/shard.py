@@ -57,9 +57,9 @@ class Shard:
 
 def fits_float16(features: NDArray[np.float32]) -> NDArray[np.bool_]:
     """For each row of ``(n, d)`` float32, whether float16 keeps it to a relative L2 error of `MAX_ROUNDING` (rule 11)."""
-    with np.errstate(over="ignore", under="ignore"):
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # infinity less infinity is no number, and does not fit
         rounded = features.astype(np.float16).astype(np.float32)
-    error = np.linalg.norm((rounded - features).astype(np.float64), axis=1)
+        error = np.linalg.norm((rounded - features).astype(np.float64), axis=1)
     norm = np.linalg.norm(features.astype(np.float64), axis=1)
     return np.asarray(np.isfinite(rounded).all(axis=1) & (error <= MAX_ROUNDING * norm))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import hdf5, shard
+from .errors import CorruptCacheError, InputMissingError, PenultError
 
 ROWS = 8192  # at once: 64 MiB of 2,048 float32
 
@@ -26,6 +27,7 @@ class StoredFeatures:
         owner, row: the shard of each feature vector, and its number there (see `shard.read_rows`), ``(n,)``.
         dtype: as which they are read: float16 where all shards are, else float32.
         sound: numbers of shards that were checked; shared by all of one cache.
+        blamed: what a shard that is gone or damaged means, see `FeatureCache.blamed`.
     """
 
     shards: Sequence[shard.Shard]
@@ -33,6 +35,7 @@ class StoredFeatures:
     row: NDArray[np.int32]
     dtype: np.dtype[Any]
     sound: set[int]
+    blamed: Callable[[PenultError], PenultError]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -53,18 +56,22 @@ class StoredFeatures:
 
         Raises:
             CorruptCacheError: a shard is damaged; names it.
+            LockedError: another run has replaced the cache.
         """
         if copy is False:
             message = "what is on disk cannot become an array without a copy"
             raise ValueError(message)
         out = np.empty(self.shape, dtype or self.dtype)
         for i in np.unique(self.owner).tolist():
-            if i not in self.sound:
-                hdf5.verify(self.shards[i].path, self.shards[i].encoding_type)
-                self.sound.add(i)
             mine = np.flatnonzero(self.owner == i)
             whole = slice(mine[0], mine[-1] + 1) if mine[-1] - mine[0] + 1 == len(mine) else mine
-            found = shard.read_rows(self.shards[i], self.row[whole])
+            try:
+                if i not in self.sound:
+                    hdf5.verify(self.shards[i].path, self.shards[i].encoding_type)
+                    self.sound.add(i)
+                found = shard.read_rows(self.shards[i], self.row[whole])
+            except (CorruptCacheError, InputMissingError) as error:
+                raise self.blamed(error) from error
             if isinstance(whole, slice) and out.dtype == np.float32:
                 shard.widen(found, out[whole])
             else:

@@ -15,8 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from . import calibration, compact, hdf5, samples, shard
-from .errors import CorruptCacheError, InputMissingError, InterruptedRunError, NewerFormatError, PenultError, StorageError
-from .fingerprint import file_digest
+from .errors import (
+    CorruptCacheError,
+    InputMissingError,
+    InterruptedRunError,
+    LockedError,
+    NewerFormatError,
+    PenultError,
+    StorageError,
+)
 
 TIMEOUT = 60.0  # seconds for one file, plus what reading it takes at ..
 SLOWEST = 10e6  # .. bytes per second
@@ -43,6 +50,7 @@ def verify_cache(cache: Path) -> list[Finding]:
 
     Raises:
         InputMissingError: there is no cache.
+        LockedError: another run is just replacing it.
     """
     from .cache import FeatureCache, shard_paths
 
@@ -59,6 +67,8 @@ def verify_cache(cache: Path) -> list[Finding]:
         return findings
     try:
         opened = FeatureCache(cache)
+    except LockedError:
+        raise
     except PenultError as error:
         return [Finding("", str(error))]
     return [*_derived(opened), *_backbone(opened), *_missing(opened)]
@@ -73,19 +83,10 @@ def _derived(cache: Any) -> Iterator[Finding]:
 
 
 def _backbone(cache: Any) -> Iterator[Finding]:
-    recorded = cache.meta["facts"].get("backbone_sha256")
-    backbone = cache.path / "backbone.onnx"
-    if not backbone.is_file():
-        yield Finding("backbone.onnx", "is missing; the same extract command makes it again")
-    elif recorded:
-        data = cache.meta["facts"].get("backbone_data", [])  # where its weights are too large for one file
-        missing = [name for name in data if not (cache.path / name).is_file()]
-        if missing:
-            yield Finding(missing[0], "is missing; the same extract command makes it again")
-            return
-        found = file_digest(backbone, *(cache.path / name for name in data))
-        if found != recorded:
-            yield Finding("backbone.onnx", f"is {found[:12]}.., it was written as {recorded[:12]}..")
+    try:
+        cache.require_backbone()
+    except (CorruptCacheError, InputMissingError) as error:
+        yield Finding("backbone.onnx", str(error))
 
 
 def _missing(cache: Any) -> Iterator[Finding]:

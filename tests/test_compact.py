@@ -71,8 +71,7 @@ def test_a_compact_file_is_the_cache_in_one_file(folder: Path, tmp_path: Path) -
     for split in cache.samples.splits():
         np.testing.assert_array_equal(one.subset(split).X, cache.subset(split).X.astype(np.float32))
         assert one.subset(split).paths == cache.subset(split).paths
-    with one.backbone_file() as path:
-        assert path.read_bytes() == (folder / "backbone.onnx").read_bytes()
+    assert one.read_backbone() == cache.read_backbone() == (folder / "backbone.onnx").read_bytes()
     assert verify_cache(tmp_path / "c.h5") == []
     with pytest.raises(OutputExistsError):
         write_compact(cache, tmp_path / "c.h5")

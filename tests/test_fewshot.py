@@ -14,7 +14,7 @@ from sklearn.dummy import DummyClassifier
 
 import cli
 from classifiers import fewshot
-from classifiers.bundle import Bundle, head_function
+from classifiers.bundle import Bundle
 from classifiers.centroid import CentroidHead
 from classifiers.evaluate import evaluate
 from classifiers.heads import HEADS, make_head
@@ -154,10 +154,10 @@ def test_settings_of_the_command_line_reach_the_head(cache: FeatureCache, tmp_pa
 def test_a_large_batch_passes_a_head_in_parts(cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = train_head(cache, tmp_path / "k.head", make_head("knn"))
     features = cache.subset("train").X.astype(np.float32)
-    whole = head_function(bundle.path / "head.onnx")(features)
+    whole = bundle.head_function()(features)
     monkeypatch.setattr("classifiers.bundle.BLOCK", 4)
-    np.testing.assert_allclose(head_function(bundle.path / "head.onnx")(features), whole, atol=1e-6)
-    assert head_function(bundle.path / "head.onnx")(features[:0]).shape == (0, 2)
+    np.testing.assert_allclose(bundle.head_function()(features), whole, atol=1e-6)
+    assert bundle.head_function()(features[:0]).shape == (0, 2)
 
 
 def test_any_scikit_learn_classifier_by_its_dotted_name(cache: FeatureCache, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from classifiers.bundle import Bundle, head_function
+from classifiers.bundle import Bundle
 from classifiers.finetune import FineTuneOptions, finetune
 from classifiers.probing import AffineHead, start_from
 from classifiers.train import make_head, save_head, train_finetuned, train_head
@@ -60,7 +60,7 @@ def test_epoch_0_is_the_bundles_head(cache: FeatureCache, probe: Bundle) -> None
     pixels = [loaded.preprocess.pixels(Image.open(path).convert("RGB")) for path, _ in items]
     batch = loaded.preprocess.normalise(np.stack(pixels))
     features = torch_penultimate(loaded.network, torch.from_numpy(batch))[1](batch)
-    expected = head_function(probe.path / "head.onnx")(features)
+    expected = probe.head_function()(features)
     assert expected.std() > 0.001
     start = start_from(probe, ["ants", "bees"], held_out(cache))
     assert (start.weight.dtype, start.bias.dtype) == (np.float32, np.float32)
@@ -104,7 +104,7 @@ def test_ridge_is_a_matrix(cache: FeatureCache, tmp_path: Path) -> None:
     bundle = train_head(cache, tmp_path / "ridge.head", make_head("ridge"), pictures=False)
     start, subset = AffineHead.of(bundle), cache.subset("test")
     features = subset.X.astype(np.float32)
-    expected = head_function(bundle.path / "head.onnx")(features)
+    expected = bundle.head_function()(features)
     assert np.abs(softmax(features @ start.weight.T + start.bias) - expected).max() < 1e-5
 
 

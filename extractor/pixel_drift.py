@@ -1,0 +1,175 @@
+"""Whether this machine still makes the pixels that a network's features were made of, and how far it is from them.
+
+A new Pillow, or a new libjpeg in it, may decode or resize otherwise: one level here and there moves features, and nothing else
+says so. The built-in test image tells. What it was on the machine that wrote a backbone stands in the backbone's metadata.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from store.errors import FingerprintMismatchError
+from store.fingerprint import Fingerprint
+
+from .preprocess import Preprocess, probe, probe_pixels
+
+LIBRARIES = {"libjpeg-turbo": "libjpeg_turbo", "zlib": "zlib", "libwebp": "webp", "libtiff": "libtiff"}  # as Pillow names them
+
+
+@dataclass(frozen=True)
+class ProbeImage:
+    """The built-in test image as one machine makes it on one pixel path.
+
+    Attributes:
+        pixels: ``(crop, crop, 3)`` uint8, of each variant that the probe of a fingerprint covers.
+        libraries: versions of Pillow and of what it decodes with.
+    """
+
+    pixels: tuple[NDArray[np.uint8], ...]
+    libraries: Mapping[str, str]
+
+    @classmethod
+    def here(cls, preprocess: Preprocess) -> Self:
+        """As this machine makes it."""
+        return cls(probe_pixels(preprocess), libraries())
+
+    @property
+    def probe(self) -> str:
+        """What a fingerprint calls it."""
+        return hashlib.sha256(b"".join(each.tobytes() for each in self.pixels)).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        packed = [base64.b85encode(zlib.compress(each.tobytes(), 9)).decode() for each in self.pixels]
+        return {"shapes": [each.shape for each in self.pixels], "pixels": packed, "libraries": dict(self.libraries)}
+
+    @classmethod
+    def from_json(cls, facts: Mapping[str, Any]) -> Self:
+        """As `to_json` made it.
+
+        Raises:
+            ValueError, TypeError, KeyError, zlib.error: it did not.
+        """
+        raw = [zlib.decompressobj().decompress(base64.b85decode(text), 2**26) for text in facts["pixels"]]
+        arrays = [np.frombuffer(data, np.uint8).reshape(shape) for data, shape in zip(raw, facts["shapes"], strict=True)]
+        return cls(tuple(arrays), {str(name): str(value) for name, value in facts["libraries"].items()})
+
+    @classmethod
+    def parse(cls, text: str | None, made_from: str) -> Self | None:
+        """What a file's metadata say of it; None where they say nothing, or not what the fingerprint's probe was made from."""
+        try:
+            found = cls.from_json(json.loads(text or ""))
+        except (ValueError, TypeError, KeyError, AttributeError, zlib.error):
+            return None
+        return found if found.probe == made_from else None
+
+
+@dataclass(frozen=True)
+class PixelOrigin:
+    """What pixels must be like where they are made again.
+
+    Attributes:
+        name: what was made from them, for messages.
+        probe: digest of the test image then; empty where nothing is recorded.
+        accept: go on where they differ, and say how much.
+    """
+
+    name: str
+    probe: str
+    accept: bool = False
+
+    @classmethod
+    def of(cls, name: str, fingerprint: Fingerprint, *, accept: bool = False) -> Self:
+        """What a fingerprint says."""
+        return cls(name, str(fingerprint.leaves().get("pixels.probe", "")), accept)
+
+    def differs(self, preprocess: Preprocess) -> bool:
+        """Whether this machine makes other pixels."""
+        return bool(self.probe) and self.probe != probe(preprocess)
+
+    def require(self, preprocess: Preprocess, then: ProbeImage | None = None) -> None:
+        """Refuse to make other pixels, unless that is accepted.
+
+        Raises:
+            FingerprintMismatchError: says with which libraries they were made, where that is known, and what to do.
+        """
+        if self.accept or not self.differs(preprocess):
+            return
+        before = f"made with {listing(then.libraries)}" if then else "made with other versions"
+        message = (
+            f"{self.name} was made from other pixels than this machine makes: the built-in test image, {before}, comes out "
+            f"otherwise with {listing(libraries())}. Install the versions of then, or extract and train again with these; "
+            f"--accept-pixels measures the difference and goes on"
+        )
+        raise FingerprintMismatchError(message)
+
+
+@dataclass(frozen=True)
+class PixelDrift:
+    """How far this machine's pixels are from those that a network's features were made of, and what that does.
+
+    Attributes:
+        then, now: versions of the libraries; ``then`` is empty where it is not known, and what needs its pixels is None.
+        levels: by how many of 255 levels a value of the test image differs at most.
+        share: how many of its values differ.
+        features: relative L2 between its features; None where the network gives none.
+        outputs: largest difference of its probabilities; of a regression, of its numbers.
+        images: how many of the first images to come were tried.
+        images_outputs: largest difference of their outputs if their pixels moved as those of the test image did.
+        images_decisions: how many of them would get another label; None where there are none.
+    """
+
+    then: Mapping[str, str]
+    now: Mapping[str, str]
+    levels: int | None = None
+    share: float | None = None
+    features: float | None = None
+    outputs: float | None = None
+    images: int = 0
+    images_outputs: float | None = None
+    images_decisions: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def text(self, name: str) -> str:
+        """In words, for the name of what was made from the pixels of then."""
+        if self.levels is None:
+            return (
+                f"{name} was made from other pixels than this machine makes, which is accepted. How much they differ cannot be "
+                f"measured: it does not hold the test image of then"
+            )
+        moved = "" if self.features is None else f"its features by {self.features:.1e} (relative L2), "
+        found = (
+            f"{name} was made from other pixels than this machine makes ({listing(self.then)} then, {listing(self.now)} now), "
+            f"which is accepted. {self.share:.1%} of the values of the test image differ, by up to {self.levels} of 255 "
+            f"levels; that moves {moved}its outputs by up to {self.outputs:.1e}"
+        )
+        if not self.images:
+            return found
+        return (
+            f"{found}. The same change in the first {self.images} images moves outputs by up to {self.images_outputs:.1e} and "
+            f"changes {self.images_decisions} of their labels"
+        )
+
+
+def libraries() -> dict[str, str]:
+    """Versions of Pillow and of what it decodes with."""
+    from PIL import features
+
+    found = {name: features.version(key) for name, key in LIBRARIES.items()}
+    return {"pillow": version("pillow"), **{name: value for name, value in found.items() if value}}
+
+
+def listing(versions: Mapping[str, str]) -> str:
+    """Versions as text."""
+    return ", ".join(f"{name} {value}" for name, value in versions.items())
