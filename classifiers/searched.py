@@ -159,7 +159,8 @@ class SearchedHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 }
                 for setting, logits in zip(tried.settings, tried.logits, strict=True)
             ]
-            best = min(range(len(self.history_)), key=lambda i: float(self.history_[i][self.criterion]))
+            losses = [float(each[self.criterion]) for each in self.history_]
+            best = int(np.argmin(np.nan_to_num(losses, nan=np.inf)))  # `min` would keep a NaN that comes first
             self.setting_ = tried.settings[best]
             fitted = tried.fit(self.setting_) if tried.fit else self._fitted(X, targets, classes, self.setting_)
             self.dense_, self.conformal_ = calibrate(fitted, tried.logits[best], tried.targets, unscaled=self.unscaled)

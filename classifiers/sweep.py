@@ -32,6 +32,7 @@ from store.errors import (
 from store.samples import MULTI_LABEL, REGRESSION, SINGLE_LABEL, Row, SampleTable
 
 from .evaluate import Evaluation
+from .figures import require_finite
 from .folds import Fold, group_folds, stratified_folds
 from .heads import make_head, name_of
 from .heldout import Roles, assign_roles
@@ -318,6 +319,7 @@ class _Bench:
     def _figure(self, head: Any, truth: NDArray[Any], outputs: NDArray[np.float32]) -> tuple[Figure, NDArray[np.bool_] | None]:
         """The headline figure of outputs ``(n, k)``, and which rows are right where that is the figure."""
         if self._task.name == SINGLE_LABEL:
+            require_finite(outputs)
             right = head.classes_[outputs.argmax(axis=1)] == truth
             count = int(right.sum())
             return Figure(count / len(right), wilson(count, len(right)), len(right)), right

@@ -10,7 +10,7 @@ import base64
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any, Self
@@ -104,11 +104,11 @@ class PixelOrigin:
         """
         if self.accept or not self.differs(preprocess):
             return
-        before = f"made with {listing(then.libraries)}" if then else "made with other versions"
+        versions = then_and_now(then.libraries if then else {}, libraries())
         message = (
-            f"{self.name} was made from other pixels than this machine makes: the built-in test image, {before}, comes out "
-            f"otherwise with {listing(libraries())}. Install the versions of then, or extract and train again with these; "
-            f"--accept-pixels measures the difference and goes on"
+            f"{self.name} was made from other pixels than this machine makes: the built-in test image comes out otherwise "
+            f"({versions}). Install the versions of then, or extract and train again with these; --accept-pixels measures the "
+            f"difference and goes on"
         )
         raise FingerprintMismatchError(message)
 
@@ -150,8 +150,8 @@ class PixelDrift:
             )
         moved = "" if self.features is None else f"its features by {self.features:.1e} (relative L2), "
         found = (
-            f"{name} was made from other pixels than this machine makes ({listing(self.then)} then, {listing(self.now)} now), "
-            f"which is accepted. {self.share:.1%} of the values of the test image differ, by up to {self.levels} of 255 "
+            f"{name} was made from other pixels than this machine makes ({then_and_now(self.then, self.now)}), which is "
+            f"accepted. {self.share:.1%} of the values of the test image differ, by up to {self.levels} of 255 "
             f"levels; that moves {moved}its outputs by up to {self.outputs:.1e}"
         )
         if not self.images:
@@ -170,6 +170,15 @@ def libraries() -> dict[str, str]:
     return {"pillow": version("pillow"), **{name: value for name, value in found.items() if value}}
 
 
-def listing(versions: Mapping[str, str]) -> str:
-    """Versions as text."""
-    return ", ".join(f"{name} {value}" for name, value in versions.items())
+def then_and_now(then: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Versions as text: of what has changed, where that is known."""
+    changed = [name for name in now if then.get(name) != now[name]]
+    if not then:
+        return f"other versions then, {_listing(now, now)} now"
+    if not changed:
+        return f"the same versions then and now, {_listing(now, now)}: built otherwise, or on another processor"
+    return f"{_listing(then, changed)} then, {_listing(now, changed)} now"
+
+
+def _listing(versions: Mapping[str, str], names: Iterable[str]) -> str:
+    return ", ".join(f"{name} {versions.get(name, 'none')}" for name in names)
