@@ -34,8 +34,9 @@ from extractor.metering import MAXRSS_UNIT  # noqa: E402
 from extractor.options import Options  # noqa: E402
 from extractor.pipeline import extract  # noqa: E402
 from extractor.sources import ImageFolder  # noqa: E402
-from store.cache import FeatureCache, assign_splits, with_splits  # noqa: E402
+from store.cache import FeatureCache  # noqa: E402
 from store.samples import Row, SampleTable  # noqa: E402
+from store.splits import assign_splits, with_splits  # noqa: E402
 from store.writer import CacheWriter, open_writer  # noqa: E402
 
 PAGE = REPO / "docs" / "large.md"

@@ -45,9 +45,10 @@ from extractor.export import export  # noqa: E402
 from extractor.options import Options, Summary  # noqa: E402
 from extractor.pipeline import run_extract  # noqa: E402
 from extractor.sources import ImageFolder  # noqa: E402
-from store.cache import FeatureCache, shard_paths  # noqa: E402
+from store.cache import FeatureCache  # noqa: E402
 from store.errors import BadDataError, InputMissingError, PenultError  # noqa: E402
 from store.lock import writer_lock  # noqa: E402
+from store.metadata import shard_paths  # noqa: E402
 from store.verify import verify_cache  # noqa: E402
 
 DOCUMENT = REPO / "docs" / "reliability.md"

@@ -21,9 +21,10 @@ from extractor.files import Files
 from extractor.options import Options
 from extractor.pipeline import survey
 from extractor.sources import files_of, open_source
-from store.cache import FeatureCache, assign_splits, is_cache, with_splits
+from store.cache import FeatureCache, is_cache
 from store.errors import BadDataError, InputMissingError
 from store.samples import LACKING, REGRESSION, SINGLE_LABEL, Row, SampleTable
+from store.splits import assign_splits, with_splits
 
 from .batches import GONE, MOVED
 from .bundle import Bundle, Predictions, averaged

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from store.cache import FeatureCache, groups_of
+from store.cache import FeatureCache
 from store.calibration import read_calibration
 from store.errors import BadDataError, PenultError
 from store.samples import SINGLE_LABEL, Row
+from store.splits import groups_of
 
 log = logging.getLogger("penult.classifiers")
 

@@ -19,7 +19,7 @@ from extractor.backbones import WEIGHTS_SUFFIXES, Backbone
 from extractor.options import Options
 from extractor.pipeline import run_extract
 from extractor.sources import Source
-from store.cache import PENULTIMATE, FeatureCache, groups_of, is_cache
+from store.cache import PENULTIMATE, FeatureCache, is_cache
 from store.errors import (
     BadDataError,
     InterruptedRunError,
@@ -30,6 +30,7 @@ from store.errors import (
     UsageError,
 )
 from store.samples import MULTI_LABEL, REGRESSION, SINGLE_LABEL, Row, SampleTable
+from store.splits import groups_of
 
 from .evaluate import Evaluation
 from .figures import require_finite

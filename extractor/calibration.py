@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from store.cache import assign_splits
 from store.calibration import Calibration, read_calibration
 from store.errors import BadDataError, InterruptedRunError, PenultError
 from store.samples import SINGLE_LABEL, Row
+from store.splits import assign_splits
 
 from .images import ImageError
 from .onnxfile import BackboneFacts

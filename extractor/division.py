@@ -7,9 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from store.cache import assign_splits
 from store.samples import MULTI_LABEL, SINGLE_LABEL, Row, SampleTable
-from store.splits import require_sizes, rule_text, split_names, untrained_labels
+from store.splits import assign_splits, require_sizes, rule_text, split_names, untrained_labels
 
 from .options import Options
 from .samples import Sample, Task

@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from store.cache import FeatureCache, shard_paths
+from store.cache import FeatureCache
 from store.errors import BudgetExceededError, InputMissingError, InterruptedRunError, StorageError
+from store.metadata import shard_paths
 from store.samples import Row, SampleTable
 from store.writer import CacheWriter, open_writer
 

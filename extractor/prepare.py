@@ -9,10 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from store.cache import all_fingerprints
 from store.calibration import Calibration, write_calibration
 from store.errors import PenultError, UsageError
 from store.fingerprint import Fingerprint, file_digest, require_same
+from store.metadata import all_fingerprints
 from store.writer import CacheWriter
 
 from .backbones import Backbone

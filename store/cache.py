@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import logging
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,28 +14,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import compact, hdf5, shard
-from .errors import (
-    BadDataError,
-    CorruptCacheError,
-    InputMissingError,
-    LockedError,
-    NewerFormatError,
-    PenultError,
-    UsageError,
-)
+from . import compact_file, hdf5, shard
+from .errors import BadDataError, CorruptCacheError, InputMissingError, LockedError, PenultError, UsageError
 from .fingerprint import Fingerprint, file_digest, short
 from .lock import is_locked
+from .metadata import all_fingerprints, read_meta, shard_paths
 from .samples import LACKING, SINGLE_LABEL, Row, SampleTable
-from .splits import hash_rank_split, merge_groups
+from .splits import assign_splits, groups_of
 from .stored import StoredFeatures
 
-log = logging.getLogger("penult.store")
-
-FORMAT_VERSION = 1
 BACKBONE = "backbone.onnx"
 PENULTIMATE = "penultimate"  # how --layer names the default
-PER_SET = {"layer": None, "pooling": None}  # what the fingerprints of one cache's feature sets may differ in
 
 
 @dataclass(frozen=True)
@@ -105,8 +91,8 @@ class FeatureCache:
         self.fingerprint = self._choose(layer)
 
     def _open_compact(self, layer: str | None) -> None:
-        self.samples = SampleTable.read(self.path, compact.ENCODING_TYPE)
-        whole, self.meta = compact.open_compact(self.path)
+        self.samples = SampleTable.read(self.path, compact_file.ENCODING_TYPE)
+        whole, self.meta = compact_file.open_compact(self.path)
         self.fingerprint = self._choose(layer)
         self.shards = [whole]
         self._sound.add(0)  # reading the table checked the whole file
@@ -174,7 +160,7 @@ class FeatureCache:
             LockedError: another run has replaced the cache.
         """
         if self.path.is_file():
-            data = compact.read_backbone(self.path)
+            data = compact_file.read_backbone(self.path)
             self._require_backbone(hashlib.sha256(data).hexdigest())
             return data
         try:
@@ -431,90 +417,3 @@ def is_cache(path: str | Path) -> bool:
     """Whether a path is a finished cache, as a folder or as one file, rather than a dataset."""
     path = Path(path)
     return (path / "samples.h5").is_file() or (path.suffix == ".h5" and path.is_file())
-
-
-def groups_of(rows: Sequence[Row]) -> list[bytes]:
-    """What must not be divided: the group of each row, joined with those that hold a copy of the same image."""
-    return merge_groups([row.group for row in rows], [row.sha256 for row in rows])
-
-
-def assign_splits(rows: Sequence[Row], *, val: float, test: float, seed: int, stratify: bool = True) -> list[str]:
-    """Hash-rank splits of rows, within each class where ``stratify``; groups and exact copies stay together."""
-    labels = [row.label or "" for row in rows] if stratify else ["(all samples)"] * len(rows)
-    return hash_rank_split(labels, groups_of(rows), val=val, test=test, seed=seed)
-
-
-def shard_paths(cache: Path) -> list[Path]:
-    """Complete shards, in the order of writing."""
-    return sorted(path for path in (cache / "shards").glob("*.h5") if shard.NAME.fullmatch(path.name))
-
-
-def read_meta(cache: Path) -> dict[str, Any]:
-    """``cache.json``, or what the shards tell where it is lost.
-
-    Raises:
-        CorruptCacheError: neither tells a fingerprint, or the format is newer than this penult.
-    """
-    try:
-        meta = json.loads((cache / "cache.json").read_bytes())
-        if isinstance(meta, dict) and meta.pop("sha256", None) not in (None, _meta_sha256(meta)):
-            message = "the content is not what was written"
-            raise ValueError(message)
-    except (OSError, ValueError):
-        found = set()
-        for path in shard_paths(cache):
-            with suppress(CorruptCacheError):  # the others tell as well
-                found.add(shard.read_shard(path).fingerprint)
-        sets = [Fingerprint.parse(text).fields for text in sorted(found)]
-        if not sets or len({json.dumps({**fields, **PER_SET}, sort_keys=True) for fields in sets}) != 1:
-            message = f"{cache}: cache.json is lost and {len(sets)} fingerprints stand in the shards"
-            raise CorruptCacheError(message) from None
-        return describe_sets(sets, {})
-    if not isinstance(meta, dict) or not isinstance(meta.get("fingerprint"), dict):
-        message = f"{cache}/cache.json is not a cache description"
-        raise CorruptCacheError(message)
-    if meta.get("format") != FORMAT_VERSION:
-        message = (
-            f"{cache} has format version {meta.get('format')}; this penult reads version {FORMAT_VERSION}. Upgrade penult."
-        )
-        raise NewerFormatError(message)
-    return meta
-
-
-def describe_sets(fingerprints: Sequence[Mapping[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
-    """The content of ``cache.json``: the fingerprint of the first feature set, and those of others where there are any."""
-    first, *more = map(dict, fingerprints)
-    return {"format": FORMAT_VERSION, "fingerprint": first, **({"more": more} if more else {}), "facts": facts}
-
-
-def all_fingerprints(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The fields of every feature set that ``cache.json`` describes."""
-    return [meta["fingerprint"], *meta.get("more", [])]
-
-
-def _meta_sha256(meta: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-
-
-def meta_bytes(meta: dict[str, Any]) -> bytes:
-    """``cache.json`` as it is written, with a checksum over the rest of it."""
-    return (json.dumps({**meta, "sha256": _meta_sha256(meta)}, indent=2, sort_keys=True) + "\n").encode()
-
-
-def ledger_bytes(table: SampleTable) -> bytes:
-    """``ledger.jsonl`` as it is written."""
-    failed = [{"path": row.name, "code": row.code, "message": row.message} for row in table.rows if not row.ok]
-    return "".join(json.dumps(entry) + "\n" for entry in failed).encode()
-
-
-def holds(path: Path, data: bytes) -> bool:
-    """Whether a file is there with exactly this content."""
-    try:
-        return path.read_bytes() == data
-    except OSError:
-        return False
-
-
-def with_splits(rows: Iterable[Row], names: Iterable[str]) -> list[Row]:
-    """The rows with their splits replaced."""
-    return [row.with_split(name) for row, name in zip(rows, names, strict=True)]

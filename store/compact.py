@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import hdf5, shard
-from .errors import BadDataError, CorruptCacheError, InputMissingError, OutputExistsError
-from .fingerprint import Fingerprint
+from .cache import FeatureCache
+from .compact_file import ENCODING_TYPE
+from .errors import BadDataError, OutputExistsError
+from .metadata import shard_paths
 from .samples import SampleTable
-
-if TYPE_CHECKING:
-    from .cache import FeatureCache
+from .writer import open_writer
 
 log = logging.getLogger("penult.store")
 
-ENCODING_TYPE = "penult-compact"
 DTYPES = ("float32", "float16")
 
 
@@ -73,39 +71,6 @@ def write_compact(cache: FeatureCache, out: Path, *, dtype: str = "float32", ove
     return len(good)
 
 
-def open_compact(path: Path) -> tuple[shard.Shard, dict[str, Any]]:
-    """A compact file as one shard, and what cache.json would say.
-
-    Raises:
-        CorruptCacheError: its parts do not fit together.
-    """
-    with hdf5.open_checked(path, ENCODING_TYPE) as (datasets, attrs):
-        features, m = datasets["features"], int(attrs["feature-rows"])
-        keys = datasets["sha256"][()][:m]
-        if features.ndim != 2 or features.shape[0] != m or len(keys) != m or features.dtype not in (np.float16, np.float32):
-            message = f"{path}: features {features.shape} of type {features.dtype} do not fit {m} rows"
-            raise CorruptCacheError(message)
-        fingerprint = Fingerprint.parse(str(attrs["fingerprint"])).single
-        sha256 = np.ascontiguousarray(keys).view("S32").reshape(m)
-        begin = hdf5.offset(features)
-        whole = shard.Shard(path, sha256, features.shape[1], features.dtype, fingerprint.canonical, begin, ENCODING_TYPE)
-        return whole, {"format": 1, "fingerprint": fingerprint.fields, "facts": json.loads(str(attrs["cache"]))}
-
-
-def read_backbone(path: Path) -> bytes:
-    """The ONNX file inside a compact file.
-
-    Raises:
-        InputMissingError: it was too large to be put there.
-    """
-    with hdf5.open_checked(path, ENCODING_TYPE) as (datasets, _):
-        data = bytes(datasets["backbone-onnx"][()].tobytes())
-    if not data:
-        message = f"{path} was written without its backbone, which is over 2 GB; use the cache folder that it was made from"
-        raise InputMissingError(message)
-    return data
-
-
 def prune(path: Path) -> tuple[int, int]:
     """Remove the features of images that are no longer in the sample table, under the writer's lock.
 
@@ -118,9 +83,6 @@ def prune(path: Path) -> tuple[int, int]:
         LockedError: another run writes the cache.
         CorruptCacheError: a shard is damaged; nothing of it is removed.
     """
-    from .cache import FeatureCache, shard_paths
-    from .writer import open_writer
-
     with open_writer(path):
         cache = FeatureCache(path)
         wanted = {row.sha256 for row in cache.rows()}

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .errors import BadDataError, UsageError
+from .samples import Row
 
 
 def merge_groups(groups: Sequence[bytes], contents: Sequence[bytes]) -> list[bytes]:
@@ -147,3 +148,19 @@ def untrained_labels(samples: Iterable[tuple[str | None, str | None]]) -> list[s
         if trained and label not in trained:
             where[label].append(f"{split!r} ({count})")
     return [f"class {label!r} is in {' and '.join(places)} and not in 'train'" for label, places in where.items()]
+
+
+def groups_of(rows: Sequence[Row]) -> list[bytes]:
+    """What must not be divided: the group of each row, joined with those that hold a copy of the same image."""
+    return merge_groups([row.group for row in rows], [row.sha256 for row in rows])
+
+
+def assign_splits(rows: Sequence[Row], *, val: float, test: float, seed: int, stratify: bool = True) -> list[str]:
+    """Hash-rank splits of rows, within each class where ``stratify``; groups and exact copies stay together."""
+    labels = [row.label or "" for row in rows] if stratify else ["(all samples)"] * len(rows)
+    return hash_rank_split(labels, groups_of(rows), val=val, test=test, seed=seed)
+
+
+def with_splits(rows: Iterable[Row], names: Iterable[str]) -> list[Row]:
+    """The rows with their splits replaced."""
+    return [row.with_split(name) for row, name in zip(rows, names, strict=True)]

@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import calibration, hdf5, shard
-from .cache import all_fingerprints, describe_sets, holds, ledger_bytes, meta_bytes, read_meta, shard_paths
 from .errors import BadDataError, CorruptCacheError, InputMissingError, OutputExistsError
 from .fingerprint import Fingerprint, require_same
+from .integrity import verify_files
 from .lock import writer_lock
+from .metadata import all_fingerprints, describe_sets, holds, ledger_bytes, meta_bytes, read_meta, shard_paths
 from .samples import Row, SampleTable
-from .verify import verify_files
 
 log = logging.getLogger("penult.store")
 

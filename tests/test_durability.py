@@ -16,9 +16,11 @@ from benchmarks import soak
 from benchmarks.soak import Bench, PowerLoss
 from extractor.backbones import Backbone
 from store import hdf5
-from store.cache import FeatureCache, shard_paths
+from store.cache import FeatureCache
 from store.errors import InterruptedRunError
-from store.verify import verify_cache, verify_files
+from store.integrity import verify_files
+from store.metadata import shard_paths
+from store.verify import verify_cache
 
 
 @pytest.fixture

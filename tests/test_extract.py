@@ -28,7 +28,7 @@ from extractor.options import Options, Summary
 from extractor.pipeline import extract, run_extract
 from extractor.sources import ImageFolder, Manifest, Source
 from store import hdf5
-from store.cache import FeatureCache, shard_paths
+from store.cache import FeatureCache
 from store.errors import (
     BadDataError,
     BudgetExceededError,
@@ -38,6 +38,7 @@ from store.errors import (
     StorageError,
     UsageError,
 )
+from store.metadata import shard_paths
 
 REPO = Path(__file__).resolve().parent.parent
 SIZE = 4  # images per inference call; with SHARD_BYTES = 1 also per shard

@@ -19,14 +19,7 @@ import pytest
 
 import store.writer
 from store import shard
-from store.cache import (
-    FORMAT_VERSION,
-    FeatureCache,
-    assign_splits,
-    meta_bytes,
-    read_meta,
-    shard_paths,
-)
+from store.cache import FeatureCache
 from store.errors import (
     BadDataError,
     CorruptCacheError,
@@ -39,8 +32,9 @@ from store.errors import (
 )
 from store.fingerprint import Fingerprint, short
 from store.lock import writer_lock
+from store.metadata import FORMAT_VERSION, meta_bytes, read_meta, shard_paths
 from store.samples import Row, SampleTable
-from store.splits import hash_rank_split, merge_groups
+from store.splits import assign_splits, hash_rank_split, merge_groups
 from store.writer import CacheWriter, open_writer
 
 REPO = Path(__file__).resolve().parent.parent

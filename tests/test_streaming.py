@@ -25,11 +25,12 @@ from extractor.backbones import Backbone
 from extractor.options import Options
 from extractor.pipeline import extract
 from extractor.sources import ImageFolder
-from store.cache import FeatureCache, assign_splits, with_splits
+from store.cache import FeatureCache
 from store.compact import write_compact
 from store.errors import CorruptCacheError, UsageError
 from store.samples import Row, SampleTable
 from store.shard import widen
+from store.splits import assign_splits, with_splits
 from store.stored import StoredFeatures
 from store.writer import open_writer
 

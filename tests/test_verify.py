@@ -16,10 +16,12 @@ from extractor.backbones import Backbone
 from extractor.options import Options
 from extractor.pipeline import run_extract
 from extractor.sources import ImageFolder
-from store.cache import FeatureCache, shard_paths
+from store.cache import FeatureCache
 from store.errors import CorruptCacheError, InputMissingError, NewerFormatError, StorageError
+from store.integrity import verify_files
+from store.metadata import shard_paths
 from store.testing import assert_features_match
-from store.verify import verify_cache, verify_files
+from store.verify import verify_cache
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +138,7 @@ def test_a_file_that_hangs_or_kills_its_reader_is_named_and_the_rest_is_checked(
         def executable(self) -> str:
             return str(fake) if first and first.pop() else real
 
-    monkeypatch.setattr("store.verify.sys", Executable())
+    monkeypatch.setattr("store.integrity.sys", Executable())
     files = shard_paths(cache)
     problems = verify_files(files, timeout=5 if script == HANGING else 60)
     assert list(problems) == files[:1]

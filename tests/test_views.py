@@ -38,11 +38,12 @@ from extractor.options import Options
 from extractor.pipeline import extract
 from extractor.sources import ImageFolder, open_source
 from extractor.views import MAX_VIEWS, Views
-from store.cache import FeatureCache, shard_paths
+from store.cache import FeatureCache
 from store.compact import prune, write_compact
 from store.drift import compare_caches
 from store.errors import BudgetExceededError, CorruptCacheError, FingerprintMismatchError, StorageError, UsageError
 from store.fingerprint import Fingerprint
+from store.metadata import shard_paths
 from store.shard import fits_float16, read_shard, write_shard
 from store.writer import open_writer
 

@@ -1,0 +1,102 @@
+"""Read HDF5 files completely in a child process: a damaged one can hang or kill its reader."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from . import calibration, compact_file, hdf5, samples, shard
+from .errors import CorruptCacheError, InterruptedRunError, NewerFormatError, StorageError
+
+TIMEOUT = 60.0  # seconds for one file, plus what reading it takes at ..
+SLOWEST = 10e6  # .. bytes per second
+
+
+def verify_files(paths: Sequence[Path], *, timeout: float = TIMEOUT) -> dict[Path, str]:
+    """Which of these HDF5 files are damaged, and how. Survives files that kill or hang the reader.
+
+    Args:
+        paths: shards and sample tables.
+        timeout: seconds for one file, beyond the time its size takes.
+
+    Returns:
+        The problem of each damaged file; sound files are left out.
+
+    Raises:
+        NewerFormatError: a newer penult wrote one of them.
+        StorageError: one cannot be read, which is not damage: a permission, a failing disk.
+        InterruptedRunError: the child was ended by SIGINT or SIGTERM, which is not damage either.
+    """
+    pending, problems = list(paths), {}
+    while pending:
+        for path, problem in _in_child(pending, timeout):
+            pending.remove(path)
+            if problem:
+                problems[path] = problem
+    return problems
+
+
+def _in_child(paths: Sequence[Path], timeout: float) -> list[tuple[Path, str]]:
+    """Verify in one child, in order, until it is done, dies or hangs; the last result then is the file that did it."""
+    code = "import json, sys; request = json.load(sys.stdin); sys.path[:] = request['sys.path']; "
+    code += "from store.integrity import _child; _child(request['paths'])"
+    command = [sys.executable, "-P", "-c", code]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
+    assert child.stdin is not None
+    assert child.stdout is not None
+    results: list[tuple[Path, str]] = []
+    with child:
+        names = [os.fsencode(path).hex() for path in paths]
+        with suppress(BrokenPipeError):  # it is dead already; that is seen below
+            child.stdin.write(json.dumps({"paths": names, "sys.path": sys.path}).encode())
+        child.stdin.close()
+        for path in paths:
+            patience = timeout + path.stat().st_size / SLOWEST
+            ready, _, _ = select.select([child.stdout], [], [], patience)
+            line = child.stdout.readline() if ready else b""
+            if not line:
+                child.kill()
+                status = child.wait()
+                if ready and -status in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and systemd signal the children too
+                    raise InterruptedRunError(-status)
+                died = f"kills its reader (exit {status})" if ready else f"hangs its reader (more than {patience:.0f} s)"
+                return [*results, (path, died)]
+            answer = json.loads(line)
+            if "error" in answer:
+                kind = NewerFormatError if answer["error"] == "NewerFormatError" else StorageError
+                raise kind(answer["message"])
+            results.append((path, answer["problem"]))
+    return results
+
+
+def _child(names: list[str]) -> None:
+    for name in names:
+        path = Path(os.fsdecode(bytes.fromhex(name)))
+        kind = samples.ENCODING_TYPE if path.name == "samples.h5" else shard.ENCODING_TYPE
+        if path.name == calibration.NAME:
+            kind = calibration.ENCODING_TYPE
+        elif path.parent.name != "shards" and path.name != "samples.h5":
+            kind = compact_file.ENCODING_TYPE
+        try:
+            path.open("rb").close()
+            hdf5.verify(path, kind)
+            if kind == shard.ENCODING_TYPE:
+                shard.read_shard(path)
+            elif kind == calibration.ENCODING_TYPE:
+                calibration.read_calibration(path.parent)
+            else:
+                samples.SampleTable.read(path, kind)
+            answer = {"problem": ""}
+        except (NewerFormatError, OSError) as error:  # no damage: a newer penult, a permission, a failing disk
+            answer = {"error": type(error).__name__, "message": str(error)}
+        except CorruptCacheError as error:
+            answer = {"problem": str(error)}
+        sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
+        sys.stdout.buffer.flush()
