@@ -24,8 +24,7 @@ from store import json_text
 from store.errors import PenultError
 
 if TYPE_CHECKING:
-    from classifiers.evaluate import Evaluation
-    from classifiers.tasks import Measured
+    from classifiers.task import Evaluation, Measured
     from extractor.augment import Augmentation
     from extractor.backbones import Backbone
 
@@ -248,7 +247,7 @@ def backbones(name: str | None, *, with_layers: bool, as_json: bool) -> None:
         listing = list(rows())
         if as_json:
             return print_json(listing)
-        cells = [
+        shot_cells = [
             (
                 r["name"],
                 " ".join(key.removeprefix("IMAGENET1K_") for key in r["weights"]),
@@ -262,7 +261,7 @@ def backbones(name: str | None, *, with_layers: bool, as_json: bool) -> None:
             for w in [r["weights"][r["default"]]]
         ]
         columns = ("backbone", "weights", "features", "input", "parameters", "GFLOPs", "top-1")  # the default weights first
-        return print_table(columns, cells, left=2)
+        return print_table(columns, shot_cells, left=2)
     layers = list_layers(name)
     facts = {**row(name), "layers": layers}
     if as_json:
@@ -686,10 +685,10 @@ def train(cache: Path, output: Path, head: str | None, *, as_json: bool, overwri
     )
     print_bundle(bundle, as_json=as_json)
     if bundle.few_shot and not as_json:
-        from classifiers.fewshot import COLUMNS, cells
+        from classifiers.tables import SHOT_COLUMNS, shot_cells
 
         click.echo(f"\nAccuracy on {bundle.split['reported_on']!r} by training images of each class")
-        print_table(COLUMNS, [cells(point) for point in bundle.few_shot], left=0)
+        print_table(SHOT_COLUMNS, [shot_cells(point) for point in bundle.few_shot], left=0)
 
 
 @cli.command()
@@ -750,7 +749,7 @@ def finetune(data: Path, output: Path, *, as_json: bool, overwrite: bool, **give
     Example: penult finetune photos.cache -m resnet50 -o photos-finetuned.head
     """
     from classifiers.bundle import Bundle
-    from classifiers.finetune import FineTuneOptions
+    from classifiers.finetune_options import FineTuneOptions
     from classifiers.train import train_finetuned
     from extractor.options import Options
     from extractor.sources import open_source
@@ -822,10 +821,9 @@ def evaluate(bundle: Path, data: Path, *, as_json: bool, overwrite: bool, **give
     Example: penult evaluate photos.head photos.cache --split test
     """
     from classifiers.bundle import Bundle
-    from classifiers.evaluate import Evaluation
     from classifiers.heldout import evaluate_bundle
     from classifiers.report import save_confusion
-    from classifiers.tasks import need_single_label
+    from classifiers.task import Evaluation, need_single_label
     from store.errors import GateError
 
     loaded = Bundle.load(bundle)
@@ -946,8 +944,8 @@ def report(bundle: Path, data: Path | None, output: Path, *, overwrite: bool, **
     Example: penult report photos.head photos.cache -o photos.html
     """
     from classifiers.bundle import Bundle
-    from classifiers.illustrations import report_again
-    from classifiers.report import write_output
+    from classifiers.page import write_output
+    from classifiers.report import report_again
 
     asked = {key: given[key] for key in ("split", "root", "pictures")}
     html = report_again(Bundle.load(bundle), data, **asked, **runtime(given))
@@ -977,7 +975,7 @@ def compare(bundles: Sequence[Path], output: Path | None, *, overwrite: bool, as
     from classifiers.bundle import Bundle
     from classifiers.compare import compare as compare_bundles
     from classifiers.comparison import comparison_report, comparison_text
-    from classifiers.report import write_output
+    from classifiers.page import write_output
     from store.cache import FeatureCache
 
     curve = FeatureCache(given["curve"]) if given["curve"] else None
@@ -1129,7 +1127,7 @@ def decisions(bundle: Path | None) -> Any:
         return None
     from classifiers.bundle import Bundle
     from classifiers.figures import require_finite
-    from classifiers.tasks import need_single_label
+    from classifiers.task import need_single_label
 
     loaded = Bundle.load(bundle)
     need_single_label(loaded.task, "counting changed decisions")
@@ -1258,7 +1256,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: 
 def print_bundle(bundle: Any, *, as_json: bool) -> None:
     if as_json:
         return print_json(bundle.to_json())
-    from classifiers.tasks import task_of_bundle
+    from classifiers.bundle import task_of_bundle
 
     task, seconds = task_of_bundle(bundle), bundle.cost["train_seconds"]
     click.echo(f"{bundle.path}: {bundle.head} head, {len(bundle.classes)} {task.plural}, in {seconds:.1f} s")

@@ -14,18 +14,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from extractor.decoder import Decoder
-from extractor.files import Located
+from extractor.files import GONE, MOVED, Located
 from extractor.images import ImageError
 from store.errors import BadDataError, InputMissingError
 
 if TYPE_CHECKING:
-    from .finetune import FineTuneOptions
+    from .finetune_options import FineTuneOptions
 
 Item = tuple[Path | Located, int]
 
 MAX_HELD = 2**29  # bytes of decoded images kept in memory; what does not fit is decoded again in every epoch
-GONE = ("not_found", "unreadable")  # codes of what cannot be read, as opposed to decoded
-MOVED = "is it gone since the features were extracted? If the images moved, --root says where they are"
 
 
 class Batches:

@@ -21,7 +21,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,9 +35,8 @@ from store.fingerprint import VIEWS, Fingerprint
 
 from .figures import require_finite
 from .novelty import Novelty
-
-if TYPE_CHECKING:
-    from .illustrations import Illustrations
+from .task import HeadTask
+from .tasks import task_of
 
 FORMAT_VERSION = 1
 NOVELTY = "novelty.h5"
@@ -244,7 +243,7 @@ def save_bundle(
     predictions: Predictions | None,
     fitted: Sequence[bytes],
     novelty: bytes | None = None,
-    shown: Illustrations | None = None,
+    page: str,
     overwrite: bool = False,
 ) -> Bundle:
     """Write a bundle in one step: it is complete or it is not there.
@@ -257,7 +256,7 @@ def save_bundle(
         predictions: on held-out images; None where there were none.
         fitted: content digests of everything that was fitted or chosen on.
         novelty: ``novelty.h5``, where there is one.
-        shown: what the report shows of the held-out images.
+        page: ``report.html``, see `report.bundle_report`.
         overwrite: replace an existing bundle.
 
     Raises:
@@ -268,8 +267,6 @@ def save_bundle(
         StorageError: disk full, I/O error.
     """
     from extractor.prepare import library_versions
-
-    from .report import bundle_report
 
     bundle = replace(bundle, path=bundle.path.absolute())
     refuse_existing(bundle.path, overwrite=overwrite)
@@ -288,7 +285,7 @@ def save_bundle(
         files = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
         complete = replace(bundle, files=files, versions=library_versions())
         hdf5.commit(temporary / "predictions.h5", _predictions_file(predictions, fitted))
-        hdf5.commit(temporary / "report.html", bundle_report(complete, predictions, shown).encode())
+        hdf5.commit(temporary / "report.html", page.encode())
         facts = json_text.dumps(complete.to_json(), indent=2, ensure_ascii=False) + "\n"
         hdf5.commit(temporary / "head.json", facts.encode())
         install(temporary, bundle.path)
@@ -400,3 +397,8 @@ def head_function(data: bytes, path: Path) -> Callable[[NDArray[np.float32]], ND
         return np.concatenate([session.run(None, {"features": part})[0] for part in parts])
 
     return probabilities
+
+
+def task_of_bundle(bundle: Bundle) -> HeadTask:
+    """A bundle's task, with the names of its outputs."""
+    return task_of(bundle.task, bundle.classes, bundle.conformal, bundle.hyperparameters.get("temperature"))

@@ -17,7 +17,7 @@ from .bundle import Bundle, Predictions
 from .intervals import wilson
 from .labelcurve import LabelCurve, label_curve
 from .paired import Change, Standing, paired
-from .tasks import need_single_label
+from .task import need_single_label
 from .verdict import Verdict, judge
 
 SPLIT_FLAGS = (("val-fraction", "val"), ("test-fraction", "test"), ("seed", "seed"))

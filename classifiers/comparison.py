@@ -9,11 +9,11 @@ import numpy as np
 
 from . import plots
 from .compare import FINE_TUNED, Compared, Comparison
+from .intervals import bounds, interval, percent, points, signed
 from .labelcurve import LabelCurve
+from .page import LONG, Card, Section, page
 from .paired import COMPARED
-from .report import LONG, Card, Section, interval, page, percent
 from .text import table
-from .verdict import bounds, points, signed
 
 ACCURACY_COLUMNS = ("bundle", "kind", "accuracy, %", "difference, points", "p", "cost")
 CURVE_COLUMNS = ("training images", "accuracy", "95 % interval", "draws")

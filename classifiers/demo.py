@@ -22,12 +22,13 @@ from store.errors import InputMissingError, OutputExistsError
 from .bundle import Bundle, Predictions
 from .compare import Comparison, Entrant, compare_entrants
 from .comparison import comparison_report
-from .evaluate import Evaluation, score
-from .finetune import FineTuneOptions
+from .evaluate import score
+from .finetune_options import FineTuneOptions
 from .heldout import evaluate_bundle
 from .logistic import LogisticHead
-from .predict import Prediction, Predictor, list_images
-from .report import write_output
+from .page import write_output
+from .predict import Predictor, list_images
+from .task import Evaluation, Prediction
 from .train import make_head, train_finetuned, train_head
 
 log = logging.getLogger("penult.classifiers")

@@ -24,7 +24,7 @@ from .checkpoints import Checkpoints, checkpoint_io
 from .curves import curve_writer
 
 if TYPE_CHECKING:
-    from .finetune import FineTuneOptions
+    from .finetune_options import FineTuneOptions
     from .probing import AffineHead
 
 PRECISIONS: dict[str | None, Any] = {None: "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # Lightning's names

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,74 +11,24 @@ from numpy.typing import NDArray
 
 from store.cache import Subset
 from store.errors import BadDataError
-from store.samples import SINGLE_LABEL
+from store.samples import SINGLE_LABEL, Row, SampleTable
+from store.splits import untrained_labels
 
 from .conformal import Conformal
 from .figures import chance_calibration_errors, ranks, require_finite, untempered, weighted_figures
 from .intervals import Interval, bootstrap_interval, distance_interval, resampled, resamples_for, wilson
+from .task import FEW, Evaluation, HeadTask, Outputs, Prediction, need_single_label
 
 WIDE = 0.10  # an accuracy interval wider than ten points does not tell good from mediocre
-FEW = 10  # with fewer images of a class its own figures say nothing
 TOPS = (3, 5)  # top-k is given for these k, where there are more classes
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Figures on one set of images.
-
-    Attributes:
-        split: what it was measured on.
-        n: number of images.
-        correct: of these, classified right.
-        accuracy, accuracy_interval: with the 95 % Wilson interval.
-        macro_f1: mean of the per-class F1.
-        log_loss: mean negative log-likelihood, nats.
-        per_class: label, n, precision, recall, recall_interval, f1.
-        confusion: ``confusion[i][j]`` images of class i were taken for class j.
-        classes: labels in the order of the matrix.
-        notes: what keeps these figures from being conclusive.
-        failed: inputs that could not be used and are in no figure.
-        figures: by name (docs/metrics.md has them all) ``value``, its 95 % ``interval`` (None where resampling shows no
-            spread) and the ``method`` of that.
-        resamples: of the bootstrap.
-        temperature: of the head; figures called ``..._before`` are without it. None where it has none.
-        sets: what the head's prediction sets are worth here, see `Conformal.measured`; None where it has none.
-        novelty: how many images are unlike the training images, see `novel_share`; None where the bundle cannot tell.
-        pixel_drift: as JSON, where pixels that differ from those of the training were accepted, see `PixelDrift`.
-    """
-
-    split: str
-    n: int
-    correct: int
-    accuracy: float
-    accuracy_interval: tuple[float, float]
-    macro_f1: float
-    log_loss: float
-    per_class: list[dict[str, Any]]
-    confusion: list[list[int]]
-    classes: list[str]
-    notes: list[str] = field(default_factory=list)
-    failed: int = 0
-    figures: dict[str, dict[str, Any]] = field(default_factory=dict)
-    resamples: int = 0
-    temperature: float | None = None
-    sets: dict[str, Any] | None = None
-    novelty: dict[str, Any] | None = None
-    pixel_drift: dict[str, Any] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """As it reads back from a file: lists, no tuples."""
-        return dict(json.loads(json.dumps(asdict(self))))
 
 
 def evaluate(head: Any, subset: Subset) -> Evaluation:
     """Evaluate a fitted head (``classes_`` and ``predict_proba``) on cached features.
 
     Raises:
-        UsageError: it is a head for several labels or for numbers; `tasks.HeadTask.score` takes the outputs of these.
+        UsageError: it is a head for several labels or for numbers; `HeadTask.score` takes the outputs of these.
     """
-    from .tasks import need_single_label
-
     need_single_label(getattr(head, "task", SINGLE_LABEL), "classifiers.evaluate.evaluate")
     return score(
         subset.y,
@@ -212,3 +161,34 @@ def _notes(correct: int, n: int, support: list[tuple[str, int]]) -> list[str]:
         shown = ", ".join(few[:5]) + (f" and {len(few) - 5} more" if len(few) > 5 else "")
         notes.append(f"classes with fewer than {FEW} images here, whose own figures say little: {shown}")
     return notes
+
+
+class SingleLabel(HeadTask):
+    """One label an image; two classes are a case of this, with two probabilities."""
+
+    name, plural = SINGLE_LABEL, "classes"
+
+    def require(self, table: SampleTable, parts: Sequence[tuple[Sequence[Row], str]]) -> None:
+        labels = {row.label for row in parts[0][0]}
+        unknown = untrained_labels([(row.label, name) for part, name in parts for row in part])
+        if unknown:
+            message = f"{'; '.join(unknown)}: give it training images, or leave it out"
+            raise BadDataError(message)
+        if len(labels) < 2:
+            message = f"a classifier needs at least two classes; the training split has one, {labels.pop()!r}"
+            raise BadDataError(message)
+
+    def score(self, truth: NDArray[Any], outputs: Outputs, split: str) -> Evaluation:
+        conformal = Conformal.from_json(self.conformal)
+        return score(truth, outputs, list(self.names), split, temperature=self.temperature, conformal=conformal)
+
+    def headline(self, metrics: dict[str, Any]) -> str:
+        low, high = metrics["accuracy_interval"]
+        return f"accuracy {metrics['accuracy']:.4f} [{low:.4f}, {high:.4f}]"
+
+    def decide(self, outputs: NDArray[np.float32]) -> tuple[str, float]:
+        best = int(outputs.argmax())
+        return self.names[best], float(outputs[best])
+
+    def text(self, prediction: Prediction) -> str:
+        return f"{prediction.label}\t{prediction.probability:.4f}"

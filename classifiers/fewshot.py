@@ -14,11 +14,7 @@ from numpy.typing import NDArray
 from store.cache import Subset
 from store.errors import BadDataError, UsageError
 
-from .report import interval, percent
-
 log = logging.getLogger("penult.classifiers")
-
-COLUMNS = ("images a class", "accuracy", "95 % interval", "lowest to highest", "draws")
 
 
 def learning_curve(
@@ -124,10 +120,3 @@ def each_warning_once() -> Iterator[None]:
         yield
     finally:
         log.removeFilter(once)
-
-
-def cells(point: dict[str, Any]) -> tuple[str, ...]:
-    """A line of the table, in the order of `COLUMNS`."""
-    each = point["accuracies"]
-    spread = interval([min(each), max(each)])
-    return str(point["shots"]), percent(point["accuracy"]), interval(point["accuracy_interval"]), spread, str(len(each))

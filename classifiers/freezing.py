@@ -9,7 +9,7 @@ from store.cache import PENULTIMATE
 from store.errors import UsageError
 
 if TYPE_CHECKING:
-    from .finetune import FineTuneOptions
+    from .finetune_options import FineTuneOptions
 
 
 def modules_before(network: Any, example: Any, freeze_until: str, last: str) -> list[Any]:

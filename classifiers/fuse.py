@@ -26,10 +26,9 @@ from store.errors import BadDataError, OutputExistsError
 from store.samples import REGRESSION, SINGLE_LABEL
 from store.shard import MAX_ROUNDING
 
-from .bundle import Bundle
+from .bundle import Bundle, task_of_bundle
 from .fused import GOLDEN, INPUT, LABEL, NO_LABEL, RECIPE, TOLERANCE, Fused, Golden, golden_pictures, is_fused
 from .predict import Predictor
-from .tasks import task_of_bundle
 
 log = logging.getLogger("penult.classifiers")
 

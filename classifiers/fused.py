@@ -23,7 +23,8 @@ from extractor.preprocess import Preprocess
 from store.errors import BadDataError, InputMissingError
 from store.fingerprint import Fingerprint
 
-from .tasks import HeadTask, task_of
+from .task import HeadTask
+from .tasks import task_of
 
 FORMAT_VERSION = 1
 INPUT, LABEL = "pixels", "label"

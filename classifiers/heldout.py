@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from extractor.files import Files
+from extractor.files import GONE, MOVED, Files
 from extractor.options import Options
 from extractor.pipeline import survey
 from extractor.sources import files_of, open_source
@@ -26,12 +26,10 @@ from store.errors import BadDataError, InputMissingError
 from store.samples import LACKING, REGRESSION, SINGLE_LABEL, Row, SampleTable
 from store.splits import assign_splits, with_splits
 
-from .batches import GONE, MOVED
-from .bundle import Bundle, Predictions, averaged
-from .evaluate import Evaluation
+from .bundle import Bundle, Predictions, averaged, task_of_bundle
 from .novelty import novel_share
 from .predict import Predictor
-from .tasks import Measured, task_of_bundle
+from .task import Evaluation, Measured
 
 log = logging.getLogger("penult.classifiers")
 

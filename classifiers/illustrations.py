@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from extractor.files import Files
-from extractor.pixel_drift import PixelDrift
-from extractor.sources import files_of, open_source
-from store.cache import FeatureCache, Subset, is_cache
+from extractor.sources import files_of
+from store.cache import Subset
 from store.errors import PenultError
-from store.samples import SINGLE_LABEL, SampleTable, display
+from store.samples import SampleTable, display
 from store.stored import StoredFeatures
 
-from .bundle import Bundle, Predictions
+from .bundle import Predictions
 from .featuremap import FeatureMap, feature_map
-from .heldout import evaluate_bundle
 from .thumbnails import thumbnails
 
 MISTAKES = 12
@@ -148,50 +146,3 @@ def files_or_none(table: SampleTable, root: Path | None = None) -> Files | None:
         return files_of(table, root)
     except PenultError:
         return None
-
-
-def report_again(
-    bundle: Bundle,
-    data: str | Path | None = None,
-    *,
-    split: str | None = None,
-    root: Path | None = None,
-    pictures: bool = True,
-    **predictor_options: Any,
-) -> str:
-    """The page of a bundle, anew: of its own held-out images, or evaluated on a cache or a dataset.
-
-    Args:
-        bundle: what it is about.
-        data, split, root, predictor_options: as `evaluate_bundle` takes them. Without ``data`` neither the images nor their
-            features are at hand, and the page has figures and names alone.
-        pictures: whether thumbnails are shown.
-
-    Raises:
-        BadDataError: as `evaluate_bundle`.
-    """
-    from .report import bundle_report
-
-    if data is None:
-        held = bundle.predictions() if bundle.metrics is not None else None
-        shown = illustrate(held, bundle.classes) if held and bundle.task == SINGLE_LABEL else None
-        return bundle_report(bundle, held, shown)
-    evaluation, predictions = evaluate_bundle(bundle, data, split=split, root=root, **predictor_options)
-    if evaluation.pixel_drift:
-        note = PixelDrift(**evaluation.pixel_drift).text(bundle.name)
-        evaluation = replace(evaluation, notes=[*evaluation.notes, note])
-    if bundle.task != SINGLE_LABEL:
-        return bundle_report(replace(bundle, metrics=evaluation.to_json()), predictions)
-    fitted: list[Subset] = []
-    if is_cache(data):
-        cache = FeatureCache(data)
-        files = files_or_none(cache.samples, root)
-        if predictions.features is not None:
-            seen, cache = bundle.fitted(), cache.with_layer(bundle.backbone.layer)
-            rows = [row for row in cache.rows() if row.sha256 in seen and row.label is not None]
-            fitted = [cache.of_rows(rows, "train")] if rows else []
-    else:
-        files = open_source(data, root=root).files
-    found = illustrate(predictions, bundle.classes, X=predictions.features, fitted=fitted, files=files if pictures else None)
-    own = bundle.metrics is not None and not evaluation.pixel_drift and bundle.predictions().ids == predictions.ids
-    return bundle_report(bundle if own else replace(bundle, metrics=evaluation.to_json()), predictions, found)

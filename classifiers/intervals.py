@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,3 +99,26 @@ def distance_interval(estimate: float, values: NDArray[np.float64], chance: NDAr
     low, high = np.quantile(values, (0.025, 0.975))
     explained = estimate <= np.quantile(chance, 0.95)
     return (0.0 if explained else max(2 * estimate - float(high), 0.0)), max(2 * estimate - float(low), float(high))
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def interval(bounds: Sequence[float]) -> str:
+    return f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f} %"
+
+
+def points(share: float) -> str:
+    """A share as percentage points, as short as it can be."""
+    return f"{100 * share:.4g} point" + ("" if round(100 * share, 4) == 1 else "s")
+
+
+def signed(share: float) -> str:
+    """A difference of shares in percentage points."""
+    return f"{round(100 * share, 1) + 0.0:+.1f}"  # adding zero makes -0 a zero
+
+
+def bounds(interval: Sequence[float]) -> str:
+    """An interval of such differences."""
+    return f"[{signed(interval[0])}, {signed(interval[1])}]"

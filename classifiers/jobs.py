@@ -31,9 +31,9 @@ from store.errors import BadDataError, GateError, InputMissingError, JobFileErro
 from store.lock import file_lock
 
 from .bundle import Bundle, install, refuse_existing
-from .evaluate import Evaluation
 from .heldout import evaluate_bundle
-from .report import interval
+from .intervals import interval
+from .task import Evaluation
 from .train import made_from, make_head, train_head
 
 log = logging.getLogger("penult.classifiers")

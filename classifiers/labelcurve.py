@@ -18,9 +18,8 @@ from .bundle import Bundle
 from .fewshot import each_warning_once
 from .heads import make_head
 from .heldout import ACCEPTED
-from .intervals import Interval, bootstrap_interval, resampled, resamples_for, wilson
+from .intervals import Interval, bootstrap_interval, bounds, resampled, resamples_for, signed, wilson
 from .paired import difference_interval
-from .verdict import bounds, signed
 
 log = logging.getLogger("penult.classifiers")
 

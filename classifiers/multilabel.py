@@ -13,10 +13,10 @@ from store.samples import LABEL_SEPARATOR, MULTI_LABEL, Row, SampleTable
 
 from .figures import Values, Weights, average_precision, ratio, require_finite
 from .intervals import resampled, resamples_for
-from .tasks import FEW, HeadTask, Measured, Outputs, bootstrapped, headline_of, proportion
+from .task import FEW, HeadTask, Measured, Outputs, bootstrapped, headline_of, proportion
 
 if TYPE_CHECKING:
-    from .predict import Prediction
+    from .task import Prediction
 
 THRESHOLD = 0.5  # from which probability on an image has a label
 

@@ -16,7 +16,6 @@ from .figures import confidence_bins
 from .intervals import wilson
 
 if TYPE_CHECKING:
-    from .bundle import Bundle
     from .featuremap import FeatureMap
 
 PLOT_FORMATS = ("png", "svg", "pdf")
@@ -50,14 +49,17 @@ def plain_log(axes: Any, values: Sequence[float]) -> None:
     axes.xaxis.set_major_formatter("{x:g}")
 
 
-def history_svg(bundle: Bundle) -> str:
-    """The regularisation path, with the accuracies where they are known, or the losses by epoch."""
+def history_svg(history: Sequence[dict[str, Any]], chosen: dict[str, Any]) -> str:
+    """The regularisation path, with the accuracies where they are known, or the losses by epoch.
+
+    Args:
+        history: as in `Bundle`; not empty.
+        chosen: the hyperparameters.
+    """
 
     def draw(axes: Any) -> None:
-        history = bundle.history
         for key, meaning, loss in SEARCHES:
             if key in history[0]:
-                chosen = bundle.hyperparameters
                 line = [p for p in history if p.get("tau") == chosen.get("tau")]  # of knn's lines, the one of the chosen tau
                 axes.semilogx([p[key] for p in line], [p[loss] for p in line], "o-", color=BLUE, ms=4)
                 axes.minorticks_off()

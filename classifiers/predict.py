@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
@@ -34,13 +33,14 @@ from extractor.sources import ImageFolder, refuse_ours
 from extractor.views import Views
 from store.errors import BadDataError, InputMissingError, UsageError
 from store.fingerprint import Fingerprint
-from store.samples import SINGLE_LABEL, display
+from store.samples import SINGLE_LABEL
 from store.shard import as_stored
 
-from .bundle import Bundle, averaged
+from .bundle import Bundle, averaged, task_of_bundle
 from .fused import Fused, is_fused, precision_of
 from .novelty import Novelty
-from .tasks import HeadTask, task_of, task_of_bundle
+from .task import HeadTask, Prediction
+from .tasks import task_of
 
 log = logging.getLogger("penult.classifiers")
 
@@ -48,32 +48,6 @@ NOT_FINITE = "the network gives NaN or infinity for this image"
 FIRST = 16  # images that a difference of pixels is measured on
 
 _Read = tuple[bytes, NDArray[np.uint8] | ImageError]  # a path, and what came of it: its views (views, crop, crop, 3)
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a bundle says of one file.
-
-    Attributes:
-        path: as it was given.
-        label, probability: of the most probable class; None where the file cannot be used. Several labels have ``|`` between
-            them and no probability in common; of a regression both are None.
-        probabilities: ``(k,)`` in the order of the bundle's classes; of a regression, its numbers.
-        code, message: why the file cannot be used.
-        novelty: how unlike the training images it is; above 1 it is so. None where the bundle cannot tell.
-    """
-
-    path: bytes
-    label: str | None = None
-    probability: float | None = None
-    probabilities: NDArray[np.float32] | None = None
-    code: str | None = None
-    message: str = ""
-    novelty: float | None = None
-
-    @property
-    def name(self) -> str:
-        return display(self.path)
 
 
 class Predictor:

@@ -14,9 +14,9 @@ from store.errors import PenultError
 from store.samples import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 from .intervals import Interval
+from .page import Card, Section, page
 from .paired import mcnemar
 from .plots import BLUE, GREY, INK, WIDTH, plain_log, svg
-from .report import Card, Section, page
 
 FIGURES = {SINGLE_LABEL: "accuracy", MULTI_LABEL: "mean average precision", REGRESSION: "R2"}  # what sources are ranked by
 SCORES = {"logme": "LogME", "h_score": "H-score, not shrunk", "h_score_shrunk": "H-score"}

@@ -16,10 +16,10 @@ from store.samples import REGRESSION, Row, SampleTable
 from .conformal import COVERAGE
 from .figures import Values, Weights, require_finite
 from .intervals import resampled, resamples_for
-from .tasks import FEW, HeadTask, Measured, Outputs, bootstrapped, headline_of, proportion
+from .task import FEW, HeadTask, Measured, Outputs, bootstrapped, headline_of, proportion
 
 if TYPE_CHECKING:
-    from .predict import Prediction
+    from .task import Prediction
 
 
 @dataclass(frozen=True)

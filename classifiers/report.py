@@ -1,88 +1,35 @@
-"""Pages that load nothing, and a confusion matrix as a file of its own."""
+"""The page about a bundle, and a confusion matrix as a file of its own."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cache
-from importlib.metadata import version
-from importlib.resources import files
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from store import hdf5
-from store.errors import OutputExistsError, UsageError
+from extractor.pixel_drift import PixelDrift
+from extractor.sources import open_source
+from store.cache import FeatureCache, Subset, is_cache
+from store.errors import UsageError
 from store.fingerprint import short
 from store.samples import MULTI_LABEL, SINGLE_LABEL
 
 from . import plots
+from .bundle import Bundle, Predictions, task_of_bundle
 from .figures import untempered
-from .tasks import output_table, task_of_bundle, whole_rows
-
-if TYPE_CHECKING:
-    from .bundle import Bundle, Predictions
-    from .illustrations import Illustrations, Mistake
+from .heldout import evaluate_bundle
+from .illustrations import Illustrations, files_or_none, illustrate
+from .intervals import interval, percent
+from .page import LONG, Card, Section, page, write_output
+from .tables import CLASS_COLUMNS, SHOT_COLUMNS, class_rows, figure_rows, output_table, shot_cells, whole_rows
 
 log = logging.getLogger("penult.classifiers")
 
 SMALL = 6  # classes whose confusion matrix leaves room for a plot beside it
-LONG = 25  # lines of a table that are shown at once; longer ones are folded
-
-
-Card = tuple[str, str, str]  # of a figure: what it is, its value, what to know of it
-
-
-@dataclass(frozen=True)
-class Section:
-    """One part of a page: a heading with text, and a plot, mistakes or a table; one without ``columns`` is a list of facts.
-
-    Attributes:
-        half: two such sections stand side by side where there is room.
-        folded: the table is shown when it is asked for.
-    """
-
-    heading: str
-    text: str = ""
-    plot: str = ""
-    columns: Sequence[str] = ()
-    rows: Sequence[Sequence[str]] = field(default_factory=tuple)
-    mistakes: Sequence[Mistake] = ()
-    half: bool = False
-    folded: bool = False
-
-
-def page(
-    title: str,
-    lead: str,
-    sections: Sequence[Section],
-    *,
-    figures: Sequence[Card] = (),
-    notes: Sequence[str] = (),
-) -> str:
-    """Render a page; everything but the plots is escaped."""
-    return str(
-        _template().render(title=title, lead=lead, figures=figures, notes=notes, sections=sections, version=version("penult"))
-    )
-
-
-@cache
-def _template() -> Any:
-    from jinja2 import Environment
-
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string((files(__package__) / "report.html.j2").read_text("utf-8"))
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def interval(bounds: Sequence[float]) -> str:
-    return f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f} %"
 
 
 def bundle_report(bundle: Bundle, predictions: Predictions | None = None, shown: Illustrations | None = None) -> str:
@@ -100,7 +47,8 @@ def bundle_report(bundle: Bundle, predictions: Predictions | None = None, shown:
     notes: list[str] = []
     training = []
     if len(bundle.history) > 1:  # else nothing was chosen
-        training.append(Section("Training", text=_history_text(bundle), plot=plots.history_svg(bundle), half=True))
+        plot = plots.history_svg(bundle.history, bundle.hyperparameters)
+        training.append(Section("Training", text=_history_text(bundle), plot=plot, half=True))
     if metrics is None:
         notes.append("Nothing was held out, so this page cannot say how good the head is.")
         sections += training
@@ -183,11 +131,9 @@ def _reliability(bundle: Bundle, metrics: dict[str, Any], predictions: Predictio
 
 
 def _few_shot(curve: Sequence[dict[str, Any]]) -> Section:
-    from . import fewshot
-
     text = "Accuracy on the held-out images by training images of each class; the interval is that of the mean over draws."
-    rows = [fewshot.cells(point) for point in curve]
-    return Section("With few images", text=text, plot=plots.few_shot_svg(curve), columns=fewshot.COLUMNS, rows=rows, half=True)
+    rows = [shot_cells(point) for point in curve]
+    return Section("With few images", text=text, plot=plots.few_shot_svg(curve), columns=SHOT_COLUMNS, rows=rows, half=True)
 
 
 def _images(bundle: Bundle, metrics: dict[str, Any], predictions: Predictions, shown: Illustrations) -> list[Section]:
@@ -210,7 +156,6 @@ def _images(bundle: Bundle, metrics: dict[str, Any], predictions: Predictions, s
 
 
 def _tables(metrics: dict[str, Any]) -> list[Section]:
-    from .text import figure_rows
 
     rows = figure_rows(metrics.get("figures", {}), metrics["classes"])
     figures = [Section("Figures", columns=("figure", "value", "95 % interval"), rows=rows)] if rows else []
@@ -236,24 +181,6 @@ def _truth(bundle: Bundle, predictions: Predictions) -> Any:
     """Class index of each image ``(n,)``."""
     order = {label: i for i, label in enumerate(bundle.classes)}
     return np.array([order[label] for label in predictions.labels.tolist()], dtype=np.intp)
-
-
-CLASS_COLUMNS = ("class", "images", "precision", "recall", "95 % interval", "F1")
-
-
-def class_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Rows of the per-class table, as text."""
-    return [
-        (
-            entry["label"],
-            str(entry["n"]),
-            f"{entry['precision']:.3f}",
-            f"{entry['recall']:.3f}",
-            interval(entry["recall_interval"]),
-            f"{entry['f1']:.3f}",
-        )
-        for entry in metrics["per_class"]
-    ]
 
 
 def _history_text(bundle: Bundle) -> str:
@@ -303,14 +230,46 @@ def _drawable(label: str) -> bool:
     return all(ord(letter) in letters for letter in label)
 
 
-def write_output(path: Path, data: bytes, *, overwrite: bool) -> None:
-    """Write one output file whole.
+def report_again(
+    bundle: Bundle,
+    data: str | Path | None = None,
+    *,
+    split: str | None = None,
+    root: Path | None = None,
+    pictures: bool = True,
+    **predictor_options: Any,
+) -> str:
+    """The page of a bundle, anew: of its own held-out images, or evaluated on a cache or a dataset.
+
+    Args:
+        bundle: what it is about.
+        data, split, root, predictor_options: as `evaluate_bundle` takes them. Without ``data`` neither the images nor their
+            features are at hand, and the page has figures and names alone.
+        pictures: whether thumbnails are shown.
 
     Raises:
-        OutputExistsError: it exists and may not be replaced.
-        StorageError: it cannot be written.
+        BadDataError: as `evaluate_bundle`.
     """
-    if path.exists() and not overwrite:
-        message = f"{path} exists; choose another name or pass --overwrite"
-        raise OutputExistsError(message)
-    hdf5.commit(path, data)
+    if data is None:
+        held = bundle.predictions() if bundle.metrics is not None else None
+        shown = illustrate(held, bundle.classes) if held and bundle.task == SINGLE_LABEL else None
+        return bundle_report(bundle, held, shown)
+    evaluation, predictions = evaluate_bundle(bundle, data, split=split, root=root, **predictor_options)
+    if evaluation.pixel_drift:
+        note = PixelDrift(**evaluation.pixel_drift).text(bundle.name)
+        evaluation = replace(evaluation, notes=[*evaluation.notes, note])
+    if bundle.task != SINGLE_LABEL:
+        return bundle_report(replace(bundle, metrics=evaluation.to_json()), predictions)
+    fitted: list[Subset] = []
+    if is_cache(data):
+        cache = FeatureCache(data)
+        files = files_or_none(cache.samples, root)
+        if predictions.features is not None:
+            seen, cache = bundle.fitted(), cache.with_layer(bundle.backbone.layer)
+            rows = [row for row in cache.rows() if row.sha256 in seen and row.label is not None]
+            fitted = [cache.of_rows(rows, "train")] if rows else []
+    else:
+        files = open_source(data, root=root).files
+    found = illustrate(predictions, bundle.classes, X=predictions.features, fitted=fitted, files=files if pictures else None)
+    own = bundle.metrics is not None and not evaluation.pixel_drift and bundle.predictions().ids == predictions.ids
+    return bundle_report(bundle if own else replace(bundle, metrics=evaluation.to_json()), predictions, found)

@@ -32,15 +32,15 @@ from store.errors import (
 from store.samples import MULTI_LABEL, REGRESSION, SINGLE_LABEL, Row, SampleTable
 from store.splits import groups_of
 
-from .evaluate import Evaluation
 from .figures import require_finite
 from .folds import Fold, group_folds, stratified_folds
 from .heads import make_head, name_of
 from .heldout import Roles, assign_roles
 from .intervals import wilson
+from .page import write_output
 from .ranking import FIGURES, Failure, Figure, Line, Ranking, failure, ranked, ranking_page
-from .report import write_output
-from .tasks import HeadTask, task_of
+from .task import Evaluation, HeadTask
+from .tasks import task_of
 from .transferability import transferability
 
 log = logging.getLogger("penult.classifiers")

@@ -7,28 +7,14 @@ from typing import Any
 
 from rich.cells import cell_len
 
-from .evaluate import Evaluation
-from .report import CLASS_COLUMNS, class_rows, interval, percent
-from .tasks import Measured, output_table, task_of, whole_rows
+from .intervals import interval, percent
+from .tables import CLASS_COLUMNS, class_rows, figure_rows, output_table, whole_rows
+from .task import Evaluation, Measured
+from .tasks import task_of
 
 MATRIX_CLASSES = 20  # a wider confusion matrix does not fit a terminal; `--plot` shows it
 READABLE = 16  # characters that a column of text gets at least, if it needs them
 GAP, EDGES = 3, 2  # between two columns, and at both ends of a line
-SHARES = {  # of images, or means of such: percentages
-    "accuracy": "accuracy",
-    "balanced_accuracy": "balanced accuracy: every class counts the same",
-    "top_3": "top-3: the true label is among the first three",
-    "top_5": "top-5: the true label is among the first five",
-}
-SCALES = {
-    "precision_macro": "precision, mean over the classes",
-    "f1_macro": "F1, mean over the classes",
-    "roc_auc": "ROC-AUC: order by probability; 0.5 is chance",
-    "pr_auc": "PR-AUC: the same, stricter where a class is rare",
-    "log_loss": "log-loss: lower is better",
-    "brier": "Brier score: lower is better",
-    "ece": "ECE: how far confidence is from accuracy",
-}
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1, width: int | None = None) -> str:
@@ -108,21 +94,6 @@ def _measured_text(result: Measured, width: int | None) -> str:
         table(*output_table(metrics), width=width),
     ]
     return "\n\n".join(parts)
-
-
-def figure_rows(figures: dict[str, dict[str, Any]], classes: Sequence[str]) -> list[tuple[str, str, str]]:
-    """What each figure is called, its value and its interval, as text."""
-    scales = SCALES | ({"pr_auc": f"PR-AUC: the same, for {classes[1]}"} if len(classes) == 2 else {})
-    rows = [
-        (text, percent(figure["value"]), interval(figure["interval"]) if figure["interval"] else "-")
-        for name, text in SHARES.items()
-        if (figure := figures.get(name))
-    ]
-    for name, text in scales.items():
-        if figure := figures.get(name):
-            bounds = figure["interval"]
-            rows.append((text, f"{figure['value']:.3f}", f"{bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else "-"))
-    return rows
 
 
 def _confidence(result: Evaluation) -> list[str]:

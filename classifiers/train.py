@@ -33,7 +33,8 @@ from .checkpoints import Checkpoints
 from .dense import DenseHead
 from .evaluate import score
 from .fewshot import learning_curve
-from .finetune import FineTuneOptions, finetune
+from .finetune import finetune
+from .finetune_options import FineTuneOptions
 from .heads import HEADS as HEADS
 from .heads import make_head as make_head
 from .heads import name_of, need_saveable, need_task, settings_of
@@ -43,9 +44,11 @@ from .leaks import Leak, LeakReport, conflicting_labels, guard, near_copies
 from .novelty import Novelty, novel_share
 from .predict import Predictor
 from .probing import start_from
+from .report import bundle_report
 from .rounding import judge_rounding
 from .streaming import must_stream
-from .tasks import HeadTask, need_single_label, task_of
+from .task import HeadTask, need_single_label
+from .tasks import task_of
 
 log = logging.getLogger("penult.classifiers")
 
@@ -292,7 +295,7 @@ def save_head(
         predictions=predictions,
         fitted=digests,
         novelty=novelty.to_bytes() if novelty else None,
-        shown=shown,
+        page=bundle_report(bundle, predictions, shown),
         overwrite=overwrite,
     )
 
@@ -406,7 +409,7 @@ def train_finetuned(
             head=head.to_onnx(),
             predictions=predictions,
             fitted=fitted,
-            shown=shown,
+            page=bundle_report(bundle, predictions, shown),
             overwrite=overwrite,
         )
     checkpoints.remove()

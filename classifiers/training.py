@@ -20,7 +20,7 @@ from store.errors import BadDataError, InterruptedRunError
 from .freezing import modules_before, parameter_groups
 
 if TYPE_CHECKING:
-    from .finetune import FineTuneOptions
+    from .finetune_options import FineTuneOptions
     from .probing import AffineHead
 
 log = logging.getLogger("penult.classifiers")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .intervals import wilson
+from .intervals import bounds, points, signed, wilson
 from .paired import Change, needed_images
 
 SIGNIFICANT = 0.05
@@ -90,18 +89,3 @@ def _rounded(count: int) -> str:
     """A number up to its second digit: more would claim too much."""
     unit = 10 ** max(len(str(count)) - 2, 0)
     return f"{math.ceil(count / unit) * unit:,}"
-
-
-def points(share: float) -> str:
-    """A share as percentage points, as short as it can be."""
-    return f"{100 * share:.4g} point" + ("" if round(100 * share, 4) == 1 else "s")
-
-
-def signed(share: float) -> str:
-    """A difference of shares in percentage points."""
-    return f"{round(100 * share, 1) + 0.0:+.1f}"  # adding zero makes -0 a zero
-
-
-def bounds(interval: Sequence[float]) -> str:
-    """An interval of such differences."""
-    return f"[{signed(interval[0])}, {signed(interval[1])}]"

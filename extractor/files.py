@@ -12,6 +12,9 @@ from store.samples import display
 
 from .images import MAX_BYTES, ImageError
 
+GONE = ("not_found", "unreadable")  # codes of what cannot be read, as opposed to decoded
+MOVED = "is it gone since the features were extracted? If the images moved, --root says where they are"
+
 Stat = tuple[int, int, int]  # size, mtime_ns, inode: what tells an unchanged file without reading it
 
 

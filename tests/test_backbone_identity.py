@@ -17,7 +17,7 @@ import onnx
 import pytest
 
 from classifiers.bundle import Bundle, save_bundle
-from classifiers.finetune import FineTuneOptions
+from classifiers.finetune_options import FineTuneOptions
 from classifiers.fuse import fuse, selftest
 from classifiers.fused import Fused
 from classifiers.predict import Predictor
@@ -190,7 +190,7 @@ def test_what_is_saved_gives_the_features_of_its_fingerprint(made: Path, tmp_pat
     bundle = replace(Bundle.load(made / "a.head"), path=tmp_path / "x.head")
     head, other = (made / "a.head/head.onnx").read_bytes(), made / "b.cache/backbone.onnx"
     with pytest.raises(BadDataError, match=r"its backbone and x\.head do not go together.*weights: "):
-        save_bundle(bundle, backbone=other, head=head, predictions=None, fitted=[])
+        save_bundle(bundle, backbone=other, head=head, predictions=None, fitted=[], page="")
     assert list(tmp_path.iterdir()) == []
     assert read_facts(made / "a.onnx").weights_sha256 == read_facts(made / "b.onnx").weights_sha256, "which is why files count"
 

@@ -335,4 +335,4 @@ def test_without_held_out_images_the_bundle_says_so(cache: FeatureCache, tmp_pat
     with pytest.raises(BadDataError, match="without held-out images"):
         compare([saved, train_head(cache, tmp_path / "other.head", make_head("logistic", C=1.0))])
     with pytest.raises(OutputExistsError):
-        save_bundle(saved, backbone=b"", head=b"", predictions=None, fitted=[])
+        save_bundle(saved, backbone=b"", head=b"", predictions=None, fitted=[], page="")

@@ -18,7 +18,8 @@ import pytest
 
 from classifiers import batches
 from classifiers.checkpoints import Checkpoints
-from classifiers.finetune import FineTuned, FineTuneOptions, finetune
+from classifiers.finetune import FineTuned, finetune
+from classifiers.finetune_options import FineTuneOptions
 from extractor.backbones import Backbone
 from store.errors import BadDataError, InterruptedRunError, LockedError, OutputExistsError
 from store.lock import file_lock

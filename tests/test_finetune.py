@@ -21,7 +21,8 @@ from PIL import Image
 
 from classifiers import batches as loading
 from classifiers.batches import read_resized
-from classifiers.finetune import FineTuned, FineTuneOptions, finetune
+from classifiers.finetune import FineTuned, finetune
+from classifiers.finetune_options import FineTuneOptions
 from classifiers.freezing import modules_before, parameter_groups
 from extractor import backbones
 from extractor.augment import NONE

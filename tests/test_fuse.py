@@ -26,7 +26,7 @@ from PIL import Image
 
 from classifiers import fused as format_of
 from classifiers.bundle import Bundle, save_bundle
-from classifiers.finetune import FineTuneOptions
+from classifiers.finetune_options import FineTuneOptions
 from classifiers.fuse import PARITY, fuse, rounding_nodes, selftest
 from classifiers.fused import Fused, golden_pictures
 from classifiers.heldout import evaluate_bundle
@@ -220,7 +220,7 @@ def converted(bundle: Bundle, network: Path, facts: BackboneFacts, out: Path) ->
     fields = {**bundle.fingerprint.fields, **facts.only(bundle.backbone.layer).fingerprints()[0]}
     made = replace(bundle, path=out, backbone=facts.only(bundle.backbone.layer), fingerprint=type(bundle.fingerprint)(fields))
     head = (bundle.path / "head.onnx").read_bytes()
-    return save_bundle(made, backbone=network, head=head, predictions=bundle.predictions(), fitted=[])
+    return save_bundle(made, backbone=network, head=head, predictions=bundle.predictions(), fitted=[], page="")
 
 
 def test_float16_networks(bundle: Bundle, file: Path, tmp_path: Path) -> None:

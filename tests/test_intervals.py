@@ -11,11 +11,12 @@ from sklearn.datasets import load_digits
 
 from classifiers.conformal import Conformal
 from classifiers.dense import softmax
-from classifiers.evaluate import Evaluation, score
+from classifiers.evaluate import score
 from classifiers.figures import BINS, chance_calibration_errors, untempered, weighted_figures
 from classifiers.intervals import bootstrap_interval, distance_interval, resampled, resamples_for, wilson
 from classifiers.logistic import LogisticHead
 from classifiers.mlp import MlpHead
+from classifiers.task import Evaluation
 
 Drawn = tuple[NDArray[np.intp], NDArray[np.float32]]
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from classifiers.bundle import Bundle
-from classifiers.finetune import FineTuneOptions
+from classifiers.finetune_options import FineTuneOptions
 from classifiers.fuse import fuse, selftest
 from classifiers.predict import FIRST, Predictor
 from classifiers.train import make_head, train_finetuned, train_head

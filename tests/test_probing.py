@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from classifiers.bundle import Bundle
-from classifiers.finetune import FineTuneOptions, finetune
+from classifiers.finetune import finetune
+from classifiers.finetune_options import FineTuneOptions
 from classifiers.probing import AffineHead, start_from
 from classifiers.train import make_head, save_head, train_finetuned, train_head
 from extractor import backbones

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from classifiers.checkpoints import Checkpoints
-from classifiers.finetune import FineTuneOptions, finetune
+from classifiers.finetune import finetune
+from classifiers.finetune_options import FineTuneOptions
 from extractor.backbones import Backbone
 from store.errors import BadDataError, UsageError
 

@@ -18,8 +18,8 @@ from PIL import ExifTags, Image
 from classifiers.bundle import Bundle, Predictions
 from classifiers.evaluate import score
 from classifiers.featuremap import POINTS, feature_map
-from classifiers.illustrations import MISTAKES, NEIGHBOURS, illustrate, report_again
-from classifiers.report import bundle_report
+from classifiers.illustrations import MISTAKES, NEIGHBOURS, illustrate
+from classifiers.report import bundle_report, report_again
 from classifiers.thumbnails import SIDE, thumbnails
 from classifiers.train import make_head, train_finetuned, train_head
 from extractor.backbones import Backbone
@@ -277,7 +277,7 @@ def test_the_page_of_ten_thousand_images_is_below_five_megabytes(bundle: Bundle,
 
 
 def test_a_fine_tuned_bundle_shows_its_mistakes(cache: FeatureCache, tmp_path: Path) -> None:
-    from classifiers.finetune import FineTuneOptions
+    from classifiers.finetune_options import FineTuneOptions
 
     backbone = Backbone("squeezenet1_1", "random:0", resize=72, crop=64)
     options = FineTuneOptions(epochs=1, quiet=True, device="cpu", workers=0)

@@ -19,7 +19,7 @@ from classifiers.evaluate import evaluate
 from classifiers.fused import Fused, golden_pictures
 from classifiers.heldout import evaluate_bundle
 from classifiers.predict import Predictor
-from classifiers.tasks import Measured
+from classifiers.task import Measured
 from classifiers.train import make_head, train_head
 from extractor.backbones import Backbone
 from extractor.options import Options

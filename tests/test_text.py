@@ -11,8 +11,9 @@ from PIL import Image
 from rich.cells import cell_len
 
 from classifiers import plots
-from classifiers.evaluate import Evaluation, score
+from classifiers.evaluate import score
 from classifiers.report import _drawable, save_confusion
+from classifiers.task import Evaluation
 from classifiers.text import evaluation_text, table
 
 COLUMNS = ("bundle", "kind", "accuracy", "95 % interval", "macro F1", "training", "extraction", "images through backbone")

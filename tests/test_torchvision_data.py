@@ -16,7 +16,7 @@ import pytest
 import torchvision
 from PIL import Image
 
-from classifiers.finetune import FineTuneOptions
+from classifiers.finetune_options import FineTuneOptions
 from classifiers.heldout import evaluate_bundle
 from classifiers.train import make_head, train_finetuned, train_head
 from extractor.backbones import Backbone

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from classifiers import training
-from classifiers.finetune import FineTuned, FineTuneOptions, finetune
+from classifiers.finetune import FineTuned, finetune
+from classifiers.finetune_options import FineTuneOptions
 from extractor import backbones
 from extractor.augment import NONE
 from extractor.backbones import Backbone
