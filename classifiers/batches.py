@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from PIL import Image
 
 from extractor.decoder import Decoder
 from extractor.files import GONE, MOVED, Located
+from extractor.futures import in_flight
 from extractor.images import ImageError
 from store.errors import BadDataError, InputMissingError
 
@@ -70,13 +70,8 @@ class Batches:
             yield from map(self._batch, parts)
             return
         with ThreadPoolExecutor(self._options.workers, "penult-augment") as pool:
-            pending: deque[Future[tuple[Any, Any]]] = deque()
-            for part in parts:
-                pending.append(pool.submit(self._batch, part))
-                if len(pending) > self._options.workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
+            for future in in_flight((pool.submit(self._batch, part) for part in parts), self._options.workers):
+                yield future.result()
 
     def _batch(self, part: NDArray[np.int64]) -> tuple[Any, Any]:
         import torch

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -21,6 +20,7 @@ from PIL import Image
 from extractor.cuda import DEFAULTS, Cuda
 from extractor.decoder import Decoder
 from extractor.files import Files, FolderFiles
+from extractor.futures import in_flight
 from extractor.images import ImageError
 from extractor.onnxfile import PROBE_IMAGE, facts_of, require_features
 from extractor.parity import relative_l2
@@ -184,16 +184,14 @@ class Predictor:
         size = max(self.embedder.batch_size // self._count, 1)
         decoder = Decoder(self._preprocess, crop=self._views is None)
         read = partial(self._pixels, files, decoder)
-        flying: deque[tuple[list[_Read], Future[list[NDArray[np.float32]]] | None]] = deque()
         crew = Crew(self._workers, self.embedder.provider)
-        for batch in _batches(ahead(read, paths, crew, StopFlag(), decoder), size):
-            good = [pixels for _, pixels in batch if not isinstance(pixels, ImageError)]
-            pictures = np.concatenate(good) if good else None
-            flying.append((batch, None if pictures is None else self.embedder.submit(pictures)))
-            if len(flying) > self.embedder.lanes:
-                yield from self._decided(*flying.popleft())
-        while flying:
-            yield from self._decided(*flying.popleft())
+        batches = _batches(ahead(read, paths, crew, StopFlag(), decoder), size)
+        for batch, features in in_flight(map(self._submitted, batches), self.embedder.lanes):
+            yield from self._decided(batch, features)
+
+    def _submitted(self, batch: list[_Read]) -> tuple[list[_Read], Future[list[NDArray[np.float32]]] | None]:
+        good = [pixels for _, pixels in batch if not isinstance(pixels, ImageError)]
+        return batch, self.embedder.submit(np.concatenate(good)) if good else None
 
     def probabilities(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Probabilities ``(n, k)`` of images that are decoded, resized and cropped: ``(n, crop, crop, 3)``, RGB."""

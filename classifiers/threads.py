@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from threadpoolctl import threadpool_info, threadpool_limits
+
+from extractor.futures import in_flight
 
 SMALL = 2**22  # numbers; on 1,100 x 512 features two threads took 8 times as long as one
 SHARE = 4  # blocks for each core: with fewer, the last ones leave cores idle
@@ -34,10 +35,5 @@ def side_by_side(function: Callable[[T], R], blocks: Sequence[T]) -> Iterator[R]
         yield from map(function, blocks)
         return
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads, "penult-blocks") as pool:
-        waiting: deque[Future[R]] = deque()
-        for block in blocks:
-            waiting.append(pool.submit(function, block))
-            if len(waiting) > 2 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        for future in in_flight((pool.submit(function, block) for block in blocks), 2 * threads):
+            yield future.result()

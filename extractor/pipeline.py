@@ -37,6 +37,7 @@ from .decoder import Decoder
 from .division import check_splits_possible, resolve_splits, say_splits
 from .files import Files
 from .fleet import Fleet, open_embedder, resolve_devices
+from .futures import in_flight
 from .metering import Meter, together
 from .options import Options, Summary, bottleneck, check_for_gpu, device_of
 from .prepare import fingerprints, library_versions, prepare_backbone
@@ -284,25 +285,44 @@ def embedded(
     A batch has as many pictures with views as without, so the views of an image may be in several: it is yielded with the last.
     With ``fail_fast`` it ends at the first failed input, which is then the last outcome.
     """
-    flying: deque[tuple[list[Outcome], Future[list[NDArray[np.float32]]]]] = deque()
     gathered: deque[tuple[Outcome, int]] = deque()  # each with the number of pictures that came until its last view
     waiting: deque[NDArray[np.uint8]] = deque()
     came = sent = 0
     begun: list[NDArray[np.float32]] = []  # features of an image whose other views are on their way
 
-    def launch(size: int) -> None:
+    def launch(size: int) -> tuple[list[Outcome], Future[list[NDArray[np.float32]]]]:
         nonlocal sent
         pictures = np.stack([waiting.popleft() for _ in range(size)])
         sent += size
         complete = []
         while gathered and gathered[0][1] <= sent:
             complete.append(gathered.popleft()[0])
-        flying.append((complete, embedder.submit(pictures)))
+        future = embedder.submit(pictures)
         pace.begin()
+        return complete, future
 
-    def land() -> Embedded:
+    def launched() -> Iterator[tuple[list[Outcome], Future[list[NDArray[np.float32]]]]]:
+        nonlocal came
+        while True:
+            with timed(clock, "wait"):
+                outcome = next(stream, None)
+            if outcome is None:
+                break
+            progress.advance()
+            if outcome.pixels is not None:
+                waiting.extend(outcome.pixels.reshape(-1, *outcome.pixels.shape[-3:]))
+                came += views
+                outcome.pixels = None
+            gathered.append((outcome, came))
+            if fail_fast and not outcome.row.ok:
+                break
+            while len(waiting) >= (size := pace.size):
+                yield launch(size)
+        if waiting:
+            yield launch(len(waiting))
+
+    def land(outcomes: list[Outcome], future: Future[list[NDArray[np.float32]]]) -> Embedded:
         nonlocal begun
-        outcomes, future = flying.popleft()
         with timed(clock, "embed"):
             features = future.result()
         if views == 1:
@@ -312,27 +332,8 @@ def embedded(
         begun = [each[whole:] for each in rows]
         return Embedded(outcomes, [each[:whole].reshape(-1, views, each.shape[1]) for each in rows])
 
-    while True:
-        with timed(clock, "wait"):
-            outcome = next(stream, None)
-        if outcome is None:
-            break
-        progress.advance()
-        if outcome.pixels is not None:
-            waiting.extend(outcome.pixels.reshape(-1, *outcome.pixels.shape[-3:]))
-            came += views
-            outcome.pixels = None
-        gathered.append((outcome, came))
-        if fail_fast and not outcome.row.ok:
-            break
-        while len(waiting) >= (size := pace.size):
-            launch(size)
-            if len(flying) >= AHEAD * embedder.lanes:
-                yield land()
-    if waiting:
-        launch(len(waiting))
-    while flying:
-        yield land()
+    for outcomes, future in in_flight(launched(), AHEAD * embedder.lanes - 1):
+        yield land(outcomes, future)
     if gathered:
         yield Embedded([outcome for outcome, _ in gathered])
 

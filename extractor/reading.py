@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from threading import Lock, Semaphore
 from typing import TypeVar
 
@@ -24,6 +25,7 @@ from store.samples import Row
 
 from .decoder import Decoder
 from .files import Files
+from .futures import in_flight
 from .images import ImageError
 from .preprocess import Preprocess
 from .progress import StopFlag
@@ -130,21 +132,15 @@ def ahead(
     The decoder that ``function`` uses is closed at the end, before the threads are waited for: one may hang in it.
     """
     with ThreadPoolExecutor(crew.most, "penult-decode") as pool, decoder, suppress(InterruptedRunError):
-        pending: deque[Future[R]] = deque()
-        most = max(crew.most * AHEAD, at_least)
+        begun = (pool.submit(crew.work, function, item) for item in takewhile(lambda _: not stop, items))
         try:
-            for item in items:
-                pending.append(pool.submit(crew.work, function, item))
-                if len(pending) >= most:
-                    yield crew.wait(pending.popleft())
+            for future in in_flight(begun, max(crew.most * AHEAD, at_least) - 1):
                 if stop:
                     return
-            while pending and not stop:
-                yield crew.wait(pending.popleft())
+                yield crew.wait(future)
         finally:
             crew.dismiss()
-            for future in pending:
-                future.cancel()
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 class Crew:
