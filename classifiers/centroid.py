@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .dense import DenseHead, FittedHead, Float32, unit_rows
+from .cosines import unit_rows
+from .dense import DenseHead, FittedHead, Float32
 from .searched import SearchedHead
 
 

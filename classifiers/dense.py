@@ -17,11 +17,11 @@ from numpy.typing import ArrayLike, NDArray
 from store.errors import BadDataError
 from store.stored import StoredFeatures
 
+from .cosines import SHORTEST, unit_rows
 from .folds import Fold
 
 Float32 = NDArray[np.float32]
 OPSET = 20
-SHORTEST = 1e-12  # what a length is at least, where it is divided by
 
 
 class FittedHead(ABC):
@@ -154,12 +154,6 @@ class DenseHead(FittedHead):
 
     def with_temperature(self, temperature: float) -> Self:
         return replace(self, temperature=temperature)
-
-
-def unit_rows(X: NDArray[np.floating[Any]]) -> Float32:
-    """Rows of ``(n, d)`` brought to length 1, float32; a row of zeros stays one."""
-    wide = np.asarray(X, np.float32)
-    return np.asarray(wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), SHORTEST), np.float32)
 
 
 UNIT_CONSTANTS: dict[str, NDArray[Any]] = {"rows": np.array([1], np.int64), "shortest": np.array(SHORTEST, np.float32)}

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from store.stored import StoredFeatures
 
+from .cosines import unit_rows
+
 POINTS = 1000  # more images take seconds and show no more
 FEWEST = 3
 NEIGHBOURHOODS = 60  # images below which t-SNE has no neighbourhoods to keep, and principal axes are shown
@@ -40,10 +42,9 @@ def feature_map(X: NDArray[np.floating[Any]] | StoredFeatures, seed: int = 0) ->
     """
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
-    from sklearn.preprocessing import normalize
 
     rows = np.sort(np.random.default_rng(seed).permutation(len(X))[:POINTS])
-    chosen = normalize(np.asarray(X[rows], np.float32))
+    chosen = unit_rows(np.asarray(X[rows]))
     axes = min(AXES, *chosen.shape)
     if len(rows) < FEWEST or axes < 2 or np.ptp(chosen, axis=0).max() <= 1e-6:
         return None

@@ -20,6 +20,7 @@ from store.samples import SampleTable, display
 from store.stored import StoredFeatures
 
 from .bundle import Predictions
+from .cosines import nearest, unit_rows
 from .featuremap import FeatureMap, feature_map
 from .thumbnails import thumbnails
 
@@ -120,16 +121,13 @@ def illustrate(
 
 def _nearest(X: NDArray[np.float32], fitted: Sequence[Subset]) -> list[list[tuple[Subset, int]]]:
     """The training images nearest to each of some features ``(m, d)``."""
-    from sklearn.preprocessing import normalize
-
-    X = normalize(X)
     best: list[list[tuple[float, int, int]]] = [[] for _ in X]
     for s, subset in enumerate(fitted):
         for begin in range(0, len(subset), BLOCK):
-            likeness = X @ normalize(np.asarray(subset.X[begin : begin + BLOCK], np.float32)).T
-            for m, row in enumerate(likeness):
-                top = np.argsort(-row, kind="stable")[:NEIGHBOURS]
-                best[m] = sorted([*best[m], *((-float(row[j]), s, begin + int(j)) for j in top)])[:NEIGHBOURS]
+            references = unit_rows(np.asarray(subset.X[begin : begin + BLOCK]))
+            cosines, which = nearest(X, references, min(NEIGHBOURS, len(references)))
+            for m, pairs in enumerate(zip(cosines.tolist(), which.tolist(), strict=True)):
+                best[m] = sorted([*best[m], *((-cosine, s, begin + j) for cosine, j in zip(*pairs, strict=True))])[:NEIGHBOURS]
     return [[(fitted[s], j) for _, s, j in each] for each in best]
 
 

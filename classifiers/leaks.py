@@ -9,18 +9,18 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from store.cache import Subset
 from store.errors import BadDataError
 from store.samples import Row, SampleTable, display
+
+from .cosines import nearest, unit_rows
 
 log = logging.getLogger("penult.classifiers")
 
 MODES = ("warn", "refuse", "allow")
 NEIGHBOURS = 10
 NEAR = 0.65  # unrelated photos with MobileNetV2: 0.73 and above; docs/leaks.md has the table
-BLOCK = 256  # rows compared at a time
 MOST_PRODUCTS = 4e12  # multiplications, about a minute on two cores; beyond, only exact copies are looked for
 SHOWN = 5
 
@@ -113,26 +113,14 @@ def near_copies(fitted: Subset, held_out: Subset) -> tuple[list[Leak], bool]:
         return [], False
     if float(n) * m * fitted.X.shape[1] > MOST_PRODUCTS:
         return [], False
-    reference = _unit(fitted.X)
-    kth = min(NEIGHBOURS, n) - 1
-    leaks = []
-    for start in range(0, m, BLOCK):
-        distance = np.sqrt(np.maximum(2 - 2 * (_unit(held_out.X[start : start + BLOCK]) @ reference.T), 0))
-        nearest = distance.argmin(axis=1)
-        least = distance[np.arange(len(distance)), nearest]
-        far = np.partition(distance, kth, axis=1)[:, kth]
-        ratio = np.divide(least, far, out=np.ones_like(least), where=far > 0)
-        leaks += [
-            Leak(display(held_out.paths[start + i]), display(fitted.paths[nearest[i]]), round(float(ratio[i]), 3))
-            for i in np.flatnonzero(ratio < NEAR).tolist()
-        ]
+    cosines, which = nearest(held_out.X, unit_rows(fitted.X), min(NEIGHBOURS, n))
+    least, far = (np.sqrt(np.maximum(2 - 2 * cosines[:, place], 0)) for place in (0, -1))
+    ratio = np.divide(least, far, out=np.ones_like(least), where=far > 0)
+    leaks = [
+        Leak(display(held_out.paths[i]), display(fitted.paths[which[i, 0]]), round(float(ratio[i]), 3))
+        for i in np.flatnonzero(ratio < NEAR).tolist()
+    ]
     return sorted(leaks, key=lambda leak: leak.ratio), True
-
-
-def _unit(features: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
-    wide = features.astype(np.float32)
-    norm = np.linalg.norm(wide, axis=1, keepdims=True)
-    return np.asarray(np.divide(wide, norm, out=np.zeros_like(wide), where=norm > 0))
 
 
 def guard(report: LeakReport, mode: str) -> None:

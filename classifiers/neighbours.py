@@ -12,18 +12,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from store.errors import BadDataError
 
-from .dense import UNIT_CONSTANTS, FittedHead, Float32, unit_nodes, unit_rows
+from .cosines import Nearest, nearest, unit_rows
+from .dense import UNIT_CONSTANTS, FittedHead, Float32, unit_nodes
 from .searched import SearchedHead
 
 KS = (1, 3, 5, 10, 20, 50, 100, 200)
 TAUS = (0.02, 0.05, 0.07, 0.1, 0.2)
 DEFAULT_K, DEFAULT_TAU = 5, 0.07  # where nothing can be chosen; 0.07 as in Wu et al. and DINO
 DOUBT = 0.05  # of the nearest neighbour's weight, shared by all classes: without it a class without votes is impossible
-BLOCK = 1024  # rows whose cosines with every reference are in memory at once
 LARGE = 2**22  # numbers; more of them are kept in float16, which moves a cosine by 1e-5
 MOST = 1.9e9  # bytes of references; an ONNX file ends at 2 GiB
-
-Nearest = tuple[Float32, NDArray[np.intp]]  # cosines (n, k + 1) in falling order, and which references they are with
 
 
 @dataclass(frozen=True)
@@ -113,22 +111,6 @@ def distinct(X: Float32, targets: NDArray[np.intp]) -> NDArray[np.intp]:
     """Rows without exact copies that have the same label. More copies than k would leave no one with a vote."""
     keys = (hashlib.sha256(row.tobytes() + int(k).to_bytes(8)).digest() for row, k in zip(X, targets, strict=True))
     return np.array(list({key: i for i, key in enumerate(keys)}.values()))
-
-
-def nearest(X: Float32, references: NDArray[np.floating[Any]], count: int) -> Nearest:
-    """The most similar references of each centred row, in blocks."""
-    wide = references.astype(np.float32, copy=False).T
-    cosines = np.empty((len(X), count), np.float32)
-    which = np.empty((len(X), count), np.intp)
-    for start in range(0, len(X), BLOCK):
-        rows = slice(start, start + BLOCK)
-        all_of_them = unit_rows(X[rows]) @ wide
-        top = np.argpartition(-all_of_them, count - 1, axis=1)[:, :count]
-        values = np.take_along_axis(all_of_them, top, axis=1)
-        order = np.argsort(-values, axis=1, kind="stable")
-        cosines[rows] = np.take_along_axis(values, order, axis=1)
-        which[rows] = np.take_along_axis(top, order, axis=1)
-    return cosines, which
 
 
 def _references(X: Float32) -> tuple[NDArray[Any], Float32]:

@@ -19,7 +19,7 @@ from store import hdf5
 from store.cache import Subset
 from store.stored import StoredFeatures
 
-from .dense import unit_rows
+from .cosines import nearest, unit_rows
 from .intervals import wilson
 
 ENCODING_TYPE = "penult-novelty"
@@ -64,7 +64,7 @@ class Novelty:
         distances[owners[judged][:, None] == owners[:REFERENCE]] = np.inf
         if (np.isfinite(distances).sum(axis=1) < FEWEST).any():
             return None
-        found = np.sort(_neighbour(distances))
+        found = np.sort(np.partition(distances, NEIGHBOUR - 1, axis=1)[:, NEIGHBOUR - 1])
         usual = float(found[min(math.ceil((len(found) + 1) * (1 - FALSE_ALARMS)), len(found)) - 1])
         return cls(reference, usual) if usual > 0 else None
 
@@ -72,7 +72,8 @@ class Novelty:
         """Distance of features ``(n, d)`` in units of what is usual, ``(n,)``; above 1 it is unlike the training images."""
         if isinstance(X, StoredFeatures):
             return np.concatenate([self.scores(rows) for _, rows in X.blocks()])
-        return np.asarray(_neighbour(1 - unit_rows(X) @ self.reference.T) / np.float32(self.usual))
+        cosines, _ = nearest(X, self.reference, NEIGHBOUR)
+        return np.asarray((1 - cosines[:, -1]) / np.float32(self.usual))
 
     def to_bytes(self) -> bytes:
         """As ``novelty.h5``."""
@@ -94,7 +95,3 @@ def novel_share(scores: NDArray[np.float32]) -> dict[str, Any]:
     """How many of some images are unlike the training images, as JSON: ``novel``, ``share``, ``interval``, ``expected``."""
     novel = int((scores > 1).sum())
     return {"novel": novel, "share": novel / len(scores), "interval": wilson(novel, len(scores)), "expected": FALSE_ALARMS}
-
-
-def _neighbour(distances: NDArray[np.float32]) -> NDArray[np.float32]:
-    return np.asarray(np.partition(distances, NEIGHBOUR - 1, axis=1)[:, NEIGHBOUR - 1])

@@ -17,6 +17,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from classifiers import neighbours, ridge
 from classifiers.centroid import CentroidHead
+from classifiers.cosines import nearest
 from classifiers.dense import fit_temperature, log_loss
 from classifiers.neighbours import KnnHead
 from classifiers.ridge import RidgeHead
@@ -143,7 +144,7 @@ def test_folds_do_not_divide_groups(head: SearchedHead) -> None:
 def test_knn_votes_are_the_formula() -> None:
     """Three references at cosines 1, 0.8 and 0.6 of the row; two of them vote."""
     references = np.array([[1, 0], [0.8, 0.6], [0.6, 0.8]], np.float32)
-    found = neighbours.nearest(np.array([[5, 0]], np.float32), references, 3)
+    found = nearest(np.array([[5, 0]], np.float32), references, 3)
     shares = np.exp(neighbours.vote(found, np.array([1, 0, 0]), 2, 0.5, 2))[0]
     votes = np.exp(np.array([0, -0.2, -0.4]) / 0.5)
     ant, bee = votes[1] - votes[2] + 0.025, votes[0] - votes[2] + 0.025
