@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import re
 import secrets
-import shutil
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,17 +28,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from extractor.onnxfile import BackboneFacts, copy, read_facts, require_features
+from extractor.onnxfile import DATA_NAME, BackboneFacts, copy, read_facts, require_features
 from extractor.views import Views
 from store import hdf5, json_text
 from store.cache import FeatureCache
 from store.errors import BadDataError, InputMissingError, OutputExistsError, PenultError
 from store.fingerprint import VIEWS, Fingerprint
+from store.lock import folder_lock
 
 from .figures import require_finite
 from .novelty import Novelty
 from .task import HeadTask
 from .tasks import task_of
+
+log = logging.getLogger("penult.classifiers")
 
 FORMAT_VERSION = 1
 NOVELTY = "novelty.h5"
@@ -270,9 +275,12 @@ def save_bundle(
 
     bundle = replace(bundle, path=bundle.path.absolute())
     refuse_existing(bundle.path, overwrite=overwrite)
-    temporary = bundle.path.with_name(f".{bundle.path.name}.{secrets.token_hex(6)}.tmp")
+    remove_leftovers(bundle.path)
+    temporary, writing = hdf5.temporary(bundle.path), ExitStack()
     try:
-        temporary.mkdir(parents=True)
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        writing.enter_context(folder_lock(temporary.parent))
+        temporary.mkdir()
         network = temporary / "backbone.onnx"
         if isinstance(backbone, FeatureCache):
             backbone.copy_backbone(network)
@@ -295,17 +303,23 @@ def save_bundle(
         message = f"cannot write {bundle.path}: {error.strerror}"
         raise hdf5.write_error(error)(message) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_folder(temporary)
+        writing.close()
     return complete
 
 
 def install(finished: Path, target: Path) -> None:
-    """Put a finished bundle folder where another one may be, which is there until the new one is."""
+    """Put a finished bundle folder where another one may be, which is there until the new one is.
+
+    Raises:
+        OutputExistsError: what is there is not a bundle alone.
+    """
+    refuse_existing(target, overwrite=True)  # hours may have passed since it was looked at
     if target.exists():
         old = target.with_name(f".{target.name}.{secrets.token_hex(6)}.old")
         target.rename(old)
         finished.rename(target)
-        shutil.rmtree(old)
+        remove_folder(old)
     else:
         finished.rename(target)
     hdf5.fsync_directory(target.parent)
@@ -317,19 +331,65 @@ def refuse_existing(path: Path, *, overwrite: bool) -> None:
     Raises:
         OutputExistsError: the path is taken and may not be replaced.
     """
+    if path.is_symlink():
+        message = f"{path} is a symbolic link, which is not overwritten; name what it points to, {path.resolve()}"
+        raise OutputExistsError(message)
     if not path.exists():
         return
     if not overwrite:
         message = f"{path} exists; choose another name or pass --overwrite"
         raise OutputExistsError(message)
-    if not (path / "head.json").is_file():
+    if not _is_bundle(path):
         message = f"{path} exists and is not a bundle; it is not overwritten"
         raise OutputExistsError(message)
-    weights = {item.name for item in path.glob("backbone-*.data")}  # of a network over 2 GB
-    foreign = sorted({item.name for item in path.iterdir()} - BUNDLE_FILES - weights)
+    foreign = sorted(item.name for item in path.iterdir() if not _is_part(item))
     if foreign:
         message = f"{path} holds what is not a bundle's ({', '.join(foreign[:3])}); it is not overwritten"
         raise OutputExistsError(message)
+
+
+def _is_bundle(path: Path) -> bool:
+    """Whether a folder is a bundle, damaged or not: a file called head.json alone does not make one."""
+    if not (path / "head.json").is_file():
+        return False
+    if (path / "head.onnx").is_file() and (path / "backbone.onnx").is_file():
+        return True
+    try:
+        facts = json.loads((path / "head.json").read_bytes())
+    except ValueError:
+        return False
+    return isinstance(facts, dict) and {"format", "fingerprint"} <= facts.keys()
+
+
+def _is_part(item: Path) -> bool:
+    """Whether something in a folder is what a bundle has there, complete or not."""
+    name = hdf5.final_name(item.name)
+    named = name in BUNDLE_FILES or (name.startswith("backbone-") and DATA_NAME.fullmatch(name))
+    return bool(named) and item.is_file() and not item.is_symlink()
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete what killed runs left beside a bundle, unless one writes there now; an old bundle only where a new one is."""
+    old = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{12}}\.old") if path.is_dir() else None
+    with folder_lock(path.parent, alone=True) as alone:
+        for left in list(path.parent.iterdir()) if alone else ():
+            if hdf5.final_name(left.name) == path.name != left.name or (old and old.fullmatch(left.name)):
+                remove_folder(left)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete the files of a bundle from a folder with a temporary name, a job's bundle inside it, and what is then empty."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    try:
+        for item in list(folder.iterdir()):
+            if _is_part(item):
+                item.unlink()
+            elif hdf5.final_name(item.name) == hdf5.final_name(folder.name):
+                remove_folder(item)
+        folder.rmdir()
+    except OSError as error:
+        log.warning("%s is left: %s", folder, error.strerror)
 
 
 def _predictions_file(predictions: Predictions | None, fitted: Sequence[bytes]) -> bytes:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import io
 import json
 import logging
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -26,6 +25,7 @@ from store.lock import file_lock
 log = logging.getLogger("penult.classifiers")
 
 LAST = "last.ckpt"
+FAILURE = "failure.json"  # which error ended one of several processes, see `ranks`
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,12 @@ class Checkpoints:
                     self.remove()
 
     def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete what was kept, and the folder if nothing else lies in it."""
+        with suppress(OSError):
+            hdf5.remove_leftovers(self.folder, LAST.__eq__)
+            for name in (LAST, FAILURE, ".lock"):
+                (self.folder / name).unlink(missing_ok=True)
+            self.folder.rmdir()
 
     def read(self) -> dict[str, Any] | None:
         """The state of the last finished epoch; None where there is none that can be read."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from extractor.sources import ImageFolder
 from store.cache import FeatureCache, Subset
 from store.errors import InputMissingError, OutputExistsError
 
-from .bundle import Bundle, Predictions
+from .bundle import Bundle, Predictions, refuse_existing
 from .compare import Comparison, Entrant, compare_entrants
 from .comparison import comparison_report
 from .evaluate import score
@@ -35,7 +34,7 @@ log = logging.getLogger("penult.classifiers")
 
 BACKBONE = "resnet18"
 MARKER = ".penult-demo"
-FOLDERS = ("digits", "digits.cache", "logistic.head", "mlp.head", "finetuned.head")
+BUNDLES = ("logistic.head", "mlp.head", "finetuned.head")
 SIDE = 64  # pixels; the digits have 8 x 8, so nothing is lost and everything is ten times faster than at 224
 
 
@@ -64,14 +63,19 @@ def write_digits(folder: Path, *, limit: int | None = None) -> int:
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    chosen = list(zip(digit_files(folder), load_digits().images, strict=True))[:limit]
     for label in range(10):
         (folder / str(label)).mkdir(parents=True, exist_ok=True)
-    chosen = list(zip(digits.images, digits.target, strict=True))[:limit]
-    for number, (image, label) in enumerate(chosen):
-        grey = np.rint(image * (255 / 16)).astype(np.uint8)
-        Image.fromarray(grey).save(folder / str(label) / f"{number:04d}.png")
+    for path, image in chosen:
+        Image.fromarray(np.rint(image * (255 / 16)).astype(np.uint8)).save(path)
     return len(chosen)
+
+
+def digit_files(folder: Path) -> list[Path]:
+    """The files that `write_digits` makes without a limit, in their order."""
+    from sklearn.datasets import load_digits
+
+    return [folder / str(label) / f"{number:04d}.png" for number, label in enumerate(load_digits().target)]
 
 
 def choose_backbone(weights: str | None) -> tuple[Backbone, list[str]]:
@@ -111,25 +115,25 @@ def run_demo(
     Raises:
         OutputExistsError: the folder exists and is not an earlier demo, or may not be replaced.
     """
-    _make_room(out, overwrite=overwrite)
+    make_room(out, overwrite=overwrite)
     count = write_digits(out / "digits", limit=limit)
     log.info("wrote %d digits as PNG files into %s", count, out / "digits")
     backbone, notes = choose_backbone(weights)
     cache_path = out / "digits.cache"
-    first = run_extract(ImageFolder(out / "digits"), backbone, cache_path, Options())
+    first = run_extract(ImageFolder(out / "digits"), backbone, cache_path, Options(overwrite=overwrite))
     log.info("extracted %d images with %d inference calls; now once more", first.computed, first.inference_calls)
     second = run_extract(ImageFolder(out / "digits"), backbone, cache_path, Options())
     cache = FeatureCache(cache_path)
     bundles: list[Bundle] = []
     for name in ("logistic", "mlp"):
-        bundles.append(train_head(cache, out / f"{name}.head", make_head(name)))
+        bundles.append(train_head(cache, out / f"{name}.head", make_head(name), overwrite=overwrite))
         log.info("trained %s in %.1f s", name, bundles[-1].cost["train_seconds"])
     log.info("fine-tuning the whole network for %d epochs, to compare", epochs)
     untrained = backbone.seed is not None  # then batch norm has no statistics worth keeping, and all layers must learn
     tuning = FineTuneOptions(epochs=epochs, batch_size=32, augment=NONE)  # flipped digits are other digits
     if untrained:
         tuning = replace(tuning, optimizer="adamw", lr=1e-3, head_lr_factor=1.0, batch_statistics=True)
-    bundles.append(train_finetuned(cache, out / "finetuned.head", backbone, tuning))
+    bundles.append(train_finetuned(cache, out / "finetuned.head", backbone, tuning, overwrite=overwrite))
     pixels, evaluation = raw_pixels(cache)
     comparison = compare_entrants([*map(Entrant.of, bundles), pixels])
     held_out = cache.rows("test")[:: max(len(cache.rows("test")) // 5, 1)][:5]
@@ -170,15 +174,28 @@ def raw_pixels(cache: FeatureCache) -> tuple[Entrant, Evaluation]:
     return Entrant("raw pixels", "no backbone", predictions, classes, cost), score(test.y, probabilities, classes, "test")
 
 
-def _make_room(out: Path, *, overwrite: bool) -> None:
-    """Make the folder, or empty an earlier demo: only what a demo writes, whatever else lies there."""
-    if out.exists():
-        ours = (out / MARKER).is_file()
-        if not ours or not overwrite:
-            reason = "choose another folder or pass --overwrite" if ours else "it is not an earlier demo; choose another folder"
-            message = f"{out} exists; {reason}"
+def make_room(out: Path, *, overwrite: bool) -> None:
+    """Make the folder, or look whether a demo can take the place of an earlier one: each part replaces what is its own.
+
+    Raises:
+        OutputExistsError: it cannot; names what is in the way.
+    """
+    if not out.exists():
+        out.mkdir(parents=True)
+        (out / MARKER).write_text("made by `penult demo`, which may replace what it wrote here\n")
+        return
+    ours = (out / MARKER).is_file()
+    if not ours or not overwrite:
+        reason = "choose another folder or pass --overwrite" if ours else "it is not an earlier demo; choose another folder"
+        message = f"{out} exists; {reason}"
+        raise OutputExistsError(message)
+    for name in BUNDLES:
+        refuse_existing(out / name, overwrite=True)
+    digits = digit_files(out / "digits")
+    known = {out / "digits", *digits, *(path.parent for path in digits)}
+    for path in (out / "digits", *(out / "digits").rglob("*")):
+        if path not in known or path.is_symlink():
+            message = f"{path} is not the demo's; move it away, or choose another folder"
             raise OutputExistsError(message)
-        for name in FOLDERS:
-            shutil.rmtree(out / name, ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / MARKER).write_text("made by `penult demo`, which may replace what it wrote here\n")
+    for path in digits:  # an earlier demo may have had more of them
+        path.unlink(missing_ok=True)

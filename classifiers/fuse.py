@@ -88,7 +88,6 @@ def fuse(bundle: Bundle, out: Path, *, overwrite: bool = False) -> Fused:
     for name, value in fused.metadata().items():
         entry = model.metadata_props.add()
         entry.key, entry.value = PREFIX + name, value
-    onnxfile.remove_unfinished(out)
     with onnxfile.replacing(out) as new:
         onnxfile.save(model, new)
         del model  # of a large network, it lies on the disk now

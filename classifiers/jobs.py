@@ -6,7 +6,6 @@ import difflib
 import json
 import logging
 import os
-import shutil
 import time
 import tomllib
 from contextlib import suppress
@@ -25,12 +24,12 @@ from extractor.prepare import library_versions
 from extractor.session import MAX_BATCH, MAX_WORKERS
 from extractor.sources import Source, open_source
 from extractor.views import MAX_VIEWS
-from store import json_text
+from store import hdf5, json_text
 from store.cache import FeatureCache
 from store.errors import BadDataError, GateError, InputMissingError, JobFileError, PenultError, UsageError
-from store.lock import file_lock
+from store.lock import file_lock, folder_lock
 
-from .bundle import Bundle, install, refuse_existing
+from .bundle import Bundle, install, refuse_existing, remove_folder, remove_leftovers
 from .heldout import evaluate_bundle
 from .intervals import interval
 from .task import Evaluation
@@ -332,30 +331,33 @@ def run_job(path: Path, *, quiet: bool = False, record: dict[str, Any] | None = 
 
 def _run(job: Job, path: Path, record: dict[str, Any], *, quiet: bool) -> JobResult:
     plan = _resolve(job, path.absolute().parent, quiet=quiet)
-    refuse_existing(plan.bundle, overwrite=True)
+    rejected = plan.bundle.with_name(f"{plan.bundle.name}.rejected")
+    for place in (plan.bundle, rejected):
+        refuse_existing(place, overwrite=True)
+        remove_leftovers(place)
     summary = run_extract(plan.source, plan.backbone, plan.cache, plan.options)
     record["extract"] = summary.to_json()
     bundle = _made_already(plan)
     trained = bundle is None
-    staging = plan.bundle.with_name(f".{plan.bundle.name}.staging")
-    try:
-        if bundle is None:
-            shutil.rmtree(staging, ignore_errors=True)  # of a killed run; the job's lock is ours
-            staged = staging / plan.bundle.name
-            bundle = train_head(FeatureCache(plan.cache), staged, plan.head, **plan.training)
-        else:
-            log.info("features, labels and settings are unchanged: %s is kept", bundle.name)
-        found, _ = evaluate_bundle(bundle, plan.cache, split=job.gate.split)
-        evaluation = cast(Evaluation, found)  # a job's samples have one label each
-        missed = _gate(evaluation, job.gate.min_accuracy)
-        target = plan.bundle
-        if trained and missed:
-            target = plan.bundle.with_name(f"{plan.bundle.name}.rejected")
-            missed += f"; the new head is kept as {target.name}"
-        if trained:
-            install(bundle.path, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    staging = hdf5.temporary(plan.bundle)
+    with folder_lock(plan.bundle.parent):
+        try:
+            if bundle is None:
+                staged = staging / plan.bundle.name
+                bundle = train_head(FeatureCache(plan.cache), staged, plan.head, **plan.training)
+            else:
+                log.info("features, labels and settings are unchanged: %s is kept", bundle.name)
+            found, _ = evaluate_bundle(bundle, plan.cache, split=job.gate.split)
+            evaluation = cast(Evaluation, found)  # a job's samples have one label each
+            missed = _gate(evaluation, job.gate.min_accuracy)
+            target = plan.bundle
+            if trained and missed:
+                target = rejected
+                missed += f"; the new head is kept as {target.name}"
+            if trained:
+                install(bundle.path, target)
+        finally:
+            remove_folder(staging)
     record["trained"] = trained
     figures = ("split", "n", "accuracy", "accuracy_interval", "macro_f1")
     record["evaluation"] = {name: value for name, value in evaluation.to_json().items() if name in figures}

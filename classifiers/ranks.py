@@ -17,11 +17,11 @@ from extractor import backbones
 from extractor.progress import StopFlag
 from store.errors import InterruptedRunError, PenultError
 
+from .checkpoints import FAILURE
 from .epochs import Plan, isolated, run_epochs
 from .training import DivergedError, end_to_end
 
 LOOK = 0.5  # seconds between looks at the stop flag
-FAILURE = "failure.json"  # beside the checkpoint: which error ended a process
 
 
 def run_on_all(plan: Plan, decided: dict[str, Any], stop: StopFlag) -> None:

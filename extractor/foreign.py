@@ -191,7 +191,8 @@ def _own(backbone: Backbone, facts: BackboneFacts, model: Any, digest: str, targ
     load_data(model, file)
     del model.metadata_props[:]
     onnxfile.write_facts(model, facts)
-    onnxfile.save(model, target)
+    with onnxfile.replacing(target) as new:
+        onnxfile.save(model, new)
     return facts
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
+import logging
 import math
 import os
+import re
 import secrets
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +21,22 @@ from typing import Any
 from store import hdf5
 from store.errors import BadDataError, InputMissingError, PenultError, UsageError
 from store.fingerprint import Fingerprint, file_digest
+from store.lock import folder_lock
 
 from .pixel_drift import ProbeImage
 from .preprocess import Preprocess
+
+log = logging.getLogger("penult.extractor")
 
 PREFIX = "penult."
 PROBE_IMAGE = f"{PREFIX}probe_image"
 POOLINGS = ("average", "max", "token")
 MAX_INLINE = 2_000_000_000  # bytes; protobuf refuses messages of 2 GiB, so larger weights lie in a file beside
-DATA_SUFFIX = ".data"
+DATA_NAME = re.compile(r"[^/\0]*-[0-9a-f]{8}\.data")
+MARKER = b"penult external data\n".ljust(64, b"\0")  # its file begins so, or it is not ours; the length keeps tensors aligned
+IR_VERSION = b"\x08"  # an ONNX file begins with this field
+BLOCK = 1 << 20
+SHOWN = 3  # names in a message; a hostile file can have any number
 
 
 @dataclass(frozen=True)
@@ -306,6 +315,7 @@ def require_writable(target: Path) -> None:
     Raises:
         OutputError, StorageError: it cannot.
     """
+    hdf5.require_replaceable(target)
     try:
         with tempfile.TemporaryFile(dir=target.parent):
             return
@@ -317,78 +327,151 @@ def require_writable(target: Path) -> None:
 def save(model: Any, path: Path) -> None:
     """Write a model; where its weights are too large for one file, they lie in ``<name>-<random>.data`` beside it.
 
-    The random part lets two models be in one folder while one takes the place of the other; ``.name.onnx.tmp`` is a name too.
-    The weights of a large model have left memory then, and ``model`` refers to the file.
+    The random part lets two models be in one folder while one takes the place of the other; ``path`` may be temporary. The
+    weights of a large model have left memory then, and ``model`` refers to the file. It begins with `MARKER`.
 
     Raises:
         StorageError: it cannot be written.
     """
-    import onnx
+    from onnx import external_data_helper
 
     if _weight_bytes(model) < MAX_INLINE:
         hdf5.commit(path, model.SerializeToString())
         return
-    location = f"{path.name.strip('.').partition('.onnx')[0]}-{secrets.token_hex(4)}{DATA_SUFFIX}"
+    while os.path.lexists(data := path.with_name(f"{_stem(path)}-{secrets.token_hex(4)}.data")):
+        pass
+    begun = hdf5.temporary(data)
+    external_data_helper.convert_model_to_external_data(model, location=begun.name)
     try:
-        onnx.save_model(model, str(path), save_as_external_data=True, all_tensors_to_one_file=True, location=location)
-        for file in (path.with_name(location), path):
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
+        with begun.open("xb") as file:
+            file.write(MARKER)
+        try:
+            external_data_helper.write_external_data_tensors(model, str(path.parent))  # appends
+            with begun.open("rb") as file:
+                os.fsync(file.fileno())
+            for entry in [entry for tensor in _tensors(model.graph) for entry in tensor.external_data]:
+                if entry.key == "location":
+                    entry.value = data.name
+            hdf5.commit(path, model.SerializeToString())  # before the data has its name: there is always something that tells
+            begun.rename(data)  # whose it is
+            hdf5.fsync_directory(path.parent)
+        except BaseException:
+            begun.unlink(missing_ok=True)
+            raise
     except OSError as error:
-        for file in (path, path.with_name(location)):
-            file.unlink(missing_ok=True)
+        if isinstance(error, PenultError):
+            raise
         message = f"cannot write {path}: {error.strerror}"
         raise hdf5.write_error(error)(message) from error
-    hdf5.fsync_directory(path.parent)
+
+
+def _stem(path: Path) -> str:
+    """What the name of a model's external data begins with."""
+    return hdf5.final_name(path.name).partition(".onnx")[0]
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside a model: what is there when the block ends takes its place, unless an exception ends it."""
-    new = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        yield new
-    except BaseException:
-        remove(new)
-        raise
-    install(new, path)
+    hdf5.require_replaceable(path)
+    remove_unfinished(path)
+    new = hdf5.temporary(path)
+    with folder_lock(path.parent):
+        try:
+            yield new
+        except BaseException:
+            remove(new)
+            raise
+        install(new, path)
 
 
 def remove_unfinished(path: Path) -> None:
-    """Delete what a process that was ended in the middle of `replacing` this model has left."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        try:
-            remove(left)
-        except PenultError:  # cut short, so that it does not say where its weights are
-            left.unlink(missing_ok=True)
+    """Delete what processes that were killed in the middle of `replacing` this model have left, unless one is at it now."""
+    folder, model, begun = path.parent, hdf5.final_name(path.name), f"{_stem(path)}-"
+    with folder_lock(folder, alone=True) as alone:
+        if alone:
+            models = hdf5.leftovers(folder, model.__eq__)
+            for name in {name for left in models for name in _named_data(left)}:
+                _discard(folder, name, models)
+            hdf5.remove_leftovers(folder, lambda name: name == model or (name.startswith(begun) and DATA_NAME.fullmatch(name)))
 
 
 def remove(path: Path) -> None:
-    """Delete a model, if it is there, and its external data."""
-    if path.exists():
-        for file in data_files(path):
-            file.unlink()
-        path.unlink()
+    """Delete a model that was written here, if it is there, and its external data."""
+    for name in _named_data(path):
+        _discard(path.parent, name, [path])
+    path.unlink(missing_ok=True)
 
 
 def install(new: Path, target: Path) -> None:
-    """Give a model of the same folder its final name, and delete the external data of the one that had it.
+    """Give a model of the same folder its final name, delete the external data of the one that had it, and say what is left.
+
+    Anybody may have written what that one names, and two models may share a file: what goes is ours and no other model's.
 
     Raises:
         StorageError: it cannot be written.
     """
+    folder, named, old = target.parent, _named_data(target), hdf5.temporary(target)
     try:
-        before = data_files(target) if target.exists() else []
-    except PenultError:  # what is there is damaged
-        before = []
-    try:
+        if named:
+            with suppress(OSError):  # a second name, by which the next process finds its data if this one is killed
+                old.hardlink_to(target)
         new.replace(target)
-        hdf5.fsync_directory(target.parent)
-        for file in before:
-            file.unlink()
+        hdf5.fsync_directory(folder)
+        left = [name for name in named if not _discard(folder, name, [old]) and os.path.lexists(folder / name)]
     except OSError as error:
         message = f"cannot write {target}: {error.strerror}"
         raise hdf5.write_error(error)(message) from error
+    finally:
+        old.unlink(missing_ok=True)
+    if left:
+        log.warning(
+            "the file that was %s named %s as its data: left there, because another model names it too, or nothing in it says "
+            "that penult wrote it",
+            target,
+            ", ".join(map(repr, left[:SHOWN])) + (f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""),
+        )
+
+
+def _named_data(path: Path) -> list[str]:
+    try:
+        return external_files(read_model(path)) if path.is_file() else []
+    except PenultError:  # it is damaged
+        return []
+
+
+def _discard(folder: Path, name: str, models: Collection[Path]) -> bool:
+    """Delete a file if it is external data that penult wrote and only these models of its folder name; tell whether."""
+    if not DATA_NAME.fullmatch(name):
+        return False
+    data = folder / name
+    try:
+        status = data.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            return False
+        with data.open("rb") as file:
+            if file.read(len(MARKER)) != MARKER:
+                return False
+        if any(_names(each, os.fsencode(name)) for each in folder.iterdir() if each not in models and each.is_file()):
+            return False
+        data.unlink()
+    except OSError:
+        return False
+    return True
+
+
+def _names(file: Path, data: bytes) -> bool:
+    """Whether a model names a file: it is searched, not parsed. What begins as ONNX does is one, whatever it is called."""
+    with file.open("rb") as opened:
+        seen = opened.read(BLOCK)
+        if not seen.startswith(IR_VERSION) and ".onnx" not in file.name.lower():
+            return False
+        while data not in seen:
+            block = opened.read(BLOCK)
+            if not block:
+                return False
+            seen = seen[-len(data) :] + block
+    return True
 
 
 def copy(source: Path, target: Path) -> None:

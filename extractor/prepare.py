@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from store import hdf5
 from store.calibration import Calibration, write_calibration
 from store.errors import PenultError, UsageError
 from store.fingerprint import Fingerprint, file_digest, require_same
@@ -19,7 +20,7 @@ from .backbones import Backbone
 from .calibration import without
 from .export import export
 from .half import halve
-from .onnxfile import BackboneFacts, data_files, digest, install, read_facts, remove
+from .onnxfile import BackboneFacts, data_files, digest, install, read_facts, remove, remove_unfinished
 from .pixel_drift import libraries
 from .progress import StopFlag
 from .stated import read_sidecar
@@ -55,6 +56,7 @@ def prepare_backbone(
         What the file says of itself, and notes for cache.json by which the next run recognises the request.
     """
     path = writer.path / "backbone.onnx"
+    remove_unfinished(path)
     request = backbone.facts()
     if backbone.is_file and (superfluous := [name for name in ("weights", "preset") if request[name] is not None]):
         message = f"{backbone.name} has its weights inside: leave --{', --'.join(superfluous)} out"
@@ -79,8 +81,7 @@ def prepare_backbone(
             "RANDOM WEIGHTS (seed %d): %s is untrained, its features are a random projection", backbone.seed, backbone.name
         )
     # A cache keeps its file, and its features, until the new file is there and known to match or meant to replace them.
-    new = path.with_name(".backbone.onnx.tmp")
-    int8 = path.with_name(".backbone-int8.onnx.tmp")
+    new, int8 = hdf5.temporary(path), hdf5.temporary(path)
     calibration: Calibration | None = None
     try:
         facts = export(backbone, new, stop)
@@ -97,17 +98,13 @@ def prepare_backbone(
         if calibration:
             write_calibration(writer.path, calibration)
     except BaseException:
-        remove(new)
-        remove(int8)
+        remove_unfinished(path)
         raise
     if frozen:
         remove(new)
         facts = frozen
     else:
         install(new, path)
-    data = data_files(path)
-    for stray in set(writer.path.glob("backbone-*.data")) - set(data):  # of an export that was killed
-        stray.unlink()
     for layer in facts.layers:
         pooling = "" if layer.pooling == "none" else f" ({layer.pooling})"
         log.info("exported %s (%s), %d features: %s%s", facts.name, facts.weights, layer.dim, layer.layer, pooling)
@@ -117,7 +114,7 @@ def prepare_backbone(
         "weights": facts.weights,
         "source": facts.source,
     }
-    if data:
+    if data := data_files(path):
         notes["backbone_data"] = [file.name for file in data]
     if facts.calibration:
         notes["calibration"] = facts.calibration

@@ -12,7 +12,6 @@ import http.client
 import logging
 import os
 import re
-import secrets
 import ssl
 import urllib.error
 from collections.abc import Iterator
@@ -113,7 +112,7 @@ def fetch(file: WeightsFile, folder: Path | None = None, *, progress: bool = Fal
             return path, digest, False
         log.warning("%s is damaged (its SHA-256 begins with %s) and is fetched again", path, digest[:8])
     _make_folder(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    temporary = hdf5.temporary(path)
     try:
         torch.hub.download_url_to_file(file.entry.url, str(temporary), file.prefix, progress=progress)
         digest = file_digest(temporary)

@@ -7,8 +7,9 @@ import hashlib
 import itertools
 import math
 import os
+import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,19 @@ from numpy.typing import NDArray
 os.environ.setdefault("HDF5_PLUGIN_PRELOAD", "::")
 import h5py
 
-from .errors import CorruptCacheError, InputMissingError, NewerFormatError, OutputError, PenultError, StorageError
+from .errors import (
+    CorruptCacheError,
+    InputMissingError,
+    NewerFormatError,
+    OutputError,
+    OutputExistsError,
+    PenultError,
+    StorageError,
+)
 
 Array = NDArray[Any]
 ENCODING_VERSION = 1
+TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{12}\.tmp", re.DOTALL)  # what `temporary` makes
 BLOCK = 16 * 2**20  # bytes of a dataset that are read at once for its digest: a compact file may be larger than the memory
 
 
@@ -70,35 +80,80 @@ def build(encoding_type: str, datasets: Mapping[str, Array], attrs: Mapping[str,
         return file.id.get_file_image(), digest
 
 
+def temporary(path: Path) -> Path:
+    """A new name beside a file or a folder, which it has until it is complete."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+
+
+def final_name(name: str) -> str:
+    """What a name of `temporary` will become, also where that was one itself; every other name stays as it is."""
+    while found := TEMPORARY.fullmatch(name):
+        name = found[1]
+    return name
+
+
+def leftovers(folder: Path, ours: Callable[[str], object]) -> list[Path]:
+    """What killed processes left unfinished in a folder: regular files with a name of `temporary`, nothing else.
+
+    Args:
+        folder: where nobody is writing now; see `lock.folder_lock`.
+        ours: tells of a final name whether files of that name are made here.
+    """
+    found = [item for item in folder.iterdir() if final_name(item.name) != item.name and ours(final_name(item.name))]
+    return [item for item in found if item.is_file() and not item.is_symlink()]
+
+
+def remove_leftovers(folder: Path, ours: Callable[[str], object]) -> None:
+    """Delete `leftovers`."""
+    for left in leftovers(folder, ours):
+        with suppress(OSError):  # another user's, perhaps
+            left.unlink()
+
+
 def commit(path: Path, data: bytes | Iterable[bytes]) -> None:
     """Write ``data`` so that after a crash at any moment ``path`` is either complete or as it was before (rule 4).
 
     Blocks are written as they come; where making one raises, nothing is kept.
 
     Raises:
-        OutputError: the place does not exist or may not be written to.
+        OutputError: the place does not exist or may not be written to, or what is there is no file.
         StorageError: disk full or any other I/O error; no partial file is left under the final name.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    unfinished = temporary(path)
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            for block in (data,) if isinstance(data, bytes) else data:
-                view = memoryview(block)
-                while view:
-                    view = view[os.write(descriptor, view) :]
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        temporary.rename(path)
-        fsync_directory(path.parent)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, PenultError) or not isinstance(error, OSError):
+        require_replaceable(path)
+        descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:  # from here on, what has this name is ours
+            try:
+                for block in (data,) if isinstance(data, bytes) else data:
+                    view = memoryview(block)
+                    while view:
+                        view = view[os.write(descriptor, view) :]
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            unfinished.rename(path)
+            fsync_directory(path.parent)
+        except BaseException:
+            with suppress(OSError):
+                unfinished.unlink()
+            raise
+    except OSError as error:
+        if isinstance(error, PenultError):
             raise
         message = f"cannot write {path}: {error.strerror}"
         raise write_error(error)(message) from error
+
+
+def require_replaceable(path: Path) -> None:
+    """A rename would put a file in the place of a device such as /dev/null, or of a pipe.
+
+    Raises:
+        OutputExistsError: what is there is no file.
+    """
+    if path.exists() and not path.is_file():
+        message = f"{path} exists and is not a file; choose another name"
+        raise OutputExistsError(message)
 
 
 def write_error(error: OSError) -> type[OutputError | StorageError]:

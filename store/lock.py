@@ -1,11 +1,12 @@
-"""One writer per cache. The lock is the operating system's, so a killed holder leaves nothing stale."""
+"""One writer per cache, and no tidying where somebody writes. The locks are the operating system's: a killed holder leaves
+nothing stale."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import LockedError
@@ -76,3 +77,25 @@ def file_lock(path: Path, *, what: str) -> Iterator[None]:
     finally:
         _ours.discard(path.absolute())
         lock.release()
+
+
+@contextmanager
+def folder_lock(folder: Path, *, alone: bool = False) -> Iterator[bool]:
+    """Stand for writing something in a folder, beside others who do, or be ``alone`` there to remove what killed ones left.
+
+    The lock is on the folder itself and leaves no file in it. Where a file system has no such locks nobody is ever alone, so
+    that nothing is removed.
+
+    Yields:
+        Whether it is held. To be alone nothing is waited for; writers wait until the tidying is done.
+    """
+    descriptor, held = None, False
+    try:
+        with suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
+            held = True
+        yield held
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from .samples import Row, SampleTable
 
 log = logging.getLogger("penult.store")
 
+FILES = ("samples.h5", "ledger.jsonl", "cache.json", calibration.NAME)  # beside backbone.onnx, the lock and the shards
 SHARD_BYTES = 4 * 2**20  # commit at this size: memory stays flat, and one fsync a second is nothing on a GPU ..
 SHARD_SECONDS = 30.0  # .. or after this long, so that a small data set does not lose everything to a kill
 
@@ -79,7 +80,7 @@ class CacheWriter:
 
     def clear(self) -> None:
         """Empty the cache: only what is ours, and the sample table first, for without it no reader takes the rest."""
-        for name in ("samples.h5", "ledger.jsonl", "cache.json", calibration.NAME):
+        for name in FILES:
             (self.path / name).unlink(missing_ok=True)
         hdf5.fsync_directory(self.path)  # else a crash may leave the old table beside the new backbone
         for path in shard_paths(self.path):
@@ -251,22 +252,17 @@ def open_writer(path: Path) -> Iterator[CacheWriter]:
         LockedError: another run writes it.
         OutputError: it cannot be created.
     """
-    if path.exists():
-        mine = path.is_dir() and (
-            (path / "cache.json").exists() or (path / "shards").is_dir() or not any(set(path.iterdir()) - {path / ".lock"})
-        )
-        if not mine:
-            message = f"{path} exists and is not a penult cache; choose another name"
-            raise OutputExistsError(message)
     created = not path.exists()
+    if not created and not _is_ours(path):
+        message = f"{path} exists and is not a penult cache; choose another name"
+        raise OutputExistsError(message)
     try:
         hdf5.make_directory(path / "shards")
     except OSError as error:
         message = f"cannot create {path}: {error.strerror}"
         raise hdf5.write_error(error)(message) from error
     with writer_lock(path):
-        for left in [*path.glob(".*.tmp"), *(path / "shards").glob(".*.tmp")]:  # of killed runs; we hold the lock
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        _remove_leftovers(path)
         writer = CacheWriter(path)
         try:
             try:
@@ -274,6 +270,51 @@ def open_writer(path: Path) -> Iterator[CacheWriter]:
             finally:
                 writer.close()  # the lock is held until nothing is written any more
         except BaseException:
-            if created and writer.fresh and not (path / "backbone.onnx").exists():
-                shutil.rmtree(path)  # nothing came of it: a mistyped option leaves no empty cache behind
+            if created:
+                with suppress(OSError):
+                    _remove_empty(path)
             raise
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a folder is a cache, the beginning of one, or empty: one in which a writer may remove and replace things.
+
+    A folder `shards` proves nothing: it is what people call the tar files of a dataset.
+    """
+    shards = path / "shards"
+    if not path.is_dir() or shards.is_symlink():
+        return False
+    if _is_description(path / "cache.json") or shard_paths(path):
+        return True
+    names, begun = {item.name for item in path.iterdir()}, {".lock", "shards"}  # a run that was killed early left these
+    if {*begun, "backbone.onnx"} <= names:
+        return True
+    foreign = [item for item in shards.iterdir() if not _is_shard(hdf5.final_name(item.name))] if shards.is_dir() else []
+    return (names <= begun or begun <= names) and not foreign
+
+
+def _is_description(path: Path) -> bool:
+    try:
+        meta = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(meta, dict) and {"format", "fingerprint"} <= meta.keys()
+
+
+def _is_shard(name: str) -> bool:
+    return shard.NAME.fullmatch(name) is not None
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Delete what killed runs left unfinished, but for the backbone's; the writer's lock is held."""
+    hdf5.remove_leftovers(path, FILES.__contains__)
+    hdf5.remove_leftovers(path / "shards", _is_shard)
+
+
+def _remove_empty(path: Path) -> None:
+    """Delete a cache that this run made and nothing came of: a mistyped option leaves no empty folder behind."""
+    _remove_leftovers(path)
+    if {item.name for item in path.iterdir()} == {".lock", "shards"} and not any((path / "shards").iterdir()):
+        (path / "shards").rmdir()
+        (path / ".lock").unlink()
+        path.rmdir()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from classifiers.bundle import Bundle
-from classifiers.demo import _make_room, run_demo, write_digits
+from classifiers.demo import make_room, run_demo, write_digits
 from extractor.sources import ImageFolder
 from store.cache import FeatureCache
 from store.errors import OutputExistsError
@@ -32,12 +32,15 @@ def test_the_whole_way_on_a_few_digits(tmp_path: Path, capfd: pytest.CaptureFixt
     assert FeatureCache(out / "digits.cache").samples.counts["ok"] == 300
     with pytest.raises(OutputExistsError, match="--overwrite"):
         run_demo(out, weights="random")
-    (out / "thesis.txt").write_text("years of work")
-    _make_room(out, overwrite=True)
-    assert sorted(path.name for path in out.iterdir()) == [".penult-demo", "comparison.html", "thesis.txt"]
     (tmp_path / "mine/digits").mkdir(parents=True)
     with pytest.raises(OutputExistsError, match="not an earlier demo"):
         run_demo(tmp_path / "mine", weights="random", overwrite=True)
+    make_room(out, overwrite=True)  # only what a demo had made in its way
+    assert not [path for path in (out / "digits").rglob("*") if path.is_file()]
+    assert FeatureCache(out / "digits.cache").samples.counts["ok"] == 300
+    (out / "digits/3/thesis.png").write_text("years of work")
+    with pytest.raises(OutputExistsError, match=r"digits/3/thesis\.png is not the demo's; move it away"):
+        run_demo(out, weights="random", overwrite=True)
 
 
 def test_digits_are_1797_distinct_files(tmp_path: Path) -> None:

@@ -579,8 +579,8 @@ def in_child(data: Path, cache: Path, net: Backbone, at: int = 0, signals: tuple
     return subprocess.run([sys.executable, "-c", CHILD], input=json.dumps(request), capture_output=True, text=True, check=False)
 
 
-# backbone.onnx under a temporary name, then its own, cache.json, three shards, ledger.jsonl, samples.h5
-COMMITS = 8
+# backbone.onnx under three names, the last its own, cache.json, three shards, ledger.jsonl, samples.h5
+COMMITS = 9
 
 
 def test_the_number_of_commits_is_what_the_kill_points_assume(
@@ -601,7 +601,7 @@ def test_a_killed_run_continues_to_the_same_cache(
     with pytest.raises(InputMissingError, match="unfinished"):
         FeatureCache(tmp_path / "c")
     assert len([*(tmp_path / "c").glob(".*.tmp"), *(tmp_path / "c/shards").glob(".*.tmp")]) == 1
-    committed = min(max(at - 4, 0), 3)
+    committed = min(max(at - 5, 0), 3)
     assert len(shard_paths(tmp_path / "c")) == committed
     summary = run(photos, tmp_path / "c")
     assert summary.computed == 12 - SIZE * committed
@@ -631,7 +631,7 @@ def test_a_killed_update_leaves_the_old_state_readable(
 def test_a_signal_ends_the_run_in_good_order(
     run: Run, photos: Path, tmp_path: Path, backbone: Backbone, reference: Path, number: int, code: int
 ) -> None:
-    done = in_child(photos, tmp_path / "c", backbone, 4, (number,), batch=1)
+    done = in_child(photos, tmp_path / "c", backbone, 5, (number,), batch=1)
     assert done.returncode == code, done.stderr
     assert f"InterruptedRunError: interrupted by signal {int(number)}; run the same command again" in done.stderr
     kept = len(shard_paths(tmp_path / "c"))
@@ -646,7 +646,7 @@ def test_a_signal_ends_the_run_in_good_order(
 def test_a_second_signal_leaves_at_once_and_safely(
     run: Run, photos: Path, tmp_path: Path, backbone: Backbone, reference: Path
 ) -> None:
-    done = in_child(photos, tmp_path / "c", backbone, 4, (signal.SIGTERM, signal.SIGTERM))
+    done = in_child(photos, tmp_path / "c", backbone, 5, (signal.SIGTERM, signal.SIGTERM))
     assert done.returncode == 143
     assert "InterruptedRunError" not in done.stderr
     run(photos, tmp_path / "c")
@@ -746,13 +746,13 @@ def test_overwriting_never_empties_a_foreign_folder(run: Run, photos: Path, tmp_
     (tmp_path / "mine/shards").mkdir(parents=True)
     (tmp_path / "mine/shards/train-000.tar").write_text("a web dataset")
     (tmp_path / "mine/thesis.tex").write_text("years of work")
-    run(photos, tmp_path / "mine", overwrite=True)
-    assert (tmp_path / "mine/shards/train-000.tar").read_text() == "a web dataset"
-    assert (tmp_path / "mine/thesis.tex").read_text() == "years of work"
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/x").write_text("x")
-    with pytest.raises(OutputExistsError):
-        run(photos, tmp_path / "folder", overwrite=True)
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("mine", "folder"):
+        with pytest.raises(OutputExistsError, match="is not a penult cache"):
+            run(photos, tmp_path / name, overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def damage(path: Path, kind: str) -> None:

@@ -434,7 +434,8 @@ def test_weights_beside_the_file(
     assert "16 golden vectors agree" in selftest(out)
     assert Fused.load(out).weights_sha256 == Fused.load(file).weights_sha256, "it does not depend on where they lie"
     data = beside.read_bytes()
-    for place in (0, len(data) // 2, len(data) - 1):
+    assert data.startswith(onnxfile.MARKER)
+    for place in (len(onnxfile.MARKER), len(data) // 2, len(data) - 1):
         beside.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
         with pytest.raises(BadDataError, match="the digest of its weights differs"):
             selftest(out)

@@ -210,7 +210,8 @@ def test_an_interrupted_calibration_leaves_nothing_and_is_repeated_alike(
 def test_a_killed_calibration_leaves_only_what_the_next_run_removes(network: Path, digits: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     (cache / "shards").mkdir(parents=True)
-    for name in (".backbone.onnx.tmp", ".backbone-int8.onnx.tmp", ".calibration.h5.0123.tmp"):
+    (cache / ".lock").touch()
+    for name in ("..backbone.onnx.0123456789ab.tmp.ba9876543210.tmp", ".calibration.h5.0123456789ab.tmp"):
         (cache / name).write_bytes(b"cut sh")
     run_extract(ImageFolder(digits), Backbone(str(network)), cache, INT8)
     assert not list(cache.glob(".*.tmp"))

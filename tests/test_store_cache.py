@@ -172,7 +172,7 @@ def test_foreign_names_in_the_shards_folder_are_ignored(tmp_path: Path) -> None:
 
 def test_a_writer_removes_only_the_temporary_files_of_killed_runs(tmp_path: Path) -> None:
     fill(tmp_path / "c")
-    mine = [tmp_path / "c/shards/.00005-0123456789ab.h5.ffff.tmp", tmp_path / "c/.samples.h5.ffff.tmp"]
+    mine = [tmp_path / "c" / name for name in (f"shards/.00005-0123456789ab.h5.{12 * 'f'}.tmp", f".samples.h5.{12 * 'f'}.tmp")]
     theirs = [tmp_path / "c/notes.txt", tmp_path / "c/shards/notes.tmp"]
     for path in (*mine, *theirs):
         path.write_bytes(b"x")
