@@ -298,11 +298,9 @@ def export(name: str, output: Path, *, overwrite: bool, **chosen: Any) -> None:
     Example: penult export resnet50 -o resnet50.onnx
     """
     from extractor.export import export as export_backbone
-    from store.errors import OutputExistsError
+    from store.atomic import require_free
 
-    if output.exists() and not overwrite:
-        message = f"{output} exists; choose another name or pass --overwrite"
-        raise OutputExistsError(message)
+    require_free(output, overwrite=overwrite)
     facts = export_backbone(backbone_from({**chosen, "backbone": name}), output)
     for layer in facts.layers:
         click.echo(f"{output}: {facts.name} ({facts.weights}), {layer.dim} features, {layer.layer}, pooling {layer.pooling}")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from store import hdf5
+from store import atomic, hdf5
 
 SECTOR = 512
 
@@ -93,7 +93,7 @@ class Recorder:
         with ExitStack() as stack:
             for name, shim in shims.items():
                 stack.enter_context(patch.object(os, name, self._shim(shim, getattr(os, name))))
-            commit = hdf5.commit
+            commit = atomic.commit
 
             def committed(path: Path, data: bytes) -> None:
                 commit(path, data)

@@ -30,9 +30,9 @@ from numpy.typing import NDArray
 
 from extractor.onnxfile import DATA_NAME, BackboneFacts, copy, read_facts, require_features
 from extractor.views import Views
-from store import hdf5, json_text
+from store import atomic, hdf5, json_text
 from store.cache import FeatureCache
-from store.errors import BadDataError, InputMissingError, OutputExistsError, PenultError
+from store.errors import BadDataError, InputMissingError, OutputExistsError, PenultError, require_format
 from store.fingerprint import VIEWS, Fingerprint
 from store.lock import folder_lock
 
@@ -163,10 +163,7 @@ class Bundle:
             raise InputMissingError(message)
         try:
             facts = json.loads((path / "head.json").read_text("utf-8"))
-            version = facts.pop("format")
-            if version != FORMAT_VERSION:
-                message = f"{path} has format version {version}; this penult reads version {FORMAT_VERSION}. Upgrade penult."
-                raise BadDataError(message)
+            require_format(path, facts.pop("format"), FORMAT_VERSION)
             backbone = BackboneFacts.from_json(json.dumps(facts.pop("backbone")))
             bundle = cls(path=path, backbone=backbone, fingerprint=Fingerprint(facts.pop("fingerprint")), **facts)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -276,7 +273,7 @@ def save_bundle(
     bundle = replace(bundle, path=bundle.path.absolute())
     refuse_existing(bundle.path, overwrite=overwrite)
     remove_leftovers(bundle.path)
-    temporary, writing = hdf5.temporary(bundle.path), ExitStack()
+    temporary, writing = atomic.temporary(bundle.path), ExitStack()
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         writing.enter_context(folder_lock(temporary.parent))
@@ -287,21 +284,21 @@ def save_bundle(
         else:
             copy(backbone, network)
         require_features(read_facts(network), bundle.fingerprint, mine="its backbone", theirs=bundle.name)
-        hdf5.commit(temporary / "head.onnx", head)
+        atomic.commit(temporary / "head.onnx", head)
         if novelty is not None:
-            hdf5.commit(temporary / NOVELTY, novelty)
+            atomic.commit(temporary / NOVELTY, novelty)
         files = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
         complete = replace(bundle, files=files, versions=library_versions())
-        hdf5.commit(temporary / "predictions.h5", _predictions_file(predictions, fitted))
-        hdf5.commit(temporary / "report.html", page.encode())
+        atomic.commit(temporary / "predictions.h5", _predictions_file(predictions, fitted))
+        atomic.commit(temporary / "report.html", page.encode())
         facts = json_text.dumps(complete.to_json(), indent=2, ensure_ascii=False) + "\n"
-        hdf5.commit(temporary / "head.json", facts.encode())
+        atomic.commit(temporary / "head.json", facts.encode())
         install(temporary, bundle.path)
     except OSError as error:
         if isinstance(error, PenultError):
             raise
         message = f"cannot write {bundle.path}: {error.strerror}"
-        raise hdf5.write_error(error)(message) from error
+        raise atomic.write_error(error)(message) from error
     finally:
         remove_folder(temporary)
         writing.close()
@@ -322,7 +319,7 @@ def install(finished: Path, target: Path) -> None:
         remove_folder(old)
     else:
         finished.rename(target)
-    hdf5.fsync_directory(target.parent)
+    atomic.fsync_directory(target.parent)
 
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:
@@ -336,9 +333,7 @@ def refuse_existing(path: Path, *, overwrite: bool) -> None:
         raise OutputExistsError(message)
     if not path.exists():
         return
-    if not overwrite:
-        message = f"{path} exists; choose another name or pass --overwrite"
-        raise OutputExistsError(message)
+    atomic.require_free(path, overwrite=overwrite)
     if not _is_bundle(path):
         message = f"{path} exists and is not a bundle; it is not overwritten"
         raise OutputExistsError(message)
@@ -363,7 +358,7 @@ def _is_bundle(path: Path) -> bool:
 
 def _is_part(item: Path) -> bool:
     """Whether something in a folder is what a bundle has there, complete or not."""
-    name = hdf5.final_name(item.name)
+    name = atomic.final_name(item.name)
     named = name in BUNDLE_FILES or (name.startswith("backbone-") and DATA_NAME.fullmatch(name))
     return bool(named) and item.is_file() and not item.is_symlink()
 
@@ -373,7 +368,7 @@ def remove_leftovers(path: Path) -> None:
     old = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{12}}\.old") if path.is_dir() else None
     with folder_lock(path.parent, alone=True) as alone:
         for left in list(path.parent.iterdir()) if alone else ():
-            if hdf5.final_name(left.name) == path.name != left.name or (old and old.fullmatch(left.name)):
+            if atomic.final_name(left.name) == path.name != left.name or (old and old.fullmatch(left.name)):
                 remove_folder(left)
 
 
@@ -385,7 +380,7 @@ def remove_folder(folder: Path) -> None:
         for item in list(folder.iterdir()):
             if _is_part(item):
                 item.unlink()
-            elif hdf5.final_name(item.name) == hdf5.final_name(folder.name):
+            elif atomic.final_name(item.name) == atomic.final_name(folder.name):
                 remove_folder(item)
         folder.rmdir()
     except OSError as error:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from store import hdf5
+from store import atomic
 from store.errors import OutputExistsError
 from store.fingerprint import Fingerprint, short
 from store.lock import file_lock
@@ -67,7 +67,7 @@ class Checkpoints:
         Raises:
             LockedError: another run works here.
         """
-        hdf5.make_directory(self.folder)
+        atomic.make_directory(self.folder)
         with file_lock(self.folder / ".lock", what=self.out):
             try:
                 yield
@@ -78,7 +78,7 @@ class Checkpoints:
     def remove(self) -> None:
         """Delete what was kept, and the folder if nothing else lies in it."""
         with suppress(OSError):
-            hdf5.remove_leftovers(self.folder, LAST.__eq__)
+            atomic.remove_leftovers(self.folder, LAST.__eq__)
             for name in (LAST, FAILURE, ".lock"):
                 (self.folder / name).unlink(missing_ok=True)
             self.folder.rmdir()
@@ -174,7 +174,7 @@ def checkpoint_io() -> Any:
         def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
             buffer = io.BytesIO()
             torch.save(checkpoint, buffer)
-            hdf5.commit(Path(path), buffer.getvalue())
+            atomic.commit(Path(path), buffer.getvalue())
 
         def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from store import hdf5
+from store import atomic
 
 log = logging.getLogger("penult.classifiers")
 
@@ -31,7 +31,7 @@ def curve_writer(folder: Path) -> Any:
         events: Any = None
 
         def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-            hdf5.make_directory(folder)
+            atomic.make_directory(folder)
             if find_spec("tensorboard") is None:
                 log.info("%s gets %s alone: tensorboard is not installed", folder, METRICS)
                 return
@@ -44,7 +44,7 @@ def curve_writer(folder: Path) -> Any:
             writer = csv.DictWriter(text, pl_module.history[0])
             writer.writeheader()
             writer.writerows(pl_module.history)
-            hdf5.commit(folder / METRICS, text.getvalue().encode())
+            atomic.commit(folder / METRICS, text.getvalue().encode())
             if self.events is not None:
                 row = pl_module.history[-1]
                 for name, key in SCALARS.items():

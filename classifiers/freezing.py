@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import TYPE_CHECKING, Any
 
 from store.cache import PENULTIMATE
-from store.errors import UsageError
+from store.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from .finetune_options import FineTuneOptions
@@ -36,10 +35,10 @@ def modules_before(network: Any, example: Any, freeze_until: str, last: str) -> 
         hook.remove()
     until = last if freeze_until in ("head", PENULTIMATE) else freeze_until
     if not until or until not in began:
-        near = difflib.get_close_matches(until, [name for name in began if name], n=5)
-        stages = ", ".join(near or [name for name, _ in network.named_children() if name in began])
+        stages = ", ".join(name for name, _ in network.named_children() if name in began)
         what = "does not run in this network" if until in modules else "is no layer of this network"
-        message = f"freeze_until {freeze_until!r} {what}. {'Did you mean' if near else 'It has'} {stages}, or head?"
+        hint = did_you_mean(until, [*filter(None, began), "head"], f"it has {stages}, and head")
+        message = f"freeze_until {freeze_until!r} {what}{hint}"
         raise UsageError(message)
     called, before = set(began), set(began[: began.index(until)])
 

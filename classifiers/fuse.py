@@ -22,7 +22,8 @@ from extractor.graph import cut
 from extractor.onnxfile import PREFIX
 from extractor.parity import cpu_session
 from extractor.prologue import pixel_nodes
-from store.errors import BadDataError, OutputExistsError
+from store.atomic import require_free, require_replaceable
+from store.errors import BadDataError
 from store.samples import REGRESSION, SINGLE_LABEL
 from store.shard import MAX_ROUNDING
 
@@ -52,9 +53,8 @@ def fuse(bundle: Bundle, out: Path, *, overwrite: bool = False) -> Fused:
         BadDataError: the two parts do not go together, or the file does not give what the bundle gives.
         OutputError, StorageError: it cannot be written.
     """
-    if out.is_dir() or (out.exists() and not overwrite):
-        message = f"{out} exists; choose another name" + ("" if out.is_dir() else " or pass --overwrite")
-        raise OutputExistsError(message)
+    require_replaceable(out)
+    require_free(out, overwrite=overwrite)
     onnxfile.require_writable(out)
     if bundle.views:
         log.warning(

@@ -20,7 +20,7 @@ from extractor import onnxfile
 from extractor.foreign import require_domains
 from extractor.onnxfile import PREFIX
 from extractor.preprocess import Preprocess
-from store.errors import BadDataError, InputMissingError
+from store.errors import BadDataError, InputMissingError, require_format
 from store.fingerprint import Fingerprint
 
 from .task import HeadTask
@@ -152,10 +152,7 @@ class Fused:
     @classmethod
     def _parse(cls, entries: dict[str, str], path: Path) -> Fused:
         try:
-            version = json.loads(entries["format"])
-            if version != FORMAT_VERSION:
-                message = f"{path} has format version {version}; this penult reads version {FORMAT_VERSION}. Upgrade penult."
-                raise BadDataError(message)
+            require_format(path, json.loads(entries["format"]), FORMAT_VERSION)
             if json.loads(entries.pop("facts_sha256")) != _facts_digest(entries):
                 message = f"{path} is not the file that was saved (the digest of its metadata differs); fuse the bundle again"
                 raise BadDataError(message)

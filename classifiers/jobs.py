@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import os
@@ -24,9 +23,9 @@ from extractor.prepare import library_versions
 from extractor.session import MAX_BATCH, MAX_WORKERS
 from extractor.sources import Source, open_source
 from extractor.views import MAX_VIEWS
-from store import hdf5, json_text
+from store import atomic, json_text
 from store.cache import FeatureCache
-from store.errors import BadDataError, GateError, InputMissingError, JobFileError, PenultError, UsageError
+from store.errors import BadDataError, GateError, InputMissingError, JobFileError, PenultError, UsageError, did_you_mean
 from store.lock import file_lock, folder_lock
 
 from .bundle import Bundle, install, refuse_existing, remove_folder, remove_leftovers
@@ -213,10 +212,7 @@ def _explain(problem: Any) -> str:
         model: Any = Job
         for parent in parents:
             model = model.model_fields[parent].annotation
-        near = difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.5)
-        return f"unknown key {name!r}" + (
-            f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(model.model_fields)}"
-        )
+        return f"unknown key {name!r}" + did_you_mean(key, model.model_fields, f"known are {', '.join(model.model_fields)}")
     if problem["type"] == "missing":
         return f"the key {name!r} is missing"
     expected = EXPECTED.get(problem["type"], problem["msg"]).format(**problem.get("ctx", {}))
@@ -339,7 +335,7 @@ def _run(job: Job, path: Path, record: dict[str, Any], *, quiet: bool) -> JobRes
     record["extract"] = summary.to_json()
     bundle = _made_already(plan)
     trained = bundle is None
-    staging = hdf5.temporary(plan.bundle)
+    staging = atomic.temporary(plan.bundle)
     with folder_lock(plan.bundle.parent):
         try:
             if bundle is None:

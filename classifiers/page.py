@@ -10,8 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from store import hdf5
-from store.errors import OutputExistsError
+from store import atomic
 
 from .illustrations import Mistake
 
@@ -67,7 +66,5 @@ def write_output(path: Path, data: bytes, *, overwrite: bool) -> None:
         OutputExistsError: it exists and may not be replaced.
         StorageError: it cannot be written.
     """
-    if path.exists() and not overwrite:
-        message = f"{path} exists; choose another name or pass --overwrite"
-        raise OutputExistsError(message)
-    hdf5.commit(path, data)
+    atomic.require_free(path, overwrite=overwrite)
+    atomic.commit(path, data)

@@ -5,7 +5,6 @@ A backbone is data, not a class: its name, where its weights come from and the p
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from store.errors import BadDataError, UsageError
+from store.errors import BadDataError, UsageError, did_you_mean
 from store.fingerprint import file_digest
 
 from . import weights as weight_files
@@ -112,9 +111,8 @@ def weights_of(name: str) -> dict[str, Any]:
 
     known = names()
     if name not in known:
-        near = difflib.get_close_matches(name.lower().replace("-", ""), known, n=3, cutoff=0.5)
-        hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
-        message = f"No backbone {name!r}.{hint} `penult backbones` lists them all."
+        hint = did_you_mean(name.lower().replace("-", ""), known)
+        message = f"no backbone {name!r}{hint} (`penult backbones` lists them all)"
         raise UsageError(message)
     enum = torchvision.models.get_model_weights(name)
     entries = {entry.name: entry for entry in enum}

@@ -7,7 +7,6 @@ say must be stated, by flags or in a TOML file of its name: a guess would cost a
 
 from __future__ import annotations
 
-import difflib
 import logging
 import tempfile
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from store.errors import BadDataError, UsageError
+from store.errors import BadDataError, UsageError, did_you_mean
 
 from . import onnxfile
 from .backbones import Backbone
@@ -238,8 +237,7 @@ def choose_tensors(graph: Graph, layers: Sequence[str], file: Path) -> list[str]
         raise UsageError(message)
     for layer in layers:
         if layer not in known:
-            near = difflib.get_close_matches(layer, known, n=3, cutoff=0.4)
-            hint = f"; did you mean {', '.join(map(repr, near))}?" if near else f"; its last ones are {', '.join(known[-4:])}"
+            hint = did_you_mean(layer, known, f"its last ones are {', '.join(known[-4:])}")
             message = f"--layer {layer}: {file} has no such tensor{hint}"
             raise UsageError(message)
     if layers:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from store.cache import PENULTIMATE
-from store.errors import BadDataError, UsageError
+from store.errors import BadDataError, UsageError, did_you_mean
 
 from .backbones import choose_weights, on_meta, untrained
 from .graph import spatial_axes
@@ -174,9 +173,8 @@ def require_layers(network: Any, layers: Sequence[str], pooling: str) -> None:
     known = [PENULTIMATE, *(name for name, _ in network.named_modules() if name)]
     for layer in layers:
         if layer not in known:
-            near = difflib.get_close_matches(layer, known, n=3, cutoff=0.4)
-            hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
-            message = f"--layer {layer}: there is no such layer.{hint} `penult backbones NAME --layers` lists them"
+            hint = did_you_mean(layer, known)
+            message = f"--layer {layer}: there is no such layer{hint} (`penult backbones NAME --layers` lists them)"
             raise UsageError(message)
     if len(set(layers)) != len(layers):
         message = f"--layer {' --layer '.join(layers)}: one of them stands there twice"

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from store import hdf5
+from store import atomic
 from store.errors import BadDataError, InputMissingError, PenultError, UsageError
 from store.fingerprint import Fingerprint, file_digest
 from store.lock import folder_lock
@@ -315,13 +315,13 @@ def require_writable(target: Path) -> None:
     Raises:
         OutputError, StorageError: it cannot.
     """
-    hdf5.require_replaceable(target)
+    atomic.require_replaceable(target)
     try:
         with tempfile.TemporaryFile(dir=target.parent):
             return
     except OSError as error:
         message = f"cannot create {target}: {error.strerror}"
-        raise hdf5.write_error(error)(message) from error
+        raise atomic.write_error(error)(message) from error
 
 
 def save(model: Any, path: Path) -> None:
@@ -336,11 +336,11 @@ def save(model: Any, path: Path) -> None:
     from onnx import external_data_helper
 
     if _weight_bytes(model) < MAX_INLINE:
-        hdf5.commit(path, model.SerializeToString())
+        atomic.commit(path, model.SerializeToString())
         return
     while os.path.lexists(data := path.with_name(f"{_stem(path)}-{secrets.token_hex(4)}.data")):
         pass
-    begun = hdf5.temporary(data)
+    begun = atomic.temporary(data)
     external_data_helper.convert_model_to_external_data(model, location=begun.name)
     try:
         with begun.open("xb") as file:
@@ -352,9 +352,9 @@ def save(model: Any, path: Path) -> None:
             for entry in [entry for tensor in _tensors(model.graph) for entry in tensor.external_data]:
                 if entry.key == "location":
                     entry.value = data.name
-            hdf5.commit(path, model.SerializeToString())  # before the data has its name: there is always something that tells
+            atomic.commit(path, model.SerializeToString())  # before the data has its name: there is always something that tells
             begun.rename(data)  # whose it is
-            hdf5.fsync_directory(path.parent)
+            atomic.fsync_directory(path.parent)
         except BaseException:
             begun.unlink(missing_ok=True)
             raise
@@ -362,20 +362,20 @@ def save(model: Any, path: Path) -> None:
         if isinstance(error, PenultError):
             raise
         message = f"cannot write {path}: {error.strerror}"
-        raise hdf5.write_error(error)(message) from error
+        raise atomic.write_error(error)(message) from error
 
 
 def _stem(path: Path) -> str:
     """What the name of a model's external data begins with."""
-    return hdf5.final_name(path.name).partition(".onnx")[0]
+    return atomic.final_name(path.name).partition(".onnx")[0]
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside a model: what is there when the block ends takes its place, unless an exception ends it."""
-    hdf5.require_replaceable(path)
+    atomic.require_replaceable(path)
     remove_unfinished(path)
-    new = hdf5.temporary(path)
+    new = atomic.temporary(path)
     with folder_lock(path.parent):
         try:
             yield new
@@ -387,13 +387,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def remove_unfinished(path: Path) -> None:
     """Delete what processes that were killed in the middle of `replacing` this model have left, unless one is at it now."""
-    folder, model, begun = path.parent, hdf5.final_name(path.name), f"{_stem(path)}-"
+    folder, model, begun = path.parent, atomic.final_name(path.name), f"{_stem(path)}-"
     with folder_lock(folder, alone=True) as alone:
         if alone:
-            models = hdf5.leftovers(folder, model.__eq__)
+            models = atomic.leftovers(folder, model.__eq__)
             for name in {name for left in models for name in _named_data(left)}:
                 _discard(folder, name, models)
-            hdf5.remove_leftovers(folder, lambda name: name == model or (name.startswith(begun) and DATA_NAME.fullmatch(name)))
+            ours = lambda name: name == model or (name.startswith(begun) and DATA_NAME.fullmatch(name))  # noqa: E731
+            atomic.remove_leftovers(folder, ours)
 
 
 def remove(path: Path) -> None:
@@ -411,17 +412,17 @@ def install(new: Path, target: Path) -> None:
     Raises:
         StorageError: it cannot be written.
     """
-    folder, named, old = target.parent, _named_data(target), hdf5.temporary(target)
+    folder, named, old = target.parent, _named_data(target), atomic.temporary(target)
     try:
         if named:
             with suppress(OSError):  # a second name, by which the next process finds its data if this one is killed
                 old.hardlink_to(target)
         new.replace(target)
-        hdf5.fsync_directory(folder)
+        atomic.fsync_directory(folder)
         left = [name for name in named if not _discard(folder, name, [old]) and os.path.lexists(folder / name)]
     except OSError as error:
         message = f"cannot write {target}: {error.strerror}"
-        raise hdf5.write_error(error)(message) from error
+        raise atomic.write_error(error)(message) from error
     finally:
         old.unlink(missing_ok=True)
     if left:
@@ -485,8 +486,8 @@ def copy(source: Path, target: Path) -> None:
             shutil.copyfile(file, target.with_name(file.name))
         except OSError as error:
             message = f"cannot write {target.with_name(file.name)}: {error.strerror}"
-            raise hdf5.write_error(error)(message) from error
-    hdf5.commit(target, source.read_bytes())
+            raise atomic.write_error(error)(message) from error
+    atomic.commit(target, source.read_bytes())
 
 
 def name_outputs(count: int) -> Sequence[str]:

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from store import hdf5
+from store import atomic
 from store.calibration import Calibration, write_calibration
 from store.errors import PenultError, UsageError
 from store.fingerprint import Fingerprint, file_digest, require_same
@@ -81,7 +81,7 @@ def prepare_backbone(
             "RANDOM WEIGHTS (seed %d): %s is untrained, its features are a random projection", backbone.seed, backbone.name
         )
     # A cache keeps its file, and its features, until the new file is there and known to match or meant to replace them.
-    new, int8 = hdf5.temporary(path), hdf5.temporary(path)
+    new, int8 = atomic.temporary(path), atomic.temporary(path)
     calibration: Calibration | None = None
     try:
         facts = export(backbone, new, stop)

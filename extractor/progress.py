@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from store import hdf5, json_text
+from store import atomic, json_text
 from store.errors import PenultError, StorageError
 
 log = logging.getLogger("penult.extractor")
@@ -218,7 +218,7 @@ class Metrics(logging.Handler):
             )
             gauge("penult_cache_bytes", "Size of the cache's shards.", extract["cache_bytes"])
         try:
-            hdf5.commit(self._path, generate_latest(_Collected(list(families.values()))))
+            atomic.commit(self._path, generate_latest(_Collected(list(families.values()))))
         except PenultError as error:  # a run does not die of its metrics
             log.warning("%s", error)
 

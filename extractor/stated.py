@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
 import tomllib
@@ -14,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from store.errors import BadDataError, UsageError
+from store.errors import BadDataError, UsageError, did_you_mean
 
 from .preprocess import FILTERS, Preprocess, require_sizes
 
@@ -77,10 +76,7 @@ def read_sidecar(file: Path) -> dict[str, Any]:
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0])
-        near = difflib.get_close_matches(key, Sidecar.model_fields, n=1)
-        unknown = (
-            f"unknown key; did you mean {near[0]!r}?" if near else f"unknown key; known: {', '.join(Sidecar.model_fields)}"
-        )
+        unknown = "unknown key" + did_you_mean(key, Sidecar.model_fields, f"known are {', '.join(Sidecar.model_fields)}")
         message = f"{path}: {key}: {unknown if first['type'] == 'extra_forbidden' else first['msg']}"
         raise UsageError(message) from error
     except (OSError, ValueError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import inspect
 import logging
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from store.errors import BadDataError, InputMissingError, UsageError
+from store.errors import BadDataError, InputMissingError, UsageError, did_you_mean
 from store.samples import display
 
 from .files import Files, FolderFiles, Stat
@@ -115,9 +114,9 @@ def _class(name: str) -> Any:
     if name in names:
         return getattr(torchvision.datasets, name)
     lower = {n.lower(): n for n in names}
-    near = difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.5)
-    hint = f" Did you mean {' or '.join(lower[n] for n in near)}?" if near else " See torchvision.datasets."
-    message = f"torchvision has no dataset {name!r}.{hint}"
+    same = lower.get(name.lower())
+    hint = f"; did you mean {same!r}?" if same else did_you_mean(name, names, "see torchvision.datasets")
+    message = f"torchvision has no dataset {name!r}{hint}"
     raise UsageError(message)
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from store import hdf5
+from store import atomic
 from store.errors import BadDataError, InputMissingError
 from store.fingerprint import file_digest
 
@@ -112,21 +112,21 @@ def fetch(file: WeightsFile, folder: Path | None = None, *, progress: bool = Fal
             return path, digest, False
         log.warning("%s is damaged (its SHA-256 begins with %s) and is fetched again", path, digest[:8])
     _make_folder(path)
-    temporary = hdf5.temporary(path)
+    temporary = atomic.temporary(path)
     try:
         torch.hub.download_url_to_file(file.entry.url, str(temporary), file.prefix, progress=progress)
         digest = file_digest(temporary)
         with temporary.open("rb") as complete:
             os.fsync(complete.fileno())
         temporary.rename(path)
-        hdf5.fsync_directory(path.parent)
+        atomic.fsync_directory(path.parent)
     except NETWORK_ERRORS as error:
         reason = getattr(error, "reason", None) or error
         message = f"cannot download {file.name} from {file.entry.url} ({reason}); nothing was kept"
         raise InputMissingError(message) from error
     except OSError as error:
         message = f"cannot write {path}: {error.strerror}; nothing was kept"
-        raise hdf5.write_error(error)(message) from error
+        raise atomic.write_error(error)(message) from error
     except RuntimeError as error:  # torch's answer to a wrong digest
         message = (
             f"what came from {file.entry.url} is not {file.name}: its SHA-256 does not begin with {file.prefix}. The transfer "
@@ -146,7 +146,7 @@ def _make_folder(path: Path) -> None:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     except OSError as error:
         message = f"cannot write {path}: {error.strerror}; TORCH_HOME=FOLDER in the environment chooses another place"
-        raise hdf5.write_error(error)(message) from error
+        raise atomic.write_error(error)(message) from error
 
 
 def torchvision_state(file: WeightsFile) -> tuple[dict[str, Any], str]:
@@ -220,7 +220,7 @@ def install(path: Path, file: WeightsFile) -> tuple[Path, bool]:
         if digest.startswith(file.prefix):
             return target, False
         log.warning("%s was damaged (its SHA-256 began with %s) and is replaced", target, digest[:8])
-    hdf5.commit(target, _checked(path, file.prefix))
+    atomic.commit(target, _checked(path, file.prefix))
     return target, True
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import compact_file, hdf5, shard
+from . import atomic, compact_file, shard
 from .errors import BadDataError, CorruptCacheError, InputMissingError, LockedError, PenultError, UsageError
 from .fingerprint import Fingerprint, file_digest, short
 from .lock import is_locked
@@ -181,7 +181,7 @@ class FeatureCache:
             InputMissingError, CorruptCacheError, LockedError: as `read_backbone`.
             StorageError, OutputError: it cannot be written.
         """
-        hdf5.commit(target, self.read_backbone())
+        atomic.commit(target, self.read_backbone())
         if not self._backbone_data:
             return
         copies = [target.with_name(name) for name in self._backbone_data]
@@ -193,7 +193,7 @@ class FeatureCache:
                 raise self.blamed(InputMissingError(message)) from error
             except OSError as error:
                 message = f"cannot write {copy}: {error.strerror}"
-                raise hdf5.write_error(error)(message) from error
+                raise atomic.write_error(error)(message) from error
         self._require_backbone(file_digest(target, *copies))
 
     def require_backbone(self) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from . import hdf5
+from . import atomic, hdf5
 from .errors import CorruptCacheError
 
 ENCODING_TYPE = "penult-calibration"
@@ -45,7 +45,7 @@ def write_calibration(cache: Path, found: Calibration) -> None:
     for i, (exact, rounded) in enumerate(zip(found.exact, found.rounded, strict=True)):
         datasets |= {f"fp32-{i}": np.ascontiguousarray(exact), f"int8-{i}": np.ascontiguousarray(rounded)}
     attrs: dict[str, str | int] = {"rows": len(found.sha256), "layers": json.dumps(list(found.layers))}
-    hdf5.commit(cache / NAME, hdf5.build(ENCODING_TYPE, datasets, {**attrs, "calibration": found.calibration})[0])
+    atomic.commit(cache / NAME, hdf5.build(ENCODING_TYPE, datasets, {**attrs, "calibration": found.calibration})[0])
 
 
 def read_calibration(cache: Path) -> Calibration:

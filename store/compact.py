@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from . import hdf5, shard
+from . import atomic, hdf5, shard
 from .cache import FeatureCache
 from .compact_file import ENCODING_TYPE
-from .errors import BadDataError, OutputExistsError
+from .errors import BadDataError
 from .metadata import shard_paths
 from .samples import SampleTable
 from .writer import open_writer
@@ -41,9 +41,8 @@ def write_compact(cache: FeatureCache, out: Path, *, dtype: str = "float32", ove
         LockedError: another run has replaced the cache meanwhile.
         StorageError: it cannot be written.
     """
-    if out.exists() and (not overwrite or not out.is_file()):
-        message = f"{out} exists; choose another name or pass --overwrite"
-        raise OutputExistsError(message)
+    atomic.require_replaceable(out)
+    atomic.require_free(out, overwrite=overwrite)
     good = cache.rows()
     features = cache.features([row.sha256 for row in good]).astype(np.float32)
     if dtype == "float16" and not (fits := shard.fits_float16(features)).all():
@@ -67,7 +66,7 @@ def write_compact(cache: FeatureCache, out: Path, *, dtype: str = "float32", ove
         "fingerprint": cache.fingerprint.single.canonical,
         "cache": json.dumps(cache.meta["facts"], sort_keys=True),
     }
-    hdf5.commit(out, hdf5.build(ENCODING_TYPE, datasets, attrs)[0])
+    atomic.commit(out, hdf5.build(ENCODING_TYPE, datasets, attrs)[0])
     return len(good)
 
 
@@ -107,5 +106,5 @@ def prune(path: Path) -> tuple[int, int]:
                 shard.write_shard(path / "shards", number, features, *parts, fingerprint)
                 number += 1
             old.path.unlink()
-        hdf5.fsync_directory(path / "shards")
+        atomic.fsync_directory(path / "shards")
     return removed, kept

@@ -25,6 +25,7 @@ traceback.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -105,3 +106,31 @@ class InterruptedRunError(PenultError):
     def __init__(self, signum: int, then: str = "to continue") -> None:
         super().__init__(f"interrupted by signal {signum}; run the same command again {then}")
         self.exit_code = 128 + signum
+
+
+def require_format(what: object, found: object, known: int) -> None:
+    """Refuse a file of a newer penult.
+
+    Args:
+        what: the file, for the message.
+        found: the version of its format, as the file says it.
+        known: the newest that this penult reads.
+
+    Raises:
+        NewerFormatError: it is another one.
+    """
+    if not isinstance(found, int) or isinstance(found, bool) or not 1 <= found <= known:
+        message = f"{what} has format version {found}; this penult reads up to {known}. Upgrade penult."
+        raise NewerFormatError(message)
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """The end of a message about an unknown name: the nearest known ones, or what else helps.
+
+    >>> did_you_mean("resnet5O", ["resnet18", "resnet50", "vgg16"])
+    "; did you mean 'resnet50' or 'resnet18'?"
+    """
+    import difflib  # on the way to an error only
+
+    near = difflib.get_close_matches(name, list(known), n=3)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else otherwise and f"; {otherwise}"

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from .atomic import write_error
 from .errors import LockedError
-from .hdf5 import write_error
 
 _ours: set[Path] = set()  # what this process holds
 

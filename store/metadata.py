@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import shard
-from .errors import CorruptCacheError, NewerFormatError
+from .errors import CorruptCacheError, require_format
 from .fingerprint import Fingerprint
 from .samples import SampleTable
 
@@ -47,11 +47,7 @@ def read_meta(cache: Path) -> dict[str, Any]:
     if not isinstance(meta, dict) or not isinstance(meta.get("fingerprint"), dict):
         message = f"{cache}/cache.json is not a cache description"
         raise CorruptCacheError(message)
-    if meta.get("format") != FORMAT_VERSION:
-        message = (
-            f"{cache} has format version {meta.get('format')}; this penult reads version {FORMAT_VERSION}. Upgrade penult."
-        )
-        raise NewerFormatError(message)
+    require_format(cache, meta.get("format"), FORMAT_VERSION)
     return meta
 
 

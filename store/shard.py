@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import hdf5
+from . import atomic, hdf5
 from .errors import CorruptCacheError
 from .fingerprint import Fingerprint
 
@@ -102,7 +102,7 @@ def write_shard(
     }
     data, digest = hdf5.build(ENCODING_TYPE, datasets, {"rows": len(sha256), "fingerprint": fingerprint.canonical})
     path = directory / f"{number:05d}-{digest[:12]}.h5"
-    hdf5.commit(path, data)
+    atomic.commit(path, data)
     return path
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import calibration, hdf5, shard
+from . import atomic, calibration, shard
 from .errors import BadDataError, CorruptCacheError, InputMissingError, OutputExistsError
 from .fingerprint import Fingerprint, require_same
 from .integrity import verify_files
@@ -82,7 +82,7 @@ class CacheWriter:
         """Empty the cache: only what is ours, and the sample table first, for without it no reader takes the rest."""
         for name in FILES:
             (self.path / name).unlink(missing_ok=True)
-        hdf5.fsync_directory(self.path)  # else a crash may leave the old table beside the new backbone
+        atomic.fsync_directory(self.path)  # else a crash may leave the old table beside the new backbone
         for path in shard_paths(self.path):
             path.unlink()
         self.__dict__.pop("meta", None)
@@ -121,7 +121,7 @@ class CacheWriter:
         """Replace cache.json, if it would change."""
         meta = describe_sets([each.fingerprint.fields for each in self._sets], facts)
         if not holds(self.path / "cache.json", meta_bytes(meta)):
-            hdf5.commit(self.path / "cache.json", meta_bytes(meta))
+            atomic.commit(self.path / "cache.json", meta_bytes(meta))
             self.meta = meta
 
     def append(self, features: Sequence[NDArray[np.float32]], sha256: Sequence[bytes], paths: Sequence[bytes]) -> None:
@@ -226,8 +226,8 @@ class CacheWriter:
         unchanged = unchanged and current is not None and list(current.target_names) == list(table.target_names)
         if unchanged and holds(self.path / "ledger.jsonl", ledger):
             return False
-        hdf5.commit(self.path / "ledger.jsonl", ledger)
-        hdf5.commit(self.path / "samples.h5", table.to_bytes())
+        atomic.commit(self.path / "ledger.jsonl", ledger)
+        atomic.commit(self.path / "samples.h5", table.to_bytes())
         self.samples = table
         return True
 
@@ -257,10 +257,10 @@ def open_writer(path: Path) -> Iterator[CacheWriter]:
         message = f"{path} exists and is not a penult cache; choose another name"
         raise OutputExistsError(message)
     try:
-        hdf5.make_directory(path / "shards")
+        atomic.make_directory(path / "shards")
     except OSError as error:
         message = f"cannot create {path}: {error.strerror}"
-        raise hdf5.write_error(error)(message) from error
+        raise atomic.write_error(error)(message) from error
     with writer_lock(path):
         _remove_leftovers(path)
         writer = CacheWriter(path)
@@ -289,7 +289,7 @@ def _is_ours(path: Path) -> bool:
     names, begun = {item.name for item in path.iterdir()}, {".lock", "shards"}  # a run that was killed early left these
     if {*begun, "backbone.onnx"} <= names:
         return True
-    foreign = [item for item in shards.iterdir() if not _is_shard(hdf5.final_name(item.name))] if shards.is_dir() else []
+    foreign = [item for item in shards.iterdir() if not _is_shard(atomic.final_name(item.name))] if shards.is_dir() else []
     return (names <= begun or begun <= names) and not foreign
 
 
@@ -307,8 +307,8 @@ def _is_shard(name: str) -> bool:
 
 def _remove_leftovers(path: Path) -> None:
     """Delete what killed runs left unfinished, but for the backbone's; the writer's lock is held."""
-    hdf5.remove_leftovers(path, FILES.__contains__)
-    hdf5.remove_leftovers(path / "shards", _is_shard)
+    atomic.remove_leftovers(path, FILES.__contains__)
+    atomic.remove_leftovers(path / "shards", _is_shard)
 
 
 def _remove_empty(path: Path) -> None:

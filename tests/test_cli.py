@@ -171,7 +171,7 @@ def test_recorded_failures_exit_3_and_beyond_the_budget_65(
     ("arguments", "code", "says"),
     [
         (["extract", "nowhere", "-m", "resnet18", "-o", "c"], 66, "nowhere does not exist"),
-        (["extract", "{photos}", "-m", "resnet-18", "-o", "c"], 2, "Did you mean 'resnet18'"),
+        (["extract", "{photos}", "-m", "resnet-18", "-o", "c"], 2, "did you mean 'resnet18'"),
         (["extract", "{photos}", "-m", "resnet18", "-o", "c", "-b", "many"], 2, "-batch-size many"),
         (
             ["extract", "{photos}", "-m", "{backbone}", "-o", "c", "-b", "100000"],

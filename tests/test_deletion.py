@@ -27,7 +27,7 @@ from extractor.options import Options
 from extractor.pipeline import run_extract
 from extractor.preprocess import Preprocess
 from extractor.sources import ImageFolder
-from store import hdf5
+from store import atomic
 from store.cache import FeatureCache
 from store.errors import OutputError, OutputExistsError, StorageError
 from store.lock import folder_lock
@@ -193,7 +193,7 @@ def test_a_failed_save_leaves_nothing_and_takes_nothing(
         save(onnx.load(network), tmp_path / "x.onnx")
     assert (tmp_path / "x-00000000.data").read_bytes() == b"mine"
     before = contents(tmp_path)
-    monkeypatch.setattr(hdf5, "commit", interrupted)
+    monkeypatch.setattr(atomic, "commit", interrupted)
     with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "x.onnx") as new:
         save(onnx.load(network), new)
     assert contents(tmp_path) == before
@@ -329,11 +329,11 @@ def test_a_file_is_written_in_the_place_of_a_file_alone(tmp_path: Path, monkeypa
     (tmp_path / "folder").mkdir()
     for name in ("pipe", "folder"):
         with pytest.raises(OutputError, match="exists and is not a file"):
-            hdf5.commit(tmp_path / name, b"new")
-    monkeypatch.setattr(hdf5.secrets, "token_hex", lambda _: HEX)
+            atomic.commit(tmp_path / name, b"new")
+    monkeypatch.setattr(atomic.secrets, "token_hex", lambda _: HEX)
     (tmp_path / f".final.{HEX}.tmp").write_bytes(b"another process's")
     with pytest.raises(StorageError, match="File exists"):
-        hdf5.commit(tmp_path / "final", b"new")
+        atomic.commit(tmp_path / "final", b"new")
     assert (tmp_path / f".final.{HEX}.tmp").read_bytes() == b"another process's"
 
 
@@ -440,7 +440,7 @@ def test_the_demo_replaces_what_it_wrote(tmp_path: Path) -> None:
 # --- the inventory -----------------------------------------------------------------------------------------------------
 
 PLACES = {  # where something is deleted or replaced; whoever adds one says in its docstring how it is proven to be ours
-    "store/hdf5.py": {"unlink": 2, "rename": 1},  # our temporary names; the file that was asked for
+    "store/atomic.py": {"unlink": 2, "rename": 1},  # our temporary names; the file that was asked for
     "store/writer.py": {"unlink": 4, "rmdir": 2},  # the files of a cache, under its lock; a new cache that stayed empty
     "store/compact.py": {"unlink": 1},  # a shard that was verified and whose rows stand in a new one
     "extractor/onnxfile.py": {

@@ -15,7 +15,7 @@ import pytest
 from benchmarks import soak
 from benchmarks.soak import Bench, PowerLoss
 from extractor.backbones import Backbone
-from store import hdf5
+from store import atomic
 from store.cache import FeatureCache
 from store.errors import InterruptedRunError
 from store.integrity import verify_files
@@ -79,7 +79,7 @@ def test_the_replay_finds_what_a_missing_fsync_loses(power: Callable[..., PowerL
 
 def test_folders_are_as_durable_as_the_files_in_them(power: Callable[..., PowerLoss], monkeypatch: pytest.MonkeyPatch) -> None:
     """With a plain mkdir the same check finds a lost cache, so it does look at folders."""
-    monkeypatch.setattr(hdf5, "make_directory", lambda path: path.mkdir(parents=True, exist_ok=True))
+    monkeypatch.setattr(atomic, "make_directory", lambda path: path.mkdir(parents=True, exist_ok=True))
     assert any("is lost" in what for what in power(100, 0).broken)
 
 

@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 import pytest
 
-from store import hdf5, shard
+from store import atomic, hdf5, shard
 from store.errors import BadDataError, CorruptCacheError, InputMissingError, StorageError
 from store.fingerprint import Fingerprint
 from store.samples import Row, SampleTable, check_relative, display
@@ -85,7 +85,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 def test_commit_makes_the_content_durable_before_the_name_and_the_name_before_returning(
     tmp_path: Path, calls: list[tuple[str, str]]
 ) -> None:
-    hdf5.commit(tmp_path / "final.h5", b"content")
+    atomic.commit(tmp_path / "final.h5", b"content")
     temporary = calls[0][1]
     assert temporary.startswith(".final.h5.")
     assert temporary.endswith(".tmp")
@@ -105,7 +105,7 @@ def test_commit_makes_the_content_durable_before_the_name_and_the_name_before_re
 def test_commit_continues_after_short_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, data: real(descriptor, bytes(data[:3])))
-    hdf5.commit(tmp_path / "final", b"0123456789")
+    atomic.commit(tmp_path / "final", b"0123456789")
     assert (tmp_path / "final").read_bytes() == b"0123456789"
 
 
@@ -115,14 +115,14 @@ def test_a_failing_disk_is_a_storage_error_and_the_old_content_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
 ) -> None:
     final = tmp_path / "final"
-    hdf5.commit(final, b"old")
+    atomic.commit(final, b"old")
 
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, call, fail)
     with pytest.raises(StorageError, match=os.strerror(number)) as caught:
-        hdf5.commit(final, b"new")
+        atomic.commit(final, b"new")
     assert caught.value.exit_code == 74
     assert final.read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
@@ -138,7 +138,7 @@ def test_an_unsynced_folder_is_not_called_success(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(os, "fsync", fail_on_folders)
     with pytest.raises(StorageError):
-        hdf5.commit(tmp_path / "final", b"new")
+        atomic.commit(tmp_path / "final", b"new")
 
 
 def test_a_really_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -194,9 +194,9 @@ def test_a_dataset_without_splits_gets_them_by_hash_rank(
     [
         ("torchvision:MNIST", "expected torchvision:NAME@DIR, such as"),
         ("torchvision:@x", "expected torchvision:NAME@DIR"),
-        ("torchvision:CIFAR@.", r"no dataset 'CIFAR'\. Did you mean .*CIFAR10"),
-        ("torchvision:mnist@.", r"Did you mean MNIST"),
-        ("torchvision:qqqqq@.", r"no dataset 'qqqqq'\. See torchvision\.datasets"),
+        ("torchvision:CIFAR@.", r"no dataset 'CIFAR'; did you mean .*CIFAR10"),
+        ("torchvision:mnist@.", r"did you mean 'MNIST'"),
+        ("torchvision:qqqqq@.", r"no dataset 'qqqqq'; see torchvision\.datasets"),
         ("torchvision:CocoDetection@.", "it takes root, annFile, .*, not just a folder; write a CSV manifest"),
         ("torchvision:FakeData@.", "not just a folder"),
     ],
