@@ -22,13 +22,14 @@ from numpy.typing import NDArray
 from extractor import backbones
 from extractor.augment import STANDARD, Augmentation
 from extractor.backbones import Backbone, Loaded
+from extractor.cuda import number_of
 from extractor.fleet import resolve_devices
 from extractor.progress import StopFlag, stop_on_signal
 from store.errors import BadDataError, DeviceUnavailableError, InterruptedRunError, UsageError
 
 from .batches import Item
 from .checkpoints import Checkpoints
-from .epochs import Plan, gpu_of, isolated, run_epochs
+from .epochs import Plan, isolated, run_epochs
 from .probing import AffineHead
 from .ranks import run_on_all
 from .training import DivergedError, end_to_end
@@ -251,8 +252,7 @@ def _check_share(train: Sequence[Item], validation: Sequence[Item], options: Fin
 def _device(device: str, asked: str) -> str:
     import torch
 
-    device = device.replace("tensorrt", "cuda")  # torch trains on the card itself
-    if device == "cpu" or (torch.cuda.is_available() and gpu_of(device) < torch.cuda.device_count()):
+    if device == "cpu" or (torch.cuda.is_available() and number_of(device) < torch.cuda.device_count()):
         return device
     if asked == "auto":
         log.info("torch has no GPU here: training on the CPU")

@@ -125,14 +125,6 @@ class Fleet:
     def batch_size(self) -> int:
         return min(int(child.facts["batch_size"]) for child in self._children)
 
-    @batch_size.setter
-    def batch_size(self, size: int) -> None:
-        taken = [self._idle.get() for _ in range(self.lanes)]
-        for child in self._children:
-            child.ask(child.connections[0], {"batch_size": size})
-        for each in taken:
-            self._idle.put(each)
-
     @property
     def calls(self) -> int:
         return sum(int(child.facts["calls"]) for child in self._children)
@@ -154,7 +146,7 @@ class Fleet:
         """
         child, connection = self._idle.get()
         try:
-            return child.ask(connection, {}, batch)
+            return child.ask(connection, batch)
         finally:
             self._idle.put((child, connection))
 
@@ -200,18 +192,15 @@ class _Child:
         """Wait until it has its session."""
         self._receive(self.connections[0])
 
-    def ask(
-        self, connection: Connection, header: dict[str, Any], batch: NDArray[Any] | None = None
-    ) -> list[NDArray[np.float32]]:
-        """Send a header, and a batch; the arrays of the answer."""
-        arrays = [] if batch is None else [batch]
+    def ask(self, connection: Connection, batch: NDArray[Any]) -> list[NDArray[np.float32]]:
+        """Send a batch; the arrays of the answer."""
         try:
-            _send(connection, header, arrays)
+            _send(connection, {}, [batch])
         except OSError:
             raise self._dead() from None
         before = self.facts["batch_size"]
         found = self._receive(connection)
-        if batch is not None and self.facts["batch_size"] < before:
+        if self.facts["batch_size"] < before:
             log.warning("out of memory on %s: going on with batches of %d", self.device, self.facts["batch_size"])
         return found
 
@@ -309,10 +298,8 @@ def _facts(embedder: Embedder) -> dict[str, Any]:
 def _answer(connection: Connection, embedder: Embedder) -> None:
     with suppress(EOFError, OSError):  # the parent has closed it, or is gone
         while True:
-            header, arrays = _receive(connection)
+            _, arrays = _receive(connection)
             try:
-                if "batch_size" in header:
-                    embedder.batch_size = header["batch_size"]
                 found = [features for array in arrays for features in embedder.embed(array)]
             except PenultError as error:
                 _send(connection, {"error": type(error).__name__, "message": str(error)}, [])

@@ -45,7 +45,7 @@ from .reading import Clock, Crew, Outcome, Reader, timed
 from .samples import Sample
 from .session import Embedder, cores
 from .sources import Source
-from .tuning import Pace, tune
+from .tuning import Pace
 from .views import require_reference
 
 log = logging.getLogger("penult.extractor")
@@ -120,8 +120,6 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
                 "--limit leaves %d of the %d samples in the sample table; features are kept", len(samples), len(before.rows)
             )
         outcomes, todo = plan(samples, before, writer.known, source.files, options)
-        if options.batch_size is None:
-            tune(embedder, facts.preprocess.crop, options.views * len(todo))
         pace = Pace(embedder, options.views * len(todo) if options.batch_size is None else 0)
         crew = Crew(options.workers, embedder.provider)
         most = 2 * math.ceil(embedder.batch_size / options.views)

@@ -8,11 +8,11 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from threading import Condition, Lock, local
+from threading import Condition, local
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from store.errors import BadDataError, DeviceUnavailableError, UsageError
 
-from .cuda import DEFAULTS, NO_GRAPH, PROVIDERS, BoundLane, Cuda, load_libraries, prove, providers
+from .cuda import DEFAULTS, PROVIDER, BoundLane, Cuda, load_libraries, prove, providers
 from .preprocess import Preprocess
 from .prologue import takes_pixels
 
@@ -28,7 +28,7 @@ log = logging.getLogger("penult.extractor")
 
 OUT_OF_MEMORY = ("BFCArena", "Failed to allocate memory", "CUDA_ERROR_OUT_OF_MEMORY", "out of memory")
 MAX_DIM = 65536
-DEFAULT_BATCH = {"cpu": 4, "cuda": 64, "tensorrt": 64}  # on a CPU large batches lose: they fall out of its caches
+DEFAULT_BATCH = {"cpu": 4, "cuda": 64}  # on a CPU large batches lose: they fall out of its caches
 MAX_LANES = 16  # on a CPU; with more cores each lane gets several threads, for it keeps activations of its own
 LANES_CUDA = 2  # the copies of one batch hide behind the compute of the other
 MAX_PROLOGUE = 256 * 2**20  # bytes of a backbone file that is rewritten in memory on a CPU, see `Embedder`
@@ -54,22 +54,22 @@ def nvidia_driver_present() -> bool:
 
 def resolve_device(device: str) -> str:
     """``auto`` to ``cuda`` where there is a driver and a CUDA build, else to ``cpu``, said in the log; ``cpu``, ``cuda`` and
-    ``tensorrt``, the latter two also with ``:N``, as they are.
+    ``cuda:N`` as they are.
 
     Raises:
         DeviceUnavailableError: CUDA was asked for and cannot be here; `Embedder` proves the rest.
         UsageError: none of these.
     """
     kind, colon, number = device.partition(":")
-    if kind not in ("auto", "cpu", *PROVIDERS) or (colon and (kind not in PROVIDERS or not number.isdecimal())):
-        message = f"--device {device}: expected auto, cpu, cuda, cuda:N, tensorrt or tensorrt:N"
+    if kind not in ("auto", "cpu", "cuda") or (colon and (kind != "cuda" or not number.isdecimal())):
+        message = f"--device {device}: expected auto, cpu, cuda or cuda:N"
         raise UsageError(message)
     import onnxruntime
 
     available = onnxruntime.get_available_providers()
-    if kind in PROVIDERS:
-        if PROVIDERS[kind] not in available:
-            message = f"--device {device}: this onnxruntime has no {PROVIDERS[kind]}; install onnxruntime-gpu"
+    if kind == "cuda":
+        if PROVIDER not in available:
+            message = f"--device {device}: this onnxruntime has no {PROVIDER}; install onnxruntime-gpu"
             raise DeviceUnavailableError(message)
         if not nvidia_driver_present():
             message = (
@@ -79,7 +79,7 @@ def resolve_device(device: str) -> str:
             raise DeviceUnavailableError(message)
     if device != "auto":
         return device
-    if nvidia_driver_present() and "CUDAExecutionProvider" in available:
+    if nvidia_driver_present() and PROVIDER in available:
         return "cuda"
     _say_cpu()
     return "cpu"
@@ -136,14 +136,14 @@ class Embedder:
         model: the ONNX file.
         preprocess: with it, pixels are ``(n, h, w, 3)`` uint8 and are normalised here: inside the graph, or beforehand where
             the file is too large to be rewritten in memory; the features are the same bits. Without, what the file takes.
-        device: ``cpu``, ``cuda``, ``tensorrt``, or one of them with ``:N`` (see `resolve_device`).
+        device: ``cpu``, ``cuda`` or ``cuda:N`` (see `resolve_device`).
         batch_size: images per call; None for the device's default.
         lanes: batches at once; None for one per core on the CPU and two on a GPU.
         outputs: names of the outputs to compute; the first where not given.
         cuda: how a GPU computes.
 
     Attributes:
-        provider: family, ``cpu``, ``cuda`` or ``tensorrt``, proven after the session exists.
+        provider: family, ``cpu`` or ``cuda``, proven after the session exists.
         batch_size: as in use; halved when a GPU ran out of memory.
         lanes: as in use.
         calls: number of inference calls so far.
@@ -170,12 +170,8 @@ class Embedder:
         self.provider = device.partition(":")[0]
         self.calls, self.seconds = 0, 0.0
         self.told: Callable[[int, float], None] | None = None
-        self.lanes = lanes or (LANES_CUDA if self.provider in PROVIDERS else min(cores(), MAX_LANES))
-        if cuda.graph and self.lanes != 1:
-            message = f"a CUDA graph is for one lane, not for {self.lanes}: its memory must not be written twice at once"
-            raise ValueError(message)
+        self.lanes = lanes or (LANES_CUDA if self.provider == "cuda" else min(cores(), MAX_LANES))
         self._model, self._device, self._preprocess, self._cuda = model, device, preprocess, cuda
-        self._turn: AbstractContextManager[Any] = Lock() if cuda.graph else nullcontext()
         self._gate, self._pool = Condition(), ThreadPoolExecutor(self.lanes, "penult-lane")
         session = self._open()
         shapes = {output.name: output.shape for output in session.get_outputs()}
@@ -221,15 +217,10 @@ class Embedder:
                 message = f"{self._model} cannot be run: {_first_line(error)}"
                 raise BadDataError(message) from error
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        wanted = providers(self._device, self._cuda, graph or self._model)  # may set what the libraries read at their start
-        said = load_libraries(onnxruntime)
+        said, wanted = load_libraries(onnxruntime), providers(self._device, self._cuda)
         try:  # its own fall-back to the CPU would print, and go on
             session = onnxruntime.InferenceSession(graph or str(self._model), options, providers=wanted, enable_fallback=0)
         except Exception as error:
-            if self._cuda.graph and NO_GRAPH in str(error):
-                log.info("no CUDA graph: %s", _first_line(error))
-                self._cuda = replace(self._cuda, graph=False)
-                return self._open()
             message = f"--device {self._device}: {_first_line(error)} {said}".rstrip()
             raise DeviceUnavailableError(message) from error
         prove(session, self._device, onnxruntime, said)
@@ -324,7 +315,7 @@ class Embedder:
         begin = time.perf_counter()
         if self._on_host is not None:
             part = self._on_host.normalise(part)
-        short = opened.batch_size - len(part) if self.fixed_batch or self.provider in PROVIDERS else 0
+        short = opened.batch_size - len(part) if self.fixed_batch or self.provider == "cuda" else 0
         padded = np.concatenate([part, np.zeros((short, *part.shape[1:]), part.dtype)]) if short else part
         found = self._lane(opened, padded.shape)(padded)
         spent = time.perf_counter() - begin
@@ -347,7 +338,7 @@ class Embedder:
         if self.provider == "cpu":
             return lambda padded: session.run(self._outputs, {self._input: padded})
         outputs = dict(zip(self._outputs, self.dims, strict=True))
-        return BoundLane(session, self._device, self._input, shape, self._dtype, outputs, self._turn, graph=self._cuda.graph)
+        return BoundLane(session, self._device, self._input, shape, self._dtype, outputs)
 
 
 def _first_line(error: Exception) -> str:

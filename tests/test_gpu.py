@@ -1,4 +1,4 @@
-"""A GPU in the pipeline: providers and their proof, buffers that are bound once, out of memory, TF32, TensorRT, float16.
+"""A GPU in the pipeline: the provider and its proof, buffers that are bound once, out of memory, TF32, float16.
 
 ONNX Runtime's answers are real; what this machine has not, a card, is staged by `FakeRuntime`. Tests marked ``gpu`` need one.
 """
@@ -9,10 +9,8 @@ import logging
 import os
 import subprocess
 import sys
-import threading
 import types
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from threading import Barrier, Thread
@@ -27,7 +25,7 @@ from classifiers.train import train_head
 from cli import calibration_text
 from extractor import cuda, session
 from extractor.backbones import Backbone
-from extractor.cuda import BoundLane, Cuda, engine_folder, load_libraries, pin, prove, providers
+from extractor.cuda import BoundLane, Cuda, load_libraries, pin, prove, providers
 from extractor.half import BOUND, COSINE, compare, halve
 from extractor.onnxfile import read_facts
 from extractor.options import Options
@@ -35,12 +33,11 @@ from extractor.parity import relative_l2
 from extractor.pipeline import run_extract
 from extractor.session import Embedder, resolve_device
 from extractor.sources import ImageFolder
-from extractor.tuning import tune
 from store.cache import FeatureCache
-from store.errors import BadDataError, DeviceUnavailableError, FingerprintMismatchError, OutputError, UsageError
+from store.errors import BadDataError, DeviceUnavailableError, FingerprintMismatchError, UsageError
 
 REPO = Path(__file__).resolve().parent.parent
-CUDA, TENSORRT, CPU = "CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider"
+CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 DTYPES = {"tensor(float)": np.dtype(np.float32), "tensor(uint8)": np.dtype(np.uint8)}
 
 
@@ -75,9 +72,8 @@ class FakeRuntime(types.ModuleType):
         self.opened = 0
         self.sizes: list[int] = []
         self.buffers: list[tuple[tuple[int, ...], str]] = []
-        self.graph_ids: list[str] = []
-        self.printed, self.refused = "", ""
-        self.SessionOptions, self.RunOptions = onnxruntime.SessionOptions, onnxruntime.RunOptions
+        self.printed = ""
+        self.SessionOptions = onnxruntime.SessionOptions
         fake = self
 
         class OrtValue:
@@ -124,10 +120,7 @@ class FakeRuntime(types.ModuleType):
                 assert options.get_session_config_entry("session.record_ep_graph_assignment_info") == "1"
                 fake.opened += 1
                 fake.providers = providers
-                if fake.refused and providers[0][1].get("enable_cuda_graph") == "1":
-                    raise RuntimeError(fake.refused)
-                self.number, self.running = providers[0][1]["device_id"], threading.Lock()
-                self.graph = providers[0][1].get("enable_cuda_graph") == "1"
+                self.number = providers[0][1]["device_id"]
                 self._real = onnxruntime.InferenceSession(model, options, providers=[CPU])
                 self.get_inputs, self.get_outputs = self._real.get_inputs, self._real.get_outputs
 
@@ -144,31 +137,24 @@ class FakeRuntime(types.ModuleType):
             def io_binding(self) -> Binding:
                 return Binding(self)
 
-            def run_with_iobinding(self, binding: Binding, options: Any) -> None:
-                if self.graph:
-                    assert self.running.acquire(blocking=False), "a CUDA graph in two threads at once"
-                    fake.graph_ids.append(options.get_run_config_entry("gpu_graph_id"))
-                try:
-                    ((name, value),) = binding.inputs.items()
-                    wanted = DTYPES[self.get_inputs()[0].type]
-                    if value.data.dtype != wanted:
-                        raise RuntimeError(f"Unexpected input data type. Actual: {value.data.dtype}, expected: {wanted}")
-                    fake.sizes.append(len(value.data))
-                    if len(value.data) > fits:
-                        raise RuntimeError(message)
-                    found = self._real.run(list(binding.outputs), {name: value.data})
-                    for bound, result in zip(binding.outputs.values(), found, strict=True):
-                        if bound.data.shape != result.shape:
-                            raise RuntimeError("OrtValue shape verification failed.")
-                        bound.data[:] = result
-                finally:
-                    if self.graph:
-                        self.running.release()
+            def run_with_iobinding(self, binding: Binding) -> None:
+                ((name, value),) = binding.inputs.items()
+                wanted = DTYPES[self.get_inputs()[0].type]
+                if value.data.dtype != wanted:
+                    raise RuntimeError(f"Unexpected input data type. Actual: {value.data.dtype}, expected: {wanted}")
+                fake.sizes.append(len(value.data))
+                if len(value.data) > fits:
+                    raise RuntimeError(message)
+                found = self._real.run(list(binding.outputs), {name: value.data})
+                for bound, result in zip(binding.outputs.values(), found, strict=True):
+                    if bound.data.shape != result.shape:
+                        raise RuntimeError("OrtValue shape verification failed.")
+                    bound.data[:] = result
 
         self.InferenceSession, self.OrtValue = Session, OrtValue
 
     def get_available_providers(self) -> list[str]:
-        return [TENSORRT, CUDA, CPU]
+        return [CUDA, CPU]
 
     def preload_dlls(self) -> None:
         print(self.printed)
@@ -180,7 +166,7 @@ Stage = Callable[..., FakeRuntime]
 
 
 @pytest.fixture
-def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Stage:
+def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
     import onnxruntime
     import onnxruntime.transformers.float16  # a part of the real one, for those who import it later
 
@@ -188,8 +174,6 @@ def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Stage:
         fake = FakeRuntime(onnxruntime, delivered, **options)
         monkeypatch.setitem(sys.modules, "onnxruntime", fake)
         monkeypatch.setattr(session, "nvidia_driver_present", lambda: True)
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-        monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "")
         return fake
 
     return on
@@ -198,13 +182,13 @@ def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Stage:
 # --- which device, and the proof ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device", ["gpu", "", "cuda:", "cuda:x", "cpu:0", "auto:1", "cuda:-1", "tensorrt:-1", "cuda:0,"])
+@pytest.mark.parametrize("device", ["gpu", "", "cuda:", "cuda:x", "cpu:0", "auto:1", "cuda:-1", "tensorrt", "cuda:0,"])
 def test_a_device_that_is_none_is_a_usage_error(device: str) -> None:
     with pytest.raises(UsageError, match="expected auto, cpu, cuda"):
         resolve_device(device)
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:1", "tensorrt", "tensorrt:1"])
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 def test_a_gpu_session_that_silently_runs_elsewhere_is_an_error(backbone_file: Path, stage: Stage, device: str) -> None:
     stage(CPU)
     assert resolve_device("auto") == "cuda"
@@ -212,12 +196,6 @@ def test_a_gpu_session_that_silently_runs_elsewhere_is_an_error(backbone_file: P
     with pytest.raises(DeviceUnavailableError, match="made a session on CPUExecutionProvider instead") as caught:
         Embedder(backbone_file, device=device)
     assert caught.value.exit_code == 69
-
-
-def test_tensorrt_that_falls_back_to_cuda_is_an_error(backbone_file: Path, stage: Stage) -> None:
-    stage(CUDA)
-    with pytest.raises(DeviceUnavailableError, match=r"CUDAExecutionProvider instead: .* is TensorRT 10 here\?"):
-        Embedder(backbone_file, device="tensorrt")
 
 
 def test_auto_is_the_cpu_without_a_driver(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -232,15 +210,12 @@ def test_auto_is_the_cpu_without_a_driver(monkeypatch: pytest.MonkeyPatch, caplo
     assert caught.value.exit_code == 69
 
 
-@pytest.mark.parametrize(("device", "delivered", "advice"), [("cuda", CUDA, "cpu"), ("tensorrt", TENSORRT, "cuda")])
-def test_layers_that_are_computed_elsewhere_are_an_error(
-    backbone_file: Path, stage: Stage, device: str, delivered: str, advice: str
-) -> None:
-    stage(delivered, strays=(CPU, "Conv"))
-    with pytest.raises(DeviceUnavailableError, match=f"gave Conv 'layer' to {CPU}; .* try --device {advice}"):
-        Embedder(backbone_file, device=device)
-    stage(delivered, strays=(CPU, "Gather"))  # shapes may be computed there
-    assert Embedder(backbone_file, device=device).provider == device
+def test_layers_that_are_computed_elsewhere_are_an_error(backbone_file: Path, stage: Stage) -> None:
+    stage(CUDA, strays=(CPU, "Conv"))
+    with pytest.raises(DeviceUnavailableError, match=f"gave Conv 'layer' to {CPU}; .* try --device cpu"):
+        Embedder(backbone_file, device="cuda")
+    stage(CUDA, strays=(CPU, "Gather"))  # shapes may be computed there
+    assert Embedder(backbone_file, device="cuda").provider == "cuda"
 
 
 def test_the_proof_reads_what_onnx_runtime_really_says(backbone_file: Path) -> None:
@@ -272,8 +247,6 @@ def test_a_runtime_without_cuda_is_named(stage: Stage, monkeypatch: pytest.Monke
     assert resolve_device("auto") == "cpu"
     with pytest.raises(DeviceUnavailableError, match="install onnxruntime-gpu"):
         resolve_device("cuda")
-    with pytest.raises(DeviceUnavailableError, match="no TensorrtExecutionProvider"):
-        resolve_device("tensorrt:1")
 
 
 # --- options -----------------------------------------------------------------------------------------------------------
@@ -288,59 +261,24 @@ def test_a_gpu_session_asks_for_its_device_without_tf32(backbone_file: Path, sta
         "device_id": 3,
         "arena_extend_strategy": "kSameAsRequested",
         "use_tf32": "0",
-        "cudnn_conv_algo_search": "EXHAUSTIVE",
         "prefer_nhwc": "0",
-        "enable_cuda_graph": "0",
     }
 
 
 @pytest.mark.parametrize("chosen", [Cuda(half=True), Cuda(tf32=True)])
-def test_tensor_cores_get_nhwc(stage: Stage, chosen: Cuda) -> None:
-    stage(CUDA)
-    (_, options), last = providers("cuda", chosen, b"")
+def test_tensor_cores_get_nhwc(chosen: Cuda) -> None:
+    (_, options), last = providers("cuda", chosen)
     assert (options["prefer_nhwc"], options["use_tf32"], last) == ("1", str(int(chosen.tf32)), CPU)
-    assert providers("cuda", replace(chosen, nhwc=False), b"")[0][1]["prefer_nhwc"] == "0"
-
-
-def test_tensorrt_keeps_engines_under_what_decides_the_numbers(
-    backbone_file: Path, stage: Stage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    fake = stage(TENSORRT)
-    embed = Embedder(backbone_file, read_facts(backbone_file).preprocess, device="tensorrt:1", batch_size=4)
-    assert (embed.provider, embed.lanes) == ("tensorrt", 2)
-    (name, options), (second, _), last = fake.providers
-    assert (name, second, last) == (TENSORRT, CUDA, CPU)
-    assert (options["device_id"], options["trt_fp16_enable"], options["trt_engine_cache_enable"]) == (1, "0", "1")
-    assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0", "TensorRT has TF32 on, and the fingerprint says it is off"
-    folder = Path(options["trt_engine_cache_path"])
-    assert folder.is_dir()
-    assert folder.parent == tmp_path / "xdg" / "penult" / "tensorrt"
-    assert embed(pixels(5)).shape == (5, 512)
-    assert tune(embed, 64, 10**9) == {}, "every size would build an engine for minutes"
-    names = {engine_folder(b"a", Cuda()), engine_folder(b"b", Cuda()), engine_folder(b"a", Cuda(half=True))}
-    assert len(names) == 3
-    assert engine_folder(b"a", Cuda(graph=True)) in names, "how it is launched decides nothing"
-
-
-def test_engines_have_a_place_or_the_message_says_how(
-    backbone_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert engine_folder(backbone_file, Cuda()).is_dir()
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(OutputError, match="for TensorRT's engines: Not a directory; XDG_CACHE_HOME names another place"):
-        engine_folder(b"", Cuda())
 
 
 # --- lanes and buffers -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device", ["cuda", "tensorrt:2"])
+@pytest.mark.parametrize("device", ["cuda", "cuda:2"])
 def test_buffers_are_made_once_for_each_lane(backbone_file: Path, stage: Stage, device: str) -> None:
     preprocess = read_facts(backbone_file).preprocess
     expected = Embedder(backbone_file, preprocess, batch_size=4)(pixels(40))
-    fake = stage({"cuda": CUDA, "tensorrt:2": TENSORRT}[device])
+    fake = stage(CUDA)
     embed = Embedder(backbone_file, preprocess, device=device, batch_size=4)
     found = [future.result()[0] for future in [embed.submit(pixels(40)[i : i + 4]) for i in range(0, 40, 4)]]
     np.testing.assert_array_equal(np.concatenate(found), expected)
@@ -357,7 +295,7 @@ def test_features_that_were_handed_out_are_not_written_again(backbone_file: Path
 
     real = onnxruntime.InferenceSession(str(backbone_file), providers=[CPU])
     name = real.get_inputs()[0].name
-    lane = BoundLane(real, "cpu", name, (4, 3, 64, 64), np.float32, {"features": 512}, threading.Lock())
+    lane = BoundLane(real, "cpu", name, (4, 3, 64, 64), np.float32, {"features": 512})
     first = lane(batch(4))[0]
     kept = first.copy()
     second = lane(batch(4, seed=2))[0]
@@ -375,7 +313,7 @@ def test_bound_lanes_of_one_session_run_at_once(backbone_file: Path) -> None:
     start, results = Barrier(2), {}
 
     def work(seed: int) -> None:
-        lane = BoundLane(real, "cpu", name, (2, 3, 64, 64), np.float32, {"features": 512}, nullcontext())
+        lane = BoundLane(real, "cpu", name, (2, 3, 64, 64), np.float32, {"features": 512})
         start.wait()
         results[seed] = [lane(batch(2, seed=seed + i))[0] for i in range(5)]
 
@@ -398,7 +336,7 @@ def test_a_batch_of_another_type_is_refused_rather_than_converted(backbone_file:
 
     real = onnxruntime.InferenceSession(str(backbone_file), providers=[CPU])
     name = real.get_inputs()[0].name
-    lane = BoundLane(real, "cpu", name, (2, 3, 64, 64), np.float32, {"features": 512}, threading.Lock())
+    lane = BoundLane(real, "cpu", name, (2, 3, 64, 64), np.float32, {"features": 512})
     with pytest.raises(TypeError, match="Cannot cast"):
         lane(batch(2).astype(np.float64))
 
@@ -424,38 +362,6 @@ def test_memory_that_cannot_be_pinned_is_used_as_it_is(monkeypatch: pytest.Monke
     assert calls == ["cudaHostUnregister"]
     monkeypatch.setattr(cuda.ctypes, "CDLL", lambda _: (_ for _ in ()).throw(OSError("no such file")))
     assert not pin(np.zeros(10), 0, fake)
-
-
-def test_a_cuda_graph_is_each_lanes_own_and_runs_alone(backbone_file: Path, stage: Stage) -> None:
-    fake = stage(CUDA)
-    embed = Embedder(backbone_file, device="cuda", batch_size=2, lanes=1, cuda=Cuda(graph=True))
-    assert fake.providers[0][1]["enable_cuda_graph"] == "1"
-    futures = [embed.submit(batch(4)) for _ in range(5)]
-    for _ in range(5):  # the lane of this thread beside the pool's
-        embed(batch(4))
-    for future in futures:
-        future.result()
-    assert len(set(fake.graph_ids)) == 2
-    embed.batch_size = 4
-    embed(batch(4))
-    assert len(set(fake.graph_ids)) == 3, "other buffers, another graph"
-
-
-def test_a_network_that_cannot_be_captured_runs_without_a_graph(
-    backbone_file: Path, stage: Stage, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO", "penult")
-    fake = stage(CUDA)
-    fake.refused = "This session cannot use the graph capture feature as requested by the user"
-    embed = Embedder(backbone_file, device="cuda", batch_size=2, lanes=1, cuda=Cuda(graph=True))
-    assert fake.providers[0][1]["enable_cuda_graph"] == "0"
-    assert embed(batch(2)).shape == (2, 512)
-    assert "no CUDA graph" in caplog.text
-
-
-def test_a_graph_is_for_one_lane(backbone_file: Path) -> None:
-    with pytest.raises(ValueError, match="one lane"):
-        Embedder(backbone_file, device="cuda", cuda=Cuda(graph=True))
 
 
 # --- the whole way -----------------------------------------------------------------------------------------------------
@@ -600,14 +506,12 @@ def test_a_real_gpu_in_float16_stays_within_the_bound(backbone_file: Path, tmp_p
 
 
 @pytest.mark.gpu
-def test_a_real_gpus_lanes_and_graph_agree(backbone_file: Path) -> None:
+def test_a_real_gpus_lanes_agree(backbone_file: Path) -> None:
     preprocess = read_facts(backbone_file).preprocess
     expected = Embedder(backbone_file, preprocess, batch_size=4)(pixels(40))
-    for lanes, chosen in ((2, Cuda()), (1, Cuda(graph=True))):
-        embed = Embedder(backbone_file, preprocess, device="cuda", batch_size=4, lanes=lanes, cuda=chosen)
-        parts = [embed.submit(pixels(40)[i : i + 4]) for i in range(0, 40, 4)]
-        found = np.concatenate([part.result()[0] for part in parts])
-        assert relative_l2(found, expected).max() <= 1e-4, chosen
+    embed = Embedder(backbone_file, preprocess, device="cuda", batch_size=4)
+    parts = [embed.submit(pixels(40)[i : i + 4]) for i in range(0, 40, 4)]
+    assert relative_l2(np.concatenate([part.result()[0] for part in parts]), expected).max() <= 1e-4
 
 
 @pytest.mark.gpu
@@ -638,8 +542,8 @@ def test_a_real_gpus_memory_is_flat(backbone_file: Path) -> None:
 def test_a_real_gpu_that_is_full_gets_smaller_batches(backbone_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = cuda.providers
 
-    def little(device: str, chosen: Cuda, model: bytes | Path) -> list[Any]:
-        (name, given), last = options(device, chosen, model)
+    def little(device: str, chosen: Cuda) -> list[Any]:
+        (name, given), last = options(device, chosen)
         return [(name, {**given, "gpu_mem_limit": str(64 * 2**20)}), last]
 
     monkeypatch.setattr(session, "providers", little)
