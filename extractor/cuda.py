@@ -15,9 +15,12 @@ import contextlib
 import ctypes
 import io
 import logging
+import re
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +33,9 @@ from .graph import WEIGHTED
 log = logging.getLogger("penult.extractor")
 
 PROVIDER = "CUDAExecutionProvider"
+WARNINGS, NOTHING = 2, 4  # severities of what ONNX Runtime logs: its default, and fatal errors alone
 PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
+MAJOR, MINOR = 75, 76  # cudaDevAttrComputeCapabilityMajor and ..Minor
 
 
 @dataclass(frozen=True)
@@ -54,13 +59,103 @@ def number_of(device: str) -> int:
     return int(device.partition(":")[2] or 0)
 
 
-def load_libraries(onnxruntime: Any) -> str:
-    """Load CUDA and cuDNN from NVIDIA's packages; gives what ONNX Runtime prints about it, for stdout belongs to results."""
-    onnxruntime.set_default_logger_severity(4)  # what it would log is raised instead
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        onnxruntime.preload_dlls()
-    return " ".join(printed.getvalue().split())
+@contextlib.contextmanager
+def hushed(onnxruntime: Any) -> Iterator[None]:
+    """Keep what ONNX Runtime logs from the terminal, for as long as its failures are put into messages."""
+    onnxruntime.set_default_logger_severity(NOTHING)
+    try:
+        yield
+    finally:
+        onnxruntime.set_default_logger_severity(WARNINGS)
+
+
+@cache
+def trouble(device: str) -> str:
+    """Why a card does not compute with ONNX Runtime, for people; empty where it does. Tried once in a process.
+
+    By running a convolution: ONNX Runtime raises little of it. It goes on with the CPU, or without cuDNN, and fails only in a
+    run on a card that its wheel has no code for.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = NOTHING
+    model, pixels, expected = _one_convolution()
+    with hushed(onnxruntime):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):  # which belongs to results
+            onnxruntime.preload_dlls()
+        try:  # its own fall-back to the CPU would print, and go on
+            session = onnxruntime.InferenceSession(model, options, providers=providers(device, DEFAULTS), enable_fallback=0)
+            delivered = session.get_providers()[0]
+            if delivered != PROVIDER:
+                why = _unloadable(onnxruntime) or " ".join(printed.getvalue().split())
+                why = why or f"does the driver support CUDA {onnxruntime.cuda_version or '13'}?"
+                return f"ONNX Runtime made a session on {delivered} instead: {PROVIDER} did not load ({why})"
+            found = session.run(None, {"pixels": pixels})[0]
+        except Exception as error:  # onnxruntime's exceptions have no common public base
+            why = reason(error)
+            if "no kernel image" in why:
+                why = f"this onnxruntime has no code for a card of compute capability {capability(device, onnxruntime)}: {why}"
+            return why
+    if not np.array_equal(found, expected):
+        return "a convolution gives something else there than on a CPU"
+    if not is_loaded("libcudnn"):  # it does without from 1.30 on
+        return "ONNX Runtime finds no cuDNN, and is slow without; install onnxruntime-gpu[cuda,cudnn]"
+    return ""
+
+
+def _one_convolution() -> tuple[bytes, NDArray[np.uint8], NDArray[np.float32]]:
+    """A network with a layer of cuDNN's and some of ONNX Runtime's own, its input, and what it gives."""
+    from onnx import TensorProto, helper
+
+    nodes = [
+        helper.make_node("Transpose", ["pixels"], ["planes"], perm=[0, 3, 1, 2]),
+        helper.make_node("Cast", ["planes"], ["values"], to=TensorProto.FLOAT),
+        helper.make_node("Conv", ["values", "ones"], ["sums"]),
+        helper.make_node("Relu", ["sums"], ["features"]),
+    ]
+    ones = helper.make_tensor("ones", TensorProto.FLOAT, [8, 3, 3, 3], [1.0] * 216)
+    pixels = helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["n", 8, 8, 3])
+    features = helper.make_tensor_value_info("features", TensorProto.FLOAT, ["n", 8, 6, 6])
+    graph = helper.make_graph(nodes, "convolution", [pixels], [features], [ones])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    return model.SerializeToString(), np.full((1, 8, 8, 3), 2, np.uint8), np.full((1, 8, 6, 6), 54, np.float32)
+
+
+def _unloadable(onnxruntime: Any) -> str:
+    """Why the provider's library cannot be loaded, which ONNX Runtime logs and does not raise; empty where it can."""
+    try:
+        ctypes.CDLL(str(Path(onnxruntime.__file__).parent / "capi/libonnxruntime_providers_cuda.so"))
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def is_loaded(library: str) -> bool:
+    """Whether a shared library of some version is in this process (Linux, as all of CUDA here)."""
+    return f"/{library}.so." in Path("/proc/self/maps").read_text("utf-8", "surrogateescape")
+
+
+def reason(error: Exception) -> str:
+    """What went wrong in ONNX Runtime, in one line; of a failure on a card, without the place in its source and the host."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    found = re.search(r"CU[A-Z_]+ failure -?\d+: [^;]*", line)
+    return found.group().strip() if found else line
+
+
+def _runtime(onnxruntime: Any) -> Any:
+    """CUDA's own runtime, which `trouble` has loaded; OSError where it has not."""
+    return ctypes.CDLL(f"libcudart.so.{str(onnxruntime.cuda_version).partition('.')[0]}")
+
+
+def capability(device: str, onnxruntime: Any) -> str:
+    """The compute capability of a card, such as ``10.0``."""
+    found = ctypes.c_int(-1), ctypes.c_int(-1)
+    with contextlib.suppress(AttributeError, OSError):
+        for value, attribute in zip(found, (MAJOR, MINOR), strict=True):
+            _runtime(onnxruntime).cudaDeviceGetAttribute(ctypes.byref(value), attribute, number_of(device))
+    return ".".join(str(value.value) for value in found) if found[0].value >= 0 else "unknown"
 
 
 def providers(device: str, cuda: Cuda) -> list[Any]:
@@ -75,14 +170,8 @@ def providers(device: str, cuda: Cuda) -> list[Any]:
     return [(PROVIDER, options), "CPUExecutionProvider"]
 
 
-def prove(session: Any, device: str, onnxruntime: Any, said: str = "") -> None:
+def prove(session: Any, device: str) -> None:
     """Ask a session what it computes with.
-
-    Args:
-        session: just opened.
-        device: what was asked for.
-        onnxruntime: the module.
-        said: what `load_libraries` gave.
 
     Raises:
         DeviceUnavailableError: the provider was dropped, or layers with weights went to another one; neither is an exception
@@ -90,12 +179,8 @@ def prove(session: Any, device: str, onnxruntime: Any, said: str = "") -> None:
     """
     delivered = session.get_providers()[0]
     if delivered != PROVIDER:
-        version = getattr(onnxruntime, "cuda_version", "") or "13"
-        message = (
-            f"--device {device}: ONNX Runtime made a session on {delivered} instead: the {PROVIDER} did not load "
-            f"(does the driver support CUDA {version}, is cuDNN 9 here?)"
-        )
-        raise DeviceUnavailableError(f"{message} {said}".rstrip())
+        message = f"--device {device}: ONNX Runtime made a session on {delivered} instead; try --device cpu"
+        raise DeviceUnavailableError(message)
     if not hasattr(session, "get_provider_graph_assignment_info"):  # older ONNX Runtime
         return
     for part in session.get_provider_graph_assignment_info():
@@ -161,7 +246,7 @@ def pin(buffer: NDArray[Any], number: int, onnxruntime: Any) -> bool:
         Whether it did; without, copies are slower and nothing else changes.
     """
     try:
-        runtime = ctypes.CDLL(f"libcudart.so.{str(onnxruntime.cuda_version).partition('.')[0]}")
+        runtime = _runtime(onnxruntime)
         address = ctypes.c_void_p(buffer.ctypes.data)
         runtime.cudaSetDevice(ctypes.c_int(number))  # of this thread, which else would open a context on device 0
         status = runtime.cudaHostRegister(address, ctypes.c_size_t(buffer.nbytes), ctypes.c_uint(PORTABLE))

@@ -33,7 +33,7 @@ from store.errors import DeviceUnavailableError, PenultError, UsageError
 
 from .cuda import Cuda
 from .preprocess import Preprocess
-from .session import Embedder, cores, resolve_device
+from .session import Embedder, check_device, cores, no_cuda, resolve_device
 
 log = logging.getLogger("penult.extractor")
 
@@ -42,17 +42,34 @@ MAX_LANES = 16  # connections of a child: one for each lane that it may have
 PATIENCE = 10.0  # seconds for a child to end by itself
 
 
-def resolve_devices(text: str) -> list[str]:
-    """The devices of ``--device``, which lists several with commas; see `resolve_device`.
+def parse_devices(text: str) -> list[str]:
+    """The devices that ``--device`` lists, with commas between several.
 
     Raises:
-        UsageError: ``auto`` among several, or kinds that compute differently.
+        UsageError: one is none, ``auto`` is among several, or their kinds compute differently.
     """
-    devices = [resolve_device(part) if part != "auto" or "," not in text else part for part in text.split(",")]
+    devices = text.split(",")
+    for device in devices:
+        check_device(device)
     kinds = {device.partition(":")[0] for device in devices}
     if len(devices) > 1 and ("auto" in kinds or len(kinds) > 1):
         message = f"--device {text}: expected several devices of one kind, such as cuda:0,cuda:1"
         raise UsageError(message)
+    return devices
+
+
+def resolve_devices(text: str) -> list[str]:
+    """`parse_devices`; a single one is resolved (see `resolve_device`), several are tried by the processes that get them.
+
+    Raises:
+        DeviceUnavailableError: CUDA was asked for and cannot be here.
+    """
+    devices = parse_devices(text)
+    if len(devices) == 1:
+        return [resolve_device(text)]
+    if devices[0] != "cpu" and (why := no_cuda()):
+        message = f"--device {text}: {why}"
+        raise DeviceUnavailableError(message)
     return devices
 
 

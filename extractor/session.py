@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 
 from store.errors import BadDataError, DeviceUnavailableError, UsageError
 
-from .cuda import DEFAULTS, PROVIDER, BoundLane, Cuda, load_libraries, prove, providers
+from .cuda import DEFAULTS, PROVIDER, BoundLane, Cuda, hushed, prove, providers, reason, trouble
 from .preprocess import Preprocess
 from .prologue import takes_pixels
 
 log = logging.getLogger("penult.extractor")
 
-OUT_OF_MEMORY = ("BFCArena", "Failed to allocate memory", "CUDA_ERROR_OUT_OF_MEMORY", "out of memory")
+# The last two as in CUBLAS_STATUS_ALLOC_FAILED and CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED
+OUT_OF_MEMORY = ("BFCArena", "Failed to allocate memory", "OUT_OF_MEMORY", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
 MAX_DIM = 65536
 DEFAULT_BATCH = {"cpu": 4, "cuda": 64}  # on a CPU large batches lose: they fall out of its caches
 MAX_LANES = 16  # on a CPU; with more cores each lane gets several threads, for it keeps activations of its own
@@ -52,43 +53,56 @@ def nvidia_driver_present() -> bool:
     return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg"))
 
 
-def resolve_device(device: str) -> str:
-    """``auto`` to ``cuda`` where there is a driver and a CUDA build, else to ``cpu``, said in the log; ``cpu``, ``cuda`` and
-    ``cuda:N`` as they are.
+def check_device(device: str) -> None:
+    """Refuse what is no name of a device.
 
     Raises:
-        DeviceUnavailableError: CUDA was asked for and cannot be here; `Embedder` proves the rest.
-        UsageError: none of these.
+        UsageError: neither ``auto``, ``cpu``, ``cuda`` nor ``cuda:N``.
     """
     kind, colon, number = device.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (colon and (kind != "cuda" or not number.isdecimal())):
         message = f"--device {device}: expected auto, cpu, cuda or cuda:N"
         raise UsageError(message)
+
+
+def no_cuda() -> str:
+    """Why no card can be used here, as far as that is seen without trying; empty where one may."""
     import onnxruntime
 
-    available = onnxruntime.get_available_providers()
-    if kind == "cuda":
-        if PROVIDER not in available:
-            message = f"--device {device}: this onnxruntime has no {PROVIDER}; install onnxruntime-gpu"
-            raise DeviceUnavailableError(message)
-        if not nvidia_driver_present():
-            message = (
-                f"--device {device}: this machine has no NVIDIA driver (no /dev/nvidiactl). "
-                f"Install the driver, or pass --device cpu"
-            )
-            raise DeviceUnavailableError(message)
-    if device != "auto":
+    if PROVIDER not in onnxruntime.get_available_providers():
+        return f"this onnxruntime has no {PROVIDER}; install onnxruntime-gpu"
+    if not nvidia_driver_present():
+        return "this machine has no NVIDIA driver (no /dev/nvidiactl). Install the driver, or pass --device cpu"
+    return ""
+
+
+def resolve_device(device: str) -> str:
+    """``auto`` to ``cuda`` where that computes, else to ``cpu``, and the log says why; others as they are.
+
+    Raises:
+        DeviceUnavailableError: CUDA was asked for and does not compute here; says why.
+        UsageError: none of these.
+    """
+    check_device(device)
+    if device == "cpu":
         return device
-    if nvidia_driver_present() and PROVIDER in available:
-        return "cuda"
-    _say_cpu()
+    why = no_cuda() or trouble("cuda" if device == "auto" else device)
+    if not why:
+        return "cuda" if device == "auto" else device
+    if device != "auto":
+        message = f"--device {device}: {why}"
+        raise DeviceUnavailableError(message)
+    _say_cpu(why if nvidia_driver_present() else "")
     return "cpu"
 
 
 @cache
-def _say_cpu() -> None:
+def _say_cpu(why: str) -> None:
     """Once per process: never silent, never a litany."""
-    log.info("no GPU here: running on the CPU")
+    if why:
+        log.warning("there is a GPU, and it cannot be used: running on the CPU. %s", why)
+    else:
+        log.info("no GPU here: running on the CPU")
 
 
 @cache
@@ -214,16 +228,18 @@ class Embedder:
                     graph or str(self._model), options, providers=["CPUExecutionProvider"], enable_fallback=0
                 )
             except Exception as error:  # onnxruntime's exceptions have no common public base
-                message = f"{self._model} cannot be run: {_first_line(error)}"
+                message = f"{self._model} cannot be run: {reason(error)}"
                 raise BadDataError(message) from error
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        said, wanted = load_libraries(onnxruntime), providers(self._device, self._cuda)
+        resolve_device(self._device)
+        wanted = providers(self._device, self._cuda)
         try:  # its own fall-back to the CPU would print, and go on
-            session = onnxruntime.InferenceSession(graph or str(self._model), options, providers=wanted, enable_fallback=0)
+            with hushed(onnxruntime):
+                session = onnxruntime.InferenceSession(graph or str(self._model), options, providers=wanted, enable_fallback=0)
         except Exception as error:
-            message = f"--device {self._device}: {_first_line(error)} {said}".rstrip()
+            message = f"--device {self._device}: {reason(error)}"
             raise DeviceUnavailableError(message) from error
-        prove(session, self._device, onnxruntime, said)
+        prove(session, self._device)
         return session
 
     def _graph(self) -> bytes | None:
@@ -264,7 +280,7 @@ class Embedder:
             finally:
                 self._leave(opened)
             if not any(sign in str(failure) for sign in OUT_OF_MEMORY):
-                message = f"{self._model}: {_first_line(failure)}"
+                message = f"{self._model}: {reason(failure)}"
                 raise BadDataError(message) from failure
             self._shrink(opened, failure)
         return [np.concatenate(column) for column in zip(*rows, strict=True)]
@@ -339,7 +355,3 @@ class Embedder:
             return lambda padded: session.run(self._outputs, {self._input: padded})
         outputs = dict(zip(self._outputs, self.dims, strict=True))
         return BoundLane(session, self._device, self._input, shape, self._dtype, outputs)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

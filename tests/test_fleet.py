@@ -48,7 +48,7 @@ def test_devices_that_do_not_go_together_are_a_usage_error(devices: str) -> None
 
 
 def test_devices_of_several_kinds_are_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet, "resolve_device", lambda device: device)
+    monkeypatch.setattr(fleet, "no_cuda", lambda: "")
     assert resolve_devices("cuda:0,cuda:1") == ["cuda:0", "cuda:1"]
     with pytest.raises(UsageError, match="several devices of one kind, such as cuda:0,cuda:1"):
         resolve_devices("cpu,cuda:0")

@@ -5,27 +5,31 @@ ONNX Runtime's answers are real; what this machine has not, a card, is staged by
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import subprocess
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from threading import Barrier, Thread
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 
+from classifiers import finetune
 from classifiers.logistic import LogisticHead
 from classifiers.predict import Predictor
 from classifiers.train import train_head
 from cli import calibration_text
 from extractor import cuda, session
 from extractor.backbones import Backbone
-from extractor.cuda import BoundLane, Cuda, load_libraries, pin, prove, providers
+from extractor.cuda import BoundLane, Cuda, capability, is_loaded, pin, prove, providers, reason, trouble
+from extractor.fleet import Fleet, resolve_devices
 from extractor.half import BOUND, COSINE, compare, halve
 from extractor.onnxfile import read_facts
 from extractor.options import Options
@@ -72,8 +76,9 @@ class FakeRuntime(types.ModuleType):
         self.opened = 0
         self.sizes: list[int] = []
         self.buffers: list[tuple[tuple[int, ...], str]] = []
-        self.printed = ""
-        self.SessionOptions = onnxruntime.SessionOptions
+        self.printed, self.broken = "", ""
+        self.severities: list[int] = []
+        self.SessionOptions, self.__file__ = onnxruntime.SessionOptions, onnxruntime.__file__
         fake = self
 
         class OrtValue:
@@ -117,7 +122,8 @@ class FakeRuntime(types.ModuleType):
 
             def __init__(self, model: Any, options: Any, providers: list[Any], enable_fallback: int = 1) -> None:
                 assert not enable_fallback, "the real one prints to stdout and goes on with the CPU"
-                assert options.get_session_config_entry("session.record_ep_graph_assignment_info") == "1"
+                assert fake.severities[-1] == 4, "the real one would log to the terminal"
+                self.options = options
                 fake.opened += 1
                 fake.providers = providers
                 self.number = providers[0][1]["device_id"]
@@ -127,7 +133,14 @@ class FakeRuntime(types.ModuleType):
             def get_providers(self) -> list[str]:
                 return [delivered, CPU]
 
+            def run(self, names: Any, inputs: dict[str, Any]) -> Any:
+                if fake.broken:
+                    raise RuntimeError(fake.broken)
+                return self._real.run(names, inputs)
+
             def get_provider_graph_assignment_info(self) -> Any:
+                assert self.options.get_session_config_entry("session.record_ep_graph_assignment_info") == "1"
+
                 def part(name: str, kind: str) -> Any:
                     node = types.SimpleNamespace(op_type=kind, name="layer")
                     return types.SimpleNamespace(ep_name=name, get_nodes=lambda: [node])
@@ -159,14 +172,15 @@ class FakeRuntime(types.ModuleType):
     def preload_dlls(self) -> None:
         print(self.printed)
 
-    def set_default_logger_severity(self, level: int) -> None: ...
+    def set_default_logger_severity(self, level: int) -> None:
+        self.severities.append(level)
 
 
 Stage = Callable[..., FakeRuntime]
 
 
 @pytest.fixture
-def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
+def stage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     import onnxruntime
     import onnxruntime.transformers.float16  # a part of the real one, for those who import it later
 
@@ -174,9 +188,13 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
         fake = FakeRuntime(onnxruntime, delivered, **options)
         monkeypatch.setitem(sys.modules, "onnxruntime", fake)
         monkeypatch.setattr(session, "nvidia_driver_present", lambda: True)
+        monkeypatch.setattr(cuda, "is_loaded", lambda _library: True)
+        trouble.cache_clear()  # of another runtime
+        session._say_cpu.cache_clear()
         return fake
 
-    return on
+    yield on
+    trouble.cache_clear()
 
 
 # --- which device, and the proof ---------------------------------------------------------------------------------------
@@ -191,11 +209,10 @@ def test_a_device_that_is_none_is_a_usage_error(device: str) -> None:
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 def test_a_gpu_session_that_silently_runs_elsewhere_is_an_error(backbone_file: Path, stage: Stage, device: str) -> None:
     stage(CPU)
-    assert resolve_device("auto") == "cuda"
-    assert resolve_device(device) == device
-    with pytest.raises(DeviceUnavailableError, match="made a session on CPUExecutionProvider instead") as caught:
-        Embedder(backbone_file, device=device)
-    assert caught.value.exit_code == 69
+    for use in (resolve_device, lambda wanted: Embedder(backbone_file, device=wanted)):
+        with pytest.raises(DeviceUnavailableError, match="made a session on CPUExecutionProvider instead") as caught:
+            use(device)
+        assert caught.value.exit_code == 69
 
 
 def test_auto_is_the_cpu_without_a_driver(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -228,25 +245,127 @@ def test_the_proof_reads_what_onnx_runtime_really_says(backbone_file: Path) -> N
         get_providers=lambda: [CUDA], get_provider_graph_assignment_info=real.get_provider_graph_assignment_info
     )
     with pytest.raises(DeviceUnavailableError, match=f"gave Conv '.+' to {CPU}"):
-        prove(faked, "cuda", onnxruntime)
+        prove(faked, "cuda")
 
 
 def test_what_is_missing_is_in_the_message_and_not_on_stdout(
-    backbone_file: Path, stage: Stage, capsys: pytest.CaptureFixture[str]
+    stage: Stage, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = stage(CPU)
     fake.printed = "Failed to load libcurand.so.10"
-    with pytest.raises(DeviceUnavailableError, match=r"is cuDNN 9 here\?\) Failed to load libcurand.so.10$"):
-        Embedder(backbone_file, device="cuda")
+    monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name: name)  # the provider's library is sound
+    assert trouble("cuda").endswith("did not load (Failed to load libcurand.so.10)")
     assert capsys.readouterr().out == ""
+    assert fake.severities == [4, 2], "what is logged later may be seen again"
+
+
+LACKS_CUDA = pytest.mark.skipif(
+    session.nvidia_driver_present() or CUDA not in onnxruntime.get_available_providers(),
+    reason="CUDA works here, or ONNX Runtime has none: neither is a card that does not work",
+)
+
+
+@LACKS_CUDA
+def test_auto_goes_on_with_the_cpu_where_a_card_does_not_work(
+    penult: Any, dataset: Any, backbone_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """The real runtime, which lists CUDA and cannot load it, on a machine that looks as if it had a driver."""
+    monkeypatch.setattr(session, "nvidia_driver_present", lambda: True)
+    session._say_cpu.cache_clear()
+    photos, why = dataset(tmp_path / "photos", {"ants": 2}), "libcuda.so.1: cannot open shared object file"
+    command = ("extract", photos, "-m", backbone_file, "--val-fraction", "0", "--test-fraction", "0", "-o")
+    code, out, err = penult(*command, tmp_path / "a.cache")  # --device auto is the default
+    assert code == 0
+    assert f"warning: there is a GPU, and it cannot be used: running on the CPU. ONNX Runtime made a session on {CPU}" in err
+    assert why in err
+    assert "2 computed on cpu" in out
+    assert "[E:onnxruntime" not in err
+    code, _, err = penult(*command, tmp_path / "b.cache", "--device", "cuda")
+    assert code == 69
+    assert f"error: --device cuda: ONNX Runtime made a session on {CPU} instead: {CUDA} did not load ({why}" in err
+    assert not (tmp_path / "b.cache").exists()
+    assert resolve_devices("auto") == ["cpu"]
+    bundle = REPO / "tests/data/archives/v1/ridge.head"
+    predictor = Predictor.load(bundle, device="auto", workers=1)
+    assert [each.code for each in predictor.predict(photos.rglob("*.jpg"))] == [None, None]
+    with pytest.raises(DeviceUnavailableError, match=r"--device cuda:[01]: "):  # told by a child
+        Fleet(
+            ["cuda:0", "cuda:1"],
+            backbone_file,
+            read_facts(backbone_file).preprocess,
+            batch_size=None,
+            outputs=["features"],
+            cuda=Cuda(),
+        )
+
+
+@pytest.mark.skipif(session.nvidia_driver_present(), reason="this machine has an NVIDIA driver")
+def test_fine_tuning_goes_on_with_the_cpu_where_torch_has_no_card(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for present, level in ((True, logging.WARNING), (False, logging.INFO)):
+        monkeypatch.setattr(finetune, "nvidia_driver_present", lambda: present)  # noqa: B023
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            assert finetune._device("auto") == "cpu"
+        assert [(each.levelno, "training on the CPU. " in each.getMessage()) for each in caplog.records] == [(level, True)]
+    with pytest.raises(
+        DeviceUnavailableError, match=r"--device cuda:1: torch .* does not compute there: .* Try"
+    ):
+        finetune._device("cuda:1")
+
+
+def test_a_card_that_has_no_cudnn_is_refused(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage(CUDA)
+    assert resolve_device("auto") == "cuda"
+    trouble.cache_clear()
+    monkeypatch.setattr(cuda, "is_loaded", lambda _library: False)
+    with pytest.raises(DeviceUnavailableError, match="--device cuda: ONNX Runtime finds no cuDNN, and is slow without"):
+        resolve_device("cuda")
+    assert resolve_device("auto") == "cpu"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_library_counts_once_it_is_in_the_process() -> None:
+    assert is_loaded("libc")
+    assert not is_loaded("libanl")
+    ctypes.CDLL("libanl.so.1")  # a part of glibc that nothing else here asks for
+    assert is_loaded("libanl")
+
+
+def test_a_card_that_the_wheel_has_no_code_for_is_named(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = stage(CUDA)
+    fake.broken = (
+        "Non-zero status code returned while running Cast node. cuda_call.cc:121 CudaCall CUDA failure 209: no kernel image is "
+        "available for execution on the device ; GPU=1 ; hostname=secret ; expr=cudaGetLastError();"
+    )
+
+    def attribute(found: Any, number: int, card: int) -> None:
+        found._obj.value = {(75, 1): 10, (76, 1): 3}[number, card]
+
+    monkeypatch.setattr(cuda.ctypes, "CDLL", lambda _name: types.SimpleNamespace(cudaDeviceGetAttribute=attribute))
+    with pytest.raises(DeviceUnavailableError) as caught:
+        resolve_device("cuda:1")
+    says = "this onnxruntime has no code for a card of compute capability 10.3: CUDA failure 209: no kernel image is"
+    assert str(caught.value) == f"--device cuda:1: {says} available for execution on the device"
+    monkeypatch.undo()
+    assert capability("cuda:1", types.SimpleNamespace(cuda_version="0.0")) == "unknown", "there is no such CUDA"
+
+
+def test_a_card_that_computes_something_else_is_refused(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = stage(CUDA)
+    right = fake.InferenceSession.run
+    monkeypatch.setattr(fake.InferenceSession, "run", lambda *given: [right(*given)[0] + 1])
+    assert trouble("cuda") == "a convolution gives something else there than on a CPU"
 
 
 def test_a_runtime_without_cuda_is_named(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = stage(CPU)
     monkeypatch.setattr(fake, "get_available_providers", lambda: [CPU])
     assert resolve_device("auto") == "cpu"
-    with pytest.raises(DeviceUnavailableError, match="install onnxruntime-gpu"):
-        resolve_device("cuda")
+    for devices in ("cuda", "cuda:0,cuda:1"):
+        with pytest.raises(DeviceUnavailableError, match=f"--device {devices}: .* install onnxruntime-gpu"):
+            resolve_devices(devices)
 
 
 # --- options -----------------------------------------------------------------------------------------------------------
@@ -423,6 +542,25 @@ OUT_OF_MEMORY = (
     "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code returned while running Conv node. bfc_arena.cc:376 "
     "void* onnxruntime::BFCArena::AllocateRawInternal(size_t, bool) Failed to allocate memory for requested buffer"
 )
+OF_LIBRARIES = (
+    "CUDNN_FE failure 11: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0",
+    "CUDA failure 2: out of memory ; GPU=0",
+)
+
+
+@pytest.mark.parametrize("message", OF_LIBRARIES)
+def test_what_the_libraries_say_is_out_of_memory_too(backbone_file: Path, stage: Stage, message: str) -> None:
+    stage(CUDA, fits=2, message=message)
+    embed = Embedder(backbone_file, device="cuda", batch_size=4)
+    assert embed(batch(4)).shape == (4, 512)
+    assert embed.batch_size == 2
+
+
+def test_the_reason_is_one_line_without_the_source_and_the_host() -> None:
+    text = "/src/cuda_call.cc:121 onnxruntime::CudaCall() CUDA failure 100: no CUDA-capable device is detected ; GPU=0 ; x"
+    assert reason(RuntimeError(text)) == "CUDA failure 100: no CUDA-capable device is detected"
+    assert (reason(RuntimeError("one\ntwo")), reason(RuntimeError())) == ("one", "RuntimeError")
 
 
 def test_out_of_memory_halves_the_batch_and_loses_nothing(
@@ -436,7 +574,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(
     assert relative_l2(found, expected).max() <= 1e-6
     assert embed.batch_size == 2
     assert fake.sizes == [16, 8, 4, *[2] * 11]
-    assert fake.opened == 4, "each failure gets a new session"
+    assert fake.opened == 5, "one to see whether it works, and each failure gets a new one"
     assert len(fake.buffers) == 8, "and new buffers"
     assert "going on with batches of 2" in caplog.text
 
@@ -447,7 +585,7 @@ def test_out_of_memory_in_both_lanes_is_one_new_session(backbone_file: Path, sta
     parts = [embed.submit(batch(4, seed=i)) for i in range(6)]
     for i, part in enumerate(parts):
         assert relative_l2(part.result()[0], run_real(backbone_file, batch(4, seed=i))).max() <= 1e-6
-    assert (embed.batch_size, fake.opened) == (2, 2)
+    assert (embed.batch_size, fake.opened) == (2, 3)
 
 
 def run_real(path: Path, given: Any) -> Any:
@@ -516,9 +654,7 @@ def test_a_real_gpus_lanes_agree(backbone_file: Path) -> None:
 
 @pytest.mark.gpu
 def test_a_real_gpu_pins_memory(backbone_file: Path) -> None:
-    import onnxruntime
-
-    load_libraries(onnxruntime)
+    assert trouble("cuda") == ""
     assert pin(np.zeros(2**20, np.uint8), 0, onnxruntime)
 
 
