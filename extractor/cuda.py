@@ -28,13 +28,15 @@ from numpy.typing import DTypeLike, NDArray
 
 from store.errors import DeviceUnavailableError
 
-from .graph import WEIGHTED
+from .graph import of_pixels
 
 log = logging.getLogger("penult.extractor")
 
 PROVIDER = "CUDAExecutionProvider"
 WARNINGS, NOTHING = 2, 4  # severities of what ONNX Runtime logs: its default, and fatal errors alone
 PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
+# What ONNX Runtime itself adds to a graph for shapes; other nodes that it has named are parts of a function, or fusions.
+OF_SHAPES = ("Shape", "Size", "Gather", "Slice", "Concat", "Squeeze", "Unsqueeze", "Cast")
 MAJOR, MINOR = 75, 76  # cudaDevAttrComputeCapabilityMajor and ..Minor
 
 
@@ -170,26 +172,36 @@ def providers(device: str, cuda: Cuda) -> list[Any]:
     return [(PROVIDER, options), "CPUExecutionProvider"]
 
 
-def prove(session: Any, device: str) -> None:
-    """Ask a session what it computes with.
+def prove(session: Any, device: str, graph: Any) -> None:
+    """Ask a session what it computes with; none of what is refused here is an exception in ONNX Runtime.
+
+    Args:
+        session: just opened.
+        device: what was asked for.
+        graph: what it was opened with.
 
     Raises:
-        DeviceUnavailableError: the provider was dropped, or layers with weights went to another one; neither is an exception
-            in ONNX Runtime.
+        DeviceUnavailableError: the provider was dropped; or a node that computes with pixels went to another one, which would
+            copy what it takes and gives in every batch; or so did the first one, which would see the pixels of one batch alone.
     """
     delivered = session.get_providers()[0]
     if delivered != PROVIDER:
         message = f"--device {device}: ONNX Runtime made a session on {delivered} instead; try --device cpu"
         raise DeviceUnavailableError(message)
-    if not hasattr(session, "get_provider_graph_assignment_info"):  # older ONNX Runtime
-        return
-    for part in session.get_provider_graph_assignment_info():
-        strays = [node for node in part.get_nodes() if node.op_type in WEIGHTED]
-        if part.ep_name != PROVIDER and strays:
-            message = (
-                f"--device {device}: ONNX Runtime gave {strays[0].op_type} {strays[0].name!r} to {part.ep_name}; "
-                f"this network cannot run there, try --device cpu"
-            )
+    moved, known = of_pixels(graph), {node.name for node in graph.node}
+    if hasattr(session, "get_provider_graph_assignment_info"):  # ONNX Runtime 1.24 and newer
+        for part in session.get_provider_graph_assignment_info():
+            away = [] if part.ep_name == PROVIDER else part.get_nodes()
+            for node in away:
+                if node.name in moved or (node.name not in known and node.op_type not in OF_SHAPES):
+                    message = (
+                        f"--device {device}: ONNX Runtime gave {node.op_type} {node.name!r} to {part.ep_name}; "
+                        f"this network cannot run there as a whole, try --device cpu"
+                    )
+                    raise DeviceUnavailableError(message)
+    for place in session.get_input_memory_infos():
+        if not (place.name.lower().startswith("cuda") and place.device_id == number_of(device)):
+            message = f"--device {device}: ONNX Runtime wants the pixels in memory {place.name!r}, card {place.device_id}"
             raise DeviceUnavailableError(message)
 
 

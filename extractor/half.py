@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from store.errors import BadDataError
 
 from . import onnxfile
-from .graph import WEIGHTED, in_order
+from .graph import WEIGHTED, in_order, name_nodes
 from .onnxfile import BackboneFacts
 from .parity import cosines, relative_l2
 from .preprocess import Preprocess
@@ -56,7 +56,8 @@ def halve(source: Path, out: Path, facts: BackboneFacts) -> BackboneFacts:
     if onnxfile.external_files(model):
         message = f"{facts.name} has weights over 2 GB, which --precision fp16 is not made for; use --precision fp32"
         raise BadDataError(message)
-    nodes = in_order(_named(model).graph.node)
+    name_nodes(model.graph)
+    nodes = in_order(model.graph.node)
     places = [i for i, node in enumerate(nodes) if node.op_type in WEIGHTED]
     layers = [nodes[i].name for i in places]
     pixels = pictures(facts.preprocess)
@@ -125,13 +126,6 @@ def pictures(preprocess: Preprocess) -> NDArray[np.uint8]:
 
 def _features(path: Path, facts: BackboneFacts, pixels: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
     return Embedder(path, facts.preprocess, outputs=facts.outputs).embed(pixels)
-
-
-def _named(model: Any) -> Any:
-    """Every node with a name, by which it can be left out."""
-    for i, node in enumerate(model.graph.node):
-        node.name = node.name or f"penult_node_{i}"
-    return model
 
 
 def _convert(model: Any, in_float: Sequence[str]) -> Any:

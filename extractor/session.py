@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from store.errors import BadDataError, DeviceUnavailableError, UsageError
 
 from .cuda import DEFAULTS, PROVIDER, BoundLane, Cuda, hushed, prove, providers, reason, trouble
+from .onnxfile import read_model
 from .preprocess import Preprocess
 from .prologue import takes_pixels
 
@@ -231,6 +232,8 @@ class Embedder:
                 message = f"{self._model} cannot be run: {reason(error)}"
                 raise BadDataError(message) from error
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        import onnx
+
         resolve_device(self._device)
         wanted = providers(self._device, self._cuda)
         try:  # its own fall-back to the CPU would print, and go on
@@ -239,7 +242,7 @@ class Embedder:
         except Exception as error:
             message = f"--device {self._device}: {reason(error)}"
             raise DeviceUnavailableError(message) from error
-        prove(session, self._device)
+        prove(session, self._device, (onnx.load_model_from_string(graph) if graph else read_model(self._model)).graph)
         return session
 
     def _graph(self) -> bytes | None:

@@ -12,12 +12,14 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from threading import Barrier, Thread
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
@@ -35,6 +37,7 @@ from extractor.onnxfile import read_facts
 from extractor.options import Options
 from extractor.parity import relative_l2
 from extractor.pipeline import run_extract
+from extractor.prologue import takes_pixels
 from extractor.session import Embedder, resolve_device
 from extractor.sources import ImageFolder
 from store.cache import FeatureCache
@@ -70,13 +73,13 @@ class FakeRuntime(types.ModuleType):
     cuda_version = "13.0"
 
     def __init__(
-        self, onnxruntime: Any, delivered: str, fits: int = 10**9, message: str = "", strays: tuple[str, str] | None = None
+        self, onnxruntime: Any, delivered: str, fits: int = 10**9, message: str = "", strays: tuple[str, str, str] | None = None
     ) -> None:
         super().__init__("onnxruntime")
         self.opened = 0
         self.sizes: list[int] = []
         self.buffers: list[tuple[tuple[int, ...], str]] = []
-        self.printed, self.broken = "", ""
+        self.printed, self.broken, self.memory = "", "", "Cuda"
         self.severities: list[int] = []
         self.SessionOptions, self.__file__ = onnxruntime.SessionOptions, onnxruntime.__file__
         fake = self
@@ -141,11 +144,14 @@ class FakeRuntime(types.ModuleType):
             def get_provider_graph_assignment_info(self) -> Any:
                 assert self.options.get_session_config_entry("session.record_ep_graph_assignment_info") == "1"
 
-                def part(name: str, kind: str) -> Any:
-                    node = types.SimpleNamespace(op_type=kind, name="layer")
+                def part(name: str, kind: str, label: str) -> Any:
+                    node = types.SimpleNamespace(op_type=kind, name=label)
                     return types.SimpleNamespace(ep_name=name, get_nodes=lambda: [node])
 
-                return [part(delivered, "Conv"), part(CPU, "Shape"), *([part(*strays)] if strays else [])]
+                return [part(delivered, "Conv", "a"), part(CPU, "Shape", "b"), *([part(*strays)] if strays else [])]
+
+            def get_input_memory_infos(self) -> Any:
+                return [types.SimpleNamespace(name=fake.memory, device_id=self.number)]
 
             def io_binding(self) -> Binding:
                 return Binding(self)
@@ -227,25 +233,76 @@ def test_auto_is_the_cpu_without_a_driver(monkeypatch: pytest.MonkeyPatch, caplo
     assert caught.value.exit_code == 69
 
 
-def test_layers_that_are_computed_elsewhere_are_an_error(backbone_file: Path, stage: Stage) -> None:
-    stage(CUDA, strays=(CPU, "Conv"))
-    with pytest.raises(DeviceUnavailableError, match=f"gave Conv 'layer' to {CPU}; .* try --device cpu"):
-        Embedder(backbone_file, device="cuda")
-    stage(CUDA, strays=(CPU, "Gather"))  # shapes may be computed there
-    assert Embedder(backbone_file, device="cuda").provider == "cuda"
+@pytest.mark.parametrize("kind", ["Conv", "MaxPool", "Concat", "Cast"])
+def test_a_layer_that_is_computed_elsewhere_is_an_error(backbone_file: Path, stage: Stage, kind: str) -> None:
+    preprocess = read_facts(backbone_file).preprocess
+    graph = onnx.load_model_from_string(takes_pixels(backbone_file, preprocess) or b"").graph
+    name = next(node.name for node in graph.node if node.op_type == kind)
+    stage(CUDA, strays=(CPU, kind, name))
+    with pytest.raises(DeviceUnavailableError, match=f"gave {kind} '{name}' to {CPU}; .* as a whole, try --device cpu"):
+        Embedder(backbone_file, preprocess, device="cuda")
 
 
-def test_the_proof_reads_what_onnx_runtime_really_says(backbone_file: Path) -> None:
-    import onnxruntime
+@pytest.mark.parametrize(("kind", "refused"), [("Gather", False), ("FusedConv", True), ("HardSigmoid", True)])
+def test_of_what_the_runtime_has_named_itself_all_but_shapes_is_refused(
+    backbone_file: Path, stage: Stage, kind: str, refused: bool
+) -> None:
+    stage(CUDA, strays=(CPU, kind, "a fusion"))
+    with pytest.raises(DeviceUnavailableError, match=f"gave {kind} 'a fusion'") if refused else nullcontext():
+        assert Embedder(backbone_file, device="cuda").provider == "cuda"
 
+
+def test_pixels_that_are_wanted_elsewhere_are_an_error(backbone_file: Path, stage: Stage) -> None:
+    """An input that is bound once is copied once to where it is wanted: every batch would be the first."""
+    stage(CUDA).memory = "Cpu"
+    with pytest.raises(DeviceUnavailableError, match="wants the pixels in memory 'Cpu', card 1"):
+        Embedder(backbone_file, device="cuda:1")
+
+
+def test_the_proof_reads_what_onnx_runtime_really_says(tmp_path: Path) -> None:
+    """Each node that the real runtime has, as if it alone were computed off the card: only arithmetic of shapes may be."""
+    helper, ints = onnx.helper, onnx.TensorProto.INT64
+    make = helper.make_node
+    nodes = [
+        make("Conv", ["image", "weights"], ["sums"], name="conv"),
+        make("MaxPool", ["sums"], ["most"], name="pool", kernel_shape=[2, 2], strides=[2, 2]),
+        make("Shape", ["most"], ["shape"], name="shape"),
+        make("Gather", ["shape", "first"], ["count"], name="gather"),
+        make("Mul", ["count", "two"], ["twice"], name="mul"),
+        make("Concat", ["twice", "rest"], ["wanted"], name="concat", axis=0),
+        make("Reshape", ["most", "wanted"], ["halves"], name="reshape"),
+        make("Concat", ["halves", "halves"], ["features"], name="join", axis=1),
+    ]
+    constants = [
+        onnx.numpy_helper.from_array(np.ones((4, 3, 3, 3), np.float32), "weights"),
+        *(helper.make_tensor(name, ints, [1], [value]) for name, value in (("first", 0), ("two", 2), ("rest", -1))),
+    ]
+    image = helper.make_tensor_value_info("image", onnx.TensorProto.FLOAT, ["n", 3, 6, 6])
+    features = helper.make_tensor_value_info("features", onnx.TensorProto.FLOAT, ["m", 16])
+    graph = helper.make_graph(nodes, "shapes", [image], [features], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    real = onnxruntime.InferenceSession(str(backbone_file), options, providers=[CPU])
-    faked = types.SimpleNamespace(
-        get_providers=lambda: [CUDA], get_provider_graph_assignment_info=real.get_provider_graph_assignment_info
-    )
-    with pytest.raises(DeviceUnavailableError, match=f"gave Conv '.+' to {CPU}"):
-        prove(faked, "cuda")
+    real = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[CPU])
+
+    def proof(away: list[Any], infos: list[Any]) -> None:
+        elsewhere = types.SimpleNamespace(ep_name=CPU, get_nodes=lambda: away)
+        faked = types.SimpleNamespace(
+            get_providers=lambda: [CUDA],
+            get_provider_graph_assignment_info=lambda: [elsewhere],
+            get_input_memory_infos=lambda: infos,
+        )
+        prove(faked, "cuda", model.graph)
+
+    refused = set()
+    for node in [node for part in real.get_provider_graph_assignment_info() for node in part.get_nodes()]:
+        try:
+            proof([node], [])
+        except DeviceUnavailableError:
+            refused.add(node.name)
+    assert refused == {"conv", "pool", "reshape", "join"}
+    with pytest.raises(DeviceUnavailableError, match="wants the pixels in memory 'Cpu', card 0"):
+        proof([], real.get_input_memory_infos())
 
 
 def test_what_is_missing_is_in_the_message_and_not_on_stdout(
@@ -309,9 +366,7 @@ def test_fine_tuning_goes_on_with_the_cpu_where_torch_has_no_card(
         with caplog.at_level(logging.INFO):
             assert finetune._device("auto") == "cpu"
         assert [(each.levelno, "training on the CPU. " in each.getMessage()) for each in caplog.records] == [(level, True)]
-    with pytest.raises(
-        DeviceUnavailableError, match=r"--device cuda:1: torch .* does not compute there: .* Try"
-    ):
+    with pytest.raises(DeviceUnavailableError, match=r"--device cuda:1: torch .* does not compute there: .* Try"):
         finetune._device("cuda:1")
 
 
