@@ -33,7 +33,7 @@ import torch
 from PIL import Image
 
 from extractor.backbones import Backbone, load
-from extractor.cuda import Cuda, number_of
+from extractor.cuda import number_of
 from extractor.export import export
 from extractor.half import compare, halve
 from extractor.onnxfile import BackboneFacts, read_facts
@@ -72,8 +72,7 @@ class Bench:
         return str(self.given.device) != "cpu"
 
     def embedder(self, file: Path, facts: BackboneFacts, size: int, **options: Any) -> Embedder:
-        chosen = options.pop("cuda", Cuda(half=facts.precision == "fp16"))
-        return Embedder(file, facts.preprocess, device=self.given.device, batch_size=size, cuda=chosen, **options)
+        return Embedder(file, facts.preprocess, device=self.given.device, batch_size=size, **options)
 
 
 # --- the card ----------------------------------------------------------------------------------------------------------
@@ -232,7 +231,7 @@ def rounded_products(bench: Bench, file: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (size, facts.preprocess.crop, facts.preprocess.crop, 3), np.uint8)
     bench.say("", "### float32 and TF32, images/s")
     bench.table("float32", "TF32")
-    both = [bench.embedder(file, facts, size, cuda=Cuda(tf32=tf32)) for tf32 in (False, True)]
+    both = [bench.embedder(file, facts, size, tf32=tf32) for tf32 in (False, True)]
     bench.row(*(rate_of(each, pixels, bench.given.seconds) for each in both))
 
 

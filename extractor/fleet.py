@@ -18,7 +18,6 @@ import traceback
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
@@ -31,7 +30,6 @@ from numpy.typing import NDArray
 import store.errors
 from store.errors import DeviceUnavailableError, PenultError, UsageError
 
-from .cuda import Cuda
 from .preprocess import Preprocess
 from .session import Embedder, check_device, cores, no_cuda, resolve_device
 
@@ -80,12 +78,12 @@ def open_embedder(
     *,
     batch_size: int | None,
     outputs: Sequence[str],
-    cuda: Cuda,
+    tf32: bool,
 ) -> Embedder | Fleet:
     """An `Embedder` for one device, a `Fleet` for several."""
     if len(devices) == 1:
-        return Embedder(model, preprocess, device=devices[0], batch_size=batch_size, outputs=outputs, cuda=cuda)
-    return Fleet(devices, model, preprocess, batch_size=batch_size, outputs=outputs, cuda=cuda)
+        return Embedder(model, preprocess, device=devices[0], batch_size=batch_size, outputs=outputs, tf32=tf32)
+    return Fleet(devices, model, preprocess, batch_size=batch_size, outputs=outputs, tf32=tf32)
 
 
 class Fleet:
@@ -108,14 +106,14 @@ class Fleet:
         *,
         batch_size: int | None,
         outputs: Sequence[str],
-        cuda: Cuda,
+        tf32: bool,
     ) -> None:
         settings = {
             "model": str(model.absolute()),
             "preprocess": preprocess.facts(),
             "batch_size": batch_size,
             "outputs": list(outputs),
-            "cuda": asdict(cuda),
+            "tf32": tf32,
         }
         self._children: list[_Child] = []
         self._pool: ThreadPoolExecutor | None = None
@@ -288,7 +286,7 @@ def serve(descriptors: Sequence[str]) -> None:
                 device=settings["device"],
                 batch_size=settings["batch_size"],
                 outputs=settings["outputs"],
-                cuda=Cuda(**settings["cuda"]),
+                tf32=settings["tf32"],
             )
         except PenultError as error:
             _send(connections[0], {"error": type(error).__name__, "message": str(error)}, [])

@@ -216,6 +216,15 @@ def name_nodes(graph: Any) -> None:
         node.name = node.name or f"penult_node_{i}"
 
 
+def in_float16(graph: Any) -> bool:
+    """Whether the weights of all layers are float16."""
+    from onnx import TensorProto
+
+    kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    weights = (name for node in graph.node if node.op_type in WEIGHTED for name in node.input if name in kinds)
+    return {kinds[name] for name in weights} == {TensorProto.FLOAT16}
+
+
 def of_pixels(graph: Any) -> set[str]:
     """Names of the nodes that compute with what the graph is given, rather than with its shape or with constants."""
     moved = {value.name for value in graph.input} - {tensor.name for tensor in graph.initializer}

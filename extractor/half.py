@@ -80,7 +80,8 @@ def halve(source: Path, out: Path, facts: BackboneFacts) -> BackboneFacts:
             f"float32; {BOUND} and {COSINE} are allowed. Use --precision fp32"
         )
         raise BadDataError(message)
-    log.info("float16: %d of %d layers stay in float32; features move by %.1e at most", count, len(layers), worst)
+    left = f"{count} of {len(layers)} layers stay in float32" + (", so tensor cores stay off" if count else "")
+    log.info("float16: %s; features move by %.1e at most", left, worst)
     kept = layers[:count]
     calibration = {
         "sha256": hashlib.sha256(json.dumps(kept).encode()).hexdigest(),

@@ -31,7 +31,6 @@ from store.writer import CacheWriter, open_writer
 
 from .backbones import Backbone
 from .calibration import Calibrator, count_moved
-from .cuda import Cuda
 from .decoder import Decoder
 from .division import check_splits_possible, resolve_splits, say_splits
 from .files import Files
@@ -99,14 +98,13 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
         decoder.start()  # beside the session, which takes as long
         # The session proves the device before any image is read.
         check_for_gpu(facts.precision, devices[0])  # the file may say so itself
-        cuda = Cuda(tf32=options.tf32, half=facts.precision == "fp16")
         embedder = open_embedder(
             devices,
             cache / "backbone.onnx",
             facts.preprocess,
             batch_size=options.batch_size,
             outputs=facts.outputs,
-            cuda=cuda,
+            tf32=options.tf32,
         )
         opened.callback(embedder.close)
         sets = fingerprints(facts, embedder.provider, options.storage, tf32=options.tf32, views=drawn)

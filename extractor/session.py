@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from store.errors import BadDataError, DeviceUnavailableError, UsageError
 
-from .cuda import DEFAULTS, PROVIDER, BoundLane, Cuda, hushed, prove, providers, reason, trouble
+from .cuda import PROVIDER, BoundLane, hushed, prove, providers, reason, trouble
+from .graph import in_float16
 from .onnxfile import read_model
 from .preprocess import Preprocess
 from .prologue import takes_pixels
@@ -155,7 +156,7 @@ class Embedder:
         batch_size: images per call; None for the device's default.
         lanes: batches at once; None for one per core on the CPU and two on a GPU.
         outputs: names of the outputs to compute; the first where not given.
-        cuda: how a GPU computes.
+        tf32: let a GPU round the products of float32 to 10 bits, for speed.
 
     Attributes:
         provider: family, ``cpu`` or ``cuda``, proven after the session exists.
@@ -180,13 +181,13 @@ class Embedder:
         batch_size: int | None = None,
         lanes: int | None = None,
         outputs: Sequence[str] = (),
-        cuda: Cuda = DEFAULTS,
+        tf32: bool = False,
     ) -> None:
         self.provider = device.partition(":")[0]
         self.calls, self.seconds = 0, 0.0
         self.told: Callable[[int, float], None] | None = None
         self.lanes = lanes or (LANES_CUDA if self.provider == "cuda" else min(cores(), MAX_LANES))
-        self._model, self._device, self._preprocess, self._cuda = model, device, preprocess, cuda
+        self._model, self._device, self._preprocess, self._tf32 = model, device, preprocess, tf32
         self._gate, self._pool = Condition(), ThreadPoolExecutor(self.lanes, "penult-lane")
         session = self._open()
         shapes = {output.name: output.shape for output in session.get_outputs()}
@@ -235,14 +236,15 @@ class Embedder:
         import onnx
 
         resolve_device(self._device)
-        wanted = providers(self._device, self._cuda)
+        nodes = (onnx.load_model_from_string(graph) if graph else read_model(self._model)).graph
+        wanted = providers(self._device, tensor_cores=self._tf32 or in_float16(nodes))
         try:  # its own fall-back to the CPU would print, and go on
             with hushed(onnxruntime):
                 session = onnxruntime.InferenceSession(graph or str(self._model), options, providers=wanted, enable_fallback=0)
         except Exception as error:
             message = f"--device {self._device}: {reason(error)}"
             raise DeviceUnavailableError(message) from error
-        prove(session, self._device, (onnx.load_model_from_string(graph) if graph else read_model(self._model)).graph)
+        prove(session, self._device, nodes)
         return session
 
     def _graph(self) -> bytes | None:

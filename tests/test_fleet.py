@@ -16,7 +16,6 @@ import pytest
 
 from extractor import fleet
 from extractor.backbones import Backbone
-from extractor.cuda import Cuda
 from extractor.fleet import Fleet, resolve_devices
 from extractor.onnxfile import read_facts
 from extractor.options import Options
@@ -36,7 +35,7 @@ def pixels(count: int, side: int = 64) -> Any:
 @pytest.fixture
 def two(backbone_file: Path) -> Iterator[Fleet]:
     preprocess = read_facts(backbone_file).preprocess
-    opened = Fleet(["cpu", "cpu"], backbone_file, preprocess, batch_size=4, outputs=["features"], cuda=Cuda())
+    opened = Fleet(["cpu", "cpu"], backbone_file, preprocess, batch_size=4, outputs=["features"], tf32=False)
     yield opened
     opened.close()
 
@@ -79,7 +78,7 @@ def test_what_goes_wrong_in_a_child_is_raised_here(two: Fleet, backbone_file: Pa
             read_facts(backbone_file).preprocess,
             batch_size=None,
             outputs=[],
-            cuda=Cuda(),
+            tf32=False,
         )
 
 

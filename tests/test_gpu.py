@@ -30,9 +30,10 @@ from classifiers.train import train_head
 from cli import calibration_text
 from extractor import cuda, session
 from extractor.backbones import Backbone
-from extractor.cuda import BoundLane, Cuda, capability, is_loaded, pin, prove, providers, reason, trouble
+from extractor.cuda import BoundLane, capability, is_loaded, pin, prove, reason, trouble
 from extractor.fleet import Fleet, resolve_devices
-from extractor.half import BOUND, COSINE, compare, halve
+from extractor.graph import name_nodes
+from extractor.half import BOUND, COSINE, _convert, compare, halve
 from extractor.onnxfile import read_facts
 from extractor.options import Options
 from extractor.parity import relative_l2
@@ -352,7 +353,7 @@ def test_auto_goes_on_with_the_cpu_where_a_card_does_not_work(
             read_facts(backbone_file).preprocess,
             batch_size=None,
             outputs=["features"],
-            cuda=Cuda(),
+            tf32=False,
         )
 
 
@@ -439,10 +440,20 @@ def test_a_gpu_session_asks_for_its_device_without_tf32(backbone_file: Path, sta
     }
 
 
-@pytest.mark.parametrize("chosen", [Cuda(half=True), Cuda(tf32=True)])
-def test_tensor_cores_get_nhwc(chosen: Cuda) -> None:
-    (_, options), last = providers("cuda", chosen)
-    assert (options["prefer_nhwc"], options["use_tf32"], last) == ("1", str(int(chosen.tf32)), CPU)
+@pytest.mark.parametrize("kept", [0, 2])
+def test_tensor_cores_are_for_float16_throughout(backbone_file: Path, stage: Stage, tmp_path: Path, kept: int) -> None:
+    """In float32 layers they would round as coarsely as the float16 that these were spared."""
+    facts = read_facts(backbone_file)
+    model = onnx.load(backbone_file)
+    name_nodes(model.graph)
+    front = [node.name for node in model.graph.node if node.op_type == "Conv"][:kept]
+    (tmp_path / "half.onnx").write_bytes(_convert(model, front).SerializeToString())
+    fake = stage(CUDA)
+    Embedder(tmp_path / "half.onnx", facts.preprocess, device="cuda")
+    on = "0" if kept else "1"
+    assert [fake.providers[0][1][name] for name in ("use_tf32", "prefer_nhwc")] == [on, on]
+    Embedder(tmp_path / "half.onnx", facts.preprocess, device="cuda", tf32=True)
+    assert fake.providers[0][1]["use_tf32"] == "1", "asked for"
 
 
 # --- lanes and buffers -------------------------------------------------------------------------------------------------
@@ -550,7 +561,7 @@ def test_float16_is_extracted_on_a_gpu_and_predicted_from_on_a_cpu(
     chosen = Options(device="cuda", precision="fp16", batch_size=4, storage="float32")
     summary = run_extract(source, backbone, tmp_path / "half.cache", chosen)
     assert (summary.provider, summary.ok, summary.batch_size, summary.lanes) == ("cuda", 12, 4, 2)
-    assert fake.providers[0][1]["prefer_nhwc"] == "1"
+    assert (fake.providers[0][1]["use_tf32"], fake.providers[0][1]["prefer_nhwc"]) == ("1", "1")
     cache = FeatureCache(tmp_path / "half.cache")
     fields = cache.fingerprint.fields
     assert (fields["precision"], fields["provider"], fields["tf32"]) == ("fp16", "cuda", False)
@@ -692,7 +703,7 @@ def test_a_real_gpu_agrees_with_the_cpu(backbone_file: Path) -> None:
 def test_a_real_gpu_in_float16_stays_within_the_bound(backbone_file: Path, tmp_path: Path) -> None:
     facts = halve(backbone_file, tmp_path / "half.onnx", read_facts(backbone_file))
     exact = Embedder(backbone_file, facts.preprocess).embed(pixels(40))
-    on_card = Embedder(tmp_path / "half.onnx", facts.preprocess, device="cuda", batch_size=8, cuda=Cuda(half=True))
+    on_card = Embedder(tmp_path / "half.onnx", facts.preprocess, device="cuda", batch_size=8)
     worst, cosine = compare(on_card.embed(pixels(40)), exact)
     assert worst <= BOUND
     assert cosine >= COSINE
@@ -733,8 +744,8 @@ def test_a_real_gpus_memory_is_flat(backbone_file: Path) -> None:
 def test_a_real_gpu_that_is_full_gets_smaller_batches(backbone_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = cuda.providers
 
-    def little(device: str, chosen: Cuda) -> list[Any]:
-        (name, given), last = options(device, chosen)
+    def little(device: str, **chosen: bool) -> list[Any]:
+        (name, given), last = options(device, **chosen)
         return [(name, {**given, "gpu_mem_limit": str(64 * 2**20)}), last]
 
     monkeypatch.setattr(session, "providers", little)
