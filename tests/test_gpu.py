@@ -83,6 +83,7 @@ class FakeRuntime(types.ModuleType):
         self.printed, self.broken, self.memory = "", "", "Cuda"
         self.severities: list[int] = []
         self.SessionOptions, self.__file__ = onnxruntime.SessionOptions, onnxruntime.__file__
+        self.GraphOptimizationLevel = onnxruntime.GraphOptimizationLevel
         fake = self
 
         class OrtValue:
