@@ -147,6 +147,20 @@ def capability(device: str, onnxruntime: Any) -> str:
     return ".".join(str(value.value) for value in found) if found[0].value >= 0 else "unknown"
 
 
+def free_memory(device: str) -> int:
+    """Bytes that are free on a card; 0 where that cannot be told."""
+    import onnxruntime
+
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    try:
+        runtime = _runtime(onnxruntime)
+        runtime.cudaSetDevice(number_of(device))
+        status = runtime.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total))
+    except (AttributeError, OSError):
+        return 0
+    return 0 if status else free.value
+
+
 def providers(device: str, *, tensor_cores: bool = False) -> list[Any]:
     """What a session on ``cuda[:N]`` is opened with, in order of preference; ``tensor_cores`` round float32 to TF32."""
     on = {False: "0", True: "1"}

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from store.errors import BadDataError, DeviceUnavailableError, UsageError
 
-from .cuda import PROVIDER, BoundLane, hushed, prove, providers, reason, trouble
+from .cuda import PROVIDER, BoundLane, free_memory, hushed, prove, providers, reason, trouble
 from .graph import in_float16
 from .onnxfile import read_model
 from .preprocess import Preprocess
@@ -31,7 +31,8 @@ log = logging.getLogger("penult.extractor")
 # The last two as in CUBLAS_STATUS_ALLOC_FAILED and CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED
 OUT_OF_MEMORY = ("BFCArena", "Failed to allocate memory", "OUT_OF_MEMORY", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
 MAX_DIM = 65536
-DEFAULT_BATCH = {"cpu": 4, "cuda": 64}  # on a CPU large batches lose: they fall out of its caches
+CPU_BATCH = 4  # large batches lose there: they fall out of the caches
+GPU_BATCHES = ((40e9, 256), (12e9, 128), (0, 64))  # by the bytes that are free on a card; where one is too large, it is halved
 MAX_LANES = 16  # on a CPU; with more cores each lane gets several threads, for it keeps activations of its own
 LANES_CUDA = 2  # the copies of one batch hide behind the compute of the other
 MAX_PROLOGUE = 256 * 2**20  # bytes of a backbone file that is rewritten in memory on a CPU, see `Embedder`
@@ -197,7 +198,7 @@ class Embedder:
         self._input, self._dtype = found.name, np.uint8 if found.type == "tensor(uint8)" else np.float32
         self._on_host = preprocess if found.type != "tensor(uint8)" else None
         self.fixed_batch = isinstance(found.shape[0], int)  # the graph takes no other
-        self._opened = _Opened(session, found.shape[0] if self.fixed_batch else batch_size or DEFAULT_BATCH[self.provider])
+        self._opened = _Opened(session, found.shape[0] if self.fixed_batch else batch_size or self._usual_batch())
 
     @property
     def batch_size(self) -> int:
@@ -206,6 +207,12 @@ class Embedder:
     @batch_size.setter
     def batch_size(self, size: int) -> None:
         self._opened = _Opened(self._opened.session, size)
+
+    def _usual_batch(self) -> int:
+        if self.provider == "cpu":
+            return CPU_BATCH
+        free = free_memory(self._device)
+        return next(size for least, size in GPU_BATCHES if free >= least)
 
     def _dim(self, shape: Sequence[Any]) -> int:
         if len(shape) == 2 and isinstance(shape[1], int) and 0 < shape[1] <= MAX_DIM:

@@ -30,7 +30,7 @@ from classifiers.train import train_head
 from cli import calibration_text
 from extractor import cuda, session
 from extractor.backbones import Backbone
-from extractor.cuda import BoundLane, capability, is_loaded, pin, prove, reason, trouble
+from extractor.cuda import BoundLane, capability, free_memory, is_loaded, pin, prove, reason, trouble
 from extractor.fleet import Fleet, resolve_devices
 from extractor.graph import name_nodes
 from extractor.half import BOUND, COSINE, _convert, compare, halve
@@ -344,6 +344,7 @@ def test_auto_goes_on_with_the_cpu_where_a_card_does_not_work(
     assert f"error: --device cuda: ONNX Runtime made a session on {CPU} instead: {CUDA} did not load ({why}" in err
     assert not (tmp_path / "b.cache").exists()
     assert resolve_devices("auto") == ["cpu"]
+    assert free_memory("cuda") == 0, "CUDA's own runtime is there, and no driver"
     bundle = REPO / "tests/data/archives/v1/ridge.head"
     predictor = Predictor.load(bundle, device="auto", workers=1)
     assert [each.code for each in predictor.predict(photos.rglob("*.jpg"))] == [None, None]
@@ -455,6 +456,22 @@ def test_tensor_cores_are_for_float16_throughout(backbone_file: Path, stage: Sta
     assert [fake.providers[0][1][name] for name in ("use_tf32", "prefer_nhwc")] == [on, on]
     Embedder(tmp_path / "half.onnx", facts.preprocess, device="cuda", tf32=True)
     assert fake.providers[0][1]["use_tf32"] == "1", "asked for"
+
+
+def test_the_batch_goes_by_the_memory_that_is_free(backbone_file: Path, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage(CUDA)
+
+    def told(free: Any, total: Any) -> int:
+        free._obj.value, total._obj.value = most, 141 * 10**9
+        return status
+
+    runtime = types.SimpleNamespace(cudaSetDevice=lambda number: None, cudaMemGetInfo=told)
+    monkeypatch.setattr(cuda.ctypes, "CDLL", lambda _name: runtime)
+    found = {}
+    for status, most in ((0, 139 * 10**9), (0, 40 * 10**9), (0, 22 * 10**9), (0, 8 * 10**9), (35, 139 * 10**9)):
+        found[status, most // 10**9] = Embedder(backbone_file, device="cuda").batch_size
+    assert found == {(0, 139): 256, (0, 40): 256, (0, 22): 128, (0, 8): 64, (35, 139): 64}
+    assert Embedder(backbone_file, device="cuda", batch_size=7).batch_size == 7
 
 
 # --- lanes and buffers -------------------------------------------------------------------------------------------------
