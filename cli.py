@@ -110,7 +110,7 @@ run_options = options(
         "--device",
         default="auto",
         show_default=True,
-        metavar="auto|cpu|cuda[:N]|tensorrt[:N]",
+        metavar="auto|cpu|cuda[:N]",
         help="Where to compute; see docs/gpu.md.",
     ),
     click.option("-b", "--batch-size", default="auto", show_default=True, metavar="N|auto", help="Images per batch."),

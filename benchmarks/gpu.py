@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
@@ -33,7 +33,7 @@ import torch
 from PIL import Image
 
 from extractor.backbones import Backbone, load
-from extractor.cuda import Cuda, split_device
+from extractor.cuda import number_of
 from extractor.export import export
 from extractor.half import compare, halve
 from extractor.onnxfile import BackboneFacts, read_facts
@@ -72,8 +72,7 @@ class Bench:
         return str(self.given.device) != "cpu"
 
     def embedder(self, file: Path, facts: BackboneFacts, size: int, **options: Any) -> Embedder:
-        chosen = options.pop("cuda", Cuda(half=facts.precision == "fp16"))
-        return Embedder(file, facts.preprocess, device=self.given.device, batch_size=size, cuda=chosen, **options)
+        return Embedder(file, facts.preprocess, device=self.given.device, batch_size=size, **options)
 
 
 # --- the card ----------------------------------------------------------------------------------------------------------
@@ -81,9 +80,9 @@ class Bench:
 
 def card(device: str) -> dict[str, float] | None:
     """Utilisation in percent and memory in MiB of a GPU, from NVML or nvidia-smi; None on a CPU."""
-    kind, number = split_device(device)
-    if kind == "cpu":
+    if device == "cpu":
         return None
+    number = number_of(device)
     try:
         import pynvml
     except ImportError:
@@ -196,8 +195,7 @@ def backbones(bench: Bench, files: dict[str, Path], network: Callable[[], Any]) 
     given, best = bench.given, dict.fromkeys(PRECISIONS, 0.0)
     bench.say("", "### Backbone alone, images/s", "")
     bench.say("uint8 pixels on the host to features on the host; torch eager also with everything on the card. Interleaved.")
-    heads = ("precision", "batch", "penult, 2 lanes", "penult, 1 lane + CUDA graph", "torch eager", "on the card", "ratio")
-    bench.table(*heads)
+    bench.table("precision", "batch", "penult, 2 lanes", "torch eager", "on the card", "ratio")
     ratios: dict[str, list[float]] = {precision: [] for precision in PRECISIONS}
     for precision in PRECISIONS:
         facts = read_facts(files[precision])
@@ -205,12 +203,9 @@ def backbones(bench: Bench, files: dict[str, Path], network: Callable[[], Any]) 
         for size in given.batch_sizes:
             side = facts.preprocess.crop
             pixels = np.random.default_rng(0).integers(0, 256, (size, side, side, 3), np.uint8)
-            half = facts.precision == "fp16"
             lanes = bench.embedder(files[precision], facts, size)
-            alone = bench.embedder(files[precision], facts, size, lanes=1, cuda=Cuda(half=half, graph=bench.on_gpu))
             ways: dict[str, Callable[[], float]] = {
                 "lanes": lambda e=lanes, p=pixels: rate_of(e, p, given.seconds),
-                "graph": lambda e=alone, p=pixels: rate_of(e, p, given.seconds),
                 "torch": lambda e=eager, p=pixels: e.rate(p, given.seconds, copies=True),
                 "card": lambda e=eager, p=pixels: e.rate(p, given.seconds, copies=False),
             }
@@ -219,7 +214,7 @@ def backbones(bench: Bench, files: dict[str, Path], network: Callable[[], Any]) 
                 for way, measure in ways.items():
                     rates[way].append(measure())
             middle = {way: statistics.median(found) for way, found in rates.items()}
-            each = [max(a, b) / c for a, b, c in zip(rates["lanes"], rates["graph"], rates["torch"], strict=True)]
+            each = [a / b for a, b in zip(rates["lanes"], rates["torch"], strict=True)]
             ratios[precision].append(statistics.median(each))
             best[precision] = max(best[precision], middle["lanes"])
             spread = f"{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f})"
@@ -228,19 +223,16 @@ def backbones(bench: Bench, files: dict[str, Path], network: Callable[[], Any]) 
     return best
 
 
-def settings(bench: Bench, files: dict[str, Path]) -> None:
-    """How cuDNN's choice of algorithms and the layout matter: what `extractor.cuda` decided, measured."""
+def rounded_products(bench: Bench, file: Path) -> None:
+    """What ``--tf32`` gains."""
     if not bench.on_gpu:
         return
-    bench.say("", "### Settings of the CUDA provider, images/s")
-    bench.table("precision", "as it is", "the other layout", "HEURISTIC", "TF32")
-    for precision, file in files.items():
-        facts, size = read_facts(file), bench.given.batch_sizes[-1]
-        side, half = facts.preprocess.crop, precision == "fp16"
-        pixels = np.random.default_rng(0).integers(0, 256, (size, side, side, 3), np.uint8)
-        usual = Cuda(half=half)
-        tried = (usual, replace(usual, nhwc=not half), replace(usual, search="HEURISTIC"), replace(usual, tf32=True))
-        bench.row(precision, *(rate_of(bench.embedder(file, facts, size, cuda=c), pixels, bench.given.seconds) for c in tried))
+    facts, size = read_facts(file), bench.given.batch_sizes[-1]
+    pixels = np.random.default_rng(0).integers(0, 256, (size, facts.preprocess.crop, facts.preprocess.crop, 3), np.uint8)
+    bench.say("", "### float32 and TF32, images/s")
+    bench.table("float32", "TF32")
+    both = [bench.embedder(file, facts, size, tf32=tf32) for tf32 in (False, True)]
+    bench.row(*(rate_of(each, pixels, bench.given.seconds) for each in both))
 
 
 # --- decoding and the whole way ----------------------------------------------------------------------------------------
@@ -347,8 +339,7 @@ def fidelity(bench: Bench, files: dict[str, Path], photos: Path, count: int) -> 
 
 
 def machine(device: str) -> str:
-    kind, number = split_device(device)
-    name = torch.cuda.get_device_name(number) if kind != "cpu" else "no card: a CPU, which says nothing of a GPU"
+    name = torch.cuda.get_device_name(number_of(device)) if device != "cpu" else "no card: a CPU, which says nothing of a GPU"
     found = []
     for package in ("torch", "onnxruntime-gpu", "onnxruntime"):
         try:
@@ -396,7 +387,7 @@ def main() -> None:
         bench.say("# Benchmarks on a GPU", "", "Written by `benchmarks/gpu.py`; ratios travel, rates do not.", "")
         bench.say(f"## {given.network}", "", f"{date.today()}. {machine(given.device)}.")
         rates = backbones(bench, files, lambda: load(backbone).network.eval())
-        settings(bench, files)
+        rounded_products(bench, files["fp32"])
         whole_way(bench, files, photos, decoding(bench, facts, photos), rates)
         flatness(bench, files["fp16" if bench.on_gpu else "fp32"])
         fidelity(bench, files, given.photos or photos, 24 if given.smoke else 250)

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from extractor.backbones import Backbone, Loaded
+from extractor.cuda import number_of
 from extractor.decoder import Decoder
 from extractor.progress import Progress, StopFlag
 
@@ -55,11 +56,6 @@ class Plan:
         return np.bincount([label for _, label in self.train], minlength=self.n_classes)
 
 
-def gpu_of(device: str) -> int:
-    """Which card ``cuda`` or ``cuda:N`` is."""
-    return int(device.partition(":")[2] or 0)
-
-
 @contextmanager
 def isolated(devices: Sequence[str], seed: int) -> Iterator[None]:
     """Seed torch and let Lightning set its flags, speak and warn; afterwards everything is as it was."""
@@ -73,7 +69,7 @@ def isolated(devices: Sequence[str], seed: int) -> Iterator[None]:
         warnings.filterwarnings("ignore", ".*does not have a deterministic implementation")
         loggers = {logger: logger.level for logger in map(logging.getLogger, ("lightning.pytorch", "lightning.fabric"))}
         strict, benchmark = torch.get_deterministic_debug_mode(), torch.backends.cudnn.benchmark
-        gpus = [gpu_of(device) for device in devices if device != "cpu"]
+        gpus = [number_of(device) for device in devices if device != "cpu"]
         try:
             for logger in loggers:
                 logger.setLevel(logging.ERROR)
@@ -131,7 +127,7 @@ def _trainer(plan: Plan, keeper: Any, rank: int, *, resumed: bool) -> Any:
         callbacks.append(curve_writer(plan.log_dir))
     return Trainer(
         accelerator="cpu" if device == "cpu" else "gpu",
-        devices=len(plan.devices) if device == "cpu" else [gpu_of(each) for each in plan.devices],
+        devices=len(plan.devices) if device == "cpu" else [number_of(each) for each in plan.devices],
         strategy="ddp" if len(plan.devices) > 1 else "auto",
         precision=PRECISIONS[options.mixed_precision],
         max_epochs=options.epochs,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -20,13 +21,15 @@ from numpy.typing import NDArray
 
 from extractor import backbones
 from extractor.backbones import Backbone, Loaded
-from extractor.fleet import resolve_devices
+from extractor.cuda import number_of
+from extractor.fleet import parse_devices
 from extractor.progress import StopFlag, stop_on_signal
+from extractor.session import nvidia_driver_present
 from store.errors import BadDataError, DeviceUnavailableError, InterruptedRunError, UsageError
 
 from .batches import Item
 from .checkpoints import Checkpoints
-from .epochs import Plan, gpu_of, isolated, run_epochs
+from .epochs import Plan, isolated, run_epochs
 from .finetune_options import HEAD_FACTOR, FineTuneOptions
 from .probing import AffineHead
 from .ranks import run_on_all
@@ -98,7 +101,7 @@ def finetune(
     if backbone.is_file:
         message = f"{backbone.name} is an ONNX file and cannot be trained: name a torchvision network and --weights FILE.pth"
         raise UsageError(message)
-    devices = [_device(device, options.device) for device in resolve_devices(options.device)]
+    devices = [_device(device) for device in parse_devices(options.device)]
     _check_share(train, validation, options, devices)
     if devices[0] == "cpu" and options.mixed_precision == "fp16":
         message = "mixed_precision fp16 needs a GPU; bf16 works on a CPU too"
@@ -159,16 +162,30 @@ def _check_share(train: Sequence[Item], validation: Sequence[Item], options: Fin
         raise UsageError(message)
 
 
-def _device(device: str, asked: str) -> str:
+def _device(device: str) -> str:
+    """``auto`` to ``cuda`` where torch computes on a card, else to ``cpu``, and the log says why; others as they are.
+
+    Raises:
+        DeviceUnavailableError: torch does not have it; says why.
+    """
     import torch
 
-    device = device.replace("tensorrt", "cuda")  # torch trains on the card itself
-    if device == "cpu" or (torch.cuda.is_available() and gpu_of(device) < torch.cuda.device_count()):
-        return device
-    if asked == "auto":
-        log.info("torch has no GPU here: training on the CPU")
+    cuda: Any = torch.cuda
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a driver that is too old: that is said below
+        count = cuda.device_count() if cuda.is_available() else 0
+    if device == "cpu" or number_of(device) < count:
+        return "cuda" if device == "auto" else device
+    why = f"it finds {count} such devices"
+    try:
+        cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).strip().splitlines()[0]
+    if device == "auto":
+        level = logging.WARNING if nvidia_driver_present() else logging.INFO
+        log.log(level, "torch has no GPU here: training on the CPU. %s", why)
         return "cpu"
-    message = f"--device {asked}: torch {torch.__version__} finds {torch.cuda.device_count()} such devices; try --device cpu"
+    message = f"--device {device}: torch {torch.__version__} does not compute there: {why}. Try --device cpu"
     raise DeviceUnavailableError(message)
 
 

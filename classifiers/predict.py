@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from extractor.cuda import DEFAULTS, Cuda
 from extractor.decoder import Decoder
 from extractor.files import Files, FolderFiles
 from extractor.futures import in_flight
@@ -63,7 +62,7 @@ class Predictor:
         batch_size: images per call of the backbone; None for the device's default.
         workers: decoding threads; None for as many as are needed.
         output: of the backbone's graph, where it has several.
-        cuda: how a GPU computes; as it did for the cache.
+        tf32: whether a GPU rounds the products of float32; as it did for the cache.
         novelty: what tells images that are unlike the training images.
         task: what the columns are, and how one decides by them; by default classes, one of which an image has.
         views: what the head's outputs for an image are averaged over; None for the image as it is.
@@ -88,7 +87,7 @@ class Predictor:
         batch_size: int | None = None,
         workers: int | None = None,
         output: str = "features",
-        cuda: Cuda = DEFAULTS,
+        tf32: bool = False,
         novelty: Novelty | None = None,
         task: HeadTask | None = None,
         views: Views | None = None,
@@ -98,7 +97,7 @@ class Predictor:
         self.task, self.novelty = task or task_of(SINGLE_LABEL, list(classes)), novelty
         self._backbone, self._preprocess, self._head, self._storage = backbone, preprocess, head, storage
         self._device, self._batch_size, self._output = device, batch_size, output
-        self._workers, self._cuda, self._views, self._pixel_origin, self._require = workers, cuda, views, pixels, require
+        self._workers, self._tf32, self._views, self._pixel_origin, self._require = workers, tf32, views, pixels, require
 
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> Self:
@@ -290,7 +289,7 @@ class Predictor:
             device=resolve_device(self._device),
             batch_size=self._batch_size,
             outputs=[self._output],
-            cuda=self._cuda,
+            tf32=self._tf32,
         )
         if self._require is not None:
             self._require(opened.metadata)
@@ -309,10 +308,9 @@ class Predictor:
 
 def _computing(fingerprint: Fingerprint, options: dict[str, Any]) -> dict[str, Any]:
     """The options, and how a GPU is to compute what these features were computed with."""
-    precision = precision_of(fingerprint)
-    if precision == "int8" and options.get("device", "auto") == "auto":
+    if precision_of(fingerprint) == "int8" and options.get("device", "auto") == "auto":
         options = {**options, "device": "cpu"}  # which int8 was calibrated for; a GPU computes such a graph in float
-    return {"cuda": Cuda(tf32=bool(fingerprint.fields.get("tf32")), half=precision == "fp16"), **options}
+    return {"tf32": bool(fingerprint.fields.get("tf32")), **options}
 
 
 def list_images(inputs: Sequence[str | Path]) -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-"""The NVIDIA side of a session: libraries, providers and their options, the proof that they compute, buffers that never move.
+"""The NVIDIA side of a session: libraries, the provider and its options, the proof that it computes, buffers that never move.
 
 What was decided, and why:
 
@@ -6,169 +6,203 @@ What was decided, and why:
   lock, so one lane's copies hide behind the other's compute; a second session would cost the weights a second time.
 - Pixels and features lie in device buffers that are made once per lane and batch size, so memory is flat. The host side is
   pinned: a copy from pageable memory goes through the driver's own buffer at half the speed, with the interpreter locked.
-- A CUDA graph is replayed at fixed addresses and must not run in two threads at once. It saves the launches of kernels, which
-  batches of an extraction hide anyway; so it is off, and `Cuda.graph` turns it on for a session with one lane.
-- NHWC is what tensor cores take: on for float16 and TF32; without them cuDNN's NCHW kernels need no transposition.
+- ``use_tf32`` is ONNX Runtime's one switch for the tensor cores of all convolutions: off, float16 has none either; on, float32
+  products lose 13 bits. So it is on where somebody asked for TF32, and for networks that are float16 throughout, which have no
+  float32 to lose. A layer that was kept in float32 because float16 is too coarse for it would be as coarse in TF32 (the
+  features of one MobileNetV2 would move by 3 % again, and not by 0.5 %): there it is off.
+- NHWC is what tensor cores take; without them cuDNN's NCHW kernels need no transposition.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import io
 import logging
-import os
+import re
 import weakref
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from itertools import count
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from store.errors import DeviceUnavailableError, OutputError
+from store.errors import DeviceUnavailableError
 
-from .graph import WEIGHTED
-from .onnxfile import digest
+from .graph import of_pixels
 
 log = logging.getLogger("penult.extractor")
 
-PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
-NO_GRAPH = "graph capture"  # in the message of a session whose network cannot be captured
+PROVIDER = "CUDAExecutionProvider"
+WARNINGS, NOTHING = 2, 4  # severities of what ONNX Runtime logs: its default, and fatal errors alone
 PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
-_graph_ids = count(1)
+# What ONNX Runtime itself adds to a graph for shapes; other nodes that it has named are parts of a function, or fusions.
+OF_SHAPES = ("Shape", "Size", "Gather", "Slice", "Concat", "Squeeze", "Unsqueeze", "Cast")
+MAJOR, MINOR = 75, 76  # cudaDevAttrComputeCapabilityMajor and ..Minor
 
 
-@dataclass(frozen=True)
-class Cuda:
-    """How a GPU computes.
+def number_of(device: str) -> int:
+    """Which card ``cuda`` or ``cuda:N`` is."""
+    return int(device.partition(":")[2] or 0)
 
-    Attributes:
-        tf32: let float32 products lose 13 bits; decides the numbers, so the fingerprint says it.
-        half: the network is float16.
-        graph: capture a CUDA graph; for one lane.
-        nhwc: the layout of tensor cores; None for where there are some to use.
-        search: how cuDNN chooses its algorithms: ``EXHAUSTIVE`` tries them once per shape, ``HEURISTIC`` guesses.
+
+@contextlib.contextmanager
+def hushed(onnxruntime: Any) -> Iterator[None]:
+    """Keep what ONNX Runtime logs from the terminal, for as long as its failures are put into messages."""
+    onnxruntime.set_default_logger_severity(NOTHING)
+    try:
+        yield
+    finally:
+        onnxruntime.set_default_logger_severity(WARNINGS)
+
+
+@cache
+def trouble(device: str) -> str:
+    """Why a card does not compute with ONNX Runtime, for people; empty where it does. Tried once in a process.
+
+    By running a convolution: ONNX Runtime raises little of it. It goes on with the CPU, or without cuDNN, and fails only in a
+    run on a card that its wheel has no code for.
     """
+    import onnxruntime
 
-    tf32: bool = False
-    half: bool = False
-    graph: bool = False
-    nhwc: bool | None = None
-    search: str = "EXHAUSTIVE"
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = NOTHING
+    model, pixels, expected = _one_convolution()
+    with hushed(onnxruntime):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):  # which belongs to results
+            onnxruntime.preload_dlls()
+        try:  # its own fall-back to the CPU would print, and go on
+            session = onnxruntime.InferenceSession(model, options, providers=providers(device), enable_fallback=0)
+            delivered = session.get_providers()[0]
+            if delivered != PROVIDER:
+                why = _unloadable(onnxruntime) or " ".join(printed.getvalue().split())
+                why = why or f"does the driver support CUDA {onnxruntime.cuda_version or '13'}?"
+                return f"ONNX Runtime made a session on {delivered} instead: {PROVIDER} did not load ({why})"
+            found = session.run(None, {"pixels": pixels})[0]
+        except Exception as error:  # onnxruntime's exceptions have no common public base
+            why = reason(error)
+            if "no kernel image" in why:
+                why = f"this onnxruntime has no code for a card of compute capability {capability(device, onnxruntime)}: {why}"
+            return why
+    if not np.array_equal(found, expected):
+        return "a convolution gives something else there than on a CPU"
+    if not is_loaded("libcudnn"):  # it does without from 1.30 on
+        return "ONNX Runtime finds no cuDNN, and is slow without; install onnxruntime-gpu[cuda,cudnn]"
+    return ""
 
 
-DEFAULTS = Cuda()
+def _one_convolution() -> tuple[bytes, NDArray[np.uint8], NDArray[np.float32]]:
+    """A network with a layer of cuDNN's and some of ONNX Runtime's own, its input, and what it gives."""
+    from onnx import TensorProto, helper
+
+    nodes = [
+        helper.make_node("Transpose", ["pixels"], ["planes"], perm=[0, 3, 1, 2]),
+        helper.make_node("Cast", ["planes"], ["values"], to=TensorProto.FLOAT),
+        helper.make_node("Conv", ["values", "ones"], ["sums"]),
+        helper.make_node("Relu", ["sums"], ["features"]),
+    ]
+    ones = helper.make_tensor("ones", TensorProto.FLOAT, [8, 3, 3, 3], [1.0] * 216)
+    pixels = helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["n", 8, 8, 3])
+    features = helper.make_tensor_value_info("features", TensorProto.FLOAT, ["n", 8, 6, 6])
+    graph = helper.make_graph(nodes, "convolution", [pixels], [features], [ones])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    return model.SerializeToString(), np.full((1, 8, 8, 3), 2, np.uint8), np.full((1, 8, 6, 6), 54, np.float32)
 
 
-def split_device(device: str) -> tuple[str, int]:
-    """``cuda:1`` to ``("cuda", 1)``."""
-    kind, _, number = device.partition(":")
-    return kind, int(number or 0)
+def _unloadable(onnxruntime: Any) -> str:
+    """Why the provider's library cannot be loaded, which ONNX Runtime logs and does not raise; empty where it can."""
+    try:
+        ctypes.CDLL(str(Path(onnxruntime.__file__).parent / "capi/libonnxruntime_providers_cuda.so"))
+    except OSError as error:
+        return str(error)
+    return ""
 
 
-def load_libraries(onnxruntime: Any) -> str:
-    """Load CUDA and cuDNN from NVIDIA's packages; gives what ONNX Runtime prints about it, for stdout belongs to results."""
-    onnxruntime.set_default_logger_severity(4)  # what it would log is raised instead
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        onnxruntime.preload_dlls()
-    return " ".join(printed.getvalue().split())
+def is_loaded(library: str) -> bool:
+    """Whether a shared library of some version is in this process (Linux, as all of CUDA here)."""
+    return f"/{library}.so." in Path("/proc/self/maps").read_text("utf-8", "surrogateescape")
 
 
-def providers(device: str, cuda: Cuda, model: bytes | Path) -> list[Any]:
-    """What a session is opened with, in order of preference.
+def reason(error: Exception) -> str:
+    """What went wrong in ONNX Runtime, in one line; of a failure on a card, without the place in its source and the host."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    found = re.search(r"CU[A-Z_]+ failure -?\d+: [^;]*", line)
+    return found.group().strip() if found else line
 
-    Args:
-        device: ``cuda[:N]`` or ``tensorrt[:N]``.
-        cuda: how it computes.
-        model: the graph, or its file; TensorRT's engines are kept under its digest.
-    """
-    kind, number = split_device(device)
+
+def _runtime(onnxruntime: Any) -> Any:
+    """CUDA's own runtime, which `trouble` has loaded; OSError where it has not."""
+    return ctypes.CDLL(f"libcudart.so.{str(onnxruntime.cuda_version).partition('.')[0]}")
+
+
+def capability(device: str, onnxruntime: Any) -> str:
+    """The compute capability of a card, such as ``10.0``."""
+    found = ctypes.c_int(-1), ctypes.c_int(-1)
+    with contextlib.suppress(AttributeError, OSError):
+        for value, attribute in zip(found, (MAJOR, MINOR), strict=True):
+            _runtime(onnxruntime).cudaDeviceGetAttribute(ctypes.byref(value), attribute, number_of(device))
+    return ".".join(str(value.value) for value in found) if found[0].value >= 0 else "unknown"
+
+
+def free_memory(device: str) -> int:
+    """Bytes that are free on a card; 0 where that cannot be told."""
+    import onnxruntime
+
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    try:
+        runtime = _runtime(onnxruntime)
+        runtime.cudaSetDevice(number_of(device))
+        status = runtime.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total))
+    except (AttributeError, OSError):
+        return 0
+    return 0 if status else free.value
+
+
+def providers(device: str, *, tensor_cores: bool = False) -> list[Any]:
+    """What a session on ``cuda[:N]`` is opened with, in order of preference; ``tensor_cores`` round float32 to TF32."""
     on = {False: "0", True: "1"}
     options = {
-        "device_id": number,
+        "device_id": number_of(device),
         "arena_extend_strategy": "kSameAsRequested",  # the default doubles, and shapes never change
-        "use_tf32": on[cuda.tf32],
-        "cudnn_conv_algo_search": cuda.search,
-        "prefer_nhwc": on[cuda.half or cuda.tf32 if cuda.nhwc is None else cuda.nhwc],
-        "enable_cuda_graph": on[cuda.graph],
+        "use_tf32": on[tensor_cores],
+        "prefer_nhwc": on[tensor_cores],
     }
-    found: list[Any] = [(PROVIDERS["cuda"], options), "CPUExecutionProvider"]
-    if kind == "tensorrt":
-        if not cuda.tf32:
-            os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # the provider has no option for it, and TensorRT's default is on
-        engines = engine_folder(model, cuda)
-        tensorrt = {
-            "device_id": number,
-            "trt_fp16_enable": on[cuda.half],
-            "trt_engine_cache_enable": "1",
-            "trt_engine_cache_path": str(engines),
-            "trt_timing_cache_enable": "1",
-            "trt_timing_cache_path": str(engines),
-            "trt_cuda_graph_enable": on[cuda.graph],
-        }
-        found.insert(0, (PROVIDERS["tensorrt"], tensorrt))
-    return found
+    return [(PROVIDER, options), "CPUExecutionProvider"]
 
 
-def engine_folder(model: bytes | Path, cuda: Cuda) -> Path:
-    """Where TensorRT keeps the engines of a graph, which take minutes to build; made here.
-
-    ``XDG_CACHE_HOME/penult/tensorrt/DIGEST``. The digest is of what decides the numbers: the graph, which holds weights and
-    normalisation, and the precision. TensorRT itself adds its version and the kind of GPU to the names of the files.
-
-    Raises:
-        OutputError: it cannot be made.
-    """
-    held = hashlib.sha256(model).hexdigest() if isinstance(model, bytes) else digest(model)
-    name = hashlib.sha256(f"{held} {cuda.tf32} {cuda.half}".encode()).hexdigest()
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = home / "penult" / "tensorrt" / name[:32]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        message = f"cannot create {folder} for TensorRT's engines: {error.strerror}; XDG_CACHE_HOME names another place"
-        raise OutputError(message) from error
-    return folder
-
-
-def prove(session: Any, device: str, onnxruntime: Any, said: str = "") -> None:
-    """Ask a session what it computes with.
+def prove(session: Any, device: str, graph: Any) -> None:
+    """Ask a session what it computes with; none of what is refused here is an exception in ONNX Runtime.
 
     Args:
         session: just opened.
         device: what was asked for.
-        onnxruntime: the module.
-        said: what `load_libraries` gave.
+        graph: what it was opened with.
 
     Raises:
-        DeviceUnavailableError: the provider was dropped, or layers with weights went to another one; neither is an exception
-            in ONNX Runtime.
+        DeviceUnavailableError: the provider was dropped; or a node that computes with pixels went to another one, which would
+            copy what it takes and gives in every batch; or so did the first one, which would see the pixels of one batch alone.
     """
-    kind, _ = split_device(device)
-    wanted, delivered = PROVIDERS[kind], session.get_providers()[0]
-    if delivered != wanted:
-        libraries = {"cuda": "cuDNN 9", "tensorrt": "TensorRT 10"}[kind]
-        version = getattr(onnxruntime, "cuda_version", "") or "13"
-        message = (
-            f"--device {device}: ONNX Runtime made a session on {delivered} instead: the {wanted} did not load "
-            f"(does the driver support CUDA {version}, is {libraries} here?)"
-        )
-        raise DeviceUnavailableError(f"{message} {said}".rstrip())
-    if not hasattr(session, "get_provider_graph_assignment_info"):  # older ONNX Runtime
-        return
-    for part in session.get_provider_graph_assignment_info():
-        strays = [node for node in part.get_nodes() if node.op_type in WEIGHTED]
-        if part.ep_name != wanted and strays:
-            message = (
-                f"--device {device}: ONNX Runtime gave {strays[0].op_type} {strays[0].name!r} to {part.ep_name}; "
-                f"this network cannot run there, try --device {'cuda' if kind == 'tensorrt' else 'cpu'}"
-            )
+    delivered = session.get_providers()[0]
+    if delivered != PROVIDER:
+        message = f"--device {device}: ONNX Runtime made a session on {delivered} instead; try --device cpu"
+        raise DeviceUnavailableError(message)
+    moved, known = of_pixels(graph), {node.name for node in graph.node}
+    if hasattr(session, "get_provider_graph_assignment_info"):  # ONNX Runtime 1.24 and newer
+        for part in session.get_provider_graph_assignment_info():
+            away = [] if part.ep_name == PROVIDER else part.get_nodes()
+            for node in away:
+                if node.name in moved or (node.name not in known and node.op_type not in OF_SHAPES):
+                    message = (
+                        f"--device {device}: ONNX Runtime gave {node.op_type} {node.name!r} to {part.ep_name}; "
+                        f"this network cannot run there as a whole, try --device cpu"
+                    )
+                    raise DeviceUnavailableError(message)
+    for place in session.get_input_memory_infos():
+        if not (place.name.lower().startswith("cuda") and place.device_id == number_of(device)):
+            message = f"--device {device}: ONNX Runtime wants the pixels in memory {place.name!r}, card {place.device_id}"
             raise DeviceUnavailableError(message)
 
 
@@ -181,8 +215,6 @@ class BoundLane:
         pixels: name of the input.
         shape, dtype: of a padded batch.
         outputs: length of a feature vector by name of the output.
-        turn: held while the session runs; for a CUDA graph, whose memory is shared with the graphs of other lanes.
-        graph: whether the session captures a CUDA graph, which then is this lane's own.
     """
 
     def __init__(
@@ -193,35 +225,27 @@ class BoundLane:
         shape: Sequence[int],
         dtype: DTypeLike,
         outputs: Mapping[str, int],
-        turn: AbstractContextManager[Any],
-        *,
-        graph: bool = False,
     ) -> None:
         import onnxruntime
 
-        self._session, self._turn = session, turn
-        kind, number = split_device(device)
-        where = ("cpu" if kind == "cpu" else "cuda", number)  # TensorRT's memory is CUDA's
+        self._session = session
+        where = (device.partition(":")[0], number_of(device))
         make = onnxruntime.OrtValue.ortvalue_from_shape_and_type
         self._staged = np.zeros(shape, dtype)
         if where[0] == "cuda":
-            pin(self._staged, number, onnxruntime)
+            pin(self._staged, where[1], onnxruntime)
         self._pixels = make(list(shape), dtype, *where)
         self._features = [make([shape[0], dim], np.float32, *where) for dim in outputs.values()]
         self._binding = session.io_binding()
         self._binding.bind_ortvalue_input(pixels, self._pixels)
         for name, value in zip(outputs, self._features, strict=True):
             self._binding.bind_ortvalue_output(name, value)
-        self._options = onnxruntime.RunOptions()
-        if graph:
-            self._options.add_run_config_entry("gpu_graph_id", str(next(_graph_ids)))
 
     def __call__(self, padded: NDArray[Any]) -> list[NDArray[Any]]:
         """The outputs ``(n, d)`` of a batch of just the shape and type that the lane was made for."""
         np.copyto(self._staged, padded, casting="no")
         self._pixels.update_inplace(self._staged)
-        with self._turn:
-            self._session.run_with_iobinding(self._binding, self._options)  # returns when the GPU has finished
+        self._session.run_with_iobinding(self._binding)  # returns when the GPU has finished
         return [np.array(value.numpy()) for value in self._features]
 
 
@@ -235,7 +259,7 @@ def pin(buffer: NDArray[Any], number: int, onnxruntime: Any) -> bool:
         Whether it did; without, copies are slower and nothing else changes.
     """
     try:
-        runtime = ctypes.CDLL(f"libcudart.so.{str(onnxruntime.cuda_version).partition('.')[0]}")
+        runtime = _runtime(onnxruntime)
         address = ctypes.c_void_p(buffer.ctypes.data)
         runtime.cudaSetDevice(ctypes.c_int(number))  # of this thread, which else would open a context on device 0
         status = runtime.cudaHostRegister(address, ctypes.c_size_t(buffer.nbytes), ctypes.c_uint(PORTABLE))

@@ -18,7 +18,6 @@ import traceback
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
@@ -31,9 +30,8 @@ from numpy.typing import NDArray
 import store.errors
 from store.errors import DeviceUnavailableError, PenultError, UsageError
 
-from .cuda import Cuda
 from .preprocess import Preprocess
-from .session import Embedder, cores, resolve_device
+from .session import Embedder, check_device, cores, no_cuda, resolve_device
 
 log = logging.getLogger("penult.extractor")
 
@@ -42,17 +40,34 @@ MAX_LANES = 16  # connections of a child: one for each lane that it may have
 PATIENCE = 10.0  # seconds for a child to end by itself
 
 
-def resolve_devices(text: str) -> list[str]:
-    """The devices of ``--device``, which lists several with commas; see `resolve_device`.
+def parse_devices(text: str) -> list[str]:
+    """The devices that ``--device`` lists, with commas between several.
 
     Raises:
-        UsageError: ``auto`` among several, or kinds that compute differently.
+        UsageError: one is none, ``auto`` is among several, or their kinds compute differently.
     """
-    devices = [resolve_device(part) if part != "auto" or "," not in text else part for part in text.split(",")]
+    devices = text.split(",")
+    for device in devices:
+        check_device(device)
     kinds = {device.partition(":")[0] for device in devices}
     if len(devices) > 1 and ("auto" in kinds or len(kinds) > 1):
         message = f"--device {text}: expected several devices of one kind, such as cuda:0,cuda:1"
         raise UsageError(message)
+    return devices
+
+
+def resolve_devices(text: str) -> list[str]:
+    """`parse_devices`; a single one is resolved (see `resolve_device`), several are tried by the processes that get them.
+
+    Raises:
+        DeviceUnavailableError: CUDA was asked for and cannot be here.
+    """
+    devices = parse_devices(text)
+    if len(devices) == 1:
+        return [resolve_device(text)]
+    if devices[0] != "cpu" and (why := no_cuda()):
+        message = f"--device {text}: {why}"
+        raise DeviceUnavailableError(message)
     return devices
 
 
@@ -63,12 +78,12 @@ def open_embedder(
     *,
     batch_size: int | None,
     outputs: Sequence[str],
-    cuda: Cuda,
+    tf32: bool,
 ) -> Embedder | Fleet:
     """An `Embedder` for one device, a `Fleet` for several."""
     if len(devices) == 1:
-        return Embedder(model, preprocess, device=devices[0], batch_size=batch_size, outputs=outputs, cuda=cuda)
-    return Fleet(devices, model, preprocess, batch_size=batch_size, outputs=outputs, cuda=cuda)
+        return Embedder(model, preprocess, device=devices[0], batch_size=batch_size, outputs=outputs, tf32=tf32)
+    return Fleet(devices, model, preprocess, batch_size=batch_size, outputs=outputs, tf32=tf32)
 
 
 class Fleet:
@@ -91,14 +106,14 @@ class Fleet:
         *,
         batch_size: int | None,
         outputs: Sequence[str],
-        cuda: Cuda,
+        tf32: bool,
     ) -> None:
         settings = {
             "model": str(model.absolute()),
             "preprocess": preprocess.facts(),
             "batch_size": batch_size,
             "outputs": list(outputs),
-            "cuda": asdict(cuda),
+            "tf32": tf32,
         }
         self._children: list[_Child] = []
         self._pool: ThreadPoolExecutor | None = None
@@ -125,14 +140,6 @@ class Fleet:
     def batch_size(self) -> int:
         return min(int(child.facts["batch_size"]) for child in self._children)
 
-    @batch_size.setter
-    def batch_size(self, size: int) -> None:
-        taken = [self._idle.get() for _ in range(self.lanes)]
-        for child in self._children:
-            child.ask(child.connections[0], {"batch_size": size})
-        for each in taken:
-            self._idle.put(each)
-
     @property
     def calls(self) -> int:
         return sum(int(child.facts["calls"]) for child in self._children)
@@ -154,7 +161,7 @@ class Fleet:
         """
         child, connection = self._idle.get()
         try:
-            return child.ask(connection, {}, batch)
+            return child.ask(connection, batch)
         finally:
             self._idle.put((child, connection))
 
@@ -200,18 +207,15 @@ class _Child:
         """Wait until it has its session."""
         self._receive(self.connections[0])
 
-    def ask(
-        self, connection: Connection, header: dict[str, Any], batch: NDArray[Any] | None = None
-    ) -> list[NDArray[np.float32]]:
-        """Send a header, and a batch; the arrays of the answer."""
-        arrays = [] if batch is None else [batch]
+    def ask(self, connection: Connection, batch: NDArray[Any]) -> list[NDArray[np.float32]]:
+        """Send a batch; the arrays of the answer."""
         try:
-            _send(connection, header, arrays)
+            _send(connection, {}, [batch])
         except OSError:
             raise self._dead() from None
         before = self.facts["batch_size"]
         found = self._receive(connection)
-        if batch is not None and self.facts["batch_size"] < before:
+        if self.facts["batch_size"] < before:
             log.warning("out of memory on %s: going on with batches of %d", self.device, self.facts["batch_size"])
         return found
 
@@ -282,7 +286,7 @@ def serve(descriptors: Sequence[str]) -> None:
                 device=settings["device"],
                 batch_size=settings["batch_size"],
                 outputs=settings["outputs"],
-                cuda=Cuda(**settings["cuda"]),
+                tf32=settings["tf32"],
             )
         except PenultError as error:
             _send(connections[0], {"error": type(error).__name__, "message": str(error)}, [])
@@ -309,10 +313,8 @@ def _facts(embedder: Embedder) -> dict[str, Any]:
 def _answer(connection: Connection, embedder: Embedder) -> None:
     with suppress(EOFError, OSError):  # the parent has closed it, or is gone
         while True:
-            header, arrays = _receive(connection)
+            _, arrays = _receive(connection)
             try:
-                if "batch_size" in header:
-                    embedder.batch_size = header["batch_size"]
                 found = [features for array in arrays for features in embedder.embed(array)]
             except PenultError as error:
                 _send(connection, {"error": type(error).__name__, "message": str(error)}, [])

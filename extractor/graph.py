@@ -210,6 +210,32 @@ def cut(model: Any, ends: Sequence[tuple[list[Any], str, int]], front: Sequence[
     model.producer_name = "penult"
 
 
+def name_nodes(graph: Any) -> None:
+    """Give every node a name, by which it can be spoken of."""
+    for i, node in enumerate(graph.node):
+        node.name = node.name or f"penult_node_{i}"
+
+
+def in_float16(graph: Any) -> bool:
+    """Whether the weights of all layers are float16."""
+    from onnx import TensorProto
+
+    kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    weights = (name for node in graph.node if node.op_type in WEIGHTED for name in node.input if name in kinds)
+    return {kinds[name] for name in weights} == {TensorProto.FLOAT16}
+
+
+def of_pixels(graph: Any) -> set[str]:
+    """Names of the nodes that compute with what the graph is given, rather than with its shape or with constants."""
+    moved = {value.name for value in graph.input} - {tensor.name for tensor in graph.initializer}
+    found = set()
+    for node in graph.node:
+        if node.op_type not in ("Shape", "Size") and moved.intersection([*node.input, *free_names(node)]):
+            found.add(node.name)
+            moved.update(node.output)
+    return found
+
+
 def in_order(nodes: Sequence[Any]) -> list[Any]:
     """Nodes after those they need, as ONNX wants it and converters to float16 forget; else in the order they have."""
     place = {name: i for i, node in enumerate(nodes) for name in node.output if name}

@@ -3,7 +3,8 @@
 Inputs and outputs stay float32, and pixels are normalised in float32 before. The loss is that of rounding weights and what
 flows between layers; sums are float32 inside cuDNN and cuBLAS. Some networks have weights at their input that do not bear it
 (a depthwise layer with a scale of 56 moved the features of one MobileNetV2 by 3 %): as many layers there stay in float32 as
-it takes. That is decided by computing on the CPU, which rounds at the same places, and frozen in the file.
+it takes. That is decided on the CPU and frozen in the file. There ONNX Runtime computes float16 in float32 and often does not
+round between layers, where a card gives infinity beyond 65504; so what is judged is a float32 graph that rounds where it does.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 from store.errors import BadDataError
 
 from . import onnxfile
-from .graph import WEIGHTED, in_order
+from .cuda import reason
+from .graph import WEIGHTED, in_order, name_nodes
 from .onnxfile import BackboneFacts
-from .parity import cosines, relative_l2
+from .parity import cosines, cpu_session, relative_l2
 from .preprocess import Preprocess
 from .session import Embedder
 
@@ -34,7 +35,7 @@ log = logging.getLogger("penult.extractor")
 BOUND, COSINE = 1e-2, 0.9995  # CONTRACTS, "CUDA fp16 vs CPU fp32": relative L2 and cosine of every row
 ENOUGH = 6e-3  # photos do worse than the pictures here, and a GPU sums in another order
 FLOAT_LAYERS = (0, 1, 2, 4, 8, 16)  # numbers of layers at the input that are tried in float32
-PICTURES = 16
+PICTURES, BATCH = 16, 4
 
 
 def halve(source: Path, out: Path, facts: BackboneFacts) -> BackboneFacts:
@@ -56,20 +57,17 @@ def halve(source: Path, out: Path, facts: BackboneFacts) -> BackboneFacts:
     if onnxfile.external_files(model):
         message = f"{facts.name} has weights over 2 GB, which --precision fp16 is not made for; use --precision fp32"
         raise BadDataError(message)
-    nodes = in_order(_named(model).graph.node)
+    name_nodes(model.graph)
+    nodes = in_order(model.graph.node)
     places = [i for i, node in enumerate(nodes) if node.op_type in WEIGHTED]
     layers = [nodes[i].name for i in places]
     pixels = pictures(facts.preprocess)
-    exact = _features(source, facts, pixels)
+    exact = Embedder(source, facts.preprocess, outputs=facts.outputs).embed(pixels)
     worst, cosine = np.inf, -1.0
     for count in sorted({min(count, len(layers)) for count in FLOAT_LAYERS}):
         front = nodes[: places[count]] if count < len(places) else nodes  # activations too: they may overflow
         halved = _convert(model, [node.name for node in front] if count else [])
-        with tempfile.TemporaryDirectory(prefix="penult-") as folder:
-            candidate = Path(folder) / "half.onnx"
-            candidate.write_bytes(halved.SerializeToString())
-            found = _features(candidate, facts, pixels)
-        worst, cosine = compare(found, exact)
+        worst, cosine = compare(as_on_a_card(halved, facts, pixels), exact)
         log.debug("float16 with %d layers in float32: features move by %.1e, cosine %.6f", count, worst, cosine)
         if worst <= ENOUGH:
             break
@@ -79,7 +77,8 @@ def halve(source: Path, out: Path, facts: BackboneFacts) -> BackboneFacts:
             f"float32; {BOUND} and {COSINE} are allowed. Use --precision fp32"
         )
         raise BadDataError(message)
-    log.info("float16: %d of %d layers stay in float32; features move by %.1e at most", count, len(layers), worst)
+    left = f"{count} of {len(layers)} layers stay in float32" + (", so tensor cores stay off" if count else "")
+    log.info("float16: %s; features move by %.1e at most", left, worst)
     kept = layers[:count]
     calibration = {
         "sha256": hashlib.sha256(json.dumps(kept).encode()).hexdigest(),
@@ -123,14 +122,55 @@ def pictures(preprocess: Preprocess) -> NDArray[np.uint8]:
     return np.stack(found)
 
 
-def _features(path: Path, facts: BackboneFacts, pixels: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
-    return Embedder(path, facts.preprocess, outputs=facts.outputs).embed(pixels)
+def as_on_a_card(halved: Any, facts: BackboneFacts, pixels: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+    """What a float16 graph gives where every float16 tensor is one, ``(n, d)`` of each feature set.
+
+    Raises:
+        BadDataError: it cannot be computed so.
+    """
+    size = facts.batch or BATCH
+    try:
+        session = cpu_session(_rounding(halved).SerializeToString(), optimised=False)
+        name = session.get_inputs()[0].name
+        found = []
+        for begin in range(0, len(pixels), size):
+            batch = pixels[np.arange(begin, begin + size) % len(pixels)]
+            found.append(session.run(facts.outputs, {name: facts.preprocess.normalise(batch)}))
+    except Exception as error:  # onnxruntime's exceptions have no common public base
+        message = f"{facts.name} cannot be judged in float16: {reason(error)}; use --precision fp32"
+        raise BadDataError(message) from error
+    return [np.concatenate(parts)[: len(pixels)] for parts in zip(*found, strict=True)]
 
 
-def _named(model: Any) -> Any:
-    """Every node with a name, by which it can be left out."""
-    for i, node in enumerate(model.graph.node):
-        node.name = node.name or f"penult_node_{i}"
+def _rounding(halved: Any) -> Any:
+    """The same graph in float32, where every tensor that was float16 is rounded to it: cast there and back."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    model = onnx.shape_inference.infer_shapes(halved)
+    graph = model.graph
+    kinds = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
+    kinds |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    constants = [*graph.initializer, *(each.t for node in graph.node for each in node.attribute)]
+    for tensor in constants:
+        if tensor.data_type == TensorProto.FLOAT16:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+    nodes = []
+    for node in graph.node:
+        nodes.append(node)
+        for each in node.attribute:
+            if each.name == "to" and each.i == TensorProto.FLOAT16:
+                each.i = TensorProto.FLOAT
+        for i, name in enumerate(node.output):
+            # Of operators that ONNX does not know, the result is what they are given.
+            kind = kinds.setdefault(name, max((kinds.get(given, 0) for given in node.input), default=0))
+            if kind == TensorProto.FLOAT16:
+                node.output[i] = f"{name}/exact"
+                nodes.append(helper.make_node("Cast", [node.output[i]], [f"{name}/half"], to=TensorProto.FLOAT16))
+                nodes.append(helper.make_node("Cast", [f"{name}/half"], [name], to=TensorProto.FLOAT))
+    rounded = [type(node).FromString(node.SerializeToString()) for node in nodes]  # the graph's own end with its list
+    del graph.node[:], graph.value_info[:]
+    graph.node.extend(rounded)
     return model
 
 

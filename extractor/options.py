@@ -19,8 +19,7 @@ class Options:
     """How to extract; the defaults are the command line's.
 
     Attributes:
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``tensorrt``, ``tensorrt:N``, or several of one
-            kind with commas, by one process each.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, or several of one kind with commas, by one process each.
         batch_size: images per inference call; None for what is measured to be fast where there is enough to do, see
             `tuning`.
         workers: decoding threads; None for as many as are needed, see `reading.Crew`.

@@ -17,14 +17,22 @@ log = logging.getLogger("penult.extractor")
 PARITY = 1e-5  # relative L2 per row, CONTRACTS: "CPU ONNX Runtime fp32 vs torch fp32 on identical pixels"
 
 
-def cpu_session(model: Path) -> Any:
-    """A quiet session on the CPU, whose threads do not spin: torch's are at work as well."""
+def cpu_session(model: Path | bytes, *, optimised: bool = True) -> Any:
+    """A quiet session on the CPU, whose threads do not spin: torch's are at work as well.
+
+    Args:
+        model: the ONNX file, or its content.
+        optimised: let ONNX Runtime fuse nodes and leave some out.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    if not optimised:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    graph = model if isinstance(model, bytes) else str(model)
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 def check_parity(

@@ -32,7 +32,6 @@ from store.writer import CacheWriter, open_writer
 
 from .backbones import Backbone
 from .calibration import Calibrator, count_moved
-from .cuda import Cuda
 from .decoder import Decoder
 from .division import check_splits_possible, resolve_splits, say_splits
 from .files import Files
@@ -47,7 +46,7 @@ from .reading import Clock, Crew, Outcome, Reader, timed
 from .samples import Sample
 from .session import Embedder, cores
 from .sources import Source
-from .tuning import Pace, tune
+from .tuning import Pace
 from .views import require_reference
 
 log = logging.getLogger("penult.extractor")
@@ -101,14 +100,13 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
         decoder.start()  # beside the session, which takes as long
         # The session proves the device before any image is read.
         check_for_gpu(facts.precision, devices[0])  # the file may say so itself
-        cuda = Cuda(tf32=options.tf32, half=facts.precision == "fp16")
         embedder = open_embedder(
             devices,
             cache / "backbone.onnx",
             facts.preprocess,
             batch_size=options.batch_size,
             outputs=facts.outputs,
-            cuda=cuda,
+            tf32=options.tf32,
         )
         opened.callback(embedder.close)
         sets = fingerprints(facts, embedder.provider, options.storage, tf32=options.tf32, views=drawn)
@@ -122,8 +120,6 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
                 "--limit leaves %d of the %d samples in the sample table; features are kept", len(samples), len(before.rows)
             )
         outcomes, todo = plan(samples, before, writer.known, source.files, options)
-        if options.batch_size is None:
-            tune(embedder, facts.preprocess.crop, options.views * len(todo))
         pace = Pace(embedder, options.views * len(todo) if options.batch_size is None else 0)
         crew = Crew(options.workers, embedder.provider)
         most = 2 * math.ceil(embedder.batch_size / options.views)

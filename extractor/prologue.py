@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .graph import name_nodes
 from .onnxfile import external_files, read_model
 from .preprocess import Preprocess
 
@@ -35,6 +36,7 @@ def takes_pixels(path: Path, preprocess: Preprocess) -> bytes | None:
     rest = list(graph.node)
     del graph.node[:]
     graph.node.extend([*nodes, *rest])
+    name_nodes(graph)
     return bytes(model.SerializeToString())
 
 

@@ -8,11 +8,11 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from threading import Condition, Lock, local
+from threading import Condition, local
 from typing import Any
 
 import numpy as np
@@ -20,15 +20,19 @@ from numpy.typing import NDArray
 
 from store.errors import BadDataError, DeviceUnavailableError, UsageError
 
-from .cuda import DEFAULTS, NO_GRAPH, PROVIDERS, BoundLane, Cuda, load_libraries, prove, providers
+from .cuda import PROVIDER, BoundLane, free_memory, hushed, prove, providers, reason, trouble
+from .graph import in_float16
+from .onnxfile import read_model
 from .preprocess import Preprocess
 from .prologue import takes_pixels
 
 log = logging.getLogger("penult.extractor")
 
-OUT_OF_MEMORY = ("BFCArena", "Failed to allocate memory", "CUDA_ERROR_OUT_OF_MEMORY", "out of memory")
+# The last two as in CUBLAS_STATUS_ALLOC_FAILED and CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED
+OUT_OF_MEMORY = ("BFCArena", "Failed to allocate memory", "OUT_OF_MEMORY", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
 MAX_DIM = 65536
-DEFAULT_BATCH = {"cpu": 4, "cuda": 64, "tensorrt": 64}  # on a CPU large batches lose: they fall out of its caches
+CPU_BATCH = 4  # large batches lose there: they fall out of the caches
+GPU_BATCHES = ((40e9, 256), (12e9, 128), (0, 64))  # by the bytes that are free on a card; where one is too large, it is halved
 MAX_LANES = 16  # on a CPU; with more cores each lane gets several threads, for it keeps activations of its own
 LANES_CUDA = 2  # the copies of one batch hide behind the compute of the other
 MAX_PROLOGUE = 256 * 2**20  # bytes of a backbone file that is rewritten in memory on a CPU, see `Embedder`
@@ -52,43 +56,56 @@ def nvidia_driver_present() -> bool:
     return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg"))
 
 
-def resolve_device(device: str) -> str:
-    """``auto`` to ``cuda`` where there is a driver and a CUDA build, else to ``cpu``, said in the log; ``cpu``, ``cuda`` and
-    ``tensorrt``, the latter two also with ``:N``, as they are.
+def check_device(device: str) -> None:
+    """Refuse what is no name of a device.
 
     Raises:
-        DeviceUnavailableError: CUDA was asked for and cannot be here; `Embedder` proves the rest.
-        UsageError: none of these.
+        UsageError: neither ``auto``, ``cpu``, ``cuda`` nor ``cuda:N``.
     """
     kind, colon, number = device.partition(":")
-    if kind not in ("auto", "cpu", *PROVIDERS) or (colon and (kind not in PROVIDERS or not number.isdecimal())):
-        message = f"--device {device}: expected auto, cpu, cuda, cuda:N, tensorrt or tensorrt:N"
+    if kind not in ("auto", "cpu", "cuda") or (colon and (kind != "cuda" or not number.isdecimal())):
+        message = f"--device {device}: expected auto, cpu, cuda or cuda:N"
         raise UsageError(message)
+
+
+def no_cuda() -> str:
+    """Why no card can be used here, as far as that is seen without trying; empty where one may."""
     import onnxruntime
 
-    available = onnxruntime.get_available_providers()
-    if kind in PROVIDERS:
-        if PROVIDERS[kind] not in available:
-            message = f"--device {device}: this onnxruntime has no {PROVIDERS[kind]}; install onnxruntime-gpu"
-            raise DeviceUnavailableError(message)
-        if not nvidia_driver_present():
-            message = (
-                f"--device {device}: this machine has no NVIDIA driver (no /dev/nvidiactl). "
-                f"Install the driver, or pass --device cpu"
-            )
-            raise DeviceUnavailableError(message)
-    if device != "auto":
+    if PROVIDER not in onnxruntime.get_available_providers():
+        return f"this onnxruntime has no {PROVIDER}; install onnxruntime-gpu"
+    if not nvidia_driver_present():
+        return "this machine has no NVIDIA driver (no /dev/nvidiactl). Install the driver, or pass --device cpu"
+    return ""
+
+
+def resolve_device(device: str) -> str:
+    """``auto`` to ``cuda`` where that computes, else to ``cpu``, and the log says why; others as they are.
+
+    Raises:
+        DeviceUnavailableError: CUDA was asked for and does not compute here; says why.
+        UsageError: none of these.
+    """
+    check_device(device)
+    if device == "cpu":
         return device
-    if nvidia_driver_present() and "CUDAExecutionProvider" in available:
-        return "cuda"
-    _say_cpu()
+    why = no_cuda() or trouble("cuda" if device == "auto" else device)
+    if not why:
+        return "cuda" if device == "auto" else device
+    if device != "auto":
+        message = f"--device {device}: {why}"
+        raise DeviceUnavailableError(message)
+    _say_cpu(why if nvidia_driver_present() else "")
     return "cpu"
 
 
 @cache
-def _say_cpu() -> None:
+def _say_cpu(why: str) -> None:
     """Once per process: never silent, never a litany."""
-    log.info("no GPU here: running on the CPU")
+    if why:
+        log.warning("there is a GPU, and it cannot be used: running on the CPU. %s", why)
+    else:
+        log.info("no GPU here: running on the CPU")
 
 
 @cache
@@ -136,14 +153,14 @@ class Embedder:
         model: the ONNX file.
         preprocess: with it, pixels are ``(n, h, w, 3)`` uint8 and are normalised here: inside the graph, or beforehand where
             the file is too large to be rewritten in memory; the features are the same bits. Without, what the file takes.
-        device: ``cpu``, ``cuda``, ``tensorrt``, or one of them with ``:N`` (see `resolve_device`).
+        device: ``cpu``, ``cuda`` or ``cuda:N`` (see `resolve_device`).
         batch_size: images per call; None for the device's default.
         lanes: batches at once; None for one per core on the CPU and two on a GPU.
         outputs: names of the outputs to compute; the first where not given.
-        cuda: how a GPU computes.
+        tf32: let a GPU round the products of float32 to 10 bits, for speed.
 
     Attributes:
-        provider: family, ``cpu``, ``cuda`` or ``tensorrt``, proven after the session exists.
+        provider: family, ``cpu`` or ``cuda``, proven after the session exists.
         batch_size: as in use; halved when a GPU ran out of memory.
         lanes: as in use.
         calls: number of inference calls so far.
@@ -165,17 +182,13 @@ class Embedder:
         batch_size: int | None = None,
         lanes: int | None = None,
         outputs: Sequence[str] = (),
-        cuda: Cuda = DEFAULTS,
+        tf32: bool = False,
     ) -> None:
         self.provider = device.partition(":")[0]
         self.calls, self.seconds = 0, 0.0
         self.told: Callable[[int, float], None] | None = None
-        self.lanes = lanes or (LANES_CUDA if self.provider in PROVIDERS else min(cores(), MAX_LANES))
-        if cuda.graph and self.lanes != 1:
-            message = f"a CUDA graph is for one lane, not for {self.lanes}: its memory must not be written twice at once"
-            raise ValueError(message)
-        self._model, self._device, self._preprocess, self._cuda = model, device, preprocess, cuda
-        self._turn: AbstractContextManager[Any] = Lock() if cuda.graph else nullcontext()
+        self.lanes = lanes or (LANES_CUDA if self.provider == "cuda" else min(cores(), MAX_LANES))
+        self._model, self._device, self._preprocess, self._tf32 = model, device, preprocess, tf32
         self._gate, self._pool = Condition(), ThreadPoolExecutor(self.lanes, "penult-lane")
         session = self._open()
         shapes = {output.name: output.shape for output in session.get_outputs()}
@@ -185,7 +198,7 @@ class Embedder:
         self._input, self._dtype = found.name, np.uint8 if found.type == "tensor(uint8)" else np.float32
         self._on_host = preprocess if found.type != "tensor(uint8)" else None
         self.fixed_batch = isinstance(found.shape[0], int)  # the graph takes no other
-        self._opened = _Opened(session, found.shape[0] if self.fixed_batch else batch_size or DEFAULT_BATCH[self.provider])
+        self._opened = _Opened(session, found.shape[0] if self.fixed_batch else batch_size or self._usual_batch())
 
     @property
     def batch_size(self) -> int:
@@ -199,6 +212,12 @@ class Embedder:
     def metadata(self) -> dict[str, str]:
         """What the network that is loaded says of itself: the file may have been replaced since somebody looked into it."""
         return dict(self._opened.session.get_modelmeta().custom_metadata_map)
+
+    def _usual_batch(self) -> int:
+        if self.provider == "cpu":
+            return CPU_BATCH
+        free = free_memory(self._device)
+        return next(size for least, size in GPU_BATCHES if free >= least)
 
     def _dim(self, shape: Sequence[Any]) -> int:
         if len(shape) == 2 and isinstance(shape[1], int) and 0 < shape[1] <= MAX_DIM:
@@ -223,21 +242,21 @@ class Embedder:
                     graph or str(self._model), options, providers=["CPUExecutionProvider"], enable_fallback=0
                 )
             except Exception as error:  # onnxruntime's exceptions have no common public base
-                message = f"{self._model} cannot be run: {_first_line(error)}"
+                message = f"{self._model} cannot be run: {reason(error)}"
                 raise BadDataError(message) from error
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        wanted = providers(self._device, self._cuda, graph or self._model)  # may set what the libraries read at their start
-        said = load_libraries(onnxruntime)
+        import onnx
+
+        resolve_device(self._device)
+        nodes = (onnx.load_model_from_string(graph) if graph else read_model(self._model)).graph
+        wanted = providers(self._device, tensor_cores=self._tf32 or in_float16(nodes))
         try:  # its own fall-back to the CPU would print, and go on
-            session = onnxruntime.InferenceSession(graph or str(self._model), options, providers=wanted, enable_fallback=0)
+            with hushed(onnxruntime):
+                session = onnxruntime.InferenceSession(graph or str(self._model), options, providers=wanted, enable_fallback=0)
         except Exception as error:
-            if self._cuda.graph and NO_GRAPH in str(error):
-                log.info("no CUDA graph: %s", _first_line(error))
-                self._cuda = replace(self._cuda, graph=False)
-                return self._open()
-            message = f"--device {self._device}: {_first_line(error)} {said}".rstrip()
+            message = f"--device {self._device}: {reason(error)}"
             raise DeviceUnavailableError(message) from error
-        prove(session, self._device, onnxruntime, said)
+        prove(session, self._device, nodes)
         return session
 
     def _graph(self) -> bytes | None:
@@ -278,7 +297,7 @@ class Embedder:
             finally:
                 self._leave(opened)
             if not any(sign in str(failure) for sign in OUT_OF_MEMORY):
-                message = f"{self._model}: {_first_line(failure)}"
+                message = f"{self._model}: {reason(failure)}"
                 raise BadDataError(message) from failure
             self._shrink(opened, failure)
         return [np.concatenate(column) for column in zip(*rows, strict=True)]
@@ -329,7 +348,7 @@ class Embedder:
         begin = time.perf_counter()
         if self._on_host is not None:
             part = self._on_host.normalise(part)
-        short = opened.batch_size - len(part) if self.fixed_batch or self.provider in PROVIDERS else 0
+        short = opened.batch_size - len(part) if self.fixed_batch or self.provider == "cuda" else 0
         padded = np.concatenate([part, np.zeros((short, *part.shape[1:]), part.dtype)]) if short else part
         found = self._lane(opened, padded.shape)(padded)
         spent = time.perf_counter() - begin
@@ -352,8 +371,4 @@ class Embedder:
         if self.provider == "cpu":
             return lambda padded: session.run(self._outputs, {self._input: padded})
         outputs = dict(zip(self._outputs, self.dims, strict=True))
-        return BoundLane(session, self._device, self._input, shape, self._dtype, outputs, self._turn, graph=self._cuda.graph)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        return BoundLane(session, self._device, self._input, shape, self._dtype, outputs)

@@ -16,14 +16,12 @@ import pytest
 
 from extractor import fleet
 from extractor.backbones import Backbone
-from extractor.cuda import Cuda
 from extractor.fleet import Fleet, resolve_devices
 from extractor.onnxfile import read_facts
 from extractor.options import Options
 from extractor.pipeline import run_extract
 from extractor.session import Embedder
 from extractor.sources import ImageFolder
-from extractor.tuning import _rate
 from store.cache import FeatureCache
 from store.errors import BadDataError, DeviceUnavailableError, UsageError
 
@@ -37,7 +35,7 @@ def pixels(count: int, side: int = 64) -> Any:
 @pytest.fixture
 def two(backbone_file: Path) -> Iterator[Fleet]:
     preprocess = read_facts(backbone_file).preprocess
-    opened = Fleet(["cpu", "cpu"], backbone_file, preprocess, batch_size=4, outputs=["features"], cuda=Cuda())
+    opened = Fleet(["cpu", "cpu"], backbone_file, preprocess, batch_size=4, outputs=["features"], tf32=False)
     yield opened
     opened.close()
 
@@ -49,12 +47,12 @@ def test_devices_that_do_not_go_together_are_a_usage_error(devices: str) -> None
 
 
 def test_devices_of_several_kinds_are_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet, "resolve_device", lambda device: device)
+    monkeypatch.setattr(fleet, "no_cuda", lambda: "")
     assert resolve_devices("cuda:0,cuda:1") == ["cuda:0", "cuda:1"]
     with pytest.raises(UsageError, match="several devices of one kind, such as cuda:0,cuda:1"):
         resolve_devices("cpu,cuda:0")
     with pytest.raises(UsageError, match="of one kind"):
-        resolve_devices("tensorrt:0,cuda:1")
+        resolve_devices("cuda:0,cpu")
 
 
 def test_two_processes_give_the_bits_of_one_and_both_work(two: Fleet, backbone_file: Path) -> None:
@@ -65,11 +63,7 @@ def test_two_processes_give_the_bits_of_one_and_both_work(two: Fleet, backbone_f
     assert (two.provider, two.dims, two.fixed_batch, two.calls) == ("cpu", [512], False, 21)
     assert all(child.facts["calls"] for child in two._children)
     assert two.seconds > 0
-    two.batch_size = 2
-    assert two.batch_size == 2
-    np.testing.assert_array_equal(two.embed(given[:5])[0], alone(given[:5]))
-    assert _rate(two, 3, 64) > 0
-    assert two.batch_size == 3
+    assert two.batch_size == 4
 
 
 def test_what_goes_wrong_in_a_child_is_raised_here(two: Fleet, backbone_file: Path, tmp_path: Path) -> None:
@@ -84,7 +78,7 @@ def test_what_goes_wrong_in_a_child_is_raised_here(two: Fleet, backbone_file: Pa
             read_facts(backbone_file).preprocess,
             batch_size=None,
             outputs=[],
-            cuda=Cuda(),
+            tf32=False,
         )
 
 

@@ -1,17 +1,17 @@
-"""A GPU in the pipeline: providers and their proof, buffers that are bound once, out of memory, TF32, TensorRT, float16.
+"""A GPU in the pipeline: the provider and its proof, buffers that are bound once, out of memory, TF32, float16.
 
 ONNX Runtime's answers are real; what this machine has not, a card, is staged by `FakeRuntime`. Tests marked ``gpu`` need one.
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import subprocess
 import sys
-import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,28 +19,33 @@ from threading import Barrier, Thread
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 
+from classifiers import finetune
 from classifiers.logistic import LogisticHead
 from classifiers.predict import Predictor
 from classifiers.train import train_head
 from cli import calibration_text
 from extractor import cuda, session
 from extractor.backbones import Backbone
-from extractor.cuda import BoundLane, Cuda, engine_folder, load_libraries, pin, prove, providers
-from extractor.half import BOUND, COSINE, compare, halve
+from extractor.cuda import BoundLane, capability, free_memory, is_loaded, pin, prove, reason, trouble
+from extractor.fleet import Fleet, resolve_devices
+from extractor.graph import name_nodes
+from extractor.half import BOUND, COSINE, _convert, compare, halve
 from extractor.onnxfile import read_facts
 from extractor.options import Options
 from extractor.parity import relative_l2
 from extractor.pipeline import run_extract
+from extractor.prologue import takes_pixels
 from extractor.session import Embedder, resolve_device
 from extractor.sources import ImageFolder
-from extractor.tuning import tune
 from store.cache import FeatureCache
-from store.errors import BadDataError, DeviceUnavailableError, FingerprintMismatchError, OutputError, UsageError
+from store.errors import BadDataError, DeviceUnavailableError, FingerprintMismatchError, UsageError
 
 REPO = Path(__file__).resolve().parent.parent
-CUDA, TENSORRT, CPU = "CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider"
+CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 DTYPES = {"tensor(float)": np.dtype(np.float32), "tensor(uint8)": np.dtype(np.uint8)}
 
 
@@ -69,15 +74,16 @@ class FakeRuntime(types.ModuleType):
     cuda_version = "13.0"
 
     def __init__(
-        self, onnxruntime: Any, delivered: str, fits: int = 10**9, message: str = "", strays: tuple[str, str] | None = None
+        self, onnxruntime: Any, delivered: str, fits: int = 10**9, message: str = "", strays: tuple[str, str, str] | None = None
     ) -> None:
         super().__init__("onnxruntime")
         self.opened = 0
         self.sizes: list[int] = []
         self.buffers: list[tuple[tuple[int, ...], str]] = []
-        self.graph_ids: list[str] = []
-        self.printed, self.refused = "", ""
-        self.SessionOptions, self.RunOptions = onnxruntime.SessionOptions, onnxruntime.RunOptions
+        self.printed, self.broken, self.memory = "", "", "Cuda"
+        self.severities: list[int] = []
+        self.SessionOptions, self.__file__ = onnxruntime.SessionOptions, onnxruntime.__file__
+        self.GraphOptimizationLevel = onnxruntime.GraphOptimizationLevel
         fake = self
 
         class OrtValue:
@@ -121,66 +127,68 @@ class FakeRuntime(types.ModuleType):
 
             def __init__(self, model: Any, options: Any, providers: list[Any], enable_fallback: int = 1) -> None:
                 assert not enable_fallback, "the real one prints to stdout and goes on with the CPU"
-                assert options.get_session_config_entry("session.record_ep_graph_assignment_info") == "1"
+                assert fake.severities[-1] == 4, "the real one would log to the terminal"
+                self.options = options
                 fake.opened += 1
                 fake.providers = providers
-                if fake.refused and providers[0][1].get("enable_cuda_graph") == "1":
-                    raise RuntimeError(fake.refused)
-                self.number, self.running = providers[0][1]["device_id"], threading.Lock()
-                self.graph = providers[0][1].get("enable_cuda_graph") == "1"
+                self.number = providers[0][1]["device_id"]
                 self._real = onnxruntime.InferenceSession(model, options, providers=[CPU])
                 self.get_inputs, self.get_outputs = self._real.get_inputs, self._real.get_outputs
 
             def get_providers(self) -> list[str]:
                 return [delivered, CPU]
 
+            def run(self, names: Any, inputs: dict[str, Any]) -> Any:
+                if fake.broken:
+                    raise RuntimeError(fake.broken)
+                return self._real.run(names, inputs)
+
             def get_provider_graph_assignment_info(self) -> Any:
-                def part(name: str, kind: str) -> Any:
-                    node = types.SimpleNamespace(op_type=kind, name="layer")
+                assert self.options.get_session_config_entry("session.record_ep_graph_assignment_info") == "1"
+
+                def part(name: str, kind: str, label: str) -> Any:
+                    node = types.SimpleNamespace(op_type=kind, name=label)
                     return types.SimpleNamespace(ep_name=name, get_nodes=lambda: [node])
 
-                return [part(delivered, "Conv"), part(CPU, "Shape"), *([part(*strays)] if strays else [])]
+                return [part(delivered, "Conv", "a"), part(CPU, "Shape", "b"), *([part(*strays)] if strays else [])]
+
+            def get_input_memory_infos(self) -> Any:
+                return [types.SimpleNamespace(name=fake.memory, device_id=self.number)]
 
             def io_binding(self) -> Binding:
                 return Binding(self)
 
-            def run_with_iobinding(self, binding: Binding, options: Any) -> None:
-                if self.graph:
-                    assert self.running.acquire(blocking=False), "a CUDA graph in two threads at once"
-                    fake.graph_ids.append(options.get_run_config_entry("gpu_graph_id"))
-                try:
-                    ((name, value),) = binding.inputs.items()
-                    wanted = DTYPES[self.get_inputs()[0].type]
-                    if value.data.dtype != wanted:
-                        raise RuntimeError(f"Unexpected input data type. Actual: {value.data.dtype}, expected: {wanted}")
-                    fake.sizes.append(len(value.data))
-                    if len(value.data) > fits:
-                        raise RuntimeError(message)
-                    found = self._real.run(list(binding.outputs), {name: value.data})
-                    for bound, result in zip(binding.outputs.values(), found, strict=True):
-                        if bound.data.shape != result.shape:
-                            raise RuntimeError("OrtValue shape verification failed.")
-                        bound.data[:] = result
-                finally:
-                    if self.graph:
-                        self.running.release()
+            def run_with_iobinding(self, binding: Binding) -> None:
+                ((name, value),) = binding.inputs.items()
+                wanted = DTYPES[self.get_inputs()[0].type]
+                if value.data.dtype != wanted:
+                    raise RuntimeError(f"Unexpected input data type. Actual: {value.data.dtype}, expected: {wanted}")
+                fake.sizes.append(len(value.data))
+                if len(value.data) > fits:
+                    raise RuntimeError(message)
+                found = self._real.run(list(binding.outputs), {name: value.data})
+                for bound, result in zip(binding.outputs.values(), found, strict=True):
+                    if bound.data.shape != result.shape:
+                        raise RuntimeError("OrtValue shape verification failed.")
+                    bound.data[:] = result
 
         self.InferenceSession, self.OrtValue = Session, OrtValue
 
     def get_available_providers(self) -> list[str]:
-        return [TENSORRT, CUDA, CPU]
+        return [CUDA, CPU]
 
     def preload_dlls(self) -> None:
         print(self.printed)
 
-    def set_default_logger_severity(self, level: int) -> None: ...
+    def set_default_logger_severity(self, level: int) -> None:
+        self.severities.append(level)
 
 
 Stage = Callable[..., FakeRuntime]
 
 
 @pytest.fixture
-def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Stage:
+def stage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     import onnxruntime
     import onnxruntime.transformers.float16  # a part of the real one, for those who import it later
 
@@ -188,36 +196,31 @@ def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Stage:
         fake = FakeRuntime(onnxruntime, delivered, **options)
         monkeypatch.setitem(sys.modules, "onnxruntime", fake)
         monkeypatch.setattr(session, "nvidia_driver_present", lambda: True)
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-        monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "")
+        monkeypatch.setattr(cuda, "is_loaded", lambda _library: True)
+        trouble.cache_clear()  # of another runtime
+        session._say_cpu.cache_clear()
         return fake
 
-    return on
+    yield on
+    trouble.cache_clear()
 
 
 # --- which device, and the proof ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device", ["gpu", "", "cuda:", "cuda:x", "cpu:0", "auto:1", "cuda:-1", "tensorrt:-1", "cuda:0,"])
+@pytest.mark.parametrize("device", ["gpu", "", "cuda:", "cuda:x", "cpu:0", "auto:1", "cuda:-1", "tensorrt", "cuda:0,"])
 def test_a_device_that_is_none_is_a_usage_error(device: str) -> None:
     with pytest.raises(UsageError, match="expected auto, cpu, cuda"):
         resolve_device(device)
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:1", "tensorrt", "tensorrt:1"])
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 def test_a_gpu_session_that_silently_runs_elsewhere_is_an_error(backbone_file: Path, stage: Stage, device: str) -> None:
     stage(CPU)
-    assert resolve_device("auto") == "cuda"
-    assert resolve_device(device) == device
-    with pytest.raises(DeviceUnavailableError, match="made a session on CPUExecutionProvider instead") as caught:
-        Embedder(backbone_file, device=device)
-    assert caught.value.exit_code == 69
-
-
-def test_tensorrt_that_falls_back_to_cuda_is_an_error(backbone_file: Path, stage: Stage) -> None:
-    stage(CUDA)
-    with pytest.raises(DeviceUnavailableError, match=r"CUDAExecutionProvider instead: .* is TensorRT 10 here\?"):
-        Embedder(backbone_file, device="tensorrt")
+    for use in (resolve_device, lambda wanted: Embedder(backbone_file, device=wanted)):
+        with pytest.raises(DeviceUnavailableError, match="made a session on CPUExecutionProvider instead") as caught:
+            use(device)
+        assert caught.value.exit_code == 69
 
 
 def test_auto_is_the_cpu_without_a_driver(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -232,48 +235,195 @@ def test_auto_is_the_cpu_without_a_driver(monkeypatch: pytest.MonkeyPatch, caplo
     assert caught.value.exit_code == 69
 
 
-@pytest.mark.parametrize(("device", "delivered", "advice"), [("cuda", CUDA, "cpu"), ("tensorrt", TENSORRT, "cuda")])
-def test_layers_that_are_computed_elsewhere_are_an_error(
-    backbone_file: Path, stage: Stage, device: str, delivered: str, advice: str
+@pytest.mark.parametrize("kind", ["Conv", "MaxPool", "Concat", "Cast"])
+def test_a_layer_that_is_computed_elsewhere_is_an_error(backbone_file: Path, stage: Stage, kind: str) -> None:
+    preprocess = read_facts(backbone_file).preprocess
+    graph = onnx.load_model_from_string(takes_pixels(backbone_file, preprocess) or b"").graph
+    name = next(node.name for node in graph.node if node.op_type == kind)
+    stage(CUDA, strays=(CPU, kind, name))
+    with pytest.raises(DeviceUnavailableError, match=f"gave {kind} '{name}' to {CPU}; .* as a whole, try --device cpu"):
+        Embedder(backbone_file, preprocess, device="cuda")
+
+
+@pytest.mark.parametrize(("kind", "refused"), [("Gather", False), ("FusedConv", True), ("HardSigmoid", True)])
+def test_of_what_the_runtime_has_named_itself_all_but_shapes_is_refused(
+    backbone_file: Path, stage: Stage, kind: str, refused: bool
 ) -> None:
-    stage(delivered, strays=(CPU, "Conv"))
-    with pytest.raises(DeviceUnavailableError, match=f"gave Conv 'layer' to {CPU}; .* try --device {advice}"):
-        Embedder(backbone_file, device=device)
-    stage(delivered, strays=(CPU, "Gather"))  # shapes may be computed there
-    assert Embedder(backbone_file, device=device).provider == device
+    stage(CUDA, strays=(CPU, kind, "a fusion"))
+    with pytest.raises(DeviceUnavailableError, match=f"gave {kind} 'a fusion'") if refused else nullcontext():
+        assert Embedder(backbone_file, device="cuda").provider == "cuda"
 
 
-def test_the_proof_reads_what_onnx_runtime_really_says(backbone_file: Path) -> None:
-    import onnxruntime
+def test_pixels_that_are_wanted_elsewhere_are_an_error(backbone_file: Path, stage: Stage) -> None:
+    """An input that is bound once is copied once to where it is wanted: every batch would be the first."""
+    stage(CUDA).memory = "Cpu"
+    with pytest.raises(DeviceUnavailableError, match="wants the pixels in memory 'Cpu', card 1"):
+        Embedder(backbone_file, device="cuda:1")
 
+
+def test_the_proof_reads_what_onnx_runtime_really_says(tmp_path: Path) -> None:
+    """Each node that the real runtime has, as if it alone were computed off the card: only arithmetic of shapes may be."""
+    helper, ints = onnx.helper, onnx.TensorProto.INT64
+    make = helper.make_node
+    nodes = [
+        make("Conv", ["image", "weights"], ["sums"], name="conv"),
+        make("MaxPool", ["sums"], ["most"], name="pool", kernel_shape=[2, 2], strides=[2, 2]),
+        make("Shape", ["most"], ["shape"], name="shape"),
+        make("Gather", ["shape", "first"], ["count"], name="gather"),
+        make("Mul", ["count", "two"], ["twice"], name="mul"),
+        make("Concat", ["twice", "rest"], ["wanted"], name="concat", axis=0),
+        make("Reshape", ["most", "wanted"], ["halves"], name="reshape"),
+        make("Concat", ["halves", "halves"], ["features"], name="join", axis=1),
+    ]
+    constants = [
+        onnx.numpy_helper.from_array(np.ones((4, 3, 3, 3), np.float32), "weights"),
+        *(helper.make_tensor(name, ints, [1], [value]) for name, value in (("first", 0), ("two", 2), ("rest", -1))),
+    ]
+    image = helper.make_tensor_value_info("image", onnx.TensorProto.FLOAT, ["n", 3, 6, 6])
+    features = helper.make_tensor_value_info("features", onnx.TensorProto.FLOAT, ["m", 16])
+    graph = helper.make_graph(nodes, "shapes", [image], [features], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    real = onnxruntime.InferenceSession(str(backbone_file), options, providers=[CPU])
-    faked = types.SimpleNamespace(
-        get_providers=lambda: [CUDA], get_provider_graph_assignment_info=real.get_provider_graph_assignment_info
-    )
-    with pytest.raises(DeviceUnavailableError, match=f"gave Conv '.+' to {CPU}"):
-        prove(faked, "cuda", onnxruntime)
+    real = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[CPU])
+
+    def proof(away: list[Any], infos: list[Any]) -> None:
+        elsewhere = types.SimpleNamespace(ep_name=CPU, get_nodes=lambda: away)
+        faked = types.SimpleNamespace(
+            get_providers=lambda: [CUDA],
+            get_provider_graph_assignment_info=lambda: [elsewhere],
+            get_input_memory_infos=lambda: infos,
+        )
+        prove(faked, "cuda", model.graph)
+
+    refused = set()
+    for node in [node for part in real.get_provider_graph_assignment_info() for node in part.get_nodes()]:
+        try:
+            proof([node], [])
+        except DeviceUnavailableError:
+            refused.add(node.name)
+    assert refused == {"conv", "pool", "reshape", "join"}
+    with pytest.raises(DeviceUnavailableError, match="wants the pixels in memory 'Cpu', card 0"):
+        proof([], real.get_input_memory_infos())
 
 
 def test_what_is_missing_is_in_the_message_and_not_on_stdout(
-    backbone_file: Path, stage: Stage, capsys: pytest.CaptureFixture[str]
+    stage: Stage, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = stage(CPU)
     fake.printed = "Failed to load libcurand.so.10"
-    with pytest.raises(DeviceUnavailableError, match=r"is cuDNN 9 here\?\) Failed to load libcurand.so.10$"):
-        Embedder(backbone_file, device="cuda")
+    monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name: name)  # the provider's library is sound
+    assert trouble("cuda").endswith("did not load (Failed to load libcurand.so.10)")
     assert capsys.readouterr().out == ""
+    assert fake.severities == [4, 2], "what is logged later may be seen again"
+
+
+LACKS_CUDA = pytest.mark.skipif(
+    session.nvidia_driver_present() or CUDA not in onnxruntime.get_available_providers(),
+    reason="CUDA works here, or ONNX Runtime has none: neither is a card that does not work",
+)
+
+
+@LACKS_CUDA
+def test_auto_goes_on_with_the_cpu_where_a_card_does_not_work(
+    penult: Any, dataset: Any, backbone_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """The real runtime, which lists CUDA and cannot load it, on a machine that looks as if it had a driver."""
+    monkeypatch.setattr(session, "nvidia_driver_present", lambda: True)
+    session._say_cpu.cache_clear()
+    photos, why = dataset(tmp_path / "photos", {"ants": 2}), "libcuda.so.1: cannot open shared object file"
+    command = ("extract", photos, "-m", backbone_file, "--val-fraction", "0", "--test-fraction", "0", "-o")
+    code, out, err = penult(*command, tmp_path / "a.cache")  # --device auto is the default
+    assert code == 0
+    assert f"warning: there is a GPU, and it cannot be used: running on the CPU. ONNX Runtime made a session on {CPU}" in err
+    assert why in err
+    assert "2 computed on cpu" in out
+    assert "[E:onnxruntime" not in err
+    code, _, err = penult(*command, tmp_path / "b.cache", "--device", "cuda")
+    assert code == 69
+    assert f"error: --device cuda: ONNX Runtime made a session on {CPU} instead: {CUDA} did not load ({why}" in err
+    assert not (tmp_path / "b.cache").exists()
+    assert resolve_devices("auto") == ["cpu"]
+    assert free_memory("cuda") == 0, "CUDA's own runtime is there, and no driver"
+    bundle = REPO / "tests/data/archives/v1/ridge.head"
+    predictor = Predictor.load(bundle, device="auto", workers=1)
+    assert [each.code for each in predictor.predict(photos.rglob("*.jpg"))] == [None, None]
+    with pytest.raises(DeviceUnavailableError, match=r"--device cuda:[01]: "):  # told by a child
+        Fleet(
+            ["cuda:0", "cuda:1"],
+            backbone_file,
+            read_facts(backbone_file).preprocess,
+            batch_size=None,
+            outputs=["features"],
+            tf32=False,
+        )
+
+
+@pytest.mark.skipif(session.nvidia_driver_present(), reason="this machine has an NVIDIA driver")
+def test_fine_tuning_goes_on_with_the_cpu_where_torch_has_no_card(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for present, level in ((True, logging.WARNING), (False, logging.INFO)):
+        monkeypatch.setattr(finetune, "nvidia_driver_present", lambda: present)  # noqa: B023
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            assert finetune._device("auto") == "cpu"
+        assert [(each.levelno, "training on the CPU. " in each.getMessage()) for each in caplog.records] == [(level, True)]
+    with pytest.raises(DeviceUnavailableError, match=r"--device cuda:1: torch .* does not compute there: .* Try"):
+        finetune._device("cuda:1")
+
+
+def test_a_card_that_has_no_cudnn_is_refused(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage(CUDA)
+    assert resolve_device("auto") == "cuda"
+    trouble.cache_clear()
+    monkeypatch.setattr(cuda, "is_loaded", lambda _library: False)
+    with pytest.raises(DeviceUnavailableError, match="--device cuda: ONNX Runtime finds no cuDNN, and is slow without"):
+        resolve_device("cuda")
+    assert resolve_device("auto") == "cpu"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_library_counts_once_it_is_in_the_process() -> None:
+    assert is_loaded("libc")
+    assert not is_loaded("libanl")
+    ctypes.CDLL("libanl.so.1")  # a part of glibc that nothing else here asks for
+    assert is_loaded("libanl")
+
+
+def test_a_card_that_the_wheel_has_no_code_for_is_named(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = stage(CUDA)
+    fake.broken = (
+        "Non-zero status code returned while running Cast node. cuda_call.cc:121 CudaCall CUDA failure 209: no kernel image is "
+        "available for execution on the device ; GPU=1 ; hostname=secret ; expr=cudaGetLastError();"
+    )
+
+    def attribute(found: Any, number: int, card: int) -> None:
+        found._obj.value = {(75, 1): 10, (76, 1): 3}[number, card]
+
+    monkeypatch.setattr(cuda.ctypes, "CDLL", lambda _name: types.SimpleNamespace(cudaDeviceGetAttribute=attribute))
+    with pytest.raises(DeviceUnavailableError) as caught:
+        resolve_device("cuda:1")
+    says = "this onnxruntime has no code for a card of compute capability 10.3: CUDA failure 209: no kernel image is"
+    assert str(caught.value) == f"--device cuda:1: {says} available for execution on the device"
+    monkeypatch.undo()
+    assert capability("cuda:1", types.SimpleNamespace(cuda_version="0.0")) == "unknown", "there is no such CUDA"
+
+
+def test_a_card_that_computes_something_else_is_refused(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = stage(CUDA)
+    right = fake.InferenceSession.run
+    monkeypatch.setattr(fake.InferenceSession, "run", lambda *given: [right(*given)[0] + 1])
+    assert trouble("cuda") == "a convolution gives something else there than on a CPU"
 
 
 def test_a_runtime_without_cuda_is_named(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = stage(CPU)
     monkeypatch.setattr(fake, "get_available_providers", lambda: [CPU])
     assert resolve_device("auto") == "cpu"
-    with pytest.raises(DeviceUnavailableError, match="install onnxruntime-gpu"):
-        resolve_device("cuda")
-    with pytest.raises(DeviceUnavailableError, match="no TensorrtExecutionProvider"):
-        resolve_device("tensorrt:1")
+    for devices in ("cuda", "cuda:0,cuda:1"):
+        with pytest.raises(DeviceUnavailableError, match=f"--device {devices}: .* install onnxruntime-gpu"):
+            resolve_devices(devices)
 
 
 # --- options -----------------------------------------------------------------------------------------------------------
@@ -288,59 +438,50 @@ def test_a_gpu_session_asks_for_its_device_without_tf32(backbone_file: Path, sta
         "device_id": 3,
         "arena_extend_strategy": "kSameAsRequested",
         "use_tf32": "0",
-        "cudnn_conv_algo_search": "EXHAUSTIVE",
         "prefer_nhwc": "0",
-        "enable_cuda_graph": "0",
     }
 
 
-@pytest.mark.parametrize("chosen", [Cuda(half=True), Cuda(tf32=True)])
-def test_tensor_cores_get_nhwc(stage: Stage, chosen: Cuda) -> None:
+@pytest.mark.parametrize("kept", [0, 2])
+def test_tensor_cores_are_for_float16_throughout(backbone_file: Path, stage: Stage, tmp_path: Path, kept: int) -> None:
+    """In float32 layers they would round as coarsely as the float16 that these were spared."""
+    facts = read_facts(backbone_file)
+    model = onnx.load(backbone_file)
+    name_nodes(model.graph)
+    front = [node.name for node in model.graph.node if node.op_type == "Conv"][:kept]
+    (tmp_path / "half.onnx").write_bytes(_convert(model, front).SerializeToString())
+    fake = stage(CUDA)
+    Embedder(tmp_path / "half.onnx", facts.preprocess, device="cuda")
+    on = "0" if kept else "1"
+    assert [fake.providers[0][1][name] for name in ("use_tf32", "prefer_nhwc")] == [on, on]
+    Embedder(tmp_path / "half.onnx", facts.preprocess, device="cuda", tf32=True)
+    assert fake.providers[0][1]["use_tf32"] == "1", "asked for"
+
+
+def test_the_batch_goes_by_the_memory_that_is_free(backbone_file: Path, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     stage(CUDA)
-    (_, options), last = providers("cuda", chosen, b"")
-    assert (options["prefer_nhwc"], options["use_tf32"], last) == ("1", str(int(chosen.tf32)), CPU)
-    assert providers("cuda", replace(chosen, nhwc=False), b"")[0][1]["prefer_nhwc"] == "0"
 
+    def told(free: Any, total: Any) -> int:
+        free._obj.value, total._obj.value = most, 141 * 10**9
+        return status
 
-def test_tensorrt_keeps_engines_under_what_decides_the_numbers(
-    backbone_file: Path, stage: Stage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    fake = stage(TENSORRT)
-    embed = Embedder(backbone_file, read_facts(backbone_file).preprocess, device="tensorrt:1", batch_size=4)
-    assert (embed.provider, embed.lanes) == ("tensorrt", 2)
-    (name, options), (second, _), last = fake.providers
-    assert (name, second, last) == (TENSORRT, CUDA, CPU)
-    assert (options["device_id"], options["trt_fp16_enable"], options["trt_engine_cache_enable"]) == (1, "0", "1")
-    assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0", "TensorRT has TF32 on, and the fingerprint says it is off"
-    folder = Path(options["trt_engine_cache_path"])
-    assert folder.is_dir()
-    assert folder.parent == tmp_path / "xdg" / "penult" / "tensorrt"
-    assert embed(pixels(5)).shape == (5, 512)
-    assert tune(embed, 64, 10**9) == {}, "every size would build an engine for minutes"
-    names = {engine_folder(b"a", Cuda()), engine_folder(b"b", Cuda()), engine_folder(b"a", Cuda(half=True))}
-    assert len(names) == 3
-    assert engine_folder(b"a", Cuda(graph=True)) in names, "how it is launched decides nothing"
-
-
-def test_engines_have_a_place_or_the_message_says_how(
-    backbone_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert engine_folder(backbone_file, Cuda()).is_dir()
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(OutputError, match="for TensorRT's engines: Not a directory; XDG_CACHE_HOME names another place"):
-        engine_folder(b"", Cuda())
+    runtime = types.SimpleNamespace(cudaSetDevice=lambda number: None, cudaMemGetInfo=told)
+    monkeypatch.setattr(cuda.ctypes, "CDLL", lambda _name: runtime)
+    found = {}
+    for status, most in ((0, 139 * 10**9), (0, 40 * 10**9), (0, 22 * 10**9), (0, 8 * 10**9), (35, 139 * 10**9)):
+        found[status, most // 10**9] = Embedder(backbone_file, device="cuda").batch_size
+    assert found == {(0, 139): 256, (0, 40): 256, (0, 22): 128, (0, 8): 64, (35, 139): 64}
+    assert Embedder(backbone_file, device="cuda", batch_size=7).batch_size == 7
 
 
 # --- lanes and buffers -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device", ["cuda", "tensorrt:2"])
+@pytest.mark.parametrize("device", ["cuda", "cuda:2"])
 def test_buffers_are_made_once_for_each_lane(backbone_file: Path, stage: Stage, device: str) -> None:
     preprocess = read_facts(backbone_file).preprocess
     expected = Embedder(backbone_file, preprocess, batch_size=4)(pixels(40))
-    fake = stage({"cuda": CUDA, "tensorrt:2": TENSORRT}[device])
+    fake = stage(CUDA)
     embed = Embedder(backbone_file, preprocess, device=device, batch_size=4)
     found = [future.result()[0] for future in [embed.submit(pixels(40)[i : i + 4]) for i in range(0, 40, 4)]]
     np.testing.assert_array_equal(np.concatenate(found), expected)
@@ -357,7 +498,7 @@ def test_features_that_were_handed_out_are_not_written_again(backbone_file: Path
 
     real = onnxruntime.InferenceSession(str(backbone_file), providers=[CPU])
     name = real.get_inputs()[0].name
-    lane = BoundLane(real, "cpu", name, (4, 3, 64, 64), np.float32, {"features": 512}, threading.Lock())
+    lane = BoundLane(real, "cpu", name, (4, 3, 64, 64), np.float32, {"features": 512})
     first = lane(batch(4))[0]
     kept = first.copy()
     second = lane(batch(4, seed=2))[0]
@@ -375,7 +516,7 @@ def test_bound_lanes_of_one_session_run_at_once(backbone_file: Path) -> None:
     start, results = Barrier(2), {}
 
     def work(seed: int) -> None:
-        lane = BoundLane(real, "cpu", name, (2, 3, 64, 64), np.float32, {"features": 512}, nullcontext())
+        lane = BoundLane(real, "cpu", name, (2, 3, 64, 64), np.float32, {"features": 512})
         start.wait()
         results[seed] = [lane(batch(2, seed=seed + i))[0] for i in range(5)]
 
@@ -398,7 +539,7 @@ def test_a_batch_of_another_type_is_refused_rather_than_converted(backbone_file:
 
     real = onnxruntime.InferenceSession(str(backbone_file), providers=[CPU])
     name = real.get_inputs()[0].name
-    lane = BoundLane(real, "cpu", name, (2, 3, 64, 64), np.float32, {"features": 512}, threading.Lock())
+    lane = BoundLane(real, "cpu", name, (2, 3, 64, 64), np.float32, {"features": 512})
     with pytest.raises(TypeError, match="Cannot cast"):
         lane(batch(2).astype(np.float64))
 
@@ -426,38 +567,6 @@ def test_memory_that_cannot_be_pinned_is_used_as_it_is(monkeypatch: pytest.Monke
     assert not pin(np.zeros(10), 0, fake)
 
 
-def test_a_cuda_graph_is_each_lanes_own_and_runs_alone(backbone_file: Path, stage: Stage) -> None:
-    fake = stage(CUDA)
-    embed = Embedder(backbone_file, device="cuda", batch_size=2, lanes=1, cuda=Cuda(graph=True))
-    assert fake.providers[0][1]["enable_cuda_graph"] == "1"
-    futures = [embed.submit(batch(4)) for _ in range(5)]
-    for _ in range(5):  # the lane of this thread beside the pool's
-        embed(batch(4))
-    for future in futures:
-        future.result()
-    assert len(set(fake.graph_ids)) == 2
-    embed.batch_size = 4
-    embed(batch(4))
-    assert len(set(fake.graph_ids)) == 3, "other buffers, another graph"
-
-
-def test_a_network_that_cannot_be_captured_runs_without_a_graph(
-    backbone_file: Path, stage: Stage, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO", "penult")
-    fake = stage(CUDA)
-    fake.refused = "This session cannot use the graph capture feature as requested by the user"
-    embed = Embedder(backbone_file, device="cuda", batch_size=2, lanes=1, cuda=Cuda(graph=True))
-    assert fake.providers[0][1]["enable_cuda_graph"] == "0"
-    assert embed(batch(2)).shape == (2, 512)
-    assert "no CUDA graph" in caplog.text
-
-
-def test_a_graph_is_for_one_lane(backbone_file: Path) -> None:
-    with pytest.raises(ValueError, match="one lane"):
-        Embedder(backbone_file, device="cuda", cuda=Cuda(graph=True))
-
-
 # --- the whole way -----------------------------------------------------------------------------------------------------
 
 
@@ -470,7 +579,7 @@ def test_float16_is_extracted_on_a_gpu_and_predicted_from_on_a_cpu(
     chosen = Options(device="cuda", precision="fp16", batch_size=4, storage="float32")
     summary = run_extract(source, backbone, tmp_path / "half.cache", chosen)
     assert (summary.provider, summary.ok, summary.batch_size, summary.lanes) == ("cuda", 12, 4, 2)
-    assert fake.providers[0][1]["prefer_nhwc"] == "1"
+    assert (fake.providers[0][1]["use_tf32"], fake.providers[0][1]["prefer_nhwc"]) == ("1", "1")
     cache = FeatureCache(tmp_path / "half.cache")
     fields = cache.fingerprint.fields
     assert (fields["precision"], fields["provider"], fields["tf32"]) == ("fp16", "cuda", False)
@@ -517,6 +626,25 @@ OUT_OF_MEMORY = (
     "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code returned while running Conv node. bfc_arena.cc:376 "
     "void* onnxruntime::BFCArena::AllocateRawInternal(size_t, bool) Failed to allocate memory for requested buffer"
 )
+OF_LIBRARIES = (
+    "CUDNN_FE failure 11: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0",
+    "CUDA failure 2: out of memory ; GPU=0",
+)
+
+
+@pytest.mark.parametrize("message", OF_LIBRARIES)
+def test_what_the_libraries_say_is_out_of_memory_too(backbone_file: Path, stage: Stage, message: str) -> None:
+    stage(CUDA, fits=2, message=message)
+    embed = Embedder(backbone_file, device="cuda", batch_size=4)
+    assert embed(batch(4)).shape == (4, 512)
+    assert embed.batch_size == 2
+
+
+def test_the_reason_is_one_line_without_the_source_and_the_host() -> None:
+    text = "/src/cuda_call.cc:121 onnxruntime::CudaCall() CUDA failure 100: no CUDA-capable device is detected ; GPU=0 ; x"
+    assert reason(RuntimeError(text)) == "CUDA failure 100: no CUDA-capable device is detected"
+    assert (reason(RuntimeError("one\ntwo")), reason(RuntimeError())) == ("one", "RuntimeError")
 
 
 def test_out_of_memory_halves_the_batch_and_loses_nothing(
@@ -530,7 +658,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(
     assert relative_l2(found, expected).max() <= 1e-6
     assert embed.batch_size == 2
     assert fake.sizes == [16, 8, 4, *[2] * 11]
-    assert fake.opened == 4, "each failure gets a new session"
+    assert fake.opened == 5, "one to see whether it works, and each failure gets a new one"
     assert len(fake.buffers) == 8, "and new buffers"
     assert "going on with batches of 2" in caplog.text
 
@@ -541,7 +669,7 @@ def test_out_of_memory_in_both_lanes_is_one_new_session(backbone_file: Path, sta
     parts = [embed.submit(batch(4, seed=i)) for i in range(6)]
     for i, part in enumerate(parts):
         assert relative_l2(part.result()[0], run_real(backbone_file, batch(4, seed=i))).max() <= 1e-6
-    assert (embed.batch_size, fake.opened) == (2, 2)
+    assert (embed.batch_size, fake.opened) == (2, 3)
 
 
 def run_real(path: Path, given: Any) -> Any:
@@ -593,28 +721,24 @@ def test_a_real_gpu_agrees_with_the_cpu(backbone_file: Path) -> None:
 def test_a_real_gpu_in_float16_stays_within_the_bound(backbone_file: Path, tmp_path: Path) -> None:
     facts = halve(backbone_file, tmp_path / "half.onnx", read_facts(backbone_file))
     exact = Embedder(backbone_file, facts.preprocess).embed(pixels(40))
-    on_card = Embedder(tmp_path / "half.onnx", facts.preprocess, device="cuda", batch_size=8, cuda=Cuda(half=True))
+    on_card = Embedder(tmp_path / "half.onnx", facts.preprocess, device="cuda", batch_size=8)
     worst, cosine = compare(on_card.embed(pixels(40)), exact)
     assert worst <= BOUND
     assert cosine >= COSINE
 
 
 @pytest.mark.gpu
-def test_a_real_gpus_lanes_and_graph_agree(backbone_file: Path) -> None:
+def test_a_real_gpus_lanes_agree(backbone_file: Path) -> None:
     preprocess = read_facts(backbone_file).preprocess
     expected = Embedder(backbone_file, preprocess, batch_size=4)(pixels(40))
-    for lanes, chosen in ((2, Cuda()), (1, Cuda(graph=True))):
-        embed = Embedder(backbone_file, preprocess, device="cuda", batch_size=4, lanes=lanes, cuda=chosen)
-        parts = [embed.submit(pixels(40)[i : i + 4]) for i in range(0, 40, 4)]
-        found = np.concatenate([part.result()[0] for part in parts])
-        assert relative_l2(found, expected).max() <= 1e-4, chosen
+    embed = Embedder(backbone_file, preprocess, device="cuda", batch_size=4)
+    parts = [embed.submit(pixels(40)[i : i + 4]) for i in range(0, 40, 4)]
+    assert relative_l2(np.concatenate([part.result()[0] for part in parts]), expected).max() <= 1e-4
 
 
 @pytest.mark.gpu
 def test_a_real_gpu_pins_memory(backbone_file: Path) -> None:
-    import onnxruntime
-
-    load_libraries(onnxruntime)
+    assert trouble("cuda") == ""
     assert pin(np.zeros(2**20, np.uint8), 0, onnxruntime)
 
 
@@ -638,8 +762,8 @@ def test_a_real_gpus_memory_is_flat(backbone_file: Path) -> None:
 def test_a_real_gpu_that_is_full_gets_smaller_batches(backbone_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = cuda.providers
 
-    def little(device: str, chosen: Cuda, model: bytes | Path) -> list[Any]:
-        (name, given), last = options(device, chosen, model)
+    def little(device: str, **chosen: bool) -> list[Any]:
+        (name, given), last = options(device, **chosen)
         return [(name, {**given, "gpu_mem_limit": str(64 * 2**20)}), last]
 
     monkeypatch.setattr(session, "providers", little)

@@ -69,12 +69,31 @@ def test_a_layer_that_overflows_at_the_input_stays_in_float32(backbone_file: Pat
     assert first.name == facts.calibration["float_layers"][0]
 
 
-def test_a_network_that_overflows_in_the_middle_is_refused(
+def test_a_network_that_overflows_between_two_layers_is_refused(
     backbone_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loud = scaled(backbone_file, tmp_path / "loud.onnx", 1e7, 20)
+    """Times 2^15, and back: nothing in float32, nor where the end alone is rounded, and infinity on a card."""
+    model = onnx.load(backbone_file)
+    nodes = list(model.graph.node)
+    place = [i for i, node in enumerate(nodes) if node.op_type == "Conv"][20]
+    first = last = nodes[place].output[0]
+    steps = []
+    for name, factor in (("up", 2**15), ("down", 2**-10), ("as_before", 2**-5)):
+        model.graph.initializer.append(numpy_helper.from_array(np.array(factor, np.float32), f"{name}_by"))
+        steps.append(onnx.helper.make_node("Mul", [last, f"{name}_by"], [name]))
+        last = name
+    for node in nodes:
+        node.input[:] = [last if name == first else name for name in node.input]
+    ordered = [type(node).FromString(node.SerializeToString()) for node in (*nodes[: place + 1], *steps, *nodes[place + 1 :])]
+    del model.graph.node[:]
+    model.graph.node.extend(ordered)
+    loud, facts = tmp_path / "loud.onnx", read_facts(backbone_file)
+    loud.write_bytes(model.SerializeToString())
+    pixels = pictures(facts.preprocess)[:2]
+    exact, found = (Embedder(path, facts.preprocess).embed(pixels) for path in (backbone_file, loud))
+    assert compare(found, exact)[0] < 1e-6
     with pytest.raises(BadDataError, match=r"moves the features of squeezenet1_1 by inf .* Use --precision fp32"):
-        halve(loud, tmp_path / "half.onnx", read_facts(loud))
+        halve(loud, tmp_path / "half.onnx", facts)
     assert not (tmp_path / "half.onnx").exists()
     monkeypatch.setattr(half, "BOUND", 1e-9)
     monkeypatch.setattr(half, "ENOUGH", 1e-9)

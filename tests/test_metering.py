@@ -66,7 +66,7 @@ def test_energy_is_what_the_counter_rose_by(nvml: Nvml, monkeypatch: pytest.Monk
     assert Meter("cuda:0", "cuda:0").read().energy == 6.0  # of both together
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
     assert drawn([0]) is None
-    assert Meter("tensorrt:1").read().energy == 1.5
+    assert Meter("cuda:1").read().energy == 1.5
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-0")
     assert Meter("cuda").read().energy == 1.5
     assert nvml.open == 0

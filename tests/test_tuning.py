@@ -20,7 +20,7 @@ from extractor.progress import StopFlag
 from extractor.reading import Crew, ahead
 from extractor.session import Embedder
 from extractor.sources import ImageFolder
-from extractor.tuning import ENOUGH, SIZES, TRIALS, Pace, tune
+from extractor.tuning import ENOUGH, SIZES, TRIALS, Pace
 from store.cache import FeatureCache
 
 PIXELS = Preprocess(64, 64, "bilinear", (0.5,) * 3, (0.5,) * 3)
@@ -31,52 +31,6 @@ def embedder(backbone_file: Path) -> Iterator[Embedder]:
     opened = Embedder(backbone_file, read_facts(backbone_file).preprocess, lanes=2)
     yield opened
     opened.close()
-
-
-def staged(monkeypatch: pytest.MonkeyPatch, rates: dict[int, float]) -> None:
-    """Time stands in: so many images per second of each size, in both lanes together."""
-    monkeypatch.setattr(tuning, "_seconds", lambda embedder, size, _side: size * embedder.lanes / rates[size])
-
-
-@pytest.mark.parametrize(
-    ("rates", "best"),
-    [
-        ({4: 100, 8: 110, 16: 130, 32: 131}, 16),  # one per cent more is not worth the memory
-        ({4: 100, 8: 90}, 4),
-    ],
-)
-def test_the_batch_size_of_a_gpu_is_the_largest_that_gains(
-    embedder: Embedder, monkeypatch: pytest.MonkeyPatch, rates: dict[int, float], best: int
-) -> None:
-    staged(monkeypatch, rates)
-    embedder.provider = "cuda"
-    assert tune(embedder, 64, 100_000) == pytest.approx(rates)
-    assert embedder.batch_size == best
-
-
-def test_what_is_soon_done_is_not_measured(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
-    staged(monkeypatch, {4: 100})
-    embedder.provider = "cuda"
-    assert tune(embedder, 64, 100) == {}
-    assert tune(embedder, 64, 5_000) == {}, "50 s are not worth it"
-    assert embedder.batch_size == 4
-    embedder.provider = "cpu"
-    assert tune(embedder, 64, 10**6) == {}, "a CPU is measured on its own work"
-
-
-def test_a_real_session_is_measured_in_all_its_lanes(
-    embedder: Embedder, backbone_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tuning, "WORTH", 0.0)
-    monkeypatch.setattr(tuning, "SECONDS", 1e-6)
-    monkeypatch.setattr(tuning, "LARGEST", 8)
-    monkeypatch.setattr(embedder, "provider", "cuda")
-    monkeypatch.setattr(embedder, "_make_lane", lambda opened, _shape: lambda x: opened.session.run(None, {embedder._input: x}))
-    side = read_facts(backbone_file).preprocess.crop
-    rates = tune(embedder, side, 100_000)
-    assert set(rates) == {4, 8}
-    assert embedder.batch_size in rates
-    assert embedder.calls >= 2 * 2 * len(rates)
 
 
 @pytest.mark.parametrize(
