@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from store.environment import cache_folder
 from store.errors import DeviceUnavailableError, OutputError
 
 from .graph import WEIGHTED
@@ -119,7 +120,7 @@ def providers(device: str, cuda: Cuda, model: bytes | Path) -> list[Any]:
 def engine_folder(model: bytes | Path, cuda: Cuda) -> Path:
     """Where TensorRT keeps the engines of a graph, which take minutes to build; made here.
 
-    ``XDG_CACHE_HOME/penult/tensorrt/DIGEST``. The digest is of what decides the numbers: the graph, which holds weights and
+    ``tensorrt/DIGEST`` in `cache_folder`. The digest is of what decides the numbers: the graph, which holds weights and
     normalisation, and the precision. TensorRT itself adds its version and the kind of GPU to the names of the files.
 
     Raises:
@@ -127,12 +128,11 @@ def engine_folder(model: bytes | Path, cuda: Cuda) -> Path:
     """
     held = hashlib.sha256(model).hexdigest() if isinstance(model, bytes) else digest(model)
     name = hashlib.sha256(f"{held} {cuda.tf32} {cuda.half}".encode()).hexdigest()
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = home / "penult" / "tensorrt" / name[:32]
+    folder = cache_folder() / "tensorrt" / name[:32]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        message = f"cannot create {folder} for TensorRT's engines: {error.strerror}; XDG_CACHE_HOME names another place"
+        message = f"cannot create {folder} for TensorRT's engines: {error.strerror}; PENULT_CACHE names another place"
         raise OutputError(message) from error
     return folder
 

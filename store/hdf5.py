@@ -13,13 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 from numpy.typing import NDArray
-
-# A file may name a filter, and HDF5 would load the shared library that implements it. "::" switches that off; it is read
-# when the library starts, hence before the import.
-os.environ.setdefault("HDF5_PLUGIN_PRELOAD", "::")
-import h5py
 
 from .errors import CorruptCacheError, InputMissingError, NewerFormatError, OutputError, PenultError, StorageError
 

@@ -329,7 +329,7 @@ def test_engines_have_a_place_or_the_message_says_how(
     assert engine_folder(backbone_file, Cuda()).is_dir()
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(OutputError, match="for TensorRT's engines: Not a directory; XDG_CACHE_HOME names another place"):
+    with pytest.raises(OutputError, match="for TensorRT's engines: Not a directory; PENULT_CACHE names another place"):
         engine_folder(b"", Cuda())
 
 

@@ -69,6 +69,19 @@ def test_only_the_command_line_prints_and_exits(path: Path) -> None:
                 assert (path.name, called) in allowed, f"line {node.lineno}: {called}"
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{floor_of(path)}/{path.stem}")
+def test_libraries_and_children_are_told_what_store_environment_says(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    for node in tree.body:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None) or ""]
+        early = {"onnxruntime", "matplotlib", "lightning"} & {name.partition(".")[0] for name in names}
+        assert not early, f"line {node.lineno}: {early} comes with the module; import it where it is used"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.keyword) and node.arg == "env":
+            told = ast.unparse(node.value)
+            assert told.startswith("os.environ |"), f"line {node.value.lineno}: a child is told {told}"
+
+
 @pytest.mark.parametrize("path", sorted((REPO / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
 def test_benchmarks_import_what_is_there(path: Path) -> None:
     """Nobody runs them for weeks: a name that has moved would show only then."""
