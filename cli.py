@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from store import json_text
+from store.environment import redirect_matplotlib
 from store.errors import PenultError
 
 if TYPE_CHECKING:
@@ -1280,6 +1281,7 @@ def main() -> None:
     gc.set_threshold(100_000, 20, 100)
     # Outside the pipeline, which finishes its batch, SIGTERM ends a command at once, with the code a scheduler expects.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    redirect_matplotlib()
     for stream in (sys.stdout, sys.stderr):  # a label in another script must not end a run under LANG=C
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -39,7 +39,7 @@ if str(REPO) not in sys.path:
     sys.path.insert(0, str(REPO))
 
 import store.writer  # noqa: E402
-from benchmarks import crash_model  # noqa: E402
+from benchmarks import crash_model, home  # noqa: E402
 from extractor.backbones import Backbone  # noqa: E402
 from extractor.export import export  # noqa: E402
 from extractor.options import Options, Summary  # noqa: E402
@@ -849,6 +849,38 @@ def part_memory(bench: Bench) -> list[str]:
     return lines
 
 
+LOOK_UP = """
+import pathlib, socket
+socket.getaddrinfo("localhost", 80)
+pathlib.Path.home().joinpath(".stranger").touch()
+"""
+
+
+def part_home(bench: Bench) -> list[str]:
+    """Hosts, and the home folder"""
+    if not shutil.which("strace"):
+        message = "strace is not here, so that nothing could be traced: install it (apt-get install strace), or use Linux"
+        raise NotMetError(message)
+    work = bench.folder("home") / "work"
+    home.make_inputs(work, 48)
+    shutil.copy(bench.net().name, work / "net.onnx")
+    control = home.trace([sys.executable, "-c", LOOK_UP], work, work.with_name("control"))
+    require(control.lookups and control.made == [".stranger"], f"the trace misses a look-up or a file: {control}")
+    chosen = [command for command in home.COMMANDS if command.quick or not bench.quick]
+    for number, command in enumerate(chosen):
+        traced = home.trace(home.penult(command), work, work.with_name(f"{number}"))
+        require(traced.code == command.code, f"{command.line}: exit {traced.code}: {traced.stderr[-800:]}")
+        require(not traced.lookups, f"{command.line} looks a host up: {traced.lookups[:3]}")
+        require(not traced.made, f"{command.line} made {traced.made}")
+    return [
+        f"{len(chosen)} commands, all but `weights fetch`, each traced with its children, with a fresh home folder and a bare "
+        "environment",
+        "none looked a host up or reached another machine; the home folders held nothing but "
+        + " and ".join(f"`{name}`" for name in home.OURS),
+        "control, a process that looks up `localhost` and writes one file: the trace shows both",
+    ]
+
+
 PARTS: dict[str, Callable[[Bench], list[str]]] = {
     "kills": part_kills,
     "terms": part_terms,
@@ -858,6 +890,7 @@ PARTS: dict[str, Callable[[Bench], list[str]]] = {
     "changes": part_changes,
     "unchanged": part_unchanged,
     "memory": part_memory,
+    "home": part_home,
 }
 
 HEADER = """# Reliability

@@ -5,20 +5,15 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 from numpy.typing import NDArray
-
-# A file may name a filter, and HDF5 would load the shared library that implements it. "::" switches that off; it is read
-# when the library starts, hence before the import.
-os.environ.setdefault("HDF5_PLUGIN_PRELOAD", "::")
-import h5py
 
 from .errors import CorruptCacheError, InputMissingError, PenultError, require_format
 

@@ -185,11 +185,16 @@ def test_fused_in_plain_onnxruntime_is_predict_is_the_head_on_cached_features(
     assert "16 golden vectors agree" in selftest(out)
 
 
-def test_the_twenty_lines_of_the_docs(file: Path, bundle: Bundle, photos: Path) -> None:
+def test_the_twenty_lines_of_the_docs(
+    file: Path, bundle: Bundle, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY")
+    monkeypatch.setenv("HOME", str(tmp_path))
     (code,) = re.findall(r"```python\n(.*?)```", (REPO / "docs/fuse.md").read_text(), re.DOTALL)
     assert len([line for line in code.splitlines() if line]) <= 25
     files = sorted(photos.glob("*/01*.*"))
     lines = [line.rsplit(" ", 2) for line in plain(code, file, *files).splitlines()]
+    assert not list(tmp_path.iterdir()), "ONNX Runtime reports"
     found = list(Predictor.load(bundle.path).predict(files))
     assert len(found) == 30
     assert [(path, label) for path, label, _ in lines] == [(p.name, p.label) for p in found]

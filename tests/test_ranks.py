@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 
+from classifiers import ranks
 from classifiers.checkpoints import Checkpoints
 from classifiers.finetune import finetune
 from classifiers.finetune_options import FineTuneOptions
@@ -51,3 +55,14 @@ def test_what_ends_one_process_ends_all(pictures: list[tuple[Path, int]], monkey
 def test_a_share_of_one_image_is_refused(pictures: list[tuple[Path, int]]) -> None:
     with pytest.raises(UsageError, match=r"--device cpu,cpu,cpu: 1 image\(s\) of a batch for each device; expected at least 2"):
         finetune(pictures[:16], pictures[16:], 2, REGNET, replace(FAST, batch_size=5, device="cpu,cpu,cpu"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_processes_listen_to_this_machine_alone(tmp_path: Path) -> None:
+    with mock.patch.dict(os.environ), ranks._group(0, ["cpu"], tmp_path / "rendezvous"):
+        sockets = {str(each.readlink()) for each in Path("/proc/self/fd").iterdir() if each.is_symlink()}
+        lines = [line.split() for kind in ("tcp", "tcp6") for line in Path("/proc/self/net", kind).read_text().splitlines()[1:]]
+    listening = {
+        place.partition(":")[0] for _, place, _, state, *more in lines if state == "0A" and f"socket:[{more[5]}]" in sockets
+    }
+    assert listening == {"0100007F"}, "127.0.0.1, in the order of bytes of x86 and Arm"
