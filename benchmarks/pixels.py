@@ -27,8 +27,9 @@ from PIL import Image
 
 from classifiers.logistic import LogisticHead
 from extractor.backbones import Backbone
+from extractor.cpu_session import cpu_session
 from extractor.export import export
-from extractor.parity import cpu_session, relative_l2
+from extractor.parity import relative_l2
 from extractor.preprocess import PIXEL_PATHS, Preprocess
 from extractor.session import Embedder
 from extractor.sources import ImageFolder

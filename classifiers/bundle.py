@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from extractor.cpu_session import cpu_session
 from extractor.onnxfile import DATA_NAME, BackboneFacts, copy, read_facts, require_features
 from extractor.views import Views
 from store import atomic, hdf5, json_text
@@ -430,7 +431,6 @@ def head_function(data: bytes, path: Path) -> Callable[[NDArray[np.float32]], ND
         BadDataError: it is not ONNX, wants operators outside the standard ones, or data from other files.
     """
     import onnx
-    import onnxruntime
 
     try:
         model = onnx.load_model_from_string(data)
@@ -442,10 +442,7 @@ def head_function(data: bytes, path: Path) -> Callable[[NDArray[np.float32]], ND
     if domains or external:
         message = f"{path} asks for {', '.join(sorted(domains)) or 'data from other files'}; refused"
         raise BadDataError(message)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = min(os.cpu_count() or 1, 4)
-    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    session = cpu_session(data, threads=min(os.cpu_count() or 1, 4))
 
     def probabilities(features: NDArray[np.float32]) -> NDArray[np.float32]:
         parts = np.split(features.astype(np.float32), range(BLOCK, len(features), BLOCK))

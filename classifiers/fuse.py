@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from extractor import onnxfile
+from extractor.cpu_session import cpu_session
 from extractor.foreign import load_data, require_domains
 from extractor.graph import cut
 from extractor.onnxfile import PREFIX
-from extractor.parity import cpu_session
 from extractor.prologue import pixel_nodes
 from store.atomic import require_free, require_replaceable
 from store.errors import BadDataError

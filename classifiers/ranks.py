@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import store.errors
 from extractor import backbones
 from extractor.cuda import number_of
 from extractor.progress import StopFlag
+from store import child
 from store.errors import InterruptedRunError, PenultError
 
 from .checkpoints import FAILURE
@@ -47,10 +47,9 @@ def run_on_all(plan: Plan, decided: dict[str, Any], stop: StopFlag) -> None:
             while not context.join(timeout=LOOK):
                 if stop:
                     raise InterruptedRunError(stop.signum)
-        except ProcessException as error:
+        except ProcessException:
             if failure.exists():
-                name, message = json.loads(failure.read_text("utf-8"))
-                raise {**vars(store.errors), "DivergedError": DivergedError}[name](message) from error
+                child.raise_answered(json.loads(failure.read_text("utf-8")), DivergedError)
             raise
         finally:
             for process in context.processes:
@@ -70,7 +69,7 @@ def _run(rank: int, plan: Plan, decided: dict[str, Any], rendezvous: Path) -> No
                 model = end_to_end(loaded, plan.counts, plan.options, plan.start)
                 run_epochs(plan, loaded, model, decided, StopFlag(), rank)
         except PenultError as error:
-            Path(plan.checkpoints.folder / FAILURE).write_text(json.dumps([type(error).__name__, str(error)]), "utf-8")
+            Path(plan.checkpoints.folder / FAILURE).write_text(json.dumps(child.answer_of(error)), "utf-8")
             raise
 
 

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from store.child import python
 from store.errors import InterruptedRunError, PenultError
 
 from .images import MAX_BYTES, MEMORY, ImageError
@@ -41,7 +42,7 @@ START_TIMEOUT = 60.0  # seconds until it first answers
 PIPE_BYTES = 2**20  # what Linux lets anybody have
 SLICE = 0.25  # seconds; so soon a run that is to stop gives up a worker that is busy
 
-START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from extractor.decoder import serve; serve()"
+START = "from extractor.decoder import serve; serve()"
 SINGLE_THREADED = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")} | {"VECLIB_MAXIMUM_THREADS": "1"}
 
 LENGTH = struct.Struct("<Q")
@@ -139,7 +140,7 @@ class _Worker:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", START, json.dumps(sys.path)],
+                python(START),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

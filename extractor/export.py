@@ -13,11 +13,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import numpy as np
 
-import store.errors
+from store import child
 from store.cache import PENULTIMATE
 from store.errors import BadDataError, InterruptedRunError, PenultError, UsageError
 
@@ -54,12 +53,8 @@ def export(backbone: Backbone, path: Path, stop: StopFlag | None = None) -> Back
     if backbone.is_file and is_own(Path(backbone.name)):  # nothing of it is computed
         return import_onnx(backbone, path)
     onnxfile.require_writable(path)
-    request = json.dumps({"backbone": backbone.facts(), "path": str(path.absolute()), "sys.path": sys.path})
-    code = (
-        "import json, sys; request = json.load(sys.stdin); sys.path[:] = request['sys.path']; "
-        "from extractor.export import _child; _child(request)"
-    )
-    status, out, err = _run_child([sys.executable, "-P", "-c", code], request, stop)
+    request = json.dumps({"backbone": backbone.facts(), "path": str(path.absolute())})
+    status, out, err = _run_child(child.python("from extractor.export import _child; _child()"), request, stop)
     if stop:
         onnxfile.remove_unfinished(path)
         raise InterruptedRunError(stop.signum)
@@ -76,34 +71,33 @@ def export(backbone: Backbone, path: Path, stop: StopFlag | None = None) -> Back
         raise error from None
     for level, text in answer.get("messages", []):
         log.log(level, "%s", text)
-    if "error" in answer:
-        kind = getattr(store.errors, answer["error"], PenultError)
-        raise kind(answer["message"])
+    child.raise_answered(answer)
     return BackboneFacts.from_json(answer["facts"])
 
 
 def _run_child(command: list[str], request: str, stop: StopFlag | None) -> tuple[int, str, str]:
     """Exit status, stdout and stderr of a child that is ended when ``stop`` is set: an export may take minutes."""
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as child:
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
         given: str | None = request
         polls = 0
         try:
             while True:
                 try:
-                    out, err = child.communicate(given, timeout=POLL_SECONDS)
-                    return child.returncode, out, err
+                    out, err = process.communicate(given, timeout=POLL_SECONDS)
+                    return process.returncode, out, err
                 except subprocess.TimeoutExpired:
                     given = None  # it is on its way
                     if stop:
                         polls += 1
-                        child.terminate() if polls < PATIENCE else child.kill()
+                        process.terminate() if polls < PATIENCE else process.kill()
         except BaseException:
-            child.terminate()
+            process.terminate()
             raise
 
 
-def _child(request: dict[str, Any]) -> None:
+def _child() -> None:
+    request = json.load(sys.stdin)
     # Exporters print; the answer must be the only thing on stdout.
     answer_to, sys.stdout = sys.stdout, sys.stderr
     signal.signal(signal.SIGTERM, _leave)  # so that a download at hand removes what it has of its file
@@ -123,7 +117,7 @@ def _child(request: dict[str, Any]) -> None:
             facts = to_onnx(loaded, backbone.name, path, layers=backbone.layers, pooling=pooling)
         answer = {"facts": facts.to_json()}
     except PenultError as error:
-        answer = {"error": type(error).__name__, "message": str(error)}
+        answer = child.answer_of(error)
     print(json.dumps({**answer, "messages": messages}), file=answer_to)
 
 

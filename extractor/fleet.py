@@ -13,7 +13,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import traceback
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-import store.errors
+from store.child import answer_of, python, raise_answered
 from store.errors import DeviceUnavailableError, PenultError, UsageError
 
 from .preprocess import Preprocess
@@ -35,7 +34,7 @@ from .session import Embedder, check_device, cores, no_cuda, resolve_device
 
 log = logging.getLogger("penult.extractor")
 
-START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from extractor.fleet import serve; serve(sys.argv[2:])"
+START = "from extractor.fleet import serve; serve(sys.argv[1:])"
 MAX_LANES = 16  # connections of a child: one for each lane that it may have
 PATIENCE = 10.0  # seconds for a child to end by itself
 
@@ -187,7 +186,7 @@ class _Child:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", START, json.dumps(sys.path), *map(str, theirs)],
+                python(START, *theirs),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,  # results go there
                 pass_fds=theirs,
@@ -224,8 +223,7 @@ class _Child:
             header, arrays = _receive(connection)
         except (EOFError, OSError):
             raise self._dead() from None
-        if "error" in header:
-            raise getattr(store.errors, header["error"], PenultError)(header["message"])
+        raise_answered(header)
         self.facts = header["facts"]
         return arrays
 
@@ -289,7 +287,7 @@ def serve(descriptors: Sequence[str]) -> None:
                 tf32=settings["tf32"],
             )
         except PenultError as error:
-            _send(connections[0], {"error": type(error).__name__, "message": str(error)}, [])
+            _send(connections[0], answer_of(error), [])
             return
         _send(connections[0], {"facts": _facts(embedder)}, [])
         lanes = [Thread(target=_answer, args=(connection, embedder)) for connection in connections[: embedder.lanes]]
@@ -317,7 +315,7 @@ def _answer(connection: Connection, embedder: Embedder) -> None:
             try:
                 found = [features for array in arrays for features in embedder.embed(array)]
             except PenultError as error:
-                _send(connection, {"error": type(error).__name__, "message": str(error)}, [])
+                _send(connection, answer_of(error), [])
                 continue
             except Exception:  # a bug: the process ends, with a traceback, and the parent sees that
                 traceback.print_exc()

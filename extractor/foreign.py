@@ -21,9 +21,10 @@ from store.errors import BadDataError, UsageError, did_you_mean
 
 from . import onnxfile
 from .backbones import Backbone
+from .cpu_session import cpu_session
 from .graph import Graph, cut, pooling_nodes, spatial_axes
 from .onnxfile import BackboneFacts, Layer
-from .parity import PARITY, cpu_session, relative_l2
+from .parity import PARITY, relative_l2
 from .session import MAX_DIM
 from .stated import Input, image_input, preprocessing, read_sidecar
 

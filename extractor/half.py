@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 from store.errors import BadDataError
 
 from . import onnxfile
+from .cpu_session import cpu_session
 from .cuda import reason
 from .graph import WEIGHTED, in_order, name_nodes
 from .onnxfile import BackboneFacts
-from .parity import cosines, cpu_session, relative_l2
+from .parity import cosines, relative_l2
 from .preprocess import Preprocess
 from .session import Embedder
 

@@ -12,27 +12,11 @@ from numpy.typing import NDArray
 
 from store.errors import BadDataError
 
+from .cpu_session import cpu_session
+
 log = logging.getLogger("penult.extractor")
 
 PARITY = 1e-5  # relative L2 per row, CONTRACTS: "CPU ONNX Runtime fp32 vs torch fp32 on identical pixels"
-
-
-def cpu_session(model: Path | bytes, *, optimised: bool = True) -> Any:
-    """A quiet session on the CPU, whose threads do not spin: torch's are at work as well.
-
-    Args:
-        model: the ONNX file, or its content.
-        optimised: let ONNX Runtime fuse nodes and leave some out.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if not optimised:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    graph = model if isinstance(model, bytes) else str(model)
-    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 def check_parity(

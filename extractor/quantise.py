@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from store.errors import BadDataError
 
 from . import onnxfile
+from .cpu_session import cpu_session
 from .graph import WEIGHTED
 from .onnxfile import BackboneFacts
 from .parity import cosines
@@ -157,14 +158,11 @@ class _Network:
             message = f"{facts.name} is quantised already; use --precision fp32, which takes it as it is"
             raise BadDataError(message)
         optimised = folder / "optimised.onnx"
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        options.optimized_model_filepath = str(optimised)
+        basic = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         try:
             if model.opset_import[0].version < OPSET:
                 model = onnx.version_converter.convert_version(model, OPSET)
-            onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            cpu_session(model.SerializeToString(), graph_optimization_level=basic, optimized_model_filepath=str(optimised))
             model = onnx.shape_inference.infer_shapes(onnx.load(optimised))
         except Exception as error:  # neither onnx nor onnxruntime has a public base of its exceptions
             message = f"{facts.name} cannot be prepared for int8 ({str(error).splitlines()[0]}); use --precision fp32"
@@ -191,7 +189,6 @@ class _Network:
     def observe(self, pixels: Pixels, checkpoint: Stop) -> Observed:
         """Run the float network and look at every tensor that may be quantised."""
         import onnx
-        import onnxruntime
 
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
@@ -209,9 +206,7 @@ class _Network:
         wanted = [name for name in names if name not in followers]
         there = {value.name for value in graph.output}
         graph.output.extend(values[name] for name in wanted if name not in there)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        session = cpu_session(model.SerializeToString())
         first = session.get_inputs()[0].name
 
         def runs(images: Pixels) -> Iterator[Iterator[tuple[str, NDArray[np.float32]]]]:

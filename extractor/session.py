@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from store.errors import BadDataError, DeviceUnavailableError, UsageError
 
+from .cpu_session import cpu_session
 from .cuda import PROVIDER, BoundLane, free_memory, hushed, prove, providers, reason, trouble
 from .graph import in_float16
 from .onnxfile import read_model
@@ -106,24 +107,6 @@ def _say_cpu(why: str) -> None:
         log.warning("there is a GPU, and it cannot be used: running on the CPU. %s", why)
     else:
         log.info("no GPU here: running on the CPU")
-
-
-@cache
-def _int8_saturates() -> bool:
-    """Whether this CPU's sums of two 8-bit products overflow 16 bits, as on x86 without VNNI; asked of ONNX Runtime itself."""
-    import onnxruntime
-    from onnx import TensorProto, helper
-
-    terms = 64
-    node = helper.make_node("MatMulInteger", ["a", "b"], ["c"])
-    a = helper.make_tensor_value_info("a", TensorProto.UINT8, [1, terms])
-    b = helper.make_tensor_value_info("b", TensorProto.INT8, [terms, 16])
-    c = helper.make_tensor_value_info("c", TensorProto.INT32, [1, 16])
-    model = helper.make_model(helper.make_graph([node], "saturation", [a, b], [c]), ir_version=10)
-    model.opset_import[0].version = 13
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    given = {"a": np.full((1, terms), 255, np.uint8), "b": np.full((terms, 16), 127, np.int8)}
-    return bool((session.run(None, given)[0] != 255 * 127 * terms).any())
 
 
 @dataclass(eq=False)
@@ -228,22 +211,15 @@ class Embedder:
     def _open(self) -> Any:
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        options.intra_op_num_threads = max(cores() // self.lanes, 1)
-        # Spinning threads steal the cores that decode; measured +60 % end to end where both share them.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         graph = self._graph()
         if self.provider == "cpu":
-            if _int8_saturates():  # exact kernels for int8 networks, which elsewhere would cost more than half of their speed
-                options.add_session_config_entry("session.x64quantprecision", "1")
-            try:  # its own fall-back, from the CPU to the CPU, would print
-                return onnxruntime.InferenceSession(
-                    graph or str(self._model), options, providers=["CPUExecutionProvider"], enable_fallback=0
-                )
+            try:
+                return cpu_session(graph or self._model, threads=max(cores() // self.lanes, 1))
             except Exception as error:  # onnxruntime's exceptions have no common public base
                 message = f"{self._model} cannot be run: {reason(error)}"
                 raise BadDataError(message) from error
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         import onnx
 

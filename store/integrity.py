@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from . import calibration, compact_file, hdf5, samples, shard
+from . import calibration, child, compact_file, hdf5, samples, shard
 from .errors import CorruptCacheError, InterruptedRunError, NewerFormatError, StorageError
 
 TIMEOUT = 60.0  # seconds for one file, plus what reading it takes at ..
@@ -45,39 +45,35 @@ def verify_files(paths: Sequence[Path], *, timeout: float = TIMEOUT) -> dict[Pat
 
 def _in_child(paths: Sequence[Path], timeout: float) -> list[tuple[Path, str]]:
     """Verify in one child, in order, until it is done, dies or hangs; the last result then is the file that did it."""
-    code = "import json, sys; request = json.load(sys.stdin); sys.path[:] = request['sys.path']; "
-    code += "from store.integrity import _child; _child(request['paths'])"
-    command = [sys.executable, "-P", "-c", code]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
-    assert child.stdin is not None
-    assert child.stdout is not None
+    command = child.python("from store.integrity import _child; _child()")
+    reader = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
+    assert reader.stdin is not None
+    assert reader.stdout is not None
     results: list[tuple[Path, str]] = []
-    with child:
+    with reader:
         names = [os.fsencode(path).hex() for path in paths]
         with suppress(BrokenPipeError):  # it is dead already; that is seen below
-            child.stdin.write(json.dumps({"paths": names, "sys.path": sys.path}).encode())
-        child.stdin.close()
+            reader.stdin.write(json.dumps(names).encode())
+        reader.stdin.close()
         for path in paths:
             patience = timeout + path.stat().st_size / SLOWEST
-            ready, _, _ = select.select([child.stdout], [], [], patience)
-            line = child.stdout.readline() if ready else b""
+            ready, _, _ = select.select([reader.stdout], [], [], patience)
+            line = reader.stdout.readline() if ready else b""
             if not line:
-                child.kill()
-                status = child.wait()
+                reader.kill()
+                status = reader.wait()
                 if ready and -status in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and systemd signal the children too
                     raise InterruptedRunError(-status)
                 died = f"kills its reader (exit {status})" if ready else f"hangs its reader (more than {patience:.0f} s)"
                 return [*results, (path, died)]
             answer = json.loads(line)
-            if "error" in answer:
-                kind = NewerFormatError if answer["error"] == "NewerFormatError" else StorageError
-                raise kind(answer["message"])
+            child.raise_answered(answer)
             results.append((path, answer["problem"]))
     return results
 
 
-def _child(names: list[str]) -> None:
-    for name in names:
+def _child() -> None:
+    for name in json.load(sys.stdin):
         path = Path(os.fsdecode(bytes.fromhex(name)))
         kind = samples.ENCODING_TYPE if path.name == "samples.h5" else shard.ENCODING_TYPE
         if path.name == calibration.NAME:
@@ -94,8 +90,10 @@ def _child(names: list[str]) -> None:
             else:
                 samples.SampleTable.read(path, kind)
             answer = {"problem": ""}
-        except (NewerFormatError, OSError) as error:  # no damage: a newer penult, a permission, a failing disk
-            answer = {"error": type(error).__name__, "message": str(error)}
+        except NewerFormatError as error:  # no damage, nor is a permission, or a failing disk
+            answer = child.answer_of(error)
+        except OSError as error:
+            answer = child.answer_of(StorageError(str(error)))
         except CorruptCacheError as error:
             answer = {"problem": str(error)}
         sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")

@@ -39,8 +39,6 @@ STANDARD = Preprocess(72, 64, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 
 
 # A worker that does what a file's last bytes say; a picture may end in anything.
 OBEDIENT = """
-import json, sys
-sys.path[:] = json.loads(sys.argv[1])
 import ctypes, os, signal, time
 import numpy
 import extractor.decoder as worker

@@ -18,7 +18,7 @@ from classifiers.demo import write_digits
 from classifiers.rounding import judge_rounding
 from classifiers.train import make_head, train_head
 from extractor import calibration as calibrating
-from extractor import session
+from extractor import cpu_session, session
 from extractor.backbones import Backbone
 from extractor.onnxfile import BackboneFacts, Layer, read_facts, save, write_facts
 from extractor.options import Options
@@ -395,7 +395,7 @@ def test_a_cpu_whose_8_bit_sums_overflow_gets_exact_kernels(network: Path, monke
     images = np.random.default_rng(1).integers(0, 256, (32, SIDE, SIDE, 3), np.uint8)
     quantise(network, tmp_path / "int8.onnx", read_facts(network), images[:16], images[16:])
     here = session.Embedder(tmp_path / "int8.onnx")(pixels)
-    monkeypatch.setattr(session, "_int8_saturates", lambda: True)
+    monkeypatch.setattr(cpu_session, "_int8_saturates", lambda: True)
     there = session.Embedder(tmp_path / "int8.onnx")(pixels)
     np.testing.assert_allclose(there, here, rtol=1e-5, atol=1e-6)
 

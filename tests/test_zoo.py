@@ -369,8 +369,7 @@ def test_what_is_no_file_is_recorded_where_a_list_names_it(backbone: Backbone, t
 
 def test_a_worker_stays_below_one_gigabyte_over_the_zoo(monkeypatch: pytest.MonkeyPatch) -> None:
     asks_itself = """
-import json, resource, sys
-sys.path[:] = json.loads(sys.argv[1])
+import resource
 import extractor.decoder as worker
 from extractor.images import ImageError
 read = worker.Preprocess.read
