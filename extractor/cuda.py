@@ -87,7 +87,7 @@ def trouble(device: str) -> str:
             if "no kernel image" in why:
                 why = f"this onnxruntime has no code for a card of compute capability {capability(device, onnxruntime)}: {why}"
             return why
-    if not np.array_equal(found, expected):
+    if not np.allclose(found, expected, rtol=1e-3):  # there are algorithms that round whole numbers
         return "a convolution gives something else there than on a CPU"
     if not is_loaded("libcudnn"):  # it does without from 1.30 on
         return "ONNX Runtime finds no cuDNN, and is slow without; install onnxruntime-gpu[cuda,cudnn]"

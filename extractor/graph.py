@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from graphlib import TopologicalSorter
 from heapq import heapify, heappop, heappush
+from itertools import count
 from typing import Any
 
 from store.errors import BadDataError
@@ -211,9 +212,11 @@ def cut(model: Any, ends: Sequence[tuple[list[Any], str, int]], front: Sequence[
 
 
 def name_nodes(graph: Any) -> None:
-    """Give every node a name, by which it can be spoken of."""
-    for i, node in enumerate(graph.node):
-        node.name = node.name or f"penult_node_{i}"
+    """Give every node a name, by which it can be spoken of; ONNX Runtime takes no name twice."""
+    taken = {node.name for node in graph.node}
+    free = (name for name in map("penult_node_{}".format, count()) if name not in taken)
+    for node in graph.node:
+        node.name = node.name or next(free)
 
 
 def in_float16(graph: Any) -> bool:

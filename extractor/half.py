@@ -150,7 +150,7 @@ def _rounding(halved: Any) -> Any:
 
     model = onnx.shape_inference.infer_shapes(halved)
     graph = model.graph
-    kinds = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
+    kinds = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.output)}
     kinds |= {tensor.name: tensor.data_type for tensor in graph.initializer}
     constants = [*graph.initializer, *(each.t for node in graph.node for each in node.attribute)]
     for tensor in constants:
@@ -163,9 +163,9 @@ def _rounding(halved: Any) -> Any:
             if each.name == "to" and each.i == TensorProto.FLOAT16:
                 each.i = TensorProto.FLOAT
         for i, name in enumerate(node.output):
-            # Of operators that ONNX does not know, the result is what they are given.
-            kind = kinds.setdefault(name, max((kinds.get(given, 0) for given in node.input), default=0))
-            if kind == TensorProto.FLOAT16:
+            if name not in kinds:  # of an operator that is not ONNX's own
+                kinds[name] = TensorProto.FLOAT16 if TensorProto.FLOAT16 in map(kinds.get, node.input) else 0
+            if kinds[name] == TensorProto.FLOAT16:
                 node.output[i] = f"{name}/exact"
                 nodes.append(helper.make_node("Cast", [node.output[i]], [f"{name}/half"], to=TensorProto.FLOAT16))
                 nodes.append(helper.make_node("Cast", [f"{name}/half"], [name], to=TensorProto.FLOAT))

@@ -20,8 +20,8 @@ class Options:
 
     Attributes:
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, or several of one kind with commas, by one process each.
-        batch_size: images per inference call; None for what is measured to be fast where there is enough to do, see
-            `tuning`.
+        batch_size: images per inference call; None for what a CPU is measured to be fast with, where there is enough to do (see
+            `tuning`), and for what goes into the memory of a GPU.
         workers: decoding threads; None for as many as are needed, see `reading.Crew`.
         storage: ``auto`` (float16 where the values fit) or ``float32``.
         val_fraction, test_fraction, seed: the split, where the data has none.

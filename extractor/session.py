@@ -223,7 +223,7 @@ class Embedder:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         import onnx
 
-        resolve_device(self._device)
+        resolve_device(self._device)  # says why not
         nodes = (onnx.load_model_from_string(graph) if graph else read_model(self._model)).graph
         wanted = providers(self._device, tensor_cores=self._tf32 or in_float16(nodes))
         try:  # its own fall-back to the CPU would print, and go on
