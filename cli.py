@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from classifiers.task import Evaluation, Measured
     from extractor.augment import Augmentation
     from extractor.backbones import Backbone
+    from store.cache import FeatureCache
 
 F = TypeVar("F", bound=Callable[..., Any])
 FOLDER = click.Path(path_type=Path, readable=False)  # what cannot be read is said by the command, with its own code
@@ -536,7 +537,8 @@ def diff(first: Path, second: Path, head: Path | None, layer: str | None, *, as_
     from store.cache import FeatureCache
     from store.drift import compare_caches
 
-    drift = compare_caches(FeatureCache(first, layer), FeatureCache(second, layer), predict=decisions(head))
+    one, other = FeatureCache(first, layer), FeatureCache(second, layer)
+    drift = compare_caches(one, other, predict=decisions(head, one))
     print_drift(drift, as_json=as_json)
 
 
@@ -573,7 +575,8 @@ def check(
     if update and not against.exists():
         click.echo(f"{against}: new, {write_compact(found, against, dtype=str(found.dtype))} rows", err=as_json)
         return
-    drift = compare_caches(FeatureCache(against, layer), found, predict=decisions(head), bound=tolerance)
+    golden = FeatureCache(against, layer)
+    drift = compare_caches(golden, found, predict=decisions(head, golden), bound=tolerance)
     print_drift(drift, as_json=as_json)
     if update:
         write_compact(found, against, dtype=str(found.dtype), overwrite=True)
@@ -1120,16 +1123,19 @@ def demo(output: Path, weights: str | None, epochs: int, *, overwrite: bool) -> 
     click.echo(f"\nReport: {result.report}   Bundles: {output}/*.head (each has a report.html)")
 
 
-def decisions(bundle: Path | None) -> Any:
-    """The class that a bundle's head decides for, as a function of features; None without a bundle."""
+def decisions(bundle: Path | None, cache: FeatureCache) -> Any:
+    """The class that a bundle's head decides for, as a function of features such as a cache holds; None without a bundle."""
     if bundle is None:
         return None
     from classifiers.bundle import Bundle
     from classifiers.figures import require_finite
+    from classifiers.heldout import ACCEPTED
     from classifiers.task import need_single_label
 
     loaded = Bundle.load(bundle)
     need_single_label(loaded.task, "counting changed decisions")
+    features = cache.fingerprint.single
+    loaded.fingerprint.single.require(features, mine=f"the head of {bundle}", theirs=str(cache.path), ignore=ACCEPTED)
     head = loaded.head_function()
 
     def decided(features: Any) -> Any:

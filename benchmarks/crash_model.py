@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from store import atomic, hdf5
+from store import atomic
 
 SECTOR = 512
 
@@ -101,7 +101,7 @@ class Recorder:
                 if name is not None:
                     self._add("committed", name, self._nodes[name])
 
-            stack.enter_context(patch.object(hdf5, "commit", committed))
+            stack.enter_context(patch.object(atomic, "commit", committed))
             yield
 
     @staticmethod

@@ -144,6 +144,20 @@ def test_another_network_in_a_bundle_judges_nothing(made: Path, bundle: Path, tm
     assert saved == (made / "a.cache/backbone.onnx").read_bytes()
 
 
+def test_another_networks_head_counts_no_decisions(
+    made: Path, tmp_path: Path, penult: Callable[..., tuple[int, str, str]]
+) -> None:
+    write_compact(FeatureCache(made / "b.cache"), tmp_path / "golden.h5")
+    for command in (
+        ("diff", made / "b.cache", made / "a.cache"),
+        ("check", made / "a.cache", "--against", tmp_path / "golden.h5"),
+    ):
+        code, said, err = penult(*command, "--head", made / "a.head")
+        assert (code, said) == (65, "")
+        assert "do not go together. They differ in weights: " in err
+    assert penult("diff", made / "a.cache", made / "b.cache", "--head", made / "a.head")[0] == 0
+
+
 def test_files_replaced_after_they_were_looked_at(made: Path, bundle: Path, tmp_path: Path) -> None:
     """A bundle or a fused file is replaced between its digest and its session."""
     picture = made / "photos/ants/000.jpg"
