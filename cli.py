@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from classifiers.gates import GATES
 from store import json_text
 from store.environment import redirect_matplotlib
 from store.errors import PenultError
@@ -117,6 +118,9 @@ run_options = options(
     ),
     click.option("-b", "--batch-size", default="auto", show_default=True, metavar="N|auto", help="Images per batch."),
     click.option("-j", "--workers", default="auto", show_default=True, metavar="N|auto", help="Decoding threads."),
+)
+gate_options = options(
+    *(click.option(gate.flag, type=click.FloatRange(gate.least, gate.most), help=gate.help) for gate in GATES)
 )
 accept_pixels_option = click.option(
     "--accept-pixels",
@@ -810,7 +814,7 @@ def finetune(data: Path, output: Path, *, as_json: bool, overwrite: bool, **give
 @click.argument("bundle", type=FOLDER)
 @click.argument("data", type=FOLDER)
 @click.option("--split", help="Which part; by default the one that was held out in training.")
-@click.option("--min-accuracy", type=click.FloatRange(0, 1), help="Gate: exit 65 below it.")
+@gate_options
 @click.option("--plot", type=FOLDER, help="Write the confusion matrix as .png, .svg or .pdf.")
 @click.option("--root", type=FOLDER, help="Where the images are, if they moved.")
 @accept_pixels_option
@@ -823,15 +827,16 @@ def evaluate(bundle: Path, data: Path, *, as_json: bool, overwrite: bool, **give
     Example: penult evaluate photos.head photos.cache --split test
     """
     from classifiers.bundle import Bundle
+    from classifiers.gates import missed_gates, require_gates, wanted_gates
     from classifiers.heldout import evaluate_bundle
     from classifiers.report import save_confusion
-    from classifiers.task import Evaluation, need_single_label
+    from classifiers.task import need_single_label
     from store.errors import GateError
 
-    loaded = Bundle.load(bundle)
-    for name in ("min_accuracy", "plot"):
-        if given[name] is not None:
-            need_single_label(loaded.task, f"--{name.replace('_', '-')}")
+    loaded, gates = Bundle.load(bundle), wanted_gates(given)
+    require_gates(gates, loaded.task, lambda gate: gate.flag)
+    if given["plot"] is not None:
+        need_single_label(loaded.task, "--plot")
     result, _ = evaluate_bundle(loaded, data, split=given["split"], root=given["root"], **runtime(given))
     if given["plot"]:
         save_confusion(result.to_json(), given["plot"], overwrite=overwrite)
@@ -839,10 +844,8 @@ def evaluate(bundle: Path, data: Path, *, as_json: bool, overwrite: bool, **give
         print_json(result.to_json())
     else:
         print_evaluation(result)
-    gate = given["min_accuracy"]
-    if gate is not None and isinstance(result, Evaluation) and not result.accuracy >= gate:
-        message = f"gate not met: accuracy {result.accuracy:.4f} is below --min-accuracy {gate}"
-        raise GateError(message)
+    if missed := missed_gates(gates, result.to_json(), lambda gate: gate.flag):
+        raise GateError(missed)
     return WITH_FAILURES if result.failed else 0
 
 

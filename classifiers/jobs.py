@@ -11,9 +11,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, PositiveInt, ValidationError, create_model, field_validator
 
 from extractor.augment import Augmentation
 from extractor.backbones import Backbone
@@ -28,10 +28,10 @@ from store.cache import FeatureCache
 from store.errors import BadDataError, GateError, InputMissingError, JobFileError, PenultError, UsageError, did_you_mean
 from store.lock import file_lock, folder_lock
 
-from .bundle import Bundle, install, refuse_existing, remove_folder, remove_leftovers
+from .bundle import Bundle, install, refuse_existing, remove_folder, remove_leftovers, task_of_bundle
+from .gates import GATES, Gate, missed_gates, require_gates, wanted_gates
 from .heldout import evaluate_bundle
-from .intervals import interval
-from .task import Evaluation
+from .task import Evaluation, Measured
 from .train import made_from, make_head, train_head
 
 log = logging.getLogger("penult.classifiers")
@@ -80,6 +80,8 @@ class ExtractSection(_Section):
     group_by: str | None = None
     root: str | None = None
     follow_symlinks: bool = False
+    task: Literal["single-label", "multi-label", "regression"] = "single-label"
+    targets: list[str] = []
     on_error: Literal["skip", "fail"] = "skip"
     max_failures: str = Field("1%", pattern=r"^\d+(\.\d+)?%$|^\d+$")
     retry_failed: bool = False
@@ -92,7 +94,7 @@ class ExtractSection(_Section):
 
 
 class TrainSection(_Section):
-    head: Literal["logistic", "mlp", "ridge", "knn", "centroid"] = "logistic"
+    head: Literal["logistic", "mlp", "ridge", "knn", "centroid"] | None = None
     C: float | None = Field(None, gt=0)
     alpha: float | None = Field(None, gt=0)
     k: int | None = Field(None, ge=1)
@@ -111,9 +113,12 @@ class TrainSection(_Section):
     average_views: bool = False
 
 
-class GateSection(_Section):
-    min_accuracy: float = Field(0.0, ge=0, le=1)
+class _Gate(_Section):
     split: str | None = None
+
+
+GATE_FIELDS: dict[str, Any] = {gate.name: (float | None, Field(None, ge=gate.least, le=gate.most)) for gate in GATES}
+GateSection = create_model("GateSection", __base__=_Gate, **GATE_FIELDS)
 
 
 class Job(_Section):
@@ -142,7 +147,7 @@ class JobResult:
 
     extract: Summary
     trained: bool
-    evaluation: Evaluation
+    evaluation: Evaluation | Measured
     bundle: Path
     gate_missed: str | None = None
 
@@ -230,6 +235,7 @@ class _Plan:
     bundle: Path
     head: Any
     training: dict[str, Any]
+    gates: dict[Gate, float]
 
 
 def _resolve(job: Job, here: Path, *, quiet: bool) -> _Plan:
@@ -241,6 +247,8 @@ def _resolve(job: Job, here: Path, *, quiet: bool) -> _Plan:
         root=here / root if root else None,
         group_by=settings.pop("group_by"),
         follow_symlinks=settings.pop("follow_symlinks"),
+        task=(task := settings.pop("task")),
+        targets=settings.pop("targets"),
     )
     fail_fast, augmentation = settings.pop("on_error") == "fail", Augmentation.named(settings.pop("augment"))
     options = Options(fail_fast=fail_fast, augmentation=augmentation, quiet=quiet, **settings)
@@ -252,7 +260,7 @@ def _resolve(job: Job, here: Path, *, quiet: bool) -> _Plan:
     training = {name: wanted.pop(name) for name in ("leaks", "max_memory", "average_views")}
     training["pictures"] = wanted.pop("thumbnails")
     try:
-        head = make_head(wanted.pop("head"), **wanted)
+        head = make_head(wanted.pop("head"), task, **wanted)
         options.budget(0)
         if options.drawn is None and training["average_views"]:
             message = "average_views without views: ask for extract.views too"
@@ -260,8 +268,14 @@ def _resolve(job: Job, here: Path, *, quiet: bool) -> _Plan:
     except UsageError as error:
         message = f"[train] or [extract]: {error}"
         raise JobFileError(message) from error
+    gates = wanted_gates(job.gate.model_dump())
+    try:
+        require_gates(gates, task, _key)
+    except UsageError as error:
+        message = f"[gate]: {error}"
+        raise JobFileError(message) from error
     backbone = Backbone.from_facts(chosen)
-    return _Plan(source, backbone, options, here / job.cache, here / job.bundle, head, training)
+    return _Plan(source, backbone, options, here / job.cache, here / job.bundle, head, training, gates)
 
 
 def preview_job(path: Path) -> dict[str, Any]:
@@ -343,9 +357,8 @@ def _run(job: Job, path: Path, record: dict[str, Any], *, quiet: bool) -> JobRes
                 bundle = train_head(FeatureCache(plan.cache), staged, plan.head, **plan.training)
             else:
                 log.info("features, labels and settings are unchanged: %s is kept", bundle.name)
-            found, _ = evaluate_bundle(bundle, plan.cache, split=job.gate.split)
-            evaluation = cast(Evaluation, found)  # a job's samples have one label each
-            missed = _gate(evaluation, job.gate.min_accuracy)
+            evaluation, _ = evaluate_bundle(bundle, plan.cache, split=job.gate.split)
+            missed = missed_gates(plan.gates, evaluation.to_json(), _key)
             target = plan.bundle
             if trained and missed:
                 target = rejected
@@ -355,19 +368,20 @@ def _run(job: Job, path: Path, record: dict[str, Any], *, quiet: bool) -> JobRes
         finally:
             remove_folder(staging)
     record["trained"] = trained
-    figures = ("split", "n", "accuracy", "accuracy_interval", "macro_f1")
-    record["evaluation"] = {name: value for name, value in evaluation.to_json().items() if name in figures}
+    record["evaluation"] = _in_short(evaluation.to_json(), task_of_bundle(bundle).figure)
     return JobResult(summary, trained, evaluation, target, missed)
 
 
-def _gate(evaluation: Evaluation, wanted: float) -> str | None:
-    if evaluation.accuracy >= wanted:
-        return None
-    low, high = evaluation.accuracy_interval
-    return (
-        f"gate not met: accuracy {evaluation.accuracy:.4f} [{low:.4f}, {high:.4f}] on {evaluation.n} images of "
-        f"{evaluation.split!r} is below min_accuracy {wanted}"
-    )
+def _key(gate: Gate) -> str:
+    return gate.name
+
+
+def _in_short(metrics: dict[str, Any], figure: str) -> dict[str, Any]:
+    """What the record of a run keeps of an evaluation: above all the figure that says most, with its interval."""
+    names = ("split", "n", "accuracy", "accuracy_interval", "macro_f1")
+    found = metrics["figures"][figure]
+    kept = {name: value for name, value in metrics.items() if name in names}
+    return {**kept, "figure": figure, "value": found["value"], "interval": found["interval"]}
 
 
 def runs_file(job: Path) -> Path:
@@ -404,18 +418,27 @@ def read_runs(job: Path) -> list[dict[str, Any]]:
     return records
 
 
-RUN_COLUMNS = ("started", "exit", "seconds", "inputs", "failed", "computed", "trained", "accuracy", "95 % interval")
+RUN_COLUMNS = ("started", "exit", "seconds", "inputs", "failed", "computed", "trained", "figure", "value", "95 % interval")
 
 
 def run_cells(record: dict[str, Any]) -> tuple[str, ...]:
     """One record as text, in the order of `RUN_COLUMNS`; what a run did not get to is a dash."""
-    extract, evaluation = record.get("extract", {}), record.get("evaluation")
+    extract = record.get("extract", {})
     return (
         record["started"],
         str(record["exit_code"]),
         f"{record['seconds']:.1f}",
         *(str(extract.get(name, "-")) for name in ("inputs", "failed", "computed")),
         {True: "yes", False: "unchanged"}.get(record.get("trained", ""), "-"),
-        f"{evaluation['accuracy']:.4f}" if evaluation else "-",
-        interval(evaluation["accuracy_interval"]) if evaluation else "-",
+        *_figure_cells(record.get("evaluation")),
     )
+
+
+def _figure_cells(evaluation: dict[str, Any] | None) -> tuple[str, str, str]:
+    if not evaluation:
+        return "-", "-", "-"
+    figure = evaluation.get("figure", "accuracy")  # all that there was in records of old
+    value = evaluation.get("value", evaluation.get("accuracy"))
+    bounds = evaluation.get("interval", evaluation.get("accuracy_interval"))
+    shown = f"{bounds[0]:.4f} to {bounds[1]:.4f}" if bounds else "-"
+    return figure.replace("_", " "), "-" if value is None else f"{value:.4f}", shown

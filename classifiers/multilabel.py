@@ -24,7 +24,7 @@ THRESHOLD = 0.5  # from which probability on an image has a label
 class MultiLabel(HeadTask):
     """Which of several labels an image has; it may be all of them, or none."""
 
-    name, plural = MULTI_LABEL, "labels"
+    name, plural, figure = MULTI_LABEL, "labels", "mean_average_precision"
 
     def require(self, table: SampleTable, parts: Sequence[tuple[Sequence[Row], str]]) -> None:
         counts = table.truth(parts[0][0]).sum(axis=0)

@@ -56,7 +56,7 @@ class Intervals:
 class Regression(HeadTask):
     """One number an image, or several."""
 
-    name, plural, output = REGRESSION, "targets", "values"
+    name, plural, output, figure = REGRESSION, "targets", "values", "r2"
 
     @property
     def half_widths(self) -> list[float | None]:

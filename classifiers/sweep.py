@@ -29,7 +29,7 @@ from store.errors import (
     StorageError,
     UsageError,
 )
-from store.samples import MULTI_LABEL, REGRESSION, SINGLE_LABEL, Row, SampleTable
+from store.samples import SINGLE_LABEL, Row, SampleTable
 from store.splits import groups_of
 
 from .figures import require_finite
@@ -47,7 +47,6 @@ log = logging.getLogger("penult.classifiers")
 
 PAGE = "sweep.html"
 FOLDS = 5
-HEADLINES = {MULTI_LABEL: "mean_average_precision", REGRESSION: "r2"}  # of `Measured`
 LONGEST = 100  # characters of a cache's name
 OF_FILES = ("mean", "std", "input_range", "interpolation", "channels", "squash", "layout")
 _WEIGHTS = "|".join(map(re.escape, WEIGHTS_SUFFIXES))
@@ -326,5 +325,5 @@ class _Bench:
             return Figure(count / len(right), wilson(count, len(right)), len(right)), right
         found = self._task.score(truth, outputs, "")
         assert not isinstance(found, Evaluation)
-        figure = found.figures[HEADLINES[self._task.name]]
+        figure = found.figures[self._task.figure]
         return Figure(float(figure["value"] or 0.0), figure["interval"], len(truth)), None

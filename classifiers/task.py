@@ -148,6 +148,7 @@ class HeadTask(ABC):
     name = ""
     plural = ""  # what the outputs are
     output = "probabilities"  # what they are called in ONNX
+    figure = "accuracy"  # of an evaluation's ``figures``, the one that says most
 
     @abstractmethod
     def require(self, table: SampleTable, parts: Sequence[tuple[Sequence[Row], str]]) -> None:

@@ -258,7 +258,6 @@ def test_what_is_for_one_label_says_so(several: Path, numbers: Path, penult: Pen
         evaluate(make_head(None, "regression"), FeatureCache(numbers).subset())
     for arguments in (
         ("compare", tmp_path / "h", tmp_path / "r"),
-        ("evaluate", tmp_path / "h", several, "--min-accuracy", "0.9"),
         ("evaluate", tmp_path / "r", numbers, "--plot", tmp_path / "p.png"),
         ("train", several, "-o", tmp_path / "x", "--few-shot", "1,2"),
         ("finetune", several, "-o", tmp_path / "x", "-m", "resnet18"),
@@ -266,6 +265,11 @@ def test_what_is_for_one_label_says_so(several: Path, numbers: Path, penult: Pen
     ):
         code, _, err = penult(*arguments)
         assert (code, "is for one label an image; this is --task" in err) == (2, True), (arguments, err)
+    code, _, err = penult("evaluate", tmp_path / "h", several, "--min-accuracy", "0.9")
+    assert (
+        code,
+        "--min-accuracy is for --task single-label, and this is --task multi-label; there is --min-map, --min-map-lower" in err,
+    ) == (2, True)
 
 
 def test_two_classes_give_two_probabilities(dataset: Callable[..., Path], backbone: Backbone, tmp_path: Path) -> None:
