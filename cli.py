@@ -880,7 +880,7 @@ def predict(bundle: Path, images: Sequence[Path], form: str, *, testing: bool, *
     failed = 0
     writer = csv.writer(sys.stdout, lineterminator="\n")
     if form == "csv":
-        extra = ["novelty"] if predictor.novelty else []
+        extra = ["novelty"] if predictor.recipe.novelty else []
         writer.writerow(["path", "label", "probability", "code", "message", *extra, *predictor.task.columns()])
     for p in results:
         failed += p.code is not None
@@ -888,7 +888,7 @@ def predict(bundle: Path, images: Sequence[Path], form: str, *, testing: bool, *
             best = "" if p.probability is None else f"{p.probability:.6f}"
             blank = [""] * len(predictor.task.columns())
             columns: list[Any] = blank if p.probabilities is None else predictor.task.cells(p.probabilities)
-            if predictor.novelty:
+            if predictor.recipe.novelty:
                 columns = ["" if p.novelty is None else f"{p.novelty:.4f}", *columns]
             writer.writerow([p.name, p.label or "", best, p.code or "", p.message, *columns])
         elif form == "jsonl":
@@ -899,7 +899,7 @@ def predict(bundle: Path, images: Sequence[Path], form: str, *, testing: bool, *
                 "code": p.code,
                 "message": p.message,
             }
-            if predictor.novelty:
+            if predictor.recipe.novelty:
                 facts["novelty"] = None if p.novelty is None else round(p.novelty, 4)
             if predictor.pixel_drift:
                 facts["pixel_drift"] = predictor.pixel_drift.to_json()

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
@@ -32,14 +33,12 @@ from extractor.sources import ImageFolder, refuse_ours
 from extractor.views import Views
 from store.errors import BadDataError, InputMissingError, UsageError
 from store.fingerprint import Fingerprint
-from store.samples import SINGLE_LABEL
 from store.shard import as_stored
 
 from .bundle import Bundle, averaged, task_of_bundle
 from .fused import Fused, is_fused, precision_of
 from .novelty import Novelty
 from .task import HeadTask, Prediction
-from .tasks import task_of
 
 log = logging.getLogger("penult.classifiers")
 
@@ -49,25 +48,45 @@ FIRST = 16  # images that a difference of pixels is measured on
 _Read = tuple[bytes, NDArray[np.uint8] | ImageError]  # a path, and what came of it: its views (views, crop, crop, 3)
 
 
-class Predictor:
-    """A backbone file and a head, ready to predict.
+@dataclass(frozen=True)
+class Recipe:
+    """A network and a head, and all else that decides what they say of an image.
 
-    Args:
+    Attributes:
         backbone: the ONNX file from pixels to features.
         preprocess: what its input must have gone through.
-        head: features ``(n, d)`` float32 to probabilities ``(n, k)``.
-        classes: label of each column.
+        head: features ``(n, d)`` float32 to outputs ``(n, k)``.
+        task: what the columns of these are, and how one decides by them.
         storage: how features were rounded in the cache that the head was trained on.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
-        batch_size: images per call of the backbone; None for the device's default.
-        workers: decoding threads; None for as many as are needed.
         output: of the backbone's graph, where it has several.
         tf32: whether a GPU rounds the products of float32; as it did for the cache.
         novelty: what tells images that are unlike the training images.
-        task: what the columns are, and how one decides by them; by default classes, one of which an image has.
         views: what the head's outputs for an image are averaged over; None for the image as it is.
-        pixels: what its pixels must be like; None where nothing was made of such before.
+        origin: what its pixels must be like; None where nothing was made of such before.
         require: looks at the metadata of the network that was loaded, and refuses one that the head is not for.
+    """
+
+    backbone: Path
+    preprocess: Preprocess
+    head: Callable[[NDArray[np.float32]], NDArray[np.float32]]
+    task: HeadTask
+    storage: str = "auto"
+    output: str = "features"
+    tf32: bool = False
+    novelty: Novelty | None = None
+    views: Views | None = None
+    origin: PixelOrigin | None = None
+    require: Callable[[Mapping[str, str]], None] | None = None
+
+
+class Predictor:
+    """A network and a head, ready to predict.
+
+    Args:
+        recipe: what they are.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
+        batch_size: images per call of the backbone; None for the device's default.
+        workers: decoding threads; None for as many as are needed.
 
     Attributes:
         pixel_drift: how far its pixels are from those of the training, where that was accepted and measured.
@@ -76,28 +95,9 @@ class Predictor:
     pixel_drift: PixelDrift | None = None
 
     def __init__(
-        self,
-        backbone: Path,
-        preprocess: Preprocess,
-        head: Callable[[NDArray[np.float32]], NDArray[np.float32]],
-        classes: Sequence[str],
-        *,
-        storage: str = "auto",
-        device: str = "auto",
-        batch_size: int | None = None,
-        workers: int | None = None,
-        output: str = "features",
-        tf32: bool = False,
-        novelty: Novelty | None = None,
-        task: HeadTask | None = None,
-        views: Views | None = None,
-        pixels: PixelOrigin | None = None,
-        require: Callable[[Mapping[str, str]], None] | None = None,
+        self, recipe: Recipe, *, device: str = "auto", batch_size: int | None = None, workers: int | None = None
     ) -> None:
-        self.task, self.novelty = task or task_of(SINGLE_LABEL, list(classes)), novelty
-        self._backbone, self._preprocess, self._head, self._storage = backbone, preprocess, head, storage
-        self._device, self._batch_size, self._output = device, batch_size, output
-        self._workers, self._tf32, self._views, self._pixel_origin, self._require = workers, tf32, views, pixels, require
+        self.recipe, self._device, self._batch_size, self._workers = recipe, device, batch_size, workers
 
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> Self:
@@ -113,18 +113,18 @@ class Predictor:
     def fused(cls, path: Path, fused: Fused, *, accept_pixels: bool = False, **options: Any) -> Self:
         """The predictor of a fused classifier: its graph is backbone and head, and takes pixels itself."""
         fingerprint = Fingerprint(fused.fingerprint)
-        return cls(
+        recipe = Recipe(
             path,
             fused.preprocess,
             lambda probabilities: probabilities,
-            fused.classes,
+            fused.bound_task,
             storage="float32",
             output=fused.output,
-            task=fused.bound_task,
-            pixels=PixelOrigin.of(str(path), fingerprint, accept=accept_pixels),
+            tf32=bool(fingerprint.fields.get("tf32")),
+            origin=PixelOrigin.of(str(path), fingerprint, accept=accept_pixels),
             require=partial(fused.require_loaded, path),
-            **_computing(fingerprint, options),
         )
+        return cls(recipe, **_on_its_device(fingerprint, options))
 
     @classmethod
     def of(cls, bundle: Bundle, *, accept_pixels: bool = False, **options: Any) -> Self:
@@ -137,20 +137,25 @@ class Predictor:
                 raise BadDataError(message)
             require_features(facts, bundle.fingerprint, mine=str(file), theirs=f"the head of {bundle.name}")
 
-        return cls(
+        recipe = Recipe(
             bundle.path / "backbone.onnx",
             bundle.backbone.preprocess,
             bundle.head_function(),
-            bundle.classes,
+            task_of_bundle(bundle),
             storage=bundle.storage,
             output=bundle.backbone.outputs[0],
+            tf32=bool(bundle.fingerprint.fields.get("tf32")),
             novelty=bundle.novelty(),
-            task=task_of_bundle(bundle),
             views=bundle.views,
-            pixels=PixelOrigin.of(str(bundle.path), bundle.fingerprint, accept=accept_pixels),
+            origin=PixelOrigin.of(str(bundle.path), bundle.fingerprint, accept=accept_pixels),
             require=require,
-            **_computing(bundle.fingerprint, options),
         )
+        return cls(recipe, **_on_its_device(bundle.fingerprint, options))
+
+    @property
+    def task(self) -> HeadTask:
+        """What the columns of its outputs are."""
+        return self.recipe.task
 
     def predict(self, paths: Iterable[str | bytes | Path], files: Files | None = None) -> Iterator[Prediction]:
         """One prediction per file, in order; a bad file costs its own prediction and no other.
@@ -171,17 +176,23 @@ class Predictor:
         Raises:
             FingerprintMismatchError: says what differs and what to do.
         """
-        if self._pixel_origin is not None and self._pixel_origin.differs(self._preprocess) and not self._pixel_origin.accept:
-            self._pixel_origin.require(self._preprocess, self._image_then())
+        if (origin := self._other_pixels) and not origin.accept:
+            origin.require(self.recipe.preprocess, self._image_then())
+
+    @property
+    def _other_pixels(self) -> PixelOrigin | None:
+        """What the pixels of the training were, if this machine makes others."""
+        origin = self.recipe.origin
+        return origin if origin is not None and origin.differs(self.recipe.preprocess) else None
 
     def _predictions(self, paths: Iterator[bytes], files: Files) -> Iterator[Prediction]:
-        if self._pixel_origin is not None and self._pixel_origin.differs(self._preprocess):
+        if origin := self._other_pixels:
             first = list(islice(paths, FIRST))
             self.pixel_drift = self._measured(first, files)
-            log.warning("%s", self.pixel_drift.text(self._pixel_origin.name))
+            log.warning("%s", self.pixel_drift.text(origin.name))
             paths = chain(first, paths)
         size = max(self.embedder.batch_size // self._count, 1)
-        decoder = Decoder(self._preprocess, crop=self._views is None)
+        decoder = Decoder(self.recipe.preprocess, crop=self.recipe.views is None)
         read = partial(self._pixels, files, decoder)
         crew = Crew(self._workers, self.embedder.provider)
         batches = _batches(ahead(read, paths, crew, StopFlag(), decoder), size)
@@ -199,11 +210,11 @@ class Predictor:
     def _outputs(self, features: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """What the head says of features ``(n, d)``, and these as it sees them. A row that is not finite gives NaN, also where
         the head would make a number of it, as a sigmoid of infinity is 1; the other rows are what they are without it."""
-        stored = as_stored(features, self._storage)
+        stored = as_stored(features, self.recipe.storage)
         finite = np.asarray(np.isfinite(stored).all(axis=1))
         if finite.all():
-            return self._head(stored), stored
-        outputs = self._head(np.where(finite[:, None], stored, np.float32(0)))
+            return self.recipe.head(stored), stored
+        outputs = self.recipe.head(np.where(finite[:, None], stored, np.float32(0)))
         outputs[~finite] = np.nan
         return outputs, stored
 
@@ -222,7 +233,7 @@ class Predictor:
     def _judged(self, features: NDArray[Any]) -> Iterator[tuple[NDArray[np.float32], float | None]]:
         outputs, stored = self._outputs(features)
         first = np.nan_to_num(stored[:: self._count], nan=0, posinf=0, neginf=0)
-        novelty = [None] * len(first) if self.novelty is None else self.novelty.scores(first).tolist()
+        novelty = [None] * len(first) if self.recipe.novelty is None else self.recipe.novelty.scores(first).tolist()
         return zip(averaged(outputs, self._count), novelty, strict=True)
 
     def _changed(self, outputs: NDArray[np.float32], others: NDArray[np.float32]) -> int:
@@ -231,18 +242,18 @@ class Predictor:
 
     def _image_then(self) -> ProbeImage | None:
         """The test image as it was when the network was made, if the network says."""
-        assert self._pixel_origin is not None
-        return ProbeImage.parse(self.embedder.metadata.get(PROBE_IMAGE), self._pixel_origin.probe)
+        assert self.recipe.origin is not None
+        return ProbeImage.parse(self.embedder.metadata.get(PROBE_IMAGE), self.recipe.origin.probe)
 
     def _measured(self, first: Sequence[bytes], files: Files) -> PixelDrift:
         """How far pixels are from those of the training: on the test image, and on the first images, whose pixels of then
         nobody knows, if they moved as the test image did."""
-        then, now = self._image_then(), ProbeImage.here(self._preprocess)
+        then, now = self._image_then(), ProbeImage.here(self.recipe.preprocess)
         if then is None:
             return PixelDrift({}, libraries())
         moved = np.concatenate([(a.astype(int) - b).ravel() for a, b in zip(now.pixels, then.pixels, strict=True)])
         shift = now.pixels[0].astype(int) - then.pixels[0]
-        with Decoder(self._preprocess) as decoder:
+        with Decoder(self.recipe.preprocess) as decoder:
             good = []
             for path in first:
                 with suppress(ImageError):
@@ -254,7 +265,7 @@ class Predictor:
         )
         differences = np.abs(outputs.astype(np.float64) - outputs_then).max(axis=1)
         sound = [i for i in range(1, len(pixels)) if np.isfinite(differences[i])]
-        gives_features = self._output != self.task.output  # a fused classifier does not
+        gives_features = self.recipe.output != self.task.output  # a fused classifier does not
         return PixelDrift(
             then.libraries,
             now.libraries,
@@ -269,7 +280,7 @@ class Predictor:
 
     @property
     def _count(self) -> int:
-        return self._views.count if self._views else 1
+        return self.recipe.views.count if self.recipe.views else 1
 
     @property
     def classes(self) -> Sequence[str]:
@@ -284,33 +295,34 @@ class Predictor:
             BadDataError: what was loaded is not the network that the head is for.
         """
         opened = Embedder(
-            self._backbone,
-            self._preprocess,
+            self.recipe.backbone,
+            self.recipe.preprocess,
             device=resolve_device(self._device),
             batch_size=self._batch_size,
-            outputs=[self._output],
-            tf32=self._tf32,
+            outputs=[self.recipe.output],
+            tf32=self.recipe.tf32,
         )
-        if self._require is not None:
-            self._require(opened.metadata)
+        if self.recipe.require is not None:
+            self.recipe.require(opened.metadata)
         return opened
 
     def _pixels(self, files: Files, decoder: Decoder, path: bytes) -> _Read:
         try:
             data = files.read(path)[0]
             pixels = decoder(data)
-            if self._views is None:
+            if self.recipe.views is None:
                 return path, pixels[None]
-            return path, self._views.pixels(Image.fromarray(pixels), hashlib.sha256(data).digest(), self._preprocess)
+            return path, self.recipe.views.pixels(
+                Image.fromarray(pixels), hashlib.sha256(data).digest(), self.recipe.preprocess
+            )
         except ImageError as error:
             return path, error
 
 
-def _computing(fingerprint: Fingerprint, options: dict[str, Any]) -> dict[str, Any]:
-    """The options, and how a GPU is to compute what these features were computed with."""
-    if precision_of(fingerprint) == "int8" and options.get("device", "auto") == "auto":
-        options = {**options, "device": "cpu"}  # which int8 was calibrated for; a GPU computes such a graph in float
-    return {"tf32": bool(fingerprint.fields.get("tf32")), **options}
+def _on_its_device(fingerprint: Fingerprint, options: dict[str, Any]) -> dict[str, Any]:
+    """The options; int8 was calibrated for the CPU, and a GPU computes such a graph in float."""
+    chosen_for = precision_of(fingerprint) == "int8" and options.get("device", "auto") == "auto"
+    return {**options, "device": "cpu"} if chosen_for else options
 
 
 def list_images(inputs: Sequence[str | Path]) -> Iterator[bytes]:

@@ -42,7 +42,7 @@ from .heldout import Roles, assign_roles, inner_validation, predict_held_out
 from .illustrations import files_or_none, illustrate
 from .leaks import Leak, LeakReport, conflicting_labels, guard, near_copies
 from .novelty import Novelty, novel_share
-from .predict import Predictor
+from .predict import Predictor, Recipe
 from .probing import start_from
 from .report import bundle_report
 from .rounding import judge_rounding
@@ -374,7 +374,8 @@ def train_finetuned(
         facts = to_onnx(tuned.loaded, backbone.name, network)
         storage = "float32"  # its features are never cached, hence never rounded
         device = options.device.partition(",")[0]
-        predictor = Predictor(network, facts.preprocess, head.probabilities, classes, storage=storage, device=device)
+        recipe = Recipe(network, facts.preprocess, head.probabilities, task_of(SINGLE_LABEL, classes), storage)
+        predictor = Predictor(recipe, device=device)
         predictions = metrics = shown = None
         if roles.report:
             truth, name = table.truth(roles.report), str(roles.facts["reported_on"])

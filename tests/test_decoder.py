@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from classifiers.predict import Predictor
+from classifiers.predict import Predictor, Recipe
+from classifiers.tasks import task_of
 from extractor import decoder as decoding
 from extractor.backbones import Backbone
 from extractor.decoder import Decoder
@@ -413,7 +414,8 @@ def test_a_prediction_survives_what_kills_a_decoder(backbone_file: Path, tmp_pat
     def head(features: np.ndarray) -> np.ndarray:
         return np.tile(np.float32([0.25, 0.75]), (len(features), 1))
 
-    predictor = Predictor(backbone_file, STANDARD, head, ["ants", "bees"], device="cpu", workers=2)
+    recipe = Recipe(backbone_file, STANDARD, head, task_of("single-label", ["ants", "bees"]))
+    predictor = Predictor(recipe, device="cpu", workers=2)
     found = list(predictor.predict(tmp_path / name for name in names))
     assert [(one.label, one.code) for one in found] == [
         ("bees", None),

@@ -30,7 +30,6 @@ MOST_LINES = 200  # of cli.py
 CIRCLES: list[set[str]] = []
 HEAPS = {"classifiers": 63, "extractor": 40, "store": 22}
 WIDE = {
-    "classifiers.predict.Predictor.__init__": 15,
     "classifiers.train.save_head": 14,
     "classifiers.train.train_finetuned": 10,
     "classifiers.train.train_head": 13,
