@@ -124,7 +124,12 @@ def predict_held_out(predictor: Predictor, rows: Sequence[Row], truth: NDArray[A
 
 
 def evaluate_bundle(
-    bundle: Bundle, data: str | Path, *, split: str | None = None, root: Path | None = None, **predictor_options: Any
+    bundle: Bundle,
+    data: str | Path | FeatureCache,
+    *,
+    split: str | None = None,
+    root: Path | None = None,
+    **predictor_options: Any,
 ) -> tuple[Evaluation | Measured, Predictions]:
     """A bundle's figures on a cache or a dataset, leaving out every image that was fitted or chosen on.
 
@@ -132,7 +137,7 @@ def evaluate_bundle(
 
     Args:
         bundle: what to evaluate.
-        data: a cache, or a dataset as `penult extract` takes it.
+        data: a cache, opened or not, or a dataset as `penult extract` takes it.
         split: which part; by default the one the bundle was reported on, or everything where there are no splits.
         root: where the images are, if they moved since they were extracted.
         predictor_options: ``device``, ``batch_size``, ``workers``, ``accept_pixels``.
@@ -141,7 +146,9 @@ def evaluate_bundle(
         BadDataError: everything asked for was fitted, there is nothing to evaluate, or an output is no number.
         FingerprintMismatchError: images must be embedded, and this machine makes other pixels than those of the training.
     """
-    cache = FeatureCache(data) if is_cache(data) else None
+    if not isinstance(data, FeatureCache) and is_cache(data):
+        data = FeatureCache(data)
+    cache, data = (data, data.path) if isinstance(data, FeatureCache) else (None, data)
     if cache is not None and bundle.backbone.layer in cache.layers:
         cache = cache.with_layer(bundle.backbone.layer)
     predictor = None if cache is not None and _same_features(bundle, cache) else Predictor.of(bundle, **predictor_options)

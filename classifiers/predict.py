@@ -179,6 +179,17 @@ class Predictor:
         if (origin := self._other_pixels) and not origin.accept:
             origin.require(self.recipe.preprocess, self._image_then())
 
+    def measure_pixels(self, first: Sequence[bytes], files: Files) -> None:
+        """Say how far this machine's pixels are from those of the training, where they differ; see `pixel_drift`.
+
+        Args:
+            first: images to measure it on, beside the test image.
+            files: where they are.
+        """
+        if origin := self._other_pixels:
+            self.pixel_drift = self._measured(first, files)
+            log.warning("%s", self.pixel_drift.text(origin.name))
+
     @property
     def _other_pixels(self) -> PixelOrigin | None:
         """What the pixels of the training were, if this machine makes others."""
@@ -186,10 +197,9 @@ class Predictor:
         return origin if origin is not None and origin.differs(self.recipe.preprocess) else None
 
     def _predictions(self, paths: Iterator[bytes], files: Files) -> Iterator[Prediction]:
-        if origin := self._other_pixels:
+        if self._other_pixels:
             first = list(islice(paths, FIRST))
-            self.pixel_drift = self._measured(first, files)
-            log.warning("%s", self.pixel_drift.text(origin.name))
+            self.measure_pixels(first, files)
             paths = chain(first, paths)
         size = max(self.embedder.batch_size // self._count, 1)
         decoder = Decoder(self.recipe.preprocess, crop=self.recipe.views is None)
@@ -236,9 +246,10 @@ class Predictor:
         novelty = [None] * len(first) if self.recipe.novelty is None else self.recipe.novelty.scores(first).tolist()
         return zip(averaged(outputs, self._count), novelty, strict=True)
 
-    def _changed(self, outputs: NDArray[np.float32], others: NDArray[np.float32]) -> int:
-        """How many images get another label by other outputs."""
-        return sum(self.task.decide(a)[0] != self.task.decide(b)[0] for a, b in zip(outputs, others, strict=True))
+    def _changed(self, outputs: NDArray[np.float32], others: NDArray[np.float32]) -> int | None:
+        """How many images get another label by other outputs; None of none, and where a task has no labels."""
+        labels, before = ([self.task.decide(row)[0] for row in rows] for rows in (outputs, others))
+        return None if not labels or None in labels else sum(a != b for a, b in zip(labels, before, strict=True))
 
     def _image_then(self) -> ProbeImage | None:
         """The test image as it was when the network was made, if the network says."""
@@ -275,7 +286,7 @@ class Predictor:
             outputs=float(differences[0]),
             images=len(sound),
             images_outputs=float(differences[sound].max()) if sound else None,
-            images_decisions=self._changed(outputs[sound], outputs_then[sound]) if sound else None,
+            images_decisions=self._changed(outputs[sound], outputs_then[sound]),
         )
 
     @property

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from extractor.backbones import Loaded
 from extractor.onnxfile import BackboneFacts, external_files, read_model
+from extractor.pixel_drift import libraries, then_and_now
 from extractor.preprocess import probe
 from store.errors import BadDataError, FingerprintMismatchError, UsageError
 from store.fingerprint import short
@@ -96,13 +97,18 @@ class AffineHead:
             "weights": (self.backbone.weights_sha256, loaded.weights_digest),
             "layer": (self.backbone.layer, layer),
             "preprocessing": (self.backbone.preprocess.facts(), loaded.preprocess.facts()),
-            "pixels of the test image": (self.probe, probe(loaded.preprocess)),
         }
         wrong = [f"{name}: {short(a)} against {short(b)}" for name, (a, b) in pairs.items() if a != b]
         if wrong:
             message = (
                 f"--init-head {self.name} takes other features than those this network begins with; {'; '.join(wrong)}. "
                 f"Its cache must be extracted with the same -m NAME, --weights and sizes"
+            )
+            raise FingerprintMismatchError(message)
+        if self.probe != probe(loaded.preprocess):
+            message = (
+                f"--init-head {self.name} takes features of other pixels than this machine makes: the built-in test image "
+                f"comes out otherwise ({then_and_now({}, libraries())}). Extract its cache again here, and train it again"
             )
             raise FingerprintMismatchError(message)
 

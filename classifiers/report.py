@@ -254,15 +254,15 @@ def report_again(
         held = bundle.predictions() if bundle.metrics is not None else None
         shown = illustrate(held, bundle.classes) if held and bundle.task == SINGLE_LABEL else None
         return bundle_report(bundle, held, shown)
-    evaluation, predictions = evaluate_bundle(bundle, data, split=split, root=root, **predictor_options)
+    cache = FeatureCache(data) if is_cache(data) else None  # opened once: figures and neighbours are of the same features
+    evaluation, predictions = evaluate_bundle(bundle, cache or data, split=split, root=root, **predictor_options)
     if evaluation.pixel_drift:
         note = PixelDrift(**evaluation.pixel_drift).text(bundle.name)
         evaluation = replace(evaluation, notes=[*evaluation.notes, note])
     if bundle.task != SINGLE_LABEL:
         return bundle_report(replace(bundle, metrics=evaluation.to_json()), predictions)
     fitted: list[Subset] = []
-    if is_cache(data):
-        cache = FeatureCache(data)
+    if cache is not None:
         files = files_or_none(cache.samples, root)
         if predictions.features is not None:
             seen, cache = bundle.fitted(), cache.with_layer(bundle.backbone.layer)

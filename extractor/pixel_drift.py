@@ -125,7 +125,7 @@ class PixelDrift:
         outputs: largest difference of its probabilities; of a regression, of its numbers.
         images: how many of the first images to come were tried.
         images_outputs: largest difference of their outputs if their pixels moved as those of the test image did.
-        images_decisions: how many of them would get another label; None where there are none.
+        images_decisions: how many of them would get another label; None where there are no labels, or no images.
     """
 
     then: Mapping[str, str]
@@ -156,10 +156,9 @@ class PixelDrift:
         )
         if not self.images:
             return found
-        return (
-            f"{found}. The same change in the first {self.images} images moves outputs by up to {self.images_outputs:.1e} and "
-            f"changes {self.images_decisions} of their labels"
-        )
+        labels = "" if self.images_decisions is None else f" and changes {self.images_decisions} of their labels"
+        first = "the first image" if self.images == 1 else f"the first {self.images} images"
+        return f"{found}. The same change in {first} moves outputs by up to {self.images_outputs:.1e}{labels}"
 
 
 def libraries() -> dict[str, str]:
@@ -174,7 +173,7 @@ def then_and_now(then: Mapping[str, str], now: Mapping[str, str]) -> str:
     """Versions as text: of what has changed, where that is known."""
     changed = [name for name in now if then.get(name) != now[name]]
     if not then:
-        return f"other versions then, {_listing(now, now)} now"
+        return f"what made it then is not recorded; here it is {_listing(now, now)}"
     if not changed:
         return f"the same versions then and now, {_listing(now, now)}: built otherwise, or on another processor"
     return f"{_listing(then, changed)} then, {_listing(now, changed)} now"

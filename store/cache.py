@@ -93,17 +93,19 @@ class FeatureCache:
     def _open_compact(self, layer: str | None) -> None:
         self.samples = SampleTable.read(self.path, compact_file.ENCODING_TYPE)
         whole, self.meta = compact_file.open_compact(self.path)
+        if self._state() != self._opened_as:
+            message = f"{self.path} changed while it was opened"
+            raise self.blamed(CorruptCacheError(message))
         self.fingerprint = self._choose(layer)
         self.shards = [whole]
         self._sound.add(0)  # reading the table checked the whole file
 
     def _state(self) -> object:
-        """What tells that another cache lies here: the content of cache.json, or the inode, size and time of the one file."""
+        """What tells that another cache lies here: inode, size and time of its one file, or of its table, with cache.json."""
         try:
             if self.path.is_file():
-                stat = self.path.stat()
-                return stat.st_ino, stat.st_size, stat.st_mtime_ns
-            return (self.path / "cache.json").read_bytes()
+                return shard.state_of(self.path)
+            return shard.state_of(self.path / "samples.h5"), (self.path / "cache.json").read_bytes()
         except OSError:
             return None
 
@@ -238,7 +240,12 @@ class FeatureCache:
             found = [shard.read_shard(path) for path in shard_paths(self.path)]
         except (CorruptCacheError, InputMissingError) as error:
             raise self.blamed(error) from error
-        return [s for s in found if s.fingerprint == self.fingerprint.canonical]
+        mine = [s for s in found if s.fingerprint == self.fingerprint.canonical]
+        if not mine and self.samples.counts["ok"]:  # all are gone: another run has replaced them, or each is missing for itself
+            gone = self.blamed(CorruptCacheError(""))
+            if isinstance(gone, LockedError):
+                raise gone
+        return mine
 
     @cached_property
     def _index(self) -> tuple[NDArray[np.bytes_], NDArray[np.int32], NDArray[np.int32]]:
@@ -414,6 +421,8 @@ class FeatureCache:
 
 
 def is_cache(path: str | Path) -> bool:
-    """Whether a path is a finished cache, as a folder or as one file, rather than a dataset."""
+    """Whether a path is a cache, as a folder or as one file, rather than a dataset; that it is unfinished, opening it says."""
     path = Path(path)
-    return (path / "samples.h5").is_file() or (path.suffix == ".h5" and path.is_file())
+    if path.is_file():
+        return path.suffix == ".h5"
+    return (path / "samples.h5").is_file() or ((path / ".lock").is_file() and (path / "shards").is_dir())

@@ -30,7 +30,8 @@ def open_compact(path: Path) -> tuple[shard.Shard, dict[str, Any]]:
         fingerprint = Fingerprint.parse(str(attrs["fingerprint"])).single
         sha256 = np.ascontiguousarray(keys).view("S32").reshape(m)
         begin = hdf5.offset(features)
-        whole = shard.Shard(path, sha256, features.shape[1], features.dtype, fingerprint.canonical, begin, ENCODING_TYPE)
+        state = shard.state_of(path)
+        whole = shard.Shard(path, sha256, features.shape[1], features.dtype, fingerprint.canonical, begin, state, ENCODING_TYPE)
         return whole, {"format": 1, "fingerprint": fingerprint.fields, "facts": json.loads(str(attrs["cache"]))}
 
 

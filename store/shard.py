@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ class Shard:
         dtype: float16 or float32.
         fingerprint: canonical JSON.
         offset: where the features begin in the file, bytes; they lie there row by row, as they are.
+        state: inode, size and time of the file when it was opened; rows of another one are not read.
         encoding_type: what the file calls itself; a compact file is read like one shard.
     """
 
@@ -42,6 +44,7 @@ class Shard:
     dtype: np.dtype[Any]
     fingerprint: str
     offset: int
+    state: tuple[int, int, int]
     encoding_type: str = ENCODING_TYPE
     views: int = 1
 
@@ -113,6 +116,7 @@ def read_shard(path: Path) -> Shard:
         CorruptCacheError: the file is damaged or refused.
     """
     with hdf5.open_checked(path, ENCODING_TYPE) as (datasets, attrs):
+        state = state_of(path)
         features, keys, text = datasets["features"], datasets["sha256"], str(attrs["fingerprint"])
         n, views = int(attrs["rows"]), Fingerprint.parse(text).views
         shape = (n,) if views == 1 else (n, views)
@@ -124,24 +128,33 @@ def read_shard(path: Path) -> Shard:
             message = f"{path}: features have type {features.dtype}"
             raise CorruptCacheError(message)
         sha256 = keys[()].view("S32").reshape(n)
-        return Shard(path, sha256, features.shape[-1], features.dtype, text, hdf5.offset(features), views=views)
+        return Shard(path, sha256, features.shape[-1], features.dtype, text, hdf5.offset(features), state, views=views)
+
+
+def state_of(file: Path | int) -> tuple[int, int, int]:
+    """Inode, size and time of a file, by its path or descriptor: what tells another one."""
+    stat = os.stat(file)  # noqa: PTH116 - of a descriptor too
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def read_rows(shard: Shard, rows: NDArray[np.integer[Any]]) -> NDArray[np.floating[Any]]:
-    """Some feature vectors, ``(len(rows), d)`` in the shard's dtype and the order asked for, without any check. They are
-    counted one by one: where rows have views, view v of row i is ``i * views + v``.
+    """Some feature vectors, ``(len(rows), d)`` in the shard's dtype and the order asked for, of the very file that was opened.
+    They are counted one by one: where rows have views, view v of row i is ``i * views + v``.
 
     HDF5 is not asked: it takes several times as long to open a shard as to read it, which counts where each step of a fit reads
     a million rows.
 
     Raises:
-        CorruptCacheError: the file is gone, or shorter than it was.
+        CorruptCacheError: the file is gone, or another one.
     """
     if not len(rows):
         return np.empty((0, shard.dim), shard.dtype)
     first, last, width = int(rows.min()), int(rows.max()), shard.dim * shard.dtype.itemsize
     try:
         with shard.path.open("rb", buffering=0) as file:
+            if state_of(file.fileno()) != shard.state:
+                message = "it was replaced or changed since it was opened"
+                raise ValueError(message)
             if len(rows) * 4 > last - first + 1:
                 file.seek(shard.offset + first * width)
                 span = np.fromfile(file, shard.dtype, (last - first + 1) * shard.dim).reshape(-1, shard.dim)

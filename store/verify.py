@@ -8,8 +8,9 @@ from pathlib import Path
 
 from . import calibration
 from .cache import BACKBONE, FeatureCache
-from .errors import CorruptCacheError, InputMissingError, LockedError, PenultError
+from .errors import CorruptCacheError, InputMissingError, LockedError, PenultError, StorageError
 from .integrity import verify_files
+from .lock import is_locked
 from .metadata import holds, ledger_bytes, meta_bytes, shard_paths
 
 
@@ -38,13 +39,13 @@ def verify_cache(cache: Path) -> list[Finding]:
     """
     if cache.is_file():
         return [Finding(cache.name, problem) for problem in verify_files([cache]).values()]
-    shards = shard_paths(cache)
-    table = cache / "samples.h5"
-    if not shards and not table.exists():
-        message = f"{cache} is not a penult cache"
-        raise InputMissingError(message)
-    files = [*shards, *(path for path in (table, cache / calibration.NAME) if path.exists())]
-    findings = [Finding(str(path.relative_to(cache)), problem) for path, problem in verify_files(files).items()]
+    try:
+        findings = _damaged(cache)
+    except (InputMissingError, StorageError, FileNotFoundError) as error:
+        if is_locked(cache):  # what was there a moment ago was removed by whoever holds the lock
+            message = f"{cache} is being changed by another run; try again when that has ended"
+            raise LockedError(message) from error
+        raise
     if findings:
         return findings
     try:
@@ -54,6 +55,15 @@ def verify_cache(cache: Path) -> list[Finding]:
     except PenultError as error:
         return [Finding("", str(error))]
     return [*_derived(opened), *_backbone(opened), *_missing(opened)]
+
+
+def _damaged(cache: Path) -> list[Finding]:
+    shards, table = shard_paths(cache), cache / "samples.h5"
+    if not shards and not table.exists():
+        message = f"{cache} is not a penult cache"
+        raise InputMissingError(message)
+    files = [*shards, *(path for path in (table, cache / calibration.NAME) if path.exists())]
+    return [Finding(str(path.relative_to(cache)), problem) for path, problem in verify_files(files).items()]
 
 
 def _derived(cache: FeatureCache) -> Iterator[Finding]:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from classifiers.bundle import Bundle
-from classifiers.fuse import selftest
+from classifiers.fuse import fuse, selftest
 from classifiers.heads import make_head
 from classifiers.heldout import evaluate_bundle
 from classifiers.predict import Predictor
@@ -114,3 +114,10 @@ def test_a_job_does_not_train_again_what_it_has(name: str) -> None:
 
 def test_a_fused_file_passes_its_own_test(copy: Path) -> None:
     assert "16 golden vectors agree" in selftest(copy / "fused.onnx", device="cpu")
+
+
+@pytest.mark.parametrize("head", ["knn", "centroid"])
+def test_heads_with_newer_operators_than_their_backbone_are_fused(copy: Path, tmp_path: Path, head: str) -> None:
+    """onnx converts ReduceL2, Shape and others to newer opsets only: then it is the backbone that is converted."""
+    fuse(Bundle.load(copy / f"{head}.head"), tmp_path / "fused.onnx")
+    assert "16 golden vectors agree" in selftest(tmp_path / "fused.onnx", device="cpu")

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from classifiers.finetune_options import FineTuneOptions
 from classifiers.fuse import fuse, selftest
 from classifiers.fused import Fused
 from classifiers.predict import Predictor
+from classifiers.report import report_again
 from classifiers.train import make_head, train_finetuned, train_head
 from extractor import onnxfile
 from extractor.backbones import Backbone
@@ -34,6 +36,8 @@ from store.errors import BadDataError, CorruptCacheError, InputMissingError, Loc
 from store.verify import verify_cache
 
 REPO = Path(__file__).resolve().parent.parent
+Penult = Callable[..., tuple[int, str, str]]
+
 FLIPS = 50
 MOMENTS = 20
 
@@ -207,6 +211,85 @@ def test_what_is_saved_gives_the_features_of_its_fingerprint(made: Path, tmp_pat
         save_bundle(bundle, backbone=other, head=head, predictions=None, fitted=[], page="")
     assert list(tmp_path.iterdir()) == []
     assert read_facts(made / "a.onnx").weights_sha256 == read_facts(made / "b.onnx").weights_sha256, "which is why files count"
+
+
+def replaced(old: Path, new: Path) -> None:
+    """Put a file in the place of another at once."""
+    copy = old.with_name("copy")
+    shutil.copyfile(new, copy)
+    copy.replace(old)
+
+
+def test_a_compact_file_replaced_while_it_is_open(made: Path, tmp_path: Path) -> None:
+    """By that of another network, or of the same with other images: the rows lie elsewhere, and the backbone is the same."""
+    fewer = Path(shutil.copytree(made / "photos", tmp_path / "photos"))
+    for path in sorted(fewer.rglob("*.jpg"))[:4]:
+        path.unlink()
+    extract(fewer, made / "a.onnx", tmp_path / "fewer.cache")
+    for name, cache in (("a", made / "a.cache"), ("b", made / "b.cache"), ("fewer", tmp_path / "fewer.cache")):
+        write_compact(FeatureCache(cache), tmp_path / f"{name}.h5")
+    for other in ("b", "fewer"):
+        file = tmp_path / "x.h5"
+        shutil.copyfile(tmp_path / "a.h5", file)
+        opened = FeatureCache(file)
+        keys = [row.sha256 for row in opened.rows()]
+        before = opened.features(keys)
+        later = opened.stored(keys)
+        replaced(file, tmp_path / f"{other}.h5")
+        with pytest.raises(LockedError, match="was replaced, by another run while it was read"):
+            opened.features(keys)
+        with pytest.raises(LockedError):
+            np.asarray(later)
+        with pytest.raises(LockedError):
+            write_compact(opened, tmp_path / "new.h5")
+        assert before.tobytes() == FeatureCache(tmp_path / "a.h5").features(keys).tobytes()
+    assert not (tmp_path / "new.h5").exists()
+
+
+def test_the_same_network_with_other_images(made: Path, cache: Path, tmp_path: Path) -> None:
+    """cache.json is the same; the shards, and the table, are not."""
+    opened = FeatureCache(cache)
+    fewer = Path(shutil.copytree(made / "photos", tmp_path / "photos"))
+    sorted(fewer.rglob("*.jpg"))[0].unlink()
+    extract(fewer, made / "a.onnx", cache, overwrite=True)
+    with pytest.raises(LockedError):
+        train_head(opened, tmp_path / "new.head", make_head("centroid"), pictures=False)
+
+
+def test_a_page_is_of_one_cache(made: Path, bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+
+    def counted(path: Path, layer: str | None = None) -> FeatureCache:
+        opened.append(path)
+        return FeatureCache(path, layer)
+
+    monkeypatch.setattr("classifiers.report.FeatureCache", counted)
+    assert report_again(Bundle.load(bundle), cache, pictures=False)
+    assert opened == [cache], "neighbours are looked for among the features that the figures are of"
+
+
+def test_what_is_not_finished_is_no_dataset(made: Path, cache: Path, bundle: Path, penult: Penult) -> None:
+    (cache / "samples.h5").unlink()
+    network = ("-m", "squeezenet1_1", "--weights", "random:0", "--crop", "64", "--resize", "72")
+    for command in (("evaluate", bundle, cache), ("finetune", cache, *network, "-o", cache.with_name("t")), ("info", cache)):
+        code, said, err = penult(*command)
+        assert (code, said) == (66, "")
+        assert "is an unfinished cache; run the same extract command again to continue it" in err
+    with writer_lock_of_another(cache):
+        for command in (("evaluate", bundle, cache), ("info", cache)):
+            assert penult(*command)[0] == 75
+
+
+@contextmanager
+def writer_lock_of_another(cache: Path) -> Iterator[None]:
+    """The lock of a cache, held by another process."""
+    code = "import sys, filelock\nwith filelock.FileLock(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(cache / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield
+        process.communicate()
 
 
 class Overwriter:

@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 from classifiers.bundle import Bundle
-from classifiers.finetune_options import FineTuneOptions
 from classifiers.fuse import fuse, selftest
 from classifiers.predict import FIRST, Predictor
-from classifiers.train import make_head, train_finetuned, train_head
-from extractor.backbones import Backbone
+from classifiers.probing import AffineHead
+from classifiers.train import make_head, train_head
+from extractor.backbones import Backbone, Loaded
 from extractor.onnxfile import PROBE_IMAGE
 from extractor.options import Options
 from extractor.pipeline import run_extract
@@ -134,13 +134,15 @@ def test_without_a_change_nothing_is_said(made: Path, penult: Penult) -> None:
 
 
 @pytest.mark.usefixtures("lighter")
-def test_a_head_of_other_pixels_is_no_start_for_finetuning(made: Path, tmp_path: Path) -> None:
-    name = Backbone("squeezenet1_1", "random:0", resize=72, crop=64)
-    bundle = train_head(FeatureCache(made / "a.cache"), tmp_path / "b.head", make_head("logistic", C=1.0), pictures=False)
-    with pytest.raises(FingerprintMismatchError, match="pixels of the test image: "):
-        train_finetuned(
-            FeatureCache(made / "a.cache"), tmp_path / "t.head", name, FineTuneOptions(epochs=1, quiet=True), init_head=bundle
-        )
+def test_a_head_of_other_pixels_is_no_start_for_finetuning(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = Bundle.load(made / "a.head")
+    preprocess, weights = bundle.backbone.preprocess, bundle.backbone.weights_sha256
+    network = Loaded(None, preprocess, "mine", weights)
+    with pytest.raises(FingerprintMismatchError, match="takes features of other pixels than this machine makes"):
+        AffineHead.of(bundle).require_features(network, bundle.backbone.layer)
+    probe.cache_clear()
+    monkeypatch.undo()
+    AffineHead.of(bundle).require_features(network, bundle.backbone.layer)
 
 
 def test_what_the_network_says_of_the_test_image(made: Path) -> None:
@@ -173,7 +175,7 @@ def test_a_bundle_of_before_says_that_it_cannot_tell(
     made: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("classifiers.predict.PROBE_IMAGE", "what no file has")
-    with pytest.raises(FingerprintMismatchError, match=r"comes out otherwise \(other versions then, pillow"):
+    with pytest.raises(FingerprintMismatchError, match=r"\(what made it then is not recorded; here it is pillow"):
         Predictor.load(made / "a.head").predict([])
     predictor = Predictor.load(made / "a.head", accept_pixels=True)
     assert [p.code for p in predictor.predict(images(made)[:3])] == [None] * 3
