@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from extractor.cpu_session import cpu_session
-from extractor.onnxfile import DATA_NAME, BackboneFacts, copy, read_facts, require_features
+from extractor.onnxfile import DATA_NAME, BackboneFacts, copy, is_marked, read_facts, require_features
 from extractor.views import Views
 from store import atomic, hdf5, json_text
 from store.cache import FeatureCache
@@ -358,10 +358,20 @@ def _is_bundle(path: Path) -> bool:
 
 
 def _is_part(item: Path) -> bool:
-    """Whether something in a folder is what a bundle has there, complete or not."""
+    """Whether something in a folder is what a bundle has there, complete or not. Weights are those that head.json names, or
+    begin with our mark."""
+    if item.is_symlink() or not item.is_file():
+        return False
     name = atomic.final_name(item.name)
-    named = name in BUNDLE_FILES or (name.startswith("backbone-") and DATA_NAME.fullmatch(name))
-    return bool(named) and item.is_file() and not item.is_symlink()
+    if name in BUNDLE_FILES:
+        return True
+    if not name.startswith("backbone-") or not DATA_NAME.fullmatch(name):
+        return False
+    try:
+        saved = json.loads((item.parent / "head.json").read_bytes())["files"]
+    except (OSError, ValueError, TypeError, KeyError):
+        saved = {}
+    return name in saved or is_marked(item)
 
 
 def remove_leftovers(path: Path) -> None:
@@ -378,8 +388,9 @@ def remove_folder(folder: Path) -> None:
     if folder.is_symlink() or not folder.is_dir():
         return
     try:
-        for item in list(folder.iterdir()):
-            if _is_part(item):
+        parts = {item: _is_part(item) for item in folder.iterdir()}  # before head.json goes, which names some of them
+        for item, is_part in parts.items():
+            if is_part:
                 item.unlink()
             elif atomic.final_name(item.name) == atomic.final_name(folder.name):
                 remove_folder(item)

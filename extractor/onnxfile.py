@@ -441,6 +441,12 @@ def _named_data(path: Path) -> list[str]:
         return []
 
 
+def is_marked(path: Path) -> bool:
+    """Whether a file begins as all external data that penult writes does."""
+    with path.open("rb") as file:
+        return file.read(len(MARKER)) == MARKER
+
+
 def _discard(folder: Path, name: str, models: Collection[Path]) -> bool:
     """Delete a file if it is external data that penult wrote and only these models of its folder name; tell whether."""
     if not DATA_NAME.fullmatch(name):
@@ -450,9 +456,8 @@ def _discard(folder: Path, name: str, models: Collection[Path]) -> bool:
         status = data.lstat()
         if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
             return False
-        with data.open("rb") as file:
-            if file.read(len(MARKER)) != MARKER:
-                return False
+        if not is_marked(data):
+            return False
         if any(_names(each, os.fsencode(name)) for each in folder.iterdir() if each not in models and each.is_file()):
             return False
         data.unlink()

@@ -343,13 +343,14 @@ def test_a_file_is_written_in_the_place_of_a_file_alone(tmp_path: Path, monkeypa
 def test_a_bundle_is_replaced_where_it_is_one(tmp_path: Path, bundle: Bundle) -> None:
     shutil.copytree(bundle.path, tmp_path / "b.head")
     (tmp_path / "link.head").symlink_to("b.head")
-    for name in ("page", "linked", "data", "folder"):
+    for name in ("page", "linked", "data", "folder", "named"):
         shutil.copytree(bundle.path, tmp_path / name)
     for path in (tmp_path / "page").iterdir():
         path.write_text("{}") if path.name in ("head.json", "report.html") else path.unlink()
     (tmp_path / "linked/report.html").unlink()
     (tmp_path / "linked/report.html").symlink_to("../b.head/report.html")
     (tmp_path / "data/backbone-of-mine.data").touch()
+    (tmp_path / "named/backbone-12345678.data").write_text("mine, by chance with such a name")
     (tmp_path / "folder/predictions.h5").unlink()
     (tmp_path / "folder/predictions.h5").mkdir()
     before = contents(tmp_path)
@@ -359,6 +360,7 @@ def test_a_bundle_is_replaced_where_it_is_one(tmp_path: Path, bundle: Bundle) ->
         "linked": r"holds what is not a bundle's \(report\.html\)",
         "data": r"holds what is not a bundle's \(backbone-of-mine\.data\)",
         "folder": r"holds what is not a bundle's \(predictions\.h5\)",
+        "named": r"holds what is not a bundle's \(backbone-12345678\.data\)",
     }.items():
         with pytest.raises(OutputExistsError, match=reason):
             refuse_existing(tmp_path / name, overwrite=True)
@@ -366,7 +368,7 @@ def test_a_bundle_is_replaced_where_it_is_one(tmp_path: Path, bundle: Bundle) ->
             install(tmp_path / "b.head", tmp_path / name)
     assert contents(tmp_path) == before
     (tmp_path / "b.head/head.json").write_bytes(b"damaged")
-    (tmp_path / "b.head/backbone-0123abcd.data").touch()
+    (tmp_path / "b.head/backbone-0123abcd.data").write_bytes(onnxfile.MARKER)
     refuse_existing(tmp_path / "b.head", overwrite=True)
 
 
