@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from filelock import FileLock
 from PIL import Image
 
 import cli
-from extractor.backbones import Backbone
-from extractor.export import export
+from extractor.backbones import Backbone, load
+from extractor.export import export, to_onnx
+from extractor.foreign import import_onnx
+from extractor.onnxfile import BackboneFacts
 from extractor.session import nvidia_driver_present
 
 REPO = Path(__file__).resolve().parent.parent
@@ -79,6 +82,24 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
         return path
 
     return path_of
+
+
+def export_here(backbone: Backbone, path: Path, *_: object) -> BackboneFacts:
+    """`export` without its child, whose start and import of torch take longer than its work."""
+    if backbone.is_file:
+        return import_onnx(backbone, path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's
+        return to_onnx(load(backbone), backbone.name, path, layers=backbone.layers, pooling=backbone.pooling or "average")
+
+
+@pytest.fixture(scope="module")
+def exports_here() -> Iterator[None]:
+    """Whatever exports a network does it in this process: where the child is not the subject."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("export", "prepare"):
+            patch.setattr(f"extractor.{module}.export", export_here)
+        yield
 
 
 @pytest.fixture(scope="session")

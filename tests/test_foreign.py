@@ -475,7 +475,7 @@ def test_damaged_files_are_refused_or_found_different(tmp_path: Path) -> None:
     data = classifier().SerializeToString()
     file, out = tmp_path / "net.onnx", tmp_path / "m.onnx"
     file.write_bytes(data)
-    sound = export(Backbone(str(file), **HALF), out).weights_sha256
+    sound = import_onnx(Backbone(str(file), **HALF), out).weights_sha256
     rng = np.random.default_rng(0)
     for at in rng.integers(0, len(data), 8).tolist():
         flipped = bytearray(data)
@@ -483,7 +483,7 @@ def test_damaged_files_are_refused_or_found_different(tmp_path: Path) -> None:
         file.write_bytes(flipped)
         out.unlink(missing_ok=True)
         try:
-            digest = export(Backbone(str(file), **HALF), out).weights_sha256
+            digest = import_onnx(Backbone(str(file), **HALF), out).weights_sha256
         except (BadDataError, UsageError) as error:
             digest = str(error)
         assert digest != sound
@@ -491,7 +491,7 @@ def test_damaged_files_are_refused_or_found_different(tmp_path: Path) -> None:
     for cut in (0, 10, len(data) // 2):
         file.write_bytes(data[:cut])
         with pytest.raises(BadDataError, match=r"net\.onnx"):
-            export(Backbone(str(file), **HALF), out)
+            import_onnx(Backbone(str(file), **HALF), out)
 
 
 def test_operators_that_run_somebodys_code_are_refused(tmp_path: Path) -> None:
@@ -525,6 +525,7 @@ def test_files_of_penults_own_say_everything_themselves(tmp_path: Path) -> None:
 # --- the whole way -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("exports_here")
 def test_two_feature_sets_in_one_cache(dataset: Callable[..., Path], tmp_path: Path) -> None:
     file = put(classifier(), tmp_path / "net.onnx")
     data = dataset(tmp_path / "data")
