@@ -14,6 +14,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+import onnx
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
@@ -228,15 +229,21 @@ def test_what_cannot_be_meant_is_refused(photos: Path, backbone: Backbone, tmp_p
     assert not (tmp_path / "c").exists()
 
 
-def test_several_layers_have_views_each(photos: Path, take: Extract, tmp_path: Path) -> None:
-    two = Backbone("squeezenet1_1", "random:0", resize=72, crop=64, layers=("features.3", "penultimate"))
+def test_several_layers_have_views_each(photos: Path, take: Extract, backbone_file: Path, tmp_path: Path) -> None:
+    model = onnx.load(backbone_file)
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / "theirs.onnx")
+    early = next(node.output[0] for node in model.graph.node if node.op_type == "MaxPool")
+    pixels = read_facts(backbone_file).preprocess
+    sizes = {"mean": pixels.mean, "std": pixels.std, "resize": pixels.resize, "crop": pixels.crop}
+    two = Backbone(str(tmp_path / "theirs.onnx"), layers=(early, "features"), interpolation=pixels.interpolation, **sizes)
     options = Options(views=2, device="cpu", batch_size=3, limit=8, quiet=True)
     cache = extract(ImageFolder(photos), two, tmp_path / "c", options)
     assert len(cache.layers) == 2
     for layer in cache.layers:
         one = cache.with_layer(layer)
         assert every(one).shape == (8, 2, one.dim)
-    last = cache.with_layer("penultimate")
+    last = cache.with_layer("features")
     digests = [row.sha256 for row in last.rows()]
     expected = take(views=2, augmentation=STANDARD).features(digests, views=True).astype(np.float64)
     found = last.features(digests, views=True).astype(np.float64)
