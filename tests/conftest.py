@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from filelock import FileLock
 from PIL import Image
@@ -20,7 +21,7 @@ import cli
 from extractor.backbones import Backbone, load
 from extractor.export import export, to_onnx
 from extractor.foreign import import_onnx
-from extractor.onnxfile import BackboneFacts
+from extractor.onnxfile import BackboneFacts, read_facts
 from extractor.session import nvidia_driver_present
 
 REPO = Path(__file__).resolve().parent.parent
@@ -91,6 +92,15 @@ def export_here(backbone: Backbone, path: Path, *_: object) -> BackboneFacts:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's
         return to_onnx(load(backbone), backbone.name, path, layers=backbone.layers, pooling=backbone.pooling or "average")
+
+
+def as_theirs(own: Path, path: Path, *layers: str) -> Backbone:
+    """A file of penult's own as somebody else's, which says nothing of itself: its tensors are layers, without torch."""
+    model, pixels = onnx.load(own), read_facts(own).preprocess
+    del model.metadata_props[:]
+    onnx.save(model, path)
+    sizes = {"resize": pixels.resize, "crop": pixels.crop, "interpolation": pixels.interpolation}
+    return Backbone(str(path), layers=layers, mean=pixels.mean, std=pixels.std, **sizes)
 
 
 @pytest.fixture(scope="module")

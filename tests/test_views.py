@@ -48,6 +48,8 @@ from store.metadata import shard_paths
 from store.shard import fits_float16, read_shard, write_shard
 from store.writer import open_writer
 
+from .conftest import as_theirs
+
 K = 3
 TURNED = replace(STANDARD, rotation=20.0, brightness=0.2)
 Extract = Callable[..., FeatureCache]
@@ -230,13 +232,8 @@ def test_what_cannot_be_meant_is_refused(photos: Path, backbone: Backbone, tmp_p
 
 
 def test_several_layers_have_views_each(photos: Path, take: Extract, backbone_file: Path, tmp_path: Path) -> None:
-    model = onnx.load(backbone_file)
-    del model.metadata_props[:]
-    onnx.save(model, tmp_path / "theirs.onnx")
-    early = next(node.output[0] for node in model.graph.node if node.op_type == "MaxPool")
-    pixels = read_facts(backbone_file).preprocess
-    sizes = {"mean": pixels.mean, "std": pixels.std, "resize": pixels.resize, "crop": pixels.crop}
-    two = Backbone(str(tmp_path / "theirs.onnx"), layers=(early, "features"), interpolation=pixels.interpolation, **sizes)
+    early = next(node.output[0] for node in onnx.load(backbone_file).graph.node if node.op_type == "MaxPool")
+    two = as_theirs(backbone_file, tmp_path / "theirs.onnx", early, "features")
     options = Options(views=2, device="cpu", batch_size=3, limit=8, quiet=True)
     cache = extract(ImageFolder(photos), two, tmp_path / "c", options)
     assert len(cache.layers) == 2
