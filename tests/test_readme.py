@@ -11,6 +11,7 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.usefixtures("exports_here")
 def test_the_python_blocks_run(
     dataset: Callable[..., Path],
     make_image: Callable[..., Path],
