@@ -13,6 +13,7 @@ from store.cache import FeatureCache
 from store.errors import OutputExistsError
 
 
+@pytest.mark.usefixtures("exports_here")
 def test_the_whole_way_on_a_few_digits(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "demo"
     result = run_demo(out, weights="random", epochs=1, limit=150)

@@ -600,17 +600,27 @@ def rewritten(model: Any, form: str) -> Any:
     return model
 
 
+@pytest.fixture(scope="module")
+def shared(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """Pixels of three photos, and their features by the shared classifier as it is."""
+    path = tmp_path_factory.mktemp("shared") / "usual.onnx"
+    file = assets / "weights/mobilenet_v2-classifier-same-padding.onnx"
+    preprocess = import_onnx(Backbone(str(file), **HALF), path).preprocess
+    photos = [path for path in sorted((assets / "data/photos").rglob("*")) if path.is_file()][:3]
+    pixels = np.stack([preprocess.pixels(decode(path.read_bytes())) for path in photos])
+    return pixels, Embedder(path)(preprocess.normalise(pixels))
+
+
 @pytest.mark.assets
 @pytest.mark.parametrize("form", ["nhwc", "fixed batch 1", "uint8", "external data"])
-def test_the_shared_classifier_in_other_forms_gives_the_same_features(assets: Path, tmp_path: Path, form: str) -> None:
+def test_the_shared_classifier_in_other_forms_gives_the_same_features(
+    assets: Path, shared: tuple[Any, Any], tmp_path: Path, form: str
+) -> None:
     file = assets / "weights/mobilenet_v2-classifier-same-padding.onnx"
-    usual = import_onnx(Backbone(str(file), **HALF), tmp_path / "usual.onnx")
     external = {"save_as_external_data": True, "location": "weights.bin"} if form == "external data" else {}
     other = put(rewritten(onnx.load(file), form), tmp_path / "other.onnx", **external)
     facts = import_onnx(Backbone(str(other), **({} if form == "uint8" else HALF)), tmp_path / "m.onnx")
     assert facts.dim == 1280
-    photos = [path for path in sorted((assets / "data/photos").rglob("*")) if path.is_file()][:3]
-    pixels = np.stack([usual.preprocess.pixels(decode(path.read_bytes())) for path in photos])
-    expected = Embedder(tmp_path / "usual.onnx")(usual.preprocess.normalise(pixels))
+    pixels, expected = shared
     found = Embedder(tmp_path / "m.onnx")(facts.preprocess.normalise(pixels))
     assert relative_l2(found, expected).max() < 1e-5
