@@ -11,7 +11,6 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.usefixtures("exports_here")
 def test_the_python_blocks_run(
     dataset: Callable[..., Path],
     make_image: Callable[..., Path],
