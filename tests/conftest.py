@@ -6,18 +6,22 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from filelock import FileLock
 from PIL import Image
 
 import cli
-from extractor.backbones import Backbone
-from extractor.export import export
+from extractor.backbones import Backbone, load
+from extractor.export import export, to_onnx
+from extractor.foreign import import_onnx
+from extractor.onnxfile import BackboneFacts, read_facts
 from extractor.session import nvidia_driver_present
 
 REPO = Path(__file__).resolve().parent.parent
@@ -79,6 +83,33 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
         return path
 
     return path_of
+
+
+def export_here(backbone: Backbone, path: Path, *_: object) -> BackboneFacts:
+    """`export` without its child, whose start and import of torch take longer than its work."""
+    if backbone.is_file:
+        return import_onnx(backbone, path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's
+        return to_onnx(load(backbone), backbone.name, path, layers=backbone.layers, pooling=backbone.pooling or "average")
+
+
+def as_theirs(own: Path, path: Path, *layers: str) -> Backbone:
+    """A file of penult's own as somebody else's, which says nothing of itself: its tensors are layers, without torch."""
+    model, pixels = onnx.load(own), read_facts(own).preprocess
+    del model.metadata_props[:]
+    onnx.save(model, path)
+    sizes = {"resize": pixels.resize, "crop": pixels.crop, "interpolation": pixels.interpolation}
+    return Backbone(str(path), layers=layers, mean=pixels.mean, std=pixels.std, **sizes)
+
+
+@pytest.fixture(scope="module")
+def exports_here() -> Iterator[None]:
+    """Whatever exports a network does it in this process: where the child is not the subject."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("export", "prepare"):
+            patch.setattr(f"extractor.{module}.export", export_here)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -35,6 +35,8 @@ from store.compact import write_compact
 from store.errors import BadDataError, CorruptCacheError, InputMissingError, LockedError
 from store.verify import verify_cache
 
+from .test_deletion import write_network
+
 REPO = Path(__file__).resolve().parent.parent
 Penult = Callable[..., tuple[int, str, str]]
 
@@ -57,12 +59,12 @@ def other_network(source: Path, target: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, dataset: Any, backbone_file: Path) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory, dataset: Any) -> Path:
     """A folder with 30 pictures, two networks, the cache of each, and the bundle of the first."""
     folder = tmp_path_factory.mktemp("identity")
     dataset(folder / "photos", {"ants": 15, "bees": 15})
-    shutil.copyfile(backbone_file, folder / "a.onnx")
-    other_network(backbone_file, folder / "b.onnx")
+    write_network(folder / "a.onnx")
+    other_network(folder / "a.onnx", folder / "b.onnx")
     for name in ("a", "b"):
         extract(folder / "photos", folder / f"{name}.onnx", folder / f"{name}.cache")
     train_head(FeatureCache(folder / "a.cache"), folder / "a.head", make_head("logistic", C=1.0), pictures=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from extractor.backbones import Backbone
 from store.errors import BadDataError, InterruptedRunError, LockedError, OutputExistsError
 from store.lock import file_lock
 
+from .conftest import Once
+
 SQUEEZE = Backbone("squeezenet1_1", "random:0", resize=40, crop=32)  # it has dropout of its own
 SHUFFLE = Backbone("shufflenet_v2_x0_5", "random:0", resize=40, crop=32)
 FAST = FineTuneOptions(epochs=4, batch_size=8, lr=0.01, head_lr_factor=2.0, patience=9, device="cpu", quiet=True)
@@ -38,6 +41,8 @@ from classifiers.finetune import FineTuneOptions, finetune
 from extractor.augment import Augmentation
 from extractor.backbones import Backbone
 
+import lightning.pytorch, torchvision
+
 told, made, original = json.loads(sys.argv[1]), [], Batches._batch
 
 def batch(self, part):
@@ -48,10 +53,23 @@ def batch(self, part):
 
 Batches._batch = batch
 items = [[(Path(path), label) for path, label in part] for part in told["items"]]
-told["options"]["augment"] = Augmentation(**told["options"]["augment"])
-options, backbone = FineTuneOptions(**told["options"]), Backbone.from_facts(told["backbone"])
-finetune(*items, 2, backbone, options, checkpoints=Checkpoints(Path(told["folder"])))
+for backbone, options, folder in told["runs"]:
+    if os.fork():
+        _, status = os.wait()
+        print(os.waitstatus_to_exitcode(status))
+        continue
+    options["augment"] = Augmentation(**options["augment"])
+    options, backbone = FineTuneOptions(**options), Backbone.from_facts(backbone)
+    finetune(*items, 2, backbone, options, checkpoints=Checkpoints(Path(folder)))
+    break
 """
+RUNS = {
+    "dropout-cosine": (SQUEEZE, replace(FAST, dropout=0.3, warmup=1.0)),
+    "plateau-average": (
+        SHUFFLE,
+        replace(FAST, optimizer="adamw", schedule="plateau", min_delta=9.0, ema=0.8, batch_statistics=True),
+    ),
+}
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
@@ -63,18 +81,25 @@ def pictures(tmp_path_factory: pytest.TempPathFactory, make_image: Callable[...,
     return items[:16], items[16:]
 
 
-def killed(pictures: tuple[Items, Items], folder: Path, backbone: Backbone, options: FineTuneOptions, kill_at: int) -> None:
+@pytest.fixture(scope="module")
+def killed(pictures: tuple[Items, Items], once: Once) -> Path:
+    """A folder with what each of `RUNS` had kept when it was killed, in its third epoch; one process imports torch for all."""
     items = [[(str(path), label) for path, label in part] for part in pictures]
-    told = {"items": items, "options": asdict(options), "backbone": backbone.facts(), "folder": str(folder), "kill_at": kill_at}
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, json.dumps(told)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+
+    def make(folder: Path) -> None:
+        runs = [(backbone.facts(), asdict(options), str(folder / name)) for name, (backbone, options) in RUNS.items()]
+        told = {"items": items, "runs": runs, "kill_at": 1 + 2 * IN_AN_EPOCH + 2}
+        done = subprocess.run(
+            [sys.executable, "-c", RUN, json.dumps(told)],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=Path(__file__).parents[1],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.stdout.split() == [str(int(-signal.SIGKILL))] * len(RUNS), done.stderr
+
+    return once("killed", make)
 
 
 def numbers(tuned: FineTuned) -> list[list[float | None]]:
@@ -95,29 +120,22 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return parts
 
 
-@pytest.mark.parametrize(
-    ("backbone", "changes"),
-    [
-        (SQUEEZE, {"dropout": 0.3, "warmup": 1.0}),
-        (SHUFFLE, {"optimizer": "adamw", "schedule": "plateau", "min_delta": 9.0, "ema": 0.8, "batch_statistics": True}),
-    ],
-    ids=["dropout-cosine", "plateau-average"],
-)
+@pytest.mark.parametrize("run", RUNS)
 def test_killed_in_an_epoch_it_ends_as_if_it_had_not_been(
-    backbone: Backbone,
-    changes: dict[str, Any],
+    run: str,
     pictures: tuple[Items, Items],
+    killed: Path,
     tmp_path: Path,
     made: list[Any],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    options = replace(FAST, **changes)
+    backbone, options = RUNS[run]
+    kept = Checkpoints(shutil.copytree(killed / run, tmp_path / "kept"))
     whole = finetune(*pictures, 2, backbone, options)
     assert len(made) == 1 + 4 * IN_AN_EPOCH
     made.clear()
-    killed(pictures, tmp_path / "kept", backbone, options, kill_at=1 + 2 * IN_AN_EPOCH + 2)
     caplog.set_level(logging.INFO, "penult")
-    resumed = finetune(*pictures, 2, backbone, options, checkpoints=Checkpoints(tmp_path / "kept"))
+    resumed = finetune(*pictures, 2, backbone, options, checkpoints=kept)
     assert "going on after epoch 2" in caplog.text
     assert len(made) == 2 * IN_AN_EPOCH
     for ours, theirs in zip(numbers(whole), numbers(resumed), strict=True):

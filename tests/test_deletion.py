@@ -69,14 +69,18 @@ def hostile(path: Path, names: list[str]) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_network(path: Path) -> Path:
     """A backbone file of penult's own."""
-    made, path = model(), tmp_path_factory.mktemp("network") / "tiny.onnx"
+    made = model()
     preprocess = Preprocess(36, 32, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     write_facts(made, BackboneFacts("tiny", "x", f"{1:064}", (Layer("last", "average", 16),), preprocess))
     save(made, path)
     return path
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_network(tmp_path_factory.mktemp("network") / "tiny.onnx")
 
 
 @pytest.fixture(scope="module")

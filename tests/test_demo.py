@@ -13,10 +13,11 @@ from store.cache import FeatureCache
 from store.errors import OutputExistsError
 
 
+@pytest.mark.usefixtures("exports_here")
 def test_the_whole_way_on_a_few_digits(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "demo"
-    result = run_demo(out, weights="random", epochs=1, limit=300)
-    assert result.first.computed == result.first.inputs == 300
+    result = run_demo(out, weights="random", epochs=1, limit=150)
+    assert result.first.computed == result.first.inputs == 150
     assert (result.second.computed, result.second.inference_calls) == (0, 0)
     found = result.comparison
     assert found.baseline == "logistic.head"
@@ -29,7 +30,7 @@ def test_the_whole_way_on_a_few_digits(tmp_path: Path, capfd: pytest.CaptureFixt
     assert "random weights" in html
     assert "://" not in html.replace("http://www.w3.org", "")
     assert Bundle.load(out / "finetuned.head").kind == "fine-tuned"
-    assert FeatureCache(out / "digits.cache").samples.counts["ok"] == 300
+    assert FeatureCache(out / "digits.cache").samples.counts["ok"] == 150
     with pytest.raises(OutputExistsError, match="--overwrite"):
         run_demo(out, weights="random")
     (tmp_path / "mine/digits").mkdir(parents=True)
@@ -37,7 +38,7 @@ def test_the_whole_way_on_a_few_digits(tmp_path: Path, capfd: pytest.CaptureFixt
         run_demo(tmp_path / "mine", weights="random", overwrite=True)
     make_room(out, overwrite=True)  # only what a demo had made in its way
     assert not [path for path in (out / "digits").rglob("*") if path.is_file()]
-    assert FeatureCache(out / "digits.cache").samples.counts["ok"] == 300
+    assert FeatureCache(out / "digits.cache").samples.counts["ok"] == 150
     (out / "digits/3/thesis.png").write_text("years of work")
     with pytest.raises(OutputExistsError, match=r"digits/3/thesis\.png is not the demo's; move it away"):
         run_demo(out, weights="random", overwrite=True)

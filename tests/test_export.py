@@ -41,6 +41,8 @@ from store.errors import (
     UsageError,
 )
 
+from .conftest import export_here
+
 REPO = Path(__file__).resolve().parent.parent
 SQUEEZENET = Backbone("squeezenet1_1", "random:0", resize=72, crop=64)  # what conftest's backbone_file was made from
 
@@ -77,7 +79,7 @@ def test_a_pooled_layer_is_cut_before_the_classifier_and_equals_torch(tmp_path: 
     import torch
 
     resnet = Backbone("resnet18", "random:3", resize=40, crop=32)
-    facts = export(resnet, tmp_path / "m.onnx")
+    facts = export_here(resnet, tmp_path / "m.onnx")
     assert (facts.dim, facts.pooling, facts.layer) == (512, "none", "input of fc")
     network = load(resnet).network
     network.fc = torch.nn.Identity()

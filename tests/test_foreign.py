@@ -475,7 +475,7 @@ def test_damaged_files_are_refused_or_found_different(tmp_path: Path) -> None:
     data = classifier().SerializeToString()
     file, out = tmp_path / "net.onnx", tmp_path / "m.onnx"
     file.write_bytes(data)
-    sound = export(Backbone(str(file), **HALF), out).weights_sha256
+    sound = import_onnx(Backbone(str(file), **HALF), out).weights_sha256
     rng = np.random.default_rng(0)
     for at in rng.integers(0, len(data), 8).tolist():
         flipped = bytearray(data)
@@ -483,7 +483,7 @@ def test_damaged_files_are_refused_or_found_different(tmp_path: Path) -> None:
         file.write_bytes(flipped)
         out.unlink(missing_ok=True)
         try:
-            digest = export(Backbone(str(file), **HALF), out).weights_sha256
+            digest = import_onnx(Backbone(str(file), **HALF), out).weights_sha256
         except (BadDataError, UsageError) as error:
             digest = str(error)
         assert digest != sound
@@ -491,7 +491,7 @@ def test_damaged_files_are_refused_or_found_different(tmp_path: Path) -> None:
     for cut in (0, 10, len(data) // 2):
         file.write_bytes(data[:cut])
         with pytest.raises(BadDataError, match=r"net\.onnx"):
-            export(Backbone(str(file), **HALF), out)
+            import_onnx(Backbone(str(file), **HALF), out)
 
 
 def test_operators_that_run_somebodys_code_are_refused(tmp_path: Path) -> None:
@@ -525,6 +525,7 @@ def test_files_of_penults_own_say_everything_themselves(tmp_path: Path) -> None:
 # --- the whole way -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("exports_here")
 def test_two_feature_sets_in_one_cache(dataset: Callable[..., Path], tmp_path: Path) -> None:
     file = put(classifier(), tmp_path / "net.onnx")
     data = dataset(tmp_path / "data")
@@ -599,17 +600,27 @@ def rewritten(model: Any, form: str) -> Any:
     return model
 
 
+@pytest.fixture(scope="module")
+def shared(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """Pixels of three photos, and their features by the shared classifier as it is."""
+    path = tmp_path_factory.mktemp("shared") / "usual.onnx"
+    file = assets / "weights/mobilenet_v2-classifier-same-padding.onnx"
+    preprocess = import_onnx(Backbone(str(file), **HALF), path).preprocess
+    photos = [path for path in sorted((assets / "data/photos").rglob("*")) if path.is_file()][:3]
+    pixels = np.stack([preprocess.pixels(decode(path.read_bytes())) for path in photos])
+    return pixels, Embedder(path)(preprocess.normalise(pixels))
+
+
 @pytest.mark.assets
 @pytest.mark.parametrize("form", ["nhwc", "fixed batch 1", "uint8", "external data"])
-def test_the_shared_classifier_in_other_forms_gives_the_same_features(assets: Path, tmp_path: Path, form: str) -> None:
+def test_the_shared_classifier_in_other_forms_gives_the_same_features(
+    assets: Path, shared: tuple[Any, Any], tmp_path: Path, form: str
+) -> None:
     file = assets / "weights/mobilenet_v2-classifier-same-padding.onnx"
-    usual = import_onnx(Backbone(str(file), **HALF), tmp_path / "usual.onnx")
     external = {"save_as_external_data": True, "location": "weights.bin"} if form == "external data" else {}
     other = put(rewritten(onnx.load(file), form), tmp_path / "other.onnx", **external)
     facts = import_onnx(Backbone(str(other), **({} if form == "uint8" else HALF)), tmp_path / "m.onnx")
     assert facts.dim == 1280
-    photos = [path for path in sorted((assets / "data/photos").rglob("*")) if path.is_file()][:3]
-    pixels = np.stack([usual.preprocess.pixels(decode(path.read_bytes())) for path in photos])
-    expected = Embedder(tmp_path / "usual.onnx")(usual.preprocess.normalise(pixels))
+    pixels, expected = shared
     found = Embedder(tmp_path / "m.onnx")(facts.preprocess.normalise(pixels))
     assert relative_l2(found, expected).max() < 1e-5

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
-import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -31,10 +29,11 @@ from cli import calibration_text
 from extractor import cuda, session
 from extractor.backbones import Backbone
 from extractor.cuda import BoundLane, capability, free_memory, is_loaded, pin, prove, reason, trouble
+from extractor.export import export
 from extractor.fleet import Fleet, resolve_devices
 from extractor.graph import name_nodes
 from extractor.half import BOUND, COSINE, _convert, compare, halve
-from extractor.onnxfile import read_facts
+from extractor.onnxfile import BackboneFacts, read_facts
 from extractor.options import Options
 from extractor.parity import relative_l2
 from extractor.pipeline import run_extract
@@ -694,11 +693,20 @@ def test_other_failures_are_not_taken_for_a_full_memory(backbone_file: Path, sta
     assert fake.sizes == [8]
 
 
-def test_the_benchmark_works_but_for_the_card(tmp_path: Path) -> None:
+def test_the_benchmark_works_but_for_the_card(backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The very script, on the CPU and tiny; on a machine with a card it has nothing else to do."""
-    command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--smoke", "--out", str(tmp_path / "page.md")]
-    ran = subprocess.run(command, cwd=REPO, env={**os.environ, "PYTHONPATH": str(REPO)}, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
+    import torch
+
+    from benchmarks import gpu
+
+    def exported(wanted: Backbone, path: Path) -> BackboneFacts:
+        assert (wanted.name, wanted.weights, wanted.resize, wanted.crop) == ("squeezenet1_1", "random:0", 72, 64), "as at hand"
+        return export(backbone, path)
+
+    monkeypatch.setattr(gpu, "export", exported)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--smoke", "--out", str(tmp_path / "page.md")])
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # the script sets it, and it is set back
+    gpu.main()
     page = (tmp_path / "page.md").read_text()
     headings = ("Backbone alone", "Decoding alone", "JPEG files to a cache", "Memory over 20 batches", "Fidelity: 12")
     for heading in headings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from torchvision.models import VisionTransformer
 
 from cli import cli
 from extractor.backbones import Backbone, load
-from extractor.export import export, to_onnx
+from extractor.export import to_onnx
 from extractor.layers import last_weighted, list_layers, require_layers, tapped
+from extractor.onnxfile import read_facts
 from extractor.options import Options
 from extractor.parity import relative_l2
 from extractor.pipeline import run_extract
@@ -41,14 +44,20 @@ def by_hand(network: Any, pixels: Any) -> dict[str, Any]:
     return {name: value.mean(dim=(2, 3)).numpy() for name, value in found.items()}
 
 
+OPTIONS = Options(device="cpu", quiet=True, storage="float32", val_fraction=0, test_fraction=0)
+
+
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    path = tmp_path_factory.mktemp("layers") / "resnet18.onnx"
-    return path, export(Backbone(RESNET.name, RESNET.weights, None, 40, 32, layers=LAYERS), path)
+def cache(dataset: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, exports_here: None) -> Path:
+    """Features of `LAYERS` in one pass."""
+    folder = tmp_path_factory.mktemp("layers")
+    run_extract(ImageFolder(dataset(folder / "data")), replace(RESNET, layers=LAYERS), folder / "all.cache", OPTIONS)
+    return folder / "all.cache"
 
 
-def test_every_layer_asked_for_is_torchs(exported: tuple[Path, Any]) -> None:
-    path, facts = exported
+def test_every_layer_asked_for_is_torchs(cache: Path) -> None:
+    path = cache / "backbone.onnx"
+    facts = read_facts(path)
     assert [(each.layer, each.pooling, each.dim) for each in facts.layers] == [
         ("layer2", "average", 128),
         ("layer1.0.relu", "average", 64),
@@ -61,18 +70,11 @@ def test_every_layer_asked_for_is_torchs(exported: tuple[Path, Any]) -> None:
         assert np.linalg.norm(expected[layer], axis=1).min() > 0.01
 
 
-def test_two_layers_in_one_pass_equal_their_single_runs(
-    exported: tuple[Path, Any], dataset: Callable[..., Path], tmp_path: Path
-) -> None:
-    data = ImageFolder(dataset(tmp_path / "data"))
-    options = Options(device="cpu", quiet=True, storage="float32", val_fraction=0, test_fraction=0)
-    run_extract(
-        data, Backbone("resnet18", "random:3", None, 40, 32, layers=("layer2", PENULTIMATE)), tmp_path / "both", options
-    )
+def test_several_layers_in_one_pass_equal_their_single_runs(cache: Path, tmp_path: Path) -> None:
     for layer, name in (("layer2", "layer2"), (PENULTIMATE, "input of fc")):
-        alone = Backbone("resnet18", "random:3", None, 40, 32, layers=() if layer == PENULTIMATE else (layer,))
-        run_extract(data, alone, tmp_path / name, options)
-        both, one = FeatureCache(tmp_path / "both", layer), FeatureCache(tmp_path / name)
+        alone = RESNET if layer == PENULTIMATE else replace(RESNET, layers=(layer,))
+        run_extract(ImageFolder(cache.with_name("data")), alone, tmp_path / name, OPTIONS)
+        both, one = FeatureCache(cache, layer), FeatureCache(tmp_path / name)
         assert both.layer == one.layer == name
         assert both.fingerprint == one.fingerprint
         keys = [row.sha256 for row in one.rows()]
@@ -109,8 +111,8 @@ def test_a_size_that_a_network_does_not_take_is_refused_before_the_export(tmp_pa
 
 @pytest.mark.parametrize("pooling", ["average", "max", "token"])
 def test_tokens_are_pooled_as_asked(pooling: str) -> None:
-    network = load(Backbone("vit_b_32", "random:0")).network
-    pixels = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    network = VisionTransformer(32, 16, 3, 2, 24, 48).eval()
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     layer = "encoder.layers.encoder_layer_1"
     caught: list[Any] = []
     network.get_submodule(layer).register_forward_hook(lambda _module, _inputs, output: caught.append(output.clone()))

@@ -49,6 +49,7 @@ def by_torchvision(name: str, state: dict[str, torch.Tensor], paths: list[Path])
         return network.eval()(torch.stack([preset(Image.open(path).convert("RGB")) for path in paths])).flatten(1).numpy()
 
 
+@pytest.mark.usefixtures("exports_here")
 @pytest.mark.parametrize("name", LAST)
 def test_features_are_torchvisions(name: str, dataset: Callable[..., Path], tmp_path: Path) -> None:
     with warnings.catch_warnings(), torch.random.fork_rng():

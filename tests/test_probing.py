@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="module")
-def cache(dataset: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> FeatureCache:
+def cache(dataset: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, exports_here: None) -> FeatureCache:
     folder = tmp_path_factory.mktemp("probing")
     return extract(ImageFolder(dataset(folder / "photos", {"ants": 20, "bees": 20})), NETWORK, folder / "photos.cache")
 

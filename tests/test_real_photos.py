@@ -26,6 +26,8 @@ from extractor.sources import ImageFolder
 from store.cache import FeatureCache
 from store.errors import FingerprintMismatchError
 
+from .test_backbone_identity import other_network
+
 pytestmark = pytest.mark.assets
 
 REPO = Path(__file__).resolve().parent.parent
@@ -112,10 +114,12 @@ def test_few_images_are_better_the_more_there_are(ants: FeatureCache) -> None:
     assert curve[1]["accuracy"] >= 0.85
 
 
-def test_other_weights_into_the_same_cache_are_refused(ants: FeatureCache, assets: Path, tmp_path: Path) -> None:
+def test_other_weights_into_the_same_cache_are_refused(
+    ants: FeatureCache, assets: Path, imagenet: Path, tmp_path: Path
+) -> None:
     cache = shutil.copytree(ants.path, tmp_path / "ants.cache")
     before = sorted((path.name, path.stat().st_mtime_ns) for path in cache.rglob("*"))
-    other = Backbone("mobilenet_v2", "random", "IMAGENET1K_V1")
+    other = Backbone(str(other_network(imagenet, tmp_path / "other.onnx")))
     with pytest.raises(FingerprintMismatchError, match=r"They differ in weights: \w{12}\.\. against"):
         run_extract(ImageFolder(assets / "data/hymenoptera"), other, cache, Options(quiet=True))
     assert sorted((path.name, path.stat().st_mtime_ns) for path in cache.rglob("*")) == before

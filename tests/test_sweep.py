@@ -29,6 +29,8 @@ from store.cache import FeatureCache
 from store.errors import BadDataError, OutputExistsError, UsageError
 from store.samples import MULTI_LABEL, REGRESSION, SINGLE_LABEL, Row, SampleTable
 
+from .conftest import as_theirs
+
 Penult = Callable[..., tuple[int, str, str]]
 RNG = np.random.default_rng(0)
 
@@ -442,12 +444,13 @@ def test_other_tasks_are_ranked_by_their_own_figure(
 
 
 @pytest.mark.assets
-def test_on_real_photos_logme_orders_the_depths_of_a_network_as_trained_heads_do(assets: Path, tmp_path: Path) -> None:
-    weights = assets / "weights/mobilenet_v2-imagenet.pth"
-    layers = ("features.3", "features.11", "penultimate")
-    wanted = [f"mobilenet_v2={weights}@{'@'.join(layers)}"]
-    backbones = parse_sources(wanted, Backbone("", preset="IMAGENET1K_V1"))
-    found = run_sweep(ImageFolder(assets / "data/hymenoptera"), backbones, tmp_path / "sweep", Options(quiet=True, limit=160))
+def test_on_real_photos_logme_orders_the_depths_of_a_network_as_trained_heads_do(
+    assets: Path, imagenet: Path, tmp_path: Path
+) -> None:
+    sums = [node.output[0] for node in onnx.load(imagenet).graph.node if node.op_type == "Add"]
+    layers = (sums[0], sums[5], "features")  # the third, the tenth and the last of 19 blocks
+    network = as_theirs(imagenet, tmp_path / "theirs.onnx", *layers)
+    found = run_sweep(ImageFolder(assets / "data/hymenoptera"), [network], tmp_path / "sweep", Options(quiet=True, limit=160))
     assert [each.source.rpartition("@")[2] for each in found.lines] == list(reversed(layers))
     assert found.lines[0].choice.value > 0.9
     assert sorted((each.scores["logme"] or 0 for each in found.lines), reverse=True) == [

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,12 +22,7 @@ from store.compact import write_compact
 from store.errors import BadDataError, CorruptCacheError, InputMissingError, UsageError
 from store.samples import MISSING, Row, SampleTable
 
-REPO = Path(__file__).resolve().parent.parent
-
-
-def penult(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPO / "cli.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPO)
+Penult = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -133,27 +126,25 @@ def test_targets_that_do_not_fit_their_names_are_corrupt(tmp_path: Path, monkeyp
             SampleTable.read(tmp_path / "s")
 
 
-def test_the_command_line_takes_a_task(listed: Path, backbone_file: Path, tmp_path: Path) -> None:
+def test_the_command_line_takes_a_task(listed: Path, backbone_file: Path, tmp_path: Path, penult: Penult) -> None:
     cache = tmp_path / "c"
-    done = penult("extract", listed, "-m", backbone_file, "-o", cache, "--task", "regression", "--target", "age")
-    assert done.returncode == 0, done.stderr
-    done = penult("info", cache)
-    assert "target age: 16 given, 0.0 to 225.0" in done.stdout
-    done = penult("train", cache, "-o", tmp_path / "h")
-    assert (done.returncode, "ridge head, 1 targets" in done.stdout) == (0, True), done.stderr
-    done = penult("train", cache, "--head", "logistic", "-o", tmp_path / "l")
-    assert (done.returncode, done.stderr) == (2, "error: --head logistic: there is ridge for --task regression\n")
-    done = penult("extract", listed, "-m", backbone_file, "-o", tmp_path / "d", "--target", "age")
-    assert (done.returncode, done.stderr) == (
-        2,
-        "error: --target age: numeric targets are for --task regression, this is single-label\n",
-    )
+    code, _, err = penult("extract", listed, "-m", backbone_file, "-o", cache, "--task", "regression", "--target", "age")
+    assert code == 0, err
+    assert "target age: 16 given, 0.0 to 225.0" in penult("info", cache)[1]
+    code, out, err = penult("train", cache, "-o", tmp_path / "h")
+    assert (code, "ridge head, 1 targets" in out) == (0, True), err
+    code, _, err = penult("train", cache, "--head", "logistic", "-o", tmp_path / "l")
+    assert (code, err) == (2, "error: --head logistic: there is ridge for --task regression\n")
+    code, _, err = penult("extract", listed, "-m", backbone_file, "-o", tmp_path / "d", "--target", "age")
+    assert (code, err) == (2, "error: --target age: numeric targets are for --task regression, this is single-label\n")
 
 
 # --- what is no data, and what moved -----------------------------------------------------------------------------------
 
 
-def test_caches_and_bundles_are_no_images(dataset: Callable[..., Path], backbone: Backbone, tmp_path: Path) -> None:
+def test_caches_and_bundles_are_no_images(
+    dataset: Callable[..., Path], backbone: Backbone, tmp_path: Path, penult: Penult
+) -> None:
     run_extract(ImageFolder(dataset(tmp_path / "p")), backbone, tmp_path / "c", Options(quiet=True))
     bundle = train_head(FeatureCache(tmp_path / "c"), tmp_path / "h", make_head("logistic"))
     write_compact(FeatureCache(tmp_path / "c"), tmp_path / "c.h5")
@@ -165,11 +156,11 @@ def test_caches_and_bundles_are_no_images(dataset: Callable[..., Path], backbone
         open_source(tmp_path / "c")
     with pytest.raises(UsageError, match="a bundle, not images"):
         evaluate_bundle(bundle, bundle.path)
-    done = penult("predict", bundle.path, tmp_path / "c")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "is a cache of features, not images" in done.stderr
-    done = penult("train", bundle.path, "-o", tmp_path / "x")
-    assert (done.returncode, "is not a penult cache" in done.stderr) == (66, True)
+    code, out, err = penult("predict", bundle.path, tmp_path / "c")
+    assert (code, out) == (2, "")
+    assert "is a cache of features, not images" in err
+    code, _, err = penult("train", bundle.path, "-o", tmp_path / "x")
+    assert (code, "is not a penult cache" in err) == (66, True)
 
 
 def test_evaluate_says_root_where_images_moved(dataset: Callable[..., Path], backbone: Backbone, tmp_path: Path) -> None:

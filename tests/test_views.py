@@ -14,6 +14,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+import onnx
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
@@ -46,6 +47,8 @@ from store.fingerprint import Fingerprint
 from store.metadata import shard_paths
 from store.shard import fits_float16, read_shard, write_shard
 from store.writer import open_writer
+
+from .conftest import as_theirs
 
 K = 3
 TURNED = replace(STANDARD, rotation=20.0, brightness=0.2)
@@ -228,15 +231,16 @@ def test_what_cannot_be_meant_is_refused(photos: Path, backbone: Backbone, tmp_p
     assert not (tmp_path / "c").exists()
 
 
-def test_several_layers_have_views_each(photos: Path, take: Extract, tmp_path: Path) -> None:
-    two = Backbone("squeezenet1_1", "random:0", resize=72, crop=64, layers=("features.3", "penultimate"))
+def test_several_layers_have_views_each(photos: Path, take: Extract, backbone_file: Path, tmp_path: Path) -> None:
+    early = next(node.output[0] for node in onnx.load(backbone_file).graph.node if node.op_type == "MaxPool")
+    two = as_theirs(backbone_file, tmp_path / "theirs.onnx", early, "features")
     options = Options(views=2, device="cpu", batch_size=3, limit=8, quiet=True)
     cache = extract(ImageFolder(photos), two, tmp_path / "c", options)
     assert len(cache.layers) == 2
     for layer in cache.layers:
         one = cache.with_layer(layer)
         assert every(one).shape == (8, 2, one.dim)
-    last = cache.with_layer("penultimate")
+    last = cache.with_layer("features")
     digests = [row.sha256 for row in last.rows()]
     expected = take(views=2, augmentation=STANDARD).features(digests, views=True).astype(np.float64)
     found = last.features(digests, views=True).astype(np.float64)

@@ -444,6 +444,7 @@ def test_a_truncated_file_of_ones_own_is_named(tmp_path: Path, state: dict[str, 
 # --- where they came from is recorded ----------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("exports_here")
 def test_the_cache_says_where_its_weights_came_from(
     penult: Penult, dataset: Callable[..., Path], state: dict[str, Any], tmp_path: Path
 ) -> None:
