@@ -23,12 +23,12 @@ from extractor.foreign import load_data, require_domains
 from extractor.graph import cut
 from extractor.onnxfile import PREFIX
 from extractor.prologue import pixel_nodes
-from store.atomic import require_free, require_replaceable
+from store.atomic import require_free, require_no_part_of, require_replaceable
 from store.errors import BadDataError
 from store.samples import REGRESSION, SINGLE_LABEL
 from store.shard import MAX_ROUNDING
 
-from .bundle import Bundle, task_of_bundle
+from .bundle import BUNDLE_FILES, Bundle, task_of_bundle
 from .fused import GOLDEN, INPUT, LABEL, NO_LABEL, RECIPE, TOLERANCE, Fused, Golden, golden_pictures, is_fused
 from .predict import Predictor
 
@@ -50,12 +50,14 @@ def fuse(bundle: Bundle, out: Path, *, overwrite: bool = False) -> Fused:
         What the file says of itself.
 
     Raises:
-        OutputExistsError: the file exists.
+        OutputExistsError: the file exists, or is a part of the bundle.
         BadDataError: the two parts do not go together, or the file does not give what the bundle gives.
         OutputError, StorageError: it cannot be written.
     """
     require_replaceable(out)
     require_free(out, overwrite=overwrite)
+    if out.name in BUNDLE_FILES or out.suffix == ".data":
+        require_no_part_of(bundle.path, out)
     onnxfile.require_writable(out)
     if bundle.views:
         log.warning(

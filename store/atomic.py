@@ -102,6 +102,17 @@ def require_replaceable(path: Path) -> None:
         raise OutputExistsError(message)
 
 
+def require_no_part_of(folder: Path, path: Path) -> None:
+    """A result must not replace a file of the folder it is made from, whatever may be overwritten.
+
+    Raises:
+        OutputExistsError: it would.
+    """
+    if path.exists() and path.parent.resolve().is_relative_to(folder.resolve()):
+        message = f"{path} is a part of {folder}, which is read; choose another name"
+        raise OutputExistsError(message)
+
+
 def write_error(error: OSError) -> type[OutputError | StorageError]:
     """What a failure to write means: the place is wrong (exit 73), or the disk is full or failing (74)."""
     place = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)

@@ -35,7 +35,7 @@ def write_compact(cache: FeatureCache, out: Path, *, dtype: str = "float32", ove
         Number of rows of ``features``.
 
     Raises:
-        OutputExistsError: the file exists.
+        OutputExistsError: the file exists, or is a part of the cache.
         BadDataError: float16 would not hold the values.
         CorruptCacheError: the cache's backbone is not the one that made its features.
         LockedError: another run has replaced the cache meanwhile.
@@ -43,6 +43,8 @@ def write_compact(cache: FeatureCache, out: Path, *, dtype: str = "float32", ove
     """
     atomic.require_replaceable(out)
     atomic.require_free(out, overwrite=overwrite)
+    if cache.path.is_dir():
+        atomic.require_no_part_of(cache.path, out)
     good = cache.rows()
     features = cache.features([row.sha256 for row in good]).astype(np.float32)
     if dtype == "float16" and not (fits := shard.fits_float16(features)).all():

@@ -77,6 +77,16 @@ def test_a_compact_file_is_the_cache_in_one_file(folder: Path, tmp_path: Path) -
         write_compact(cache, tmp_path / "c.h5")
 
 
+@pytest.mark.parametrize("part", ["samples.h5", "cache.json", "backbone.onnx", "shards/*.h5"])
+def test_overwriting_does_not_destroy_the_cache_itself(folder: Path, part: str) -> None:
+    [file, *_] = sorted(folder.glob(part))
+    before = file.read_bytes()
+    with pytest.raises(OutputExistsError, match="is a part of"):
+        write_compact(FeatureCache(folder), file, overwrite=True)
+    assert file.read_bytes() == before
+    assert verify_cache(folder) == []
+
+
 def test_plain_h5py_sees_features_beside_their_labels(folder: Path, tmp_path: Path) -> None:
     cache = FeatureCache(folder)
     write_compact(cache, tmp_path / "c.h5")

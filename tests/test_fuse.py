@@ -425,6 +425,15 @@ def test_what_is_taken_is_not_overwritten(bundle: Bundle, tmp_path: Path) -> Non
     assert (tmp_path / "c.onnx").read_text() == "mine"
 
 
+def test_overwriting_does_not_destroy_the_bundle_itself(bundle: Bundle) -> None:
+    before = {path.name: path.read_bytes() for path in bundle.path.iterdir()}
+    assert {"backbone.onnx", "head.onnx", "head.json"} <= set(before)
+    for name in before:
+        with pytest.raises(OutputExistsError, match="is a part of"):
+            fuse(bundle, bundle.path / name, overwrite=True)
+    assert {path.name: path.read_bytes() for path in bundle.path.iterdir()} == before
+
+
 def test_weights_beside_the_file(
     train: Callable[..., Bundle], file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
