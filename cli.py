@@ -253,7 +253,7 @@ def backbones(name: str | None, *, with_layers: bool, as_json: bool) -> None:
         listing = list(rows())
         if as_json:
             return print_json(listing)
-        shot_cells = [
+        cells = [
             (
                 r["name"],
                 " ".join(key.removeprefix("IMAGENET1K_") for key in r["weights"]),
@@ -267,7 +267,7 @@ def backbones(name: str | None, *, with_layers: bool, as_json: bool) -> None:
             for w in [r["weights"][r["default"]]]
         ]
         columns = ("backbone", "weights", "features", "input", "parameters", "GFLOPs", "top-1")  # the default weights first
-        return print_table(columns, shot_cells, left=2)
+        return print_table(columns, cells, left=2)
     layers = list_layers(name)
     facts = {**row(name), "layers": layers}
     if as_json:

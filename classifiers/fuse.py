@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from extractor import onnxfile
 from extractor.cpu_session import cpu_session
-from extractor.files import FolderFiles
 from extractor.foreign import load_data, require_domains
 from extractor.graph import cut
 from extractor.onnxfile import PREFIX
@@ -126,7 +125,7 @@ def selftest(path: Path, **options: Any) -> str:
         bundle = Bundle.load(path)
         predictor = Predictor.of(bundle, **options)
         predictor.require_pixels()
-        predictor.measure_pixels((), FolderFiles())
+        predictor.measure_pixels()
         found = predictor.probabilities(golden_pictures(bundle.backbone.preprocess.crop))
         if not np.isfinite(found).any():
             message = f"{path} gives NaN or infinity for each of {GOLDEN} pictures"
@@ -135,7 +134,7 @@ def selftest(path: Path, **options: Any) -> str:
     fused = Fused.load(path)
     predictor = Predictor.fused(path, fused, **options)
     predictor.require_pixels()
-    predictor.measure_pixels((), FolderFiles())
+    predictor.measure_pixels()
     pictures, expected = golden_pictures(fused.preprocess.crop), np.array(fused.golden.probabilities, np.float64)
     if fused.golden.recipe != RECIPE or fused.golden.pixels_sha256 != _digest(pictures):
         message = f"{path} has golden vectors of other pictures ({fused.golden.recipe}) than this penult makes ({RECIPE})"

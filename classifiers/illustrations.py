@@ -26,7 +26,7 @@ from .thumbnails import thumbnails
 
 MISTAKES = 12
 NEIGHBOURS = 4
-MOVED = "If the images moved, `penult report BUNDLE DATA --root FOLDER -o FILE.html` finds them."
+REPORT_FINDS_THEM = "If the images moved, `penult report BUNDLE DATA --root FOLDER -o FILE.html` finds them."
 WITHOUT = "This page was made without pictures; `penult report BUNDLE DATA -o FILE.html` makes one that has them."
 BLOCK = 4096  # training images that mistakes are compared with at once
 
@@ -135,7 +135,7 @@ def _missing(missing: dict[bytes, str], count: int) -> str:
     if not missing:
         return ""
     reasons = ", ".join(f"{why}: {n}" for why, n in sorted(Counter(missing.values()).items()))
-    return f"{len(missing)} of {count} pictures could not be read any more ({reasons}). {MOVED}"
+    return f"{len(missing)} of {count} pictures could not be read any more ({reasons}). {REPORT_FINDS_THEM}"
 
 
 def files_or_none(table: SampleTable, root: Path | None = None) -> Files | None:

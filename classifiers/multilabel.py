@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +13,7 @@ from store.samples import LABEL_SEPARATOR, MULTI_LABEL, Row, SampleTable
 
 from .figures import Values, Weights, average_precision, ratio, require_finite
 from .intervals import resampled, resamples_for
-from .task import FEW, HeadTask, Measured, Outputs, bootstrapped, headline_of, proportion
-
-if TYPE_CHECKING:
-    from .task import Prediction
+from .task import FEW, HeadTask, Measured, Outputs, Prediction, bootstrapped, headline_of, proportion
 
 THRESHOLD = 0.5  # from which probability on an image has a label
 

@@ -179,15 +179,15 @@ class Predictor:
         if (origin := self._other_pixels) and not origin.accept:
             origin.require(self.recipe.preprocess, self._image_then())
 
-    def measure_pixels(self, first: Sequence[bytes], files: Files) -> None:
+    def measure_pixels(self, first: Sequence[bytes] = (), files: Files | None = None) -> None:
         """Say how far this machine's pixels are from those of the training, where they differ; see `pixel_drift`.
 
         Args:
             first: images to measure it on, beside the test image.
-            files: where they are.
+            files: where they are; by default the file system.
         """
         if origin := self._other_pixels:
-            self.pixel_drift = self._measured(first, files)
+            self.pixel_drift = self._measured(first, files or FolderFiles())
             log.warning("%s", self.pixel_drift.text(origin.name))
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +16,7 @@ from store.samples import REGRESSION, Row, SampleTable
 from .conformal import COVERAGE
 from .figures import Values, Weights, require_finite
 from .intervals import resampled, resamples_for
-from .task import FEW, HeadTask, Measured, Outputs, bootstrapped, headline_of, proportion
-
-if TYPE_CHECKING:
-    from .task import Prediction
+from .task import FEW, HeadTask, Measured, Outputs, Prediction, bootstrapped, headline_of, proportion
 
 
 @dataclass(frozen=True)

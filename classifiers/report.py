@@ -25,7 +25,7 @@ from .heldout import evaluate_bundle
 from .illustrations import Illustrations, files_or_none, illustrate
 from .intervals import interval, percent
 from .page import LONG, Card, Section, page, write_output
-from .tables import CLASS_COLUMNS, SHOT_COLUMNS, class_rows, figure_rows, output_table, shot_cells, whole_rows
+from .tables import CLASS_COLUMNS, FIGURE_COLUMNS, SHOT_COLUMNS, class_rows, figure_rows, output_table, shot_cells, whole_rows
 
 log = logging.getLogger("penult.classifiers")
 
@@ -156,9 +156,8 @@ def _images(bundle: Bundle, metrics: dict[str, Any], predictions: Predictions, s
 
 
 def _tables(metrics: dict[str, Any]) -> list[Section]:
-
     rows = figure_rows(metrics.get("figures", {}), metrics["classes"])
-    figures = [Section("Figures", columns=("figure", "value", "95 % interval"), rows=rows)] if rows else []
+    figures = [Section("Figures", columns=FIGURE_COLUMNS, rows=rows)] if rows else []
     classes = class_rows(metrics)
     return [*figures, Section("Per class", columns=CLASS_COLUMNS, rows=classes, folded=len(classes) > LONG)]
 

@@ -51,7 +51,16 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class _Figures:
+    """What was measured on one set of images."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As it reads back from a file: lists, no tuples."""
+        return dict(json.loads(json.dumps(asdict(self))))
+
+
+@dataclass(frozen=True)
+class Evaluation(_Figures):
     """Figures on one set of images.
 
     Attributes:
@@ -94,13 +103,9 @@ class Evaluation:
     novelty: dict[str, Any] | None = None
     pixel_drift: dict[str, Any] | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """As it reads back from a file: lists, no tuples."""
-        return dict(json.loads(json.dumps(asdict(self))))
-
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(_Figures):
     """Figures of a head with several outputs that are judged one by one, on one set of images.
 
     Attributes:
@@ -125,10 +130,6 @@ class Measured:
     failed: int = 0
     novelty: dict[str, Any] | None = None
     pixel_drift: dict[str, Any] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """As it reads back from a file: lists, no tuples."""
-        return dict(json.loads(json.dumps(asdict(self))))
 
 
 @dataclass(frozen=True)

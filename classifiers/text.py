@@ -8,7 +8,7 @@ from typing import Any
 from rich.cells import cell_len
 
 from .intervals import interval, percent
-from .tables import CLASS_COLUMNS, class_rows, figure_rows, output_table, whole_rows
+from .tables import CLASS_COLUMNS, FIGURE_COLUMNS, class_rows, figure_rows, output_table, whole_rows
 from .task import Evaluation, Measured
 from .tasks import task_of
 
@@ -72,7 +72,7 @@ def evaluation_text(result: Evaluation | Measured, *, width: int | None = None) 
     parts = [
         f"accuracy {result.accuracy:.4f} [{low:.4f}, {high:.4f}] (95 % Wilson), {result.n - result.correct} errors in "
         f"{result.n} images of {result.split!r}, macro F1 {result.macro_f1:.4f}",
-        table(("figure", "value", "95 % interval"), figure_rows(result.figures, result.classes), width=width),
+        table(FIGURE_COLUMNS, figure_rows(result.figures, result.classes), width=width),
         *_confidence(result),
         *_abstention(result.sets, result.n),
         *_novelty(result.novelty, result.n),
@@ -89,7 +89,7 @@ def _measured_text(result: Measured, width: int | None) -> str:
     task = task_of(result.task, [entry["name"] for entry in result.per_output])
     parts = [
         f"{task.headline(metrics)} (95 % interval), {result.n} images of {result.split!r}",
-        table(("figure", "value", "95 % interval"), whole_rows(metrics), width=width),
+        table(FIGURE_COLUMNS, whole_rows(metrics), width=width),
         *_novelty(result.novelty, result.n),
         table(*output_table(metrics), width=width),
     ]

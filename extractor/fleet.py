@@ -30,12 +30,11 @@ from store.child import answer_of, python, raise_answered
 from store.errors import DeviceUnavailableError, PenultError, UsageError
 
 from .preprocess import Preprocess
-from .session import Embedder, check_device, cores, no_cuda, resolve_device
+from .session import MAX_LANES, Embedder, check_device, cores, no_cuda, resolve_device
 
 log = logging.getLogger("penult.extractor")
 
 START = "from extractor.fleet import serve; serve(sys.argv[1:])"
-MAX_LANES = 16  # connections of a child: one for each lane that it may have
 PATIENCE = 10.0  # seconds for a child to end by itself
 
 
@@ -180,7 +179,7 @@ class _Child:
     def __init__(self, settings: dict[str, Any]) -> None:
         self.device: str = settings["device"]
         self.facts: dict[str, Any] = {}
-        pairs = [socket.socketpair() for _ in range(MAX_LANES)]
+        pairs = [socket.socketpair() for _ in range(MAX_LANES)]  # one for each lane that the child may have
         theirs = [pair[1].fileno() for pair in pairs]
         # The child inherits what is blocked here: Ctrl-C and SIGTERM are for the parent alone, which ends its children.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})

@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def in_flight(begun: Iterable[T], most: int) -> Iterator[T]:
-    """What an iterable yields, such as futures that it submits as it goes; so many are in hand before the first is given.
+    """What an iterable yields, such as futures that it submits as it goes; ``most`` more are on their way while one is taken.
 
     >>> list(in_flight([1, 2, 3], most=2))
     [1, 2, 3]

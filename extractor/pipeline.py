@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from store.cache import FeatureCache
 from store.errors import BudgetExceededError, InputMissingError, InterruptedRunError, StorageError
-from store.metadata import shard_paths
+from store.metadata import BACKBONE, shard_paths
 from store.samples import Row, SampleTable
 from store.writer import CacheWriter, open_writer
 
@@ -102,7 +102,7 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
         check_for_gpu(facts.precision, devices[0])  # the file may say so itself
         embedder = open_embedder(
             devices,
-            cache / "backbone.onnx",
+            cache / BACKBONE,
             facts.preprocess,
             batch_size=options.batch_size,
             outputs=facts.outputs,

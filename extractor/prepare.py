@@ -13,7 +13,7 @@ from store import atomic
 from store.calibration import Calibration, write_calibration
 from store.errors import PenultError, UsageError
 from store.fingerprint import Fingerprint, file_digest, require_same
-from store.metadata import all_fingerprints
+from store.metadata import BACKBONE, all_fingerprints
 from store.writer import CacheWriter
 
 from .backbones import Backbone
@@ -55,7 +55,7 @@ def prepare_backbone(
     Returns:
         What the file says of itself, and notes for cache.json by which the next run recognises the request.
     """
-    path = writer.path / "backbone.onnx"
+    path = writer.path / BACKBONE
     remove_unfinished(path)
     request = backbone.facts()
     if backbone.is_file and (superfluous := [name for name in ("weights", "preset") if request[name] is not None]):
@@ -108,13 +108,14 @@ def prepare_backbone(
     for layer in facts.layers:
         pooling = "" if layer.pooling == "none" else f" ({layer.pooling})"
         log.info("exported %s (%s), %d features: %s%s", facts.name, facts.weights, layer.dim, layer.layer, pooling)
+    data = data_files(path)
     notes: dict[str, Any] = {
         "request": request,
-        "backbone_sha256": digest(path),
+        "backbone_sha256": file_digest(path, *data),
         "weights": facts.weights,
         "source": facts.source,
     }
-    if data := data_files(path):
+    if data:
         notes["backbone_data"] = [file.name for file in data]
     if facts.calibration:
         notes["calibration"] = facts.calibration

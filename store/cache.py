@@ -18,12 +18,11 @@ from . import atomic, compact_file, shard
 from .errors import BadDataError, CorruptCacheError, InputMissingError, LockedError, PenultError, UsageError
 from .fingerprint import Fingerprint, file_digest, short
 from .lock import is_locked
-from .metadata import all_fingerprints, read_meta, shard_paths
+from .metadata import BACKBONE, all_fingerprints, read_meta, shard_paths
 from .samples import LACKING, SINGLE_LABEL, Row, SampleTable
 from .splits import assign_splits, groups_of
 from .stored import StoredFeatures
 
-BACKBONE = "backbone.onnx"
 PENULTIMATE = "penultimate"  # how --layer names the default
 
 

@@ -15,6 +15,7 @@ from .fingerprint import Fingerprint
 from .samples import SampleTable
 
 FORMAT_VERSION = 1
+BACKBONE = "backbone.onnx"
 PER_SET = {"layer": None, "pooling": None}  # what the fingerprints of one cache's feature sets may differ in
 
 

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from . import calibration
-from .cache import BACKBONE, FeatureCache
+from .cache import FeatureCache
 from .errors import CorruptCacheError, InputMissingError, LockedError, PenultError, StorageError
 from .integrity import verify_files
 from .lock import is_locked
-from .metadata import holds, ledger_bytes, meta_bytes, shard_paths
+from .metadata import BACKBONE, holds, ledger_bytes, meta_bytes, shard_paths
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from .errors import BadDataError, CorruptCacheError, InputMissingError, OutputEx
 from .fingerprint import Fingerprint, require_same
 from .integrity import verify_files
 from .lock import writer_lock
-from .metadata import all_fingerprints, describe_sets, holds, ledger_bytes, meta_bytes, read_meta, shard_paths
+from .metadata import BACKBONE, all_fingerprints, describe_sets, holds, ledger_bytes, meta_bytes, read_meta, shard_paths
 from .samples import Row, SampleTable
 
 log = logging.getLogger("penult.store")
@@ -287,7 +287,7 @@ def _is_ours(path: Path) -> bool:
     if _is_description(path / "cache.json") or shard_paths(path):
         return True
     names, begun = {item.name for item in path.iterdir()}, {".lock", "shards"}  # a run that was killed early left these
-    if {*begun, "backbone.onnx"} <= names:
+    if {*begun, BACKBONE} <= names:
         return True
     foreign = [item for item in shards.iterdir() if not _is_shard(atomic.final_name(item.name))] if shards.is_dir() else []
     return (names <= begun or begun <= names) and not foreign
