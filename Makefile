@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench backbones soak install lock clean
+.PHONY: demo test lint docs bench backbones soak install lock clean
 
 demo: install  ## the whole way on data that needs no download
 	$(BIN)/penult demo -o demo --overwrite
@@ -14,6 +14,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: install  ## what is generated in docs/: the keys of job files, the options of commands
+	$(BIN)/python docs/reference.py
 
 bench: install  ## minutes; writes the tables in docs/benchmarks.md, docs/metrics.md and docs/pixel-paths.md
 	$(BIN)/python benchmarks/cpu.py

@@ -11,7 +11,6 @@ import gc
 import io
 import logging
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -20,168 +19,36 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from classifiers.gates import GATES
+from extractor.commands.console import SettingsCommand, options
 from store import json_text
 from store.environment import redirect_matplotlib
 from store.errors import PenultError
 
 if TYPE_CHECKING:
+    from classifiers.settings import (
+        EvaluateSettings,
+        FineTuneSettings,
+        PredictSettings,
+        ReportSettings,
+        SweepSettings,
+        TrainSettings,
+    )
     from classifiers.task import Evaluation, Measured
-    from extractor.augment import Augmentation
-    from extractor.backbones import Backbone
+    from extractor.settings.groups import ExportSettings, ExtractSettings
     from store.cache import FeatureCache
 
 F = TypeVar("F", bound=Callable[..., Any])
 FOLDER = click.Path(path_type=Path, readable=False)  # what cannot be read is said by the command, with its own code
-SEED = click.IntRange(0, 2**32 - 1)
 WITH_FAILURES = 3
-MAX_SHOTS = 10**6  # images of a class
-MAX_WIDTH = 65536  # of a hidden layer
 CANNOT_CREATE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 
 
-class Memory(click.ParamType[int]):
-    """A number of bytes, such as 4GB or 500MiB."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        from pydantic import ByteSize, TypeAdapter, ValidationError
-
-        try:
-            return int(TypeAdapter(ByteSize).validate_python(value))
-        except ValidationError:
-            return self.fail(f"{value!r} is no size; expected a number of bytes such as 4GB or 500MiB", param, ctx)
-
-
-def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
-    """Several click options as one decorator, in the order of the help text."""
-
-    def decorate(function: F) -> F:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-
-    return decorate
-
-
-pixel_options = options(
-    click.option("--preset", metavar="NAME", help="Torchvision weights whose preprocessing a .pth file goes with."),
-    click.option("--resize", type=click.IntRange(1), help="Shorter side after resizing, pixels (the preset's)."),
-    click.option("--crop", type=click.IntRange(1), help="Side of the centred crop, pixels (the preset's)."),
-    click.option(
-        "--pixel-path",
-        type=click.Choice(["pillow", "pillow-crop", "pillow-draft"]),
-        help="How files become pixels; pillow, the reference, by default. The others are faster and not quite equal.",
-    ),
-)
-weights_options = options(
-    click.option("--weights", metavar="NAME|FILE.pth|random", help="Weights; torchvision's default where not given."),
-    pixel_options,
-)
-pooling_option = click.option(
-    "--pooling",
-    type=click.Choice(["average", "max", "token"]),
-    help="How a layer that is no vector becomes one; average by default, token is a transformer's class token.",
-)
-layer_options = options(
-    click.option(
-        "--layer",
-        "layers",
-        multiple=True,
-        metavar="NAME",
-        help="A layer to take features from, instead of the penultimate one; several give several feature sets.",
-    ),
-    pooling_option,
-)
-input_options = options(
-    click.option("--mean", metavar="R[,G,B]", help="Of an ONNX file: subtracted from pixels in 0..1 (see --input-range)."),
-    click.option("--std", metavar="R[,G,B]", help="Of an ONNX file: what they are then divided by."),
-    click.option("--input-range", type=click.Choice(["1", "255"]), help="Of an ONNX file: 255 where it takes raw values."),
-    click.option("--interpolation", metavar="NAME", help="Of an ONNX file: bilinear, bicubic, nearest, lanczos, box."),
-    click.option("--channels", type=click.Choice(["rgb", "bgr"]), help="Of an ONNX file: their order."),
-    click.option("--squash", is_flag=True, help="Of an ONNX file: resize to the square itself, without a crop."),
-    click.option("--layout", type=click.Choice(["nchw", "nhwc"]), help="Of an ONNX file, where its shape does not tell."),
-)
-one_layer_option = click.option("--layer", metavar="NAME", help="Which feature set, where the cache has several.")
-backbone_options = options(
-    click.option("-m", "--backbone", required=True, metavar="NAME|FILE.onnx", help="Network; see `penult backbones`."),
-    weights_options,
-)
-run_options = options(
-    click.option(
-        "--device",
-        default="auto",
-        show_default=True,
-        metavar="auto|cpu|cuda[:N]",
-        help="Where to compute; see docs/gpu.md.",
-    ),
-    click.option("-b", "--batch-size", default="auto", show_default=True, metavar="N|auto", help="Images per batch."),
-    click.option("-j", "--workers", default="auto", show_default=True, metavar="N|auto", help="Decoding threads."),
-)
-gate_options = options(
-    *(click.option(gate.flag, type=click.FloatRange(gate.least, gate.most), help=gate.help) for gate in GATES)
-)
-accept_pixels_option = click.option(
-    "--accept-pixels",
-    is_flag=True,
-    help="Go on where this machine decodes images otherwise than the training did, and say how much that changes.",
-)
-split_options = options(
-    click.option("--val-fraction", type=click.FloatRange(0, 1, max_open=True), help="Share for validation."),
-    click.option("--test-fraction", type=click.FloatRange(0, 1, max_open=True), help="Share held out."),
-)
-source_options = options(
-    click.option("--root", type=FOLDER, help="What the paths of a manifest are relative to."),
-    click.option("--group-by", metavar="COLUMN|REGEX", help="What must stay in one split: a column, or a pattern over paths."),
-    click.option("--follow-symlinks", is_flag=True, help="Follow symbolic links."),
-    click.option("--limit", type=click.IntRange(1), help="Only the first N inputs."),
-)
-task_options = options(
-    click.option(
-        "--task",
-        type=click.Choice(["single-label", "multi-label", "regression"]),
-        default="single-label",
-        show_default=True,
-        help="What labels mean; multi-label separates them by |.",
-    ),
-    click.option("--target", "targets", multiple=True, metavar="COLUMN", help="regression: a numeric column; repeatable."),
-)
-max_failures_option = click.option(
-    "--max-failures", default="1%", show_default=True, metavar="N|P%", help="How many may fail; a share is at least 3."
-)
-head_option = click.option(
-    "--head",
-    type=click.Choice(["logistic", "mlp", "ridge", "knn", "centroid"]),
-    help="Kind of head; logistic by default, and ridge for numbers to predict.",
-)
 observing_options = options(
     click.option("--log-json", type=FOLDER, help="Append every message as one JSON object per line; the last is `summary`."),
     click.option("--metrics", type=FOLDER, help="Write a Prometheus textfile (.prom), replaced whole."),
     click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing."),
 )
-pictures_option = click.option(
-    "--thumbnails/--no-thumbnails", "pictures", default=True, show_default=True, help="Whether the report shows images."
-)
-augment_options = options(
-    click.option(
-        "--augment",
-        type=click.Choice(["standard", "trivialaugment", "randaugment", "autoaugment", "augmix", "none"]),
-        default="standard",
-        show_default=True,
-        help="Random changes of images: standard is crops and flips; policies come on top of these.",
-    ),
-    click.option("--no-augment", is_flag=True, help="The same as --augment none."),
-    click.option("--crop-area", type=click.FloatRange(0, 1, min_open=True), help="Least share of an image in a random crop."),
-    click.option("--no-flip", is_flag=True, help="No mirror images: where left and right mean something, as in text."),
-    click.option("--vertical-flip", is_flag=True, help="Also upside down: where there is no up, as from above."),
-    click.option("--rotation", type=click.FloatRange(0, 180), help="Degrees, either way."),
-    click.option("--translation", type=click.FloatRange(0, 1), help="Share of the side."),
-    click.option("--shear", type=click.FloatRange(0, 90, max_open=True), help="Degrees."),
-    click.option("--zoom", type=click.FloatRange(0), help="0.25: from 1/1.25 to 1.25 times the size."),
-    click.option("--brightness", type=click.FloatRange(0, 1), help="0.2: a factor from 0.8 to 1.2."),
-    click.option("--contrast", type=click.FloatRange(0, 1), help="0.2: a factor from 0.8 to 1.2."),
-)
+one_layer_option = click.option("--layer", metavar="NAME", help="Which feature set, where the cache has several.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 
@@ -289,17 +156,15 @@ def backbones(name: str | None, *, with_layers: bool, as_json: bool) -> None:
     return None
 
 
-@cli.command()
-@click.argument("name", metavar="BACKBONE")
-@weights_options
-@layer_options
-@input_options
+@cli.command(cls=SettingsCommand, model="extractor.settings.groups:ExportSettings", leave=["backbone"])
+@click.argument("backbone")
 @output_option("The ONNX file.")
 @overwrite_option
-def export(name: str, output: Path, *, overwrite: bool, **chosen: Any) -> None:
-    """Export a backbone to ONNX, cut at its penultimate layer and checked against torch.
+def export(settings: ExportSettings, output: Path, *, overwrite: bool) -> None:
+    """Export a backbone to ONNX at its penultimate layer.
 
-    BACKBONE is a torchvision network, or somebody's ONNX file, which becomes one that says itself what it takes.
+    It is checked against torch. BACKBONE is a torchvision network, or somebody's ONNX file, which becomes one that says itself
+    what it takes.
 
     Example: penult export resnet50 -o resnet50.onnx
     """
@@ -307,7 +172,7 @@ def export(name: str, output: Path, *, overwrite: bool, **chosen: Any) -> None:
     from store.atomic import require_free
 
     require_free(output, overwrite=overwrite)
-    facts = export_backbone(backbone_from({**chosen, "backbone": name}), output)
+    facts = export_backbone(settings.network(), output)
     for layer in facts.layers:
         click.echo(f"{output}: {facts.name} ({facts.weights}), {layer.dim} features, {layer.layer}, pooling {layer.pooling}")
 
@@ -326,7 +191,9 @@ def weights() -> None:
 @click.option("-o", "--output", type=FOLDER, help="Folder for the file; by default where torch, and penult, look for it.")
 @json_option
 def weights_fetch(name: str, wanted: str | None, output: Path | None, *, as_json: bool) -> None:
-    """Download the file of weights of a backbone, checked against the digest in its name, unless it is there.
+    """Download the weights of a backbone, unless they are there.
+
+    The file is checked against the digest in its name.
 
     Example: penult weights fetch resnet50 --weights V2 -o /media/usb
     """
@@ -348,9 +215,10 @@ def weights_fetch(name: str, wanted: str | None, output: Path | None, *, as_json
 @click.argument("files", metavar="FILE...", nargs=-1, required=True, type=FOLDER)
 @json_option
 def weights_import(files: Sequence[Path], *, as_json: bool) -> None:
-    """Take files brought from another machine to where torch looks for them, checked against torchvision's digests.
+    """Take weights from another machine to where torch looks.
 
-    Afterwards `penult extract -m BACKBONE` uses them without a flag. A file may have been renamed.
+    They are checked against torchvision's digests. Afterwards `penult extract -m BACKBONE` uses them without a flag. A file may
+    have been renamed.
 
     Example: penult weights import /media/usb/resnet50-11ad3fa6.pth
     """
@@ -383,78 +251,31 @@ def weights_list(*, as_json: bool) -> None:
     return print_table(("file", "backbone", "weights", "size", "state"), rows, left=3)
 
 
-@cli.command()
+@cli.command(cls=SettingsCommand, model="extractor.settings.groups:ExtractSettings")
 @click.argument("data", type=FOLDER)
-@backbone_options
-@layer_options
-@input_options
 @output_option("The cache, a folder.")
-@run_options
-@source_options
-@task_options
-@split_options
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the split, and of views.")
-@click.option("--views", type=click.IntRange(1), default=1, show_default=True, help="Of each image; see docs/views.md.")
-@augment_options
-@click.option(
-    "--storage",
-    type=click.Choice(["auto", "float32"]),
-    default="auto",
-    show_default=True,
-    help="float16 where the values fit, or float32 always.",
-)
-@click.option(
-    "--on-error", type=click.Choice(["skip", "fail"]), default="skip", show_default=True, help="What a bad file does."
-)
-@max_failures_option
-@click.option(
-    "--precision",
-    type=click.Choice(["fp32", "fp16", "int8"]),
-    default="fp32",
-    show_default=True,
-    help="int8 is faster on a CPU (calibrated once, on training images), fp16 on a GPU; refused where it is too coarse.",
-)
-@click.option("--tf32", is_flag=True, help="Let a GPU round products to 10 bits: faster, and other features.")
-@click.option("--retry-failed", is_flag=True, help="Try recorded failures again.")
-@click.option("--verify-content", is_flag=True, help="Read every file, even if size, time and inode are unchanged.")
 @observing_options
 @overwrite_option
 @json_option
-def extract(data: Path, output: Path, *, as_json: bool, **given: Any) -> int:
-    """Pass every image through a backbone once and cache its features. Run it again to resume or to update.
+def extract(data: Path, settings: ExtractSettings, output: Path, *, as_json: bool, overwrite: bool, **given: Any) -> int:
+    """Pass images through a backbone once; cache the features.
 
-    DATA is a folder per class, train|val|test folders of these, a flat folder, a CSV or Parquet file with a column `path`,
-    a .tar file or a folder of them, or torchvision:NAME@DIR.
+    Run it again to resume or to update. DATA is a folder per class, train|val|test folders of these, a flat folder, a CSV or
+    Parquet file with a column `path`, a .tar file or a folder of them, or torchvision:NAME@DIR.
 
     Example: penult extract photos/ -m resnet50 -o photos.cache
     """
-    from extractor.options import Options
     from extractor.pipeline import preview, run_extract
     from extractor.progress import observed
-    from extractor.sources import open_source
+    from extractor.settings.groups import Options
 
-    source = open_source(data, **{key: given[key] for key in ("root", "follow_symlinks", "group_by", "task", "targets")})
-    chosen = Options(
-        device=given["device"],
-        **sizes(given),
-        fail_fast=given["on_error"] == "fail",
-        val_fraction=0.2 if given["val_fraction"] is None else given["val_fraction"],
-        test_fraction=0.2 if given["test_fraction"] is None else given["test_fraction"],
-        quiet=is_quiet(),
-        **{
-            key: given[key]
-            for key in (
-                *("storage", "seed", "max_failures", "retry_failed", "verify_content", "limit", "overwrite"),
-                *("precision", "tf32", "views"),
-            )
-        },
-        augmentation=augmentation_from(given),
-    )
+    source, backbone = settings.source(data), settings.network()
+    chosen = settings.part(Options).replace(overwrite=overwrite, quiet=is_quiet())
     if given["dry_run"]:
-        print_preview(preview(source, output, chosen), as_json=as_json)
+        print_preview(preview(source, backbone, output, chosen), as_json=as_json)
         return 0
     with observed(log_json=given["log_json"], metrics=given["metrics"]) as seen:
-        summary = run_extract(source, backbone_from(given), output, chosen)
+        summary = run_extract(source, backbone, output, chosen)
         code = WITH_FAILURES if summary.failed else 0
         seen |= {"exit_code": code, "extract": summary.to_json()}
     if as_json:
@@ -469,7 +290,9 @@ def extract(data: Path, output: Path, *, as_json: bool, **given: Any) -> int:
 @one_layer_option
 @json_option
 def info(cache: Path, layer: str | None, *, as_json: bool) -> None:
-    """Show what is in a cache: fingerprint, rows, labels by split, failures.
+    """Show what is in a cache: rows, labels, failures.
+
+    Also its fingerprint: everything that decides the numbers.
 
     Example: penult info photos.cache
     """
@@ -506,9 +329,9 @@ def info(cache: Path, layer: str | None, *, as_json: bool) -> None:
 @click.argument("cache", type=FOLDER)
 @json_option
 def verify(cache: Path, *, as_json: bool) -> None:
-    """Check every file of a cache against its checksum, and that every sample has its features. Exit 65 if not.
+    """Check every file of a cache against its checksum.
 
-    `penult extract` computes again what is damaged, and nothing else.
+    Every sample must have its features, too; exit 65 if not. `penult extract` computes again what is damaged, and nothing else.
 
     Example: penult verify photos.cache
     """
@@ -534,7 +357,7 @@ def verify(cache: Path, *, as_json: bool) -> None:
 @one_layer_option
 @json_option
 def diff(first: Path, second: Path, head: Path | None, layer: str | None, *, as_json: bool) -> None:
-    """Show what changed from one cache to another, image by image, and why.
+    """Show what changed from one cache to another, and why.
 
     Example: penult diff last-month.cache today.cache --head photos.head
     """
@@ -564,9 +387,10 @@ def check(
     update: bool,
     as_json: bool,
 ) -> None:
-    """Regression test on cached features: exit 65 unless CACHE holds what the golden cache holds.
+    """Regression test on cached features: exit 65 on a change.
 
-    Images, labels, storage type, fingerprint and features must agree; only CPU and GPU may differ.
+    CACHE must hold what the golden cache holds: images, labels, storage type, fingerprint and features; only CPU and GPU may
+    differ.
 
     Example: penult check today.cache --against golden.h5 --head photos.head
     """
@@ -608,6 +432,7 @@ def compact(cache: Path, output: Path | None, dtype: str, layer: str | None, *, 
 
     Example: penult compact photos.cache -o photos.h5
     """
+    from store.atomic import require_free
     from store.cache import FeatureCache
     from store.compact import prune as prune_cache
     from store.compact import write_compact
@@ -615,6 +440,8 @@ def compact(cache: Path, output: Path | None, dtype: str, layer: str | None, *, 
     if not output and not prune:
         message = "pass -o FILE.h5, --prune, or both"
         raise click.UsageError(message)
+    if output:
+        require_free(output, overwrite=overwrite)
     if prune:
         removed, kept = prune_cache(cache)
         click.echo(f"{cache}: {removed} rows removed, {kept} kept")
@@ -623,72 +450,28 @@ def compact(cache: Path, output: Path | None, dtype: str, layer: str | None, *, 
         click.echo(f"{output}: {rows} rows, {output.stat().st_size / 2**20:.1f} MiB")
 
 
-@cli.command()
+@cli.command(cls=SettingsCommand, model="classifiers.settings:train_settings")
 @click.argument("cache", type=FOLDER)
 @output_option("The bundle, a folder.")
-@head_option
-@click.option("--C", "C", type=click.FloatRange(0, min_open=True), help="logistic: one value instead of a search.")
-@click.option("--class-weight", type=click.Choice(["balanced"]), help="logistic: as if every class had as many images.")
-@click.option(
-    "--select", type=click.Choice(["log-loss", "accuracy"]), help="logistic: what C is chosen by.  [default: log-loss]"
-)
-@click.option("--l1-ratio", type=click.FloatRange(0, 1), help="logistic: elastic net (slow): the share of |w| in its penalty.")
-@click.option("--alpha", type=click.FloatRange(0, min_open=True), help="ridge: one value instead of a search.")
-@click.option("--k", "k", type=click.IntRange(1), help="knn: how many neighbours vote, instead of a search.")
-@click.option("--hidden", metavar="N,N", help="mlp: width of each hidden layer, instead of a search.")
-@click.option("--lr", type=click.FloatRange(0, min_open=True), help="mlp: learning rate, instead of a search.")
-@click.option("--schedule", type=click.Choice(["constant", "cosine"]), help="mlp: of the learning rate.  [default: constant]")
-@click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), help="mlp: probability.")
-@click.option("--weight-decay", type=click.FloatRange(0), help="mlp: of AdamW.")
-@click.option(
-    "--leaks",
-    type=click.Choice(["warn", "refuse", "allow"]),
-    default="warn",
-    show_default=True,
-    help="Images on both sides of the split, or under two labels.",
-)
-@click.option("--few-shot", metavar="N,N", help="Also measure the head with so many training images of each class.")
-@click.option("--repeats", type=click.IntRange(2), default=20, show_default=True, help="--few-shot: draws for each number.")
-@click.option("--max-memory", type=Memory(), help="More features than fit stay on disk.  [default: half of what is free]")
-@click.option("--average-views", is_flag=True, help="Predict the mean over the views of an image, which are fitted anyway.")
-@split_options
-@one_layer_option
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the training, and of a split of its own.")
-@pictures_option
 @overwrite_option
 @json_option
-def train(cache: Path, output: Path, head: str | None, *, as_json: bool, overwrite: bool, **given: Any) -> None:
+def train(cache: Path, settings: TrainSettings, output: Path, *, as_json: bool, overwrite: bool) -> None:
     """Train a head on cached features and save it as a bundle.
 
     The split stored in the cache is used; --val-fraction or --test-fraction make another one.
 
     Example: penult train photos.cache --head logistic -o photos.head
     """
-    from classifiers.train import make_head, train_head
+    from classifiers.bundle import refuse_existing
+    from classifiers.train import train_head
+    from extractor.settings.declaration import FLAGS
     from store.cache import FeatureCache
 
-    hidden = [number(width, "--hidden", MAX_WIDTH) for width in given["hidden"].split(",")] if given["hidden"] else None
-    shots: list[Any] = (
-        [number(each, "--few-shot", MAX_SHOTS) for each in given["few_shot"].split(",")] if given["few_shot"] else []
-    )
-    names = ("C", "class_weight", "select", "l1_ratio", "alpha", "k", "dropout", "weight_decay", "lr", "schedule")
-    settings = {"hidden": hidden, **{name: given[name] for name in names}}
-    fractions = {"val": given["val_fraction"], "test": given["test_fraction"], "split_seed": given["seed"]}
-    features = FeatureCache(cache, given["layer"])
-    made = make_head(head, features.samples.task, seed=given["seed"], **settings)
-    bundle = train_head(
-        features,
-        output,
-        made,
-        leaks=given["leaks"],
-        few_shot=shots,
-        repeats=given["repeats"],
-        pictures=given["pictures"],
-        max_memory=given["max_memory"],
-        average_views=given["average_views"],
-        overwrite=overwrite,
-        **fractions,
-    )
+    refuse_existing(output, overwrite=overwrite)
+    features = FeatureCache(cache, settings.layer)
+    with FLAGS.here():
+        head = settings.make(features.samples.task)
+    bundle = train_head(features, output, head, settings, overwrite=overwrite)
     print_bundle(bundle, as_json=as_json)
     if bundle.few_shot and not as_json:
         from classifiers.tables import SHOT_COLUMNS, shot_cells
@@ -697,186 +480,107 @@ def train(cache: Path, output: Path, head: str | None, *, as_json: bool, overwri
         print_table(SHOT_COLUMNS, [shot_cells(point) for point in bundle.few_shot], left=0)
 
 
-@cli.command()
+@cli.command(cls=SettingsCommand, model="classifiers.settings:FineTuneSettings")
 @click.argument("data", type=FOLDER)
-@backbone_options
 @output_option("The bundle, a folder.")
-@click.option("--epochs", type=click.IntRange(1), help="At most so many.")
-@click.option("--lr", type=click.FloatRange(0, min_open=True), help="Learning rate of the transferred layers.")
-@click.option(
-    "--head-lr-factor",
-    type=click.FloatRange(0, min_open=True),
-    help="The head learns so many times faster.  [default: 10; 1 with --init-head]",
-)
-@click.option(
-    "--schedule",
-    type=click.Choice(["constant", "cosine", "step", "plateau"]),
-    help="How the learning rates fall.  [default: cosine]",
-)
-@click.option("--warmup", type=click.FloatRange(0), metavar="EPOCHS", help="First let them rise for so many epochs.")
-@click.option(
-    "--freeze-until",
-    metavar="LAYER",
-    help="Freeze what runs before this layer, as `penult backbones NAME --layers` names it; `head` freezes everything.",
-)
-@click.option(
-    "--init-head", type=FOLDER, metavar="BUNDLE", help="Start from this head, trained on cached features of the same split."
-)
-@click.option("--optimizer", type=click.Choice(["sgd", "adamw"]), help="Which optimiser.  [default: sgd]")
-@click.option("--momentum", type=click.FloatRange(0, 1, max_open=True), help="Of sgd.  [default: 0.9]")
-@click.option("--weight-decay", type=click.FloatRange(0), help="Of the optimiser.")
-@click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), help="Of the features that the head sees.")
-@click.option("--label-smoothing", type=click.FloatRange(0, 1, max_open=True), help="In the training loss.")
-@click.option("--class-weight", type=click.Choice(["balanced"]), help="As if every class had as many images.")
-@click.option(
-    "--ema",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    metavar="DECAY",
-    help="Validate and keep an average of the weights, with this decay per batch, such as 0.99.",
-)
-@click.option("--mixed-precision", type=click.Choice(["bf16", "fp16"]), help="Compute in it what torch finds safe.")
-@click.option("--batch-statistics", is_flag=True, help="Let batch normalisation follow the new images where not frozen.")
-@click.option("--log-dir", type=FOLDER, help="Folder for metrics.csv, and TensorBoard's events where it is installed.")
-@click.option("--patience", type=click.IntRange(1), help="Epochs without improvement before it stops.")
-@augment_options
-@run_options
-@source_options
-@split_options
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the training, and of the split of DATA without one.")
-@pictures_option
 @overwrite_option
 @json_option
-def finetune(data: Path, output: Path, *, as_json: bool, overwrite: bool, **given: Any) -> None:
-    """Fine-tune a backbone end to end on the same split, to compare with frozen features.
+def finetune(data: Path, settings: FineTuneSettings, output: Path, *, as_json: bool, overwrite: bool) -> None:
+    """Fine-tune a backbone end to end on the same split.
 
     DATA is a cache, whose samples and split are taken over, or a dataset as `penult extract` takes it. Interrupted, the same
     command goes on after the last finished epoch. docs/finetune.md says what the flags do.
 
     Example: penult finetune photos.cache -m resnet50 -o photos-finetuned.head
     """
-    from classifiers.bundle import Bundle
-    from classifiers.finetune_options import FineTuneOptions
+    from classifiers.bundle import refuse_existing
     from classifiers.train import train_finetuned
-    from extractor.options import Options
+    from extractor.settings.declaration import flag_of
     from extractor.sources import open_source
     from store.cache import FeatureCache, is_cache
 
-    names = (
-        "epochs",
-        "lr",
-        "head_lr_factor",
-        "schedule",
-        "warmup",
-        "freeze_until",
-        "optimizer",
-        "momentum",
-        "weight_decay",
-        "dropout",
-        "label_smoothing",
-        "class_weight",
-        "ema",
-        "mixed_precision",
-        "batch_statistics",
-        "patience",
-        "seed",
-        "device",
-    )
-    settings = {name: given[name] for name in names if given[name] is not None}
-    settings |= {name: value for name, value in sizes(given).items() if value}
+    refuse_existing(output, overwrite=overwrite)
     if is_cache(data):
-        unused = [name for name in ("val_fraction", "test_fraction", "group_by", "limit") if given[name] is not None]
+        unused = settings.given().keys() & {"val_fraction", "test_fraction", "group_by", "limit"}
         if unused:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+            flags = ", ".join(sorted(flag_of(type(settings), name) for name in unused))
             message = f"{flags}: {data} is a cache, and fine-tuning takes its samples and its split over"
             raise click.UsageError(message)
         origin: Any = FeatureCache(data)
     else:
-        origin = open_source(data, root=given["root"], follow_symlinks=given["follow_symlinks"], group_by=given["group_by"])
-    fractions = {key: given[key] for key in ("val_fraction", "test_fraction") if given[key] is not None}
-    split = Options(seed=given["seed"], limit=given["limit"], **fractions)
-    quiet = is_quiet()
-    bundle = train_finetuned(
-        origin,
-        output,
-        backbone_from(given),
-        FineTuneOptions(quiet=quiet, augment=augmentation_from(given), **settings),
-        extract_options=split,
-        root=given["root"],
-        init_head=Bundle.load(given["init_head"]) if given["init_head"] else None,
-        log_dir=given["log_dir"],
-        pictures=given["pictures"],
-        overwrite=overwrite,
-    )
+        origin = open_source(data, root=settings.root, follow_symlinks=settings.follow_symlinks, group_by=settings.group_by)
+    bundle = train_finetuned(origin, output, settings.replace(quiet=is_quiet()), overwrite=overwrite)
     print_bundle(bundle, as_json=as_json)
 
 
-@cli.command()
+@cli.command(cls=SettingsCommand, model="classifiers.settings:EvaluateSettings")
 @click.argument("bundle", type=FOLDER)
 @click.argument("data", type=FOLDER)
-@click.option("--split", help="Which part; by default the one that was held out in training.")
-@gate_options
 @click.option("--plot", type=FOLDER, help="Write the confusion matrix as .png, .svg or .pdf.")
-@click.option("--root", type=FOLDER, help="Where the images are, if they moved.")
-@accept_pixels_option
-@run_options
 @overwrite_option
 @json_option
-def evaluate(bundle: Path, data: Path, *, as_json: bool, overwrite: bool, **given: Any) -> int:
-    """Evaluate a bundle on a cache or a dataset: every figure with its interval, per class, confusion matrix.
+def evaluate(bundle: Path, data: Path, settings: EvaluateSettings, plot: Path | None, *, as_json: bool, overwrite: bool) -> int:
+    """Evaluate a bundle on a cache or a dataset, with intervals.
+
+    Every figure with its interval, per class, and the confusion matrix.
 
     Example: penult evaluate photos.head photos.cache --split test
     """
     from classifiers.bundle import Bundle
-    from classifiers.gates import missed_gates, require_gates, wanted_gates
+    from classifiers.gates import missed_gates
     from classifiers.heldout import evaluate_bundle
-    from classifiers.report import save_confusion
+    from classifiers.report import require_plot, save_confusion
     from classifiers.task import need_single_label
+    from extractor.settings.declaration import FLAGS, flag_of
     from store.errors import GateError
 
-    loaded, gates = Bundle.load(bundle), wanted_gates(given)
-    require_gates(gates, loaded.task, lambda gate: gate.flag)
-    if given["plot"] is not None:
+    if plot:
+        require_plot(plot, overwrite=overwrite)
+    loaded = Bundle.load(bundle)
+    with FLAGS.here():
+        gates = settings.wanted(loaded.task)
+    if plot:
         need_single_label(loaded.task, "--plot")
-    result, _ = evaluate_bundle(loaded, data, split=given["split"], root=given["root"], **runtime(given))
-    if given["plot"]:
-        save_confusion(result.to_json(), given["plot"], overwrite=overwrite)
+    result, _ = evaluate_bundle(loaded, data, split=settings.split, root=settings.root, **settings.runtime())
+    if plot:
+        save_confusion(result.to_json(), plot, overwrite=overwrite)
     if as_json:
         print_json(result.to_json())
     else:
         print_evaluation(result)
-    if missed := missed_gates(gates, result.to_json(), lambda gate: gate.flag):
+    if missed := missed_gates(gates, result.to_json(), lambda gate: flag_of(type(settings), gate.name)):
         raise GateError(missed)
     return WITH_FAILURES if result.failed else 0
 
 
-@cli.command()
+@cli.command(cls=SettingsCommand, model="classifiers.settings:PredictSettings")
 @click.argument("bundle", metavar="BUNDLE|CLASSIFIER.onnx", type=FOLDER)
 @click.argument("images", nargs=-1, type=FOLDER)
 @click.option(
     "--format", "form", type=click.Choice(["table", "csv", "jsonl"]), default="table", show_default=True, help="Output."
 )
 @click.option("--selftest", "testing", is_flag=True, help="First check its weights, and what it gives for golden pictures.")
-@accept_pixels_option
-@run_options
-def predict(bundle: Path, images: Sequence[Path], form: str, *, testing: bool, **given: Any) -> int:
-    """Predict label and probability of images, or of everything in a folder; a novelty above 1 is unlike the training images.
+def predict(bundle: Path, images: Sequence[Path], settings: PredictSettings, form: str, *, testing: bool) -> int:
+    """Predict label and probability of images, or of folders.
 
-    With --selftest, exit 65 if a weight was changed, or if it computes something else here than where it was made.
+    A novelty above 1 is unlike the training images. With --selftest, exit 65 if a weight was changed, or if it computes
+    something else here than where it was made.
 
     Example: penult predict photos.head new/ --format csv > predictions.csv
     """
     from classifiers.fuse import selftest
     from classifiers.predict import Predictor, list_images
 
-    if testing:
-        click.echo(selftest(bundle, **runtime(given)), err=bool(images))
-    if not images:
-        if testing:
-            return 0
+    if not (images or testing):
         message = "which images? Name files or folders, or pass --selftest"
         raise click.UsageError(message)
-    predictor = Predictor.load(bundle, **runtime(given))
-    results = predictor.predict(list_images(images))
+    listed = list_images(images) if images else []
+    if testing:
+        click.echo(selftest(bundle, **settings.runtime()), err=bool(images))
+        if not images:
+            return 0
+    predictor = Predictor.load(bundle, **settings.runtime())
+    results = predictor.predict(listed)
     failed = 0
     writer = csv.writer(sys.stdout, lineterminator="\n")
     if form == "csv":
@@ -916,9 +620,10 @@ def predict(bundle: Path, images: Sequence[Path], form: str, *, testing: bool, *
 @output_option("The ONNX file.")
 @overwrite_option
 def fuse(bundle: Path, output: Path, *, overwrite: bool) -> None:
-    """Make one ONNX file of a bundle, from decoded pixels to probabilities, for any program with ONNX Runtime.
+    """Make one ONNX file of a bundle, for any program.
 
-    `penult predict CLASSIFIER.onnx` takes it like the bundle; --selftest there shows that it still gives what it gave.
+    From decoded pixels to probabilities, in ONNX Runtime. `penult predict CLASSIFIER.onnx` takes it like the bundle; --selftest
+    there shows that it still gives what it gave.
 
     Example: penult fuse photos.head -o photos.onnx
     """
@@ -931,29 +636,25 @@ def fuse(bundle: Path, output: Path, *, overwrite: bool) -> None:
     click.echo(f"{output}: {side} x {side} pixels to {len(fused.classes)} {fused.bound_task.plural}, {size / 2**20:.1f} MiB")
 
 
-@cli.command()
+@cli.command(cls=SettingsCommand, model="classifiers.settings:ReportSettings")
 @click.argument("bundle", type=FOLDER)
 @click.argument("data", required=False, type=FOLDER)
 @output_option("The page, an .html file.")
-@click.option("--split", help="Which part; by default the one that was held out in training.")
-@click.option("--root", type=FOLDER, help="Where the images are, if they moved.")
-@pictures_option
-@accept_pixels_option
-@run_options
 @overwrite_option
-def report(bundle: Path, data: Path | None, output: Path, *, overwrite: bool, **given: Any) -> None:
-    """Make the page of a bundle anew, or another one about how it does on a cache or a dataset.
+def report(bundle: Path, data: Path | None, settings: ReportSettings, output: Path, *, overwrite: bool) -> None:
+    """Make the page of a bundle anew, or one about other images.
 
-    Without DATA the page has no images and no map of features.
+    Without DATA, a cache or a dataset, the page has no images and no map of features.
 
     Example: penult report photos.head photos.cache -o photos.html
     """
     from classifiers.bundle import Bundle
     from classifiers.page import write_output
     from classifiers.report import report_again
+    from store.atomic import require_free
 
-    asked = {key: given[key] for key in ("split", "root", "pictures")}
-    html = report_again(Bundle.load(bundle), data, **asked, **runtime(given))
+    require_free(output, overwrite=overwrite)
+    html = report_again(Bundle.load(bundle), data, settings)
     write_output(output, html.encode(), overwrite=overwrite)
     click.echo(f"report: {output}")
 
@@ -973,7 +674,9 @@ def report(bundle: Path, data: Path | None, output: Path, *, overwrite: bool, **
 @overwrite_option
 @json_option
 def compare(bundles: Sequence[Path], output: Path | None, *, overwrite: bool, as_json: bool, **given: Any) -> None:
-    """Compare bundles on the same held-out images: differences with intervals, cost, and whether that is worth it.
+    """Compare bundles on the same held-out images.
+
+    Differences with intervals, what each costs, and whether that is worth it.
 
     Example: penult compare photos.head photos-finetuned.head -o report.html
     """
@@ -981,8 +684,11 @@ def compare(bundles: Sequence[Path], output: Path | None, *, overwrite: bool, as
     from classifiers.compare import compare as compare_bundles
     from classifiers.comparison import comparison_report, comparison_text
     from classifiers.page import write_output
+    from store.atomic import require_free
     from store.cache import FeatureCache
 
+    if output:
+        require_free(output, overwrite=overwrite)
     curve = FeatureCache(given["curve"]) if given["curve"] else None
     loaded = [Bundle.load(path) for path in bundles]
     found = compare_bundles(loaded, against=given["against"], worthwhile=given["worthwhile"], curve=curve)
@@ -993,7 +699,7 @@ def compare(bundles: Sequence[Path], output: Path | None, *, overwrite: bool, as
     return click.echo(comparison_text(found, width=None if sys.stdout.isatty() else 160))
 
 
-@cli.command()
+@cli.command(cls=SettingsCommand, model="classifiers.settings:SweepSettings")
 @click.argument("data", type=FOLDER)
 @click.option(
     "-m",
@@ -1004,21 +710,11 @@ def compare(bundles: Sequence[Path], output: Path | None, *, overwrite: bool, as
     metavar="NAME[=WEIGHTS][@LAYER]...,...",
     help="Networks, or FILE.onnx; each with @LAYER for features of other layers. See docs/sweep.md.",
 )
-@pixel_options
-@pooling_option
-@input_options
 @output_option("Folder of the caches and of sweep.html.")
-@head_option
-@run_options
-@source_options
-@task_options
-@split_options
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the split, and of the training.")
-@max_failures_option
 @click.option("--overwrite", is_flag=True, help="Extract anew.")
 @json_option
-def sweep(data: Path, wanted: Sequence[str], output: Path, head: str | None, *, as_json: bool, **given: Any) -> int:
-    """Find the backbone for a dataset: extract with several, each cached, and rank them by the head on their features.
+def sweep(data: Path, wanted: Sequence[str], settings: SweepSettings, output: Path, *, as_json: bool, overwrite: bool) -> int:
+    """Extract with several backbones, and rank them.
 
     The same images and the same split count for all. LogME and the H-score say, without training, how good features will be.
 
@@ -1026,16 +722,12 @@ def sweep(data: Path, wanted: Sequence[str], output: Path, head: str | None, *, 
     """
     from classifiers.ranking import AGREEMENT_COLUMNS
     from classifiers.sweep import PAGE, parse_sources, run_sweep
-    from extractor.options import Options
-    from extractor.sources import open_source
+    from extractor.settings.groups import Options
 
-    stated = backbone_from({**given, "backbone": "", "weights": None})
-    backbones = parse_sources(wanted, stated)
-    source = open_source(data, **{key: given[key] for key in ("root", "follow_symlinks", "group_by", "task", "targets")})
-    fractions = {key: given[key] for key in ("val_fraction", "test_fraction") if given[key] is not None}
-    kept = {key: given[key] for key in ("seed", "max_failures", "limit", "overwrite")}
-    chosen = Options(**runtime(given), **fractions, **kept, quiet=is_quiet())
-    found = run_sweep(source, backbones, output, chosen, head=head, seed=given["seed"], data=str(data))
+    backbones = parse_sources(wanted, settings.network())
+    options = settings.part(Options).replace(overwrite=overwrite, quiet=is_quiet())
+    source = settings.source(data)
+    found = run_sweep(source, backbones, output, options, head=settings.head, seed=settings.seed, data=str(data))
     if as_json:
         print_json(found.to_json())
         return found.exit_code
@@ -1056,7 +748,9 @@ def sweep(data: Path, wanted: Sequence[str], output: Path, head: str | None, *, 
 @observing_options
 @json_option
 def run(job: Path, *, as_json: bool, **given: Any) -> int:
-    """Run a job file: extract, train if anything changed, evaluate, and hold the result against its gate.
+    """Run a job file, as a scheduler does.
+
+    Extract, train if anything changed, evaluate, and hold the result against its gates.
 
     Example: penult run nightly.toml --log-json nightly.jsonl --metrics nightly.prom
     """
@@ -1085,7 +779,9 @@ def run(job: Path, *, as_json: bool, **given: Any) -> int:
 @click.option("-n", "--last", type=click.IntRange(1), default=20, show_default=True, help="How many.")
 @json_option
 def runs(job: Path, last: int, *, as_json: bool) -> None:
-    """Show the history of a job: when, how it ended, what it computed, what came out.
+    """Show the history of a job.
+
+    When it ran, how it ended, what it computed, what came out.
 
     Example: penult runs nightly.toml
     """
@@ -1103,7 +799,9 @@ def runs(job: Path, last: int, *, as_json: bool) -> None:
 @click.option("--epochs", type=click.IntRange(1), default=3, show_default=True, help="Of fine-tuning.")
 @overwrite_option
 def demo(output: Path, weights: str | None, epochs: int, *, overwrite: bool) -> None:
-    """Show the whole way on handwritten digits that need no download, in about two minutes.
+    """Show the whole way on handwritten digits, in two minutes.
+
+    Nothing is downloaded.
 
     Example: penult demo -o demo
     """
@@ -1158,46 +856,6 @@ def print_drift(drift: Any, *, as_json: bool) -> None:
     return None
 
 
-def backbone_from(given: dict[str, Any]) -> Backbone:
-    from extractor.backbones import Backbone
-
-    stated = {name: given.get(name) for name in ("interpolation", "channels", "layout", "pooling", "pixel_path")}
-    return Backbone(
-        given["backbone"],
-        given["weights"],
-        given["preset"],
-        given["resize"],
-        given["crop"],
-        layers=tuple(given.get("layers", ())),
-        mean=numbers(given.get("mean"), "--mean"),
-        std=numbers(given.get("std"), "--std"),
-        input_range=float(given["input_range"]) if given.get("input_range") else None,
-        squash=given.get("squash") or None,
-        **stated,
-    )
-
-
-def augmentation_from(given: dict[str, Any]) -> Augmentation:
-    from dataclasses import replace
-
-    from extractor.augment import Augmentation
-
-    names = ("rotation", "translation", "shear", "zoom", "brightness", "contrast")
-    changes: dict[str, Any] = {name: given[name] for name in names if given[name] is not None}
-    if given["crop_area"] is not None:
-        changes["area"] = (given["crop_area"], 1.0)
-    if given["vertical_flip"]:
-        changes["vertical_flip"] = 0.5
-    if given["no_flip"]:
-        changes["flip"] = 0.0
-    return replace(Augmentation.named("none" if given["no_augment"] else given["augment"]), **changes)
-
-
-def runtime(given: dict[str, Any]) -> dict[str, Any]:
-    accepted = {"accept_pixels": given["accept_pixels"]} if "accept_pixels" in given else {}
-    return {"device": given["device"], **sizes(given), **accepted}
-
-
 def calibration_text(found: dict[str, Any]) -> str:
     if "moved" in found:
         return f"float16, {len(found['float_layers'])} layer(s) in float32; features moved by {found['moved']:.1e} at most"
@@ -1209,35 +867,6 @@ def calibration_text(found: dict[str, Any]) -> str:
 
 def shape_text(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
-
-
-def numbers(text: str | None, flag: str) -> tuple[float, ...] | None:
-    """Values separated by commas."""
-    from store.errors import UsageError
-
-    try:
-        return None if text is None else tuple(map(float, text.split(",")))
-    except ValueError:
-        message = f"{flag} {text}: expected one number, or three separated by commas"
-        raise UsageError(message) from None
-
-
-def sizes(given: dict[str, Any]) -> dict[str, Any]:
-    """``--batch-size`` and ``--workers``, None for ``auto``."""
-    from extractor.session import MAX_BATCH, MAX_WORKERS
-
-    batch = number(given["batch_size"], "--batch-size", MAX_BATCH, ", or auto")
-    return {"batch_size": batch, "workers": number(given["workers"], "--workers", MAX_WORKERS, ", or auto")}
-
-
-def number(text: str, flag: str, largest: int, otherwise: str = "") -> int | None:
-    """An integer from 1 to ``largest``, or None for ``auto`` where that is possible."""
-    if text == "auto" and otherwise:
-        return None
-    if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= largest:
-        message = f"{flag} {text}: expected a number from 1 to {largest}{otherwise}"
-        raise click.UsageError(message)
-    return int(text)
 
 
 def is_quiet() -> bool:

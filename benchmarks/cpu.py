@@ -116,8 +116,8 @@ def penult(model: str, photos: str, scratch: str, sink: str = "hdf5", **options:
     """A whole `run_extract` into an empty cache."""
     from extractor import quantise
     from extractor.backbones import Backbone
-    from extractor.options import Options
     from extractor.pipeline import run_extract
+    from extractor.settings.groups import Options
     from extractor.sources import ImageFolder
     from store.writer import CacheWriter
 

@@ -37,11 +37,11 @@ from extractor.cuda import number_of
 from extractor.export import export
 from extractor.half import compare, halve
 from extractor.onnxfile import BackboneFacts, read_facts
-from extractor.options import Options
 from extractor.pipeline import run_extract
 from extractor.progress import StopFlag
 from extractor.reading import Crew, Reader
 from extractor.session import Embedder, cores
+from extractor.settings.groups import Options
 from extractor.sources import ImageFolder, Sample
 
 PRECISIONS = ("fp32", "fp16")
@@ -224,7 +224,7 @@ def backbones(bench: Bench, files: dict[str, Path], network: Callable[[], Any]) 
 
 
 def rounded_products(bench: Bench, file: Path) -> None:
-    """What ``--tf32`` gains."""
+    """What ``--precision tf32`` gains."""
     if not bench.on_gpu:
         return
     facts, size = read_facts(file), bench.given.batch_sizes[-1]

@@ -31,8 +31,8 @@ if str(REPO) not in sys.path:
 
 from extractor.backbones import Backbone  # noqa: E402
 from extractor.metering import MAXRSS_UNIT  # noqa: E402
-from extractor.options import Options  # noqa: E402
 from extractor.pipeline import extract  # noqa: E402
+from extractor.settings.groups import Options  # noqa: E402
 from extractor.sources import ImageFolder  # noqa: E402
 from store.cache import FeatureCache  # noqa: E402
 from store.samples import Row, SampleTable  # noqa: E402

@@ -42,9 +42,10 @@ import store.writer  # noqa: E402
 from benchmarks import crash_model, home  # noqa: E402
 from extractor.backbones import Backbone  # noqa: E402
 from extractor.export import export  # noqa: E402
-from extractor.options import Options, Summary  # noqa: E402
 from extractor.pipeline import run_extract  # noqa: E402
+from extractor.settings.groups import Options  # noqa: E402
 from extractor.sources import ImageFolder  # noqa: E402
+from extractor.summary import Summary  # noqa: E402
 from store.cache import FeatureCache  # noqa: E402
 from store.errors import BadDataError, InputMissingError, PenultError  # noqa: E402
 from store.lock import writer_lock  # noqa: E402

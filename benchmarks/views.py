@@ -14,8 +14,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,10 +29,9 @@ from classifiers.bundle import averaged  # noqa: E402
 from classifiers.demo import write_digits  # noqa: E402
 from classifiers.intervals import bootstrap_interval  # noqa: E402
 from classifiers.logistic import LogisticHead  # noqa: E402
-from extractor.augment import STANDARD, Augmentation  # noqa: E402
 from extractor.backbones import Backbone  # noqa: E402
-from extractor.options import Options  # noqa: E402
 from extractor.pipeline import extract  # noqa: E402
+from extractor.settings.groups import Options  # noqa: E402
 from extractor.sources import ImageFolder  # noqa: E402
 from store.cache import FeatureCache, Subset  # noqa: E402
 
@@ -42,7 +41,12 @@ K = 4
 SHOTS, DRAWS = (2, 5, 10), 20
 SEEDS = (0, 1, 2)  # of views
 RESAMPLES = 10_000
-UPRIGHT = Augmentation(area=(0.8, 1.0), flip=0.0, rotation=10.0, translation=0.05)  # a flipped digit is another one
+UPRIGHT: dict[str, Any] = {
+    "crop_area": 0.8,
+    "flip": "none",
+    "rotation": 10.0,
+    "translation": 0.05,
+}  # a flipped digit is another one
 COLUMNS = (
     *("images", "training images", "accuracy, K = 1", "accuracy, K = 4"),
     *("difference [95 %], points", "log-loss, K = 1", "log-loss, K = 4", "averaged: difference [95 %], points"),
@@ -121,14 +125,14 @@ def main() -> None:
     table = []
     with tempfile.TemporaryDirectory() as folder:
         count = write_digits(Path(folder) / "digits")
-        for name, data, held, side, augmentation in (
-            (given.photos.name, given.photos, "val", None, STANDARD),
+        for name, data, held, side, changes in (
+            (given.photos.name, given.photos, "val", None, {}),
             (f"{count} digits, 8 x 8", Path(folder) / "digits", "test", 96, UPRIGHT),
         ):
             backbone = Backbone("mobilenet_v2", given.weights, "IMAGENET1K_V1", resize=side, crop=side)
-            options = Options(views=K, augmentation=augmentation, device="cpu", quiet=True)
+            options = Options(views=K, **changes, device="cpu", quiet=True)
             caches = [
-                extract(ImageFolder(data), backbone, Path(folder) / f"{held}-{seed}.cache", replace(options, seed=seed))
+                extract(ImageFolder(data), backbone, Path(folder) / f"{held}-{seed}.cache", options.replace(seed=seed))
                 for seed in SEEDS
             ]
             table += list(rows(name, caches, held))

@@ -12,14 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from extractor.augment import NONE
 from extractor.decoder import Decoder
 from extractor.files import GONE, MOVED, Located
 from extractor.futures import in_flight
 from extractor.images import ImageError
+from extractor.session import cores
 from store.errors import BadDataError, InputMissingError
 
 if TYPE_CHECKING:
-    from .finetune_options import FineTuneOptions
+    from .settings import FineTuneOptions
 
 Item = tuple[Path | Located, int]
 
@@ -43,6 +45,8 @@ class Batches:
         share: tuple[int, int] = (0, 1),
     ) -> None:
         self._items, self._decoder, self._options, self._train = items, decoder, options, train
+        self._augmentation = options.augmentation if train else NONE
+        self._workers = options.workers or cores()
         self._preprocess = decoder.preprocess
         self._starts = list(range(0, len(items), options.batch_size))
         self._share = share
@@ -66,11 +70,8 @@ class Batches:
             np.random.default_rng([self._options.seed, self._epoch]).shuffle(order)
         rank, processes = self._share
         parts = [part[rank::processes] for part in np.split(order, self._starts[1:])]
-        if not self._options.workers:
-            yield from map(self._batch, parts)
-            return
-        with ThreadPoolExecutor(self._options.workers, "penult-augment") as pool:
-            for future in in_flight((pool.submit(self._batch, part) for part in parts), self._options.workers):
+        with ThreadPoolExecutor(self._workers, "penult-augment") as pool:
+            for future in in_flight((pool.submit(self._batch, part) for part in parts), self._workers):
                 yield future.result()
 
     def _batch(self, part: NDArray[np.int64]) -> tuple[Any, Any]:
@@ -81,11 +82,11 @@ class Batches:
 
     def _pixels(self, index: int) -> NDArray[np.uint8]:
         image = self._image(index)
-        if not (self._train and self._options.augment):
+        if not self._augmentation:
             return self._preprocess.pixels(image)
         # One generator per image and epoch: the same numbers whatever the order and the number of threads.
         rng = np.random.default_rng([self._options.seed, self._epoch, index])
-        return self._options.augment.pixels(image, rng, self._preprocess)
+        return self._augmentation.pixels(image, rng, self._preprocess)
 
     def _image(self, index: int) -> Image.Image:
         """The image at the size it has before cropping; `Preprocess.pixels` of it and of the original are the same."""

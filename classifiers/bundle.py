@@ -332,6 +332,7 @@ def refuse_existing(path: Path, *, overwrite: bool) -> None:
     if path.is_symlink():
         message = f"{path} is a symbolic link, which is not overwritten; name what it points to, {path.resolve()}"
         raise OutputExistsError(message)
+    atomic.require_room(path)
     if not path.exists():
         return
     atomic.require_free(path, overwrite=overwrite)

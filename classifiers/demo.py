@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 
-from extractor.augment import NONE
-from extractor.backbones import Backbone, load
-from extractor.options import Options, Summary
+from extractor.backbones import Backbone, check_request, load
 from extractor.pipeline import run_extract
+from extractor.settings.groups import Options
 from extractor.sources import ImageFolder
+from extractor.summary import Summary
 from store.cache import FeatureCache, Subset
 from store.errors import InputMissingError, OutputExistsError
 
@@ -22,11 +22,11 @@ from .bundle import Bundle, Predictions, refuse_existing
 from .compare import Comparison, Entrant, compare_entrants
 from .comparison import comparison_report
 from .evaluate import score
-from .finetune_options import FineTuneOptions
 from .heldout import evaluate_bundle
 from .logistic import LogisticHead
 from .page import write_output
 from .predict import Predictor, list_images
+from .settings import FineTuneSettings
 from .task import Evaluation, Prediction
 from .train import make_head, train_finetuned, train_head
 
@@ -115,6 +115,7 @@ def run_demo(
     Raises:
         OutputExistsError: the folder exists and is not an earlier demo, or may not be replaced.
     """
+    check_request(Backbone(BACKBONE, weights))
     make_room(out, overwrite=overwrite)
     count = write_digits(out / "digits", limit=limit)
     log.info("wrote %d digits as PNG files into %s", count, out / "digits")
@@ -130,10 +131,18 @@ def run_demo(
         log.info("trained %s in %.1f s", name, bundles[-1].cost["train_seconds"])
     log.info("fine-tuning the whole network for %d epochs, to compare", epochs)
     untrained = backbone.seed is not None  # then batch norm has no statistics worth keeping, and all layers must learn
-    tuning = FineTuneOptions(epochs=epochs, batch_size=32, augment=NONE)  # flipped digits are other digits
+    tuning = FineTuneSettings(
+        backbone=backbone.name,
+        weights=backbone.weights,
+        resize=backbone.resize,
+        crop=backbone.crop,
+        epochs=epochs,
+        batch_size=32,
+        augment="none",  # flipped digits are other digits
+    )
     if untrained:
-        tuning = replace(tuning, optimizer="adamw", lr=1e-3, head_lr_factor=1.0, batch_statistics=True)
-    bundles.append(train_finetuned(cache, out / "finetuned.head", backbone, tuning, overwrite=overwrite))
+        tuning = tuning.replace(optimizer="adamw", lr=1e-3, head_lr_factor=1.0, batch_statistics=True)
+    bundles.append(train_finetuned(cache, out / "finetuned.head", tuning, overwrite=overwrite))
     pixels, evaluation = raw_pixels(cache)
     comparison = compare_entrants([*map(Entrant.of, bundles), pixels])
     held_out = cache.rows("test")[:: max(len(cache.rows("test")) // 5, 1)][:5]

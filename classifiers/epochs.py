@@ -25,10 +25,10 @@ from .checkpoints import Checkpoints, checkpoint_io
 from .curves import curve_writer
 
 if TYPE_CHECKING:
-    from .finetune_options import FineTuneOptions
     from .probing import AffineHead
+    from .settings import FineTuneOptions
 
-PRECISIONS: dict[str | None, Any] = {None: "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # Lightning's names
+PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # Lightning's names
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _trainer(plan: Plan, keeper: Any, rank: int, *, resumed: bool) -> Any:
         accelerator="cpu" if device == "cpu" else "gpu",
         devices=len(plan.devices) if device == "cpu" else [number_of(each) for each in plan.devices],
         strategy="ddp" if len(plan.devices) > 1 else "auto",
-        precision=PRECISIONS[options.mixed_precision],
+        precision=PRECISIONS[options.precision],
         max_epochs=options.epochs,
         callbacks=callbacks,
         deterministic="warn",  # not every operation has a deterministic CUDA kernel

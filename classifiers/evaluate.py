@@ -40,6 +40,24 @@ def evaluate(head: Any, subset: Subset) -> Evaluation:
     )
 
 
+def require_known(labels: Sequence[str], classes: Sequence[str], split: str = "") -> None:
+    """Refuse labels that a head was not trained on.
+
+    Raises:
+        BadDataError: there are some; names and counts them.
+    """
+    trained = set(classes)
+    unknown = Counter(label for label in labels if label not in trained)
+    if unknown:
+        listing = ", ".join(f"{label!r} ({count})" for label, count in sorted(unknown.items()))
+        known = ", ".join(map(repr, classes[:5])) + (f" and {len(classes) - 5} more" if len(classes) > 5 else "")
+        message = (
+            f"{unknown.total()} of {len(labels)} images{f' of {split!r}' if split else ''} have a label that the head was not "
+            f"trained on: {listing}; it knows {known}. Correct the labels, leave these images out, or train with them"
+        )
+        raise BadDataError(message)
+
+
 def score(
     labels: NDArray[np.str_],
     probabilities: NDArray[np.floating[Any]],
@@ -66,16 +84,8 @@ def score(
         message = "no images to evaluate on"
         raise BadDataError(message)
     require_finite(probabilities)
+    require_known(labels.tolist(), classes, split)
     index = {label: i for i, label in enumerate(classes)}
-    unknown = Counter(label for label in labels.tolist() if label not in index)
-    if unknown:
-        listing = ", ".join(f"{label!r} ({count})" for label, count in sorted(unknown.items()))
-        known = ", ".join(map(repr, classes[:5])) + (f" and {len(classes) - 5} more" if len(classes) > 5 else "")
-        message = (
-            f"{unknown.total()} of {len(labels)} images{f' of {split!r}' if split else ''} have a label that the head was not "
-            f"trained on: {listing}; it knows {known}. Correct the labels, leave these images out, or train with them"
-        )
-        raise BadDataError(message)
     truth = np.array([index[label] for label in labels.tolist()])
     guess = probabilities.argmax(axis=1)
     k, n = len(classes), len(labels)

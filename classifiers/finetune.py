@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,9 @@ from store.errors import BadDataError, DeviceUnavailableError, InterruptedRunErr
 from .batches import Item
 from .checkpoints import Checkpoints
 from .epochs import Plan, isolated, run_epochs
-from .finetune_options import HEAD_FACTOR, FineTuneOptions
 from .probing import AffineHead
 from .ranks import run_on_all
+from .settings import HEAD_FACTOR, FineTuneOptions
 from .training import DivergedError, end_to_end
 
 log = logging.getLogger("penult.classifiers")
@@ -94,18 +94,14 @@ def finetune(
         LockedError: another run writes these checkpoints.
         InterruptedRunError: SIGINT or SIGTERM; with checkpoints the finished epochs are kept.
     """
-    options.check()
     if options.head_lr_factor is None:
-        options = replace(options, head_lr_factor=1.0 if start else HEAD_FACTOR)
+        options = options.replace(head_lr_factor=1.0 if start else HEAD_FACTOR)
     _check_items(train, validation, n_classes)
     if backbone.is_file:
         message = f"{backbone.name} is an ONNX file and cannot be trained: name a torchvision network and --weights FILE.pth"
         raise UsageError(message)
-    devices = [_device(device) for device in parse_devices(options.device)]
+    devices = devices_of(options)
     _check_share(train, validation, options, devices)
-    if devices[0] == "cpu" and options.mixed_precision == "fp16":
-        message = "mixed_precision fp16 needs a GPU; bf16 works on a CPU too"
-        raise UsageError(message)
     begin = time.perf_counter()
     what = "finished epochs are kept" if checkpoints else "nothing of an unfinished fine-tuning is kept"
     with ExitStack() as stack:
@@ -162,12 +158,29 @@ def _check_share(train: Sequence[Item], validation: Sequence[Item], options: Fin
         raise UsageError(message)
 
 
+def devices_of(options: FineTuneOptions) -> list[str]:
+    """The devices to train on.
+
+    Raises:
+        DeviceUnavailableError: torch does not have one of them.
+        UsageError: the precision needs a GPU, and there is none.
+    """
+    devices = [_device(device) for device in parse_devices(options.device)]
+    if devices[0] == "cpu" and options.precision == "fp16":
+        message = "--precision fp16 needs a GPU; bf16 works on a CPU too"
+        raise UsageError(message)
+    return devices
+
+
 def _device(device: str) -> str:
     """``auto`` to ``cuda`` where torch computes on a card, else to ``cpu``, and the log says why; others as they are.
 
     Raises:
         DeviceUnavailableError: torch does not have it; says why.
     """
+    if device not in ("auto", "cpu") and not nvidia_driver_present():
+        message = f"--device {device}: this machine has no NVIDIA driver. Install it, or pass --device cpu"
+        raise DeviceUnavailableError(message)
     import torch
 
     cuda: Any = torch.cuda
@@ -194,7 +207,7 @@ def _fit(plan: Plan, stop: StopFlag) -> FineTuned:
     options, checkpoints = plan.options, plan.checkpoints
     loaded = backbones.load(plan.backbone)
     decided = {
-        **{name: value for name, value in asdict(options).items() if name not in ("workers", "quiet")},
+        **{name: value for name, value in options.model_dump().items() if name not in ("workers", "quiet")},
         "device": [device.partition(":")[0] for device in plan.devices],
         "network": plan.backbone.name,
         "weights": loaded.weights_digest,

@@ -37,14 +37,10 @@ class Gate:
     bound: bool = False
 
     @property
-    def flag(self) -> str:
-        return f"--{self.name.replace('_', '-')}"
-
-    @property
     def help(self) -> str:
         """One sentence."""
-        end = f"the {'upper' if self.error else 'lower'} end of the 95 % interval of " if self.bound else ""
-        return f"Gate ({self.task}): exit 65 where {end}{self.what} is {'above' if self.error else 'below'} it."
+        end = f"{'upper' if self.error else 'lower'} end of the 95 % interval of " if self.bound else ""
+        return f"{self.task}: the {'largest' if self.error else 'smallest'} {end}{self.what}."
 
     def missed(self, metrics: Mapping[str, Any], wanted: float, spelled: str) -> str | None:
         """Why an evaluation, as JSON, does not pass, in words; None where it does.
@@ -105,7 +101,7 @@ def require_gates(wanted: Mapping[Gate, float], task: str, spell: Callable[[Gate
     for gate in wanted:
         if gate.task != task:
             there = ", ".join(spell(each) for each in GATES if each.task == task)
-            message = f"{spell(gate)} is for --task {gate.task}, and this is --task {task}; there is {there}"
+            message = f"{spell(gate)} is for {gate.task}, and this is {task}; there is {there}"
             raise UsageError(message)
 
 

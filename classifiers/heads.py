@@ -1,27 +1,119 @@
-"""Heads by name: our own, which can be saved, and any scikit-learn classifier, which lives in this process only."""
+"""Heads by name: our own, a row and a group of settings each; and any scikit-learn classifier, which cannot be saved.
+
+Nothing here imports NumPy: the command line and job files read the rows before there is anything to compute.
+"""
 
 from __future__ import annotations
 
 import importlib
 import inspect
+from dataclasses import dataclass
 from importlib.metadata import packages_distributions
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
+from pydantic import BeforeValidator, Field
+
+from extractor.settings.declaration import Settings, setting
+from extractor.settings.groups import as_tuple
 from store.errors import UsageError
-from store.samples import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
-OWN = {  # for each task; the first is its default
-    SINGLE_LABEL: {
-        "logistic": "logistic.LogisticHead",
-        "mlp": "mlp.MlpHead",
-        "ridge": "ridge.RidgeHead",
-        "knn": "neighbours.KnnHead",
-        "centroid": "centroid.CentroidHead",
-    },
-    MULTI_LABEL: {"logistic": "sigmoid.MultiLabelLogisticHead", "mlp": "mlp.MultiLabelMlpHead"},
-    REGRESSION: {"ridge": "ridge.RidgeRegressionHead"},
-}
-HEADS = tuple(OWN[SINGLE_LABEL])
+SINGLE_LABEL = "single-label"
+
+
+class PenaltySettings(Settings):
+    """Of every logistic head."""
+
+    section: ClassVar[str] = "train"
+    heading: ClassVar[str] = "Head: logistic"
+
+    C: float | None = setting(None, "One value.", gt=0, metavar="C", shown="searched")
+
+
+class LogisticSettings(PenaltySettings):
+    class_weight: Literal["balanced"] | None = setting(None, "As if every class had as many images.")
+    select: Literal["log-loss", "accuracy"] = setting("log-loss", "What C is chosen by.")
+    l1_ratio: float = setting(0.0, "Elastic net (slow): the share of |w| in its penalty.", ge=0, le=1, metavar="SHARE")
+
+
+Width = Annotated[int, Field(ge=1, le=65536)]  # of a hidden layer
+
+
+class MlpSettings(Settings):
+    section: ClassVar[str] = "train"
+    heading: ClassVar[str] = "Head: mlp"
+
+    hidden: Annotated[tuple[Width, ...], BeforeValidator(as_tuple)] | None = setting(
+        None, "Width of each hidden layer.", metavar="N,N", shown="searched"
+    )
+    lr: float | None = setting(None, "Learning rate.", gt=0, metavar="RATE", shown="searched")
+    schedule: Literal["constant", "cosine"] = setting("constant", "Of the learning rate.")
+    dropout: float | None = setting(None, "Probability.", ge=0, lt=1, metavar="P", shown="0.3")
+    weight_decay: float | None = setting(None, "Of AdamW.", ge=0, metavar="X", shown="0.01")
+
+
+class RidgeSettings(Settings):
+    section: ClassVar[str] = "train"
+    heading: ClassVar[str] = "Head: ridge"
+
+    alpha: float | None = setting(None, "One lambda.", gt=0, metavar="X", shown="searched")
+
+
+class KnnSettings(Settings):
+    section: ClassVar[str] = "train"
+    heading: ClassVar[str] = "Head: knn"
+
+    k: int | None = setting(None, "How many neighbours vote.", ge=1, metavar="N", shown="searched")
+
+
+@dataclass(frozen=True)
+class HeadRow:
+    """One head.
+
+    Attributes:
+        name: on the command line, in jobs and in bundles.
+        task: what it is for; the first of a task is its default.
+        settings: those that are its own.
+        place: module of this package and class.
+    """
+
+    name: str
+    task: str
+    settings: type[Settings]
+    place: str
+
+    def make(self) -> Any:
+        """An unfitted one with its defaults."""
+        module, _, kind = self.place.partition(".")
+        return getattr(importlib.import_module(f".{module}", __package__), kind)()
+
+
+ROWS = (
+    HeadRow("logistic", SINGLE_LABEL, LogisticSettings, "logistic.LogisticHead"),
+    HeadRow("mlp", SINGLE_LABEL, MlpSettings, "mlp.MlpHead"),
+    HeadRow("ridge", SINGLE_LABEL, RidgeSettings, "ridge.RidgeHead"),
+    HeadRow("knn", SINGLE_LABEL, KnnSettings, "neighbours.KnnHead"),
+    HeadRow("centroid", SINGLE_LABEL, Settings, "centroid.CentroidHead"),
+    HeadRow("logistic", "multi-label", PenaltySettings, "sigmoid.MultiLabelLogisticHead"),
+    HeadRow("mlp", "multi-label", MlpSettings, "mlp.MultiLabelMlpHead"),
+    HeadRow("ridge", "regression", RidgeSettings, "ridge.RidgeRegressionHead"),
+)
+HEADS = tuple(dict.fromkeys(row.name for row in ROWS))
+
+
+def row_of(name: str | None, task: str, flag: str = "--head") -> HeadRow:
+    """The row of a head; None is the task's default.
+
+    Raises:
+        UsageError: the task has no such head; names those it has.
+    """
+    rows = [row for row in ROWS if row.task == task]
+    for row in rows:
+        if name in (None, row.name):
+            return row
+    message = f"{flag} {name}: there is {', '.join(row.name for row in rows)}" + (
+        f" for {task}" if task != SINGLE_LABEL else ""
+    )
+    raise UsageError(message)
 
 
 def make_head(name: str | None, task: str = SINGLE_LABEL, **settings: Any) -> Any:
@@ -40,16 +132,11 @@ def make_head(name: str | None, task: str = SINGLE_LABEL, **settings: Any) -> An
     given = {key: value for key, value in settings.items() if value is not None}
     if name is not None and "." in name:
         return _estimator(name, given)
-    known = OWN[task]
-    name = name or next(iter(known))
-    if name not in known:
-        message = f"--head {name}: there is {', '.join(known)}" + (f" for --task {task}" if task != SINGLE_LABEL else "")
-        raise UsageError(message)
-    module, _, kind = known[name].partition(".")
-    head: Any = getattr(importlib.import_module(f".{module}", __package__), kind)()
+    row = row_of(name, task)
+    head = row.make()
     unknown = sorted(set(given) - set(head.get_params()))
     if unknown:
-        message = f"the {name} head has no setting {', '.join(unknown)}"
+        message = f"the {row.name} head has no setting {', '.join(unknown)}"
         raise UsageError(message)
     return head.set_params(**given)
 
@@ -105,7 +192,7 @@ def need_task(head: Any, task: str) -> None:
     if made_for != task:
         message = (
             f"{type(head).__name__} is a head for {made_for}, and these samples were extracted with --task {task}; "
-            f"take --head {', '.join(OWN[task])}, or make_head({next(iter(OWN[task]))!r}, {task!r})"
+            f"take --head {', '.join(row.name for row in ROWS if row.task == task)}, or make_head(None, {task!r})"
         )
         raise UsageError(message)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from extractor.files import GONE, MOVED, Files
-from extractor.options import Options
 from extractor.pipeline import survey
-from extractor.sources import files_of, open_source
+from extractor.settings.groups import Options
+from extractor.sources import Source, files_of, open_source
 from store.cache import FeatureCache, is_cache
 from store.errors import BadDataError, InputMissingError
 from store.samples import LACKING, REGRESSION, SINGLE_LABEL, Row, SampleTable
 from store.splits import assign_splits, with_splits
 
 from .bundle import Bundle, Predictions, averaged, task_of_bundle
+from .evaluate import require_known
 from .novelty import novel_share
 from .predict import Predictor
 from .task import Evaluation, Measured
@@ -151,15 +152,18 @@ def evaluate_bundle(
     cache, data = (data, data.path) if isinstance(data, FeatureCache) else (None, data)
     if cache is not None and bundle.backbone.layer in cache.layers:
         cache = cache.with_layer(bundle.backbone.layer)
+    source = None
+    if cache is None:
+        targets = bundle.classes if bundle.task == REGRESSION else ()
+        source = open_source(data, root=root, task=bundle.task, targets=targets)
+        _require_classes(source, bundle, split)
     predictor = None if cache is not None and _same_features(bundle, cache) else Predictor.of(bundle, **predictor_options)
     if predictor is not None:
         predictor.require_pixels()
-    source = None
-    if cache is not None:
+    if source is None:
+        assert cache is not None
         table = cache.samples
     else:
-        targets = bundle.classes if bundle.task == REGRESSION else ()
-        source = open_source(data, root=root, task=bundle.task, targets=targets)
         table = survey(source, bundle.backbone.preprocess, Options(val_fraction=0, test_fraction=0))
         if table.facts["budget_exceeded"]:
             message = f"{_failures(table)} of {data}: more than 1 %, so these figures would not be about this dataset"
@@ -211,17 +215,38 @@ def _failures(table: SampleTable) -> str:
     return f"{sum(codes.values())} of {len(table.rows)} inputs cannot be used ({listing})"
 
 
+def _require_classes(source: Source, bundle: Bundle, split: str | None) -> None:
+    """Refuse labels that the head does not know before an image is opened.
+
+    Raises:
+        BadDataError: see `evaluate.require_known`.
+    """
+    samples = [sample for sample in source.samples() if sample.label is not None]
+    name = _split_of(bundle, {sample.split for sample in samples}, split)
+    if bundle.task == SINGLE_LABEL:
+        labels = [str(sample.label) for sample in samples if name in (None, sample.split)]
+        require_known(labels, bundle.classes, name or "")
+
+
+def _split_of(bundle: Bundle, have: Set[str | None], asked: str | None) -> str | None:
+    """The split to evaluate on: the one that is asked for, or that was held out in training; None for everything."""
+    reported = bundle.split.get("reported_on")
+    return asked or (reported if reported in have else None)
+
+
 def _rows_of(table: SampleTable, bundle: Bundle, split: str | None) -> tuple[list[Row], str]:
     rows = [row for row in table.rows if row.ok]
     if bundle.split.get("override") and _is_own_data(bundle, rows):  # it was trained on splits of its own
         fractions = {key: bundle.split[key] for key in ("val", "test", "seed")}
         rows = with_splits(rows, assign_splits(rows, **fractions, stratify=table.task == SINGLE_LABEL))
-    have = {row.split for row in rows if row.split}
-    name = split or (bundle.split.get("reported_on") if bundle.split.get("reported_on") in have else None)
+    have: set[str | None] = {row.split for row in rows if row.split}
+    name = _split_of(bundle, have, split)
     if name is not None:
         rows = [row for row in rows if row.split == name]
         if not rows:
-            message = f"there are no samples in split {name!r}; there is {', '.join(sorted(have)) or 'no split at all'}"
+            message = (
+                f"there are no samples in split {name!r}; there is {', '.join(sorted(map(str, have))) or 'no split at all'}"
+            )
             raise BadDataError(message)
     incomplete = table.incomplete(rows, bundle.classes)
     if incomplete:

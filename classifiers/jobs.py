@@ -5,132 +5,83 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import time
 import tomllib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, PositiveInt, ValidationError, create_model, field_validator
-
-from extractor.augment import Augmentation
-from extractor.backbones import Backbone
-from extractor.options import Options, Summary
 from extractor.pipeline import preview, run_extract
 from extractor.prepare import library_versions
-from extractor.session import MAX_BATCH, MAX_WORKERS
-from extractor.sources import Source, open_source
-from extractor.views import MAX_VIEWS
+from extractor.settings.declaration import Place, Settings, flag_of, groups, key_of, setting
+from extractor.settings.groups import ExtractSettings, Options, ResultPath
+from extractor.sources import Source
+from extractor.summary import Summary
 from store import atomic, json_text
 from store.cache import FeatureCache
 from store.errors import BadDataError, GateError, InputMissingError, JobFileError, PenultError, UsageError, did_you_mean
 from store.lock import file_lock, folder_lock
 
 from .bundle import Bundle, install, refuse_existing, remove_folder, remove_leftovers, task_of_bundle
-from .gates import GATES, Gate, missed_gates, require_gates, wanted_gates
+from .gates import Gate, missed_gates
 from .heldout import evaluate_bundle
+from .settings import GateSettings, TrainSettings, train_settings
 from .task import Evaluation, Measured
-from .train import made_from, make_head, train_head
+from .train import made_from, train_head
 
 log = logging.getLogger("penult.classifiers")
 
-
-class _Section(BaseModel):
-    # strict: "8" is not 8; extra keys are errors, because a misspelt one would silently keep the default
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+RETIRED = {"extract.tf32": 'written precision = "tf32" now'}
 
 
-class BackboneSection(_Section):
-    name: str
-    weights: str | None = None
-    preset: str | None = None
-    resize: int | None = Field(None, gt=0)
-    crop: int | None = Field(None, gt=0)
-    layers: list[str] = []
-    pooling: str | None = Field(None, pattern="^(average|max|token)$")
-    mean: list[float] | None = None
-    std: list[float] | None = None
-    input_range: float | None = None
-    interpolation: str | None = None
-    channels: str | None = Field(None, pattern="^(rgb|bgr)$")
-    squash: bool | None = None
-    layout: str | None = Field(None, pattern="^(nchw|nhwc)$")
-    pixel_path: Literal["pillow", "pillow-crop", "pillow-draft"] | None = None
+class Paths(Settings):
+    """Where a job's data are, and where its results go."""
 
-    @field_validator("mean", "std", mode="before")
-    @classmethod
-    def _one_for_all(cls, value: Any) -> Any:
-        return [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
+    data: str = setting(..., "What `penult extract` takes (docs/data.md).")
+    cache: ResultPath = setting(..., "The cache; made, or brought up to date.")
+    bundle: ResultPath = setting(..., "The head; replaced by a new one that meets the gates.")
 
 
-class ExtractSection(_Section):
-    device: str = "auto"
-    batch_size: int | None = Field(None, ge=1, le=MAX_BATCH)
-    workers: int | None = Field(None, ge=1, le=MAX_WORKERS)
-    precision: Literal["fp32", "fp16", "int8"] = "fp32"
-    tf32: bool = False
-    storage: Literal["auto", "float32"] = "auto"
-    val_fraction: float = Field(0.2, ge=0, lt=1)
-    test_fraction: float = Field(0.2, ge=0, lt=1)
-    seed: int = 0
-    views: int = Field(1, ge=1, le=MAX_VIEWS)
-    augment: Literal["standard", "trivialaugment", "randaugment", "autoaugment", "augmix"] = "standard"
-    group_by: str | None = None
-    root: str | None = None
-    follow_symlinks: bool = False
-    task: Literal["single-label", "multi-label", "regression"] = "single-label"
-    targets: list[str] = []
-    on_error: Literal["skip", "fail"] = "skip"
-    max_failures: str = Field("1%", pattern=r"^\d+(\.\d+)?%$|^\d+$")
-    retry_failed: bool = False
-    verify_content: bool = False
+@dataclass(frozen=True)
+class Job:
+    """A job file, read and checked.
 
-    @field_validator("max_failures", mode="before")
-    @classmethod
-    def _count(cls, value: Any) -> Any:
-        return str(value) if isinstance(value, int | float) else value
+    Attributes:
+        folder: where it lies; its paths are relative to that.
+        paths: its keys without a section.
+        extract: its sections ``[backbone]`` and ``[extract]``.
+        train: its section ``[train]``.
+        head: of ``train``, not yet fitted.
+        gate: its section ``[gate]``.
+        gates: of ``gate``.
+    """
+
+    folder: Path
+    paths: Paths
+    extract: ExtractSettings
+    train: TrainSettings
+    head: Any
+    gate: GateSettings
+    gates: dict[Gate, float]
+
+    def source(self) -> Source:
+        return self.extract.source(self.paths.data, self.folder)
 
 
-class TrainSection(_Section):
-    head: Literal["logistic", "mlp", "ridge", "knn", "centroid"] | None = None
-    C: float | None = Field(None, gt=0)
-    alpha: float | None = Field(None, gt=0)
-    k: int | None = Field(None, ge=1)
-    class_weight: Literal["balanced"] | None = None
-    select: Literal["log-loss", "accuracy"] | None = None
-    l1_ratio: float | None = Field(None, ge=0, le=1)
-    hidden: list[PositiveInt] | None = None
-    dropout: float | None = Field(None, ge=0, lt=1)
-    weight_decay: float | None = Field(None, ge=0)
-    lr: float | None = Field(None, gt=0)
-    schedule: Literal["constant", "cosine"] | None = None
-    seed: int | None = Field(None, ge=0, lt=2**32)
-    leaks: Literal["warn", "refuse", "allow"] = "warn"
-    thumbnails: bool = True
-    max_memory: ByteSize | None = None
-    average_views: bool = False
+def models() -> dict[str, type[Settings]]:
+    """The settings of each section of a job file; those without one are called ""."""
+    return {"": Paths, "backbone": ExtractSettings, "extract": ExtractSettings, "train": train_settings(), "gate": GateSettings}
 
 
-class _Gate(_Section):
-    split: str | None = None
-
-
-GATE_FIELDS: dict[str, Any] = {gate.name: (float | None, Field(None, ge=gate.least, le=gate.most)) for gate in GATES}
-GateSection = create_model("GateSection", __base__=_Gate, **GATE_FIELDS)
-
-
-class Job(_Section):
-    """A job file. Paths are relative to the folder it lies in."""
-
-    data: str
-    cache: str
-    bundle: str
-    backbone: BackboneSection
-    extract: ExtractSection = ExtractSection()
-    train: TrainSection = TrainSection()
-    gate: GateSection = GateSection()
+def keys_of(section: str) -> dict[str, str]:
+    """The names of the settings that a section of a job file has, by their keys."""
+    model = models()[section]
+    names = [name for group, own in groups(model, "job") if group.section == section for name in own]
+    return {key_of(model, name).removeprefix(f"{section}."): name for name in names}
 
 
 @dataclass(frozen=True)
@@ -181,101 +132,54 @@ def read_job(path: Path) -> Job:
         message = f"cannot read {path}: {error.strerror}"
         raise InputMissingError(message) from error
     try:
-        return Job.model_validate(tomllib.loads(data.decode()))
+        document = tomllib.loads(data.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         message = f"{path} is not TOML: {error}"
         raise JobFileError(message) from error
-    except ValidationError as error:
-        message = f"{path}: " + "; ".join(_explain(problem) for problem in error.errors())
-        raise JobFileError(message) from error
-
-
-EXPECTED = {  # what pydantic complains about, in our words
-    "string_type": "text in quotes",
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "bool_type": "true or false",
-    "list_type": "a list in brackets",
-    "model_type": "a section of keys, such as [train]",
-    "literal_error": "{expected}",
-    "greater_than": "more than {gt}",
-    "greater_than_equal": "{ge} or more",
-    "less_than": "less than {lt}",
-    "less_than_equal": "at most {le}",
-    "string_pattern_mismatch": 'a number such as 10, or a share such as "1%"',
-    "byte_size": 'a size such as "4GB"',
-    "byte_size_unit": 'a size such as "4GB"',
-}
-
-
-def _explain(problem: Any) -> str:
-    *parents, key = (str(part) for part in problem["loc"])
-    name = ".".join([*parents, key])
-    if problem["type"] == "extra_forbidden":
-        model: Any = Job
-        for parent in parents:
-            model = model.model_fields[parent].annotation
-        return f"unknown key {name!r}" + did_you_mean(key, model.model_fields, f"known are {', '.join(model.model_fields)}")
-    if problem["type"] == "missing":
-        return f"the key {name!r} is missing"
-    expected = EXPECTED.get(problem["type"], problem["msg"]).format(**problem.get("ctx", {}))
-    return f"{name!r} is {json.dumps(problem['input'], default=str)}; expected {expected}"
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """A job with its paths resolved and its settings made."""
-
-    source: Source
-    backbone: Backbone
-    options: Options
-    cache: Path
-    bundle: Path
-    head: Any
-    training: dict[str, Any]
-    gates: dict[Gate, float]
-
-
-def _resolve(job: Job, here: Path, *, quiet: bool) -> _Plan:
-    settings = job.extract.model_dump()
-    root = settings.pop("root")
-    source = open_source(
-        job.data,
-        base=here,
-        root=here / root if root else None,
-        group_by=settings.pop("group_by"),
-        follow_symlinks=settings.pop("follow_symlinks"),
-        task=(task := settings.pop("task")),
-        targets=settings.pop("targets"),
-    )
-    fail_fast, augmentation = settings.pop("on_error") == "fail", Augmentation.named(settings.pop("augment"))
-    options = Options(fail_fast=fail_fast, augmentation=augmentation, quiet=quiet, **settings)
-    chosen = job.backbone.model_dump()
-    for key in ("name", "weights"):  # a file lies where the job file says, a name is a name
-        if chosen[key] and (here / chosen[key]).is_file():
-            chosen[key] = str(here / chosen[key])
-    wanted = job.train.model_dump()
-    training = {name: wanted.pop(name) for name in ("leaks", "max_memory", "average_views")}
-    training["pictures"] = wanted.pop("thumbnails")
+    folder = path.absolute().parent
+    place = Place(key_of, JobFileError, folder)
+    problems: list[str] = []
+    given: dict[type[Settings], dict[str, Any]] = {model: {} for model in models().values()}
+    sections = {name: document.pop(name) for name in list(models()) if name in document}
+    for section, values in {"": document, **sections}.items():
+        if not isinstance(values, dict):
+            problems.append(f"{section} is {json.dumps(values, default=str)}; expected a section of keys, such as [train]")
+            continue
+        keys = keys_of(section)
+        for key, value in values.items():
+            if key in keys:
+                given[models()[section]][keys[key]] = value
+            else:
+                problems.append(_unknown(section, key))
+    read: dict[type[Settings], Any] = {}
+    for model, values in given.items():
+        try:
+            read[model] = model.read(values, place)
+        except JobFileError as error:
+            problems.append(str(error))
+    if problems:
+        message = f"{path}: {'; '.join(problems)}"
+        raise JobFileError(message)
+    paths, extract, train, gate = read.values()
     try:
-        head = make_head(wanted.pop("head"), task, **wanted)
-        options.budget(0)
-        if options.drawn is None and training["average_views"]:
-            message = "average_views without views: ask for extract.views too"
-            raise UsageError(message)
-    except UsageError as error:
-        message = f"[train] or [extract]: {error}"
+        with place.here():
+            if train.average_views and extract.views == 1:
+                message = "train.average_views without views: ask for extract.views too"
+                raise JobFileError(message)
+            return Job(folder, paths, extract, train, train.make(extract.task), gate, gate.wanted(extract.task))
+    except (UsageError, JobFileError) as error:
+        message = f"{path}: {error}"
         raise JobFileError(message) from error
-    gates = wanted_gates(job.gate.model_dump())
-    try:
-        require_gates(gates, task, _key)
-    except UsageError as error:
-        message = f"[gate]: {error}"
-        raise JobFileError(message) from error
-    backbone = Backbone.from_facts(chosen)
-    return _Plan(source, backbone, options, here / job.cache, here / job.bundle, head, training, gates)
+
+
+def _unknown(section: str, key: str) -> str:
+    name = f"{section}.{key}" if section else key
+    if name in RETIRED:
+        return f"{name} is {RETIRED[name]}"
+    elsewhere = [f"[{other}]" for other in models() if other not in ("", section) and key in keys_of(other)]
+    known = [*keys_of(section), *([] if section else [other for other in models() if other])]
+    hint = f"; it belongs in {elsewhere[0]}" if elsewhere else did_you_mean(key, known, f"known are {', '.join(known)}")
+    return f"unknown key {name!r}{hint}"
 
 
 def preview_job(path: Path) -> dict[str, Any]:
@@ -285,25 +189,25 @@ def preview_job(path: Path) -> dict[str, Any]:
         JobFileError: the job file is wrong.
         InputMissingError: the data is not there.
     """
-    plan = _resolve(read_job(path), path.absolute().parent, quiet=True)
-    refuse_existing(plan.bundle, overwrite=True)
-    extract = preview(plan.source, plan.cache, plan.options)
-    unchanged = not extract["to_read"] and _made_already(plan) is not None
+    job = read_job(path)
+    refuse_existing(job.paths.bundle, overwrite=True)
+    with _in_words_of(path):
+        extract = preview(job.source(), job.extract.network(), job.paths.cache, job.extract)
+    unchanged = not extract["to_read"] and _made_already(job) is not None
     return {"extract": extract, "train": "unchanged" if unchanged else "yes, if features, labels or settings changed"}
 
 
-def _made_already(plan: _Plan) -> Bundle | None:
+def _made_already(job: Job) -> Bundle | None:
     """The bundle that training would give again, if it is there and sound."""
     try:
-        bundle = Bundle.load(plan.bundle)
+        bundle = Bundle.load(job.paths.bundle)
     except (InputMissingError, BadDataError):
         return None
-    return bundle if bundle.made_from and bundle.made_from == _origin(plan) else None
+    return bundle if bundle.made_from and bundle.made_from == made_from(_features(job), job.head, job.train) else None
 
 
-def _origin(plan: _Plan) -> str:
-    training = {name: plan.training[name] for name in ("pictures", "average_views")}
-    return made_from(FeatureCache(plan.cache), plan.head, **training, val=None, test=None, split_seed=0)
+def _features(job: Job) -> FeatureCache:
+    return FeatureCache(job.paths.cache, job.train.layer)
 
 
 def run_job(path: Path, *, quiet: bool = False, record: dict[str, Any] | None = None) -> JobResult:
@@ -326,7 +230,8 @@ def run_job(path: Path, *, quiet: bool = False, record: dict[str, Any] | None = 
     begin = time.perf_counter()
     with file_lock(path.with_name(f".{path.name}.lock"), what=str(path)):
         try:
-            result = _run(job, path, record, quiet=quiet)
+            with _in_words_of(path):
+                result = _run(job, record, quiet=quiet)
             record["exit_code"] = result.exit_code
             if result.gate_missed:
                 record["error"] = result.gate_missed
@@ -339,27 +244,41 @@ def run_job(path: Path, *, quiet: bool = False, record: dict[str, Any] | None = 
             _append(runs_file(path), record)
 
 
-def _run(job: Job, path: Path, record: dict[str, Any], *, quiet: bool) -> JobResult:
-    plan = _resolve(job, path.absolute().parent, quiet=quiet)
-    rejected = plan.bundle.with_name(f"{plan.bundle.name}.rejected")
-    for place in (plan.bundle, rejected):
+@contextmanager
+def _in_words_of(path: Path) -> Iterator[None]:
+    """What is wrong with a setting is wrong with the job file, and named as it stands there."""
+    try:
+        yield
+    except UsageError as error:
+        text = str(error)
+        for section in models():
+            for key, name in keys_of(section).items():
+                text = re.sub(rf"{re.escape(flag_of(models()[section], name))}(?![\w-])", f"{section}.{key}".lstrip("."), text)
+        message = f"{path}: {text}"
+        raise JobFileError(message) from error
+
+
+def _run(job: Job, record: dict[str, Any], *, quiet: bool) -> JobResult:
+    served = job.paths.bundle
+    rejected = served.with_name(f"{served.name}.rejected")
+    for place in (served, rejected):
         refuse_existing(place, overwrite=True)
         remove_leftovers(place)
-    summary = run_extract(plan.source, plan.backbone, plan.cache, plan.options)
+    options = job.extract.part(Options).replace(quiet=quiet)
+    summary = run_extract(job.source(), job.extract.network(), job.paths.cache, options)
     record["extract"] = summary.to_json()
-    bundle = _made_already(plan)
+    bundle = _made_already(job)
     trained = bundle is None
-    staging = atomic.temporary(plan.bundle)
-    with folder_lock(plan.bundle.parent):
+    staging = atomic.temporary(served)
+    with folder_lock(served.parent):
         try:
             if bundle is None:
-                staged = staging / plan.bundle.name
-                bundle = train_head(FeatureCache(plan.cache), staged, plan.head, **plan.training)
+                bundle = train_head(_features(job), staging / served.name, job.head, job.train)
             else:
                 log.info("features, labels and settings are unchanged: %s is kept", bundle.name)
-            evaluation, _ = evaluate_bundle(bundle, plan.cache, split=job.gate.split)
-            missed = missed_gates(plan.gates, evaluation.to_json(), _key)
-            target = plan.bundle
+            evaluation, _ = evaluate_bundle(bundle, job.paths.cache, split=job.gate.split)
+            missed = missed_gates(job.gates, evaluation.to_json(), lambda gate: key_of(GateSettings, gate.name))
+            target = served
             if trained and missed:
                 target = rejected
                 missed += f"; the new head is kept as {target.name}"
@@ -370,10 +289,6 @@ def _run(job: Job, path: Path, record: dict[str, Any], *, quiet: bool) -> JobRes
     record["trained"] = trained
     record["evaluation"] = _in_short(evaluation.to_json(), task_of_bundle(bundle).figure)
     return JobResult(summary, trained, evaluation, target, missed)
-
-
-def _key(gate: Gate) -> str:
-    return gate.name
 
 
 def _in_short(metrics: dict[str, Any], figure: str) -> dict[str, Any]:

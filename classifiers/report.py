@@ -13,6 +13,7 @@ import numpy as np
 
 from extractor.pixel_drift import PixelDrift
 from extractor.sources import open_source
+from store.atomic import require_free
 from store.cache import FeatureCache, Subset, is_cache
 from store.errors import UsageError
 from store.fingerprint import short
@@ -25,6 +26,7 @@ from .heldout import evaluate_bundle
 from .illustrations import Illustrations, files_or_none, illustrate
 from .intervals import interval, percent
 from .page import LONG, Card, Section, page, write_output
+from .settings import ReportSettings
 from .tables import CLASS_COLUMNS, FIGURE_COLUMNS, SHOT_COLUMNS, class_rows, figure_rows, output_table, shot_cells, whole_rows
 
 log = logging.getLogger("penult.classifiers")
@@ -198,17 +200,27 @@ def _history_text(bundle: Bundle) -> str:
     return "Loss on training and validation images by epoch."
 
 
+def require_plot(path: Path, *, overwrite: bool) -> None:
+    """Look, before any work is done, whether a plot may be written in a place.
+
+    Raises:
+        UsageError: its name does not end in one of `plots.PLOT_FORMATS`.
+        OutputError: see `atomic.require_free`.
+    """
+    if path.suffix.lower().lstrip(".") not in plots.PLOT_FORMATS:
+        message = f"{path}: a plot is written as {', '.join('.' + name for name in plots.PLOT_FORMATS)}"
+        raise UsageError(message)
+    require_free(path, overwrite=overwrite)
+
+
 def save_confusion(metrics: dict[str, Any], path: Path, *, overwrite: bool = False) -> None:
     """The confusion matrix as a file: PNG, SVG or PDF by the name's ending.
 
     Raises:
-        UsageError: another ending.
-        OutputExistsError: the file exists.
+        UsageError, OutputError: see `require_plot`.
     """
+    require_plot(path, overwrite=overwrite)
     kind = path.suffix.lower().lstrip(".")
-    if kind not in plots.PLOT_FORMATS:
-        message = f"{path}: a plot is written as {', '.join('.' + name for name in plots.PLOT_FORMATS)}"
-        raise UsageError(message)
     if kind != "svg":  # there the reader's fonts draw the text
         names = [label if _drawable(label) else f"class {i + 1}" for i, label in enumerate(metrics["classes"])]
         if names != metrics["classes"]:
@@ -229,22 +241,21 @@ def _drawable(label: str) -> bool:
     return all(ord(letter) in letters for letter in label)
 
 
+PLAIN = ReportSettings()
+
+
 def report_again(
     bundle: Bundle,
     data: str | Path | None = None,
-    *,
-    split: str | None = None,
-    root: Path | None = None,
-    pictures: bool = True,
-    **predictor_options: Any,
+    settings: ReportSettings = PLAIN,
 ) -> str:
     """The page of a bundle, anew: of its own held-out images, or evaluated on a cache or a dataset.
 
     Args:
         bundle: what it is about.
-        data, split, root, predictor_options: as `evaluate_bundle` takes them. Without ``data`` neither the images nor their
-            features are at hand, and the page has figures and names alone.
-        pictures: whether thumbnails are shown.
+        data: a cache, or a dataset. Without it neither the images nor their features are at hand, and the page has figures and
+            names alone.
+        settings: as for `evaluate_bundle`, and whether thumbnails are shown.
 
     Raises:
         BadDataError: as `evaluate_bundle`.
@@ -253,8 +264,9 @@ def report_again(
         held = bundle.predictions() if bundle.metrics is not None else None
         shown = illustrate(held, bundle.classes) if held and bundle.task == SINGLE_LABEL else None
         return bundle_report(bundle, held, shown)
+    root = settings.root
     cache = FeatureCache(data) if is_cache(data) else None  # opened once: figures and neighbours are of the same features
-    evaluation, predictions = evaluate_bundle(bundle, cache or data, split=split, root=root, **predictor_options)
+    evaluation, predictions = evaluate_bundle(bundle, cache or data, split=settings.split, root=root, **settings.runtime())
     if evaluation.pixel_drift:
         note = PixelDrift(**evaluation.pixel_drift).text(bundle.name)
         evaluation = replace(evaluation, notes=[*evaluation.notes, note])
@@ -269,6 +281,8 @@ def report_again(
             fitted = [cache.of_rows(rows, "train")] if rows else []
     else:
         files = open_source(data, root=root).files
-    found = illustrate(predictions, bundle.classes, X=predictions.features, fitted=fitted, files=files if pictures else None)
+    found = illustrate(
+        predictions, bundle.classes, X=predictions.features, fitted=fitted, files=files if settings.thumbnails else None
+    )
     own = bundle.metrics is not None and not evaluation.pixel_drift and bundle.predictions().ids == predictions.ids
     return bundle_report(bundle if own else replace(bundle, metrics=evaluation.to_json()), predictions, found)

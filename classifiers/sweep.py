@@ -8,6 +8,7 @@ import logging
 import re
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from extractor.backbones import WEIGHTS_SUFFIXES, Backbone
-from extractor.options import Options
-from extractor.pipeline import run_extract
+from extractor.backbones import WEIGHTS_SUFFIXES, Backbone, check_request
+from extractor.pipeline import list_samples, run_extract
+from extractor.settings.groups import Options
 from extractor.sources import Source
 from store.cache import PENULTIMATE, FeatureCache, is_cache
 from store.errors import (
     BadDataError,
+    InputMissingError,
     InterruptedRunError,
     OutputError,
     OutputExistsError,
@@ -166,6 +168,10 @@ def run_sweep(
         message = f"{folder} is not a folder of caches; name a new one"
         raise OutputExistsError(message)
     make_head(head, source.task.name, seed=seed)  # what is misspelt shows before the work
+    for backbone in backbones:
+        with suppress(InputMissingError):  # such a one is listed with its error
+            check_request(backbone)
+    list_samples(source, options)
     extracted, failed, unusable = _extract(source, backbones, folder, options)
     table = common_samples([each.cache.samples for each in extracted])
     roles = assign_roles(table)

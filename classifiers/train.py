@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from extractor.backbones import Backbone, load
+from extractor.backbones import load
 from extractor.export import to_onnx
 from extractor.files import Files, Located
 from extractor.metering import Meter, Spent, together
-from extractor.options import Options
-from extractor.pipeline import survey
+from extractor.pipeline import list_samples, survey
 from extractor.prepare import fingerprints
 from extractor.session import resolve_device
+from extractor.settings.groups import AugmentSettings
 from extractor.sources import Source, files_of
 from store.cache import FeatureCache, Subset
 from store.errors import UsageError
@@ -33,9 +33,7 @@ from .checkpoints import Checkpoints
 from .dense import DenseHead
 from .evaluate import score
 from .fewshot import learning_curve
-from .finetune import finetune
-from .finetune_options import FineTuneOptions
-from .heads import HEADS as HEADS
+from .finetune import devices_of, finetune
 from .heads import make_head as make_head
 from .heads import name_of, need_saveable, need_task, settings_of
 from .heldout import Roles, assign_roles, inner_validation, predict_held_out
@@ -46,12 +44,14 @@ from .predict import Predictor, Recipe
 from .probing import start_from
 from .report import bundle_report
 from .rounding import judge_rounding
+from .settings import FineTuneOptions, FineTuneSettings, TrainOptions
 from .streaming import must_stream
 from .task import HeadTask, need_single_label
 from .tasks import task_of
 
 log = logging.getLogger("penult.classifiers")
 
+PLAIN = TrainOptions()
 INNER = "a fifth of train, by hash rank"
 
 
@@ -59,16 +59,8 @@ def train_head(
     cache: FeatureCache,
     out: Path,
     head: Any,
+    options: TrainOptions = PLAIN,
     *,
-    val: float | None = None,
-    test: float | None = None,
-    split_seed: int = 0,
-    leaks: str = "warn",
-    few_shot: Sequence[int] = (),
-    repeats: int = 20,
-    pictures: bool = True,
-    max_memory: int | None = None,
-    average_views: bool = False,
     overwrite: bool = False,
 ) -> Bundle:
     """Fit a head on a cache's training rows, evaluate it on the held-out ones and save a bundle.
@@ -77,13 +69,7 @@ def train_head(
         cache: the features.
         out: the bundle's folder.
         head: an unfitted one of `heads.HEADS`.
-        val, test, split_seed: fractions for a split other than the stored one.
-        leaks: what happens to images on both sides of the split: ``warn``, ``refuse`` or ``allow``; see `leaks`.
-        few_shot, repeats: images of each class and draws of them, for a learning curve on the held-out images; see `fewshot`.
-        pictures: whether the report has thumbnails of mistakes and of training images like them.
-        max_memory: of this process, bytes; with less than the features need they stay on disk (see `streaming`). None is half
-            of what the machine has to give.
-        average_views: predict the mean of the outputs for the views of an image. They are fitted either way.
+        options: how; see `leaks`, `fewshot` and `streaming` for what these three are about.
         overwrite: replace an existing bundle.
 
     Raises:
@@ -95,30 +81,31 @@ def train_head(
     refuse_existing(out, overwrite=overwrite)
     need_saveable(head)
     need_task(head, cache.samples.task)
-    if few_shot:
+    if options.few_shot:
         need_single_label(cache.samples.task, "--few-shot")
-    if average_views and cache.views == 1:
+    if options.average_views and cache.views == 1:
         message = f"--average-views: {cache.path} has one view of each image; extract with --views 4 to have some"
         raise UsageError(message)
-    origin = made_from(cache, head, pictures=pictures, average_views=average_views, val=val, test=test, split_seed=split_seed)
-    roles = assign_roles(cache.samples, val=val, test=test, seed=split_seed)
+    origin = made_from(cache, head, options)
+    few_shot, seed = options.few_shot, options.seed
+    roles = assign_roles(cache.samples, val=options.val_fraction, test=options.test_fraction, seed=seed)
     _require(cache.samples, roles)
     cache.require_backbone()
     rows = len(roles.fit) + len(roles.choose) + len(roles.report)
-    stored = must_stream(head, rows * cache.views, cache.dim, cache.dtype.itemsize, max_memory)
+    stored = must_stream(head, rows * cache.views, cache.dim, cache.dtype.itemsize, options.max_memory)
     if stored:
-        roles = _for_streaming(roles, few_shot, seed=split_seed)
+        roles = _for_streaming(roles, few_shot, seed=seed)
     train = cache.of_rows(roles.fit, "train", stored=stored)
     choose = cache.of_rows(roles.choose, "val", stored=stored) if roles.choose else None
     held_out = cache.of_rows(roles.report, str(roles.facts["reported_on"]), stored=stored) if roles.report else None
     found = _look_for_leaks(cache, roles, [train, *([choose] if choose else [])], held_out)
-    guard(found, leaks)
+    guard(found, options.leaks)
     seen, judged = train, choose
     if cache.views > 1:  # of what is fitted; all else is about the images as they are
         log.info("all %d views of each training image are fitted; choices are judged on the first", cache.views)
         seen = cache.of_rows(roles.fit, "train", stored=stored, views=True)
         judged = cache.of_rows(roles.choose, "val", stored=stored, views=True) if roles.choose else None
-    curve = learning_curve(head, train, held_out, few_shot, repeats, seed=split_seed, views=seen) if few_shot else None
+    curve = learning_curve(head, train, held_out, few_shot, options.repeats, seed=seed, views=seen) if few_shot else None
     meter = Meter(getattr(head, "device", "cpu"))
     validation = (judged.X, judged.y) if judged else None
     head.fit(seen.X, seen.y, validation=validation, groups=seen.groups, views=cache.views)
@@ -138,8 +125,8 @@ def train_head(
         leaks=found,
         rounding=rounding,
         few_shot=curve,
-        files=files_or_none(cache.samples) if pictures else None,
-        views={**cache.fingerprint.fields[VIEWS], "averaged": average_views} if cache.views > 1 else None,
+        files=files_or_none(cache.samples) if options.thumbnails else None,
+        views={**cache.fingerprint.fields[VIEWS], "averaged": options.average_views} if cache.views > 1 else None,
         overwrite=overwrite,
     )
 
@@ -190,12 +177,20 @@ def _with_leaks(metrics: dict[str, Any], leaks: LeakReport, held_out: Subset, pr
             metrics["leaks"]["accuracy_without"] = without["accuracy"]
 
 
-def made_from(cache: FeatureCache, head: Any, *, pictures: bool = True, average_views: bool = False, **split: Any) -> str:
-    """Digest of everything that decides what `train_head` makes, hexadecimal."""
+def made_from(cache: FeatureCache, head: Any, options: TrainOptions) -> str:
+    """Digest of everything that decides what `train_head` makes, hexadecimal; what it is made of must not change."""
     rows = [(row.sha256.hex(), row.label, row.split, row.group.hex(), *row.targets) for row in cache.rows()]
-    facts = [cache.fingerprint.fields, rows, type(head).__name__, head.get_params(), split, cache.samples.facts.get("split")]
-    facts += [] if pictures else ["no pictures"]
-    facts += ["average views"] if average_views else []
+    facts = [
+        cache.fingerprint.fields,
+        rows,
+        type(head).__name__,
+        head.get_params(),
+        options.own_split,
+        cache.samples.facts.get("split"),
+    ]
+    facts += [] if options.thumbnails else ["no pictures"]
+    facts += ["average views"] if options.average_views else []
+    facts += [["few shot", options.few_shot, options.repeats, options.seed]] if options.few_shot else []
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -303,14 +298,8 @@ def save_head(
 def train_finetuned(
     data: FeatureCache | Source,
     out: Path,
-    backbone: Backbone,
-    options: FineTuneOptions,
+    settings: FineTuneSettings,
     *,
-    extract_options: Options | None = None,
-    root: Path | None = None,
-    init_head: Bundle | None = None,
-    log_dir: Path | None = None,
-    pictures: bool = True,
     overwrite: bool = False,
 ) -> Bundle:
     """Fine-tune the backbone end to end on the same split and save it as a bundle like any other.
@@ -320,13 +309,8 @@ def train_finetuned(
     Args:
         data: a cache, whose sample table, root and failures are taken over (so that comparisons are paired), or a source.
         out: the bundle's folder.
-        backbone: what to start from.
-        options: of the training.
-        extract_options: the split, where ``data`` is a source without one.
-        root: where the images are, if they moved since the cache was made.
-        init_head: a bundle whose head is the start; see `probing`.
-        log_dir: see `curves`.
-        pictures: whether the report has thumbnails of mistakes.
+        settings: what to start from, how to train, and the split where ``data`` is a source without one; see `probing` for
+            ``init_head`` and `curves` for ``log_dir``.
         overwrite: replace an existing bundle, or an unfinished one with other settings.
 
     Raises:
@@ -334,18 +318,19 @@ def train_finetuned(
         OutputExistsError: the bundle exists, or an unfinished one with other settings.
     """
     refuse_existing(out, overwrite=overwrite)
-    if backbone.is_file:
-        message = f"{backbone.name} is an ONNX file; fine-tuning needs a torchvision network by name, with its weights"
-        raise UsageError(message)
+    backbone, options = settings.network(), settings.part(FineTuneOptions)
+    devices_of(options)
+    init_head = Bundle.load(settings.init_head) if settings.init_head else None
     if isinstance(data, FeatureCache):
         table: SampleTable = data.samples
         if init_head:
             data.require_backbone()
     else:
-        table = survey(data, load(backbone).preprocess, extract_options or Options())
+        list_samples(data, settings.survey)
+        table = survey(data, load(backbone).preprocess, settings.survey)
     need_single_label(table.task, "fine-tuning")
     roles = assign_roles(table)
-    files = files_of(table, root) if isinstance(data, FeatureCache) else data.files
+    files = files_of(table, settings.root) if isinstance(data, FeatureCache) else data.files
     _require(table, roles)
     fit, choose = (roles.fit, roles.choose) if roles.choose else inner_validation(roles.fit, seed=options.seed)
     if not roles.choose:
@@ -363,7 +348,7 @@ def train_finetuned(
         options,
         start=start,
         checkpoints=checkpoints,
-        log_dir=log_dir,
+        log_dir=settings.log_dir,
     )
     spent = meter.read().facts()
 
@@ -381,7 +366,7 @@ def train_finetuned(
             truth, name = table.truth(roles.report), str(roles.facts["reported_on"])
             predictions = predict_held_out(predictor, roles.report, truth, files, name)
             metrics = score(predictions.labels, predictions.probabilities, classes, predictions.split).to_json()
-            shown = illustrate(predictions, classes, files=files if pictures else None)
+            shown = illustrate(predictions, classes, files=files if settings.thumbnails else None)
         bundle = Bundle(
             path=out,
             kind="fine-tuned",
@@ -391,10 +376,10 @@ def train_finetuned(
             fingerprint=fingerprints(facts, resolve_device(device).partition(":")[0], storage)[0],
             split=roles.facts,
             hyperparameters={
-                **vars(options),
+                **{name: value for name, value in options.model_dump().items() if name not in AugmentSettings.model_fields},
                 "head_lr_factor": tuned.head_lr_factor,
                 "init_head": start and start.name,
-                "augment": options.augment.facts() if options.augment else None,
+                "augment": options.augmentation.facts() if options.augmentation else None,
                 "best_epoch": tuned.best_epoch,
                 "trained_parameters": tuned.trained_parameters,
                 "weights": backbone.weights and Path(backbone.weights).name,

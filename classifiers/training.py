@@ -20,8 +20,8 @@ from store.errors import BadDataError, InterruptedRunError
 from .freezing import modules_before, parameter_groups
 
 if TYPE_CHECKING:
-    from .finetune_options import FineTuneOptions
     from .probing import AffineHead
+    from .settings import FineTuneOptions
 
 log = logging.getLogger("penult.classifiers")
 

@@ -6,21 +6,29 @@ A backbone is data, not a class: its name, where its weights come from and the p
 from __future__ import annotations
 
 import hashlib
+import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from store.errors import BadDataError, UsageError, did_you_mean
+from store.errors import BadDataError, InputMissingError, UsageError, did_you_mean
 from store.fingerprint import file_digest
 
 from . import weights as weight_files
 from .preprocess import Preprocess, require_sizes
 from .weights import WeightsFile, read_state
 
+# How torchvision's source declares a network, the weights it has, and which of them are the default
+NETWORK = re.compile(r"^@register_model\(.*\)\n(?:@.*\n)*def (\w+)\([^)]*?weights: Optional\[(\w+)\]", re.MULTILINE)
+ENUM = re.compile(r"^class (\w+)\(WeightsEnum\):\n((?:    .*\n|\n)*)", re.MULTILINE)
+MEMBER = re.compile(r"^    (\w+) = (?:Weights\(|(\w+)$)", re.MULTILINE)
+RANDOM = re.compile(r"random(?::(-?[0-9]+))?")  # weights, with a seed
 WEIGHTS_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors")
 
 
@@ -70,13 +78,8 @@ class Backbone:
     @property
     def seed(self) -> int | None:
         """The seed of random weights; None where they are not random."""
-        if self.weights is None or self.weights.partition(":")[0] != "random":
-            return None
-        try:
-            return int(self.weights.partition(":")[2] or 0)
-        except ValueError:
-            message = f"--weights {self.weights}: the seed must be an integer, as in random:7"
-            raise UsageError(message) from None
+        found = RANDOM.fullmatch(self.weights or "")
+        return int(found[1] or 0) if found else None
 
     @property
     def stated(self) -> dict[str, Any]:
@@ -94,48 +97,105 @@ class Backbone:
         return cls(**given)
 
 
-def names() -> list[str]:
-    """All torchvision classification networks, sorted. Imports torchvision (seconds)."""
-    import torchvision
+BACKBONE_FIELDS = [each.name for each in fields(Backbone)]
 
-    return sorted(torchvision.models.list_models(module=torchvision.models))
+
+@cache
+def listed() -> dict[str, list[str]]:
+    """All torchvision classification networks with the names of their weights, the default first.
+
+    Read from torchvision's source, for importing it takes seconds: a misspelt name is to be answered at once.
+    """
+    package: Any = find_spec("torchvision")
+    folders = [Path(place, "models") for place in package.submodule_search_locations]
+    sources = [path.read_text("utf-8") for folder in folders for path in folder.glob("*.py")]
+    enums = {name: MEMBER.findall(body) for source in sources for name, body in ENUM.findall(source)}
+    networks = {name: enums[enum] for source in sources for name, enum in NETWORK.findall(source)}
+    found = {}
+    for network, members in networks.items():
+        default = [alias for name, alias in members if name == "DEFAULT"]
+        found[network] = [*default, *(name for name, alias in members if not alias and name not in default)]
+    return dict(sorted(found.items()))
+
+
+def names() -> list[str]:
+    """All torchvision classification networks, sorted."""
+    return list(listed())
+
+
+def choose_name(name: str, wanted: str | None, flag: str) -> str:
+    """The name of one weights entry of a network; its default where nothing is asked for.
+
+    Raises:
+        UsageError: no such network, or no such weights; names the nearest, or those there are.
+    """
+    if name not in listed():
+        hint = did_you_mean(name.lower().replace("-", ""), listed())
+        message = f"no backbone {name!r}{hint} (`penult backbones` lists them all)"
+        raise UsageError(message)
+    entries = listed()[name]
+    if wanted in (None, "DEFAULT"):
+        return entries[0]
+    for key in (wanted, f"IMAGENET1K_{wanted}"):  # V2 is short for IMAGENET1K_V2
+        if key in entries:
+            return key
+    message = f"{flag} {wanted}: {name} has {', '.join(entries)}"
+    raise UsageError(message)
+
+
+def choose_weights(name: str, wanted: str | None, flag: str) -> Any:
+    """Torchvision's entry for `choose_name`. Imports torchvision (seconds)."""
+    return weights_of(name)[choose_name(name, wanted, flag)]
 
 
 def weights_of(name: str) -> dict[str, Any]:
-    """The weights entries of a network by name, torchvision's default first.
+    """The weights entries of a network by name, torchvision's default first. Imports torchvision (seconds).
 
     Raises:
         UsageError: no such network; names the nearest.
     """
+    choose_name(name, None, "")
     import torchvision
 
-    known = names()
-    if name not in known:
-        hint = did_you_mean(name.lower().replace("-", ""), known)
-        message = f"no backbone {name!r}{hint} (`penult backbones` lists them all)"
-        raise UsageError(message)
     enum = torchvision.models.get_model_weights(name)
-    entries = {entry.name: entry for entry in enum}
-    default = getattr(enum, "DEFAULT", None)
-    if default is not None:
-        entries = {default.name: default, **entries}
-    return entries
+    return {key: enum[key] for key in listed()[name]}
 
 
-def choose_weights(name: str, wanted: str | None, flag: str) -> Any:
-    """One weights entry of a network; its default where nothing is asked for.
+def as_flag(name: str) -> str:
+    """A field of `Backbone` as the command line has it."""
+    return f"--{name.removesuffix('s') if name == 'layers' else name.replace('_', '-')}"
+
+
+def check_request(backbone: Backbone, spell: Callable[[str], str] = as_flag) -> None:
+    """Refuse what cannot be had, without opening a file: names, weights, presets, sizes, and what does not go together.
+
+    Args:
+        backbone: what is asked for.
+        spell: what one of its fields is called where it was written.
 
     Raises:
-        UsageError: unknown; names those there are.
+        UsageError: names what is wrong.
+        InputMissingError: a file is not there.
     """
-    entries = weights_of(name)
-    if wanted in (None, "DEFAULT"):
-        return next(iter(entries.values()))
-    for key in (wanted, f"IMAGENET1K_{wanted}"):  # V2 is short for IMAGENET1K_V2
-        if key in entries:
-            return entries[key]
-    message = f"{flag} {wanted}: {name} has {', '.join(entries)}"
-    raise UsageError(message)
+    name, weights, file = backbone.name, backbone.weights, backbone.weights_file
+    refused, why = {"weights", "preset"}, "has its weights inside"
+    if not backbone.is_file:
+        choose_name(name, None, "")
+        refused, why = set(backbone.stated) - {"resize", "crop", "pixel_path"}, "has the preprocessing of its weights"
+    if superfluous := [spell(each) for each in BACKBONE_FIELDS if each in refused and getattr(backbone, each) is not None]:
+        message = f"{name} {why}: leave {', '.join(superfluous)} out"
+        raise UsageError(message)
+    if missing := [path for path in (Path(name) if backbone.is_file else None, file) if path and not path.exists()]:
+        message = f"{missing[0]} does not exist"
+        raise InputMissingError(message)
+    if weights and weights.startswith("random") and backbone.seed is None:
+        message = f"{spell('weights')} {weights}: the seed must be an integer, as in random:7"
+        raise UsageError(message)
+    if not backbone.is_file and backbone.seed is None and not file:
+        choose_name(name, weights, spell("weights"))
+    if backbone.preset:
+        choose_name(name, backbone.preset, spell("preset"))
+    require_sizes(backbone.resize, backbone.crop, spell)
 
 
 def row(name: str) -> dict[str, Any]:
@@ -218,10 +278,7 @@ def load(backbone: Backbone) -> Loaded:
         InputMissingError: the weights are not here and cannot be downloaded; says which file to bring and where it goes.
         BadDataError: the file is damaged or does not fit the network.
     """
-    if superfluous := [name for name in backbone.stated if name not in ("resize", "crop", "pixel_path")]:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in superfluous)
-        message = f"{backbone.name} has the preprocessing of its weights: leave {flags} out"
-        raise UsageError(message)
+    check_request(backbone)
     entry = choose_weights(backbone.name, _preset_name(backbone), "--preset")
     file = backbone.weights_file
     if backbone.seed is not None:

@@ -10,8 +10,8 @@ from typing import Any
 from store.samples import MULTI_LABEL, SINGLE_LABEL, Row, SampleTable
 from store.splits import assign_splits, require_sizes, rule_text, split_names, untrained_labels
 
-from .options import Options
 from .samples import Sample, Task
+from .settings.groups import Options
 
 log = logging.getLogger("penult.extractor")
 

@@ -25,12 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from store.cache import FeatureCache
-from store.errors import BudgetExceededError, InputMissingError, InterruptedRunError, StorageError
+from store.errors import BudgetExceededError, InputMissingError, InterruptedRunError, StorageError, UsageError
 from store.metadata import BACKBONE, shard_paths
 from store.samples import Row, SampleTable
-from store.writer import CacheWriter, open_writer
+from store.writer import CacheWriter, open_writer, require_place
 
-from .backbones import Backbone
+from .backbones import Backbone, check_request
 from .calibration import Calibrator, count_moved
 from .decoder import Decoder
 from .division import check_splits_possible, resolve_splits, say_splits
@@ -38,14 +38,15 @@ from .files import Files
 from .fleet import Fleet, open_embedder, resolve_devices
 from .futures import in_flight
 from .metering import Meter, together
-from .options import Options, Summary, bottleneck, check_for_gpu, device_of
 from .prepare import fingerprints, library_versions, prepare_backbone
 from .preprocess import Preprocess
 from .progress import Progress, StopFlag, stop_on_signal
 from .reading import Clock, Crew, Outcome, Reader, timed
 from .samples import Sample
 from .session import Embedder, cores
+from .settings.groups import Options
 from .sources import Source
+from .summary import Summary, bottleneck
 from .tuning import Pace
 from .views import require_reference
 
@@ -60,6 +61,17 @@ def limited(samples: list[Sample], limit: int | None) -> list[Sample]:
         return samples
     ranked = sorted(samples, key=lambda sample: hashlib.sha256(sample.path).digest())[:limit]
     return sorted(ranked, key=lambda sample: sample.path)
+
+
+def list_samples(source: Source, options: Options) -> list[Sample]:
+    """What a run is about, by name and label alone.
+
+    Raises:
+        BadDataError: classes that are too small for the split.
+    """
+    samples = limited(source.samples(), options.limit)
+    check_splits_possible(samples, options, source.task)
+    return samples
 
 
 def extract(source: Source, backbone: Backbone, cache: str | Path, options: Options | None = None) -> FeatureCache:
@@ -78,14 +90,10 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
         PenultError: see the tree in ``store.errors``.
     """
     started = time.perf_counter()
-    samples = limited(source.samples(), options.limit)
+    devices = check_cheaply(backbone, cache, options)
+    samples = list_samples(source, options)
     budget = options.budget(len(samples))
-    check_splits_possible(samples, options, source.task)
-    drawn = options.drawn
-    if drawn:
-        require_reference(backbone.pixel_path)
-    devices = resolve_devices(device_of(options))
-    check_for_gpu(options.precision, devices[0], tf32=options.tf32)
+    drawn, tf32 = options.drawn, options.precision == "tf32"
     meter = Meter(*devices)
     with open_writer(cache) as writer, stop_on_signal() as stop, ExitStack() as opened:
         division = (options.val_fraction, options.test_fraction, options.seed)
@@ -106,10 +114,10 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
             facts.preprocess,
             batch_size=options.batch_size,
             outputs=facts.outputs,
-            tf32=options.tf32,
+            tf32=tf32,
         )
         opened.callback(embedder.close)
-        sets = fingerprints(facts, embedder.provider, options.storage, tf32=options.tf32, views=drawn)
+        sets = fingerprints(facts, embedder.provider, options.storage, tf32=tf32, views=drawn)
         writer.begin(*sets, facts={**notes, "versions": library_versions()})
         numbers = len(samples) * options.views * sum(embedder.dims)
         _check_disk(cache, numbers * (4 if options.storage == "float32" else 2))
@@ -130,7 +138,9 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
             Progress(len(todo), "extract", quiet=options.quiet) as progress,
             closing(reader.stream(todo, stop, decoder)) as stream,
         ):
-            batches = embedded(stream, embedder, pace, progress, clock, views=options.views, fail_fast=options.fail_fast)
+            batches = embedded(
+                stream, embedder, pace, progress, clock, views=options.views, fail_fast=options.on_error == "fail"
+            )
             while result := run_shard(batches, writer, clock):
                 for outcome in result.outcomes:
                     outcomes[outcome.index] = outcome.row
@@ -143,7 +153,7 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
         if stop:
             raise InterruptedRunError(stop.signum)
         rows = _fail_copies([row for row in outcomes if row is not None], writer.known)
-        if options.fail_fast:
+        if options.on_error == "fail":
             _fail_fast(rows)
         failed = sum(not row.ok for row in rows)
         rows, rule = resolve_splits(rows, options, source.task)
@@ -185,6 +195,34 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
     return summary
 
 
+def check_cheaply(backbone: Backbone, cache: Path, options: Options) -> list[str]:
+    """Find what is misspelt or missing before a file is opened or a network built.
+
+    Returns:
+        The devices to compute on.
+
+    Raises:
+        UsageError: no such backbone, weights or preset, or they do not fit each other.
+        InputMissingError: a file of weights or a network is not there.
+        OutputExistsError: the place of the cache is taken.
+        DeviceUnavailableError: the device is not there.
+    """
+    check_request(backbone)
+    if options.views > 1:
+        require_reference(backbone.pixel_path)
+    require_place(cache)
+    devices = resolve_devices("cpu" if options.precision == "int8" else options.device)
+    check_for_gpu(options.precision, devices[0])
+    return devices
+
+
+def check_for_gpu(precision: str, device: str) -> None:
+    """Refuse on a CPU what only a GPU gains from: there float16 is float32 with a cast before and after, and TF32 nothing."""
+    if precision in ("fp16", "tf32") and device == "cpu":
+        message = f"--precision {precision} is for a GPU, and this is the CPU: leave it out, or pass --device cuda"
+        raise UsageError(message)
+
+
 def plan(
     samples: Sequence[Sample], before: SampleTable | None, cached: Set[bytes], files: Files, options: Options
 ) -> tuple[list[Row | None], list[tuple[int, Sample]]]:
@@ -219,14 +257,14 @@ def plan(
     return rows, todo
 
 
-def preview(source: Source, cache: Path, options: Options) -> dict[str, int]:
+def preview(source: Source, backbone: Backbone, cache: Path, options: Options) -> dict[str, int]:
     """What `run_extract` would have to do, without doing any of it or writing anything.
 
     Returns:
         ``inputs``; ``unchanged``, which would not be opened; ``to_read``, of which those with unknown content are computed.
     """
-    samples = limited(source.samples(), options.limit)
-    check_splits_possible(samples, options, source.task)
+    check_cheaply(backbone, cache, options)
+    samples = list_samples(source, options)
     try:
         opened = FeatureCache(cache)
     except InputMissingError:
@@ -238,8 +276,7 @@ def preview(source: Source, cache: Path, options: Options) -> dict[str, int]:
 
 def survey(source: Source, preprocess: Preprocess, options: Options) -> SampleTable:
     """Read, hash and decode every input without embedding any: the sample table that `run_extract` would write."""
-    samples = limited(source.samples(), options.limit)
-    check_splits_possible(samples, options, source.task)
+    samples = list_samples(source, options)
     reader = Reader(source.files, preprocess, set(), Crew(options.workers or cores()))
     rows = _fail_copies([outcome.row for outcome in reader.stream(list(enumerate(samples)), StopFlag())], set())
     rows, rule = resolve_splits(rows, options, source.task)

@@ -11,7 +11,7 @@ from typing import Any
 
 from store import atomic
 from store.calibration import Calibration, write_calibration
-from store.errors import PenultError, UsageError
+from store.errors import PenultError
 from store.fingerprint import Fingerprint, file_digest, require_same
 from store.metadata import BACKBONE, all_fingerprints
 from store.writer import CacheWriter
@@ -58,9 +58,6 @@ def prepare_backbone(
     path = writer.path / BACKBONE
     remove_unfinished(path)
     request = backbone.facts()
-    if backbone.is_file and (superfluous := [name for name in ("weights", "preset") if request[name] is not None]):
-        message = f"{backbone.name} has its weights inside: leave --{', --'.join(superfluous)} out"
-        raise UsageError(message)
     file = Path(backbone.name) if backbone.is_file else backbone.weights_file
     if file is not None:
         request["file_sha256"] = digest(file) if backbone.is_file else file_digest(file)

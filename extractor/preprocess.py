@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
@@ -183,20 +184,24 @@ class Preprocess:
         return {"path": path, **facts, "mean": list(self.mean), "std": list(self.std), "probe": probe(self)}
 
 
-def require_sizes(resize: int, crop: int) -> None:
-    """Refuse sizes that somebody stated and that make no sense.
+def require_sizes(resize: int | None, crop: int | None, spell: Callable[[str], str] = "--{}".format) -> None:
+    """Refuse sizes that somebody stated and that make no sense; None is not stated.
+
+    Args:
+        resize, crop: pixels.
+        spell: what each is called where it was written.
 
     Raises:
         UsageError: beyond the limits, or a crop with black borders around the image.
     """
-    for flag, side in (("--crop", crop), ("--resize", resize)):
-        if not 1 <= side <= MAX_SIDE:
-            message = f"{flag} {side}: expected 1 to {MAX_SIDE} pixels"
+    for name, side in (("crop", crop), ("resize", resize)):
+        if side is not None and not 1 <= side <= MAX_SIDE:
+            message = f"{spell(name)} is {side}; expected 1 to {MAX_SIDE} pixels"
             raise UsageError(message)
-    if crop > resize:
+    if crop and resize and crop > resize:
         message = (
-            f"--crop {crop} is larger than --resize {resize}: every image would get black borders. "
-            f"State a --resize of at least {crop}"
+            f"{spell('crop')} {crop} is larger than {spell('resize')} {resize}: every image would get black borders. "
+            f"State a {spell('resize')} of at least {crop}"
         )
         raise UsageError(message)
 

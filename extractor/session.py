@@ -37,7 +37,6 @@ GPU_BATCHES = ((40e9, 256), (12e9, 128), (0, 64))  # by the bytes that are free 
 MAX_LANES = 16  # on a CPU; with more cores each lane gets several threads, for it keeps activations of its own
 LANES_CUDA = 2  # the copies of one batch hide behind the compute of the other
 MAX_PROLOGUE = 256 * 2**20  # bytes of a backbone file that is rewritten in memory on a CPU, see `Embedder`
-MAX_BATCH, MAX_WORKERS = 4096, 256  # beyond these a number is a slip: decoded images of a batch alone would fill the memory
 
 
 def cores() -> int:

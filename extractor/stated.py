@@ -8,12 +8,12 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from store.errors import BadDataError, UsageError, did_you_mean
+from store.errors import BadDataError, UsageError
 
 from .preprocess import FILTERS, Preprocess, require_sizes
 
@@ -55,38 +55,20 @@ def read_sidecar(file: Path) -> dict[str, Any]:
     path = file.with_suffix(".toml")
     if not path.is_file():
         return {}
-    from pydantic import BaseModel, ConfigDict, ValidationError
-
-    class Sidecar(BaseModel):
-        model_config = ConfigDict(extra="forbid", strict=True)
-        mean: float | list[float] | None = None
-        std: float | list[float] | None = None
-        input_range: float | int | None = None
-        resize: int | None = None
-        crop: int | None = None
-        interpolation: str | None = None
-        channels: Literal["rgb", "bgr"] | None = None
-        squash: bool | None = None
-        layout: Literal["nchw", "nhwc"] | None = None
-        layer: str | list[str] | None = None
-        pooling: Literal["average", "max", "token"] | None = None
+    from .settings.declaration import Place
+    from .settings.groups import SidecarSettings
 
     try:
-        stated = Sidecar(**tomllib.loads(path.read_text())).model_dump(exclude_none=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = str(first["loc"][0])
-        unknown = "unknown key" + did_you_mean(key, Sidecar.model_fields, f"known are {', '.join(Sidecar.model_fields)}")
-        message = f"{path}: {key}: {unknown if first['type'] == 'extra_forbidden' else first['msg']}"
-        raise UsageError(message) from error
-    except (OSError, ValueError) as error:
+        document = tomllib.loads(path.read_text())
+        if isinstance(document.get("layer"), str):
+            document["layer"] = [document["layer"]]
+        given = {"layers" if key == "layer" else key: value for key, value in document.items()}
+        stated = SidecarSettings.read(given, Place(lambda _, name: "layer" if name == "layers" else name)).given()
+    except (OSError, ValueError) as error:  # of the file, of TOML, or of a setting
         message = f"{path}: {error}"
         raise UsageError(message) from error
-    for name in ("mean", "std"):
-        if name in stated:
-            stated[name] = tuple(np.atleast_1d(stated[name]).astype(float).tolist())
-    if isinstance(stated.get("layer"), str):
-        stated["layer"] = [stated["layer"]]
+    if layers := stated.pop("layers", ()):
+        stated["layer"] = list(layers)
     return stated
 
 

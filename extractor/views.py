@@ -15,7 +15,6 @@ from store.errors import UsageError
 from .augment import Augmentation
 from .preprocess import Preprocess, probe_image
 
-MAX_VIEWS = 64  # decoded images wait in memory, and each has so many
 PROBES = 16  # draws for the probe: a policy makes one or two of its changes in each
 
 
@@ -27,22 +26,11 @@ class Views:
         count: of each image; the first one is the image as it is.
         seed: of all draws.
         augmentation: what is drawn.
-
-    Raises:
-        UsageError: a number that cannot be meant, or an augmentation that changes nothing.
     """
 
     count: int
     seed: int
     augmentation: Augmentation
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.count <= MAX_VIEWS:
-            message = f"--views {self.count}: expected 1 to {MAX_VIEWS}"
-            raise UsageError(message)
-        if not self.augmentation:
-            message = f"--views {self.count} without an augmentation is {self.count} times the same; leave one of them out"
-            raise UsageError(message)
 
     def pixels(self, image: Image.Image, digest: bytes, preprocess: Preprocess) -> NDArray[np.uint8]:
         """All views of an image: ``(count, crop, crop, 3)`` uint8.

@@ -81,14 +81,31 @@ def commit(path: Path, data: bytes | Iterable[bytes]) -> None:
 
 
 def require_free(path: Path, *, overwrite: bool) -> None:
-    """Look, before any work is done, whether something may be written in a place.
+    """Look, before any work is done, whether a file may be written in a place.
 
     Raises:
         OutputExistsError: something is there, and may not be replaced.
+        OutputError: the folder is not there, or may not be written to.
     """
     if path.exists() and not overwrite:
         message = f"{path} exists; choose another name or pass --overwrite"
         raise OutputExistsError(message)
+    if not path.absolute().parent.exists():
+        message = f"cannot write {path}: there is no folder {path.parent}"
+        raise OutputError(message)
+    require_room(path)
+
+
+def require_room(path: Path) -> None:
+    """Look, before any work is done, whether a folder, and those above it that are missing, can be made.
+
+    Raises:
+        OutputError: the nearest that is there is a file, or may not be written to.
+    """
+    nearest = next(each for each in path.absolute().parents if each.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+        message = f"cannot create {path}: {nearest} is {'read-only' if nearest.is_dir() else 'not a folder'}"
+        raise OutputError(message)
 
 
 def require_replaceable(path: Path) -> None:

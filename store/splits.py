@@ -11,6 +11,8 @@ from typing import Any
 from .errors import BadDataError, UsageError
 from .samples import Row
 
+SHOWN = 10  # classes in a message; there can be thousands
+
 
 def merge_groups(groups: Sequence[bytes], contents: Sequence[bytes]) -> list[bytes]:
     """What must stay together: samples of one group, samples of one content, and whatever these two connect.
@@ -56,15 +58,17 @@ def require_sizes(groups_per_class: Mapping[str, int], names: Sequence[str]) -> 
     """Refuse classes that cannot be in every split.
 
     Raises:
-        BadDataError: a class has fewer distinct samples or groups than there are splits; names it.
+        BadDataError: classes have fewer distinct samples or groups than there are splits; names them all.
     """
-    for label, count in sorted(groups_per_class.items()):
-        if count < len(names):
-            message = (
-                f"class {label!r} has {count} distinct sample(s) or group(s), too few for {', '.join(names)}. "
-                f"Add samples, leave the class out, or ask for fewer splits (--val-fraction 0, --test-fraction 0)"
-            )
-            raise BadDataError(message)
+    small = [(label, count) for label, count in sorted(groups_per_class.items()) if count < len(names)]
+    if small:
+        listed = ", ".join(f"class {label!r} has {count}" for label, count in small[:SHOWN])
+        more = f" and {len(small) - SHOWN} more classes have no more" if len(small) > SHOWN else ""
+        message = (
+            f"{listed} distinct sample(s) or group(s){more}: too few for {', '.join(names)}. "
+            f"Add samples, leave the class out, or ask for fewer splits (--val-fraction 0, --test-fraction 0)"
+        )
+        raise BadDataError(message)
 
 
 def hash_rank_split(labels: Sequence[str], groups: Sequence[bytes], *, val: float, test: float, seed: int = 0) -> list[str]:

@@ -253,9 +253,7 @@ def open_writer(path: Path) -> Iterator[CacheWriter]:
         OutputError: it cannot be created.
     """
     created = not path.exists()
-    if not created and not _is_ours(path):
-        message = f"{path} exists and is not a penult cache; choose another name"
-        raise OutputExistsError(message)
+    require_place(path)
     try:
         atomic.make_directory(path / "shards")
     except OSError as error:
@@ -274,6 +272,19 @@ def open_writer(path: Path) -> Iterator[CacheWriter]:
                 with suppress(OSError):
                     _remove_empty(path)
             raise
+
+
+def require_place(path: Path) -> None:
+    """Look, before any work is done, whether a cache may be written in a place.
+
+    Raises:
+        OutputExistsError: it is taken by something that is not a cache.
+        OutputError: no folder can be made there.
+    """
+    if path.exists() and not _is_ours(path):
+        message = f"{path} exists and is not a penult cache; choose another name"
+        raise OutputExistsError(message)
+    atomic.require_room(path)
 
 
 def _is_ours(path: Path) -> bool:

@@ -19,10 +19,11 @@ from classifiers.fuse import fuse, selftest
 from classifiers.heads import make_head
 from classifiers.heldout import evaluate_bundle
 from classifiers.predict import Predictor
+from classifiers.settings import TrainOptions
 from classifiers.train import made_from
 from extractor.backbones import Backbone
-from extractor.options import Options
 from extractor.pipeline import run_extract
+from extractor.settings.groups import Options
 from extractor.sources import open_source
 from store.cache import FeatureCache
 from store.verify import verify_cache
@@ -107,8 +108,9 @@ def test_a_job_does_not_train_again_what_it_has(name: str) -> None:
     made = BUNDLES[name]
     cache = FeatureCache(V1 / made["cache"], made.get("layer"))
     head = make_head(made["head"], cache.samples.task, seed=0, **made.get("settings", {}))
-    training = {key: made["training"][key] for key in ("pictures", "average_views") if key in made["training"]}
-    assert made_from(cache, head, **training, val=None, test=None, split_seed=0) == made["made_from"]
+    given = made["training"]
+    options = TrainOptions(thumbnails=given.get("pictures", True), average_views=given.get("average_views", False))
+    assert made_from(cache, head, options) == made["made_from"]
     assert Bundle.load(V1 / name).made_from == made["made_from"]
 
 

@@ -7,15 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-import click
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-import cli
 from extractor.augment import NAMES, NONE, POLICIES, STANDARD, Augmentation, neutral, random_box
 from extractor.preprocess import Preprocess
+from extractor.settings.groups import AugmentSettings
 from store.errors import UsageError
 
 PIXELS = Preprocess(72, 64, "bilinear", (0.5, 0.25, 0.75), (0.2, 0.2, 0.2))
@@ -190,20 +189,14 @@ def test_what_cannot_be_meant_is_refused_by_name(changes: dict[str, Any]) -> Non
         Augmentation(**changes)
 
 
-def test_names_are_those_of_the_command_line() -> None:
-    for command in ("extract", "finetune"):
-        option = next(each for each in cli.cli.commands[command].params if each.name == "augment")
-        assert isinstance(option.type, click.Choice)
-        assert tuple(option.type.choices) == NAMES
+def test_names() -> None:
     assert all(isinstance(Augmentation.named(name), Augmentation) for name in NAMES)
     with pytest.raises(UsageError, match="trivialaugment"):
         Augmentation.named("trivial")
 
 
-def test_flags_change_what_a_name_stands_for() -> None:
-    flags: dict[str, Any] = dict.fromkeys(["rotation", "translation", "shear", "zoom", "brightness", "contrast", "crop_area"])
-    flags |= {"augment": "randaugment", "no_augment": False, "vertical_flip": False, "no_flip": False}
-    assert cli.augmentation_from(flags) == replace(STANDARD, policy="randaugment")
-    assert cli.augmentation_from({**flags, "no_augment": True, "rotation": 15.0}) == replace(NONE, rotation=15.0)
-    changed = cli.augmentation_from({**flags, "crop_area": 0.08, "vertical_flip": True, "no_flip": True})
+def test_settings_change_what_a_name_stands_for() -> None:
+    assert AugmentSettings(augment="randaugment").augmentation == replace(STANDARD, policy="randaugment")
+    assert AugmentSettings(augment="none", rotation=15.0).augmentation == replace(NONE, rotation=15.0)
+    changed = AugmentSettings(crop_area=0.08, flip="vertical").augmentation
     assert (changed.area, changed.vertical_flip, changed.flip) == ((0.08, 1.0), 0.5, 0.0)

@@ -18,17 +18,17 @@ import onnx
 import pytest
 
 from classifiers.bundle import Bundle, save_bundle
-from classifiers.finetune_options import FineTuneOptions
 from classifiers.fuse import fuse, selftest
 from classifiers.fused import Fused
 from classifiers.predict import Predictor
 from classifiers.report import report_again
+from classifiers.settings import FineTuneSettings, ReportSettings, TrainOptions
 from classifiers.train import make_head, train_finetuned, train_head
 from extractor import onnxfile
 from extractor.backbones import Backbone
 from extractor.onnxfile import facts_in, read_facts, write_facts
-from extractor.options import Options
 from extractor.pipeline import run_extract
+from extractor.settings.groups import Options
 from extractor.sources import ImageFolder
 from store.cache import FeatureCache
 from store.compact import write_compact
@@ -67,7 +67,9 @@ def made(tmp_path_factory: pytest.TempPathFactory, dataset: Any) -> Path:
     other_network(folder / "a.onnx", folder / "b.onnx")
     for name in ("a", "b"):
         extract(folder / "photos", folder / f"{name}.onnx", folder / f"{name}.cache")
-    train_head(FeatureCache(folder / "a.cache"), folder / "a.head", make_head("logistic", C=1.0), pictures=False)
+    train_head(
+        FeatureCache(folder / "a.cache"), folder / "a.head", make_head("logistic", C=1.0), TrainOptions(thumbnails=False)
+    )
     return folder
 
 
@@ -86,7 +88,7 @@ def extract(photos: Path, network: Path, cache: Path, **options: Any) -> None:
 
 
 def train(cache: Path, out: Path) -> Bundle:
-    return train_head(FeatureCache(cache), out, make_head("logistic", C=1.0), pictures=False)
+    return train_head(FeatureCache(cache), out, make_head("logistic", C=1.0), TrainOptions(thumbnails=False))
 
 
 def digest(path: Path) -> str:
@@ -102,12 +104,12 @@ def changes(file: Path, other: Path) -> Iterator[bytes]:
 
 
 def test_another_network_in_a_cache_is_in_no_bundle(made: Path, cache: Path, tmp_path: Path) -> None:
-    bundle = Bundle.load(made / "a.head")
-    name = Backbone("squeezenet1_1", "random:0", resize=72, crop=64)
+    network: dict[str, Any] = {"backbone": "squeezenet1_1", "weights": "random:0", "resize": 72, "crop": 64}
+    settings = FineTuneSettings(**network, init_head=made / "a.head")
     uses: list[Callable[[], object]] = [
         lambda: train(cache, tmp_path / "new.head"),
         lambda: write_compact(FeatureCache(cache), tmp_path / "new.h5"),
-        lambda: train_finetuned(FeatureCache(cache), tmp_path / "new.head", name, FineTuneOptions(), init_head=bundle),
+        lambda: train_finetuned(FeatureCache(cache), tmp_path / "new.head", settings),
     ]
     for data in changes(cache / "backbone.onnx", made / "b.cache/backbone.onnx"):
         (cache / "backbone.onnx").write_bytes(data)
@@ -173,7 +175,7 @@ def test_files_replaced_after_they_were_looked_at(made: Path, bundle: Path, tmp_
         list(predictor.predict([picture]))
     shutil.copyfile(made / "a.cache/backbone.onnx", bundle / "backbone.onnx")
     loaded = Bundle.load(bundle)
-    train_head(FeatureCache(made / "b.cache"), tmp_path / "b.head", make_head("centroid"), pictures=False)
+    train_head(FeatureCache(made / "b.cache"), tmp_path / "b.head", make_head("centroid"), TrainOptions(thumbnails=False))
     for name in ("head.onnx", "novelty.h5"):
         shutil.copyfile(tmp_path / "b.head" / name, bundle / name)
     with pytest.raises(BadDataError, match=r"head\.onnx is not the file that was saved"):
@@ -255,7 +257,7 @@ def test_the_same_network_with_other_images(made: Path, cache: Path, tmp_path: P
     sorted(fewer.rglob("*.jpg"))[0].unlink()
     extract(fewer, made / "a.onnx", cache, overwrite=True)
     with pytest.raises(LockedError):
-        train_head(opened, tmp_path / "new.head", make_head("centroid"), pictures=False)
+        train_head(opened, tmp_path / "new.head", make_head("centroid"), TrainOptions(thumbnails=False))
 
 
 def test_a_page_is_of_one_cache(made: Path, bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,7 +268,7 @@ def test_a_page_is_of_one_cache(made: Path, bundle: Path, cache: Path, monkeypat
         return FeatureCache(path, layer)
 
     monkeypatch.setattr("classifiers.report.FeatureCache", counted)
-    assert report_again(Bundle.load(bundle), cache, pictures=False)
+    assert report_again(Bundle.load(bundle), cache, ReportSettings(thumbnails=False))
     assert opened == [cache], "neighbours are looked for among the features that the figures are of"
 
 
@@ -312,7 +314,7 @@ sys.addaudithook(hook)
 sys.path[:] = json.loads(sys.argv[1])
 from pathlib import Path
 from extractor.backbones import Backbone
-from extractor.options import Options
+from extractor.settings.groups import Options
 from extractor.pipeline import run_extract
 from extractor.sources import ImageFolder
 for line in sys.stdin:
@@ -392,7 +394,7 @@ def test_beside_an_extract_that_replaces_everything(
 
     def use(number: int, cache: FeatureCache) -> None:
         if number % 4 < 2:
-            train_head(cache, results[0], make_head("centroid"), pictures=False, overwrite=True)
+            train_head(cache, results[0], make_head("centroid"), TrainOptions(thumbnails=False), overwrite=True)
         else:
             write_compact(cache, results[1], overwrite=True)
 

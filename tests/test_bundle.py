@@ -19,11 +19,12 @@ from classifiers.compare import compare
 from classifiers.comparison import comparison_report
 from classifiers.heldout import assign_roles, evaluate_bundle
 from classifiers.predict import Predictor, list_images
+from classifiers.settings import TrainOptions
 from classifiers.text import evaluation_text
 from classifiers.train import make_head, save_head, train_head
 from extractor.backbones import Backbone
-from extractor.options import Options
 from extractor.pipeline import extract
+from extractor.settings.groups import Options
 from extractor.sources import ImageFolder
 from store.cache import FeatureCache
 from store.errors import BadDataError, InputMissingError, OutputExistsError, UsageError
@@ -153,7 +154,9 @@ def test_what_was_fitted_is_refused(bundle: Bundle, cache: FeatureCache) -> None
 
 
 def test_a_split_of_its_own_is_evaluated_on_that_split(cache: FeatureCache, tmp_path: Path) -> None:
-    own = train_head(cache, tmp_path / "own.head", make_head("logistic", C=1.0), val=0.1, test=0.4, split_seed=7)
+    own = train_head(
+        cache, tmp_path / "own.head", make_head("logistic", C=1.0), TrainOptions(val_fraction=0.1, test_fraction=0.4, seed=7)
+    )
     evaluation, predictions = evaluate_bundle(own, cache.path)
     assert evaluation.n == 24
     assert predictions.ids == own.predictions().ids
@@ -253,7 +256,7 @@ def test_compare_lines_up_the_same_images_and_refuses_others(bundle: Bundle, cac
     html = comparison_report(found, notes=["<script>alert(1)</script>"])
     assert "weak.head" in html
     assert "<script>" not in html
-    other = train_head(cache, tmp_path / "other.head", make_head("logistic", C=1.0), test=0.3)
+    other = train_head(cache, tmp_path / "other.head", make_head("logistic", C=1.0), TrainOptions(test_fraction=0.3))
     with pytest.raises(BadDataError, match="there is nothing to compare") as caught:
         compare([bundle, other])
     assert "other.head was trained with --val-fraction or --test-fraction, on a split of its own" in str(caught.value)

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import pytest
 from classifiers import batches
 from classifiers.checkpoints import Checkpoints
 from classifiers.finetune import FineTuned, finetune
-from classifiers.finetune_options import FineTuneOptions
+from classifiers.settings import FineTuneOptions
 from extractor.backbones import Backbone
 from store.errors import BadDataError, InterruptedRunError, LockedError, OutputExistsError
 from store.lock import file_lock
@@ -37,8 +37,8 @@ import json, os, signal, sys
 from pathlib import Path
 from classifiers.batches import Batches
 from classifiers.checkpoints import Checkpoints
-from classifiers.finetune import FineTuneOptions, finetune
-from extractor.augment import Augmentation
+from classifiers.finetune import finetune
+from classifiers.settings import FineTuneOptions
 from extractor.backbones import Backbone
 
 import lightning.pytorch, torchvision
@@ -58,16 +58,15 @@ for backbone, options, folder in told["runs"]:
         _, status = os.wait()
         print(os.waitstatus_to_exitcode(status))
         continue
-    options["augment"] = Augmentation(**options["augment"])
     options, backbone = FineTuneOptions(**options), Backbone.from_facts(backbone)
     finetune(*items, 2, backbone, options, checkpoints=Checkpoints(Path(folder)))
     break
 """
 RUNS = {
-    "dropout-cosine": (SQUEEZE, replace(FAST, dropout=0.3, warmup=1.0)),
+    "dropout-cosine": (SQUEEZE, FAST.replace(dropout=0.3, warmup=1.0)),
     "plateau-average": (
         SHUFFLE,
-        replace(FAST, optimizer="adamw", schedule="plateau", min_delta=9.0, ema=0.8, batch_statistics=True),
+        FAST.replace(optimizer="adamw", schedule="plateau", min_delta=9.0, ema=0.8, batch_statistics=True),
     ),
 }
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -87,7 +86,7 @@ def killed(pictures: tuple[Items, Items], once: Once) -> Path:
     items = [[(str(path), label) for path, label in part] for part in pictures]
 
     def make(folder: Path) -> None:
-        runs = [(backbone.facts(), asdict(options), str(folder / name)) for name, (backbone, options) in RUNS.items()]
+        runs = [(backbone.facts(), options.given(), str(folder / name)) for name, (backbone, options) in RUNS.items()]
         told = {"items": items, "runs": runs, "kill_at": 1 + 2 * IN_AN_EPOCH + 2}
         done = subprocess.run(
             [sys.executable, "-c", RUN, json.dumps(told)],
@@ -188,22 +187,22 @@ def test_other_settings_do_not_go_on(
     pictures: tuple[Items, Items], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     kept = Checkpoints(tmp_path / "kept", out="pets.head", images="a" * 64)
-    finetune(*pictures, 2, SHUFFLE, replace(FAST, epochs=1), checkpoints=kept)
+    finetune(*pictures, 2, SHUFFLE, FAST.replace(epochs=1), checkpoints=kept)
     expected = r"pets.head has an unfinished run of 1 epoch.*\(lr: 0.01, now 0.02\).*--overwrite throws it away"
     with pytest.raises(OutputExistsError, match=expected):
-        finetune(*pictures, 2, SHUFFLE, replace(FAST, epochs=1, lr=0.02), checkpoints=kept)
+        finetune(*pictures, 2, SHUFFLE, FAST.replace(epochs=1, lr=0.02), checkpoints=kept)
     with pytest.raises(OutputExistsError, match=r"images: aaaaaaaaaaaa\.\., now bbbb"):
-        finetune(*pictures, 2, SHUFFLE, replace(FAST, epochs=1), checkpoints=replace(kept, images="b" * 64))
+        finetune(*pictures, 2, SHUFFLE, FAST.replace(epochs=1), checkpoints=replace(kept, images="b" * 64))
     other = replace(SHUFFLE, weights="random:1")
     with pytest.raises(OutputExistsError, match="weights: "):
-        finetune(*pictures, 2, other, replace(FAST, epochs=1), checkpoints=kept)
-    tuned = finetune(*pictures, 2, SHUFFLE, replace(FAST, epochs=1, lr=0.02), checkpoints=replace(kept, overwrite=True))
+        finetune(*pictures, 2, other, FAST.replace(epochs=1), checkpoints=kept)
+    tuned = finetune(*pictures, 2, SHUFFLE, FAST.replace(epochs=1, lr=0.02), checkpoints=replace(kept, overwrite=True))
     assert tuned.history[1]["lr"] == 0.02
     assert "an unfinished run of 1 epoch(s) is thrown away (lr: 0.01, now 0.02)" in caplog.text
 
 
 def test_what_stopped_early_does_not_go_on(pictures: tuple[Items, Items], tmp_path: Path, made: list[Any]) -> None:
-    kept, early = Checkpoints(tmp_path / "kept"), replace(FAST, epochs=9, patience=1, min_delta=9.0)
+    kept, early = Checkpoints(tmp_path / "kept"), FAST.replace(epochs=9, patience=1, min_delta=9.0)
     first = finetune(*pictures, 2, SHUFFLE, early, checkpoints=kept)
     assert first.history[-1]["epoch"] == 2
     made.clear()
@@ -213,10 +212,10 @@ def test_what_stopped_early_does_not_go_on(pictures: tuple[Items, Items], tmp_pa
 
 
 def test_workers_may_change(pictures: tuple[Items, Items], tmp_path: Path, made: list[Any]) -> None:
-    kept, once = Checkpoints(tmp_path / "kept"), replace(FAST, epochs=1)
+    kept, once = Checkpoints(tmp_path / "kept"), FAST.replace(epochs=1)
     finetune(*pictures, 2, SHUFFLE, once, checkpoints=kept)
     made.clear()
-    finetune(*pictures, 2, SHUFFLE, replace(once, workers=2), checkpoints=kept)
+    finetune(*pictures, 2, SHUFFLE, once.replace(workers=2), checkpoints=kept)
     assert made == []
 
 
@@ -234,7 +233,7 @@ def test_a_file_that_is_no_checkpoint_starts_over(
 ) -> None:
     import torch
 
-    kept, once = Checkpoints(tmp_path / "kept"), replace(FAST, epochs=1)
+    kept, once = Checkpoints(tmp_path / "kept"), FAST.replace(epochs=1)
     first = finetune(*pictures, 2, SHUFFLE, once, checkpoints=kept)
     if damage == "cut":
         kept.file.write_bytes(kept.file.read_bytes()[:5000])
@@ -263,5 +262,5 @@ def test_one_run_at_a_time(pictures: tuple[Items, Items], tmp_path: Path) -> Non
 
 def test_a_loss_that_diverged_leaves_nothing(pictures: tuple[Items, Items], tmp_path: Path) -> None:
     with pytest.raises(BadDataError, match="use a lower rate"):
-        finetune(*pictures, 2, SQUEEZE, replace(FAST, lr=1e30), checkpoints=Checkpoints(tmp_path / "kept"))
+        finetune(*pictures, 2, SQUEEZE, FAST.replace(lr=1e30), checkpoints=Checkpoints(tmp_path / "kept"))
     assert not (tmp_path / "kept").exists()

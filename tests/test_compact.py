@@ -15,8 +15,8 @@ import pytest
 from classifiers.heldout import evaluate_bundle
 from classifiers.train import make_head, train_head
 from extractor.backbones import Backbone
-from extractor.options import Options
 from extractor.pipeline import run_extract
+from extractor.settings.groups import Options
 from extractor.sources import ImageFolder
 from store.cache import FeatureCache
 from store.compact import prune, write_compact

@@ -21,11 +21,12 @@ from classifiers.compare import Comparison, Entrant, compare, compare_entrants
 from classifiers.comparison import comparison_report, comparison_text
 from classifiers.labelcurve import SHARES, _ranked_groups, _rows, _sentence, label_curve
 from classifiers.paired import Change, holm, mcnemar, needed_images, paired, score_interval
+from classifiers.settings import TrainOptions
 from classifiers.train import make_head, train_head
 from classifiers.verdict import NOT_WORTH, UNKNOWN, WORTH, Verdict, judge
 from extractor.backbones import Backbone
-from extractor.options import Options
 from extractor.pipeline import extract
+from extractor.settings.groups import Options
 from extractor.sources import ImageFolder
 from store.cache import FeatureCache, Subset
 from store.errors import BadDataError, FingerprintMismatchError, UsageError
@@ -320,7 +321,7 @@ def test_the_command(penult: Penult, bundles: Sequence[Bundle], cache: FeatureCa
     assert (facts["baseline"], facts["n"], facts["worthwhile"]) == ("logistic.head", 8, 0.025)
     assert facts["bundles"][0]["name"] == "logistic.head"
     assert facts["bundles"][1]["verdict"]["sentence"]
-    other = train_head(cache, tmp_path / "other.head", make_head("ridge"), test=0.3)
+    other = train_head(cache, tmp_path / "other.head", make_head("ridge"), TrainOptions(test_fraction=0.3))
     code, _, err = penult("compare", paths[0], other.path)
     assert (code, "there is nothing to compare" in err) == (65, True)
     assert penult("compare", paths[0], paths[1], "--worthwhile", "0")[0] == 2

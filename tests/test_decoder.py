@@ -27,11 +27,12 @@ from extractor import decoder as decoding
 from extractor.backbones import Backbone
 from extractor.decoder import Decoder
 from extractor.images import ImageError, decode
-from extractor.options import Options, Summary
 from extractor.pipeline import run_extract
 from extractor.preprocess import Preprocess
 from extractor.progress import StopFlag
+from extractor.settings.groups import Options
 from extractor.sources import ImageFolder
+from extractor.summary import Summary
 from store.cache import FeatureCache
 from store.errors import InterruptedRunError, PenultError
 
@@ -282,7 +283,7 @@ sys.path.insert(0, request["repo"])
 from pathlib import Path
 import extractor.decoder as decoding
 from extractor.backbones import Backbone
-from extractor.options import Options
+from extractor.settings.groups import Options
 from extractor.pipeline import run_extract
 from extractor.preprocess import Preprocess
 from extractor.sources import ImageFolder

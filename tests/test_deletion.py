@@ -19,13 +19,14 @@ from onnx import TensorProto, helper, numpy_helper
 from classifiers import demo, jobs
 from classifiers.bundle import Bundle, install, refuse_existing, remove_leftovers
 from classifiers.checkpoints import LAST, Checkpoints
+from classifiers.settings import TrainOptions
 from classifiers.train import make_head, train_head
 from extractor import onnxfile
 from extractor.backbones import Backbone
 from extractor.onnxfile import MARKER, BackboneFacts, Layer, data_files, remove_unfinished, replacing, save, write_facts
-from extractor.options import Options
 from extractor.pipeline import run_extract
 from extractor.preprocess import Preprocess
+from extractor.settings.groups import Options
 from extractor.sources import ImageFolder
 from store import atomic
 from store.cache import FeatureCache
@@ -92,7 +93,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory, dataset: MakeDataset) -> Pa
 def bundle(tmp_path_factory: pytest.TempPathFactory, network: Path, photos: Path) -> Bundle:
     folder = tmp_path_factory.mktemp("bundle")
     run_extract(ImageFolder(photos), Backbone(str(network)), folder / "c.cache", Options(quiet=True))
-    return train_head(FeatureCache(folder / "c.cache"), folder / "c.head", make_head("logistic", C=1.0), pictures=False)
+    return train_head(
+        FeatureCache(folder / "c.cache"), folder / "c.head", make_head("logistic", C=1.0), TrainOptions(thumbnails=False)
+    )
 
 
 @pytest.fixture

@@ -432,8 +432,8 @@ def test_a_folder_that_is_not_there_is_found_out_before_any_work(tmp_path: Path)
     ("sizes", "sentence"),
     [
         ({"crop": 288}, "--crop 288 is larger than --resize 256: every image would get black borders"),
-        ({"resize": 0}, "--resize 0: expected 1 to 4096 pixels"),
-        ({"resize": 10**8, "crop": 64}, "--resize 100000000: expected 1 to 4096 pixels"),
+        ({"resize": 0}, "--resize is 0; expected 1 to 4096 pixels"),
+        ({"resize": 10**8, "crop": 64}, "--resize is 100000000; expected 1 to 4096 pixels"),
     ],
 )
 def test_sizes_that_make_no_sense_are_refused(sizes: dict[str, int], sentence: str) -> None:

@@ -24,9 +24,10 @@ import store.writer
 from extractor.backbones import Backbone
 from extractor.images import decode
 from extractor.onnxfile import read_facts
-from extractor.options import Options, Summary
 from extractor.pipeline import extract, run_extract
+from extractor.settings.groups import Options
 from extractor.sources import ImageFolder, Manifest, Source
+from extractor.summary import Summary
 from store import hdf5
 from store.cache import FeatureCache
 from store.errors import (
@@ -377,7 +378,7 @@ def test_budgets_are_numbers_or_shares(text: str, inputs: int, allowed: int) -> 
 
 @pytest.mark.parametrize("text", ["", "few", "%", "1.5"])
 def test_other_budgets_are_usage_errors(text: str) -> None:
-    with pytest.raises(UsageError, match="--max-failures"):
+    with pytest.raises(UsageError, match="max_failures is"):
         Options(max_failures=text).budget(10)
 
 
@@ -410,7 +411,7 @@ def test_failing_fast_names_the_first_bad_file(run: Run, photos: Path, tmp_path:
     data = shutil.copytree(photos, tmp_path / "data")
     (data / "ants/_bad.jpg").write_bytes(b"")
     with pytest.raises(BudgetExceededError, match=r"ants/_bad\.jpg: not_an_image: the file is empty"):
-        run(data, tmp_path / "c", fail_fast=True)
+        run(data, tmp_path / "c", on_error="fail")
     with pytest.raises(InputMissingError, match="unfinished"):
         FeatureCache(tmp_path / "c")
 
@@ -544,7 +545,7 @@ sys.path.insert(0, request["repo"])
 from pathlib import Path
 import store.writer
 from extractor.backbones import Backbone
-from extractor.options import Options
+from extractor.settings.groups import Options
 from extractor.pipeline import run_extract
 from extractor.sources import ImageFolder
 from store.errors import PenultError

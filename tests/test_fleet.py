@@ -18,9 +18,9 @@ from extractor import fleet
 from extractor.backbones import Backbone
 from extractor.fleet import Fleet, resolve_devices
 from extractor.onnxfile import read_facts
-from extractor.options import Options
 from extractor.pipeline import run_extract
 from extractor.session import Embedder
+from extractor.settings.groups import Options
 from extractor.sources import ImageFolder
 from store.cache import FeatureCache
 from store.errors import BadDataError, DeviceUnavailableError, UsageError

@@ -18,10 +18,10 @@ from extractor.export import export
 from extractor.foreign import import_onnx
 from extractor.images import decode
 from extractor.onnxfile import BackboneFacts, read_facts
-from extractor.options import Options
 from extractor.parity import relative_l2
 from extractor.pipeline import run_extract
 from extractor.session import Embedder
+from extractor.settings.groups import Options
 from extractor.sources import ImageFolder
 from store.cache import FeatureCache
 from store.errors import BadDataError, InputMissingError, PenultError, UsageError
@@ -340,11 +340,11 @@ def test_a_backbone_too_large_for_one_file_keeps_its_weights_beside_it(
         ({}, {"mean": (float("nan"),), "std": (1.0,)}, UsageError, "--mean nan,nan,nan: expected numbers"),
         ({}, {"mean": (123.7,), "std": (58.4,)}, UsageError, r"is of pixels in 0\.\.255.*State --input-range 255"),
         ({}, {**HALF, "input_range": 255.0}, UsageError, r"are of pixels in 0\.\.1.*Leave --input-range out"),
-        ({}, {**HALF, "resize": 0}, UsageError, "--resize 0: expected 1 to 4096 pixels"),
-        ({}, {**HALF, "resize": 10**9}, UsageError, "--resize 1000000000: expected 1 to 4096 pixels"),
+        ({}, {**HALF, "resize": 0}, UsageError, "--resize is 0; expected 1 to 4096 pixels"),
+        ({}, {**HALF, "resize": 10**9}, UsageError, "--resize is 1000000000; expected 1 to 4096 pixels"),
         ({}, {**HALF, "resize": 8}, UsageError, "--crop 16 is larger than --resize 8: every image would get black borders"),
         ({}, {**HALF, "resize": 20, "squash": True}, UsageError, "--squash resizes to the square of 16 pixels itself"),
-        ({"side": "s"}, {**HALF, "crop": -5}, UsageError, "--crop -5: expected 1 to 4096 pixels"),
+        ({"side": "s"}, {**HALF, "crop": -5}, UsageError, "--crop is -5; expected 1 to 4096 pixels"),
         ({}, {**HALF, "layers": ("flat", "flat")}, UsageError, "--layer flat --layer flat: one of them stands there twice"),
         ({}, {**HALF, "crop": 20}, UsageError, r"--crop 20: .* takes 16 x 16 pixels"),
         ({}, {**HALF, "interpolation": "magic"}, UsageError, "--interpolation magic: expected nearest, bilinear"),
@@ -392,10 +392,10 @@ def test_a_sidecar_says_what_the_file_does_not(tmp_path: Path) -> None:
     assert (facts.preprocess.resize, facts.preprocess.interpolation, facts.layer) == (20, "bicubic", "flat")
     assert import_onnx(Backbone(str(file), resize=24), tmp_path / "m.onnx").preprocess.resize == 24  # a flag wins
     sidecar.write_text("maen = 0.5\n")
-    with pytest.raises(UsageError, match=r"net.toml: maen: unknown key; did you mean 'mean'"):
+    with pytest.raises(UsageError, match=r"net.toml: there is no setting 'maen'; did you mean 'mean'"):
         import_onnx(Backbone(str(file)), tmp_path / "m.onnx")
     sidecar.write_text("mean = 'half'\n")
-    with pytest.raises(UsageError, match=r"net.toml: mean: "):
+    with pytest.raises(UsageError, match=r'net.toml: mean is "half"; expected a list'):
         import_onnx(Backbone(str(file)), tmp_path / "m.onnx")
     sidecar.write_text("mean = \n")
     with pytest.raises(UsageError, match=r"net.toml: "):

@@ -26,19 +26,19 @@ from PIL import Image
 
 from classifiers import fused as format_of
 from classifiers.bundle import Bundle, save_bundle
-from classifiers.finetune_options import FineTuneOptions
 from classifiers.fuse import PARITY, fuse, rounding_nodes, selftest
 from classifiers.fused import Fused, golden_pictures
 from classifiers.heldout import evaluate_bundle
 from classifiers.predict import Predictor, list_images
+from classifiers.settings import FineTuneSettings
 from classifiers.train import make_head, train_finetuned, train_head
 from extractor import onnxfile
 from extractor.backbones import Backbone
 from extractor.half import halve
 from extractor.onnxfile import BackboneFacts, Layer, read_facts, save, write_facts
-from extractor.options import Options
 from extractor.pipeline import run_extract
 from extractor.preprocess import Preprocess
+from extractor.settings.groups import Options
 from extractor.sources import ImageFolder
 from store.cache import FeatureCache
 from store.errors import BadDataError, InputMissingError, OutputError, OutputExistsError, PenultError
@@ -205,8 +205,7 @@ def test_a_fine_tuned_network(photos: Path, tmp_path: Path) -> None:
     tuned = train_finetuned(
         ImageFolder(photos),
         tmp_path / "t.head",
-        Backbone("resnet18", "random:0", resize=40, crop=32),
-        FineTuneOptions(epochs=1, device="cpu", quiet=True),
+        FineTuneSettings(backbone="resnet18", weights="random:0", resize=40, crop=32, epochs=1, device="cpu", quiet=True),
     )
     fused = fuse(tuned, tmp_path / "t.onnx")
     assert (fused.kind, fused.fingerprint["storage"]) == ("fine-tuned", "float32")
@@ -419,7 +418,7 @@ def test_what_is_taken_is_not_overwritten(bundle: Bundle, tmp_path: Path) -> Non
         fuse(bundle, tmp_path / "c.onnx")
     with pytest.raises(OutputExistsError, match="choose another name"):
         fuse(bundle, bundle.path, overwrite=True)
-    with pytest.raises(OutputError, match="No such file or directory"):
+    with pytest.raises(OutputError, match="there is no folder"):
         fuse(bundle, tmp_path / "no/c.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["c.onnx"]
     assert (tmp_path / "c.onnx").read_text() == "mine"

@@ -80,7 +80,7 @@ def test_a_job_of_each_task(task: str, job: Callable[[str, str], Path], tmp_path
         records[0]["evaluation"]["figure"].replace("_", " "),
         f"{records[0]['evaluation']['value']:.4f}",
     )
-    with pytest.raises(JobFileError, match=rf"\[gate\]: min_accuracy is for --task single-label, .* there is {key}, {key}_"):
+    with pytest.raises(JobFileError, match=rf"gate.min_accuracy is for single-label, .* there is gate.{key}, gate.{key}_"):
         run_job(job(task, "min_accuracy = 0.5"))
 
 
@@ -134,10 +134,10 @@ def test_each_gate_at_its_edge(gate: Any) -> None:
     values = [(each["interval"] or wilson(each["value"] * 12, 12))[side] if gate.bound else each["value"] for each in figures]
     edge = max(values) if gate.error else min(values)
     step = 1e-9 if gate.error else -1e-9
-    assert gate.missed(found, edge + step, gate.flag) is None
-    reason = gate.missed(found, edge - step, gate.flag)
+    assert gate.missed(found, edge + step, gate.name) is None
+    reason = gate.missed(found, edge - step, gate.name)
     assert reason is not None
-    assert f"{gate.flag} " in reason
+    assert f"{gate.name} " in reason
     assert gate.what in reason
 
 
@@ -153,10 +153,7 @@ def test_the_command_line_has_them_too(job: Callable[[str, str], Path], tmp_path
     )
     code, _, err = penult("evaluate", bundle, tmp_path / "nothing", "--min-map", "0.5")
     assert code == 2, "the wrong gate is named before the data is looked for"
-    assert (
-        "--min-map is for --task multi-label, and this is --task regression; there is --min-r2, --min-r2-lower, --max-mae"
-        in err
-    )
+    assert "--min-map is for multi-label, and this is regression; there is --min-r2, --min-r2-lower, --max-mae" in err
     (tmp_path / "job.toml").write_text(JOB.format(backbone="resnet18", extract="", gate="min_acuracy = 0.5"))
     with pytest.raises(JobFileError, match=r"unknown key 'gate\.min_acuracy'; did you mean 'min_accuracy'"):
         read_job(tmp_path / "job.toml")

@@ -21,12 +21,12 @@ from extractor import calibration as calibrating
 from extractor import cpu_session, session
 from extractor.backbones import Backbone
 from extractor.onnxfile import BackboneFacts, Layer, read_facts, save, write_facts
-from extractor.options import Options
 from extractor.parity import cosines
 from extractor.pipeline import run_extract
 from extractor.preprocess import Preprocess
 from extractor.quantise import BOUND, quantise
 from extractor.ranges import METHODS, Observed, ranges
+from extractor.settings.groups import Options
 from extractor.sources import ImageFolder
 from store.cache import FeatureCache
 from store.calibration import read_calibration, write_calibration

@@ -18,10 +18,10 @@ from extractor.backbones import Backbone, load
 from extractor.export import to_onnx
 from extractor.layers import last_weighted, list_layers, require_layers, tapped
 from extractor.onnxfile import read_facts
-from extractor.options import Options
 from extractor.parity import relative_l2
 from extractor.pipeline import run_extract
 from extractor.session import Embedder
+from extractor.settings.groups import Options
 from extractor.sources import ImageFolder
 from store.cache import PENULTIMATE, FeatureCache
 from store.errors import UsageError

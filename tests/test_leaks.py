@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 from classifiers.leaks import MODES, LeakReport, guard, near_copies
+from classifiers.settings import TrainOptions
 from classifiers.train import make_head, train_head
 from extractor.backbones import Backbone
-from extractor.options import Options
 from extractor.pipeline import extract
+from extractor.settings.groups import Options
 from extractor.sources import ImageFolder
 from store.cache import FeatureCache, Subset
 from store.errors import BadDataError
@@ -93,9 +94,9 @@ def test_planted_leaks_are_named_with_the_accuracy_with_and_without(
 
 def test_refuse_refuses_and_allow_is_silent(planted: FeatureCache, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(BadDataError, match=r"near\.jpg ~ train/b/004\.jpg.*--leaks refuse"):
-        train_head(planted, tmp_path / "x.head", make_head("logistic", C=1.0), leaks="refuse")
+        train_head(planted, tmp_path / "x.head", make_head("logistic", C=1.0), TrainOptions(leaks="refuse"))
     assert not (tmp_path / "x.head").exists()
-    train_head(planted, tmp_path / "x.head", make_head("logistic", C=1.0), leaks="allow")
+    train_head(planted, tmp_path / "x.head", make_head("logistic", C=1.0), TrainOptions(leaks="allow"))
     assert "copies" not in caplog.text
     for mode in MODES:
         guard(LeakReport(), mode)

@@ -168,4 +168,4 @@ def test_settings_come_from_the_command_line_and_stay_in_the_bundle(
     assert {"C", "log_loss", "accuracy", "gradient", "seconds"} <= set(saved.history[0])
     code, _, err = penult("train", cache, "--head", "mlp", "-o", tmp_path / "mlp.head", "--select", "accuracy")
     assert code == 2
-    assert "the mlp head has no setting select" in err
+    assert "--select is a setting of the logistic head, and this is mlp" in err

@@ -12,8 +12,8 @@ import pytest
 
 from extractor.backbones import Backbone
 from extractor.metering import Meter, drawn, peak_memory, together
-from extractor.options import Options
 from extractor.pipeline import extract
+from extractor.settings.groups import Options
 from extractor.sources import ImageFolder
 
 

@@ -21,13 +21,14 @@ from classifiers.dense import DenseHead
 from classifiers.evaluate import score
 from classifiers.fuse import fuse, selftest
 from classifiers.predict import Predictor
+from classifiers.settings import TrainOptions
 from classifiers.train import make_head, train_head
 from extractor.backbones import Backbone
 from extractor.onnxfile import BackboneFacts, Layer, save, write_facts
-from extractor.options import Options
 from extractor.parity import check_parity, relative_l2
 from extractor.pipeline import run_extract
 from extractor.preprocess import Preprocess
+from extractor.settings.groups import Options
 from extractor.sources import open_source
 from store import json_text
 from store.cache import FeatureCache
@@ -117,7 +118,9 @@ def trained(folder: Path) -> Callable[[str], Bundle]:
         if name not in made:
             task, settings = HEADS[name]
             head = make_head(name.partition(",")[0], task, **settings)
-            made[name] = train_head(FeatureCache(folder / f"{task}.cache"), folder / f"{name}.head", head, pictures=False)
+            made[name] = train_head(
+                FeatureCache(folder / f"{task}.cache"), folder / f"{name}.head", head, TrainOptions(thumbnails=False)
+            )
             fuse(made[name], folder / f"{name}.onnx")
         return made[name]
 

@@ -21,8 +21,8 @@ from classifiers.novelty import FALSE_ALARMS, REFERENCE, Novelty
 from classifiers.predict import Predictor
 from classifiers.train import make_head, train_head
 from extractor.backbones import Backbone
-from extractor.options import Options
 from extractor.pipeline import extract
+from extractor.settings.groups import Options
 from extractor.sources import ImageFolder
 from store.cache import FeatureCache, Subset
 from store.errors import BadDataError

@@ -14,9 +14,9 @@ import torchvision
 from PIL import Image
 
 from extractor.backbones import Backbone
-from extractor.options import Options
 from extractor.parity import relative_l2
 from extractor.pipeline import run_extract
+from extractor.settings.groups import Options
 from extractor.sources import ImageFolder
 from store.cache import FeatureCache
 

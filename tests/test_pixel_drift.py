@@ -17,13 +17,14 @@ from classifiers.bundle import Bundle
 from classifiers.fuse import fuse, selftest
 from classifiers.predict import FIRST, Predictor
 from classifiers.probing import AffineHead
+from classifiers.settings import TrainOptions
 from classifiers.train import make_head, train_head
 from extractor.backbones import Backbone, Loaded
 from extractor.onnxfile import PROBE_IMAGE
-from extractor.options import Options
 from extractor.pipeline import run_extract
 from extractor.pixel_drift import PixelOrigin, ProbeImage, then_and_now
 from extractor.preprocess import probe
+from extractor.settings.groups import Options
 from extractor.sources import ImageFolder
 from store.cache import FeatureCache
 from store.errors import FingerprintMismatchError
@@ -45,7 +46,9 @@ def made(tmp_path_factory: pytest.TempPathFactory, dataset: Any, backbone_file: 
     dataset(folder / "photos", {"ants": 15, "bees": 15})
     dataset(folder / "new", {"ants": 10, "bees": 10}, seed=1)
     run_extract(ImageFolder(folder / "photos"), Backbone(str(backbone_file)), folder / "a.cache", Options(quiet=True))
-    bundle = train_head(FeatureCache(folder / "a.cache"), folder / "a.head", make_head("logistic", C=1.0), pictures=False)
+    bundle = train_head(
+        FeatureCache(folder / "a.cache"), folder / "a.head", make_head("logistic", C=1.0), TrainOptions(thumbnails=False)
+    )
     fuse(bundle, folder / "a.onnx")
     return folder
 

@@ -16,8 +16,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import cli
-from classifiers.jobs import BackboneSection
 from extractor.backbones import Backbone, load
 from extractor.decoder import Decoder
 from extractor.images import MAX_PIXELS, ImageError, decode, decode_at_least
@@ -526,13 +524,6 @@ def test_a_path_is_stated_with_the_backbone() -> None:
     theirs = {"mean": (0.5,), "std": (0.5,), "resize": 40, "interpolation": "bilinear", "pixel_path": "pillow-draft"}
     stated = preprocessing(Input("x", "float32", "nchw", 32, None), theirs, Path("theirs.onnx"))
     assert stated.pixel_path == "pillow-draft"
-
-
-def test_the_command_line_and_job_files_know_every_path() -> None:
-    flag = next(each for each in cli.cli.commands["extract"].params if each.name == "pixel_path")
-    assert list(flag.type.choices) == list(PIXEL_PATHS)
-    for name in PIXEL_PATHS:
-        assert BackboneSection(name="resnet18", pixel_path=name).pixel_path == name
 
 
 @pytest.mark.parametrize("interpolation", FILTERS)

@@ -14,8 +14,8 @@ from PIL import Image
 
 from classifiers.bundle import Bundle
 from classifiers.finetune import finetune
-from classifiers.finetune_options import FineTuneOptions
 from classifiers.probing import AffineHead, start_from
+from classifiers.settings import FineTuneOptions, FineTuneSettings, TrainOptions
 from classifiers.train import make_head, save_head, train_finetuned, train_head
 from extractor import backbones
 from extractor.backbones import Backbone
@@ -38,7 +38,12 @@ def cache(dataset: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="module")
 def probe(cache: FeatureCache, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return train_head(cache, tmp_path_factory.mktemp("heads") / "logistic.head", make_head("logistic", C=100.0), pictures=False)
+    return train_head(
+        cache,
+        tmp_path_factory.mktemp("heads") / "logistic.head",
+        make_head("logistic", C=100.0),
+        TrainOptions(thumbnails=False),
+    )
 
 
 def held_out(cache: FeatureCache) -> list[bytes]:
@@ -96,13 +101,13 @@ def test_a_bundle_from_a_bundle(
 @pytest.mark.parametrize("name", ["mlp", "knn", "centroid"])
 def test_heads_that_are_no_matrix(name: str, cache: FeatureCache, tmp_path: Path) -> None:
     settings = {"hidden": [4], "lr": 0.01} if name == "mlp" else {}
-    bundle = train_head(cache, tmp_path / f"{name}.head", make_head(name, **settings), pictures=False)
+    bundle = train_head(cache, tmp_path / f"{name}.head", make_head(name, **settings), TrainOptions(thumbnails=False))
     with pytest.raises(UsageError, match=rf"{name}\.head is a {name} head, which no single layer .* --head logistic or ridge"):
         AffineHead.of(bundle)
 
 
 def test_ridge_is_a_matrix(cache: FeatureCache, tmp_path: Path) -> None:
-    bundle = train_head(cache, tmp_path / "ridge.head", make_head("ridge"), pictures=False)
+    bundle = train_head(cache, tmp_path / "ridge.head", make_head("ridge"), TrainOptions(thumbnails=False))
     start, subset = AffineHead.of(bundle), cache.subset("test")
     features = subset.X.astype(np.float32)
     expected = bundle.head_function()(features)
@@ -118,11 +123,12 @@ def test_other_features_classes_or_split(cache: FeatureCache, probe: Bundle, tmp
         start.require_features(backbones.load(NETWORK), "features.3")
     with pytest.raises(BadDataError, match="has other classes than these samples: bees, wasps in only one"):
         start_from(probe, ["ants", "wasps"], [])
+    network: dict[str, Any] = {"backbone": "squeezenet1_1", "weights": "random:0", "resize": 72, "crop": 64}
     everything = cache.of_rows([row for row in cache.rows() if row.ok], "all")
     head = make_head("logistic", C=1.0).fit(everything.X, everything.y)
     leaky = save_head(cache, tmp_path / "leaky.head", head, fitted=[everything], held_out=None)
     with pytest.raises(BadDataError, match=rf"was fitted on {len(held_out(cache))} of the images that are held out here"):
-        train_finetuned(cache, tmp_path / "x.head", NETWORK, FAST, init_head=leaky)
+        train_finetuned(cache, tmp_path / "x.head", FineTuneSettings(**network, init_head=leaky.path))
 
 
 def test_a_head_with_data_elsewhere_is_refused(probe: Bundle, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -15,7 +14,7 @@ import pytest
 from classifiers import ranks
 from classifiers.checkpoints import Checkpoints
 from classifiers.finetune import finetune
-from classifiers.finetune_options import FineTuneOptions
+from classifiers.settings import FineTuneOptions
 from extractor.backbones import Backbone
 from store.errors import BadDataError, UsageError
 
@@ -33,7 +32,7 @@ def test_two_processes_train_as_one(pictures: list[tuple[Path, int]], tmp_path: 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     parts = pictures[:20], pictures[20:]
     one = finetune(*parts, 2, REGNET, FAST)
-    kept, two = Checkpoints(tmp_path / "kept"), replace(FAST, device="cpu,cpu")
+    kept, two = Checkpoints(tmp_path / "kept"), FAST.replace(device="cpu,cpu")
     both = finetune(*parts, 2, REGNET, two, checkpoints=kept, log_dir=tmp_path / "logs")
     assert [row["epoch"] for row in both.history] == [0, 1, 2]
     assert abs(one.history[2]["val_loss"] - one.history[0]["val_loss"]) > 0.001
@@ -49,12 +48,12 @@ def test_two_processes_train_as_one(pictures: list[tuple[Path, int]], tmp_path: 
 def test_what_ends_one_process_ends_all(pictures: list[tuple[Path, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with pytest.raises(BadDataError, match="use a lower rate than lr 1e\\+30"):
-        finetune(pictures[:16], pictures[16:], 2, REGNET, replace(FAST, lr=1e30, device="cpu,cpu"))
+        finetune(pictures[:16], pictures[16:], 2, REGNET, FAST.replace(lr=1e30, device="cpu,cpu"))
 
 
 def test_a_share_of_one_image_is_refused(pictures: list[tuple[Path, int]]) -> None:
     with pytest.raises(UsageError, match=r"--device cpu,cpu,cpu: 1 image\(s\) of a batch for each device; expected at least 2"):
-        finetune(pictures[:16], pictures[16:], 2, REGNET, replace(FAST, batch_size=5, device="cpu,cpu,cpu"))
+        finetune(pictures[:16], pictures[16:], 2, REGNET, FAST.replace(batch_size=5, device="cpu,cpu,cpu"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -20,8 +20,8 @@ from classifiers.heldout import evaluate_bundle
 from classifiers.predict import Predictor
 from classifiers.train import make_head, train_head
 from extractor.backbones import Backbone
-from extractor.options import Options
 from extractor.pipeline import run_extract
+from extractor.settings.groups import Options
 from extractor.sources import ImageFolder
 from store.cache import FeatureCache
 from store.errors import FingerprintMismatchError

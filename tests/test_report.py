@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,12 +21,13 @@ from classifiers.evaluate import score
 from classifiers.featuremap import POINTS, feature_map
 from classifiers.illustrations import MISTAKES, NEIGHBOURS, illustrate
 from classifiers.report import bundle_report, report_again
+from classifiers.settings import FineTuneSettings, ReportSettings, TrainOptions
 from classifiers.thumbnails import SIDE, thumbnails
 from classifiers.train import make_head, train_finetuned, train_head
 from extractor.backbones import Backbone
 from extractor.files import FolderFiles
-from extractor.options import Options
 from extractor.pipeline import extract
+from extractor.settings.groups import Options
 from extractor.sources import ImageFolder
 from store.cache import FeatureCache, Subset
 
@@ -90,7 +92,7 @@ def cache(photos: Path, backbone: Backbone) -> FeatureCache:
 
 @pytest.fixture(scope="module")
 def bundle(cache: FeatureCache) -> Bundle:
-    return train_head(cache, cache.path.parent / "photos.head", make_head("logistic"), few_shot=[2, 5], repeats=3)
+    return train_head(cache, cache.path.parent / "photos.head", make_head("logistic"), TrainOptions(few_shot=[2, 5], repeats=3))
 
 
 def test_the_page_shows_every_part_and_loads_nothing(bundle: Bundle) -> None:
@@ -125,7 +127,7 @@ def test_the_same_training_gives_the_same_page(bundle: Bundle, cache: FeatureCac
     def comparable(path: Path) -> str:
         return re.sub(r"training took [0-9.]+ s", "", (path / "report.html").read_text())
 
-    again = train_head(cache, tmp_path / "photos.head", make_head("logistic"), few_shot=[2, 5], repeats=3)
+    again = train_head(cache, tmp_path / "photos.head", make_head("logistic"), TrainOptions(few_shot=[2, 5], repeats=3))
     assert comparable(again.path) == comparable(bundle.path)
 
 
@@ -143,17 +145,17 @@ def test_images_that_are_gone_or_changed_are_missing_and_counted(
 ) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(photos, moved)
-    whole = Page(report_again(bundle, cache.path, root=moved))
+    whole = Page(report_again(bundle, cache.path, ReportSettings(root=moved)))
     count = len(set(whole.photos))  # some training images are beside several mistakes
     assert whole.images > count > 1
     assert "could not be read" not in whole.text
     for image in moved.rglob("*.png"):
         image.write_bytes(b"something else")
-    changed = Page(report_again(bundle, cache.path, root=moved))
+    changed = Page(report_again(bundle, cache.path, ReportSettings(root=moved)))
     assert changed.images == 0
     assert f"{count} of {count} pictures could not be read any more (changed: {count})" in changed.text
     shutil.rmtree(moved)
-    gone = Page(report_again(bundle, cache.path, root=moved))
+    gone = Page(report_again(bundle, cache.path, ReportSettings(root=moved)))
     assert gone.images == 0
     assert f"(not_found: {count})" in gone.text
     assert gone.tags.count("svg") == changed.tags.count("svg") == whole.tags.count("svg")
@@ -277,11 +279,8 @@ def test_the_page_of_ten_thousand_images_is_below_five_megabytes(bundle: Bundle,
 
 
 def test_a_fine_tuned_bundle_shows_its_mistakes(cache: FeatureCache, tmp_path: Path) -> None:
-    from classifiers.finetune_options import FineTuneOptions
-
-    backbone = Backbone("squeezenet1_1", "random:0", resize=72, crop=64)
-    options = FineTuneOptions(epochs=1, quiet=True, device="cpu", workers=0)
-    tuned = train_finetuned(cache, tmp_path / "tuned.head", backbone, options)
+    network: dict[str, Any] = {"backbone": "squeezenet1_1", "weights": "random:0", "resize": 72, "crop": 64}
+    tuned = train_finetuned(cache, tmp_path / "tuned.head", FineTuneSettings(**network, epochs=1, quiet=True, device="cpu"))
     assert tuned.metrics is not None
     errors = tuned.metrics["n"] - tuned.metrics["correct"]
     assert errors

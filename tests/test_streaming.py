@@ -19,11 +19,12 @@ import store.writer
 from classifiers.bundle import Bundle
 from classifiers.heads import make_head
 from classifiers.logistic import LogisticHead
+from classifiers.settings import TrainOptions
 from classifiers.streaming import USUAL, default_limit, must_stream, resident
 from classifiers.train import train_head
 from extractor.backbones import Backbone
-from extractor.options import Options
 from extractor.pipeline import extract
+from extractor.settings.groups import Options
 from extractor.sources import ImageFolder
 from store.cache import FeatureCache
 from store.compact import write_compact
@@ -82,7 +83,9 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def in_memory(synthetic: Synthetic) -> Bundle:
-    return train_head(FeatureCache(synthetic.path), synthetic.path.with_name("memory.head"), LogisticHead(), max_memory=PLENTY)
+    return train_head(
+        FeatureCache(synthetic.path), synthetic.path.with_name("memory.head"), LogisticHead(), TrainOptions(max_memory=PLENTY)
+    )
 
 
 def test_every_float16_is_widened_exactly() -> None:
@@ -128,7 +131,7 @@ def test_a_head_from_disk_is_the_one_from_memory(
     synthetic: Synthetic, in_memory: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "penult")
-    bundle = train_head(FeatureCache(synthetic.path), tmp_path / "disk.head", LogisticHead(), max_memory=TINY)
+    bundle = train_head(FeatureCache(synthetic.path), tmp_path / "disk.head", LogisticHead(), TrainOptions(max_memory=TINY))
     assert "the features stay on disk" in caplog.text
     assert "too many images to look for near copies" in caplog.text
     assert bundle.split["chosen_on"] == in_memory.split["chosen_on"] == "val"
@@ -168,7 +171,12 @@ def test_folds_class_weights_and_sample_weights_from_disk(synthetic: Synthetic) 
 
 def test_without_a_validation_split_a_fifth_of_train_is_chosen_on(synthetic: Synthetic, tmp_path: Path) -> None:
     cache = FeatureCache(synthetic.path)
-    bundle = train_head(cache, tmp_path / "a.head", LogisticHead(Cs=(1e-3, 1e-2)), val=0, test=0.2, max_memory=TINY)
+    bundle = train_head(
+        cache,
+        tmp_path / "a.head",
+        LogisticHead(Cs=(1e-3, 1e-2)),
+        TrainOptions(val_fraction=0, test_fraction=0.2, max_memory=TINY),
+    )
     assert bundle.split["chosen_on"] == "a fifth of train, by hash rank"
     assert len(bundle.history) == 2
 
@@ -178,12 +186,16 @@ def test_heads_that_need_all_features_say_so(
     synthetic: Synthetic, tmp_path: Path, name: str, settings: dict[str, float]
 ) -> None:
     with pytest.raises(UsageError, match=r"million numbers need about .* GB .*--head logistic"):
-        train_head(FeatureCache(synthetic.path), tmp_path / "a.head", make_head(name, **settings), max_memory=TINY)
+        train_head(
+            FeatureCache(synthetic.path), tmp_path / "a.head", make_head(name, **settings), TrainOptions(max_memory=TINY)
+        )
 
 
 def test_a_learning_curve_needs_memory(synthetic: Synthetic, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--few-shot needs all features in memory"):
-        train_head(FeatureCache(synthetic.path), tmp_path / "a.head", LogisticHead(), few_shot=[5], max_memory=TINY)
+        train_head(
+            FeatureCache(synthetic.path), tmp_path / "a.head", LogisticHead(), TrainOptions(few_shot=[5], max_memory=TINY)
+        )
 
 
 def test_what_fits_stays_in_memory(caplog: pytest.LogCaptureFixture) -> None:
@@ -223,4 +235,4 @@ def test_the_command_takes_a_size(synthetic: Synthetic, tmp_path: Path, penult: 
     code, _, err = penult("train", synthetic.path, "-o", tmp_path / "a.head", "--C", "0.001", "--max-memory", "100MB")
     assert (code, "the features stay on disk" in err) == (0, True)
     code, _, err = penult("train", synthetic.path, "-o", tmp_path / "b.head", "--max-memory", "much")
-    assert (code, "'much' is no size; expected a number of bytes such as 4GB" in err) == (2, True)
+    assert (code, '--max-memory is "much"; expected a size such as 4GB' in err) == (2, True)

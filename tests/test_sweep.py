@@ -23,7 +23,7 @@ from classifiers.ranking import Figure, Line, Ranking, agreement, ranked
 from classifiers.sweep import cache_paths, common_samples, label_of, parse_sources, run_sweep
 from classifiers.transferability import h_scores, log_maximum_evidence, transferability
 from extractor.backbones import Backbone
-from extractor.options import Options
+from extractor.settings.groups import Options
 from extractor.sources import ImageFolder
 from store.cache import FeatureCache
 from store.errors import BadDataError, OutputExistsError, UsageError

@@ -16,9 +16,9 @@ import pytest
 
 from extractor.backbones import Backbone
 from extractor.images import ImageError
-from extractor.options import Options
 from extractor.pipeline import run_extract
 from extractor.samples import Task
+from extractor.settings.groups import Options
 from extractor.sources import ImageFolder, Sample, TarShards, open_source
 from extractor.tarshards import TarFiles
 from store.cache import FeatureCache

@@ -14,8 +14,8 @@ from classifiers.heldout import evaluate_bundle
 from classifiers.jobs import read_runs, run_job
 from classifiers.train import make_head, train_head
 from extractor.backbones import Backbone
-from extractor.options import Options
 from extractor.pipeline import run_extract
+from extractor.settings.groups import Options
 from extractor.sources import ImageFolder, open_source
 from store.cache import FeatureCache
 from store.compact import write_compact
@@ -134,7 +134,7 @@ def test_the_command_line_takes_a_task(listed: Path, backbone_file: Path, tmp_pa
     code, out, err = penult("train", cache, "-o", tmp_path / "h")
     assert (code, "ridge head, 1 targets" in out) == (0, True), err
     code, _, err = penult("train", cache, "--head", "logistic", "-o", tmp_path / "l")
-    assert (code, err) == (2, "error: --head logistic: there is ridge for --task regression\n")
+    assert (code, err) == (2, "error: --head logistic: there is ridge for regression\n")
     code, _, err = penult("extract", listed, "-m", backbone_file, "-o", tmp_path / "d", "--target", "age")
     assert (code, err) == (2, "error: --target age: numeric targets are for --task regression, this is single-label\n")
 

@@ -22,8 +22,8 @@ from classifiers.predict import Predictor
 from classifiers.task import Measured
 from classifiers.train import make_head, train_head
 from extractor.backbones import Backbone
-from extractor.options import Options
 from extractor.pipeline import run_extract
+from extractor.settings.groups import Options
 from extractor.sources import open_source
 from store.cache import FeatureCache
 from store.errors import BadDataError, UsageError
@@ -252,7 +252,7 @@ def test_what_is_for_one_label_says_so(several: Path, numbers: Path, penult: Pen
     bundle = train_head(FeatureCache(numbers), tmp_path / "r", make_head(None, "regression"))
     with pytest.raises(BadDataError, match="was extracted with --task multi-label, and r is a head for regression"):
         evaluate_bundle(bundle, several)
-    with pytest.raises(UsageError, match="--head knn: there is ridge for --task regression"):
+    with pytest.raises(UsageError, match="--head knn: there is ridge for regression"):
         make_head("knn", "regression")
     with pytest.raises(UsageError, match=r"evaluate is for one label an image; this is --task regression"):
         evaluate(make_head(None, "regression"), FeatureCache(numbers).subset())
@@ -268,7 +268,7 @@ def test_what_is_for_one_label_says_so(several: Path, numbers: Path, penult: Pen
     code, _, err = penult("evaluate", tmp_path / "h", several, "--min-accuracy", "0.9")
     assert (
         code,
-        "--min-accuracy is for --task single-label, and this is --task multi-label; there is --min-map, --min-map-lower" in err,
+        "--min-accuracy is for single-label, and this is multi-label; there is --min-map, --min-map-lower" in err,
     ) == (2, True)
 
 

@@ -16,13 +16,13 @@ import pytest
 import torchvision
 from PIL import Image
 
-from classifiers.finetune_options import FineTuneOptions
 from classifiers.heldout import evaluate_bundle
+from classifiers.settings import FineTuneSettings
 from classifiers.train import make_head, train_finetuned, train_head
 from extractor.backbones import Backbone
 from extractor.images import ImageError, decode
-from extractor.options import Options
 from extractor.pipeline import preview, run_extract
+from extractor.settings.groups import Options
 from extractor.sources import ImageFolder, TorchvisionDataset, files_of, open_source
 from extractor.torchvision_data import BELONGS
 from store.cache import FeatureCache
@@ -120,7 +120,7 @@ def test_arrays_are_netpbm_files_whose_bytes_depend_on_nothing_else(tmp_path: Pa
 def test_a_second_run_reads_nothing_again(backbone: Backbone, tmp_path: Path) -> None:
     write_mnist(tmp_path)
     run_extract(source("MNIST", tmp_path), backbone, tmp_path / "c", QUIET)
-    assert preview(source("MNIST", tmp_path), tmp_path / "c", QUIET) == {"inputs": 20, "unchanged": 20, "to_read": 0}
+    assert preview(source("MNIST", tmp_path), backbone, tmp_path / "c", QUIET) == {"inputs": 20, "unchanged": 20, "to_read": 0}
     assert run_extract(source("MNIST", tmp_path), backbone, tmp_path / "c", QUIET).computed == 0
 
 
@@ -299,16 +299,16 @@ def test_a_cache_finds_its_arrays_again(backbone: Backbone, tmp_path: Path) -> N
 def test_fine_tuning_takes_the_images_of_a_cache_wherever_they_are(backbone: Backbone, tmp_path: Path) -> None:
     write_mnist(tmp_path / "data")
     cache = features(source("MNIST", tmp_path / "data"), backbone, tmp_path / "c")
-    small = Backbone("resnet18", "random:0", resize=40, crop=32)
-    options = FineTuneOptions(epochs=1, freeze_until="head", device="cpu", quiet=True)
-    bundle = train_finetuned(cache, tmp_path / "h", small, options)
+    network: dict[str, Any] = {"backbone": "resnet18", "weights": "random:0", "resize": 40, "crop": 32}
+    settings = FineTuneSettings(**network, epochs=1, freeze_until="head", device="cpu", quiet=True)
+    bundle = train_finetuned(cache, tmp_path / "h", settings)
     assert bundle.metrics is not None
     assert bundle.metrics["n"] == 6
     (tmp_path / "data").rename(tmp_path / "moved")
     with pytest.raises(InputMissingError) as caught:
-        train_finetuned(cache, tmp_path / "i", small, options)
+        train_finetuned(cache, tmp_path / "i", settings)
     assert "--root says where they are" in caught.value.__notes__[0]
-    again = train_finetuned(cache, tmp_path / "i", small, options, root=tmp_path / "moved")
+    again = train_finetuned(cache, tmp_path / "i", settings.replace(root=tmp_path / "moved"))
     assert again.metrics == bundle.metrics
 
 

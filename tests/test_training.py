@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,14 @@ import pytest
 
 from classifiers import training
 from classifiers.finetune import FineTuned, finetune
-from classifiers.finetune_options import FineTuneOptions
+from classifiers.settings import FineTuneOptions
 from extractor import backbones
-from extractor.augment import NONE
 from extractor.backbones import Backbone
 from extractor.layers import torch_penultimate
 
 SQUEEZE = Backbone("squeezenet1_1", "random:0", resize=40, crop=32)
 SHUFFLE = Backbone("shufflenet_v2_x0_5", "random:0", resize=40, crop=32)
-FAST = FineTuneOptions(epochs=2, batch_size=8, lr=0.01, head_lr_factor=2.0, augment=NONE, device="cpu", quiet=True)
+FAST = FineTuneOptions(epochs=2, batch_size=8, lr=0.01, head_lr_factor=2.0, augment="none", device="cpu", quiet=True)
 Items = list[tuple[Path, int]]
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -35,7 +33,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory, make_image: Callable[...,
 
 
 def run(pictures: tuple[Items, Items], backbone: Backbone = SHUFFLE, **changes: Any) -> FineTuned:
-    return finetune(*pictures, 2, backbone, replace(FAST, **changes))
+    return finetune(*pictures, 2, backbone, FAST.replace(**changes))
 
 
 def logits(tuned: FineTuned, items: Items) -> np.ndarray:
@@ -90,10 +88,10 @@ def test_the_optimisers_settings() -> None:
     import torch
 
     groups = [{"params": [torch.zeros(1, requires_grad=True)], "lr": 0.1}]
-    sgd = training.optimizer_of(groups, replace(FAST, momentum=0.7, weight_decay=0.03))
+    sgd = training.optimizer_of(groups, FAST.replace(momentum=0.7, weight_decay=0.03))
     assert [sgd.defaults[name] for name in ("momentum", "nesterov", "weight_decay")] == [0.7, True, 0.03]
-    assert not training.optimizer_of(groups, replace(FAST, momentum=0.0)).defaults["nesterov"]
-    adamw = training.optimizer_of(groups, replace(FAST, optimizer="adamw", weight_decay=0.04))
+    assert not training.optimizer_of(groups, FAST.replace(momentum=0.0)).defaults["nesterov"]
+    adamw = training.optimizer_of(groups, FAST.replace(optimizer="adamw", weight_decay=0.04))
     assert isinstance(adamw, torch.optim.AdamW)
     assert adamw.defaults["weight_decay"] == 0.04
 
@@ -109,7 +107,7 @@ def test_the_optimisers_settings() -> None:
     ],
 )
 def test_schedules(schedule: str, warmup: float, expected: list[float]) -> None:
-    share = training.share_of_rate(replace(FAST, epochs=3, schedule=schedule, warmup=warmup), 2)
+    share = training.share_of_rate(FAST.replace(epochs=3, schedule=schedule, warmup=warmup), 2)
     assert [share(step) for step in range(6)] == pytest.approx(expected)
 
 
@@ -138,7 +136,7 @@ def test_an_average_of_the_weights_is_what_is_validated_and_kept(pictures: tuple
 
 
 def test_images_of_rare_classes_count_more(pictures: tuple[Items, Items]) -> None:
-    weights = training.class_weights(np.array([18, 6]), replace(FAST, class_weight="balanced"))
+    weights = training.class_weights(np.array([18, 6]), FAST.replace(class_weight="balanced"))
     assert weights is not None
     assert weights.tolist() == pytest.approx([24 / 36, 24 / 12])
     assert training.class_weights(np.array([18, 6]), FAST) is None
@@ -157,7 +155,7 @@ def test_dropout_and_smoothing_are_for_training_alone(pictures: tuple[Items, Ite
 
 
 def test_mixed_precision_leaves_float32_weights(pictures: tuple[Items, Items]) -> None:
-    tuned = run(pictures, SQUEEZE, epochs=1, mixed_precision="bf16")
+    tuned = run(pictures, SQUEEZE, epochs=1, precision="bf16")
     assert {str(tensor.dtype) for tensor in tuned.loaded.network.parameters()} == {"torch.float32"}
     assert tuned.weight.dtype == np.float32
     exact = run(pictures, SQUEEZE, epochs=1).history[1]["val_loss"]

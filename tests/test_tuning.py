@@ -13,13 +13,14 @@ from extractor import reading, tuning
 from extractor.backbones import Backbone
 from extractor.decoder import Decoder
 from extractor.onnxfile import read_facts
-from extractor.options import ADVICE, Options, bottleneck
 from extractor.pipeline import run_extract
 from extractor.preprocess import Preprocess
 from extractor.progress import StopFlag
 from extractor.reading import Crew, ahead
 from extractor.session import Embedder
+from extractor.settings.groups import Options
 from extractor.sources import ImageFolder
+from extractor.summary import ADVICE, bottleneck
 from extractor.tuning import ENOUGH, SIZES, TRIALS, Pace
 from store.cache import FeatureCache
 

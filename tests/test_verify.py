@@ -13,8 +13,8 @@ import pytest
 
 import store.writer
 from extractor.backbones import Backbone
-from extractor.options import Options
 from extractor.pipeline import run_extract
+from extractor.settings.groups import Options
 from extractor.sources import ImageFolder
 from store.cache import FeatureCache
 from store.errors import CorruptCacheError, InputMissingError, NewerFormatError, StorageError

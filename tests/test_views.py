@@ -29,16 +29,17 @@ from classifiers.logistic import LogisticHead
 from classifiers.mlp import MlpHead
 from classifiers.predict import Predictor
 from classifiers.ridge import RidgeHead, RidgeRegressionHead
+from classifiers.settings import TrainOptions
 from classifiers.sigmoid import MultiLabelLogisticHead
 from classifiers.train import make_head, train_head
-from extractor.augment import NONE, STANDARD
+from extractor.augment import STANDARD
 from extractor.backbones import Backbone
 from extractor.images import decode
 from extractor.onnxfile import read_facts
-from extractor.options import Options
 from extractor.pipeline import extract
+from extractor.settings.groups import MAX_VIEWS, Options
 from extractor.sources import ImageFolder, open_source
-from extractor.views import MAX_VIEWS, Views
+from extractor.views import Views
 from store.cache import FeatureCache
 from store.compact import prune, write_compact
 from store.drift import compare_caches
@@ -51,7 +52,8 @@ from store.writer import open_writer
 from .conftest import as_theirs
 
 K = 3
-TURNED = replace(STANDARD, rotation=20.0, brightness=0.2)
+TURNS: dict[str, Any] = {"rotation": 20.0, "brightness": 0.2}
+TURNED = replace(STANDARD, **TURNS)
 Extract = Callable[..., FeatureCache]
 Penult = Callable[..., tuple[int, str, str]]
 
@@ -76,7 +78,7 @@ def take(photos: Path, backbone: Backbone, tmp_path_factory: pytest.TempPathFact
 
     def go(**options: Any) -> FeatureCache:
         given = {"views": K, "device": "cpu", "batch_size": 4, "workers": 2, "quiet": True, **options}
-        given = {"augmentation": TURNED if given["views"] > 1 else STANDARD, **given}
+        given = {**(TURNS if given["views"] > 1 else {}), **given}
         return extract(ImageFolder(photos), backbone, tmp_path_factory.mktemp("views") / "c", Options(**given))
 
     return go
@@ -154,11 +156,11 @@ def test_batch_sizes_are_tried_on_views_too(
     options = Options(views=3, device="cpu", quiet=True)
     tried = extract(source, backbone, tmp_path / "tried", options)
     assert "batches of" in caplog.text
-    assert same(tried, extract(source, backbone, tmp_path / "fixed", replace(options, batch_size=4)))
+    assert same(tried, extract(source, backbone, tmp_path / "fixed", options.replace(batch_size=4)))
 
 
 def test_seed_and_augmentation_decide_all_views_but_the_first(seen: FeatureCache, take: Extract) -> None:
-    for other in (take(seed=1), take(augmentation=STANDARD)):
+    for other in (take(seed=1), take(rotation=0.0, brightness=0.0)):
         assert (every(other)[:, 0] == every(seen)[:, 0]).all()
         assert (every(other)[:, 1:] != every(seen)[:, 1:]).any(axis=2).all()
         assert other.fingerprint.single == seen.fingerprint.single
@@ -169,7 +171,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(
     seen: FeatureCache, photos: Path, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store.writer, "SHARD_BYTES", 1)
-    options = Options(views=K, augmentation=TURNED, device="cpu", batch_size=4, workers=2, quiet=True)
+    options = Options(views=K, **TURNS, device="cpu", batch_size=4, workers=2, quiet=True)
     commit, left = store.writer.shard.write_shard, [3]
 
     def full(*arguments: Any) -> Path:
@@ -185,7 +187,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(
             extract(ImageFolder(photos), backbone, tmp_path / "c", options)
     before = {path: path.read_bytes() for path in shard_paths(tmp_path / "c")}
     assert len(before) == 3
-    again = extract(ImageFolder(photos), backbone, tmp_path / "c", replace(options, batch_size=5))
+    again = extract(ImageFolder(photos), backbone, tmp_path / "c", options.replace(batch_size=5))
     assert same(seen, again)
     assert all(path.read_bytes() == data for path, data in before.items())
 
@@ -198,7 +200,7 @@ def test_a_bad_file_among_views_costs_itself(photos: Path, backbone: Backbone, t
     assert cache.samples.counts["failed"] == 1
     assert every(cache).shape == (41, K, 512)
     with pytest.raises(BudgetExceededError, match="not_an_image"):
-        extract(ImageFolder(tmp_path / "data"), backbone, tmp_path / "d", replace(options, fail_fast=True))
+        extract(ImageFolder(tmp_path / "data"), backbone, tmp_path / "d", options.replace(on_error="fail"))
 
 
 def test_only_a_cache_of_the_same_views_is_continued(
@@ -211,7 +213,7 @@ def test_only_a_cache_of_the_same_views_is_continued(
     assert len(facts["probe"]) == 64
     for cache, options, field in (
         (seen, Options(device="cpu"), "views.count"),
-        (seen, Options(views=K, seed=5, augmentation=TURNED, device="cpu"), "views.seed"),
+        (seen, Options(views=K, seed=5, **TURNS, device="cpu"), "views.seed"),
         (plain, Options(views=2, device="cpu"), "views.count"),
     ):
         with pytest.raises(FingerprintMismatchError, match=field):
@@ -220,12 +222,12 @@ def test_only_a_cache_of_the_same_views_is_continued(
 
 def test_what_cannot_be_meant_is_refused(photos: Path, backbone: Backbone, tmp_path: Path) -> None:
     for options, word in (
-        (Options(views=2, augmentation=NONE), "2 times the same"),
-        (Options(augmentation=TURNED), "--views"),
-        (Options(views=MAX_VIEWS + 1), "expected 1 to"),
+        ({"views": 2, "augment": "none"}, "2 times the same"),
+        (TURNS, "of 2 and more"),
+        ({"views": MAX_VIEWS + 1}, "expected 1 to 64"),
     ):
         with pytest.raises(UsageError, match=word):
-            extract(ImageFolder(photos), backbone, tmp_path / "c", options)
+            Options(**options)
     with pytest.raises(UsageError, match="pillow-draft"):
         extract(ImageFolder(photos), replace(backbone, pixel_path="pillow-draft"), tmp_path / "c", Options(views=2))
     assert not (tmp_path / "c").exists()
@@ -242,7 +244,7 @@ def test_several_layers_have_views_each(photos: Path, take: Extract, backbone_fi
         assert every(one).shape == (8, 2, one.dim)
     last = cache.with_layer("features")
     digests = [row.sha256 for row in last.rows()]
-    expected = take(views=2, augmentation=STANDARD).features(digests, views=True).astype(np.float64)
+    expected = take(views=2, rotation=0.0, brightness=0.0).features(digests, views=True).astype(np.float64)
     found = last.features(digests, views=True).astype(np.float64)
     assert np.linalg.norm(found - expected, axis=2).max() <= 1e-3 * np.linalg.norm(expected, axis=2).min()
 
@@ -308,7 +310,7 @@ def test_a_compact_file_holds_the_images_as_they_are(
 
 def test_pruning_keeps_the_views_of_what_is_left(photos: Path, backbone: Backbone, seen: FeatureCache, tmp_path: Path) -> None:
     shutil.copytree(photos, tmp_path / "data")
-    options = Options(views=K, augmentation=TURNED, device="cpu", quiet=True)
+    options = Options(views=K, **TURNS, device="cpu", quiet=True)
     extract(ImageFolder(tmp_path / "data"), backbone, tmp_path / "c", options)
     for name in ("train/red/3.png", "test/blue/1.png"):
         (tmp_path / "data" / name).unlink()
@@ -388,7 +390,7 @@ def test_every_head_learns_from_views(
 ) -> None:
     caplog.set_level(logging.INFO, "penult")
     settings: dict[str, Any] = {"hidden": [8], "lr": 0.01} if name == "mlp" else {}
-    bundle = train_head(seen, tmp_path / "b", make_head(name, **settings), pictures=False)
+    bundle = train_head(seen, tmp_path / "b", make_head(name, **settings), TrainOptions(thumbnails=False))
     assert bundle.metrics is not None
     assert bundle.metrics["accuracy"] > 0.7
     assert bundle.views is None
@@ -409,7 +411,7 @@ def test_averages_are_taken_over_the_same_kind_of_views_everywhere(
 ) -> None:
     caplog.set_level(logging.INFO, "penult")
     head = LogisticHead()
-    bundle = train_head(seen, tmp_path / "b", head, average_views=True)
+    bundle = train_head(seen, tmp_path / "b", head, TrainOptions(average_views=True))
     kept = bundle.predictions()
     each = head.predict_proba(seen.features(kept.sha256, views=True).reshape(-1, seen.dim)).reshape(-1, K, 2)
     assert kept.probabilities == pytest.approx(each.mean(axis=1), abs=1e-6)
@@ -433,7 +435,7 @@ def test_averaging_needs_views_and_a_fused_file_has_none(
     seen: FeatureCache, plain: FeatureCache, tmp_path: Path, penult: Penult, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(UsageError, match="--average-views"):
-        train_head(plain, tmp_path / "b", CentroidHead(), average_views=True)
+        train_head(plain, tmp_path / "b", CentroidHead(), TrainOptions(average_views=True))
     code, _, err = penult("train", seen.path, "-o", tmp_path / "b", "--head", "ridge", "--average-views")
     assert code == 0, err
     bundle = Bundle.load(tmp_path / "b")
@@ -446,15 +448,25 @@ def test_averaging_needs_views_and_a_fused_file_has_none(
 
 
 def test_what_was_averaged_counts_when_it_is_asked_whether_to_train_again(seen: FeatureCache, tmp_path: Path) -> None:
-    one = train_head(seen, tmp_path / "a", CentroidHead(), pictures=False)
-    two = train_head(seen, tmp_path / "b", CentroidHead(), pictures=False, average_views=True)
+    one = train_head(seen, tmp_path / "a", CentroidHead(), TrainOptions(thumbnails=False))
+    two = train_head(seen, tmp_path / "b", CentroidHead(), TrainOptions(thumbnails=False, average_views=True))
     assert one.made_from != two.made_from
 
 
 def test_on_disk_and_in_memory_are_the_same(seen: FeatureCache, tmp_path: Path) -> None:
     head = {"C": 0.01}
-    near = train_head(seen, tmp_path / "a", make_head("logistic", **head), val=0.3, test=0.3, average_views=True)
-    far = train_head(seen, tmp_path / "b", make_head("logistic", **head), val=0.3, test=0.3, average_views=True, max_memory=1)
+    near = train_head(
+        seen,
+        tmp_path / "a",
+        make_head("logistic", **head),
+        TrainOptions(val_fraction=0.3, test_fraction=0.3, average_views=True),
+    )
+    far = train_head(
+        seen,
+        tmp_path / "b",
+        make_head("logistic", **head),
+        TrainOptions(val_fraction=0.3, test_fraction=0.3, average_views=True, max_memory=1),
+    )
     order = np.argsort(far.predictions().sha256), np.argsort(near.predictions().sha256)
     assert far.predictions().probabilities[order[0]] == pytest.approx(near.predictions().probabilities[order[1]], abs=1e-4)
     assert far.conformal is not None
@@ -471,7 +483,7 @@ def test_rows_on_disk_keep_the_views_of_an_image_together(seen: FeatureCache) ->
 
 
 def test_a_learning_curve_fits_the_views_of_what_it_draws(seen: FeatureCache, tmp_path: Path, fitted_rows: list[Any]) -> None:
-    bundle = train_head(seen, tmp_path / "b", CentroidHead(), few_shot=[1, 3], repeats=2, pictures=False)
+    bundle = train_head(seen, tmp_path / "b", CentroidHead(), TrainOptions(few_shot=[1, 3], repeats=2, thumbnails=False))
     assert bundle.few_shot is not None
     assert [point["shots"] for point in bundle.few_shot] == [1, 3]
     sizes = {len(X) for X in fitted_rows}
@@ -527,7 +539,7 @@ def test_other_tasks_take_the_same_way(photos: Path, backbone: Backbone, tmp_pat
             tmp_path / task,
             Options(views=2, device="cpu", quiet=True),
         )
-        bundle = train_head(cache, tmp_path / f"{task}.head", make_head(None, task), average_views=True)
+        bundle = train_head(cache, tmp_path / f"{task}.head", make_head(None, task), TrainOptions(average_views=True))
         kept = bundle.predictions()
         code, out, _ = penult("predict", bundle.path, photos / kept.paths[0].decode(), "--format", "csv", "--device", "cpu")
         assert code == 0

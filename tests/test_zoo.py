@@ -25,10 +25,10 @@ from extractor.backbones import Backbone
 from extractor.decoder import Decoder
 from extractor.images import MEMORY, ImageError, decode
 from extractor.onnxfile import read_facts
-from extractor.options import Options
 from extractor.pipeline import run_extract
 from extractor.preprocess import PIXEL_PATHS, Preprocess
 from extractor.session import Embedder
+from extractor.settings.groups import Options
 from extractor.sources import ImageFolder, Manifest
 from store.cache import FeatureCache
 

@@ -26,15 +26,15 @@ import onnx
 from PIL import Image
 
 from classifiers.bundle import Bundle
-from classifiers.finetune import FineTuneOptions
+from classifiers.finetune import FineTuneSettings, TrainOptions
 from classifiers.fuse import fuse
 from classifiers.heldout import evaluate_bundle
 from classifiers.predict import Predictor
 from classifiers.train import make_head, train_finetuned, train_head
 from extractor.backbones import Backbone
-from extractor.options import Options
 from extractor.pipeline import run_extract
 from extractor.prepare import library_versions
+from extractor.settings.groups import Options
 from extractor.sources import open_source
 from store.cache import FeatureCache
 from store.compact import write_compact
@@ -172,6 +172,11 @@ def describe_bundle(path: Path, data: Path, root: Path) -> dict[str, Any]:
     }
 
 
+def options_of(training: dict[str, Any]) -> TrainOptions:
+    """How a head was trained, as the archive has it: thumbnails were called pictures then."""
+    return TrainOptions(**{"thumbnails" if name == "pictures" else name: value for name, value in training.items()})
+
+
 def make(root: Path) -> dict[str, Any]:
     """Everything, below an empty folder; returns what must be found there."""
     write_data(root)
@@ -185,12 +190,12 @@ def make(root: Path) -> dict[str, Any]:
         cache = FeatureCache(root / how["cache"], how.get("layer"))
         head = make_head(how["head"], cache.samples.task, seed=0, **how.get("settings", {}))
         training = {"pictures": name == "logistic.head", **how.get("training", {})}  # one page with thumbnails is enough
-        train_head(cache, root / name, head, **training)
+        train_head(cache, root / name, head, options_of(training))
         bundles[name] = {**how, "training": training, **describe_bundle(root / name, root / how["cache"], root)}
-    network = Backbone("shufflenet_v2_x0_5", "random:0", resize=32, crop=32)
+    network = {"backbone": "shufflenet_v2_x0_5", "weights": "random:0", "resize": 32, "crop": 32}
     lively = {"epochs": 8, "lr": 1e-3, "head_lr_factor": 1.0, "batch_size": 4, "batch_statistics": True, "patience": 9}
-    options = FineTuneOptions(**lively, device="cpu", quiet=True)
-    train_finetuned(FeatureCache(root / "photos.cache"), root / "finetuned.head", network, options, pictures=False)
+    settings = FineTuneSettings(**network, **lively, device="cpu", quiet=True, thumbnails=False)
+    train_finetuned(FeatureCache(root / "photos.cache"), root / "finetuned.head", settings)
     bundles["finetuned.head"] = describe_bundle(root / "finetuned.head", root / "photos", root)
     fuse(Bundle.load(root / "logistic.head"), root / "fused.onnx")
     files = sorted(path for path in root.rglob("*") if path.is_file())

@@ -1,0 +1,1 @@
+"""Every setting, declared once: for the command line, job files and Python alike."""

@@ -1,0 +1,371 @@
+"""The settings of an extraction, in groups that commands share; nothing here imports NumPy before it is asked to compute."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import AfterValidator, BeforeValidator, model_validator
+
+from .declaration import PLACE, Settings, setting
+
+if TYPE_CHECKING:
+    from extractor.augment import Augmentation
+    from extractor.backbones import Backbone
+    from extractor.sources import Source
+    from extractor.views import Views
+
+MAX_BATCH, MAX_WORKERS = 4096, 256  # beyond these a number is a slip: decoded images of a batch alone would fill the memory
+MAX_VIEWS = 64  # decoded images wait in memory, and each has so many
+MAX_SEED = 2**32 - 1
+MIN_BUDGET = 3
+
+
+def as_tuple(value: Any) -> Any:
+    """A list of a job file; what is none stays, to be refused."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _one_for_all(value: Any) -> Any:
+    """One number stands for all channels."""
+    return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else as_tuple(value)
+
+
+def _channels(value: tuple[float, ...]) -> tuple[float, ...]:
+    if len(value) not in (1, 3):
+        message = "one number, or three: red, green, blue"
+        raise ValueError(message)
+    return value
+
+
+def _auto(value: Any) -> Any:
+    return None if value == "auto" else value
+
+
+def _range(value: float) -> float:
+    if value not in (1, 255):
+        message = "1 or 255"
+        raise ValueError(message)
+    return float(value)
+
+
+def _device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu(,cpu)*|cuda(:[0-9]+)?(,cuda(:[0-9]+)?)*", value):
+        message = "auto, cpu, cuda or cuda:N, or several of one kind with commas, such as cuda:0,cuda:1"
+        raise ValueError(message)
+    return value
+
+
+def _budget(value: Any) -> Any:
+    """A number, or a share as text; both are kept as text."""
+    text = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+    if not isinstance(text, str) or not re.fullmatch(r"\s*\d+(\.\d+)?%\s*|\s*\d+\s*", text):
+        message = "a number such as 10, or a share such as 1%"
+        raise ValueError(message)
+    return text.strip()
+
+
+def _path(value: Any) -> Any:
+    return PLACE.get().folder / value if isinstance(value, str | Path) else value
+
+
+def _name_or_file(value: Any) -> Any:
+    """A file lies where the job file says; a name is a name."""
+    file = PLACE.get().folder / value if isinstance(value, str) else None
+    return str(file) if file and file.is_file() else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
+Channels = Annotated[tuple[float, ...] | None, BeforeValidator(_one_for_all), AfterValidator(lambda v: v and _channels(v))]
+ResultPath = Annotated[Path, BeforeValidator(_path)]
+FilePath = Annotated[Path | None, BeforeValidator(_path)]
+NameOrFile = Annotated[str, BeforeValidator(_name_or_file)]
+
+
+class BackboneSettings(Settings):
+    section: ClassVar[str] = "backbone"
+    heading: ClassVar[str] = "Backbone"
+
+
+class SizeSettings(BackboneSettings):
+    resize: int | None = setting(None, "Shorter side after resizing.", metavar="PIXELS", shown="the preset's")
+    crop: int | None = setting(None, "Side of the centred crop.", metavar="PIXELS", shown="the preset's")
+
+
+class PixelSettings(SizeSettings):
+    preset: str | None = setting(None, "Torchvision weights whose preprocessing a .pth file goes with.", metavar="NAME")
+    pixel_path: Literal["pillow", "pillow-crop", "pillow-draft"] | None = setting(
+        None,
+        "How files become pixels; all but the reference are faster and not quite equal (docs/images.md).",
+        shown="pillow",
+    )
+
+
+def backbone_of(settings: Settings, name: str = "") -> Backbone:
+    """A backbone of what settings say about one."""
+    from extractor.backbones import BACKBONE_FIELDS, Backbone
+
+    return Backbone(name, **{each: getattr(settings, each) for each in BACKBONE_FIELDS if each in type(settings).model_fields})
+
+
+class NetworkSettings(PixelSettings):
+    backbone: NameOrFile = setting(
+        ..., "Network; `penult backbones` lists them.", short="-m", key="name", metavar="NAME|FILE.onnx"
+    )
+    weights: NameOrFile | None = setting(None, "Which weights.", metavar="NAME|FILE.pth|random[:SEED]", shown="torchvision's")
+
+    def network(self) -> Backbone:
+        """The backbone that is asked for."""
+        return backbone_of(self, self.backbone)
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        from extractor.backbones import check_request
+
+        check_request(self.network(), lambda name: f"<{name}>")
+        return self
+
+
+class PoolingSettings(BackboneSettings):
+    pooling: Literal["average", "max", "token"] | None = setting(
+        None, "How a layer that is no vector becomes one; token is a transformer's class token.", shown="average"
+    )
+
+
+class LayerSettings(PoolingSettings):
+    layers: Names = setting(
+        (),
+        "A layer to take features from, instead of the penultimate one; several give several feature sets.",
+        flag="--layer",
+        metavar="NAME",
+        repeat=True,
+    )
+
+
+class OnnxInputSettings(BackboneSettings):
+    heading: ClassVar[str] = "Input of somebody's ONNX file (docs/backbones.md)"
+
+    mean: Channels = setting(None, "Subtracted from pixels, which go from 0 to the input range.", metavar="R[,G,B]")
+    std: Channels = setting(None, "What they are then divided by.", metavar="R[,G,B]")
+    input_range: Annotated[float, AfterValidator(_range)] | None = setting(
+        None, "What pixels go up to before that: 255 for raw values.", metavar="1|255", shown="1"
+    )
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box"] | None = setting(
+        None, "How images are resized.", shown="bilinear"
+    )
+    channels: Literal["rgb", "bgr"] | None = setting(None, "Their order.", shown="rgb")
+    squash: bool | None = setting(None, "Resize to the square itself, without a crop.")
+    layout: Literal["nchw", "nhwc"] | None = setting(None, "Where its shape does not tell.")
+
+
+class SourceSettings(Settings):
+    section: ClassVar[str] = "extract"
+    heading: ClassVar[str] = "Data"
+
+    root: FilePath = setting(None, "What the paths of a manifest are relative to.", metavar="FOLDER", shown="its folder")
+    group_by: str | None = setting(
+        None, "What must stay in one split: a column, or a pattern over paths.", metavar="COLUMN|REGEX"
+    )
+    follow_symlinks: bool = setting(False, "Follow symbolic links.")
+
+
+class TaskSettings(Settings):
+    section: ClassVar[str] = "extract"
+    heading: ClassVar[str] = "Data"
+
+    task: Literal["single-label", "multi-label", "regression"] = setting(
+        "single-label", "What labels mean; multi-label separates them by |."
+    )
+    targets: Names = setting((), "regression: a numeric column; once for each.", flag="--target", metavar="COLUMN", repeat=True)
+
+    @model_validator(mode="after")
+    def _targets_are_of_regression(self) -> Self:
+        message = None
+        if self.targets and self.task != "regression":
+            message = f"<targets> {self.targets[0]}: numeric targets are for <task> regression, this is {self.task}"
+        elif self.task == "regression" and not self.targets:
+            message = "<task> regression needs <targets>: a column for each number to predict"
+        elif len(set(self.targets)) < len(self.targets):
+            message = f"<targets> names a column twice: {', '.join(self.targets)}"
+        if message:
+            raise ValueError(message)
+        return self
+
+
+class DataSettings(SourceSettings, TaskSettings):
+    def source(self, data: str | Path, base: Path = Path()) -> Source:
+        """The images that ``DATA`` means; see `sources.open_source`."""
+        from extractor.sources import open_source
+
+        names = {**SourceSettings.model_fields, **TaskSettings.model_fields}
+        return open_source(data, base=base, **{name: getattr(self, name) for name in names})
+
+
+class LimitSettings(Settings):
+    section: ClassVar[str] = "extract"
+    heading: ClassVar[str] = "Data"
+
+    limit: int | None = setting(None, "Only the first N inputs, by a hash of their paths.", ge=1, metavar="N", shown="all")
+
+
+class SplitSettings(Settings):
+    section: ClassVar[str] = "extract"
+    heading: ClassVar[str] = "Split, where the data has none"
+
+    val_fraction: float = setting(0.2, "Share for validation.", ge=0, lt=1, metavar="SHARE")
+    test_fraction: float = setting(0.2, "Share held out.", ge=0, lt=1, metavar="SHARE")
+    seed: int = setting(0, "Of the split, and of all else that is drawn.", ge=0, le=MAX_SEED, metavar="N")
+
+    @model_validator(mode="after")
+    def _something_is_left(self) -> Self:
+        if self.val_fraction + self.test_fraction >= 1:
+            message = f"<val_fraction> {self.val_fraction} and <test_fraction> {self.test_fraction} leave nothing to train on"
+            raise ValueError(message)
+        return self
+
+
+class AugmentSettings(Settings):
+    section: ClassVar[str] = "extract"
+    heading: ClassVar[str] = "Augmentation"
+
+    augment: Literal["standard", "trivialaugment", "randaugment", "autoaugment", "augmix", "none"] = setting(
+        "standard", "Random changes: standard is crops and flips; policies come on top of these."
+    )
+    crop_area: float | None = setting(
+        None, "Least share of an image in a random crop.", gt=0, le=1, metavar="SHARE", shown="0.35"
+    )
+    flip: Literal["none", "horizontal", "vertical", "both"] | None = setting(
+        None, "Mirror images: none where left and right mean something, as in text.", shown="horizontal"
+    )
+    rotation: float = setting(0.0, "Either way.", ge=0, le=180, metavar="DEGREES")
+    translation: float = setting(0.0, "In both directions, share of the side.", ge=0, le=1, metavar="SHARE")
+    shear: float = setting(0.0, "In both directions.", ge=0, lt=90, metavar="DEGREES")
+    zoom: float = setting(0.0, "0.25: from 1/1.25 to 1.25 times the size.", ge=0, metavar="X")
+    brightness: float = setting(0.0, "0.2: a factor from 0.8 to 1.2.", ge=0, le=1, metavar="X")
+    contrast: float = setting(0.0, "0.2: a factor from 0.8 to 1.2.", ge=0, le=1, metavar="X")
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """What is drawn, and from which range."""
+        from dataclasses import replace
+
+        from extractor.augment import Augmentation
+
+        names = ("rotation", "translation", "shear", "zoom", "brightness", "contrast")
+        changes: dict[str, Any] = {name: getattr(self, name) for name in names}
+        if self.crop_area is not None:
+            changes["area"] = (self.crop_area, 1.0)
+        if self.flip is not None:
+            changes["flip"] = 0.5 if self.flip in ("horizontal", "both") else 0.0
+            changes["vertical_flip"] = 0.5 if self.flip in ("vertical", "both") else 0.0
+        return replace(Augmentation.named(self.augment), **changes)
+
+
+class ViewSettings(AugmentSettings):
+    views: int = setting(
+        1, "Of each image: itself, and others that are drawn (docs/views.md).", ge=1, le=MAX_VIEWS, metavar="N"
+    )
+
+    @model_validator(mode="after")
+    def _views_differ(self) -> Self:
+        changes = self.augmentation
+        if self.views > 1 and not changes:
+            message = f"<views> {self.views} without an augmentation is {self.views} times the same; leave one of them out"
+            raise ValueError(message)
+        if self.views == 1 and changes and AugmentSettings.model_fields.keys() & self.model_fields_set - self._usual():
+            message = "an augmentation is drawn for <views> of 2 and more; say how many, or leave it out"
+            raise ValueError(message)
+        return self
+
+    def _usual(self) -> set[str]:
+        """What was said, and is the default."""
+        return {name for name in self.model_fields_set if getattr(self, name) == type(self).model_fields[name].default}
+
+
+class DeviceSettings(Settings):
+    section: ClassVar[str] = "extract"
+    heading: ClassVar[str] = "Where and how fast"
+
+    device: Annotated[str, AfterValidator(_device)] = setting(
+        "auto", "Where to compute; several with commas (docs/gpu.md).", metavar="auto|cpu|cuda[:N]"
+    )
+    batch_size: Annotated[int | None, BeforeValidator(_auto)] = setting(
+        None, "Images per batch.", short="-b", ge=1, le=MAX_BATCH, metavar="N|auto", shown="auto", also=", or auto"
+    )
+    workers: Annotated[int | None, BeforeValidator(_auto)] = setting(
+        None, "Decoding threads.", short="-j", ge=1, le=MAX_WORKERS, metavar="N|auto", shown="auto", also=", or auto"
+    )
+
+
+class BudgetSettings(Settings):
+    section: ClassVar[str] = "extract"
+    heading: ClassVar[str] = "Files that cannot be read"
+
+    max_failures: Annotated[str, BeforeValidator(_budget)] = setting(
+        "1%", "How many may fail; a share is at least 3.", metavar="N|P%"
+    )
+
+    def budget(self, inputs: int) -> int:
+        """How many inputs may fail."""
+        if self.max_failures.endswith("%"):
+            return max(MIN_BUDGET, int(float(self.max_failures[:-1]) / 100 * inputs))
+        return int(self.max_failures)
+
+
+class FailureSettings(BudgetSettings):
+    on_error: Literal["skip", "fail"] = setting("skip", "What a bad file does.")
+    retry_failed: bool = setting(False, "Try recorded failures again.")
+    verify_content: bool = setting(False, "Read every file, even if size, time and inode are unchanged.")
+
+
+class Options(LimitSettings, SplitSettings, ViewSettings, DeviceSettings, FailureSettings):
+    """How the images of a source go through a backbone: what `pipeline.run_extract` takes."""
+
+    section: ClassVar[str] = "extract"
+    heading: ClassVar[str] = "Where and how fast"
+
+    precision: Literal["fp32", "tf32", "fp16", "int8"] = setting(
+        "fp32",
+        "int8 is faster on a CPU (calibrated once, on training images), fp16 and tf32 on a GPU; refused where too coarse.",
+    )
+    storage: Literal["auto", "float32"] = setting("auto", "float16 where the values fit, or float32 always.")
+    overwrite: bool = setting(False, "Start a new cache in place of an old one.", only="python")
+    quiet: bool = setting(False, "No progress line.", only="python")
+
+    @property
+    def drawn(self) -> Views | None:
+        """How views are drawn; None where there is one of each image."""
+        from extractor.views import Views
+
+        return Views(self.views, self.seed, self.augmentation) if self.views > 1 else None
+
+    @model_validator(mode="after")
+    def _precision_fits_the_device(self) -> Self:
+        kinds = {device.partition(":")[0] for device in self.device.split(",")}
+        if self.precision == "int8" and "cuda" in kinds:
+            message = f"<precision> int8 is for the CPU, not for <device> {self.device}; leave one of them out"
+            raise ValueError(message)
+        if self.precision in ("fp16", "tf32") and "cpu" in kinds:
+            message = f"<precision> {self.precision} is for a GPU, and this is the CPU: leave it out, or say <device> cuda"
+            raise ValueError(message)
+        return self
+
+
+class ExtractSettings(NetworkSettings, LayerSettings, OnnxInputSettings, DataSettings, Options):
+    """What `penult extract` takes, and a job in its sections ``[backbone]`` and ``[extract]``."""
+
+    @model_validator(mode="after")
+    def _views_need_whole_images(self) -> Self:
+        if self.views > 1 and self.pixel_path not in (None, "pillow"):
+            message = f"<views> needs whole images, and <pixel_path> {self.pixel_path} makes only the crop; leave one out"
+            raise ValueError(message)
+        return self
+
+
+class SidecarSettings(OnnxInputSettings, LayerSettings, SizeSettings):
+    """What a file ``net.toml`` beside ``net.onnx`` may state, where a layer is called ``layer``."""
+
+
+class ExportSettings(NetworkSettings, LayerSettings, OnnxInputSettings):
+    """What `penult export` takes."""
