@@ -138,7 +138,7 @@ def test_few_shot_as_json_and_its_mistakes(cache: FeatureCache, tmp_path: Path, 
     assert "class 'bees' has 9 training image(s)" in stderr
     code, _, stderr = penult(*arguments, "--alpha", "3", "--overwrite")
     assert code == 2
-    assert "the centroid head has no setting alpha" in stderr
+    assert "--alpha is a setting of the ridge head, and this is centroid" in stderr
 
 
 def test_settings_of_the_command_line_reach_the_head(cache: FeatureCache, tmp_path: Path, penult: Penult) -> None:
