@@ -126,6 +126,7 @@ def test_a_job_may_have_views_and_average_over_them(job: Callable[..., Path], tm
 def test_a_job_is_told_what_the_commands_are_told(job: Callable[..., Path], tmp_path: Path) -> None:
     """Layers, a limit, augmentation, a learning curve and a split of the head's own; and nothing is done twice."""
     told = '[extract]\nlimit = 28\nviews = 2\naugment = "none"\nflip = "both"\nrotation = 10\nbatch_size = "auto"\n'
+    own = "average_views = true\nfew_shot = [2]\nrepeats = 2\nval_fraction = 0\nseed = 3"
     path = job(gate=0.0, extra=told)
     text = path.read_text().replace(
         "[train]", "[train]\naverage_views = true\nfew_shot = [2]\nrepeats = 2\nval_fraction = 0\nseed = 3"
