@@ -128,9 +128,7 @@ def test_a_job_is_told_what_the_commands_are_told(job: Callable[..., Path], tmp_
     told = '[extract]\nlimit = 28\nviews = 2\naugment = "none"\nflip = "both"\nrotation = 10\nbatch_size = "auto"\n'
     own = "average_views = true\nfew_shot = [2]\nrepeats = 2\nval_fraction = 0\nseed = 3"
     path = job(gate=0.0, extra=told)
-    text = path.read_text().replace(
-        "[train]", "[train]\naverage_views = true\nfew_shot = [2]\nrepeats = 2\nval_fraction = 0\nseed = 3"
-    )
+    text = path.read_text().replace("[train]", f"[train]\n{own}")
     network = 'name = "squeezenet1_1"\nweights = "random:0"\nresize = 40\ncrop = 32\nlayers = ["features.12", "features.3"]'
     text = re.sub('name = ".*"', network, text).replace("[train]", '[train]\nlayer = "features.3"')
     path.write_text(text)
