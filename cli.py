@@ -470,7 +470,7 @@ def train(cache: Path, settings: TrainSettings, output: Path, *, as_json: bool, 
     refuse_existing(output, overwrite=overwrite)
     features = FeatureCache(cache, settings.layer)
     with FLAGS.here():
-        head = settings.make(features.samples.task)
+        head = settings.make(features.samples.task.name)
     bundle = train_head(features, output, head, settings, overwrite=overwrite)
     print_bundle(bundle, as_json=as_json)
     if bundle.few_shot and not as_json:

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from store.cache import Subset
 from store.errors import BadDataError
-from store.samples import SINGLE_LABEL, Row, SampleTable
+from store.samples import Row, SampleTable
 from store.splits import untrained_labels
+from store.tasks import ONE_LABEL
 
 from .conformal import Conformal
 from .figures import chance_calibration_errors, ranks, require_finite, untempered, weighted_figures
@@ -29,7 +30,7 @@ def evaluate(head: Any, subset: Subset) -> Evaluation:
     Raises:
         UsageError: it is a head for several labels or for numbers; `HeadTask.score` takes the outputs of these.
     """
-    need_single_label(getattr(head, "task", SINGLE_LABEL), "classifiers.evaluate.evaluate")
+    need_single_label(getattr(head, "task", ONE_LABEL.name), "classifiers.evaluate.evaluate")
     return score(
         subset.y,
         head.predict_proba(subset.X),
@@ -176,7 +177,8 @@ def _notes(correct: int, n: int, support: list[tuple[str, int]]) -> list[str]:
 class SingleLabel(HeadTask):
     """One label an image; two classes are a case of this, with two probabilities."""
 
-    name, plural = SINGLE_LABEL, "classes"
+    name, singular, plural = ONE_LABEL.name, "class", "classes"
+    ranked_by, in_percent, exclusive = "accuracy", True, True
 
     def require(self, table: SampleTable, parts: Sequence[tuple[Sequence[Row], str]]) -> None:
         labels = {row.label for row in parts[0][0]}
@@ -191,6 +193,12 @@ class SingleLabel(HeadTask):
     def score(self, truth: NDArray[Any], outputs: Outputs, split: str) -> Evaluation:
         conformal = Conformal.from_json(self.conformal)
         return score(truth, outputs, list(self.names), split, temperature=self.temperature, conformal=conformal)
+
+    def require_labels(self, labels: Sequence[str], split: str) -> None:
+        require_known(labels, self.names, split)
+
+    def indicators(self, truth: NDArray[Any]) -> NDArray[Any]:
+        return np.asarray(truth[:, None] == np.unique(truth))
 
     def headline(self, metrics: dict[str, Any]) -> str:
         low, high = metrics["accuracy_interval"]

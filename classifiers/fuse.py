@@ -24,7 +24,6 @@ from extractor.onnxfile import PREFIX
 from extractor.prologue import pixel_nodes
 from store.atomic import require_free, require_no_part_of, require_replaceable
 from store.errors import BadDataError
-from store.samples import REGRESSION, SINGLE_LABEL
 from store.shard import MAX_ROUNDING
 
 from .bundle import BUNDLE_FILES, Bundle, task_of_bundle
@@ -83,7 +82,7 @@ def fuse(bundle: Bundle, out: Path, *, overwrite: bool = False) -> Fused:
         fingerprint=dict(bundle.fingerprint.single.fields),
         golden=Golden(RECIPE, _digest(pictures), _numbers(spread * np.round(expected / spread, 7))),
         weights_sha256=onnxfile.weights_digest(model, bundle.path),
-        conformal=bundle.conformal if bundle.task == REGRESSION else None,
+        conformal=bundle.conformal if task_of_bundle(bundle).intervals else None,
         features=features,
         probe_image=json.loads(image) if image else None,
     )
@@ -211,7 +210,7 @@ def _graph(bundle: Bundle) -> tuple[Any, dict[str, Any]]:
     model.graph.initializer.extend(zeros)
     cut(model, [([*rounding, *head.graph.node, *ending], output, len(bundle.classes))], front, [pixels])
     model.graph.name = "classifier"
-    if bundle.task == SINGLE_LABEL:
+    if task_of_bundle(bundle).exclusive:
         nodes, constants = label_nodes(output, len(bundle.classes))
         model.graph.node.extend(nodes)
         model.graph.initializer.extend(constants)

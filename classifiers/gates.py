@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from store.errors import UsageError
+from store.tasks import ONE_LABEL, MultiLabelTask, RegressionTask
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,11 @@ def _with_bound(name: str, task: str, figure: str, what: str, **limits: Any) -> 
 
 
 GATES = (
-    *_with_bound("min_accuracy", "single-label", "accuracy", "accuracy"),
-    *_with_bound("min_balanced_accuracy", "single-label", "balanced_accuracy", "balanced accuracy"),
-    *_with_bound("min_map", "multi-label", "mean_average_precision", "mean average precision"),
-    *_with_bound("min_r2", "regression", "r2", "R2", least=None),
-    *_with_bound("max_mae", "regression", "mae", "mean absolute error", most=None, error=True),
+    *_with_bound("min_accuracy", ONE_LABEL.name, "accuracy", "accuracy"),
+    *_with_bound("min_balanced_accuracy", ONE_LABEL.name, "balanced_accuracy", "balanced accuracy"),
+    *_with_bound("min_map", MultiLabelTask.name, "mean_average_precision", "mean average precision"),
+    *_with_bound("min_r2", RegressionTask.name, "r2", "R2", least=None),
+    *_with_bound("max_mae", RegressionTask.name, "mae", "mean absolute error", most=None, error=True),
 )
 
 

@@ -16,8 +16,7 @@ from pydantic import BeforeValidator, Field
 from extractor.settings.declaration import Settings, setting
 from extractor.settings.groups import as_tuple
 from store.errors import UsageError
-
-SINGLE_LABEL = "single-label"
+from store.tasks import ONE_LABEL, MultiLabelTask, RegressionTask
 
 
 class PenaltySettings(Settings):
@@ -88,14 +87,14 @@ class HeadRow:
 
 
 ROWS = (
-    HeadRow("logistic", SINGLE_LABEL, LogisticSettings, "logistic.LogisticHead"),
-    HeadRow("mlp", SINGLE_LABEL, MlpSettings, "mlp.MlpHead"),
-    HeadRow("ridge", SINGLE_LABEL, RidgeSettings, "ridge.RidgeHead"),
-    HeadRow("knn", SINGLE_LABEL, KnnSettings, "neighbours.KnnHead"),
-    HeadRow("centroid", SINGLE_LABEL, Settings, "centroid.CentroidHead"),
-    HeadRow("logistic", "multi-label", PenaltySettings, "sigmoid.MultiLabelLogisticHead"),
-    HeadRow("mlp", "multi-label", MlpSettings, "mlp.MultiLabelMlpHead"),
-    HeadRow("ridge", "regression", RidgeSettings, "ridge.RidgeRegressionHead"),
+    HeadRow("logistic", ONE_LABEL.name, LogisticSettings, "logistic.LogisticHead"),
+    HeadRow("mlp", ONE_LABEL.name, MlpSettings, "mlp.MlpHead"),
+    HeadRow("ridge", ONE_LABEL.name, RidgeSettings, "ridge.RidgeHead"),
+    HeadRow("knn", ONE_LABEL.name, KnnSettings, "neighbours.KnnHead"),
+    HeadRow("centroid", ONE_LABEL.name, Settings, "centroid.CentroidHead"),
+    HeadRow("logistic", MultiLabelTask.name, PenaltySettings, "sigmoid.MultiLabelLogisticHead"),
+    HeadRow("mlp", MultiLabelTask.name, MlpSettings, "mlp.MultiLabelMlpHead"),
+    HeadRow("ridge", RegressionTask.name, RidgeSettings, "ridge.RidgeRegressionHead"),
 )
 HEADS = tuple(dict.fromkeys(row.name for row in ROWS))
 
@@ -110,13 +109,11 @@ def row_of(name: str | None, task: str, flag: str = "--head") -> HeadRow:
     for row in rows:
         if name in (None, row.name):
             return row
-    message = f"{flag} {name}: there is {', '.join(row.name for row in rows)}" + (
-        f" for {task}" if task != SINGLE_LABEL else ""
-    )
+    message = f"{flag} {name}: there is {', '.join(row.name for row in rows)} for {task}"
     raise UsageError(message)
 
 
-def make_head(name: str | None, task: str = SINGLE_LABEL, **settings: Any) -> Any:
+def make_head(name: str | None, task: str = ONE_LABEL.name, **settings: Any) -> Any:
     """An unfitted head by name; settings that are None keep its defaults.
 
     Args:
@@ -188,7 +185,7 @@ def need_task(head: Any, task: str) -> None:
     Raises:
         UsageError: it is one.
     """
-    made_for = getattr(head, "task", SINGLE_LABEL)
+    made_for = getattr(head, "task", ONE_LABEL.name)
     if made_for != task:
         message = (
             f"{type(head).__name__} is a head for {made_for}, and these samples were extracted with --task {task}; "

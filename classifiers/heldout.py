@@ -23,11 +23,10 @@ from extractor.settings.groups import Options
 from extractor.sources import Source, files_of, open_source
 from store.cache import FeatureCache, is_cache
 from store.errors import BadDataError, InputMissingError
-from store.samples import LACKING, REGRESSION, SINGLE_LABEL, Row, SampleTable
+from store.samples import Row, SampleTable
 from store.splits import assign_splits, with_splits
 
 from .bundle import Bundle, Predictions, averaged, task_of_bundle
-from .evaluate import require_known
 from .novelty import novel_share
 from .predict import Predictor
 from .task import Evaluation, Measured
@@ -66,15 +65,15 @@ def assign_roles(table: SampleTable, *, val: float | None = None, test: float | 
         message = "more inputs failed than --max-failures allows; look at the ledger, then extract again with a larger budget"
         raise BadDataError(message)
     rows = [row for row in table.rows if row.ok]
-    unlabelled = table.incomplete(rows)
+    unlabelled = table.task.incomplete(rows)
     if unlabelled or not rows:
         example = f" (such as {unlabelled[0].name})" if unlabelled else ""
-        message = f"{len(unlabelled)} of {len(rows)} samples {LACKING[table.task]}{example}; training needs one for each"
+        message = f"{len(unlabelled)} of {len(rows)} samples {table.task.lacking}{example}; training needs one for each"
         raise BadDataError(message)
     rule = dict(table.facts.get("split", {}))
     if val is not None or test is not None:
         val, test = 0.2 if val is None else val, 0.2 if test is None else test
-        rows = with_splits(rows, assign_splits(rows, val=val, test=test, seed=seed, stratify=table.task == SINGLE_LABEL))
+        rows = with_splits(rows, assign_splits(rows, val=val, test=test, seed=seed, stratify=table.task.stratifies))
         rule = {"rule": "hash-rank", "val": val, "test": test, "seed": seed, "override": True}
     by_name: dict[str, list[Row]] = {}
     for row in rows:
@@ -154,8 +153,7 @@ def evaluate_bundle(
         cache = cache.with_layer(bundle.backbone.layer)
     source = None
     if cache is None:
-        targets = bundle.classes if bundle.task == REGRESSION else ()
-        source = open_source(data, root=root, task=bundle.task, targets=targets)
+        source = open_source(data, root=root, task=bundle.task, targets=task_of_bundle(bundle).targets)
         _require_classes(source, bundle, split)
     predictor = None if cache is not None and _same_features(bundle, cache) else Predictor.of(bundle, **predictor_options)
     if predictor is not None:
@@ -170,8 +168,8 @@ def evaluate_bundle(
             raise BadDataError(message)
         if table.counts["failed"]:
             log.warning("%s; the figures are without them", _failures(table))
-    if table.task != bundle.task:
-        message = f"{data} was extracted with --task {table.task}, and {bundle.name} is a head for {bundle.task}"
+    if table.task.name != bundle.task:
+        message = f"{data} was extracted with --task {table.task.name}, and {bundle.name} is a head for {bundle.task}"
         raise BadDataError(message)
     rows, name = _rows_of(table, bundle, split)
     fitted = bundle.fitted()
@@ -219,13 +217,12 @@ def _require_classes(source: Source, bundle: Bundle, split: str | None) -> None:
     """Refuse labels that the head does not know before an image is opened.
 
     Raises:
-        BadDataError: see `evaluate.require_known`.
+        BadDataError: see `HeadTask.require_labels`.
     """
     samples = [sample for sample in source.samples() if sample.label is not None]
     name = _split_of(bundle, {sample.split for sample in samples}, split)
-    if bundle.task == SINGLE_LABEL:
-        labels = [str(sample.label) for sample in samples if name in (None, sample.split)]
-        require_known(labels, bundle.classes, name or "")
+    labels = [str(sample.label) for sample in samples if name in (None, sample.split)]
+    task_of_bundle(bundle).require_labels(labels, name or "")
 
 
 def _split_of(bundle: Bundle, have: Set[str | None], asked: str | None) -> str | None:
@@ -238,7 +235,7 @@ def _rows_of(table: SampleTable, bundle: Bundle, split: str | None) -> tuple[lis
     rows = [row for row in table.rows if row.ok]
     if bundle.split.get("override") and _is_own_data(bundle, rows):  # it was trained on splits of its own
         fractions = {key: bundle.split[key] for key in ("val", "test", "seed")}
-        rows = with_splits(rows, assign_splits(rows, **fractions, stratify=table.task == SINGLE_LABEL))
+        rows = with_splits(rows, assign_splits(rows, **fractions, stratify=table.task.stratifies))
     have: set[str | None] = {row.split for row in rows if row.split}
     name = _split_of(bundle, have, split)
     if name is not None:
@@ -248,9 +245,9 @@ def _rows_of(table: SampleTable, bundle: Bundle, split: str | None) -> tuple[lis
                 f"there are no samples in split {name!r}; there is {', '.join(sorted(map(str, have))) or 'no split at all'}"
             )
             raise BadDataError(message)
-    incomplete = table.incomplete(rows, bundle.classes)
+    incomplete = table.task.incomplete(rows, bundle.classes)
     if incomplete:
-        message = f"{len(incomplete)} of {len(rows)} samples {LACKING[table.task]} to compare with"
+        message = f"{len(incomplete)} of {len(rows)} samples {table.task.lacking} to compare with"
         raise BadDataError(message)
     return rows, name or "all"
 

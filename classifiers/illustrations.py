@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from extractor.files import Files
 from extractor.sources import files_of
 from store.cache import Subset
-from store.errors import PenultError
-from store.samples import SampleTable, display
+from store.errors import PenultError, display
+from store.samples import SampleTable
 from store.stored import StoredFeatures
 
 from .bundle import Predictions

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from store.cache import Subset
-from store.errors import BadDataError
-from store.samples import Row, SampleTable, display
+from store.errors import BadDataError, display
+from store.samples import Row, SampleTable
 
 from .cosines import nearest, unit_rows
 
@@ -91,7 +91,7 @@ def conflicting_labels(table: SampleTable) -> list[list[str]]:
             by_content[row.sha256].append(row)
 
     def said(rows: Sequence[Row]) -> set[Any]:
-        return {(frozenset(table.labels_of(row)), row.targets) for row in rows}
+        return {(frozenset(table.task.labels_of(row)), row.targets) for row in rows}
 
     return [[row.name for row in same] for same in by_content.values() if len(said(same)) > 1]
 

@@ -18,8 +18,8 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from store.errors import BadDataError
-from store.samples import MULTI_LABEL
 from store.splits import hash_rank_split
+from store.tasks import MultiLabelTask
 
 from .conformal import Conformal, calibrate
 from .dense import DenseHead, class_indices, standardisation, with_validation
@@ -292,7 +292,7 @@ class MultiLabelMlpHead(MlpHead):
         setting_, tried_, best_epoch_, history_, dense_: as in `MlpHead`; val_accuracy is the share of right decisions.
     """
 
-    kind, task = "mlp", MULTI_LABEL
+    kind, task = "mlp", MultiLabelTask.name
     temperature_ = None
     conformal_ = None
 

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from store.errors import BadDataError
-from store.samples import LABEL_SEPARATOR, MULTI_LABEL, Row, SampleTable
+from store.samples import Row, SampleTable
+from store.tasks import LABEL_SEPARATOR, MultiLabelTask
 
 from .figures import Values, Weights, average_precision, ratio, require_finite
 from .intervals import resampled, resamples_for
@@ -21,7 +22,8 @@ THRESHOLD = 0.5  # from which probability on an image has a label
 class MultiLabel(HeadTask):
     """Which of several labels an image has; it may be all of them, or none."""
 
-    name, plural, figure = MULTI_LABEL, "labels", "mean_average_precision"
+    name, singular, plural = MultiLabelTask.name, "label", "labels"
+    figure, ranked_by = "mean_average_precision", "mean average precision"
 
     def require(self, table: SampleTable, parts: Sequence[tuple[Sequence[Row], str]]) -> None:
         counts = table.truth(parts[0][0]).sum(axis=0)
@@ -39,6 +41,15 @@ class MultiLabel(HeadTask):
 
     def score(self, truth: NDArray[Any], outputs: Outputs, split: str) -> Measured:
         return measure(np.asarray(truth, bool), outputs, self.names, split)
+
+    def require_labels(self, labels: Sequence[str], split: str) -> None:
+        known = set(self.names)
+        if unknown := sorted({each for label in labels for each in label.split(LABEL_SEPARATOR)} - known):
+            message = (
+                f"there are labels that the head was not trained on: {', '.join(map(repr, unknown[:FEW]))}; "
+                f"it knows {', '.join(map(repr, self.names[:FEW]))}"
+            )
+            raise BadDataError(message)
 
     def headline(self, metrics: dict[str, Any]) -> str:
         return headline_of(metrics["figures"]["mean_average_precision"], "mean average precision")
@@ -113,7 +124,7 @@ def measure(truth: NDArray[np.bool_], probabilities: Outputs, names: Sequence[st
         }
         own |= {"precision": proportion(hits, taken), "recall": proportion(hits, support)}
         per_output.append({"name": name, "n": support, "figures": own})
-    return Measured(MULTI_LABEL, split, n, figures, per_output, resamples, _notes(per_output, n))
+    return Measured(MultiLabelTask.name, split, n, figures, per_output, resamples, _notes(per_output, n))
 
 
 def _notes(per_output: Sequence[dict[str, Any]], n: int) -> list[str]:

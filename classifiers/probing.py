@@ -19,9 +19,8 @@ from extractor.pixel_drift import libraries, then_and_now
 from extractor.preprocess import probe
 from store.errors import BadDataError, FingerprintMismatchError, UsageError
 from store.fingerprint import short
-from store.samples import SINGLE_LABEL
 
-from .bundle import Bundle
+from .bundle import Bundle, task_of_bundle
 
 # What `DenseHead.to_onnx` makes of a head of one layer: standardise, multiply and add, divide by the temperature.
 AFFINE = ["Sub", "Div", "Gemm", "Div", "Softmax"]
@@ -59,7 +58,7 @@ class AffineHead:
         """
         from onnx import numpy_helper
 
-        if bundle.task != SINGLE_LABEL:
+        if not task_of_bundle(bundle).exclusive:
             message = f"--init-head {bundle.path} is a head for {bundle.task}; fine-tuning needs one label for each image"
             raise UsageError(message)
         model = read_model(bundle.path / "head.onnx")

@@ -11,14 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from store.errors import PenultError
-from store.samples import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 from .intervals import Interval
 from .page import Card, Section, page
 from .paired import mcnemar
 from .plots import BLUE, GREY, INK, WIDTH, plain_log, svg
+from .tasks import KINDS
 
-FIGURES = {SINGLE_LABEL: "accuracy", MULTI_LABEL: "mean average precision", REGRESSION: "R2"}  # what sources are ranked by
 SCORES = {"logme": "LogME", "h_score": "H-score, not shrunk", "h_score_shrunk": "H-score"}
 MEANINGS = {
     "logme": "The evidence of a linear model of the labels, per image. No head is trained for it; larger is better.",
@@ -121,7 +120,7 @@ class Ranking:
 
     Attributes:
         data: what was swept over.
-        task: one of ``store.samples.TASKS``.
+        task: one of ``store.tasks.TASKS``.
         head: what was trained on each source.
         chosen_on, reported_on: what ``choice`` and ``held_out`` of the lines were measured on; None for nothing held out.
         lines: the best first; of equal ones the quickest.
@@ -145,7 +144,7 @@ class Ranking:
     @property
     def figure(self) -> str:
         """What the sources are ranked by."""
-        return FIGURES[self.task]
+        return KINDS[self.task].ranked_by
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -188,7 +187,7 @@ class Ranking:
 
     def text(self, figure: Figure) -> str:
         """A figure with its interval."""
-        scale, digits, unit = (100, 1, " %") if self.task == SINGLE_LABEL else (1, 3, "")
+        scale, digits, unit = (100, 1, " %") if KINDS[self.task].in_percent else (1, 3, "")
         bounds = ", ".join(f"{scale * bound:.{digits}f}" for bound in figure.interval or ())
         return f"{scale * figure.value:.{digits}f}{unit}" + (f" [{bounds}]" if bounds else "")
 
@@ -340,7 +339,7 @@ def _figures(axes: Any, found: Ranking, x: Sequence[float], best: NDArray[np.boo
             [x[i]], [values[i]], yerr=spread, fmt="o", color=colour, ecolor=BLUE if best[i] else GREY, ms=5, capsize=3
         )
         axes.annotate(str(i + 1), (x[i], values[i]), xytext=(5, 4), textcoords="offset points", color=INK)
-    if found.task == SINGLE_LABEL:
+    if KINDS[found.task].in_percent:
         axes.yaxis.set_major_formatter("{x:.0%}")
     axes.set_ylabel(found.figure)
     return values

@@ -18,8 +18,7 @@ from typing import Any
 from extractor import backbones
 from extractor.cuda import number_of
 from extractor.progress import StopFlag
-from store import child
-from store.errors import InterruptedRunError, PenultError
+from store.errors import InterruptedRunError, PenultError, answer_of, raise_answered
 
 from .checkpoints import FAILURE
 from .epochs import Plan, isolated, run_epochs
@@ -49,7 +48,7 @@ def run_on_all(plan: Plan, decided: dict[str, Any], stop: StopFlag) -> None:
                     raise InterruptedRunError(stop.signum)
         except ProcessException:
             if failure.exists():
-                child.raise_answered(json.loads(failure.read_text("utf-8")), DivergedError)
+                raise_answered(json.loads(failure.read_text("utf-8")), DivergedError)
             raise
         finally:
             for process in context.processes:
@@ -69,7 +68,7 @@ def _run(rank: int, plan: Plan, decided: dict[str, Any], rendezvous: Path) -> No
                 model = end_to_end(loaded, plan.counts, plan.options, plan.start)
                 run_epochs(plan, loaded, model, decided, StopFlag(), rank)
         except PenultError as error:
-            Path(plan.checkpoints.folder / FAILURE).write_text(json.dumps(child.answer_of(error)), "utf-8")
+            Path(plan.checkpoints.folder / FAILURE).write_text(json.dumps(answer_of(error)), "utf-8")
             raise
 
 

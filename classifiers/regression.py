@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from store.errors import BadDataError
-from store.samples import REGRESSION, Row, SampleTable
+from store.samples import Row, SampleTable
+from store.tasks import RegressionTask
 
 from .conformal import COVERAGE
 from .figures import Values, Weights, require_finite
@@ -53,7 +54,16 @@ class Intervals:
 class Regression(HeadTask):
     """One number an image, or several."""
 
-    name, plural, output, figure = REGRESSION, "targets", "values", "r2"
+    name, singular, plural = RegressionTask.name, "target", "targets"
+    output, figure, ranked_by, intervals = "values", "r2", "R2", True
+
+    @property
+    def targets(self) -> Sequence[str]:
+        return self.names
+
+    def indicators(self, truth: NDArray[Any]) -> NDArray[Any]:
+        deviation = truth.std(axis=0)
+        return np.asarray((truth - truth.mean(axis=0)) / np.where(deviation > 0, deviation, 1))
 
     @property
     def half_widths(self) -> list[float | None]:
@@ -69,6 +79,9 @@ class Regression(HeadTask):
 
     def score(self, truth: NDArray[Any], outputs: Outputs, split: str) -> Measured:
         return measure(np.asarray(truth, np.float64), outputs, self.names, split, self.half_widths)
+
+    def require_labels(self, labels: Sequence[str], split: str) -> None:
+        """Numbers have none."""
 
     def headline(self, metrics: dict[str, Any]) -> str:
         return headline_of(metrics["figures"]["r2"], "R2" if len(self.names) == 1 else "mean R2")
@@ -159,4 +172,4 @@ def measure(
         per_output.append({"name": name, "n": n, "figures": own})
     figures = {"r2": bootstrapped(float(once["r2"][:, 0].mean()), drawn["r2"].mean(axis=0))}
     notes = [f"too few to conclude: {n} images"] if n < FEW else []
-    return Measured(REGRESSION, split, n, figures, per_output, resamples, notes)
+    return Measured(RegressionTask.name, split, n, figures, per_output, resamples, notes)

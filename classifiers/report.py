@@ -17,7 +17,6 @@ from store.atomic import require_free
 from store.cache import FeatureCache, Subset, is_cache
 from store.errors import UsageError
 from store.fingerprint import short
-from store.samples import MULTI_LABEL, SINGLE_LABEL
 
 from . import plots
 from .bundle import Bundle, Predictions, task_of_bundle
@@ -56,7 +55,7 @@ def bundle_report(bundle: Bundle, predictions: Predictions | None = None, shown:
         sections += training
     else:
         notes += metrics["notes"]
-        if bundle.task == SINGLE_LABEL:
+        if task.exclusive:
             cards = _cards(metrics)
             sections += _classes(bundle, metrics, predictions, shown, training)
         else:
@@ -185,7 +184,7 @@ def _truth(bundle: Bundle, predictions: Predictions) -> Any:
 
 
 def _history_text(bundle: Bundle) -> str:
-    if bundle.task == MULTI_LABEL and bundle.head == "logistic":
+    if bundle.head == "logistic" and not task_of_bundle(bundle).exclusive:
         return "Log-loss out of fold or on validation for each value of C, mean over the labels; each label has its own best C."
     if bundle.head == "logistic":
         by = " by accuracy" if bundle.hyperparameters.get("select") == "accuracy" else ""
@@ -262,7 +261,7 @@ def report_again(
     """
     if data is None:
         held = bundle.predictions() if bundle.metrics is not None else None
-        shown = illustrate(held, bundle.classes) if held and bundle.task == SINGLE_LABEL else None
+        shown = illustrate(held, bundle.classes) if held and task_of_bundle(bundle).exclusive else None
         return bundle_report(bundle, held, shown)
     root = settings.root
     cache = FeatureCache(data) if is_cache(data) else None  # opened once: figures and neighbours are of the same features
@@ -270,7 +269,7 @@ def report_again(
     if evaluation.pixel_drift:
         note = PixelDrift(**evaluation.pixel_drift).text(bundle.name)
         evaluation = replace(evaluation, notes=[*evaluation.notes, note])
-    if bundle.task != SINGLE_LABEL:
+    if not task_of_bundle(bundle).exclusive:
         return bundle_report(replace(bundle, metrics=evaluation.to_json()), predictions)
     fitted: list[Subset] = []
     if cache is not None:

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from store.samples import REGRESSION
+from store.tasks import RegressionTask
 
 from .dense import DenseHead, FittedHead, Float32, standardisation
 from .folds import group_folds, on_first_views
@@ -183,7 +183,7 @@ class RidgeRegressionHead(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         conformal_: prediction intervals; None where nothing was out of fold.
     """
 
-    kind, task = "ridge", REGRESSION
+    kind, task = "ridge", RegressionTask.name
     temperature_ = None
 
     def __init__(self, alpha: float | None = None, *, alphas: Sequence[float] = ALPHAS, cv: int = 5, seed: int = 0) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from store.cache import FeatureCache
 from store.calibration import read_calibration
 from store.errors import BadDataError, PenultError
-from store.samples import SINGLE_LABEL, Row
+from store.samples import Row
 from store.splits import groups_of
 
 log = logging.getLogger("penult.classifiers")
@@ -39,7 +39,7 @@ def judge_rounding(cache: FeatureCache, head: Any, fitted: Sequence[Row]) -> dic
     """
     if cache.fingerprint.fields.get("precision") != "int8":
         return None
-    if cache.samples.task != SINGLE_LABEL:
+    if not cache.samples.task.stratifies:
         log.warning("what int8 costs this head is not judged: that is done for one label an image only")
         return None
     try:

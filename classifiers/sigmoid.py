@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from store.samples import MULTI_LABEL
+from store.tasks import MultiLabelTask
 
 from .dense import DenseHead, Float32, standardisation
 from .folds import Fold, group_folds, on_first_views
@@ -113,7 +113,7 @@ class MultiLabelLogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[mi
         dense_: the fitted head as arrays.
     """
 
-    kind, task = "logistic", MULTI_LABEL
+    kind, task = "logistic", MultiLabelTask.name
     temperature_ = None
     conformal_ = None
 

@@ -31,7 +31,7 @@ from store.errors import (
     StorageError,
     UsageError,
 )
-from store.samples import SINGLE_LABEL, Row, SampleTable
+from store.samples import Row, SampleTable
 from store.splits import groups_of
 
 from .figures import require_finite
@@ -40,7 +40,7 @@ from .heads import make_head, name_of
 from .heldout import Roles, assign_roles
 from .intervals import wilson
 from .page import write_output
-from .ranking import FIGURES, Failure, Figure, Line, Ranking, failure, ranked, ranking_page
+from .ranking import Failure, Figure, Line, Ranking, failure, ranked, ranking_page
 from .task import Evaluation, HeadTask
 from .tasks import task_of
 from .transferability import transferability
@@ -175,18 +175,18 @@ def run_sweep(
     extracted, failed, unusable = _extract(source, backbones, folder, options)
     table = common_samples([each.cache.samples for each in extracted])
     roles = assign_roles(table)
-    task = task_of(table.task, table.outputs)
+    task = task_of(table.task.name, table.outputs)
     chosen_on, reported_on = roles.facts["chosen_on"], roles.facts["reported_on"]
     task.require(table, [(roles.fit, "train"), (roles.choose, str(chosen_on)), (roles.report, str(reported_on))])
     bench = _Bench(table, roles, task, seed)
     lines = []
     for each in extracted:
-        fitted = make_head(head, table.task, seed=seed)
+        fitted = make_head(head, table.task.name, seed=seed)
         lines.append(bench.line(each, fitted))
-        log.info("%s: %s %.4f", each.source, FIGURES[task.name], lines[-1].choice.value)
+        log.info("%s: %s %.4f", each.source, task.ranked_by, lines[-1].choice.value)
     found = Ranking(
         data or str(source.root),
-        table.task,
+        table.task.name,
         name_of(fitted),
         chosen_on,
         reported_on if roles.report else None,
@@ -268,10 +268,10 @@ class _Bench:
         n, total = len(self._roles.fit), len(self._rows)
         if self._roles.choose:
             return [(np.arange(n), np.arange(n, total))]
-        if self._task.name != SINGLE_LABEL:
-            folds = group_folds(n, self._groups, FOLDS, seed)
-        else:
+        if self._task.exclusive:
             folds = stratified_folds(np.unique(self._truth, return_inverse=True)[1], self._groups, FOLDS, seed)
+        else:
+            folds = group_folds(n, self._groups, FOLDS, seed)
         if not folds:
             message = "a class has a single training image or group: there is nothing to rank by. Give it more, or leave it out"
             raise BadDataError(message)
@@ -285,7 +285,7 @@ class _Bench:
         validation = (X[n:], self._truth[n:]) if self._roles.choose else None
         head.fit(X[:n], self._truth[:n], validation=validation, groups=self._groups)
         trained = time.perf_counter()
-        scores = transferability(X[self._distinct], self._truth[self._distinct], self._task.name)
+        scores = transferability(X[self._distinct], self._truth[self._distinct], self._task)
         scored = time.perf_counter()
         truth, outputs = self._out_of_fold(head, X)
         choice, right = self._figure(head, truth, outputs)
@@ -313,7 +313,7 @@ class _Bench:
         """Truth and outputs of the rows that sources are ranked by, from heads with the same settings fitted without them."""
         parts = []
         for train, test in self._folds:
-            if self._task.name == SINGLE_LABEL:
+            if self._task.exclusive:
                 classes = [str(label) for label in head.classes_]
                 again = head.again(X[train], np.searchsorted(head.classes_, self._truth[train]), classes)
             else:
@@ -324,7 +324,7 @@ class _Bench:
 
     def _figure(self, head: Any, truth: NDArray[Any], outputs: NDArray[np.float32]) -> tuple[Figure, NDArray[np.bool_] | None]:
         """The headline figure of outputs ``(n, k)``, and which rows are right where that is the figure."""
-        if self._task.name == SINGLE_LABEL:
+        if self._task.exclusive:
             require_finite(outputs)
             right = head.classes_[outputs.argmax(axis=1)] == truth
             count = int(right.sum())

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from store.samples import MULTI_LABEL
-
 from .intervals import interval, percent
+from .tasks import KINDS
 
 WORDS = {  # for the figures over all outputs, and what is said of each output
     "mean_average_precision": "mean average precision: order by probability; the share of a label is chance",
@@ -59,7 +58,7 @@ def whole_rows(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
 def output_table(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows, one for each label or target, of `Measured` as JSON."""
     names = list(metrics["per_output"][0]["figures"])
-    columns = ["label" if metrics["task"] == MULTI_LABEL else "target", "images", *(SHORT.get(name, name) for name in names)]
+    columns = [KINDS[metrics["task"]].singular, "images", *(SHORT.get(name, name) for name in names)]
     return columns, [
         [entry["name"], str(entry["n"]), *(_with_interval(name, entry["figures"][name]) for name in names)]
         for entry in metrics["per_output"]

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from store.errors import UsageError
-from store.samples import SINGLE_LABEL, Row, SampleTable, display
+from store.errors import UsageError, display
+from store.samples import Row, SampleTable
+from store.tasks import TASKS
 
 from .intervals import bootstrap_interval, wilson
 
@@ -147,9 +148,17 @@ class HeadTask(ABC):
     temperature: float | None = None
 
     name = ""
-    plural = ""  # what the outputs are
+    singular, plural = "", ""  # what the outputs are
     output = "probabilities"  # what they are called in ONNX
     figure = "accuracy"  # of an evaluation's ``figures``, the one that says most
+    ranked_by, in_percent = "", False  # that figure in a ranking
+    exclusive = False  # whether an image has one label, so that there are mistakes to show and a confusion matrix
+    intervals = False  # whether outputs have intervals, which a fused file keeps
+
+    @property
+    def targets(self) -> Sequence[str]:
+        """Numeric columns that samples to judge on must have."""
+        return ()
 
     @abstractmethod
     def require(self, table: SampleTable, parts: Sequence[tuple[Sequence[Row], str]]) -> None:
@@ -183,6 +192,18 @@ class HeadTask(ABC):
     def text(self, prediction: Prediction) -> str:
         """What is predicted, on one line."""
 
+    @abstractmethod
+    def require_labels(self, labels: Sequence[str], split: str) -> None:
+        """Refuse labels of samples that no output is for, as far as labels alone show that.
+
+        Raises:
+            BadDataError: names them.
+        """
+
+    def indicators(self, truth: NDArray[Any]) -> NDArray[Any]:
+        """Truth as columns ``(n, k)`` to regress features on."""
+        return truth
+
     def columns(self) -> list[str]:
         """Of a CSV file of predictions, after path, label, probability, code, message and novelty."""
         return list(self.names)
@@ -206,7 +227,7 @@ def need_single_label(task: str, what: str) -> None:
     Raises:
         UsageError: names what asked.
     """
-    if task != SINGLE_LABEL:
+    if not TASKS[task].stratifies:
         message = f"{what} is for one label an image; this is --task {task}. See docs/heads.md for what there is for it"
         raise UsageError(message)
 

@@ -23,9 +23,9 @@ from extractor.session import resolve_device
 from extractor.settings.groups import AugmentSettings
 from extractor.sources import Source, files_of
 from store.cache import FeatureCache, Subset
-from store.errors import UsageError
+from store.errors import UsageError, display
 from store.fingerprint import VIEWS
-from store.samples import SINGLE_LABEL, Row, SampleTable, display
+from store.samples import Row, SampleTable
 
 from .batches import Item
 from .bundle import Bundle, Predictions, averaged, refuse_existing, save_bundle
@@ -80,9 +80,9 @@ def train_head(
     """
     refuse_existing(out, overwrite=overwrite)
     need_saveable(head)
-    need_task(head, cache.samples.task)
+    need_task(head, cache.samples.task.name)
     if options.few_shot:
-        need_single_label(cache.samples.task, "--few-shot")
+        need_single_label(cache.samples.task.name, "--few-shot")
     if options.average_views and cache.views == 1:
         message = f"--average-views: {cache.path} has one view of each image; extract with --views 4 to have some"
         raise UsageError(message)
@@ -236,11 +236,11 @@ def save_head(
     metrics = predictions = shown = None
     novelty = Novelty.fit(fitted)
     conformal = getattr(head, "conformal_", None)
-    names = list(head.dense_.classes) if cache.samples.task == SINGLE_LABEL else cache.samples.outputs
+    names = list(head.dense_.classes) if cache.samples.task.stratifies else cache.samples.outputs
     facts_kept = conformal and conformal.to_json()
     averaging = bool(views and views["averaged"])
     temperature = None if averaging else head.temperature_  # a mean of probabilities is of no one temperature
-    task = task_of(cache.samples.task, names, facts_kept, temperature)
+    task = task_of(cache.samples.task.name, names, facts_kept, temperature)
     if held_out is not None:
         looked_at = cache.stored(held_out.sha256, views=True) if averaging else held_out.X
         probabilities = averaged(head.dense_.probabilities(looked_at), cache.views if averaging else 1)
@@ -248,7 +248,7 @@ def save_head(
         evaluation = task.score(held_out.y, probabilities, held_out.name)
         novel = novel_share(novelty.scores(held_out.X)) if novelty else None
         metrics = replace(evaluation, novelty=novel).to_json()
-        if task.name == SINGLE_LABEL:
+        if task.exclusive:
             shown = illustrate(predictions, names, X=held_out.X, fitted=fitted, files=files)
         if leaks is not None:
             _with_leaks(metrics, leaks, held_out, probabilities, task)
@@ -328,7 +328,7 @@ def train_finetuned(
     else:
         list_samples(data, settings.survey)
         table = survey(data, load(backbone).preprocess, settings.survey)
-    need_single_label(table.task, "fine-tuning")
+    need_single_label(table.task.name, "fine-tuning")
     roles = assign_roles(table)
     files = files_of(table, settings.root) if isinstance(data, FeatureCache) else data.files
     _require(table, roles)
@@ -359,7 +359,7 @@ def train_finetuned(
         facts = to_onnx(tuned.loaded, backbone.name, network)
         storage = "float32"  # its features are never cached, hence never rounded
         device = options.device.partition(",")[0]
-        recipe = Recipe(network, facts.preprocess, head.probabilities, task_of(SINGLE_LABEL, classes), storage)
+        recipe = Recipe(network, facts.preprocess, head.probabilities, task_of(table.task.name, classes), storage)
         predictor = Predictor(recipe, device=device)
         predictions = metrics = shown = None
         if roles.report:
@@ -409,4 +409,4 @@ def _labelled(rows: Sequence[Row], files: Files, classes: list[str]) -> list[Ite
 
 def _require(table: SampleTable, roles: Roles) -> None:
     parts = [(roles.fit, "train"), (roles.choose, roles.facts["chosen_on"]), (roles.report, roles.facts["reported_on"])]
-    task_of(table.task, table.outputs).require(table, [(rows, str(name)) for rows, name in parts])
+    task_of(table.task.name, table.outputs).require(table, [(rows, str(name)) for rows, name in parts])

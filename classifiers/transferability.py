@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from store.errors import BadDataError
-from store.samples import REGRESSION, SINGLE_LABEL
 
+from .task import HeadTask
 from .threads import threads_for
 
 Float64 = NDArray[np.float64]
@@ -148,20 +148,13 @@ def _shrinkage(found: _Spectrum, lengths: Float64) -> float:
     return float(np.clip(noise / apart, 0, 1)) if apart > 0 else 0.0
 
 
-def transferability(X: NDArray[np.floating[Any]], truth: NDArray[Any], task: str) -> dict[str, float | None]:
+def transferability(X: NDArray[np.floating[Any]], truth: NDArray[Any], task: HeadTask) -> dict[str, float | None]:
     """All scores of some features by name, larger is better; the H-scores are None where a row has not one label.
 
     Args:
         X: features ``(n, d)``.
         truth: what `SampleTable.truth` says of the rows; numbers are brought to mean 0 and variance 1.
-        task: one of ``store.samples.TASKS``.
+        task: what they are for.
     """
-    if task == SINGLE_LABEL:
-        plain, shrunk = h_scores(X, truth)
-        columns: NDArray[Any] = truth[:, None] == np.unique(truth)
-        return {"logme": log_maximum_evidence(X, columns), "h_score": plain, "h_score_shrunk": shrunk}
-    columns = truth
-    if task == REGRESSION:
-        deviation = truth.std(axis=0)
-        columns = (truth - truth.mean(axis=0)) / np.where(deviation > 0, deviation, 1)
-    return {"logme": log_maximum_evidence(X, columns), "h_score": None, "h_score_shrunk": None}
+    plain, shrunk = h_scores(X, truth) if task.exclusive else (None, None)
+    return {"logme": log_maximum_evidence(X, task.indicators(truth)), "h_score": plain, "h_score_shrunk": shrunk}

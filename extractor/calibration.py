@@ -14,7 +14,7 @@ import numpy as np
 
 from store.calibration import Calibration, read_calibration
 from store.errors import BadDataError, InterruptedRunError, PenultError
-from store.samples import SINGLE_LABEL, Row
+from store.samples import Row
 from store.splits import assign_splits
 
 from .images import ImageError
@@ -123,9 +123,8 @@ class Calibrator:
                     known.setdefault(digest, sample)
                     rows.append(Row(sample.path, sample.label, None, sample.group, sha256=digest))
         self._check()
-        stratify = self.source.task.name == SINGLE_LABEL
         val = self.val + (1 - self.val - self.test) * CLEARANCE
-        names = assign_splits(rows, val=val, test=self.test, seed=self.seed, stratify=stratify)
+        names = assign_splits(rows, val=val, test=self.test, seed=self.seed, stratify=self.source.task.stratifies)
         train = {row.sha256 for row, name in zip(rows, names, strict=True) if name == "train"}
         return [known[digest] for digest in sorted(train)]
 

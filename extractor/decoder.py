@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from store.child import python
+from store.environment import python
 from store.errors import InterruptedRunError, PenultError
 
 from .images import MAX_BYTES, MEMORY, ImageError

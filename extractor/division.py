@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from store.samples import MULTI_LABEL, SINGLE_LABEL, Row, SampleTable
+from store.samples import Row, SampleTable
 from store.splits import assign_splits, require_sizes, rule_text, split_names, untrained_labels
+from store.tasks import Task
 
-from .samples import Sample, Task
+from .samples import Sample
 from .settings.groups import Options
 
 log = logging.getLogger("penult.extractor")
@@ -25,20 +26,13 @@ def resolve_splits(rows: Sequence[Row], options: Options, task: Task) -> tuple[l
     if any(row.split for row in rows):
         return list(rows), {"rule": "source"}
     good = [row for row in rows if row.ok]
-    if not good or not _labelled([row.label for row in good], task):
+    if not good or not task.can_be_trained_on([row.label for row in good]):
         return list(rows), {"rule": "none"}
     fractions = {"val": options.val_fraction, "test": options.test_fraction}
-    names = assign_splits(good, **fractions, seed=options.seed, stratify=task.name == SINGLE_LABEL)
+    names = assign_splits(good, **fractions, seed=options.seed, stratify=task.stratifies)
     split_of = {row.path: name for row, name in zip(good, names, strict=True)}
     rule = {"rule": "hash-rank", "val": options.val_fraction, "test": options.test_fraction, "seed": options.seed}
     return [row.with_split(split_of.get(row.path)) for row in rows], rule
-
-
-def _labelled(labels: Sequence[str | None], task: Task) -> bool:
-    """Whether samples can be trained on, so that a split makes sense; where images have several labels, some may have none."""
-    if task.targets:
-        return True
-    return (any if task.name == MULTI_LABEL else all)(label is not None for label in labels)
 
 
 def say_splits(before: SampleTable | None, rows: Sequence[Row], rule: dict[str, Any], task: Task) -> None:
@@ -51,19 +45,18 @@ def say_splits(before: SampleTable | None, rows: Sequence[Row], rule: dict[str, 
     recorded = before.facts.get("task", task.name) if before else task.name
     if recorded != task.name:
         log.warning("the samples were recorded with --task %s, they are %s now", recorded, task.name)
-    labelled = [(row.label, row.split) for row in rows if row.ok] if task.name == SINGLE_LABEL else []
+    labelled = [(row.label, row.split) for row in rows if row.ok] if task.stratifies else []
     for sentence in untrained_labels(labelled):
         log.warning("%s: `penult train` will refuse that", sentence)
 
 
 def check_splits_possible(samples: Sequence[Sample], options: Options, task: Task) -> None:
     """Refuse before computing what `resolve_splits` would refuse after hours."""
-    if any(s.split for s in samples) or not _labelled([s.label for s in samples], task):
+    if any(s.split for s in samples) or not task.can_be_trained_on([s.label for s in samples]):
         return
-    stratify = task.name == SINGLE_LABEL
-    if stratify and not any(sample.group for sample in samples):
+    if task.stratifies and not any(sample.group for sample in samples):
         names = split_names(val=options.val_fraction, test=options.test_fraction)
         require_sizes(Counter(sample.label or "" for sample in samples), names)
         return
     rows = [Row(s.path, s.label, None, s.group, sha256=s.path) for s in samples]  # as if no two were copies
-    assign_splits(rows, val=options.val_fraction, test=options.test_fraction, seed=options.seed, stratify=stratify)
+    assign_splits(rows, val=options.val_fraction, test=options.test_fraction, seed=options.seed, stratify=task.stratifies)

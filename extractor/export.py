@@ -16,9 +16,9 @@ from types import FrameType
 
 import numpy as np
 
-from store import child
 from store.cache import PENULTIMATE
-from store.errors import BadDataError, InterruptedRunError, PenultError, UsageError
+from store.environment import python
+from store.errors import BadDataError, InterruptedRunError, PenultError, UsageError, answer_of, raise_answered
 
 from . import onnxfile
 from .backbones import Backbone, Loaded, load
@@ -54,7 +54,7 @@ def export(backbone: Backbone, path: Path, stop: StopFlag | None = None) -> Back
         return import_onnx(backbone, path)
     onnxfile.require_writable(path)
     request = json.dumps({"backbone": backbone.facts(), "path": str(path.absolute())})
-    status, out, err = _run_child(child.python("from extractor.export import _child; _child()"), request, stop)
+    status, out, err = _run_child(python("from extractor.export import _child; _child()"), request, stop)
     if stop:
         onnxfile.remove_unfinished(path)
         raise InterruptedRunError(stop.signum)
@@ -71,7 +71,7 @@ def export(backbone: Backbone, path: Path, stop: StopFlag | None = None) -> Back
         raise error from None
     for level, text in answer.get("messages", []):
         log.log(level, "%s", text)
-    child.raise_answered(answer)
+    raise_answered(answer)
     return BackboneFacts.from_json(answer["facts"])
 
 
@@ -117,7 +117,7 @@ def _child() -> None:
             facts = to_onnx(loaded, backbone.name, path, layers=backbone.layers, pooling=pooling)
         answer = {"facts": facts.to_json()}
     except PenultError as error:
-        answer = child.answer_of(error)
+        answer = answer_of(error)
     print(json.dumps({**answer, "messages": messages}), file=answer_to)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import Protocol
 
-from store.samples import display
+from store.errors import display
 
 from .images import MAX_BYTES, ImageError
 

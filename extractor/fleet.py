@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from store.child import answer_of, python, raise_answered
-from store.errors import DeviceUnavailableError, PenultError, UsageError
+from store.environment import python
+from store.errors import DeviceUnavailableError, PenultError, UsageError, answer_of, raise_answered
 
 from .preprocess import Preprocess
 from .session import MAX_LANES, Embedder, check_device, cores, no_cuda, resolve_device

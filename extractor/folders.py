@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from store.errors import BadDataError, InputMissingError
-from store.samples import display
+from store.errors import BadDataError, InputMissingError, display
+from store.tasks import ONE_LABEL, Task
 
 from .files import Files, FolderFiles
-from .samples import ONE_LABEL, SPLITS, Sample, Task, finished
+from .samples import SPLITS, Sample, finished
 
 log = logging.getLogger("penult.extractor")
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from store.errors import BadDataError, InputMissingError
-from store.samples import display
+from store.errors import BadDataError, InputMissingError, display
+from store.tasks import ONE_LABEL, Task, as_text
 
 from .files import Files, FolderFiles
-from .samples import ONE_LABEL, Sample, Task, as_split, as_text, finished, leaves_root
+from .samples import Sample, as_split, finished, leaves_root
 
 SUFFIXES = (".csv", ".tsv", ".txt", ".parquet")
 COLUMNS = ("path", "label", "split", "group")

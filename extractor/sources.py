@@ -9,12 +9,13 @@ from typing import Protocol
 
 from store.cache import is_cache
 from store.errors import InputMissingError, UsageError
-from store.samples import SINGLE_LABEL, SampleTable
+from store.samples import SampleTable
+from store.tasks import ONE_LABEL, Task
 
 from .files import Files, FolderFiles
 from .folders import ImageFolder
 from .manifest import SUFFIXES, Manifest
-from .samples import Sample, Task
+from .samples import Sample
 from .tarshards import COMPRESSED, TarFiles, TarShards, find_shards
 from .tarshards import ORIGIN as TAR
 from .torchvision_data import PREFIX, TorchvisionDataset, open_files, parse
@@ -57,7 +58,7 @@ def open_source(
     root: Path | None = None,
     follow_symlinks: bool = False,
     group_by: str | None = None,
-    task: str = SINGLE_LABEL,
+    task: str = ONE_LABEL.name,
     targets: Sequence[str] = (),
 ) -> Source:
     """The source that ``DATA`` on the command line means.
@@ -74,7 +75,7 @@ def open_source(
         InputMissingError: it does not exist.
         UsageError: it is a file of an unknown kind, a cache or a bundle, or cannot serve the task.
     """
-    wanted = Task(task, tuple(targets))
+    wanted = Task.named(task, targets)
     found: Source
     if str(data).startswith(PREFIX):
         name, folder = parse(str(data))

@@ -15,12 +15,12 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, NoReturn
 
-from store.errors import BadDataError, InputMissingError
-from store.samples import display
+from store.errors import BadDataError, InputMissingError, display
+from store.tasks import ONE_LABEL, Task, as_text
 
 from .files import Files, Stat
 from .images import MAX_BYTES, ImageError
-from .samples import ONE_LABEL, SPLITS, Sample, Task, as_split, as_text, finished, leaves_root
+from .samples import SPLITS, Sample, as_split, finished, leaves_root
 
 log = logging.getLogger("penult.extractor")
 

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from store.errors import BadDataError, InputMissingError, UsageError, did_you_mean
-from store.samples import display
+from store.errors import BadDataError, InputMissingError, UsageError, did_you_mean, display
+from store.tasks import ONE_LABEL, Task
 
 from .files import Files, FolderFiles, Stat
 from .images import ImageError
-from .samples import ONE_LABEL, Sample, Task, finished
+from .samples import Sample, finished
 
 log = logging.getLogger("penult.extractor")
 

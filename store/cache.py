@@ -19,7 +19,7 @@ from .errors import BadDataError, CorruptCacheError, InputMissingError, LockedEr
 from .fingerprint import Fingerprint, file_digest, short
 from .lock import is_locked
 from .metadata import BACKBONE, all_fingerprints, read_meta, shard_paths
-from .samples import LACKING, SINGLE_LABEL, Row, SampleTable
+from .samples import Row, SampleTable
 from .splits import assign_splits, groups_of
 from .stored import StoredFeatures
 
@@ -311,7 +311,7 @@ class FeatureCache:
         splits = self.samples.splits()
         labels: dict[str, dict[str, int]] = {}
         for row in self.rows():
-            for label in self.samples.labels_of(row) or ["(no label)"]:
+            for label in self.samples.task.labels_of(row) or ["(no label)"]:
                 per = labels.setdefault(label, {})
                 per[row.split or "(none)"] = per.get(row.split or "(none)", 0) + 1
         return {
@@ -325,7 +325,7 @@ class FeatureCache:
             "counts": self.samples.counts,
             "splits": splits,
             "split_rule": self.samples.facts.get("split"),
-            "task": self.samples.task,
+            "task": self.samples.task.name,
             "targets": self._targets(),
             "labels": dict(sorted(labels.items())),
             "failures": [
@@ -376,7 +376,7 @@ class FeatureCache:
             BadDataError: a class is too small for the splits asked for.
         """
         rows = self.rows()
-        names = assign_splits(rows, val=val, test=test, seed=seed, stratify=self.samples.task == SINGLE_LABEL)
+        names = assign_splits(rows, val=val, test=test, seed=seed, stratify=self.samples.task.stratifies)
         wanted = ["train", *(["val"] if val else []), *(["test"] if test else [])]
         return tuple(
             self.of_rows([row for row, name in zip(rows, names, strict=True) if name == want], want) for want in wanted
@@ -394,11 +394,11 @@ class FeatureCache:
         Raises:
             BadDataError: there are none, or some have no label or lack a target.
         """
-        unlabelled = self.samples.incomplete(rows)
+        unlabelled = self.samples.task.incomplete(rows)
         if unlabelled or not rows:
             what = f"{len(unlabelled)} of {len(rows)} samples"
             message = (
-                f"{self.path}: {what} {LACKING[self.samples.task]} (such as {unlabelled[0].name})"
+                f"{self.path}: {what} {self.samples.task.lacking} (such as {unlabelled[0].name})"
                 if rows
                 else f"{self.path} has no usable samples"
             )

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .cache import FeatureCache
-from .errors import BadDataError
+from .errors import BadDataError, display
 from .fingerprint import short
-from .samples import Row, display
+from .samples import Row
 
 Predict = Callable[[NDArray[np.floating[Any]]], NDArray[np.intp]]
 

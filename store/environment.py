@@ -1,4 +1,4 @@
-"""What the libraries under us are told by environment variables, which they read when they are imported, or never.
+"""What libraries and child processes are told before they start: libraries read it when they are imported, or never.
 
 Importing any package of ours imports this module first. What the user has set stays.
 """
@@ -6,6 +6,7 @@ Importing any package of ours imports this module first. What the user has set s
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import sys
@@ -53,3 +54,12 @@ def redirect_matplotlib() -> None:
         os.environ.setdefault("MPL_IGNORE_SYSTEM_FONTS", "1")
     # Where it cannot write it takes a temporary folder and warns that it is slow: without the list, by a tenth of a second.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
+
+
+def python(code: str, *arguments: object) -> list[str]:
+    """A command that runs ``code`` in a Python of its own; ``sys.argv[1:]`` there are the arguments, as text.
+
+    Nothing in the folder that it is started in, and no module beside a script, can take the place of one of ours.
+    """
+    start = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); "
+    return [sys.executable, "-P", "-c", start + code, json.dumps(sys.path), *map(str, arguments)]

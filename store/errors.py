@@ -25,7 +25,7 @@ traceback.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -134,3 +134,27 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
 
     near = difflib.get_close_matches(name, list(known), n=3)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else otherwise and f"; {otherwise}"
+
+
+def answer_of(error: PenultError) -> dict[str, str]:
+    """An error as a child process answers it, in JSON."""
+    return {"error": type(error).__name__, "message": str(error)}
+
+
+def raise_answered(answer: Mapping[str, Any], *others: type[PenultError]) -> None:
+    """Raise what a child process has answered, if that is an error.
+
+    Args:
+        answer: of the child.
+        others: kinds of errors that do not stand here.
+    """
+    if "error" in answer:
+        known = {kind.__name__: kind for kind in (*globals().values(), *others) if isinstance(kind, type)}
+        kind = known.get(answer["error"], PenultError)
+        raise (kind if issubclass(kind, PenultError) else PenultError)(answer["message"])
+
+
+def display(path: bytes) -> str:
+    """A path for people: bytes that are not UTF-8, and control characters, as ``\\xNN``; safe in a log or a terminal."""
+    text = path.decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

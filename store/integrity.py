@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from . import calibration, child, compact_file, hdf5, samples, shard
-from .errors import CorruptCacheError, InterruptedRunError, NewerFormatError, StorageError
+from . import calibration, compact_file, hdf5, samples, shard
+from .environment import python
+from .errors import CorruptCacheError, InterruptedRunError, NewerFormatError, StorageError, answer_of, raise_answered
 
 TIMEOUT = 60.0  # seconds for one file, plus what reading it takes at ..
 SLOWEST = 10e6  # .. bytes per second
@@ -45,7 +46,7 @@ def verify_files(paths: Sequence[Path], *, timeout: float = TIMEOUT) -> dict[Pat
 
 def _in_child(paths: Sequence[Path], timeout: float) -> list[tuple[Path, str]]:
     """Verify in one child, in order, until it is done, dies or hangs; the last result then is the file that did it."""
-    command = child.python("from store.integrity import _child; _child()")
+    command = python("from store.integrity import _child; _child()")
     reader = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
     assert reader.stdin is not None
     assert reader.stdout is not None
@@ -67,7 +68,7 @@ def _in_child(paths: Sequence[Path], timeout: float) -> list[tuple[Path, str]]:
                 died = f"kills its reader (exit {status})" if ready else f"hangs its reader (more than {patience:.0f} s)"
                 return [*results, (path, died)]
             answer = json.loads(line)
-            child.raise_answered(answer)
+            raise_answered(answer)
             results.append((path, answer["problem"]))
     return results
 
@@ -91,9 +92,9 @@ def _child() -> None:
                 samples.SampleTable.read(path, kind)
             answer = {"problem": ""}
         except NewerFormatError as error:  # no damage, nor is a permission, or a failing disk
-            answer = child.answer_of(error)
+            answer = answer_of(error)
         except OSError as error:
-            answer = child.answer_of(StorageError(str(error)))
+            answer = answer_of(StorageError(str(error)))
         except CorruptCacheError as error:
             answer = {"problem": str(error)}
         sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import hdf5
-from .errors import BadDataError, CorruptCacheError
+from .errors import BadDataError, CorruptCacheError, display
+from .tasks import MISSING, ONE_LABEL, TASKS, Task
 
 ENCODING_TYPE = "penult-samples"
-TASKS = SINGLE_LABEL, MULTI_LABEL, REGRESSION = "single-label", "multi-label", "regression"
-LACKING = {SINGLE_LABEL: "have no label", REGRESSION: "lack a target"}  # and without any label, an image is what it is
-LABEL_SEPARATOR = "|"
-MISSING = math.nan  # one object for all: rows that lack the same target compare equal
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,77 +79,32 @@ class SampleTable:
             "failed": len(self.rows) - len(good),
         }
 
-    @property
-    def task(self) -> str:
-        """What the labels are for: one of `TASKS`."""
-        return str(self.facts.get("task", SINGLE_LABEL))
+    @cached_property
+    def task(self) -> Task:
+        """What the labels are for.
 
-    def labels_of(self, row: Row) -> list[str]:
-        """The labels of a row: none, one, or several where the task has several."""
-        if row.label is None:
-            return []
-        return row.label.split(LABEL_SEPARATOR) if self.task == MULTI_LABEL else [row.label]
+        Raises:
+            BadDataError: a newer penult wrote the table, with a task that this one does not know.
+        """
+        name = str(self.facts.get("task", ONE_LABEL.name))
+        if name not in TASKS:
+            message = f"the task {name!r} is none of {', '.join(TASKS)}; a newer penult may know it"
+            raise BadDataError(message)
+        return TASKS[name](tuple(self.target_names))
 
     @property
     def classes(self) -> list[str]:
         """The distinct labels of the ok rows, sorted."""
-        return sorted({label for row in self.rows if row.ok for label in self.labels_of(row)})
+        return sorted({label for row in self.rows if row.ok for label in self.task.labels_of(row)})
 
     @property
     def outputs(self) -> list[str]:
         """What a head has an output for: each label, or each numeric target."""
-        return list(self.target_names) if self.task == REGRESSION else self.classes
-
-    def incomplete(self, rows: Sequence[Row], names: Sequence[str] | None = None) -> list[Row]:
-        """The rows that do not say what is to be predicted. Of several labels, an image may have none.
-
-        Args:
-            rows: of this table.
-            names: the targets that count; by default all.
-        """
-        if self.task == MULTI_LABEL:
-            return []
-        if self.task == REGRESSION:
-            places = self._places(names)
-            return [row for row in rows if any(row.targets[i] != row.targets[i] for i in places)]
-        return [row for row in rows if row.label is None]
+        return self.task.outputs(self.classes)
 
     def truth(self, rows: Sequence[Row], names: Sequence[str] | None = None) -> NDArray[Any]:
-        """What is to be predicted of some rows.
-
-        Args:
-            rows: of this table, none of them `incomplete`.
-            names: of the columns; by default `outputs`.
-
-        Returns:
-            Labels ``(n,)``; with several labels, which of them each row has ``(n, k)`` bool; targets ``(n, t)`` float64.
-
-        Raises:
-            BadDataError: a label is none of the names, or a target is not there; names it.
-        """
-        if self.task == SINGLE_LABEL:
-            return np.array([row.label for row in rows], dtype=str)
-        if self.task == REGRESSION:
-            places = self._places(names)
-            return np.array([[row.targets[i] for i in places] for row in rows], np.float64).reshape(len(rows), len(places))
-        index = {name: i for i, name in enumerate(self.outputs if names is None else names)}
-        found = np.zeros((len(rows), len(index)), bool)
-        for i, row in enumerate(rows):
-            for label in self.labels_of(row):
-                if label not in index:
-                    message = f"{row.name} has the label {label!r}; expected some of {', '.join(map(repr, index))}"
-                    raise BadDataError(message)
-                found[i, index[label]] = True
-        return found
-
-    def _places(self, names: Sequence[str] | None) -> list[int]:
-        """Which numbers of a row are these targets."""
-        wanted, have = self.target_names if names is None else names, list(self.target_names)
-        missing = [name for name in wanted if name not in have]
-        if missing:
-            message = f"there is no target {missing[0]!r} in the samples; there is {', '.join(map(repr, have)) or 'none'}"
-            raise BadDataError(message)
-        return [have.index(name) for name in wanted]
+        """`Task.truth` of rows of this table; the names are `outputs` by default."""
+        return self.task.truth(rows, self.outputs if names is None else names)
 
     def splits(self) -> list[str]:
         """The distinct splits of the ok rows, in the order train, val, test, others."""
@@ -265,9 +217,3 @@ def check_relative(path: bytes) -> bytes:
         message = f"the path {display(path)!r} leaves the dataset's root; refused"
         raise CorruptCacheError(message)
     return path
-
-
-def display(path: bytes) -> str:
-    """A path for people: bytes that are not UTF-8, and control characters, as ``\\xNN``; safe in a log or a terminal."""
-    text = path.decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -107,7 +107,7 @@ def test_a_bundle_predicts_and_is_judged_as_it_was(name: str, copy: Path) -> Non
 def test_a_job_does_not_train_again_what_it_has(name: str) -> None:
     made = BUNDLES[name]
     cache = FeatureCache(V1 / made["cache"], made.get("layer"))
-    head = make_head(made["head"], cache.samples.task, seed=0, **made.get("settings", {}))
+    head = make_head(made["head"], cache.samples.task.name, seed=0, **made.get("settings", {}))
     given = made["training"]
     options = TrainOptions(thumbnails=given.get("pictures", True), average_views=given.get("average_views", False))
     assert made_from(cache, head, options) == made["made_from"]

@@ -281,3 +281,17 @@ def test_every_command_in_the_readme_exists_with_its_flags(line: str) -> None:
 def test_the_readme_names_every_command() -> None:
     text = (REPO / "README.md").read_text()
     assert [name for name in commands() if f"penult {name}" not in text] == []
+
+
+def test_a_task_is_an_object_and_is_never_compared_by_its_name() -> None:
+    """Outside of the modules that declare tasks and rows of heads and gates."""
+    named = {"single-label", "multi-label", "regression"}
+    constants = {"ONE_LABEL.name", "SingleLabelTask.name", "MultiLabelTask.name", "RegressionTask.name"}
+    found = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare):
+                sides = [node.left, *node.comparators]
+                if any(getattr(side, "value", None) in named or ast.unparse(side) in constants for side in sides):
+                    found.append(f"{floor_of(path)}/{path.stem}:{node.lineno}: {ast.unparse(node)}")
+    assert found == []

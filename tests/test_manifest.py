@@ -13,12 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from extractor.images import ImageError
-from extractor.samples import Task
 from extractor.sources import Manifest, Sample, open_source
 from store.errors import BadDataError, InputMissingError, UsageError
-from store.samples import MISSING
+from store.tasks import MISSING, Task
 
-MULTI = Task("multi-label")
+MULTI = Task.named("multi-label")
 
 
 def csv(folder: Path, content: bytes | str, **options: Any) -> list[Sample]:
@@ -202,7 +201,7 @@ def test_labels_named_twice_or_empty_are_refused_with_their_line(tmp_path: Path,
 
 
 def test_numeric_targets_of_both_formats(tmp_path: Path) -> None:
-    task = Task("regression", ("weight", "age"))
+    task = Task.named("regression", ("weight", "age"))
     expected = [
         Sample(b"a", None, None, b"", (1.5, 3.0)),
         Sample(b"b", None, None, b"", (MISSING, -1e3)),
@@ -216,7 +215,7 @@ def test_numeric_targets_of_both_formats(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", ["inf", "nan", "-Infinity", "1e999", "3 kg", "1_000", '"1,5"', "0x10"])
 def test_what_is_no_finite_number_is_refused_with_its_line(tmp_path: Path, number: str) -> None:
     with pytest.raises(BadDataError, match=r"line 3: weight: .* is not a finite number"):
-        csv(tmp_path, f"path,weight\na,1\nb,{number}\n", task=Task("regression", ("weight",)))
+        csv(tmp_path, f"path,weight\na,1\nb,{number}\n", task=Task.named("regression", ("weight",)))
 
 
 @pytest.mark.parametrize("values", [[1.0, math.nan], [1.0, math.inf], ["1", "x"], [True, False]])
@@ -227,13 +226,13 @@ def test_parquet_numbers_are_held_to_the_same(tmp_path: Path, values: list[objec
 
 def test_a_target_without_its_column_is_named(tmp_path: Path) -> None:
     with pytest.raises(BadDataError, match=r"no column 'wieght' for --target \(found: path, weight\)"):
-        csv(tmp_path, "path,weight\na,1\n", task=Task("regression", ("wieght",)))
+        csv(tmp_path, "path,weight\na,1\n", task=Task.named("regression", ("wieght",)))
 
 
 @pytest.mark.parametrize(
     ("name", "targets", "reason"),
     [
-        ("regression", (), "needs a --target COLUMN"),
+        ("regression", (), "needs --target: a column for each"),
         ("multi-label", ("x",), "numeric targets are for --task regression, this is multi-label"),
         ("regression", ("x", "x"), "names a column twice: x, x"),
         ("ranking", (), "there is single-label, multi-label, regression"),
@@ -241,7 +240,7 @@ def test_a_target_without_its_column_is_named(tmp_path: Path) -> None:
 )
 def test_tasks_and_targets_must_fit_each_other(name: str, targets: tuple[str, ...], reason: str) -> None:
     with pytest.raises(UsageError, match=reason):
-        Task(name, targets)
+        Task.named(name, targets)
 
 
 def test_a_folder_has_one_label_for_each_image(tmp_path: Path) -> None:

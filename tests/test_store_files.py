@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 from store import atomic, hdf5, shard
-from store.errors import BadDataError, CorruptCacheError, InputMissingError, StorageError
+from store.errors import BadDataError, CorruptCacheError, InputMissingError, StorageError, display
 from store.fingerprint import Fingerprint
-from store.samples import Row, SampleTable, check_relative, display
+from store.samples import Row, SampleTable, check_relative
 
 REPO = Path(__file__).resolve().parent.parent
 FINGERPRINT = Fingerprint({"backbone": "tiny", "storage": "auto"})

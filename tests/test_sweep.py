@@ -18,8 +18,11 @@ from scipy.optimize import minimize
 from scipy.stats import multivariate_normal
 from sklearn.covariance import LedoitWolf
 
+from classifiers.evaluate import SingleLabel
 from classifiers.heads import make_head
+from classifiers.multilabel import MultiLabel
 from classifiers.ranking import Figure, Line, Ranking, agreement, ranked
+from classifiers.regression import Regression
 from classifiers.sweep import cache_paths, common_samples, label_of, parse_sources, run_sweep
 from classifiers.transferability import h_scores, log_maximum_evidence, transferability
 from extractor.backbones import Backbone
@@ -27,7 +30,7 @@ from extractor.settings.groups import Options
 from extractor.sources import ImageFolder
 from store.cache import FeatureCache
 from store.errors import BadDataError, OutputExistsError, UsageError
-from store.samples import MULTI_LABEL, REGRESSION, SINGLE_LABEL, Row, SampleTable
+from store.samples import Row, SampleTable
 
 from .conftest import as_theirs
 
@@ -154,21 +157,23 @@ def test_h_scores_of_constant_features_are_zero(X: NDArray[np.float64]) -> None:
 def test_scores_of_float16_features_are_those_of_the_same_numbers() -> None:
     X = features(30, 50, "plain").astype(np.float16)
     labels = labels_of(X.astype(float)).astype(str)
-    assert transferability(X, labels, SINGLE_LABEL) == pytest.approx(transferability(X.astype(float), labels, SINGLE_LABEL))
+    assert transferability(X, labels, SingleLabel(())) == pytest.approx(
+        transferability(X.astype(float), labels, SingleLabel(()))
+    )
 
 
 def test_scores_of_other_tasks() -> None:
     X = features(40, 6, "plain")
     numbers = X[:, :2] * 3 + RNG.standard_normal((40, 2))
-    scores = transferability(X, numbers, REGRESSION)
+    scores = transferability(X, numbers, Regression(()))
     assert (scores["h_score"], scores["h_score_shrunk"]) == (None, None)
-    assert transferability(X, 1000 * numbers - 5, REGRESSION)["logme"] == pytest.approx(scores["logme"], abs=1e-8)
-    other = transferability(X, RNG.standard_normal((40, 2)), REGRESSION)["logme"]
+    assert transferability(X, 1000 * numbers - 5, Regression(()))["logme"] == pytest.approx(scores["logme"], abs=1e-8)
+    other = transferability(X, RNG.standard_normal((40, 2)), Regression(()))["logme"]
     assert other is not None
     assert scores["logme"] is not None
     assert scores["logme"] > other + 0.5
     truth = numbers > 9
-    assert transferability(X, truth, MULTI_LABEL)["logme"] == pytest.approx(log_maximum_evidence(X, truth))
+    assert transferability(X, truth, MultiLabel(()))["logme"] == pytest.approx(log_maximum_evidence(X, truth))
 
 
 def line(source: str, value: float, seconds: float, score: float = 0.0, right: list[int] | None = None) -> Line:
@@ -192,7 +197,7 @@ def line(source: str, value: float, seconds: float, score: float = 0.0, right: l
 
 
 def ranking(lines: list[Line]) -> Ranking:
-    return Ranking("photos", SINGLE_LABEL, "logistic", "folds of train", None, ranked(lines))
+    return Ranking("photos", SingleLabel.name, "logistic", "folds of train", None, ranked(lines))
 
 
 def test_the_best_comes_first_and_what_is_dominated_is_said() -> None:

@@ -17,12 +17,12 @@ import pytest
 from extractor.backbones import Backbone
 from extractor.images import ImageError
 from extractor.pipeline import run_extract
-from extractor.samples import Task
 from extractor.settings.groups import Options
 from extractor.sources import ImageFolder, Sample, TarShards, open_source
 from extractor.tarshards import TarFiles
 from store.cache import FeatureCache
 from store.errors import BadDataError, InputMissingError, UsageError
+from store.tasks import Task
 
 Members = Mapping[str | bytes, bytes | str | dict[str, Any]]
 
@@ -135,7 +135,7 @@ def test_targets_and_several_labels_come_from_json(tmp_path: Path) -> None:
         listing(path)
     with pytest.raises(BadDataError, match=r"no .json has a number 'wieght' for --target"):
         TarShards(
-            shard(tmp_path / "b.tar", {"0.jpg": b"x", "0.json": {"weight": 1}}), task=Task("regression", ("wieght",))
+            shard(tmp_path / "b.tar", {"0.jpg": b"x", "0.json": {"weight": 1}}), task=Task.named("regression", ("wieght",))
         ).samples()
     found = listing(tmp_path / "b.tar", task="regression", targets=["weight"])
     assert [sample.targets for sample in found] == [(1.0,)]

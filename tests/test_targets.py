@@ -20,7 +20,8 @@ from extractor.sources import ImageFolder, open_source
 from store.cache import FeatureCache
 from store.compact import write_compact
 from store.errors import BadDataError, CorruptCacheError, InputMissingError, UsageError
-from store.samples import MISSING, Row, SampleTable
+from store.samples import Row, SampleTable
+from store.tasks import MISSING
 
 Penult = Callable[..., tuple[int, str, str]]
 
@@ -38,7 +39,7 @@ def test_numbers_are_kept_with_the_samples(listed: Path, backbone: Backbone, tmp
     source = open_source(listed, task="regression", targets=["weight", "age"])
     run_extract(source, backbone, tmp_path / "c", Options(quiet=True))
     cache = FeatureCache(tmp_path / "c")
-    assert (cache.samples.task, list(cache.samples.target_names)) == ("regression", ["weight", "age"])
+    assert (cache.samples.task.name, list(cache.samples.target_names)) == ("regression", ["weight", "age"])
     assert [row.targets for row in cache.rows()] == [(i / 2 if i % 5 else MISSING, float(i * i)) for i in range(16)]
     assert cache.describe()["targets"] == {
         "weight": {"given": 12, "min": 0.5, "max": 7.0},

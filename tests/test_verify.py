@@ -142,7 +142,7 @@ def test_a_file_that_hangs_or_kills_its_reader_is_named_and_the_rest_is_checked(
         def executable(self) -> str:
             return str(fake) if first and first.pop() else real
 
-    monkeypatch.setattr("store.child.sys", Executable())
+    monkeypatch.setattr("store.environment.sys", Executable())
     files = shard_paths(cache)
     problems = verify_files(files, timeout=5 if script == HANGING else 60)
     assert list(problems) == files[:1]

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, model_validator
 
+from store.tasks import Task
+
 from .declaration import PLACE, Settings, setting
 
 if TYPE_CHECKING:
@@ -181,15 +183,7 @@ class TaskSettings(Settings):
 
     @model_validator(mode="after")
     def _targets_are_of_regression(self) -> Self:
-        message = None
-        if self.targets and self.task != "regression":
-            message = f"<targets> {self.targets[0]}: numeric targets are for <task> regression, this is {self.task}"
-        elif self.task == "regression" and not self.targets:
-            message = "<task> regression needs <targets>: a column for each number to predict"
-        elif len(set(self.targets)) < len(self.targets):
-            message = f"<targets> names a column twice: {', '.join(self.targets)}"
-        if message:
-            raise ValueError(message)
+        Task.named(self.task, self.targets, lambda name: f"<{name}>")
         return self
 
 

@@ -188,7 +188,7 @@ def make(root: Path) -> dict[str, Any]:
     bundles: dict[str, Any] = {}
     for name, how in BUNDLES.items():
         cache = FeatureCache(root / how["cache"], how.get("layer"))
-        head = make_head(how["head"], cache.samples.task, seed=0, **how.get("settings", {}))
+        head = make_head(how["head"], cache.samples.task.name, seed=0, **how.get("settings", {}))
         training = {"pictures": name == "logistic.head", **how.get("training", {})}  # one page with thumbnails is enough
         train_head(cache, root / name, head, options_of(training))
         bundles[name] = {**how, "training": training, **describe_bundle(root / name, root / how["cache"], root)}
