@@ -67,7 +67,7 @@ def measure(name: str, data: Data, turns: int) -> str:
         seconds, reference = timed(lambda: RidgeClassifierCV(ALPHAS).fit(Z, y))
         theirs.append(seconds)
     exact = RidgeClassifier(alpha=head.alpha_).fit(Z, y).coef_
-    apart = np.linalg.norm(head.dense_.layers[0][0] - exact) / np.linalg.norm(exact)
+    apart = np.linalg.norm(head.fitted_.layers[0][0] - exact) / np.linalg.norm(exact)
     mine, other = statistics.median(ours), statistics.median(theirs)
     cells = [name, f"{other:.2f}", f"{mine:.2f}", f"**{other / mine:.0f}**", f"{reference.alpha_:.3g}", f"{head.alpha_:.3g}"]
     line = f"| {' | '.join([*cells, f'{apart:.0e}'])} |"

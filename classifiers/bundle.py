@@ -88,7 +88,7 @@ class Bundle:
     Attributes:
         path: its folder.
         kind: ``frozen`` or ``fine-tuned``.
-        head: one of `heads.HEADS`, or ``fine-tuned``.
+        head: one of `heads.rows`, or ``fine-tuned``.
         task: ``single-label``, ``multi-label`` or ``regression``.
         classes: labels in the order of the outputs; of a regression, the names of its targets.
         backbone: facts of ``backbone.onnx``.

@@ -14,7 +14,7 @@ from .searched import SearchedHead
 
 
 class CentroidHead(SearchedHead):
-    """Nearest class mean with scikit-learn's manners, of features at length 1 that are centred and brought to length 1 again.
+    """Nearest class mean, of features at length 1 that are centred and brought to length 1 again.
 
     That is the classifier of Wang et al. 2019, "SimpleShot" (its CL2N), where the centre is the mean of the class means.
     Features after a ReLU all point the same way; without a centre, their cosines may differ in the third digit only. The
@@ -24,10 +24,12 @@ class CentroidHead(SearchedHead):
         cv, seed: folds where no validation set is given.
 
     Attributes:
-        classes_, history_, dense_, temperature_: as in `SearchedHead`.
+        classes_, history_, fitted_, temperature_: as in `SearchedHead`.
     """
 
     uncalibrated = 0.2  # what real data sets were seen to end up near
+
+    name = "centroid"
 
     def __init__(self, *, cv: int = 5, seed: int = 0) -> None:
         self.cv = cv

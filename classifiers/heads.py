@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import packages_distributions
+from functools import cache
+from importlib.metadata import entry_points, packages_distributions
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
@@ -65,6 +67,42 @@ class KnnSettings(Settings):
 
 
 @dataclass(frozen=True)
+class Search:
+    """What the history of a head is a search of, for its report.
+
+    Attributes:
+        setting: what was varied.
+        label: that, on the axis of a plot.
+        loss: what is least at the best one.
+        text: one sentence, given the hyperparameters.
+    """
+
+    setting: str
+    label: str
+    loss: str
+    text: Callable[[Mapping[str, Any]], str]
+
+
+def _by_penalty(chosen: Mapping[str, Any]) -> str:
+    by = " by accuracy" if chosen.get("select") == "accuracy" else ""
+    value = f"C = {chosen['C']:.4g} was chosen{by}"
+    return f"Log-loss and accuracy, out of fold or on validation, for each value of C; {value}."
+
+
+def _by_penalty_of_each(_: Mapping[str, Any]) -> str:
+    return "Log-loss out of fold or on validation for each value of C, mean over the labels; each label has its own best C."
+
+
+def _by_lambda(chosen: Mapping[str, Any]) -> str:
+    return f"Squared error out of fold or on validation for each value of lambda; {chosen['alpha']:.4g} was chosen."
+
+
+def _by_neighbours(chosen: Mapping[str, Any]) -> str:
+    value = f"k = {chosen['k']}, tau = {chosen['tau']:.4g}"
+    return f"Log-loss out of fold or on validation by number of neighbours; {value} was chosen."
+
+
+@dataclass(frozen=True)
 class HeadRow:
     """One head.
 
@@ -72,31 +110,52 @@ class HeadRow:
         name: on the command line, in jobs and in bundles.
         task: what it is for; the first of a task is its default.
         settings: those that are its own.
-        place: module of this package and class.
+        place: ``module:class``, a `searched.Head`.
+        search: what its history is a search of; None where it is epochs, or nothing.
     """
 
     name: str
     task: str
     settings: type[Settings]
     place: str
+    search: Search | None = None
 
     def make(self) -> Any:
         """An unfitted one with its defaults."""
-        module, _, kind = self.place.partition(".")
-        return getattr(importlib.import_module(f".{module}", __package__), kind)()
+        module, _, kind = self.place.partition(":")
+        return getattr(importlib.import_module(module), kind)()
 
 
+C = "C", "C (inverse regularisation)", "log_loss"
+LAMBDA = Search("alpha", "lambda (regularisation)", "squared_error", _by_lambda)
 ROWS = (
-    HeadRow("logistic", ONE_LABEL.name, LogisticSettings, "logistic.LogisticHead"),
-    HeadRow("mlp", ONE_LABEL.name, MlpSettings, "mlp.MlpHead"),
-    HeadRow("ridge", ONE_LABEL.name, RidgeSettings, "ridge.RidgeHead"),
-    HeadRow("knn", ONE_LABEL.name, KnnSettings, "neighbours.KnnHead"),
-    HeadRow("centroid", ONE_LABEL.name, Settings, "centroid.CentroidHead"),
-    HeadRow("logistic", MultiLabelTask.name, PenaltySettings, "sigmoid.MultiLabelLogisticHead"),
-    HeadRow("mlp", MultiLabelTask.name, MlpSettings, "mlp.MultiLabelMlpHead"),
-    HeadRow("ridge", RegressionTask.name, RidgeSettings, "ridge.RidgeRegressionHead"),
+    HeadRow("logistic", ONE_LABEL.name, LogisticSettings, "classifiers.logistic:LogisticHead", Search(*C, _by_penalty)),
+    HeadRow("mlp", ONE_LABEL.name, MlpSettings, "classifiers.mlp:MlpHead"),
+    HeadRow("ridge", ONE_LABEL.name, RidgeSettings, "classifiers.ridge:RidgeHead", LAMBDA),
+    HeadRow(
+        *("knn", ONE_LABEL.name, KnnSettings, "classifiers.neighbours:KnnHead"),
+        Search("k", "k (neighbours)", "log_loss", _by_neighbours),
+    ),
+    HeadRow("centroid", ONE_LABEL.name, Settings, "classifiers.centroid:CentroidHead"),
+    HeadRow(
+        *("logistic", MultiLabelTask.name, PenaltySettings, "classifiers.sigmoid:MultiLabelLogisticHead"),
+        Search(*C, _by_penalty_of_each),
+    ),
+    HeadRow("mlp", MultiLabelTask.name, MlpSettings, "classifiers.mlp:MultiLabelMlpHead"),
+    HeadRow("ridge", RegressionTask.name, RidgeSettings, "classifiers.ridge:RidgeRegressionHead", LAMBDA),
 )
-HEADS = tuple(dict.fromkeys(row.name for row in ROWS))
+ENTRY_POINTS = "penult.heads"  # where an installed package names a `HeadRow` of its own
+
+
+@cache
+def rows() -> tuple[HeadRow, ...]:
+    """Every head that there is: our own, and those of installed packages."""
+    return (*ROWS, *(each.load() for each in entry_points(group=ENTRY_POINTS)))
+
+
+def head_names() -> tuple[str, ...]:
+    """What ``--head`` can be."""
+    return tuple(dict.fromkeys(row.name for row in rows()))
 
 
 def row_of(name: str | None, task: str, flag: str = "--head") -> HeadRow:
@@ -105,11 +164,11 @@ def row_of(name: str | None, task: str, flag: str = "--head") -> HeadRow:
     Raises:
         UsageError: the task has no such head; names those it has.
     """
-    rows = [row for row in ROWS if row.task == task]
-    for row in rows:
+    there = [row for row in rows() if row.task == task]
+    for row in there:
         if name in (None, row.name):
             return row
-    message = f"{flag} {name}: there is {', '.join(row.name for row in rows)} for {task}"
+    message = f"{flag} {name}: there is {', '.join(row.name for row in there)} for {task}"
     raise UsageError(message)
 
 
@@ -117,11 +176,11 @@ def make_head(name: str | None, task: str = ONE_LABEL.name, **settings: Any) -> 
     """An unfitted head by name; settings that are None keep its defaults.
 
     Args:
-        name: one of `HEADS` (None is the task's default), or the dotted name of a scikit-learn classifier in an installed
+        name: one of `head_names` (None is the task's default), or the dotted name of a scikit-learn classifier in an installed
             package, such as ``sklearn.svm.SVC``. That one is imported, fitted and evaluated like the others, and cannot be
             saved.
         task: what the samples were extracted for.
-        settings: what its ``__init__`` takes.
+        settings: what its ``__init__`` takes; ``seed`` is left out for one that draws nothing.
 
     Raises:
         UsageError: no such head, or a setting that it does not have.
@@ -131,16 +190,18 @@ def make_head(name: str | None, task: str = ONE_LABEL.name, **settings: Any) -> 
         return _estimator(name, given)
     row = row_of(name, task)
     head = row.make()
-    unknown = sorted(set(given) - set(head.get_params()))
+    unknown = sorted(set(given) - set(head.get_params()) - {"seed"})
     if unknown:
         message = f"the {row.name} head has no setting {', '.join(unknown)}"
         raise UsageError(message)
-    return head.set_params(**given)
+    return head.set_params(**{key: value for key, value in given.items() if key in head.get_params()})
 
 
 def name_of(head: Any) -> str:
     """What a head is called in a bundle."""
-    return str(getattr(head, "kind", type(head).__name__.removesuffix("Head").lower()))
+    from .searched import Head
+
+    return head.name if isinstance(head, Head) else type(head).__name__.lower()
 
 
 def settings_of(head: Any) -> dict[str, Any]:
@@ -185,11 +246,13 @@ def need_task(head: Any, task: str) -> None:
     Raises:
         UsageError: it is one.
     """
-    made_for = getattr(head, "task", ONE_LABEL.name)
+    from .searched import Head
+
+    made_for = head.task if isinstance(head, Head) else ONE_LABEL.name
     if made_for != task:
         message = (
             f"{type(head).__name__} is a head for {made_for}, and these samples were extracted with --task {task}; "
-            f"take --head {', '.join(row.name for row in ROWS if row.task == task)}, or make_head(None, {task!r})"
+            f"take --head {', '.join(row.name for row in rows() if row.task == task)}, or make_head(None, {task!r})"
         )
         raise UsageError(message)
 
@@ -200,9 +263,11 @@ def need_saveable(head: Any) -> None:
     Raises:
         UsageError: it is none of our own heads.
     """
-    if not hasattr(type(head), "again"):
+    from .searched import Head
+
+    if not isinstance(head, Head):
         message = (
             f"{type(head).__name__} cannot be saved: a bundle holds ONNX and JSON and never a pickle. Evaluate it here with "
-            f"classifiers.evaluate.evaluate(head, subset), or train one of {', '.join(HEADS)}"
+            f"classifiers.evaluate.evaluate(head, subset), or train one of {', '.join(head_names())}"
         )
         raise UsageError(message)

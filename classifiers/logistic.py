@@ -14,7 +14,6 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
@@ -25,6 +24,7 @@ from .dense import DenseHead, class_indices, log_loss, standardisation, with_val
 from .elastic import ElasticPath
 from .folds import Fold, on_first_views, stratified_folds
 from .rowsums import Float32, Float64, gpu_for
+from .searched import ClassifierHead
 from .softmax import Optimum, SoftmaxPath
 from .streaming import StandardisedRows, stored_standardisation, stored_with_validation
 from .threads import threads_for
@@ -143,8 +143,8 @@ def _as_json(class_weight: str | Mapping[Any, float] | None) -> str | dict[str, 
     return class_weight
 
 
-class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
-    """Logistic regression with scikit-learn's manners.
+class LogisticHead(ClassifierHead):
+    """Logistic regression.
 
     Args:
         C: inverse regularisation strength; None chooses it.
@@ -162,10 +162,12 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         C_: the value in use.
         path_: for each value tried: C; log_loss and accuracy (out of fold or on validation); gradient, the certificate of the
             fit (see `softmax.Optimum`, the worst of the folds); evaluations, seconds, converged.
-        dense_: the fitted head as arrays, temperature included.
+        fitted_: the fitted head as arrays, temperature included.
         temperature_: fitted on the out-of-fold or validation logits of the chosen value.
         conformal_: prediction sets, calibrated on the same logits; None where nothing was out of fold.
     """
+
+    name = "logistic"
 
     def __init__(
         self,
@@ -262,6 +264,7 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             weights = None if weights is None else np.append(weights, np.ones(len(targets) - len(weights)))
         folds = on_first_views(folds, views)
         self.path_, heads = self._path(features, targets, weights, folds)
+        self.history_ = self.path_
         best = min(self.path_, key=self._rank, default=None)
         self.C_ = float(best["C"]) if best else float(self.C or 1.0)
         dense, found = self._problem(features, targets, weights).fit(self.C_, heads[self.C_][0] if best else None)
@@ -272,7 +275,7 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             given = None if weights is None else weights[rows]
             held_out = [head.logits(features[test]) for head, (_, test) in zip(heads[self.C_], folds, strict=True)]
             dense, self.conformal_ = calibrate(dense, np.concatenate(held_out), targets[rows], weights=given)
-        self.dense_ = dense
+        self.fitted_ = dense
         self.temperature_ = dense.temperature
 
     def _with_validation(
@@ -358,29 +361,18 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def _problem(self, X: Features, targets: NDArray[np.intp], weights: Float64 | None) -> _Problem:
         return _Problem(self, X, targets, [str(label) for label in self.classes_], weights)
 
-    def again(self, X: Float32, targets: NDArray[np.intp], classes: list[str]) -> DenseHead:
-        """A head on other rows ``(n, d)`` with what was chosen here, without choosing again."""
+    def _refit(self, X: Float32, targets: NDArray[np.intp], classes: list[str]) -> DenseHead:
         with threads_for(X.size):
             return _Problem(self, X, targets, classes, None).fit(self.C_)[0]
 
     def decision_function(self, X: ArrayLike) -> Float32:
         """Logits ``(n, k)``; for two classes ``(n,)``, positive for the second."""
         check_is_fitted(self)
-        logits = self.dense_.logits(validate_data(self, X, dtype=np.float32, reset=False))
+        logits = self.fitted_.logits(validate_data(self, X, dtype=np.float32, reset=False))
         return np.asarray(logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits)
 
-    def predict_proba(self, X: ArrayLike) -> Float32:
-        """Probabilities ``(n, k)``, temperature included."""
-        check_is_fitted(self)
-        return self.dense_.probabilities(validate_data(self, X, dtype=np.float32, reset=False))
-
-    def predict(self, X: ArrayLike) -> NDArray[Any]:
-        """The most probable label of each row."""
-        check_is_fitted(self)
-        return np.asarray(self.classes_[self.predict_proba(X).argmax(axis=1)])
-
     @property
-    def streams(self) -> bool:
+    def streams(self) -> bool:  # type: ignore[override]
         """Whether it can be fitted to features that stay on disk."""
         return not self.l1_ratio
 
@@ -397,8 +389,3 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             "cv": self.cv if isinstance(self.cv, int) else "given",
             "seed": self.seed,
         }
-
-    @property
-    def history_(self) -> list[dict[str, Any]]:
-        """The regularisation path, for the bundle."""
-        return self.path_

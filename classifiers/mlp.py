@@ -13,9 +13,8 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import validate_data
 
 from store.errors import BadDataError
 from store.splits import hash_rank_split
@@ -24,6 +23,7 @@ from store.tasks import MultiLabelTask
 from .conformal import Conformal, calibrate
 from .dense import DenseHead, class_indices, standardisation, with_validation
 from .folds import Fold, on_first_views
+from .searched import ClassifierHead
 
 log = logging.getLogger("penult.classifiers")
 
@@ -84,7 +84,7 @@ def _arrays(network: Any) -> list[tuple[NDArray[np.float32], NDArray[np.float32]
     return [(m.weight.detach().cpu().numpy().copy(), m.bias.detach().cpu().numpy().copy()) for m in linear]
 
 
-class MlpHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+class MlpHead(ClassifierHead):
     """Dense layers with ReLU and dropout, AdamW, early stopping, then a refit on everything for the best number of epochs.
 
     Settings that are None are chosen by the validation loss, from `GRID`.
@@ -104,12 +104,14 @@ class MlpHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         device: ``cpu``, ``cuda``, or ``auto``: a GPU where torch finds one. The head itself is the same kind of file.
 
     Attributes:
-        classes_, dense_, temperature_, conformal_: as in `LogisticHead`.
+        classes_, fitted_, temperature_, conformal_: as in `LogisticHead`.
         setting_: what was used of `GRID`.
         tried_: for each setting tried: what it is, its best epoch, and val_loss and val_accuracy there.
         best_epoch_: number of epochs of the final fit.
         history_: for each epoch of the chosen setting: epoch, train_loss, val_loss, val_accuracy.
     """
+
+    name = "mlp"
 
     def __init__(
         self,
@@ -162,10 +164,10 @@ class MlpHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             train, held = self._inner_split(features, labels, groups)
         [(train, held)] = on_first_views([(train, held)], views)
         self.conformal_: Conformal | None = None
-        self.dense_, search = self._search(features, targets, train, held)
+        self.fitted_, search = self._search(features, targets, train, held)
         if search is not None:
-            self.dense_, self.conformal_ = calibrate(self.dense_, search.logits(features[held]), targets[held])
-        self.temperature_: float | None = self.dense_.temperature
+            self.fitted_, self.conformal_ = calibrate(self.fitted_, search.logits(features[held]), targets[held])
+        self.temperature_: float | None = self.fitted_.temperature
         return self
 
     def _search(
@@ -263,19 +265,8 @@ class MlpHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 run.head = replace(run.head, layers=_arrays(network))
         return run
 
-    def again(self, X: NDArray[np.float32], targets: NDArray[np.intp], classes: list[str]) -> DenseHead:
-        """A head on other rows ``(n, d)`` with what was chosen here, without choosing again."""
+    def _refit(self, X: NDArray[np.float32], targets: NDArray[Any], classes: list[str]) -> DenseHead:
         return self._train(X, targets, None, self.best_epoch_, classes, self.setting_).head
-
-    def predict_proba(self, X: ArrayLike) -> NDArray[np.float32]:
-        """Probabilities ``(n, k)``, temperature included."""
-        check_is_fitted(self)
-        return self.dense_.probabilities(validate_data(self, X, dtype=np.float32, reset=False))
-
-    def predict(self, X: ArrayLike) -> NDArray[Any]:
-        """The most probable label of each row."""
-        check_is_fitted(self)
-        return np.asarray(self.classes_[self.predict_proba(X).argmax(axis=1)])
 
     @property
     def hyperparameters_(self) -> dict[str, Any]:
@@ -289,10 +280,10 @@ class MultiLabelMlpHead(MlpHead):
 
     Attributes:
         classes_: the columns of y, by number.
-        setting_, tried_, best_epoch_, history_, dense_: as in `MlpHead`; val_accuracy is the share of right decisions.
+        setting_, tried_, best_epoch_, history_, fitted_: as in `MlpHead`; val_accuracy is the share of right decisions.
     """
 
-    kind, task = "mlp", MultiLabelTask.name
+    task = MultiLabelTask.name
     temperature_ = None
     conformal_ = None
 
@@ -315,12 +306,12 @@ class MultiLabelMlpHead(MlpHead):
         else:
             train, inner = self._inner_split(features, np.zeros(len(features)), groups)
         [(train, inner)] = on_first_views([(train, inner)], views)
-        self.dense_, _ = self._search(features, truth, train, inner)
+        self.fitted_, _ = self._search(features, truth, train, inner)
         return self
 
-    def again(self, X: NDArray[np.float32], targets: NDArray[Any], classes: list[str] | None = None) -> DenseHead:
-        names = classes or [str(k) for k in range(targets.shape[1])]
-        return super().again(X, targets.astype(np.float32), names)
+    def refit(self, X: ArrayLike, y: ArrayLike) -> DenseHead:
+        truth = np.asarray(y, np.float32)
+        return self._refit(np.asarray(X, np.float32), truth, [str(k) for k in range(truth.shape[1])])
 
     def predict(self, X: ArrayLike) -> NDArray[np.intp]:
         """Which labels each row has ``(n, k)``: those more probable than not."""

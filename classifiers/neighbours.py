@@ -132,7 +132,7 @@ def vote(found: Nearest, labels: NDArray[np.integer[Any]], k: int, tau: float, c
 
 
 class KnnHead(SearchedHead):
-    """k nearest neighbours with scikit-learn's manners; k and tau are chosen by log-loss out of fold or on validation.
+    """k nearest neighbours; k and tau are chosen by log-loss out of fold or on validation.
 
     Args:
         k: how many neighbours vote, and all but one of the rows where there are fewer; None chooses it.
@@ -140,9 +140,10 @@ class KnnHead(SearchedHead):
         cv, seed: folds where no validation set is given.
 
     Attributes:
-        classes_, history_, dense_, temperature_: as in `SearchedHead`; ``setting_`` has ``k`` and ``tau``.
+        classes_, history_, fitted_, temperature_: as in `SearchedHead`; ``setting_`` has ``k`` and ``tau``.
     """
 
+    name = "knn"
     unscaled = False
 
     def __init__(
@@ -194,7 +195,7 @@ class KnnHead(SearchedHead):
     @property
     def hyperparameters_(self) -> dict[str, Any]:
         """What was used, as JSON, and the size of what is kept."""
-        head: Any = self.dense_
+        head: Any = self.fitted_
         kept = head.references
         return {
             **super().hyperparameters_,

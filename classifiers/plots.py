@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .figures import confidence_bins
+from .heads import Search
 from .intervals import wilson
 
 if TYPE_CHECKING:
@@ -26,11 +27,6 @@ GREY = "#c9d1dc"
 INK = "#1d2430"
 COLOURS = ("#2b6cb0", "#dd8a1d", "#2f855a", "#b83280", "#6b46c1", "#0f9bb3", "#a0522d", "#7a8599", "#b7a313", "#e05252")
 WIDTH = 4.6  # inches: two plots stand side by side on a wide screen, and the letters of one can be read on a telephone
-SEARCHES = (  # what a history is a search of: the setting, what to call it, what is least at the best one
-    ("C", "C (inverse regularisation)", "log_loss"),
-    ("alpha", "lambda (regularisation)", "squared_error"),
-    ("k", "k (neighbours)", "log_loss"),
-)
 MANY_CLASSES = 40  # more do not fit a matrix that can be read; the most confused ones are shown
 MANY_BARS = 24
 NUMBERED = 25  # a matrix of more classes has no room for counts
@@ -49,31 +45,32 @@ def plain_log(axes: Any, values: Sequence[float]) -> None:
     axes.xaxis.set_major_formatter("{x:g}")
 
 
-def history_svg(history: Sequence[dict[str, Any]], chosen: dict[str, Any]) -> str:
-    """The regularisation path, with the accuracies where they are known, or the losses by epoch.
+def history_svg(history: Sequence[dict[str, Any]], chosen: dict[str, Any], search: Search | None = None) -> str:
+    """The loss by what was searched, with the accuracies where they are known, or the losses by epoch.
 
     Args:
         history: as in `Bundle`; not empty.
         chosen: the hyperparameters.
+        search: what the history is a search of; None where it is epochs.
     """
 
     def draw(axes: Any) -> None:
-        for key, meaning, loss in SEARCHES:
-            if key in history[0]:
-                line = [p for p in history if p.get("tau") == chosen.get("tau")]  # of knn's lines, the one of the chosen tau
-                axes.semilogx([p[key] for p in line], [p[loss] for p in line], "o-", color=BLUE, ms=4)
-                axes.minorticks_off()
-                for value in chosen[key] if isinstance(chosen[key], list) else [chosen[key]]:  # one for each label
-                    axes.axvline(value, color=ORANGE, ls="--", lw=1)
-                axes.set_xlabel(meaning)
-                axes.set_ylabel(loss.replace("_", "-" if loss == "log_loss" else " "), color=BLUE)
-                if "accuracy" in line[0]:
-                    right = axes.twinx()
-                    right.plot([p[key] for p in line], [p["accuracy"] for p in line], "s:", color=GREEN, ms=2.5, lw=1)
-                    right.yaxis.set_major_formatter("{x:.1%}")
-                    right.set_ylabel("accuracy", color=GREEN)
-                    right.spines["top"].set_visible(False)
-                return
+        if search:
+            key, loss = search.setting, search.loss
+            line = [p for p in history if p.get("tau") == chosen.get("tau")]  # of knn's lines, the one of the chosen tau
+            axes.semilogx([p[key] for p in line], [p[loss] for p in line], "o-", color=BLUE, ms=4)
+            axes.minorticks_off()
+            for value in chosen[key] if isinstance(chosen[key], list) else [chosen[key]]:  # one for each label
+                axes.axvline(value, color=ORANGE, ls="--", lw=1)
+            axes.set_xlabel(search.label)
+            axes.set_ylabel(loss.replace("_", "-" if loss == "log_loss" else " "), color=BLUE)
+            if "accuracy" in line[0]:
+                right = axes.twinx()
+                right.plot([p[key] for p in line], [p["accuracy"] for p in line], "s:", color=GREEN, ms=2.5, lw=1)
+                right.yaxis.set_major_formatter("{x:.1%}")
+                right.set_ylabel("accuracy", color=GREEN)
+                right.spines["top"].set_visible(False)
+            return
         epochs = [p["epoch"] for p in history]
         for key, colour in (("train_loss", BLUE), ("val_loss", ORANGE)):
             axes.plot(epochs, [p[key] for p in history], "o-", color=colour, ms=3, label=key.replace("_", " "))

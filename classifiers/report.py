@@ -21,6 +21,7 @@ from store.fingerprint import short
 from . import plots
 from .bundle import Bundle, Predictions, task_of_bundle
 from .figures import untempered
+from .heads import Search, rows
 from .heldout import evaluate_bundle
 from .illustrations import Illustrations, files_or_none, illustrate
 from .intervals import interval, percent
@@ -48,8 +49,10 @@ def bundle_report(bundle: Bundle, predictions: Predictions | None = None, shown:
     notes: list[str] = []
     training = []
     if len(bundle.history) > 1:  # else nothing was chosen
-        plot = plots.history_svg(bundle.history, bundle.hyperparameters)
-        training.append(Section("Training", text=_history_text(bundle), plot=plot, half=True))
+        search = _search(bundle)
+        text = search.text(bundle.hyperparameters) if search else "Loss on training and validation images by epoch."
+        plot = plots.history_svg(bundle.history, bundle.hyperparameters, search)
+        training.append(Section("Training", text=text, plot=plot, half=True))
     if metrics is None:
         notes.append("Nothing was held out, so this page cannot say how good the head is.")
         sections += training
@@ -183,20 +186,10 @@ def _truth(bundle: Bundle, predictions: Predictions) -> Any:
     return np.array([order[label] for label in predictions.labels.tolist()], dtype=np.intp)
 
 
-def _history_text(bundle: Bundle) -> str:
-    if bundle.head == "logistic" and not task_of_bundle(bundle).exclusive:
-        return "Log-loss out of fold or on validation for each value of C, mean over the labels; each label has its own best C."
-    if bundle.head == "logistic":
-        by = " by accuracy" if bundle.hyperparameters.get("select") == "accuracy" else ""
-        chosen = f"C = {bundle.hyperparameters['C']:.4g} was chosen{by}"
-        return f"Log-loss and accuracy, out of fold or on validation, for each value of C; {chosen}."
-    if bundle.head == "ridge":
-        alpha = bundle.hyperparameters["alpha"]
-        return f"Squared error out of fold or on validation for each value of lambda; {alpha:.4g} was chosen."
-    if bundle.head == "knn":
-        k, tau = (bundle.hyperparameters[name] for name in ("k", "tau"))
-        return f"Log-loss out of fold or on validation by number of neighbours; k = {k}, tau = {tau:.4g} was chosen."
-    return "Loss on training and validation images by epoch."
+def _search(bundle: Bundle) -> Search | None:
+    """What the history of a bundle is a search of; None where it is epochs."""
+    row = next((row for row in rows() if (row.name, row.task) == (bundle.head, bundle.task)), None)
+    return row.search if row and row.search and row.search.setting in bundle.history[0] else None
 
 
 def require_plot(path: Path, *, overwrite: bool) -> None:

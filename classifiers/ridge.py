@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.base import BaseEstimator, RegressorMixin
+from sklearn.base import RegressorMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from store.tasks import RegressionTask
@@ -17,7 +17,7 @@ from store.tasks import RegressionTask
 from .dense import DenseHead, FittedHead, Float32, standardisation
 from .folds import group_folds, on_first_views
 from .regression import Intervals
-from .searched import JUDGED, SearchedHead, Tried
+from .searched import JUDGED, Head, SearchedHead, Tried
 from .threads import threads_for
 
 log = logging.getLogger("penult.classifiers")
@@ -107,7 +107,7 @@ def _gram(Z: Floats) -> NDArray[np.float64]:
 
 
 class RidgeHead(SearchedHead):
-    """Ridge regression with scikit-learn's manners: one output for each class, 1 where a row is of it and -1 where not.
+    """Ridge regression: one output for each class, 1 where a row is of it and -1 where not.
 
     Lambda (scikit-learn calls it alpha) is chosen by the squared error that it minimises, as `RidgeClassifierCV` does: by
     leave-one-out, which needs no other fit, or by folds where groups must not be divided, or on validation. Probabilities are
@@ -120,10 +120,10 @@ class RidgeHead(SearchedHead):
 
     Attributes:
         alpha_: the value in use.
-        classes_, history_, dense_, temperature_: as in `SearchedHead`; ``squared_error`` is the criterion.
+        classes_, history_, fitted_, temperature_: as in `SearchedHead`; ``squared_error`` is the criterion.
     """
 
-    criterion = "squared_error"
+    name, criterion = "ridge", "squared_error"
 
     def __init__(self, alpha: float | None = None, *, alphas: Sequence[float] = ALPHAS, cv: int = 5, seed: int = 0) -> None:
         self.alpha = alpha
@@ -165,8 +165,8 @@ class RidgeHead(SearchedHead):
         return {"squared_error": float(np.mean((logits - _signs(targets, logits.shape[1])) ** 2))}
 
 
-class RidgeRegressionHead(RegressorMixin, BaseEstimator):  # type: ignore[misc]
-    """Ridge regression of one number or several, with scikit-learn's manners: y is ``(n,)`` or ``(n, t)``.
+class RidgeRegressionHead(RegressorMixin, Head):  # type: ignore[misc]
+    """Ridge regression of one number or several: y is ``(n,)`` or ``(n, t)``.
 
     Features and numbers are standardised. One lambda serves all columns; it has the least mean squared error, by leave-one-out,
     which needs no other fit, or by folds where groups must not be divided, or on validation. The prediction intervals come from
@@ -179,12 +179,11 @@ class RidgeRegressionHead(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         alpha_: the value in use.
         chosen_by_: ``leave-one-out``, ``folds`` or ``validation``; None where nothing could be chosen.
         history_: for each value tried: alpha and squared_error, of standardised numbers, mean over columns.
-        dense_: the fitted head as arrays; its outputs are in the units of y.
+        fitted_: the fitted head as arrays; its outputs are in the units of y.
         conformal_: prediction intervals; None where nothing was out of fold.
     """
 
-    kind, task = "ridge", RegressionTask.name
-    temperature_ = None
+    name, task = "ridge", RegressionTask.name
 
     def __init__(self, alpha: float | None = None, *, alphas: Sequence[float] = ALPHAS, cv: int = 5, seed: int = 0) -> None:
         self.alpha = alpha
@@ -254,7 +253,7 @@ class RidgeRegressionHead(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             self._choose(by, alphas, [np.concatenate(each) for each in zip(*parts, strict=True)], wanted[rows], unit)
         elif self.alpha is None:
             log.warning("there is a single training sample or group: lambda cannot be chosen and is %g", self.alpha_)
-        self.dense_ = self._fitted(whole or _Spectrum(X, wanted), centre, unit)
+        self.fitted_ = self._fitted(whole or _Spectrum(X, wanted), centre, unit)
 
     def _choose(
         self, by: str, alphas: Sequence[float], tried: Sequence[Float32], wanted: NDArray[np.float64], unit: Float32
@@ -272,8 +271,8 @@ class RidgeRegressionHead(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         ((weight, bias),) = head.layers
         return replace(head, layers=[(weight * unit[:, None], bias * unit + centre)], activation="Identity")
 
-    def again(self, X: Float32, numbers: NDArray[np.float64]) -> DenseHead:
-        """A head on other rows ``(n, d)`` with what was chosen here, without choosing again."""
+    def refit(self, X: ArrayLike, y: ArrayLike) -> DenseHead:
+        numbers = np.asarray(y, np.float64)
         centre, unit = standardisation(numbers)
         return self._fitted(_Spectrum(np.asarray(X, np.float32), (numbers - centre) / unit), centre, unit)
 
@@ -285,7 +284,7 @@ class RidgeRegressionHead(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     def predict(self, X: ArrayLike) -> NDArray[np.float64]:
         """The numbers, in the shape of y."""
         check_is_fitted(self)
-        values = self.dense_.probabilities(validate_data(self, X, dtype=np.float32, reset=False)).astype(np.float64)
+        values = self.fitted_.probabilities(validate_data(self, X, dtype=np.float32, reset=False)).astype(np.float64)
         return values[:, 0] if self.n_outputs_ is None else values
 
     @property

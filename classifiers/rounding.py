@@ -16,6 +16,8 @@ from store.errors import BadDataError, PenultError
 from store.samples import Row
 from store.splits import groups_of
 
+from .searched import Head
+
 log = logging.getLogger("penult.classifiers")
 
 FOLDS = 5
@@ -23,12 +25,12 @@ FEWEST = 20  # images; of fewer, one is worth too many points to judge anything
 MAX_LOSS = 0.005  # of accuracy; one image is always allowed
 
 
-def judge_rounding(cache: FeatureCache, head: Any, fitted: Sequence[Row]) -> dict[str, Any] | None:
+def judge_rounding(cache: FeatureCache, head: Head, fitted: Sequence[Row]) -> dict[str, Any] | None:
     """Cross-validate a fitted head's settings on float and on int8 features of the same training images, with the same folds.
 
     Args:
         cache: the features; only an int8 cache is judged.
-        head: a fitted one of `heads.HEADS`.
+        head: a fitted one of `heads.rows`.
         fitted: the rows it was fitted on; those that int8 was calibrated and judged on count.
 
     Returns:
@@ -61,9 +63,8 @@ def judge_rounding(cache: FeatureCache, head: Any, fitted: Sequence[Row]) -> dic
     owners = np.unique(np.array(groups_of(rows), dtype=object), return_inverse=True)[1]
     places = [place[row.sha256] for row in rows]
     layer = list(kept.layers).index(cache.layer)
-    names = [str(label) for label in classes]
     right = {
-        name: _correct(head, features[layer][places], targets, owners, names)
+        name: _correct(head, features[layer][places], targets, owners, classes)
         for name, features in (("fp32", kept.exact), ("int8", kept.rounded))
     }
     found = {**{name: round(count / len(rows), 6) for name, count in right.items()}, "n": len(rows)}
@@ -78,7 +79,9 @@ def judge_rounding(cache: FeatureCache, head: Any, fitted: Sequence[Row]) -> dic
     return found
 
 
-def _correct(head: Any, X: NDArray[np.float32], targets: NDArray[np.intp], owners: NDArray[np.intp], classes: list[str]) -> int:
+def _correct(
+    head: Head, X: NDArray[np.float32], targets: NDArray[np.intp], owners: NDArray[np.intp], classes: NDArray[Any]
+) -> int:
     """How many rows are classified rightly by heads that were fitted without their fold."""
     from sklearn.model_selection import StratifiedGroupKFold
 
@@ -86,8 +89,8 @@ def _correct(head: Any, X: NDArray[np.float32], targets: NDArray[np.intp], owner
     splitter = StratifiedGroupKFold(n_splits=max(min(FOLDS, fewest), 2), shuffle=True, random_state=0)
     right = 0
     for train, test in splitter.split(X, targets, owners):
-        present, known = np.unique(targets[train], return_inverse=True)  # a group may take a whole class with it
+        present = np.unique(targets[train])  # a group may take a whole class with it
         if len(present) > 1:
-            logits = head.again(X[train], known, [classes[k] for k in present]).logits(X[test])
+            logits = head.refit(X[train], classes[targets[train]]).logits(X[test])
             right += int((present[logits.argmax(axis=1)] == targets[test]).sum())
     return right

@@ -1,18 +1,20 @@
-"""What ridge, knn and centroid have in common: settings tried out of fold, a fit with the best, a temperature."""
+"""What all heads have in common; and what ridge, knn and centroid share: settings tried out of fold, a fit with the best."""
 
 from __future__ import annotations
 
 import logging
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
+
+from store.tasks import ONE_LABEL
 
 from .conformal import Conformal, calibrate
 from .dense import FittedHead, Float32, class_indices, log_loss, with_validation
@@ -44,20 +46,105 @@ class Tried:
     fit: Callable[[dict[str, Any]], FittedHead] | None = None
 
 
-class SearchedHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
-    """A head with scikit-learn's manners whose settings are chosen from a short list.
+class Head(BaseEstimator, ABC):  # type: ignore[misc]
+    """A head is a scikit-learn estimator on features that becomes a `FittedHead`, which is saved, fused and predicted with.
+
+    A new one is a class of this kind and a row of `heads.ROWS`. `fit` chooses its settings, on a validation set or out of fold.
+
+    Attributes:
+        name, task: as in its row.
+        streams: whether it can be fitted to features that stay on disk.
+        device: where it is fitted.
+        fitted_: the head as arrays, temperature included.
+        temperature_: fitted on what was out of fold or in the validation set; None where it has none.
+        conformal_: what says how sure it is, calibrated on the same rows: `conformal.Conformal` or `regression.Intervals`.
+        history_: what was tried, or each epoch, as JSON.
+    """
+
+    name: ClassVar[str] = ""
+    task: ClassVar[str] = ONE_LABEL.name
+    streams: bool = False
+    device: str = "cpu"
+    fitted_: FittedHead
+    temperature_: float | None = None
+    conformal_: Any = None
+    history_: Sequence[dict[str, Any]]
+
+    @property
+    @abstractmethod
+    def hyperparameters_(self) -> dict[str, Any]:
+        """What was used, as JSON."""
+
+    @abstractmethod
+    def fit(
+        self,
+        X: ArrayLike,
+        y: ArrayLike,
+        *,
+        validation: tuple[ArrayLike, ArrayLike] | None = None,
+        groups: Sequence[bytes] | None = None,
+        views: int = 1,
+    ) -> Self:
+        """Choose the settings and fit.
+
+        Args:
+            X: features ``(n, d)``.
+            y: what `Task.truth` gives: labels ``(n,)``, indicators ``(n, k)`` or numbers ``(n, t)``.
+            validation: ``(X, y)`` to choose on; the final fit uses both. Without it, folds inside ``X``.
+            groups: what must not be divided between folds, one per row of ``X``.
+            views: rows come in runs of so many views of an image, all of one group. All are fitted; what is chosen and
+                calibrated is judged on the first of each.
+        """
+
+    @abstractmethod
+    def refit(self, X: ArrayLike, y: ArrayLike) -> FittedHead:
+        """A head on other rows with what was chosen in `fit`, without choosing or calibrating again.
+
+        Args:
+            X: features ``(n, d)``.
+            y: as for `fit`; of labels, those that are there are the outputs, in their order.
+        """
+
+
+class ClassifierHead(ClassifierMixin, Head):  # type: ignore[misc]
+    """A head for one label an image.
+
+    Attributes:
+        classes_: labels in the order of the outputs.
+    """
+
+    classes_: NDArray[Any]
+
+    def refit(self, X: ArrayLike, y: ArrayLike) -> FittedHead:
+        classes, targets = class_indices(np.asarray(y))
+        return self._refit(np.asarray(X, np.float32), targets, [str(label) for label in classes])
+
+    @abstractmethod
+    def _refit(self, X: Float32, targets: NDArray[np.intp], classes: list[str]) -> FittedHead:
+        """`refit` by the indices of labels."""
+
+    def predict_proba(self, X: ArrayLike) -> Float32:
+        """Probabilities ``(n, k)``, temperature included."""
+        check_is_fitted(self)
+        return self.fitted_.probabilities(validate_data(self, X, dtype=np.float32, reset=False))
+
+    def predict(self, X: ArrayLike) -> NDArray[Any]:
+        """The most probable label of each row."""
+        check_is_fitted(self)
+        return np.asarray(self.classes_[self.predict_proba(X).argmax(axis=1)])
+
+
+class SearchedHead(ClassifierHead):
+    """A head whose settings are chosen from a short list.
 
     A kind of head says what its settings are, what each gives on held-out rows, and how it is fitted with one of them.
     Its ``__init__`` has ``cv``, the number of folds where no validation set is given, and ``seed``, of the folds.
 
     Attributes:
-        classes_: labels in the order of the outputs.
         setting_: what was chosen.
         chosen_by_: ``folds``, ``validation`` or ``leave-one-out``; None where nothing could be chosen.
         history_: for each setting tried: what it is, the criterion and accuracy, out of fold or on validation.
-        dense_: the fitted head as arrays, temperature included.
-        temperature_: fitted on the out-of-fold or validation logits of the chosen setting.
-        conformal_: prediction sets, calibrated on the same logits; None where nothing could be chosen.
+        fitted_, temperature_, conformal_: as in `Head`.
     """
 
     cv: int
@@ -146,10 +233,10 @@ class SearchedHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             self.setting_, self.history_ = self._unchosen(len(X)), []
             log.warning(
                 "a class has a single training sample or group: nothing can be chosen or calibrated, and the %s head takes %s",
-                type(self).__name__.removesuffix("Head").lower(),
+                self.name,
                 ", ".join(f"{key} {value:.4g}" for key, value in self.setting_.items()) or "no setting",
             )
-            self.dense_ = self._fitted(X, targets, classes, self.setting_).with_temperature(self.uncalibrated)
+            self.fitted_ = self._fitted(X, targets, classes, self.setting_).with_temperature(self.uncalibrated)
         else:
             self.history_ = [
                 {
@@ -163,23 +250,12 @@ class SearchedHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             best = int(np.argmin(np.nan_to_num(losses, nan=np.inf)))  # `min` would keep a NaN that comes first
             self.setting_ = tried.settings[best]
             fitted = tried.fit(self.setting_) if tried.fit else self._fitted(X, targets, classes, self.setting_)
-            self.dense_, self.conformal_ = calibrate(fitted, tried.logits[best], tried.targets, unscaled=self.unscaled)
-        self.temperature_ = self.dense_.temperature
+            self.fitted_, self.conformal_ = calibrate(fitted, tried.logits[best], tried.targets, unscaled=self.unscaled)
+        self.temperature_ = self.fitted_.temperature
 
-    def again(self, X: Float32, targets: NDArray[np.intp], classes: list[str]) -> FittedHead:
-        """A head on other rows ``(n, d)`` with what was chosen here, without choosing again."""
+    def _refit(self, X: Float32, targets: NDArray[np.intp], classes: list[str]) -> FittedHead:
         with threads_for(X.size):
-            return self._fitted(np.asarray(X, np.float32), targets, classes, self.setting_)
-
-    def predict_proba(self, X: ArrayLike) -> Float32:
-        """Probabilities ``(n, k)``, temperature included."""
-        check_is_fitted(self)
-        return self.dense_.probabilities(validate_data(self, X, dtype=np.float32, reset=False))
-
-    def predict(self, X: ArrayLike) -> NDArray[Any]:
-        """The most probable label of each row."""
-        guess = self.predict_proba(X).argmax(axis=1)
-        return np.asarray(self.classes_[guess])
+            return self._fitted(X, targets, classes, self.setting_)
 
     @property
     def hyperparameters_(self) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from extractor.settings.groups import (
 )
 
 from .gates import GATES, Gate, require_gates, wanted_gates
-from .heads import HEADS, ROWS, make_head, row_of
+from .heads import head_names, make_head, row_of, rows
 
 if TYPE_CHECKING:
     from extractor.backbones import Backbone
@@ -40,8 +40,8 @@ HEAD_FACTOR = 10.0  # of the learning rate, for a head that begins at zero
 
 def _head(value: str) -> str:
     """One of ours; in Python also a scikit-learn class by its dotted name."""
-    if value not in HEADS and not ("." in value and PLACE.get() is ARGUMENTS):
-        message = ", ".join(HEADS)
+    if value not in head_names() and not ("." in value and PLACE.get() is ARGUMENTS):
+        message = ", ".join(head_names())
         raise ValueError(message)
     return value
 
@@ -88,7 +88,7 @@ class HeadSettings(Settings):
     heading: ClassVar[str] = "Head"
 
     head: Annotated[str, AfterValidator(_head)] | None = setting(
-        None, "Kind of head (docs/heads.md).", shown="logistic; ridge for regression", choices=HEADS
+        None, "Kind of head (docs/heads.md).", shown="logistic; ridge for regression", choices=head_names
     )
 
 
@@ -101,9 +101,9 @@ class TrainSettings(HeadSettings, TrainOptions):
     def _heads_have_their_own_settings(self) -> Self:
         if self.head and "." in self.head:
             return self
-        rows = [row for row in ROWS if row.name == self.head] or [row_of(None, row.task) for row in ROWS]
-        own = {name for row in rows for name in row.settings.model_fields}
-        for row in ROWS:
+        candidates = [row for row in rows() if row.name == self.head] or [row_of(None, row.task) for row in rows()]
+        own = {name for row in candidates for name in row.settings.model_fields}
+        for row in rows():
             for name in row.settings.model_fields:
                 if name in self.model_fields_set - own:
                     chosen = f"and this is {self.head}" if self.head else f"not of the default; say <head> {row.name}"
@@ -121,7 +121,7 @@ class TrainSettings(HeadSettings, TrainOptions):
         if self.head and "." in self.head:
             return make_head(self.head, task)
         row = row_of(self.head, task, place.spell(type(self), "head"))
-        every = {name for each in ROWS for name in each.settings.model_fields}
+        every = {name for each in rows() for name in each.settings.model_fields}
         for name in sorted(self.model_fields_set & every - row.settings.model_fields.keys()):
             message = f"{place.spell(type(self), name)}: the {row.name} head for {task} has no such setting"
             raise place.error(message)
@@ -131,7 +131,7 @@ class TrainSettings(HeadSettings, TrainOptions):
 @cache
 def train_settings() -> type[TrainSettings]:
     """`TrainSettings` with the settings of every head there is."""
-    groups = tuple(dict.fromkeys(row.settings for row in ROWS if row.settings is not Settings))
+    groups = tuple(dict.fromkeys(row.settings for row in rows() if row.settings is not Settings))
     specific = [each for each in groups if not any(each is not other and issubclass(other, each) for other in groups)]
     return cast("type[TrainSettings]", create_model("TrainSettings", __base__=(TrainSettings, *specific)))
 

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.base import ClassifierMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from store.tasks import MultiLabelTask
@@ -24,6 +24,7 @@ from store.tasks import MultiLabelTask
 from .dense import DenseHead, Float32, standardisation
 from .folds import Fold, group_folds, on_first_views
 from .rowsums import Float64
+from .searched import Head
 from .softmax import principal_axes
 from .threads import threads_for
 
@@ -95,8 +96,8 @@ class _Point:
     seconds: float
 
 
-class MultiLabelLogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
-    """L2 logistic regression for several labels an image, with scikit-learn's manners: y is a label indicator ``(n, k)``.
+class MultiLabelLogisticHead(ClassifierMixin, Head):  # type: ignore[misc]
+    """L2 logistic regression for several labels an image: y is a label indicator ``(n, k)``.
 
     Args:
         C: inverse regularisation strength of all labels; None chooses one for each.
@@ -110,12 +111,10 @@ class MultiLabelLogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[mi
         C_: the value in use for each label ``(k,)``.
         path_: for each value tried: C, log_losses of each label (out of fold or on validation) and log_loss, their mean,
             seconds, converged.
-        dense_: the fitted head as arrays.
+        fitted_: the fitted head as arrays.
     """
 
-    kind, task = "logistic", MultiLabelTask.name
-    temperature_ = None
-    conformal_ = None
+    name, task = "logistic", MultiLabelTask.name
 
     def __init__(
         self, C: float | None = None, *, Cs: Sequence[float] = CS, cv: int = 5, max_iter: int = 1000, seed: int = 0
@@ -154,7 +153,7 @@ class MultiLabelLogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[mi
             folds = [(np.arange(len(features)), len(features) + np.arange(len(held)))]
             features, truth = np.concatenate([features, held]), np.concatenate([truth, labels])
         with threads_for(features.size):
-            self.path_ = self._path(features, truth, on_first_views(folds, views))
+            self.history_ = self.path_ = self._path(features, truth, on_first_views(folds, views))
             if self.path_:
                 best = np.argmin([point["log_losses"] for point in self.path_], axis=0)
                 self.C_ = np.array([point["C"] for point in self.path_])[best]
@@ -162,7 +161,7 @@ class MultiLabelLogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[mi
                 self.C_ = np.full(truth.shape[1], self.C or 1.0)
                 if self.C is None:
                     log.warning("there is a single training sample or group: C cannot be chosen and is 1")
-            self.dense_, self.converged_ = _Problem(features, truth, self.max_iter).fit(self.C_)
+            self.fitted_, self.converged_ = _Problem(features, truth, self.max_iter).fit(self.C_)
         return self
 
     def _path(self, X: Float32, truth: NDArray[np.bool_], folds: Sequence[Fold]) -> list[dict[str, Any]]:
@@ -197,15 +196,15 @@ class MultiLabelLogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[mi
             begin = time.perf_counter()
         return points
 
-    def again(self, X: Float32, truth: NDArray[np.bool_]) -> DenseHead:
-        """A head on other rows ``(n, d)`` with what was chosen here, without choosing again."""
-        with threads_for(X.size):
-            return _Problem(np.asarray(X, np.float32), truth, self.max_iter).fit(self.C_)[0]
+    def refit(self, X: ArrayLike, y: ArrayLike) -> DenseHead:
+        features = np.asarray(X, np.float32)
+        with threads_for(features.size):
+            return _Problem(features, np.asarray(y), self.max_iter).fit(self.C_)[0]
 
     def predict_proba(self, X: ArrayLike) -> Float32:
         """Probability of each label ``(n, k)``."""
         check_is_fitted(self)
-        return self.dense_.probabilities(validate_data(self, X, dtype=np.float32, reset=False))
+        return self.fitted_.probabilities(validate_data(self, X, dtype=np.float32, reset=False))
 
     def predict(self, X: ArrayLike) -> NDArray[np.intp]:
         """Which labels each row has ``(n, k)``: those more probable than not."""
@@ -222,8 +221,3 @@ class MultiLabelLogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[mi
             "cv": self.cv,
             "seed": self.seed,
         }
-
-    @property
-    def history_(self) -> list[dict[str, Any]]:
-        """The regularisation path, for the bundle."""
-        return self.path_

@@ -48,7 +48,7 @@ def must_stream(head: Any, rows: int, dim: int, itemsize: int, limit: int | None
     """Whether a head has to read its features from disk again and again.
 
     Args:
-        head: an unfitted one of `heads.HEADS`.
+        head: an unfitted one of `heads.rows`.
         rows, dim: of all features.
         itemsize: bytes of each number, as stored.
         limit: of the memory of this process, bytes; None is `default_limit`.
@@ -57,15 +57,15 @@ def must_stream(head: Any, rows: int, dim: int, itemsize: int, limit: int | None
         UsageError: it has to, and cannot.
     """
     left = (default_limit() if limit is None else limit) - resident()
-    streams, numbers = getattr(head, "streams", False), rows * dim
-    needed = numbers * (itemsize + (USUAL if streams else LEAST))
+    numbers = rows * dim
+    needed = numbers * (itemsize + (USUAL if head.streams else LEAST))
     if needed <= left:
         return False
     found = (
         f"{numbers / 1e6:,.0f} million numbers need about {needed / 1e9:,.1f} GB of memory, "
         f"of which {max(left, 0) / 1e9:,.1f} GB are left"
     )
-    if not streams:
+    if not head.streams:
         message = (
             f"this head reads all features at once: {found}. Train with --head logistic (without --l1-ratio), which reads them "
             f"from disk block by block, or raise --max-memory"

@@ -292,7 +292,7 @@ class _Bench:
         held_out = None
         if self._held_out is not None:
             seen = cache.features([row.sha256 for row in self._roles.report])
-            held_out, _ = self._figure(head, self._held_out, head.dense_.probabilities(seen))
+            held_out, _ = self._figure(head, self._held_out, head.fitted_.probabilities(seen))
         return Line(
             source=extracted.source,
             cache=str(cache.path),
@@ -313,12 +313,13 @@ class _Bench:
         """Truth and outputs of the rows that sources are ranked by, from heads with the same settings fitted without them."""
         parts = []
         for train, test in self._folds:
-            if self._task.exclusive:
-                classes = [str(label) for label in head.classes_]
-                again = head.again(X[train], np.searchsorted(head.classes_, self._truth[train]), classes)
-            else:
-                again = head.again(X[train], self._truth[train])
-            parts.append(again.probabilities(X[test]))
+            refitted = head.refit(X[train], self._truth[train])
+            outputs = refitted.probabilities(X[test])
+            if self._task.exclusive:  # a group may take a whole class with it
+                found = np.zeros((len(test), len(head.classes_)), outputs.dtype)
+                found[:, np.searchsorted(head.classes_, refitted.classes)] = outputs
+                outputs = found
+            parts.append(outputs)
         rows = np.concatenate([test for _, test in self._folds])
         return self._truth[rows], np.concatenate(parts)
 

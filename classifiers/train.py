@@ -68,7 +68,7 @@ def train_head(
     Args:
         cache: the features.
         out: the bundle's folder.
-        head: an unfitted one of `heads.HEADS`.
+        head: an unfitted one of `heads.rows`.
         options: how; see `leaks`, `fewshot` and `streaming` for what these three are about.
         overwrite: replace an existing bundle.
 
@@ -106,7 +106,7 @@ def train_head(
         seen = cache.of_rows(roles.fit, "train", stored=stored, views=True)
         judged = cache.of_rows(roles.choose, "val", stored=stored, views=True) if roles.choose else None
     curve = learning_curve(head, train, held_out, few_shot, options.repeats, seed=seed, views=seen) if few_shot else None
-    meter = Meter(getattr(head, "device", "cpu"))
+    meter = Meter(head.device)
     validation = (judged.X, judged.y) if judged else None
     head.fit(seen.X, seen.y, validation=validation, groups=seen.groups, views=cache.views)
     spent = meter.read()
@@ -216,7 +216,7 @@ def save_head(
     Args:
         cache: where its features came from; gives the backbone and the fingerprint.
         out: the bundle's folder.
-        head: a fitted one of `heads.HEADS`.
+        head: a fitted one of `heads.rows`.
         fitted: everything it was fitted or chosen on; `evaluate_bundle` will refuse these images.
         held_out: what it is reported on; None for nothing.
         split: facts about the split.
@@ -235,15 +235,15 @@ def save_head(
     need_saveable(head)
     metrics = predictions = shown = None
     novelty = Novelty.fit(fitted)
-    conformal = getattr(head, "conformal_", None)
-    names = list(head.dense_.classes) if cache.samples.task.stratifies else cache.samples.outputs
+    conformal = head.conformal_
+    names = list(head.fitted_.classes) if cache.samples.task.stratifies else cache.samples.outputs
     facts_kept = conformal and conformal.to_json()
     averaging = bool(views and views["averaged"])
     temperature = None if averaging else head.temperature_  # a mean of probabilities is of no one temperature
     task = task_of(cache.samples.task.name, names, facts_kept, temperature)
     if held_out is not None:
         looked_at = cache.stored(held_out.sha256, views=True) if averaging else held_out.X
-        probabilities = averaged(head.dense_.probabilities(looked_at), cache.views if averaging else 1)
+        probabilities = averaged(head.fitted_.probabilities(looked_at), cache.views if averaging else 1)
         predictions = Predictions(held_out.sha256, held_out.paths, held_out.y, probabilities, held_out.name)
         evaluation = task.score(held_out.y, probabilities, held_out.name)
         novel = novel_share(novelty.scores(held_out.X)) if novelty else None
@@ -286,7 +286,7 @@ def save_head(
     return save_bundle(
         bundle,
         backbone=cache,
-        head=head.dense_.to_onnx(),
+        head=head.fitted_.to_onnx(),
         predictions=predictions,
         fitted=digests,
         novelty=novelty.to_bytes() if novelty else None,

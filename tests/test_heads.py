@@ -54,7 +54,7 @@ def test_one_value_of_c_is_scikit_learns_solution(k: int) -> None:
     reference = LogisticRegression(C=0.5, tol=1e-8, max_iter=10_000).fit(Z.astype(np.float64), y)
     head = LogisticHead(C=0.5).fit(X, y)
     expected = reference.predict_log_proba(Z.astype(np.float64))
-    logits = head.dense_.logits(X)
+    logits = head.fitted_.logits(X)
     found = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     np.testing.assert_allclose(found, expected, atol=5e-3)
 
@@ -70,7 +70,7 @@ def test_c_is_chosen_by_the_least_log_loss_on_validation_and_refitted_on_both() 
         assert next(p for p in head.path_ if p["C"] == C)["log_loss"] == pytest.approx(by_hand[C], rel=0.02)
     assert min(by_hand, key=by_hand.__getitem__) == head.C_
     both = LogisticHead(C=head.C_).fit(np.concatenate([train[0], validation[0]]), np.concatenate([train[1], validation[1]]))
-    np.testing.assert_allclose(head.dense_.layers[0][0], both.dense_.layers[0][0], atol=5e-3)
+    np.testing.assert_allclose(head.fitted_.layers[0][0], both.fitted_.layers[0][0], atol=5e-3)
 
 
 def test_folds_do_not_divide_groups() -> None:
@@ -94,7 +94,7 @@ def test_the_path_stops_where_nothing_can_win() -> None:
 def test_onnx_gives_the_same_probabilities(head: LogisticHead | MlpHead) -> None:
     X, y = blobs()
     head = clone(head).fit(X, y)
-    session = onnxruntime.InferenceSession(head.dense_.to_onnx(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(head.fitted_.to_onnx(), providers=["CPUExecutionProvider"])
     for n in (1, 7, 90):
         np.testing.assert_allclose(session.run(None, {"features": X[:n]})[0], head.predict_proba(X[:n]), atol=1e-6)
 

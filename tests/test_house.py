@@ -98,7 +98,7 @@ def wide(root: Path) -> dict[str, int]:
             count = len(
                 [each for each in (*given.posonlyargs, *given.args, *given.kwonlyargs) if each.arg not in ("self", "cls")]
             )
-            estimator = function.name == "__init__" and "BaseEstimator" in bases
+            estimator = function.name == "__init__" and ("BaseEstimator" in bases or bases.endswith("Head"))
             if count > MOST_PARAMETERS and not estimator:
                 found[name] = count
     return found

@@ -63,7 +63,7 @@ def test_weights_of_classes_are_scikit_learns(class_weight: Any) -> None:
     Z = StandardScaler().fit_transform(X.astype(np.float64))
     reference = LogisticRegression(C=0.3, class_weight=class_weight, tol=1e-8, max_iter=10_000).fit(Z, y)
     head = LogisticHead(C=0.3, class_weight=class_weight).fit(X, y)
-    logits = head.dense_.logits(X)
+    logits = head.fitted_.logits(X)
     found = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     np.testing.assert_allclose(found, reference.predict_log_proba(Z), atol=1e-2)
     assert head.hyperparameters_["class_weight"] == class_weight
@@ -89,7 +89,7 @@ def test_an_elastic_net_leaves_features_out_and_stands_at_its_optimum() -> None:
     X, y = rare()
     noisy = np.concatenate([X, np.random.default_rng(1).normal(size=(len(X), 30))], axis=1)
     head = LogisticHead(l1_ratio=0.7, Cs=(0.01, 0.1, 1.0)).fit(noisy, y)
-    weight = head.dense_.layers[0][0]
+    weight = head.fitted_.layers[0][0]
     assert (weight[:, :10] == 0).mean() < 0.6 < (weight[:, 10:] == 0).mean()
     assert [point["C"] for point in head.path_] == [0.01, 0.1, 1.0]
     assert [point["converged"] for point in head.path_] == [point["gradient"] <= STEEPEST for point in head.path_]

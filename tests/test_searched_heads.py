@@ -61,7 +61,7 @@ def test_learns_and_is_calibrated_enough_to_beat_guessing(head: SearchedHead) ->
 def test_onnx_gives_the_same_probabilities(head: SearchedHead, k: int) -> None:
     X, y = blobs(k=k, noise=2)
     head = clone(head).fit(X, y)
-    session = onnxruntime.InferenceSession(head.dense_.to_onnx(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(head.fitted_.to_onnx(), providers=["CPUExecutionProvider"])
     others = np.concatenate([blobs(k=k, seed=1, noise=4)[0], np.zeros_like(X[:1])])  # a row without a direction too
     for rows in (X[:1], X, others):
         np.testing.assert_allclose(session.run(None, {"features": rows})[0], head.predict_proba(rows), atol=1e-5)
@@ -74,7 +74,7 @@ def test_ridge_is_scikit_learns_solution(n: int, d: int, k: int) -> None:
     Z = StandardScaler().fit_transform(X.astype(np.float64))
     for alpha in (0.01, 1.0, 300.0):
         reference = RidgeClassifier(alpha=alpha).fit(Z, y)
-        found = RidgeHead(alpha).fit(X, y).dense_.layers[0]
+        found = RidgeHead(alpha).fit(X, y).fitted_.layers[0]
         expected = np.atleast_2d(reference.coef_)
         np.testing.assert_allclose(found[0][-len(expected) :], expected, rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(found[1][-len(expected) :], np.ravel(reference.intercept_), rtol=1e-5, atol=1e-6)
@@ -112,7 +112,7 @@ def test_float32_products_of_large_sets_change_next_to_nothing(n: int, d: int, m
     for one, other in zip(rounded.history_, exact.history_, strict=True):
         assert one["squared_error"] == pytest.approx(other["squared_error"], rel=1e-3)
     assert rounded.alpha_ == exact.alpha_
-    np.testing.assert_allclose(rounded.dense_.layers[0][0], exact.dense_.layers[0][0], atol=1e-5)
+    np.testing.assert_allclose(rounded.fitted_.layers[0][0], exact.fitted_.layers[0][0], atol=1e-5)
 
 
 def test_settings_are_chosen_on_validation_and_fitted_on_both() -> None:
@@ -127,7 +127,7 @@ def test_settings_are_chosen_on_validation_and_fitted_on_both() -> None:
         assert point["squared_error"] == pytest.approx(by_hand[point["alpha"]], rel=1e-3)
     assert min(by_hand, key=by_hand.__getitem__) == head.alpha_
     both = RidgeHead(head.alpha_).fit(*(np.concatenate(pair) for pair in zip(train, validation, strict=True)))
-    np.testing.assert_allclose(head.dense_.layers[0][0], both.dense_.layers[0][0], atol=1e-5)
+    np.testing.assert_allclose(head.fitted_.layers[0][0], both.fitted_.layers[0][0], atol=1e-5)
 
 
 @pytest.mark.parametrize("head", [RidgeHead(), KnnHead()], ids=ids)
@@ -163,7 +163,7 @@ def test_knn_survives_more_copies_than_neighbours() -> None:
     X, y = blobs(noise=2)
     copies = np.concatenate([X, np.repeat(X[1:2], 30, axis=0)]), np.concatenate([y, np.repeat(y[1:2], 30)])
     head = KnnHead(k=3).fit(*copies)
-    assert len(head.dense_.references) == len(X)
+    assert len(head.fitted_.references) == len(X)
     assert head.predict(X[1:2])[0] == y[1]
     assert head.predict_proba(X[1:2]).max() > 0.5
 
@@ -177,7 +177,7 @@ def test_knn_keeps_many_references_in_float16(monkeypatch: pytest.MonkeyPatch) -
     facts = head.hyperparameters_
     assert (facts["references"], facts["reference_dtype"], facts["reference_mebibytes"]) == (90, "float16", 0.0)
     np.testing.assert_allclose(head.predict_proba(X), exact.predict_proba(X), atol=0.02)
-    session = onnxruntime.InferenceSession(head.dense_.to_onnx(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(head.fitted_.to_onnx(), providers=["CPUExecutionProvider"])
     np.testing.assert_allclose(session.run(None, {"features": X})[0], head.predict_proba(X), atol=1e-5)
     monkeypatch.setattr(neighbours, "MOST", 1000)
     with pytest.raises(BadDataError, match=r"90 training features.*logistic or ridge"):
@@ -191,8 +191,8 @@ def test_the_centroid_is_the_mean_of_centred_unit_rows() -> None:
     centred = units - np.mean([units[y == label].mean(axis=0) for label in head.classes_], axis=0)
     rows = centred / np.linalg.norm(centred, axis=1, keepdims=True)
     mean = rows[y == "bee"].mean(axis=0)
-    np.testing.assert_allclose(head.dense_.layers[0][0][1], mean / np.linalg.norm(mean), rtol=1e-3, atol=1e-6)
-    np.testing.assert_allclose(head.dense_.logits(3 * X), rows @ head.dense_.layers[0][0].T, atol=1e-5)
+    np.testing.assert_allclose(head.fitted_.layers[0][0][1], mean / np.linalg.norm(mean), rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(head.fitted_.logits(3 * X), rows @ head.fitted_.layers[0][0].T, atol=1e-5)
 
 
 def test_one_image_a_class_is_enough_and_said_to_be_uncalibrated(caplog: pytest.LogCaptureFixture) -> None:
@@ -229,10 +229,10 @@ def test_again_is_the_same_setting_on_other_rows(head: SearchedHead) -> None:
     fitted = clone(head).fit(X, y)
     rows = np.flatnonzero(y != "cat")[:20]
     classes, targets = np.unique(y[rows], return_inverse=True)
-    again = fitted.again(X[rows], targets, list(classes))
+    again = fitted.refit(X[rows], classes[targets])
     settings = {key: value for key, value in fitted.setting_.items() if key in head.get_params()}
     one_tau = {"taus": [fitted.setting_["tau"]]} if "tau" in fitted.setting_ else {}
-    expected = clone(head).set_params(**settings, **one_tau).fit(X[rows], y[rows]).dense_
+    expected = clone(head).set_params(**settings, **one_tau).fit(X[rows], y[rows]).fitted_
     np.testing.assert_allclose(again.logits(X), expected.logits(X), atol=1e-5)
 
 

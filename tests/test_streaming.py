@@ -166,7 +166,7 @@ def test_folds_class_weights_and_sample_weights_from_disk(synthetic: Synthetic) 
     assert disk.C_ == memory.C_
     for one, other in zip(disk.path_, memory.path_, strict=True):
         assert one["log_loss"] == pytest.approx(other["log_loss"], abs=2e-4)
-    np.testing.assert_allclose(disk.dense_.logits(stored.X), memory.dense_.logits(np.asarray(stored.X)), atol=5e-3)
+    np.testing.assert_allclose(disk.fitted_.logits(stored.X), memory.fitted_.logits(np.asarray(stored.X)), atol=5e-3)
 
 
 def test_without_a_validation_split_a_fifth_of_train_is_chosen_on(synthetic: Synthetic, tmp_path: Path) -> None:

@@ -74,11 +74,11 @@ def test_the_chosen_value_has_the_least_log_loss_and_the_onnx_file_says_the_same
         assert min(head.path_, key=lambda point: float(point["log_losses"][j]))["C"] == C
         assert 1e-3 < C < 100
     probabilities = head.predict_proba(X[300:])
-    session = onnxruntime.InferenceSession(head.dense_.to_onnx(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(head.fitted_.to_onnx(), providers=["CPUExecutionProvider"])
     assert session.run(["probabilities"], {"features": X[300:]})[0] == pytest.approx(probabilities, abs=1e-6)
     assert (head.predict(X[300:]) == truth[300:]).mean() > 0.75
     on_validation = MultiLabelLogisticHead().fit(X[:200], truth[:200], validation=(X[200:300], truth[200:300]))
-    assert on_validation.dense_.mean == pytest.approx(X[:300].mean(axis=0), abs=1e-5)  # both are fitted in the end
+    assert on_validation.fitted_.mean == pytest.approx(X[:300].mean(axis=0), abs=1e-5)  # both are fitted in the end
     assert MultiLabelLogisticHead(C=0.5).fit(X, truth).hyperparameters_["C"] == [0.5] * 4
 
 
@@ -88,7 +88,7 @@ def test_a_label_that_a_fold_lacks_stays_finite() -> None:
     truth[3, 1] = True
     head = MultiLabelLogisticHead().fit(X, truth)
     assert all(np.isfinite(point["log_loss"]) for point in head.path_)
-    assert np.abs(head.dense_.layers[0][1]).max() < 20
+    assert np.abs(head.fitted_.layers[0][1]).max() < 20
 
 
 def test_groups_are_not_divided_and_one_group_chooses_nothing(caplog: pytest.LogCaptureFixture) -> None:
@@ -111,11 +111,11 @@ def test_an_mlp_learns_what_no_straight_line_can() -> None:
     assert (right > 0.85).all()
     straight = MultiLabelLogisticHead().fit(X[:400], truth[:400])
     assert (straight.predict(X[400:]) == truth[400:]).mean(axis=0)[0] < 0.65
-    session = onnxruntime.InferenceSession(head.dense_.to_onnx(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(head.fitted_.to_onnx(), providers=["CPUExecutionProvider"])
     assert session.run(["probabilities"], {"features": X})[0] == pytest.approx(head.predict_proba(X), abs=1e-5)
     assert head.history_[head.best_epoch_ - 1]["val_loss"] == min(point["val_loss"] for point in head.history_)
     held = MultiLabelMlpHead(max_epochs=2).fit(X[:400], truth[:400], validation=(X[400:], truth[400:]))
-    assert held.dense_.mean == pytest.approx(X.mean(axis=0), abs=1e-5)
+    assert held.fitted_.mean == pytest.approx(X.mean(axis=0), abs=1e-5)
 
 
 def test_figures_of_several_labels_are_scikit_learns() -> None:
@@ -175,7 +175,7 @@ def test_ridge_is_scikit_learns_in_the_units_of_the_numbers(n: int, d: int) -> N
     theirs = RidgeCV(alphas=head.alphas).fit(inputs.astype(np.float64), (numbers - centre) / unit)
     assert head.alpha_ == theirs.alpha_
     assert head.predict(X) / unit == pytest.approx((theirs.predict(inputs) * unit + centre) / unit, abs=2e-4)
-    session = onnxruntime.InferenceSession(head.dense_.to_onnx(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(head.fitted_.to_onnx(), providers=["CPUExecutionProvider"])
     assert session.run(["values"], {"features": X})[0] == pytest.approx(head.predict(X), rel=1e-5, abs=1e-5)
     assert RidgeRegressionHead().fit(X, numbers[:, 0]).predict(X).shape == (n,)
 
@@ -191,7 +191,7 @@ def test_lambda_is_chosen_by_groups_or_on_validation() -> None:
     assert (head.chosen_by_, len(head.history_)) == ("validation", 37)
     assert head.conformal_ is not None
     assert head.conformal_.n == 40
-    assert head.dense_.mean == pytest.approx(X.mean(axis=0), abs=1e-5)  # both are fitted in the end
+    assert head.fitted_.mean == pytest.approx(X.mean(axis=0), abs=1e-5)  # both are fitted in the end
     assert RidgeRegressionHead(alpha=3.0).fit(X, numbers).alpha_ == 3.0
     nothing = RidgeRegressionHead().fit(X, numbers, groups=[b"one"] * 120)
     assert (nothing.alpha_, nothing.chosen_by_, nothing.conformal_) == (1.0, None, None)

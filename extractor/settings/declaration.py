@@ -125,8 +125,8 @@ def setting(default: Any, text: str, *, only: str | None = None, **facts: Any) -
         text: one sentence of help.
         only: ``python`` or ``cli``, where it is a setting in one of these places alone; jobs have what has no ``only``.
         facts: bounds (``ge``, ``gt``, ``le``, ``lt``, ``min_length``), and how it looks: ``flag`` and ``short`` on the command
-            line, ``key`` in a job, ``metavar``, ``shown`` (the default in words, where it is None), ``choices``, ``repeat`` (a
-            flag that may come several times, instead of a list with commas), ``also`` (what else is expected, for messages).
+            line, ``key`` in a job, ``metavar``, ``shown`` (the default in words, where it is None), ``choices`` (a function),
+            ``repeat`` (a flag that may come several times, instead of commas), ``also`` (what else is expected).
     """
     bounds = {name: facts.pop(name) for name in ("ge", "gt", "le", "lt", "min_length") if name in facts}
     return Field(default, description=text, json_schema_extra={"only": only, **facts}, **bounds)
@@ -165,7 +165,7 @@ def kinds_of(model: type[Settings], name: str) -> set[type]:
 def choices_of(model: type[Settings], name: str) -> tuple[Any, ...]:
     """What a setting can be chosen from; nothing where it is no choice."""
     if "choices" in face(model, name):
-        return tuple(face(model, name)["choices"])
+        return tuple(face(model, name)["choices"]())
     literals = (each for each in _alternatives(model.model_fields[name].annotation) if get_origin(each) is Literal)
     return tuple(choice for each in literals for choice in get_args(each))
 
