@@ -401,8 +401,10 @@ def check(
 
     found = FeatureCache(cache, layer)
     if update and not against.exists():
-        click.echo(f"{against}: new, {write_compact(found, against, dtype=str(found.dtype))} rows", err=as_json)
-        return
+        rows = write_compact(found, against, dtype=str(found.dtype))
+        if as_json:
+            return print_json({"new": str(against), "rows": rows})
+        return click.echo(f"{against}: new, {rows} rows")
     golden = FeatureCache(against, layer)
     drift = compare_caches(golden, found, predict=decisions(head, golden), bound=tolerance)
     print_drift(drift, as_json=as_json)
@@ -412,6 +414,7 @@ def check(
     elif not drift.passed:
         message = f"{cache} does not match {against}: {'; '.join(drift.causes) or 'see the table'}"
         raise BadDataError(message)
+    return None
 
 
 @cli.command()
@@ -557,7 +560,12 @@ def evaluate(bundle: Path, data: Path, settings: EvaluateSettings, plot: Path | 
 @click.argument("bundle", metavar="BUNDLE|CLASSIFIER.onnx", type=FOLDER)
 @click.argument("images", nargs=-1, type=FOLDER)
 @click.option(
-    "--format", "form", type=click.Choice(["table", "csv", "jsonl"]), default="table", show_default=True, help="Output."
+    "--format",
+    "form",
+    type=click.Choice(["table", "csv", "jsonl"]),
+    default="table",
+    show_default=True,
+    help="Of predictions.",
 )
 @click.option("--selftest", "testing", is_flag=True, help="First check its weights, and what it gives for golden pictures.")
 def predict(bundle: Path, images: Sequence[Path], settings: PredictSettings, form: str, *, testing: bool) -> int:
@@ -654,6 +662,9 @@ def report(bundle: Path, data: Path | None, settings: ReportSettings, output: Pa
     from store.atomic import require_free
 
     require_free(output, overwrite=overwrite)
+    if data is None and (settings.split or settings.root):
+        message = "--split and --root are about images, and there is no DATA"
+        raise click.UsageError(message)
     html = report_again(Bundle.load(bundle), data, settings)
     write_output(output, html.encode(), overwrite=overwrite)
     click.echo(f"report: {output}")
@@ -721,11 +732,12 @@ def sweep(data: Path, wanted: Sequence[str], settings: SweepSettings, output: Pa
     Example: penult sweep photos/ -m resnet18,resnet50,resnet50@layer3,theirs.onnx -o photos.sweep
     """
     from classifiers.ranking import AGREEMENT_COLUMNS
-    from classifiers.sweep import PAGE, parse_sources, run_sweep
+    from classifiers.sweep import PAGE, parse_sources, require_ready, run_sweep
     from extractor.settings.groups import Options
 
     backbones = parse_sources(wanted, settings.network())
     options = settings.part(Options).replace(overwrite=overwrite, quiet=is_quiet())
+    require_ready(backbones, output, options)
     source = settings.source(data)
     found = run_sweep(source, backbones, output, options, head=settings.head, seed=settings.seed, data=str(data))
     if as_json:

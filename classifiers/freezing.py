@@ -38,7 +38,7 @@ def modules_before(network: Any, example: Any, freeze_until: str, last: str) -> 
         stages = ", ".join(name for name, _ in network.named_children() if name in began)
         what = "does not run in this network" if until in modules else "is no layer of this network"
         hint = did_you_mean(until, [*filter(None, began), "head"], f"it has {stages}, and head")
-        message = f"freeze_until {freeze_until!r} {what}{hint}"
+        message = f"--freeze-until {freeze_until!r} {what}{hint}"
         raise UsageError(message)
     called, before = set(began), set(began[: began.index(until)])
 

@@ -27,7 +27,7 @@ class PenaltySettings(Settings):
     section: ClassVar[str] = "train"
     heading: ClassVar[str] = "Head: logistic"
 
-    C: float | None = setting(None, "One value.", gt=0, metavar="C", shown="searched")
+    C: float | None = setting(None, "Inverse of the penalty.", ge=1e-15, le=1e15, metavar="X", shown="searched")
 
 
 class LogisticSettings(PenaltySettings):
@@ -44,19 +44,19 @@ class MlpSettings(Settings):
     heading: ClassVar[str] = "Head: mlp"
 
     hidden: Annotated[tuple[Width, ...], BeforeValidator(as_tuple)] | None = setting(
-        None, "Width of each hidden layer.", metavar="N,N", shown="searched"
+        None, "Width of each hidden layer.", min_length=1, metavar="N,N", shown="searched"
     )
-    lr: float | None = setting(None, "Learning rate.", gt=0, metavar="RATE", shown="searched")
-    schedule: Literal["constant", "cosine"] = setting("constant", "Of the learning rate.")
+    lr: float | None = setting(None, "Learning rate.", gt=0, le=1e6, metavar="RATE", shown="searched")
+    schedule: Literal["constant", "cosine"] = setting("constant", "How the learning rate falls.")
     dropout: float | None = setting(None, "Probability.", ge=0, lt=1, metavar="P", shown="0.3")
-    weight_decay: float | None = setting(None, "Of AdamW.", ge=0, metavar="X", shown="0.01")
+    weight_decay: float | None = setting(None, "Of AdamW.", ge=0, le=1e6, metavar="X", shown="0.01")
 
 
 class RidgeSettings(Settings):
     section: ClassVar[str] = "train"
     heading: ClassVar[str] = "Head: ridge"
 
-    alpha: float | None = setting(None, "One lambda.", gt=0, metavar="X", shown="searched")
+    alpha: float | None = setting(None, "Penalty, lambda.", ge=1e-15, le=1e15, metavar="X", shown="searched")
 
 
 class KnnSettings(Settings):

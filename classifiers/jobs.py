@@ -132,7 +132,7 @@ def read_job(path: Path) -> Job:
         message = f"cannot read {path}: {error.strerror}"
         raise InputMissingError(message) from error
     try:
-        document = tomllib.loads(data.decode())
+        document = tomllib.loads(data.decode("utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         message = f"{path} is not TOML: {error}"
         raise JobFileError(message) from error
@@ -163,23 +163,42 @@ def read_job(path: Path) -> Job:
     paths, extract, train, gate = read.values()
     try:
         with place.here():
-            if train.average_views and extract.views == 1:
-                message = "train.average_views without views: ask for extract.views too"
-                raise JobFileError(message)
+            _require_together(paths, extract, train)
             return Job(folder, paths, extract, train, train.make(extract.task), gate, gate.wanted(extract.task))
     except (UsageError, JobFileError) as error:
         message = f"{path}: {error}"
         raise JobFileError(message) from error
 
 
+def _require_together(paths: Paths, extract: ExtractSettings, train: TrainSettings) -> None:
+    """Refuse sections that do not fit each other.
+
+    Raises:
+        JobFileError: names the keys.
+    """
+    message = None
+    if train.average_views and extract.views == 1:
+        message = "train.average_views without views: ask for extract.views too"
+    elif train.layer is not None and train.layer not in extract.layers:
+        message = f"train.layer {train.layer!r} is none of backbone.layers"
+    elif paths.cache.absolute() == paths.bundle.absolute():
+        message = "cache and bundle are one place"
+    if message:
+        raise JobFileError(message)
+
+
 def _unknown(section: str, key: str) -> str:
     name = f"{section}.{key}" if section else key
     if name in RETIRED:
         return f"{name} is {RETIRED[name]}"
-    elsewhere = [f"[{other}]" for other in models() if other not in ("", section) and key in keys_of(other)]
     known = [*keys_of(section), *([] if section else [other for other in models() if other])]
-    hint = f"; it belongs in {elsewhere[0]}" if elsewhere else did_you_mean(key, known, f"known are {', '.join(known)}")
-    return f"unknown key {name!r}{hint}"
+    elsewhere = [f"[{other}]" for other in models() if other not in ("", section) and key in keys_of(other)]
+    near = did_you_mean(key, known)
+    if key in keys_of(section).values():  # as it is called in Python
+        near = f"; it is {next(each for each, field in keys_of(section).items() if field == key)!r} here"
+    belongs = f"; there is one in {' and '.join(elsewhere)}" if elsewhere else ""
+    listed = f"; known are {', '.join(known)}"
+    return f"unknown key {name!r}{near + belongs or listed}"
 
 
 def preview_job(path: Path) -> dict[str, Any]:
@@ -198,12 +217,18 @@ def preview_job(path: Path) -> dict[str, Any]:
 
 
 def _made_already(job: Job) -> Bundle | None:
-    """The bundle that training would give again, if it is there and sound."""
-    try:
-        bundle = Bundle.load(job.paths.bundle)
-    except (InputMissingError, BadDataError):
-        return None
-    return bundle if bundle.made_from and bundle.made_from == made_from(_features(job), job.head, job.train) else None
+    """The bundle that training would give again, if it is there and sound: the one that is served, or the rejected one."""
+    for place in (job.paths.bundle, _rejected(job)):
+        with suppress(InputMissingError, BadDataError):
+            bundle = Bundle.load(place)
+            if bundle.made_from and bundle.made_from == made_from(_features(job), job.head, job.train):
+                return bundle
+    return None
+
+
+def _rejected(job: Job) -> Path:
+    """Where a head that misses the gate is kept."""
+    return job.paths.bundle.with_name(f"{job.paths.bundle.name}.rejected")
 
 
 def _features(job: Job) -> FeatureCache:
@@ -249,18 +274,20 @@ def _in_words_of(path: Path) -> Iterator[None]:
     """What is wrong with a setting is wrong with the job file, and named as it stands there."""
     try:
         yield
-    except UsageError as error:
+    except PenultError as error:
         text = str(error)
         for section in models():
             for key, name in keys_of(section).items():
                 text = re.sub(rf"{re.escape(flag_of(models()[section], name))}(?![\w-])", f"{section}.{key}".lstrip("."), text)
-        message = f"{path}: {text}"
-        raise JobFileError(message) from error
+        if isinstance(error, UsageError):
+            message = f"{path}: {text}"
+            raise JobFileError(message) from error
+        error.args = (text, *error.args[1:])
+        raise
 
 
 def _run(job: Job, record: dict[str, Any], *, quiet: bool) -> JobResult:
-    served = job.paths.bundle
-    rejected = served.with_name(f"{served.name}.rejected")
+    served, rejected = job.paths.bundle, _rejected(job)
     for place in (served, rejected):
         refuse_existing(place, overwrite=True)
         remove_leftovers(place)
@@ -278,11 +305,10 @@ def _run(job: Job, record: dict[str, Any], *, quiet: bool) -> JobResult:
                 log.info("features, labels and settings are unchanged: %s is kept", bundle.name)
             evaluation, _ = evaluate_bundle(bundle, job.paths.cache, split=job.gate.split)
             missed = missed_gates(job.gates, evaluation.to_json(), lambda gate: key_of(GateSettings, gate.name))
-            target = served
-            if trained and missed:
-                target = rejected
+            target = rejected if missed and bundle.path != served else served
+            if missed and target == rejected:
                 missed += f"; the new head is kept as {target.name}"
-            if trained:
+            if bundle.path != target:  # a rejected one may have got a gate that it meets
                 install(bundle.path, target)
         finally:
             remove_folder(staging)

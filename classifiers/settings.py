@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, create_model, model_validator
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, create_model
 
-from extractor.settings.declaration import ARGUMENTS, PLACE, Settings, setting
+from extractor.settings.declaration import ARGUMENTS, PLACE, Settings, rule, setting
 from extractor.settings.groups import (
     MAX_BATCH,
     MAX_SEED,
@@ -27,6 +27,7 @@ from extractor.settings.groups import (
     as_tuple,
     backbone_of,
 )
+from store.errors import InputMissingError
 
 from .gates import GATES, Gate, require_gates, wanted_gates
 from .heads import head_names, make_head, row_of, rows
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from extractor.backbones import Backbone
 
 MAX_SHOTS = 10**6  # images of a class
+OTHER_FRACTION = 0.2  # where another split is asked for by one of its fractions alone
 HEAD_FACTOR = 10.0  # of the learning rate, for a head that begins at zero
 
 
@@ -50,7 +52,7 @@ class ThumbnailSettings(Settings):
     section: ClassVar[str] = "train"
     heading: ClassVar[str] = "Report"
 
-    thumbnails: bool = setting(True, "Whether the report shows images.")
+    thumbnails: bool = setting(True, "Images in the report, or none.", shown="with")
 
 
 class TrainOptions(ThumbnailSettings):
@@ -61,20 +63,28 @@ class TrainOptions(ThumbnailSettings):
 
     leaks: Literal["warn", "refuse", "allow"] = setting("warn", "Images on both sides of the split, or under two labels.")
     few_shot: Annotated[tuple[Annotated[int, Field(ge=1, le=MAX_SHOTS)], ...], BeforeValidator(as_tuple)] = setting(
-        (), "Also measure the head with so many training images of each class.", metavar="N,N"
+        (), "Learning curve: the head fitted on so many training images of each class.", metavar="N,N"
     )
-    repeats: int = setting(20, "few-shot: draws for each number.", ge=2, metavar="N")
+    repeats: int = setting(20, "Of the learning curve: draws for each number of images.", ge=2, metavar="N")
     average_views: bool = setting(False, "Predict the mean over the views of an image, which are fitted anyway.")
     max_memory: ByteSize | None = setting(
-        None, "More features than fit stay on disk.", metavar="SIZE", shown="half of what is free"
+        None, "Of this process; features that do not fit stay on disk.", ge=1, metavar="SIZE", shown="half of what is free"
     )
     val_fraction: float | None = setting(
-        None, "Share for validation, of another split than the cache's.", ge=0, lt=1, metavar="SHARE"
+        None, "Share for validation, in another split.", ge=0, lt=1, metavar="SHARE", shown="the cache's split"
     )
     test_fraction: float | None = setting(
-        None, "Share held out, of another split than the cache's.", ge=0, lt=1, metavar="SHARE"
+        None, "Share held out, in another split.", ge=0, lt=1, metavar="SHARE", shown="the cache's split"
     )
     seed: int = setting(0, "Of the training, and of a split of its own.", ge=0, le=MAX_SEED, metavar="N")
+
+    @rule
+    def _something_is_left(self) -> None:
+        given = (self.val_fraction, self.test_fraction)
+        val, test = (OTHER_FRACTION if each is None else each for each in given)
+        if given != (None, None) and val + test >= 1:
+            message = f"<val_fraction> {val} and <test_fraction> {test} leave nothing to train on"
+            raise ValueError(message)
 
     @property
     def own_split(self) -> dict[str, Any]:
@@ -97,10 +107,10 @@ class TrainSettings(HeadSettings, TrainOptions):
 
     layer: str | None = setting(None, "Which feature set, where the cache has several.", metavar="NAME", shown="the first")
 
-    @model_validator(mode="after")
-    def _heads_have_their_own_settings(self) -> Self:
+    @rule
+    def _heads_have_their_own_settings(self) -> None:
         if self.head and "." in self.head:
-            return self
+            return
         candidates = [row for row in rows() if row.name == self.head] or [row_of(None, row.task) for row in rows()]
         own = {name for row in candidates for name in row.settings.model_fields}
         for row in rows():
@@ -109,7 +119,6 @@ class TrainSettings(HeadSettings, TrainOptions):
                     chosen = f"and this is {self.head}" if self.head else f"not of the default; say <head> {row.name}"
                     message = f"<{name}> is a setting of the {row.name} head, {chosen}"
                     raise ValueError(message)
-        return self
 
     def make(self, task: str) -> Any:
         """The head for a task, not yet fitted.
@@ -144,17 +153,23 @@ class FineTuneOptions(AugmentSettings, DeviceSettings):
 
     epochs: int = setting(5, "At most so many.", ge=1, metavar="N")
     batch_size: Annotated[int, BeforeValidator(lambda value: 16 if value == "auto" else value)] = setting(
-        16, "Images per step; batch normalisation has no statistics of one.", short="-b", ge=2, le=MAX_BATCH, metavar="N|auto"
+        16,
+        "Images per step; batch normalisation has no statistics of one.",
+        short="-b",
+        ge=2,
+        le=MAX_BATCH,
+        metavar="N|auto",
+        also=", or auto",
     )
-    lr: float = setting(1e-4, "Learning rate of the transferred layers.", gt=0, metavar="RATE")
+    lr: float = setting(1e-4, "Learning rate of the transferred layers.", gt=0, le=1e6, metavar="RATE")
     head_lr_factor: float | None = setting(
-        None, "The head learns so many times faster.", gt=0, metavar="X", shown="10; 1 for a trained head"
+        None, "The head learns so many times faster.", gt=0, le=1e6, metavar="X", shown="10; 1 for a trained head"
     )
     schedule: Literal["constant", "cosine", "step", "plateau"] = setting("cosine", "How the learning rates fall.")
     warmup: float = setting(0.0, "First let them rise for so many epochs.", ge=0, metavar="EPOCHS")
     optimizer: Literal["sgd", "adamw"] = setting("sgd", "Which optimiser; sgd is with Nesterov's momentum.")
     momentum: float = setting(0.9, "Of sgd.", ge=0, lt=1, metavar="X")
-    weight_decay: float = setting(1e-4, "Of the optimiser.", ge=0, metavar="X")
+    weight_decay: float = setting(1e-4, "Of the optimiser.", ge=0, le=1e6, metavar="X")
     dropout: float = setting(0.0, "Of the features that the head sees.", ge=0, lt=1, metavar="P")
     label_smoothing: float = setting(0.0, "In the training loss.", ge=0, lt=1, metavar="X")
     class_weight: Literal["balanced"] | None = setting(None, "As if every class had as many images.")
@@ -171,20 +186,17 @@ class FineTuneOptions(AugmentSettings, DeviceSettings):
     seed: int = setting(0, "Of the training, and of the split of DATA without one.", ge=0, le=MAX_SEED, metavar="N")
     quiet: bool = setting(False, "No progress line.", only="python")
 
-    @model_validator(mode="after")
-    def _training_begins_and_fits_the_device(self) -> Self:
+    @rule
+    def _training_begins_and_fits_the_device(self) -> None:
         if self.warmup >= self.epochs:
             message = f"<warmup> is {self.warmup}; expected less than the {self.epochs} epochs of <epochs>"
             raise ValueError(message)
         if self.precision == "fp16" and "cpu" in self.device.split(","):
             message = "<precision> fp16 needs a GPU; bf16 works on a CPU too"
             raise ValueError(message)
-        return self
 
 
-class FineTuneSettings(NetworkSettings, SourceSettings, LimitSettings, FineTuneOptions, SplitSettings, ThumbnailSettings):
-    """What `penult finetune` takes."""
-
+class StartSettings(Settings):
     section: ClassVar[str] = "finetune"
     heading: ClassVar[str] = "Training (docs/finetune.md)"
 
@@ -193,12 +205,23 @@ class FineTuneSettings(NetworkSettings, SourceSettings, LimitSettings, FineTuneO
         None, "Folder for metrics.csv, and TensorBoard's events where it is installed.", metavar="FOLDER"
     )
 
-    @model_validator(mode="after")
-    def _a_network_that_can_be_trained(self) -> Self:
+    @rule
+    def _the_head_is_there(self) -> None:
+        if self.init_head and not self.init_head.exists():
+            message = f"<init_head> {self.init_head}: there is no such bundle"
+            raise InputMissingError(message)
+
+
+class FineTuneSettings(
+    NetworkSettings, SourceSettings, LimitSettings, FineTuneOptions, StartSettings, SplitSettings, ThumbnailSettings
+):
+    """What `penult finetune` takes."""
+
+    @rule
+    def _a_network_that_can_be_trained(self) -> None:
         if self.network().is_file:
             message = f"<backbone> {self.backbone} is an ONNX file and cannot be trained: name a torchvision network"
             raise ValueError(message)
-        return self
 
     @property
     def survey(self) -> Options:
@@ -223,18 +246,17 @@ class SweepSettings(
         """What is said of all backbones alike."""
         return backbone_of(self)
 
-    @model_validator(mode="after")
-    def _a_head_for_the_task(self) -> Self:
+    @rule
+    def _a_head_for_the_task(self) -> None:
         if not (self.head and "." in self.head):
             row_of(self.head, self.task, "<head>")
-        return self
 
 
 class HeldOutSettings(Settings):
     section: ClassVar[str] = "gate"
     heading: ClassVar[str] = "Images"
 
-    split: str | None = setting(None, "Which part.", metavar="NAME", shown="what was held out in training")
+    split: Literal["train", "val", "test"] | None = setting(None, "Which part.", shown="what was held out in training")
 
 
 class _Gates(Settings):

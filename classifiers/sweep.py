@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from extractor.backbones import WEIGHTS_SUFFIXES, Backbone, check_request
+from extractor.fleet import resolve_devices
 from extractor.pipeline import list_samples, run_extract
 from extractor.settings.groups import Options
 from extractor.sources import Source
@@ -136,6 +137,24 @@ class _Extracted:
     computed: int
 
 
+def require_ready(backbones: Sequence[Backbone], folder: Path, options: Options) -> None:
+    """Look, before the data are, for what is misspelt or not there. A file that is missing is listed with its error later.
+
+    Raises:
+        UsageError: no such backbone or weights.
+        OutputExistsError: the folder holds something else than a sweep.
+        DeviceUnavailableError: the device is not there.
+    """
+    for backbone in backbones:
+        with suppress(InputMissingError):
+            check_request(backbone)
+    ours = folder.is_dir() and all(item.name == PAGE or item.suffix == ".cache" for item in folder.iterdir())
+    if is_cache(folder) or (folder.exists() and not ours):
+        message = f"{folder} is not a folder of caches alone; name a new one"
+        raise OutputExistsError(message)
+    resolve_devices("cpu" if options.precision == "int8" else options.device)
+
+
 def run_sweep(
     source: Source,
     backbones: Sequence[Backbone],
@@ -164,13 +183,8 @@ def run_sweep(
         StorageError, OutputError: the folder cannot be written to.
         PenultError: no backbone could be had (the error of the first), or the samples cannot be learnt from.
     """
-    if is_cache(folder) or (folder.exists() and not folder.is_dir()):
-        message = f"{folder} is not a folder of caches; name a new one"
-        raise OutputExistsError(message)
     make_head(head, source.task.name, seed=seed)  # what is misspelt shows before the work
-    for backbone in backbones:
-        with suppress(InputMissingError):  # such a one is listed with its error
-            check_request(backbone)
+    require_ready(backbones, folder, options)
     list_samples(source, options)
     extracted, failed, unusable = _extract(source, backbones, folder, options)
     table = common_samples([each.cache.samples for each in extracted])

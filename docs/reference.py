@@ -32,7 +32,9 @@ def expected(model: type[Settings], name: str) -> str:
         found = f"`{look['metavar']}`"
     if look.get("metavar") == "SIZE":
         found = 'a size, such as `"4GB"`'
-    found = ", ".join(filter(None, [found, bounds_of(model, name)])) + str(look.get("also", ""))
+    if look.get("metavar") not in ("SIZE", None) or found != "text":
+        found = ", ".join(filter(None, [found, bounds_of(model, name) if look.get("metavar") != "SIZE" else ""]))
+    found += str(look.get("also", ""))
     return f"[{found}, ...]" if is_list(model, name) else found
 
 
@@ -42,7 +44,7 @@ def default(model: type[Settings], name: str, quote: str = '"') -> str:
     if field.is_required():
         return "needed"
     if shown := face(model, name).get("shown"):
-        return str(shown)
+        return f"`{quote}{shown}{quote}`" if shown in choices_of(model, name) else str(shown)
     value = field.default
     if value is None or value == ():
         return ""
@@ -78,7 +80,8 @@ def options_page() -> str:
     parts = [
         "# Options",
         "Every setting of every command that has some, with its name in Python. Those of `extract` and `train` are keys of "
-        "[job files](jobs.md), too. `penult COMMAND --help` says the same, and how to name outputs.",
+        "[job files](jobs.md), too. `penult COMMAND --help` says the same, and how to name outputs. Where several values are "
+        "taken, `--layer` and `--target` are repeated, and the others have commas between them: `--few-shot 1,5,10`.",
     ]
     for name, command in cli.cli.commands.items():
         if not isinstance(command, SettingsCommand):

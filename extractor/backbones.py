@@ -30,6 +30,7 @@ ENUM = re.compile(r"^class (\w+)\(WeightsEnum\):\n((?:    .*\n|\n)*)", re.MULTIL
 MEMBER = re.compile(r"^    (\w+) = (?:Weights\(|(\w+)$)", re.MULTILINE)
 RANDOM = re.compile(r"random(?::(-?[0-9]+))?")  # weights, with a seed
 WEIGHTS_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors")
+FILE_SUFFIXES = (".onnx", *WEIGHTS_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def weights_of(name: str) -> dict[str, Any]:
 
 def as_flag(name: str) -> str:
     """A field of `Backbone` as the command line has it."""
-    return f"--{name.removesuffix('s') if name == 'layers' else name.replace('_', '-')}"
+    return {"name": "--backbone", "layers": "--layer"}.get(name, f"--{name.replace('_', '-')}")
 
 
 def check_request(backbone: Backbone, spell: Callable[[str], str] = as_flag) -> None:
@@ -185,10 +186,11 @@ def check_request(backbone: Backbone, spell: Callable[[str], str] = as_flag) -> 
     if superfluous := [spell(each) for each in BACKBONE_FIELDS if each in refused and getattr(backbone, each) is not None]:
         message = f"{name} {why}: leave {', '.join(superfluous)} out"
         raise UsageError(message)
-    if missing := [path for path in (Path(name) if backbone.is_file else None, file) if path and not path.exists()]:
-        message = f"{missing[0]} does not exist"
-        raise InputMissingError(message)
-    if weights and weights.startswith("random") and backbone.seed is None:
+    for field, path in (("name", Path(name) if backbone.is_file else None), ("weights", file)):
+        if path and not path.exists():
+            message = f"{spell(field)} {path}: there is no such file"
+            raise InputMissingError(message)
+    if weights and weights.startswith("random") and (backbone.seed is None or abs(backbone.seed) >= 2**63):
         message = f"{spell('weights')} {weights}: the seed must be an integer, as in random:7"
         raise UsageError(message)
     if not backbone.is_file and backbone.seed is None and not file:

@@ -163,6 +163,8 @@ def to_onnx(loaded: Loaded, name: str, path: Path, *, layers: Sequence[str] = ()
                 f"--layer {layer}: it does not run, or gives no tensor; `penult backbones NAME --layers` lists those that do"
             )
             raise UsageError(message)
+        if len(shapes[layer]) != 2:
+            spatial_axes(shapes[layer], layer, pooling)  # raised inside of torch's export, it would be torch's error
     network = tapped(loaded.network, layers, last, pooling)
     program = torch.onnx.export(
         network,

@@ -100,6 +100,9 @@ def open_source(
             hint = "; decompress it first, and name the .tar" if COMPRESSED.search(path.name) else ""
             message = f"{path} is neither a folder nor a CSV manifest, Parquet manifest or .tar file{hint}"
             raise UsageError(message)
+    if root is not None and not isinstance(found, Manifest):
+        message = f"--root {root} is for a manifest; {data} says itself where its images are"
+        raise UsageError(message)
     if found.task != wanted:
         message = f"--task {task}: {data} has one label for each image; list the images in a CSV with the columns you need"
         raise UsageError(message)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 OUTPUT, MESSAGES = "Output", "Messages"  # headings of options that are no settings
-HEADINGS = dict.fromkeys(("--log-json", "--quiet", "--verbose", "--help"), MESSAGES) | {"--backbone": "Backbone"}
+HEADINGS = dict.fromkeys(("--log-json", "--metrics", "--quiet", "--verbose", "--help"), MESSAGES) | {"--backbone": "Backbone"}
 
 
 def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
@@ -84,7 +84,8 @@ class SettingsCommand(click.Command):
                 sections.setdefault(heading, []).append(record)
         for heading in sorted(sections, key=lambda heading: heading in (OUTPUT, MESSAGES)):
             with formatter.section(heading):
-                formatter.write_dl(sections[heading], col_max=34)
+                records = sorted(sections[heading], key=lambda record: not record[1].endswith("[required]"))
+                formatter.write_dl(records, col_max=34)
 
 
 def options_of(model: type[Settings], leave: Sequence[str] = ()) -> list[SettingsOption]:

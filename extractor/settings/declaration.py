@@ -21,6 +21,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from inspect import get_annotations
 from pathlib import Path
+from types import FunctionType
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 
 from pydantic import (
@@ -28,11 +29,14 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    model_validator,
 )
 
 from store.errors import PenultError, UsageError, did_you_mean
 
 S = TypeVar("S", bound="Settings")
+F = TypeVar("F", bound=Callable[..., Any])
+RULES: set[str] = set()  # the qualified names of methods that are rules
 
 EXPECTED = {  # what pydantic complains about, in our words
     "string_type": "text",
@@ -43,6 +47,7 @@ EXPECTED = {  # what pydantic complains about, in our words
     "bool_type": "true or false",
     "tuple_type": "a list",
     "path_type": "a path",
+    "is_instance_of": "a path",
     "model_type": "a section of keys, such as [train]",
     "dict_type": "a section of keys, such as [train]",
     "literal_error": "{expected}",
@@ -50,7 +55,7 @@ EXPECTED = {  # what pydantic complains about, in our words
     "greater_than_equal": "{ge:g} or more",
     "less_than": "less than {lt:g}",
     "less_than_equal": "at most {le:g}",
-    "too_short": "at least {min_length}",
+    "too_short": "a list of at least {min_length}",
     "byte_size": "a size such as 4GB",
     "byte_size_unit": "a size such as 4GB",
 }
@@ -216,12 +221,23 @@ def from_text(model: type[Settings], name: str, text: str) -> Any:
 def _number(text: str, kinds: set[type]) -> Any:
     if not any(issubclass(kind, int | float) and kind is not bool for kind in kinds):
         return text
-    if re.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*", text):
+    if re.fullmatch(r"\s*[+-]?[0-9]{1,99}\s*", text):
         return int(text)
     try:
-        return float(text)
+        return float(text) if text.isascii() else text
     except ValueError:
         return text
+
+
+def rule(method: F) -> F:
+    """Mark a method that refuses settings which do not fit each other, with a ValueError that calls them ``<name>``."""
+    RULES.add(method.__qualname__)
+    return method
+
+
+def _rules(model: type[Settings]) -> list[Callable[[Any], None]]:
+    methods = [each for kind in model.__mro__ for each in vars(kind).values() if isinstance(each, FunctionType)]
+    return [method for method in methods if method.__qualname__ in RULES]
 
 
 class Settings(BaseModel):
@@ -235,6 +251,34 @@ class Settings(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
     section: ClassVar[str] = ""
     heading: ClassVar[str] = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _something_is_said(cls, given: Any) -> Any:
+        """An empty name, or one with a zero byte, is a slip everywhere."""
+        for name, value in given.items() if isinstance(given, dict) else ():
+            for each in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(each, str) and (not each.strip() or "\0" in each):
+                    message = f"<{name}> is {json.dumps(each)}; expected text that is not empty"
+                    raise ValueError(message)
+        return given
+
+    @model_validator(mode="after")
+    def _rules_hold(self) -> Self:
+        problems: list[str] = []
+        missing: list[PenultError] = []
+        for method in _rules(type(self)):
+            try:
+                method(self)
+            except ValueError as error:
+                problems.append(str(error))
+            except PenultError as error:  # a file that is not there has a code of its own
+                missing.append(error)
+        if problems:
+            raise ValueError("; ".join(dict.fromkeys(problems)))
+        if missing:
+            raise missing[0]
+        return self
 
     def __init__(self, **given: Any) -> None:
         try:

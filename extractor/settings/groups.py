@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, model_validator
+from pydantic import AfterValidator, BeforeValidator
 
 from store.tasks import Task
 
-from .declaration import PLACE, Settings, setting
+from .declaration import PLACE, Settings, rule, setting
 
 if TYPE_CHECKING:
     from extractor.augment import Augmentation
@@ -25,13 +25,10 @@ MIN_BUDGET = 3
 
 
 def as_tuple(value: Any) -> Any:
-    """A list of a job file; what is none stays, to be refused."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _one_for_all(value: Any) -> Any:
-    """One number stands for all channels."""
-    return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else as_tuple(value)
+    """A list of a job file, or its one member; what is neither stays, to be refused."""
+    if isinstance(value, list):
+        return tuple(value)
+    return (value,) if isinstance(value, int | float | str) and not isinstance(value, bool) else value
 
 
 def _channels(value: tuple[float, ...]) -> tuple[float, ...]:
@@ -62,7 +59,7 @@ def _device(value: str) -> str:
 def _budget(value: Any) -> Any:
     """A number, or a share as text; both are kept as text."""
     text = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
-    if not isinstance(text, str) or not re.fullmatch(r"\s*\d+(\.\d+)?%\s*|\s*\d+\s*", text):
+    if not isinstance(text, str) or not re.fullmatch(r"\s*[0-9]+(\.[0-9]+)?%\s*|\s*[0-9]+\s*", text):
         message = "a number such as 10, or a share such as 1%"
         raise ValueError(message)
     return text.strip()
@@ -73,13 +70,16 @@ def _path(value: Any) -> Any:
 
 
 def _name_or_file(value: Any) -> Any:
-    """A file lies where the job file says; a name is a name."""
-    file = PLACE.get().folder / value if isinstance(value, str) else None
-    return str(file) if file and file.is_file() else value
+    """A file lies where the job file says; a name is a name, whatever else is called so."""
+    from extractor.backbones import FILE_SUFFIXES
+
+    if isinstance(value, Path) or (isinstance(value, str) and value.lower().endswith(FILE_SUFFIXES)):
+        return str(PLACE.get().folder / value)
+    return value
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
-Channels = Annotated[tuple[float, ...] | None, BeforeValidator(_one_for_all), AfterValidator(lambda v: v and _channels(v))]
+Channels = Annotated[tuple[float, ...] | None, BeforeValidator(as_tuple), AfterValidator(lambda v: v and _channels(v))]
 ResultPath = Annotated[Path, BeforeValidator(_path)]
 FilePath = Annotated[Path | None, BeforeValidator(_path)]
 NameOrFile = Annotated[str, BeforeValidator(_name_or_file)]
@@ -121,12 +121,11 @@ class NetworkSettings(PixelSettings):
         """The backbone that is asked for."""
         return backbone_of(self, self.backbone)
 
-    @model_validator(mode="after")
-    def _known(self) -> Self:
+    @rule
+    def _known(self) -> None:
         from extractor.backbones import check_request
 
         check_request(self.network(), lambda name: f"<{name}>")
-        return self
 
 
 class PoolingSettings(BackboneSettings):
@@ -138,27 +137,33 @@ class PoolingSettings(BackboneSettings):
 class LayerSettings(PoolingSettings):
     layers: Names = setting(
         (),
-        "A layer to take features from, instead of the penultimate one; several give several feature sets.",
+        "Where to take features from, instead of the penultimate layer; several give several feature sets.",
         flag="--layer",
         metavar="NAME",
         repeat=True,
     )
 
+    @rule
+    def _no_layer_twice(self) -> None:
+        if twice := sorted({layer for layer in self.layers if self.layers.count(layer) > 1}):
+            message = f"<layers> names {', '.join(twice)} twice"
+            raise ValueError(message)
+
 
 class OnnxInputSettings(BackboneSettings):
     heading: ClassVar[str] = "Input of somebody's ONNX file (docs/backbones.md)"
 
-    mean: Channels = setting(None, "Subtracted from pixels, which go from 0 to the input range.", metavar="R[,G,B]")
-    std: Channels = setting(None, "What they are then divided by.", metavar="R[,G,B]")
+    mean: Channels = setting(None, "Subtracted from pixels of 0 to the input range; one number or three.", metavar="R[,G,B]")
+    std: Channels = setting(None, "What they are then divided by; one number or three.", metavar="R[,G,B]")
     input_range: Annotated[float, AfterValidator(_range)] | None = setting(
-        None, "What pixels go up to before that: 255 for raw values.", metavar="1|255", shown="1"
+        None, "What pixels go up to before that: 1, or 255 for raw values.", metavar="1|255", shown="1"
     )
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box"] | None = setting(
         None, "How images are resized.", shown="bilinear"
     )
     channels: Literal["rgb", "bgr"] | None = setting(None, "Their order.", shown="rgb")
     squash: bool | None = setting(None, "Resize to the square itself, without a crop.")
-    layout: Literal["nchw", "nhwc"] | None = setting(None, "Where its shape does not tell.")
+    layout: Literal["nchw", "nhwc"] | None = setting(None, "Order of its axes.", shown="as its shape tells")
 
 
 class SourceSettings(Settings):
@@ -179,12 +184,11 @@ class TaskSettings(Settings):
     task: Literal["single-label", "multi-label", "regression"] = setting(
         "single-label", "What labels mean; multi-label separates them by |."
     )
-    targets: Names = setting((), "regression: a numeric column; once for each.", flag="--target", metavar="COLUMN", repeat=True)
+    targets: Names = setting((), "regression: the numeric columns to predict.", flag="--target", metavar="COLUMN", repeat=True)
 
-    @model_validator(mode="after")
-    def _targets_are_of_regression(self) -> Self:
+    @rule
+    def _targets_are_of_regression(self) -> None:
         Task.named(self.task, self.targets, lambda name: f"<{name}>")
-        return self
 
 
 class DataSettings(SourceSettings, TaskSettings):
@@ -211,12 +215,11 @@ class SplitSettings(Settings):
     test_fraction: float = setting(0.2, "Share held out.", ge=0, lt=1, metavar="SHARE")
     seed: int = setting(0, "Of the split, and of all else that is drawn.", ge=0, le=MAX_SEED, metavar="N")
 
-    @model_validator(mode="after")
-    def _something_is_left(self) -> Self:
+    @rule
+    def _something_is_left(self) -> None:
         if self.val_fraction + self.test_fraction >= 1:
             message = f"<val_fraction> {self.val_fraction} and <test_fraction> {self.test_fraction} leave nothing to train on"
             raise ValueError(message)
-        return self
 
 
 class AugmentSettings(Settings):
@@ -232,9 +235,9 @@ class AugmentSettings(Settings):
     flip: Literal["none", "horizontal", "vertical", "both"] | None = setting(
         None, "Mirror images: none where left and right mean something, as in text.", shown="horizontal"
     )
-    rotation: float = setting(0.0, "Either way.", ge=0, le=180, metavar="DEGREES")
-    translation: float = setting(0.0, "In both directions, share of the side.", ge=0, le=1, metavar="SHARE")
-    shear: float = setting(0.0, "In both directions.", ge=0, lt=90, metavar="DEGREES")
+    rotation: float = setting(0.0, "At most so far, either way.", ge=0, le=180, metavar="DEGREES")
+    translation: float = setting(0.0, "At most so far, either way, share of the side.", ge=0, le=1, metavar="SHARE")
+    shear: float = setting(0.0, "At most so far, either way.", ge=0, lt=90, metavar="DEGREES")
     zoom: float = setting(0.0, "0.25: from 1/1.25 to 1.25 times the size.", ge=0, metavar="X")
     brightness: float = setting(0.0, "0.2: a factor from 0.8 to 1.2.", ge=0, le=1, metavar="X")
     contrast: float = setting(0.0, "0.2: a factor from 0.8 to 1.2.", ge=0, le=1, metavar="X")
@@ -258,11 +261,11 @@ class AugmentSettings(Settings):
 
 class ViewSettings(AugmentSettings):
     views: int = setting(
-        1, "Of each image: itself, and others that are drawn (docs/views.md).", ge=1, le=MAX_VIEWS, metavar="N"
+        1, "How many of each image: itself, and others that are drawn (docs/views.md).", ge=1, le=MAX_VIEWS, metavar="N"
     )
 
-    @model_validator(mode="after")
-    def _views_differ(self) -> Self:
+    @rule
+    def _views_differ(self) -> None:
         changes = self.augmentation
         if self.views > 1 and not changes:
             message = f"<views> {self.views} without an augmentation is {self.views} times the same; leave one of them out"
@@ -270,7 +273,6 @@ class ViewSettings(AugmentSettings):
         if self.views == 1 and changes and AugmentSettings.model_fields.keys() & self.model_fields_set - self._usual():
             message = "an augmentation is drawn for <views> of 2 and more; say how many, or leave it out"
             raise ValueError(message)
-        return self
 
     def _usual(self) -> set[str]:
         """What was said, and is the default."""
@@ -297,7 +299,7 @@ class BudgetSettings(Settings):
     heading: ClassVar[str] = "Files that cannot be read"
 
     max_failures: Annotated[str, BeforeValidator(_budget)] = setting(
-        "1%", "How many may fail; a share is at least 3.", metavar="N|P%"
+        "1%", "How many may fail: a number, or a share, which is at least 3.", metavar="N|P%"
     )
 
     def budget(self, inputs: int) -> int:
@@ -334,8 +336,8 @@ class Options(LimitSettings, SplitSettings, ViewSettings, DeviceSettings, Failur
 
         return Views(self.views, self.seed, self.augmentation) if self.views > 1 else None
 
-    @model_validator(mode="after")
-    def _precision_fits_the_device(self) -> Self:
+    @rule
+    def _precision_fits_the_device(self) -> None:
         kinds = {device.partition(":")[0] for device in self.device.split(",")}
         if self.precision == "int8" and "cuda" in kinds:
             message = f"<precision> int8 is for the CPU, not for <device> {self.device}; leave one of them out"
@@ -343,18 +345,16 @@ class Options(LimitSettings, SplitSettings, ViewSettings, DeviceSettings, Failur
         if self.precision in ("fp16", "tf32") and "cpu" in kinds:
             message = f"<precision> {self.precision} is for a GPU, and this is the CPU: leave it out, or say <device> cuda"
             raise ValueError(message)
-        return self
 
 
 class ExtractSettings(NetworkSettings, LayerSettings, OnnxInputSettings, DataSettings, Options):
     """What `penult extract` takes, and a job in its sections ``[backbone]`` and ``[extract]``."""
 
-    @model_validator(mode="after")
-    def _views_need_whole_images(self) -> Self:
+    @rule
+    def _views_need_whole_images(self) -> None:
         if self.views > 1 and self.pixel_path not in (None, "pillow"):
             message = f"<views> needs whole images, and <pixel_path> {self.pixel_path} makes only the crop; leave one out"
             raise ValueError(message)
-        return self
 
 
 class SidecarSettings(OnnxInputSettings, LayerSettings, SizeSettings):
