@@ -46,7 +46,7 @@ class MlpSettings(Settings):
     hidden: Annotated[tuple[Width, ...], BeforeValidator(as_tuple)] | None = setting(
         None, "Width of each hidden layer.", min_length=1, metavar="N,N", shown="searched"
     )
-    lr: float | None = setting(None, "Learning rate.", gt=0, le=1e6, metavar="RATE", shown="searched")
+    lr: float | None = setting(None, "Learning rate.", gt=0, le=1e30, metavar="RATE", shown="searched")
     schedule: Literal["constant", "cosine"] = setting("constant", "How the learning rate falls.")
     dropout: float | None = setting(None, "Probability.", ge=0, lt=1, metavar="P", shown="0.3")
     weight_decay: float | None = setting(None, "Of AdamW.", ge=0, le=1e6, metavar="X", shown="0.01")

@@ -161,7 +161,7 @@ class FineTuneOptions(AugmentSettings, DeviceSettings):
         metavar="N|auto",
         also=", or auto",
     )
-    lr: float = setting(1e-4, "Learning rate of the transferred layers.", gt=0, le=1e6, metavar="RATE")
+    lr: float = setting(1e-4, "Learning rate of the transferred layers.", gt=0, le=1e30, metavar="RATE")
     head_lr_factor: float | None = setting(
         None, "The head learns so many times faster.", gt=0, le=1e6, metavar="X", shown="10; 1 for a trained head"
     )

@@ -7,7 +7,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,14 @@ from .finetune import devices_of, finetune
 from .heads import make_head as make_head
 from .heads import name_of, need_saveable, need_task, settings_of
 from .heldout import Roles, assign_roles, inner_validation, predict_held_out
-from .illustrations import files_or_none, illustrate
+from .illustrations import Illustrations, files_or_none, illustrate
 from .leaks import Leak, LeakReport, conflicting_labels, guard, near_copies
 from .novelty import Novelty, novel_share
 from .predict import Predictor, Recipe
 from .probing import start_from
 from .report import bundle_report
 from .rounding import judge_rounding
+from .searched import Head
 from .settings import FineTuneOptions, FineTuneSettings, TrainOptions
 from .streaming import must_stream
 from .task import HeadTask, need_single_label
@@ -55,14 +56,78 @@ PLAIN = TrainOptions()
 INNER = "a fifth of train, by hash rank"
 
 
-def train_head(
-    cache: FeatureCache,
-    out: Path,
-    head: Any,
-    options: TrainOptions = PLAIN,
-    *,
-    overwrite: bool = False,
-) -> Bundle:
+@dataclass(frozen=True)
+class Prepared:
+    """What there is to fit and to judge by.
+
+    Attributes:
+        cache: of the features.
+        options: how a head is trained.
+        split: facts about it.
+        fitted: everything that is fitted or chosen on, the images as they are.
+        held_out: what is reported on; None for nothing.
+        seen: what a head is fitted on: the first of ``fitted``, in all views.
+        rows: of these images.
+        chosen_on: what choices are made on, in all views; None for folds of ``seen``.
+        views: what the fingerprint says of them and whether outputs are ``averaged``; None where there is one of each image.
+        leaks: what was found on both sides of the split; None where nobody looked.
+        origin: what `made_from` says, if a later run shall recognise this one.
+    """
+
+    cache: FeatureCache
+    options: TrainOptions
+    split: dict[str, Any]
+    fitted: Sequence[Subset]
+    held_out: Subset | None
+    seen: Subset
+    rows: Sequence[Row] = ()
+    chosen_on: Subset | None = None
+    views: dict[str, Any] | None = None
+    leaks: LeakReport | None = None
+    origin: str = ""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A fitted head.
+
+    Attributes:
+        head: it.
+        spent: on training.
+        rounding: what `judge_rounding` found, of an int8 cache.
+        few_shot: what `learning_curve` found.
+    """
+
+    head: Head
+    spent: Spent | None = None
+    rounding: dict[str, Any] | None = None
+    few_shot: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """All that goes into a bundle.
+
+    Attributes:
+        bundle: its facts.
+        backbone: the network, or the cache that has it.
+        head: ONNX bytes.
+        fitted: content digests of everything that was fitted or chosen on.
+        predictions: for what is held out.
+        shown: of these images.
+        novelty: what tells images that are unlike the fitted ones.
+    """
+
+    bundle: Bundle
+    backbone: FeatureCache | Path
+    head: bytes
+    fitted: Sequence[bytes]
+    predictions: Predictions | None = None
+    shown: Illustrations | None = None
+    novelty: Novelty | None = None
+
+
+def train_head(cache: FeatureCache, out: Path, head: Head, options: TrainOptions = PLAIN, *, overwrite: bool = False) -> Bundle:
     """Fit a head on a cache's training rows, evaluate it on the held-out ones and save a bundle.
 
     Args:
@@ -79,6 +144,16 @@ def train_head(
         LockedError: another run has replaced the cache meanwhile.
     """
     refuse_existing(out, overwrite=overwrite)
+    prepared = prepare(cache, head, options)
+    return save(judge(fit(head, prepared), prepared), out, overwrite=overwrite)
+
+
+def prepare(cache: FeatureCache, head: Head, options: TrainOptions = PLAIN) -> Prepared:
+    """The rows of a cache in their roles, once they are known to be of use for a head.
+
+    Raises:
+        BadDataError, UsageError, LockedError: as `train_head`.
+    """
     need_saveable(head)
     need_task(head, cache.samples.task.name)
     if options.few_shot:
@@ -87,48 +162,148 @@ def train_head(
         message = f"--average-views: {cache.path} has one view of each image; extract with --views 4 to have some"
         raise UsageError(message)
     origin = made_from(cache, head, options)
-    few_shot, seed = options.few_shot, options.seed
-    roles = assign_roles(cache.samples, val=options.val_fraction, test=options.test_fraction, seed=seed)
+    roles = assign_roles(cache.samples, val=options.val_fraction, test=options.test_fraction, seed=options.seed)
     _require(cache.samples, roles)
     cache.require_backbone()
     rows = len(roles.fit) + len(roles.choose) + len(roles.report)
     stored = must_stream(head, rows * cache.views, cache.dim, cache.dtype.itemsize, options.max_memory)
     if stored:
-        roles = _for_streaming(roles, few_shot, seed=seed)
-    train = cache.of_rows(roles.fit, "train", stored=stored)
-    choose = cache.of_rows(roles.choose, "val", stored=stored) if roles.choose else None
+        roles = _for_streaming(roles, options.few_shot, seed=options.seed)
+    seen = train = cache.of_rows(roles.fit, "train", stored=stored)
+    chosen_on = choose = cache.of_rows(roles.choose, "val", stored=stored) if roles.choose else None
     held_out = cache.of_rows(roles.report, str(roles.facts["reported_on"]), stored=stored) if roles.report else None
-    found = _look_for_leaks(cache, roles, [train, *([choose] if choose else [])], held_out)
-    guard(found, options.leaks)
-    seen, judged = train, choose
+    fitted, views = [train, *([choose] if choose else [])], None
+    leaks = _look_for_leaks(cache, roles, fitted, held_out)
+    guard(leaks, options.leaks)
     if cache.views > 1:  # of what is fitted; all else is about the images as they are
         log.info("all %d views of each training image are fitted; choices are judged on the first", cache.views)
         seen = cache.of_rows(roles.fit, "train", stored=stored, views=True)
-        judged = cache.of_rows(roles.choose, "val", stored=stored, views=True) if roles.choose else None
-    curve = learning_curve(head, train, held_out, few_shot, options.repeats, seed=seed, views=seen) if few_shot else None
+        chosen_on = cache.of_rows(roles.choose, "val", stored=stored, views=True) if roles.choose else None
+        views = {**cache.fingerprint.fields[VIEWS], "averaged": options.average_views}
+    return Prepared(cache, options, roles.facts, fitted, held_out, seen, roles.fit, chosen_on, views, leaks, origin)
+
+
+def fit(head: Head, prepared: Prepared) -> Fitted:
+    """Choose a head's settings and fit it; measure its learning curve before, and what int8 costs it after.
+
+    Raises:
+        BadDataError: int8 features cost too much accuracy, or a class has too few images for the curve.
+    """
+    options, seen, chosen_on = prepared.options, prepared.seen, prepared.chosen_on
+    curve = None
+    if options.few_shot:
+        how = options.few_shot, options.repeats
+        curve = learning_curve(head, prepared.fitted[0], prepared.held_out, *how, seed=options.seed, views=seen)
     meter = Meter(head.device)
-    validation = (judged.X, judged.y) if judged else None
-    head.fit(seen.X, seen.y, validation=validation, groups=seen.groups, views=cache.views)
+    validation = (chosen_on.X, chosen_on.y) if chosen_on else None
+    head.fit(seen.X, seen.y, validation=validation, groups=seen.groups, views=prepared.cache.views)
     spent = meter.read()
-    rounding = judge_rounding(cache, head, roles.fit)
-    if not head.history_:
-        roles.facts["chosen_on"] = None
-    return save_head(
-        cache,
-        out,
-        head,
-        fitted=[train, *([choose] if choose else [])],
-        held_out=held_out,
-        split=roles.facts,
-        spent=spent,
-        origin=origin,
-        leaks=found,
-        rounding=rounding,
-        few_shot=curve,
-        files=files_or_none(cache.samples) if options.thumbnails else None,
-        views={**cache.fingerprint.fields[VIEWS], "averaged": options.average_views} if cache.views > 1 else None,
+    return Fitted(head, spent, judge_rounding(prepared.cache, head, prepared.rows), curve)
+
+
+def judge(fitted: Fitted, prepared: Prepared) -> Judged:
+    """A fitted head on what is held out, and all that is worth keeping of both."""
+    from extractor.onnxfile import read_facts
+
+    cache, head, held_out, views = prepared.cache, fitted.head, prepared.held_out, prepared.views
+    need_saveable(head)
+    metrics = predictions = shown = None
+    novelty = Novelty.fit(prepared.fitted)
+    names = list(head.fitted_.classes) if cache.samples.task.stratifies else cache.samples.outputs
+    conformal = head.conformal_ and head.conformal_.to_json()
+    averaging = bool(views and views["averaged"])
+    temperature = None if averaging else head.temperature_  # a mean of probabilities is of no one temperature
+    task = task_of(cache.samples.task.name, names, conformal, temperature)
+    if held_out is not None:
+        looked_at = cache.stored(held_out.sha256, views=True) if averaging else held_out.X
+        probabilities = averaged(head.fitted_.probabilities(looked_at), cache.views if averaging else 1)
+        predictions = Predictions(held_out.sha256, held_out.paths, held_out.y, probabilities, held_out.name)
+        evaluation = task.score(held_out.y, probabilities, held_out.name)
+        novel = novel_share(novelty.scores(held_out.X)) if novelty else None
+        metrics = replace(evaluation, novelty=novel).to_json()
+        if task.exclusive:
+            files = files_or_none(cache.samples) if prepared.options.thumbnails else None
+            shown = illustrate(predictions, names, X=held_out.X, fitted=prepared.fitted, files=files)
+        if prepared.leaks is not None:
+            _with_leaks(metrics, prepared.leaks, held_out, probabilities, task)
+    else:
+        log.warning("nothing is held out, so nothing can be said about how good this head is")
+    spent = fitted.spent
+    bundle = Bundle(
+        path=Path(),
+        kind="frozen",
+        head=name_of(head),
+        task=task.name,
+        classes=names,
+        backbone=read_facts(cache.path, cache.read_backbone()).only(cache.layer),
+        fingerprint=cache.fingerprint if averaging else cache.fingerprint.single,
+        split=prepared.split if head.history_ else {**prepared.split, "chosen_on": None},
+        hyperparameters={
+            **head.hyperparameters_,
+            "temperature": temperature,
+            **({"views": views} if views else {}),
+            "asked": settings_of(head),
+        },
+        history=list(head.history_),
+        made_from=prepared.origin,
+        metrics=metrics,
+        conformal=conformal,
+        rounding=fitted.rounding,
+        few_shot=fitted.few_shot,
+        cost={
+            "train_seconds": round(spent.seconds, 3) if spent else 0.0,
+            "extract_seconds": cache.samples.facts.get("extract_seconds", 0.0),
+            "images": cache.samples.counts["ok"] * cache.views,
+            **together(cache.samples.facts.get("extract_cost"), spent.facts() if spent else None),
+        },
+    )
+    digests = [digest for subset in prepared.fitted for digest in subset.sha256]
+    return Judged(bundle, cache, head.fitted_.to_onnx(), digests, predictions, shown, novelty)
+
+
+def save(judged: Judged, out: str | Path, *, overwrite: bool = False) -> Bundle:
+    """Write the bundle, with its page.
+
+    Raises:
+        OutputExistsError: it exists, or something else does.
+        LockedError: another run has replaced the cache meanwhile.
+    """
+    bundle = replace(judged.bundle, path=Path(out))
+    return save_bundle(
+        bundle,
+        backbone=judged.backbone,
+        head=judged.head,
+        predictions=judged.predictions,
+        fitted=judged.fitted,
+        novelty=judged.novelty.to_bytes() if judged.novelty else None,
+        page=bundle_report(bundle, judged.predictions, judged.shown),
         overwrite=overwrite,
     )
+
+
+def save_head(
+    cache: FeatureCache,
+    out: str | Path,
+    head: Head,
+    *,
+    fitted: Sequence[Subset],
+    held_out: Subset | None,
+    overwrite: bool = False,
+) -> Bundle:
+    """Save a head that was fitted elsewhere as a bundle.
+
+    Args:
+        cache: where its features came from; gives the backbone and the fingerprint.
+        out: the bundle's folder.
+        head: a fitted one of `heads.rows`.
+        fitted: everything it was fitted or chosen on; `evaluate_bundle` will refuse these images.
+        held_out: what it is reported on; None for nothing.
+        overwrite: replace an existing bundle.
+    """
+    need_saveable(head)
+    split = {"reported_on": held_out.name if held_out else None, "rule": "caller"}
+    prepared = Prepared(cache, TrainOptions(thumbnails=False), split, fitted, held_out, fitted[0])
+    return save(judge(Fitted(head), prepared), out, overwrite=overwrite)
 
 
 def _for_streaming(roles: Roles, few_shot: Sequence[int], *, seed: int) -> Roles:
@@ -194,107 +369,6 @@ def made_from(cache: FeatureCache, head: Any, options: TrainOptions) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def save_head(
-    cache: FeatureCache,
-    out: str | Path,
-    head: Any,
-    *,
-    fitted: Sequence[Subset],
-    held_out: Subset | None,
-    split: dict[str, Any] | None = None,
-    spent: Spent | None = None,
-    origin: str = "",
-    leaks: LeakReport | None = None,
-    rounding: dict[str, Any] | None = None,
-    few_shot: list[dict[str, Any]] | None = None,
-    files: Files | None = None,
-    views: dict[str, Any] | None = None,
-    overwrite: bool = False,
-) -> Bundle:
-    """Save a fitted head as a bundle.
-
-    Args:
-        cache: where its features came from; gives the backbone and the fingerprint.
-        out: the bundle's folder.
-        head: a fitted one of `heads.rows`.
-        fitted: everything it was fitted or chosen on; `evaluate_bundle` will refuse these images.
-        held_out: what it is reported on; None for nothing.
-        split: facts about the split.
-        spent: on training.
-        leaks: what was found on both sides of the split.
-        rounding: what `judge_rounding` found, of an int8 cache.
-        few_shot: what `learning_curve` found.
-        files: where the report takes thumbnails from; None for none.
-        views: where all views of the cache were fitted, whether the head predicts the mean of its outputs for them, under
-            ``averaged``, beside what the fingerprint says of them; None where the images were fitted as they are.
-        origin: what `made_from` says, if a later run shall recognise this one.
-        overwrite: replace an existing bundle.
-    """
-    from extractor.onnxfile import read_facts
-
-    need_saveable(head)
-    metrics = predictions = shown = None
-    novelty = Novelty.fit(fitted)
-    conformal = head.conformal_
-    names = list(head.fitted_.classes) if cache.samples.task.stratifies else cache.samples.outputs
-    facts_kept = conformal and conformal.to_json()
-    averaging = bool(views and views["averaged"])
-    temperature = None if averaging else head.temperature_  # a mean of probabilities is of no one temperature
-    task = task_of(cache.samples.task.name, names, facts_kept, temperature)
-    if held_out is not None:
-        looked_at = cache.stored(held_out.sha256, views=True) if averaging else held_out.X
-        probabilities = averaged(head.fitted_.probabilities(looked_at), cache.views if averaging else 1)
-        predictions = Predictions(held_out.sha256, held_out.paths, held_out.y, probabilities, held_out.name)
-        evaluation = task.score(held_out.y, probabilities, held_out.name)
-        novel = novel_share(novelty.scores(held_out.X)) if novelty else None
-        metrics = replace(evaluation, novelty=novel).to_json()
-        if task.exclusive:
-            shown = illustrate(predictions, names, X=held_out.X, fitted=fitted, files=files)
-        if leaks is not None:
-            _with_leaks(metrics, leaks, held_out, probabilities, task)
-    else:
-        log.warning("nothing is held out, so nothing can be said about how good this head is")
-    bundle = Bundle(
-        path=Path(out),
-        kind="frozen",
-        head=name_of(head),
-        task=task.name,
-        classes=names,
-        backbone=read_facts(cache.path, cache.read_backbone()).only(cache.layer),
-        fingerprint=cache.fingerprint if averaging else cache.fingerprint.single,
-        split=split or {"reported_on": held_out.name if held_out else None, "rule": "caller"},
-        hyperparameters={
-            **head.hyperparameters_,
-            "temperature": temperature,
-            **({"views": views} if views else {}),
-            "asked": settings_of(head),
-        },
-        history=list(head.history_),
-        made_from=origin,
-        metrics=metrics,
-        conformal=facts_kept,
-        rounding=rounding,
-        few_shot=few_shot,
-        cost={
-            "train_seconds": round(spent.seconds, 3) if spent else 0.0,
-            "extract_seconds": cache.samples.facts.get("extract_seconds", 0.0),
-            "images": cache.samples.counts["ok"] * cache.views,
-            **together(cache.samples.facts.get("extract_cost"), spent.facts() if spent else None),
-        },
-    )
-    digests = [digest for subset in fitted for digest in subset.sha256]
-    return save_bundle(
-        bundle,
-        backbone=cache,
-        head=head.fitted_.to_onnx(),
-        predictions=predictions,
-        fitted=digests,
-        novelty=novelty.to_bytes() if novelty else None,
-        page=bundle_report(bundle, predictions, shown),
-        overwrite=overwrite,
-    )
-
-
 def train_finetuned(
     data: FeatureCache | Source,
     out: Path,
@@ -332,16 +406,16 @@ def train_finetuned(
     roles = assign_roles(table)
     files = files_of(table, settings.root) if isinstance(data, FeatureCache) else data.files
     _require(table, roles)
-    fit, choose = (roles.fit, roles.choose) if roles.choose else inner_validation(roles.fit, seed=options.seed)
+    fitted, choose = (roles.fit, roles.choose) if roles.choose else inner_validation(roles.fit, seed=options.seed)
     if not roles.choose:
         roles.facts["chosen_on"] = INNER
     classes = sorted({str(row.label) for row in roles.fit})
     start = start_from(init_head, classes, [row.sha256 for row in roles.report]) if init_head else None
-    seen = [[(row.sha256.hex(), row.label) for row in rows] for rows in (fit, choose)]
+    seen = [[(row.sha256.hex(), row.label) for row in rows] for rows in (fitted, choose)]
     checkpoints = Checkpoints.beside(out, hashlib.sha256(json.dumps(seen).encode()).hexdigest(), overwrite=overwrite)
     meter = Meter(*options.device.split(","))
     tuned = finetune(
-        _labelled(fit, files, classes),
+        _labelled(fitted, files, classes),
         _labelled(choose, files, classes),
         len(classes),
         backbone,
@@ -388,16 +462,8 @@ def train_finetuned(
             metrics=metrics,
             cost={"train_seconds": round(tuned.seconds, 3), "extract_seconds": 0.0, "images": tuned.images, **spent},
         )
-        fitted = [row.sha256 for row in [*fit, *choose]]
-        saved = save_bundle(
-            bundle,
-            backbone=network,
-            head=head.to_onnx(),
-            predictions=predictions,
-            fitted=fitted,
-            page=bundle_report(bundle, predictions, shown),
-            overwrite=overwrite,
-        )
+        digests = [row.sha256 for row in [*fitted, *choose]]
+        saved = save(Judged(bundle, network, head.to_onnx(), digests, predictions, shown), out, overwrite=overwrite)
     checkpoints.remove()
     return saved
 

@@ -214,7 +214,7 @@ def test_what_runs_before_a_layer_is_found_in_networks_of_all_kinds() -> None:
     [
         ("stage9", r"is no layer of this network; (did you mean|it has) .*"),
         ("zzz", "is no layer of this network; it has conv1, maxpool, stage2, stage3, stage4, conv5, fc, and head"),
-        ("", "freeze_until ''"),
+        ("", "--freeze-until ''"),
     ],
 )
 def test_an_unknown_layer_is_answered_with_names(photos: tuple[Items, Items], name: str, expected: str) -> None:

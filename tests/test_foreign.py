@@ -395,7 +395,7 @@ def test_a_sidecar_says_what_the_file_does_not(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"net.toml: there is no setting 'maen'; did you mean 'mean'"):
         import_onnx(Backbone(str(file)), tmp_path / "m.onnx")
     sidecar.write_text("mean = 'half'\n")
-    with pytest.raises(UsageError, match=r'net.toml: mean is "half"; expected a list'):
+    with pytest.raises(UsageError, match=r'net.toml: mean is "half"; expected a number'):
         import_onnx(Backbone(str(file)), tmp_path / "m.onnx")
     sidecar.write_text("mean = \n")
     with pytest.raises(UsageError, match=r"net.toml: "):
