@@ -18,7 +18,6 @@ from store.tasks import ONE_LABEL
 from .conformal import Conformal
 from .figures import chance_calibration_errors, ranks, require_finite, untempered, weighted_figures
 from .intervals import Interval, bootstrap_interval, distance_interval, resampled, resamples_for, wilson
-from .searched import Head
 from .task import FEW, Evaluation, HeadTask, Outputs, Prediction, need_single_label
 
 WIDE = 0.10  # an accuracy interval wider than ten points does not tell good from mediocre
@@ -31,6 +30,8 @@ def evaluate(head: Any, subset: Subset) -> Evaluation:
     Raises:
         UsageError: it is a head for several labels or for numbers; `HeadTask.score` takes the outputs of these.
     """
+    from .searched import Head
+
     own = isinstance(head, Head)
     need_single_label(head.task if own else ONE_LABEL.name, "classifiers.evaluate.evaluate")
     return score(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,8 @@ from store.errors import BadDataError, PenultError
 from store.samples import Row
 from store.splits import groups_of
 
-from .searched import Head
+if TYPE_CHECKING:
+    from .searched import Head
 
 log = logging.getLogger("penult.classifiers")
 

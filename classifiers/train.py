@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -44,11 +44,13 @@ from .predict import Predictor, Recipe
 from .probing import start_from
 from .report import bundle_report
 from .rounding import judge_rounding
-from .searched import Head
 from .settings import FineTuneOptions, FineTuneSettings, TrainOptions
 from .streaming import must_stream
 from .task import HeadTask, need_single_label
 from .tasks import task_of
+
+if TYPE_CHECKING:
+    from .searched import Head
 
 log = logging.getLogger("penult.classifiers")
 

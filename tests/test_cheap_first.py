@@ -31,7 +31,7 @@ import cli
 try:
     cli.main()
 except SystemExit as ended:
-    heavy = sorted({"torch", "torchvision", "lightning"} & set(sys.modules))
+    heavy = sorted({"torch", "torchvision", "lightning", "sklearn"} & set(sys.modules))
     print(json.dumps({"code": ended.code, "images": opened, "heavy": heavy}))
 """
 
