@@ -221,6 +221,16 @@ class Bundle:
         self.require_saved(NOVELTY, _digest(self.path / NOVELTY))
         return Novelty.load(self.path / NOVELTY)
 
+    def as_estimator(self) -> Any:
+        """The head as a fitted scikit-learn classifier, or regressor, on features ``(n, d)``; fitting it again changes nothing.
+
+        >>> Bundle.load("pets.head").as_estimator().predict(cache.subset("test").X)  # doctest: +SKIP
+        array(['cat', 'dog'], dtype='<U3')
+        """
+        from .searched import SavedClassifier, SavedRegressor
+
+        return (SavedRegressor if task_of_bundle(self).intervals else SavedClassifier)(self)
+
     def head_function(self) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
         """``head.onnx`` as a function from features ``(n, d)`` to probabilities ``(n, k)``, on the CPU.
 

@@ -10,11 +10,11 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from store.tasks import ONE_LABEL
+from store.tasks import ONE_LABEL, TASKS
 
 from .conformal import Conformal, calibrate
 from .dense import FittedHead, Float32, class_indices, log_loss, with_validation
@@ -262,3 +262,64 @@ class SearchedHead(ClassifierHead):
         """What was used, as JSON."""
         tried = {"tried": len(self.history_), "chosen_by": self.chosen_by_}
         return {**self.setting_, **tried, "cv": self.cv, "seed": self.seed}
+
+
+class SavedHead(BaseEstimator):  # type: ignore[misc]
+    """The head of a bundle as a fitted estimator on features; see `Bundle.as_estimator`.
+
+    Args:
+        bundle: the `Bundle` it is of; features must be of its fingerprint.
+
+    Attributes:
+        n_features_in_: d.
+        outputs_: classes, labels or targets, in the order of the outputs.
+    """
+
+    def __init__(self, bundle: Any) -> None:
+        self.bundle = bundle
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return True
+
+    @property
+    def n_features_in_(self) -> int:
+        return int(self.bundle.backbone.dim)
+
+    @property
+    def outputs_(self) -> NDArray[Any]:
+        return np.array(self.bundle.classes)
+
+    def fit(self, X: ArrayLike, y: ArrayLike | None = None) -> Self:
+        """It is what was saved, and stays so."""
+        return self
+
+    def _outputs(self, X: ArrayLike) -> Float32:
+        features = validate_data(self, X, dtype=np.float32, reset=False)
+        return np.asarray(self.bundle.head_function()(features))
+
+
+class SavedClassifier(ClassifierMixin, SavedHead):  # type: ignore[misc]
+    """Of one label an image, or several."""
+
+    @property
+    def classes_(self) -> NDArray[Any]:
+        """Classes; of several labels an image their numbers, as scikit-learn has them."""
+        return self.outputs_ if TASKS[self.bundle.task].stratifies else np.arange(len(self.bundle.classes))
+
+    def predict_proba(self, X: ArrayLike) -> Float32:
+        """Probabilities ``(n, k)``, temperature included."""
+        return self._outputs(X)
+
+    def predict(self, X: ArrayLike) -> NDArray[Any]:
+        """The most probable class ``(n,)``; of several labels which of them each row has, ``(n, k)``."""
+        found = self._outputs(X)
+        return self.classes_[found.argmax(axis=1)] if TASKS[self.bundle.task].stratifies else (found >= 0.5).astype(np.intp)
+
+
+class SavedRegressor(RegressorMixin, SavedHead):  # type: ignore[misc]
+    """Of numbers."""
+
+    def predict(self, X: ArrayLike) -> NDArray[np.float64]:
+        """The numbers: ``(n,)`` of one target, ``(n, t)`` of several."""
+        values = self._outputs(X).astype(np.float64)
+        return values[:, 0] if values.shape[1] == 1 else values

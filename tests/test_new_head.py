@@ -21,6 +21,7 @@ from classifiers.jobs import read_job, run_job
 from classifiers.searched import ClassifierHead, Head
 from classifiers.settings import train_settings
 from extractor.settings.declaration import Settings, setting
+from store.cache import FeatureCache
 from store.errors import JobFileError, UsageError
 
 Penult = Callable[..., tuple[int, str, str]]
@@ -141,3 +142,28 @@ def test_rows_and_classes_say_the_same() -> None:
         made = each.make()
         assert isinstance(made, Head)
         assert (made.name, made.task, name_of(made)) == (each.name, each.task, each.name)
+
+
+def test_the_head_of_a_bundle_is_an_estimator(
+    penult: Penult, dataset: Callable[..., Path], backbone_file: Path, tmp_path: Path
+) -> None:
+    from sklearn.base import clone, is_classifier
+    from sklearn.ensemble import VotingClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import FunctionTransformer
+
+    photos = dataset(tmp_path / "photos", {"ants": 10, "bees": 10})
+    assert penult("extract", photos, "-m", backbone_file, "-o", tmp_path / "c")[0] == 0
+    assert penult("train", tmp_path / "c", "-o", tmp_path / "h", "--C", "1")[0] == 0
+    bundle, test = Bundle.load(tmp_path / "h"), FeatureCache(tmp_path / "c").subset("test")
+    estimator = bundle.as_estimator()
+    assert is_classifier(estimator)
+    np.testing.assert_array_equal(estimator.predict_proba(test.X), bundle.head_function()(test.X.astype(np.float32)))
+    assert estimator.score(test.X, test.y) == bundle.metrics["accuracy"]
+    assert (clone(estimator).fit(test.X, test.y).predict(test.X) == estimator.predict(test.X)).all()
+    pipeline = make_pipeline(FunctionTransformer(), estimator)
+    assert (pipeline.predict(test.X) == estimator.predict(test.X)).all()
+    voting = VotingClassifier([("one", estimator), ("two", make_head("centroid"))], voting="soft").fit(test.X, test.y)
+    assert voting.predict_proba(test.X).shape == (len(test.y), 2)
+    with pytest.raises(ValueError, match="features"):
+        estimator.predict(test.X[:, :-1])
