@@ -31,9 +31,8 @@ from .batches import Item
 from .bundle import Bundle, Predictions, averaged, refuse_existing, save_bundle
 from .checkpoints import Checkpoints
 from .dense import DenseHead
-from .evaluate import score
 from .fewshot import learning_curve
-from .finetune import devices_of, finetune
+from .finetune import FineTuned, devices_of, finetune
 from .heads import make_head as make_head
 from .heads import name_of, need_saveable, need_task, settings_of
 from .heldout import Roles, assign_roles, inner_validation, predict_held_out
@@ -394,85 +393,107 @@ def train_finetuned(
         OutputExistsError: the bundle exists, or an unfinished one with other settings.
     """
     refuse_existing(out, overwrite=overwrite)
-    backbone, options = settings.network(), settings.part(FineTuneOptions)
+    options = settings.part(FineTuneOptions)
     devices_of(options)
+    images = _prepare_images(data, settings)
     init_head = Bundle.load(settings.init_head) if settings.init_head else None
-    if isinstance(data, FeatureCache):
-        table: SampleTable = data.samples
-        if init_head:
-            data.require_backbone()
-    else:
-        list_samples(data, settings.survey)
-        table = survey(data, load(backbone).preprocess, settings.survey)
-    need_single_label(table.task.name, "fine-tuning")
-    roles = assign_roles(table)
-    files = files_of(table, settings.root) if isinstance(data, FeatureCache) else data.files
-    _require(table, roles)
-    fitted, choose = (roles.fit, roles.choose) if roles.choose else inner_validation(roles.fit, seed=options.seed)
-    if not roles.choose:
-        roles.facts["chosen_on"] = INNER
-    classes = sorted({str(row.label) for row in roles.fit})
-    start = start_from(init_head, classes, [row.sha256 for row in roles.report]) if init_head else None
-    seen = [[(row.sha256.hex(), row.label) for row in rows] for rows in (fitted, choose)]
+    start = start_from(init_head, images.classes, [row.sha256 for row in images.roles.report]) if init_head else None
+    seen = [[(row.sha256.hex(), row.label) for row in rows] for rows in (images.roles.fit, images.roles.choose)]
     checkpoints = Checkpoints.beside(out, hashlib.sha256(json.dumps(seen).encode()).hexdigest(), overwrite=overwrite)
     meter = Meter(*options.device.split(","))
     tuned = finetune(
-        _labelled(fitted, files, classes),
-        _labelled(choose, files, classes),
-        len(classes),
-        backbone,
+        _labelled(images.roles.fit, images),
+        _labelled(images.roles.choose, images),
+        len(images.classes),
+        settings.network(),
         options,
         start=start,
         checkpoints=checkpoints,
         log_dir=settings.log_dir,
     )
-    spent = meter.read().facts()
-
-    zeros, ones = np.zeros(tuned.weight.shape[1], np.float32), np.ones(tuned.weight.shape[1], np.float32)
-    head = DenseHead(zeros, ones, [(tuned.weight, tuned.bias)], classes)
+    spent = meter.read()
     with tempfile.TemporaryDirectory(prefix="penult-") as temporary:
-        network = Path(temporary) / "backbone.onnx"
-        facts = to_onnx(tuned.loaded, backbone.name, network)
-        storage = "float32"  # its features are never cached, hence never rounded
-        device = options.device.partition(",")[0]
-        recipe = Recipe(network, facts.preprocess, head.probabilities, task_of(table.task.name, classes), storage)
-        predictor = Predictor(recipe, device=device)
-        predictions = metrics = shown = None
-        if roles.report:
-            truth, name = table.truth(roles.report), str(roles.facts["reported_on"])
-            predictions = predict_held_out(predictor, roles.report, truth, files, name)
-            metrics = score(predictions.labels, predictions.probabilities, classes, predictions.split).to_json()
-            shown = illustrate(predictions, classes, files=files if settings.thumbnails else None)
-        bundle = Bundle(
-            path=out,
-            kind="fine-tuned",
-            head="fine-tuned",
-            classes=classes,
-            backbone=facts,
-            fingerprint=fingerprints(facts, resolve_device(device).partition(":")[0], storage)[0],
-            split=roles.facts,
-            hyperparameters={
-                **{name: value for name, value in options.model_dump().items() if name not in AugmentSettings.model_fields},
-                "head_lr_factor": tuned.head_lr_factor,
-                "init_head": start and start.name,
-                "augment": options.augmentation.facts() if options.augmentation else None,
-                "best_epoch": tuned.best_epoch,
-                "trained_parameters": tuned.trained_parameters,
-                "weights": backbone.weights and Path(backbone.weights).name,
-            },
-            history=tuned.history,
-            metrics=metrics,
-            cost={"train_seconds": round(tuned.seconds, 3), "extract_seconds": 0.0, "images": tuned.images, **spent},
-        )
-        digests = [row.sha256 for row in [*fitted, *choose]]
-        saved = save(Judged(bundle, network, head.to_onnx(), digests, predictions, shown), out, overwrite=overwrite)
+        judged = _judge_finetuned(tuned, images, settings, Path(temporary) / "backbone.onnx")
+        said = {"init_head": start and start.name}
+        cost = {**judged.bundle.cost, **spent.facts()}
+        bundle = replace(judged.bundle, cost=cost, hyperparameters={**judged.bundle.hyperparameters, **said})
+        saved = save(replace(judged, bundle=bundle), out, overwrite=overwrite)
     checkpoints.remove()
     return saved
 
 
-def _labelled(rows: Sequence[Row], files: Files, classes: list[str]) -> list[Item]:
-    index = {label: i for i, label in enumerate(classes)}
-    return [(Located(files, row.path), index[str(row.label)]) for row in rows]
+@dataclass(frozen=True)
+class _Images:
+    """Images in their roles, where they are read from, and their classes."""
+
+    table: SampleTable
+    roles: Roles
+    files: Files
+    classes: list[str]
+
+
+def _prepare_images(data: FeatureCache | Source, settings: FineTuneSettings) -> _Images:
+    if isinstance(data, FeatureCache):
+        table: SampleTable = data.samples
+        if settings.init_head:
+            data.require_backbone()
+    else:
+        list_samples(data, settings.survey)
+        table = survey(data, load(settings.network()).preprocess, settings.survey)
+    need_single_label(table.task.name, "fine-tuning")
+    roles = assign_roles(table)
+    files = files_of(table, settings.root) if isinstance(data, FeatureCache) else data.files
+    _require(table, roles)
+    classes = sorted({str(row.label) for row in roles.fit})
+    if not roles.choose:
+        fitted, choose = inner_validation(roles.fit, seed=settings.seed)
+        roles = replace(roles, fit=fitted, choose=choose, facts={**roles.facts, "chosen_on": INNER})
+    return _Images(table, roles, files, classes)
+
+
+def _judge_finetuned(tuned: FineTuned, images: _Images, settings: FineTuneSettings, network: Path) -> Judged:
+    """The network as ONNX, its predictions for what is held out, and its facts."""
+    zeros, ones = np.zeros(tuned.weight.shape[1], np.float32), np.ones(tuned.weight.shape[1], np.float32)
+    head = DenseHead(zeros, ones, [(tuned.weight, tuned.bias)], images.classes)
+    backbone, roles, classes = settings.network(), images.roles, images.classes
+    facts = to_onnx(tuned.loaded, backbone.name, network)
+    storage = "float32"  # its features are never cached, hence never rounded
+    device = settings.device.partition(",")[0]
+    task = task_of(images.table.task.name, classes)
+    predictor = Predictor(Recipe(network, facts.preprocess, head.probabilities, task, storage), device=device)
+    predictions = metrics = shown = None
+    if roles.report:
+        truth, name = images.table.truth(roles.report), str(roles.facts["reported_on"])
+        predictions = predict_held_out(predictor, roles.report, truth, images.files, name)
+        metrics = task.score(predictions.labels, predictions.probabilities, predictions.split).to_json()
+        shown = illustrate(predictions, classes, files=images.files if settings.thumbnails else None)
+    options = settings.part(FineTuneOptions)
+    bundle = Bundle(
+        path=Path(),
+        kind="fine-tuned",
+        head="fine-tuned",
+        classes=classes,
+        backbone=facts,
+        fingerprint=fingerprints(facts, resolve_device(device).partition(":")[0], storage)[0],
+        split=roles.facts,
+        hyperparameters={
+            **{name: value for name, value in options.model_dump().items() if name not in AugmentSettings.model_fields},
+            "head_lr_factor": tuned.head_lr_factor,
+            "augment": options.augmentation.facts() if options.augmentation else None,
+            "best_epoch": tuned.best_epoch,
+            "trained_parameters": tuned.trained_parameters,
+            "weights": backbone.weights and Path(backbone.weights).name,
+        },
+        history=tuned.history,
+        metrics=metrics,
+        cost={"train_seconds": round(tuned.seconds, 3), "extract_seconds": 0.0, "images": tuned.images},
+    )
+    return Judged(bundle, network, head.to_onnx(), [row.sha256 for row in [*roles.fit, *roles.choose]], predictions, shown)
+
+
+def _labelled(rows: Sequence[Row], images: _Images) -> list[Item]:
+    index = {label: i for i, label in enumerate(images.classes)}
+    return [(Located(images.files, row.path), index[str(row.label)]) for row in rows]
 
 
 def _require(table: SampleTable, roles: Roles) -> None:
