@@ -497,7 +497,7 @@ def finetune(data: Path, settings: FineTuneSettings, output: Path, *, as_json: b
     Example: penult finetune photos.cache -m resnet50 -o photos-finetuned.head
     """
     from classifiers.bundle import refuse_existing
-    from classifiers.train import train_finetuned
+    from classifiers.finetune import train_finetuned
     from extractor.settings.declaration import flag_of
     from extractor.sources import open_source
     from store.cache import FeatureCache, is_cache

@@ -22,13 +22,14 @@ from .bundle import Bundle, Predictions, refuse_existing
 from .compare import Comparison, Entrant, compare_entrants
 from .comparison import comparison_report
 from .evaluate import score
+from .finetune import train_finetuned
 from .heldout import evaluate_bundle
 from .logistic import LogisticHead
 from .page import write_output
 from .predict import Predictor, list_images
 from .settings import FineTuneSettings
 from .task import Evaluation, Prediction
-from .train import make_head, train_finetuned, train_head
+from .train import make_head, train_head
 
 log = logging.getLogger("penult.classifiers")
 

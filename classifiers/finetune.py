@@ -6,7 +6,10 @@ classification layer, so a fine-tuned network is exported, cached and fused like
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import tempfile
 import time
 import warnings
 from collections.abc import Sequence
@@ -22,17 +25,34 @@ from numpy.typing import NDArray
 from extractor import backbones
 from extractor.backbones import Backbone, Loaded
 from extractor.cuda import number_of
+from extractor.export import to_onnx
+from extractor.files import Files, Located
 from extractor.fleet import parse_devices
+from extractor.metering import Meter
+from extractor.pipeline import list_samples, survey
+from extractor.prepare import fingerprints
 from extractor.progress import StopFlag, stop_on_signal
-from extractor.session import nvidia_driver_present
+from extractor.session import nvidia_driver_present, resolve_device
+from extractor.settings.groups import AugmentSettings
+from extractor.sources import Source, files_of
+from store.cache import FeatureCache
 from store.errors import BadDataError, DeviceUnavailableError, InterruptedRunError, UsageError
+from store.samples import Row, SampleTable
 
 from .batches import Item
+from .bundle import Bundle, refuse_existing
 from .checkpoints import Checkpoints
+from .dense import DenseHead
 from .epochs import Plan, isolated, run_epochs
-from .probing import AffineHead
+from .heldout import Roles, assign_roles, inner_validation, predict_held_out
+from .illustrations import illustrate
+from .predict import Predictor, Recipe
+from .probing import AffineHead, start_from
 from .ranks import run_on_all
-from .settings import HEAD_FACTOR, FineTuneOptions
+from .settings import HEAD_FACTOR, FineTuneOptions, FineTuneSettings
+from .task import need_single_label
+from .tasks import task_of
+from .train import INNER, Judged, require_roles, save
 from .training import DivergedError, end_to_end
 
 log = logging.getLogger("penult.classifiers")
@@ -243,3 +263,129 @@ def _fit(plan: Plan, stop: StopFlag) -> FineTuned:
         trained_parameters=sum(parameter.numel() for group in model.groups for parameter in group["params"]),
         head_lr_factor=options.head_lr_factor or HEAD_FACTOR,
     )
+
+
+def train_finetuned(
+    data: FeatureCache | Source,
+    out: Path,
+    settings: FineTuneSettings,
+    *,
+    overwrite: bool = False,
+) -> Bundle:
+    """Fine-tune the backbone end to end on the same split and save it as a bundle like any other.
+
+    Finished epochs are kept beside the bundle until it is there; the same call goes on after them.
+
+    Args:
+        data: a cache, whose sample table, root and failures are taken over (so that comparisons are paired), or a source.
+        out: the bundle's folder.
+        settings: what to start from, how to train, and the split where ``data`` is a source without one; see `probing` for
+            ``init_head`` and `curves` for ``log_dir``.
+        overwrite: replace an existing bundle, or an unfinished one with other settings.
+
+    Raises:
+        BadDataError: the data cannot be trained on, or the training diverged.
+        OutputExistsError: the bundle exists, or an unfinished one with other settings.
+    """
+    refuse_existing(out, overwrite=overwrite)
+    options = settings.part(FineTuneOptions)
+    devices_of(options)
+    images = _prepare_images(data, settings)
+    init_head = Bundle.load(settings.init_head) if settings.init_head else None
+    start = start_from(init_head, images.classes, [row.sha256 for row in images.roles.report]) if init_head else None
+    seen = [[(row.sha256.hex(), row.label) for row in rows] for rows in (images.roles.fit, images.roles.choose)]
+    checkpoints = Checkpoints.beside(out, hashlib.sha256(json.dumps(seen).encode()).hexdigest(), overwrite=overwrite)
+    meter = Meter(*options.device.split(","))
+    tuned = finetune(
+        _labelled(images.roles.fit, images),
+        _labelled(images.roles.choose, images),
+        len(images.classes),
+        settings.network(),
+        options,
+        start=start,
+        checkpoints=checkpoints,
+        log_dir=settings.log_dir,
+    )
+    spent = meter.read()
+    with tempfile.TemporaryDirectory(prefix="penult-") as temporary:
+        judged = _judge_finetuned(tuned, images, settings, Path(temporary) / "backbone.onnx")
+        said = {"init_head": start and start.name}
+        cost = {**judged.bundle.cost, **spent.facts()}
+        bundle = replace(judged.bundle, cost=cost, hyperparameters={**judged.bundle.hyperparameters, **said})
+        saved = save(replace(judged, bundle=bundle), out, overwrite=overwrite)
+    checkpoints.remove()
+    return saved
+
+
+@dataclass(frozen=True)
+class _Images:
+    """Images in their roles, where they are read from, and their classes."""
+
+    table: SampleTable
+    roles: Roles
+    files: Files
+    classes: list[str]
+
+
+def _prepare_images(data: FeatureCache | Source, settings: FineTuneSettings) -> _Images:
+    if isinstance(data, FeatureCache):
+        table: SampleTable = data.samples
+        if settings.init_head:
+            data.require_backbone()
+    else:
+        list_samples(data, settings.survey)
+        table = survey(data, backbones.load(settings.network()).preprocess, settings.survey)
+    need_single_label(table.task.name, "fine-tuning")
+    roles = assign_roles(table)
+    files = files_of(table, settings.root) if isinstance(data, FeatureCache) else data.files
+    require_roles(table, roles)
+    classes = sorted({str(row.label) for row in roles.fit})
+    if not roles.choose:
+        fitted, choose = inner_validation(roles.fit, seed=settings.seed)
+        roles = replace(roles, fit=fitted, choose=choose, facts={**roles.facts, "chosen_on": INNER})
+    return _Images(table, roles, files, classes)
+
+
+def _judge_finetuned(tuned: FineTuned, images: _Images, settings: FineTuneSettings, network: Path) -> Judged:
+    """The network as ONNX, its predictions for what is held out, and its facts."""
+    zeros, ones = np.zeros(tuned.weight.shape[1], np.float32), np.ones(tuned.weight.shape[1], np.float32)
+    head = DenseHead(zeros, ones, [(tuned.weight, tuned.bias)], images.classes)
+    backbone, roles, classes = settings.network(), images.roles, images.classes
+    facts = to_onnx(tuned.loaded, backbone.name, network)
+    storage = "float32"  # its features are never cached, hence never rounded
+    device = settings.device.partition(",")[0]
+    task = task_of(images.table.task.name, classes)
+    predictor = Predictor(Recipe(network, facts.preprocess, head.probabilities, task, storage), device=device)
+    predictions = metrics = shown = None
+    if roles.report:
+        truth, name = images.table.truth(roles.report), str(roles.facts["reported_on"])
+        predictions = predict_held_out(predictor, roles.report, truth, images.files, name)
+        metrics = task.score(predictions.labels, predictions.probabilities, predictions.split).to_json()
+        shown = illustrate(predictions, classes, files=images.files if settings.thumbnails else None)
+    options = settings.part(FineTuneOptions)
+    bundle = Bundle(
+        path=Path(),
+        kind="fine-tuned",
+        head="fine-tuned",
+        classes=classes,
+        backbone=facts,
+        fingerprint=fingerprints(facts, resolve_device(device).partition(":")[0], storage)[0],
+        split=roles.facts,
+        hyperparameters={
+            **{name: value for name, value in options.model_dump().items() if name not in AugmentSettings.model_fields},
+            "head_lr_factor": tuned.head_lr_factor,
+            "augment": options.augmentation.facts() if options.augmentation else None,
+            "best_epoch": tuned.best_epoch,
+            "trained_parameters": tuned.trained_parameters,
+            "weights": backbone.weights and Path(backbone.weights).name,
+        },
+        history=tuned.history,
+        metrics=metrics,
+        cost={"train_seconds": round(tuned.seconds, 3), "extract_seconds": 0.0, "images": tuned.images},
+    )
+    return Judged(bundle, network, head.to_onnx(), [row.sha256 for row in [*roles.fit, *roles.choose]], predictions, shown)
+
+
+def _labelled(rows: Sequence[Row], images: _Images) -> list[Item]:
+    index = {label: i for i, label in enumerate(images.classes)}
+    return [(Located(images.files, row.path), index[str(row.label)]) for row in rows]

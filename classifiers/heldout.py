@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from extractor.files import GONE, MOVED, Files
 from extractor.pipeline import survey
-from extractor.settings.groups import Options
+from extractor.settings.groups import FRACTION, Options
 from extractor.sources import Source, files_of, open_source
 from store.cache import FeatureCache, is_cache
 from store.errors import BadDataError, InputMissingError
@@ -72,7 +72,7 @@ def assign_roles(table: SampleTable, *, val: float | None = None, test: float | 
         raise BadDataError(message)
     rule = dict(table.facts.get("split", {}))
     if val is not None or test is not None:
-        val, test = 0.2 if val is None else val, 0.2 if test is None else test
+        val, test = (FRACTION if each is None else each for each in (val, test))
         rows = with_splits(rows, assign_splits(rows, val=val, test=test, seed=seed, stratify=table.task.stratifies))
         rule = {"rule": "hash-rank", "val": val, "test": test, "seed": seed, "override": True}
     by_name: dict[str, list[Row]] = {}

@@ -176,14 +176,12 @@ def _require_together(paths: Paths, extract: ExtractSettings, train: TrainSettin
     Raises:
         JobFileError: names the keys.
     """
-    message = None
-    if train.average_views and extract.views == 1:
-        message = "train.average_views without views: ask for extract.views too"
-    elif train.layer is not None and train.layer not in extract.layers:
-        message = f"train.layer {train.layer!r} is none of backbone.layers"
-    elif paths.cache.absolute() == paths.bundle.absolute():
-        message = "cache and bundle are one place"
-    if message:
+    problems = {
+        "train.average_views without views: ask for extract.views too": train.average_views and extract.views == 1,
+        f"train.layer {train.layer!r} is none of backbone.layers": train.layer not in (None, *extract.layers),
+        "cache and bundle are one place": paths.cache.absolute() == paths.bundle.absolute(),
+    }
+    if message := "; ".join(problem for problem, found in problems.items() if found):
         raise JobFileError(message)
 
 

@@ -233,13 +233,10 @@ def _drawable(label: str) -> bool:
     return all(ord(letter) in letters for letter in label)
 
 
-PLAIN = ReportSettings()
-
-
 def report_again(
     bundle: Bundle,
     data: str | Path | None = None,
-    settings: ReportSettings = PLAIN,
+    settings: ReportSettings | None = None,
 ) -> str:
     """The page of a bundle, anew: of its own held-out images, or evaluated on a cache or a dataset.
 
@@ -252,6 +249,7 @@ def report_again(
     Raises:
         BadDataError: as `evaluate_bundle`.
     """
+    settings = settings or ReportSettings()
     if data is None:
         held = bundle.predictions() if bundle.metrics is not None else None
         shown = illustrate(held, bundle.classes) if held and task_of_bundle(bundle).exclusive else None

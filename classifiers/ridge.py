@@ -200,15 +200,7 @@ class RidgeRegressionHead(RegressorMixin, Head):  # type: ignore[misc]
         groups: Sequence[bytes] | None = None,
         views: int = 1,
     ) -> Self:
-        """Choose lambda and fit.
-
-        Args:
-            X: features ``(n, d)``.
-            y: numbers ``(n,)`` or ``(n, t)``.
-            validation: ``(X, y)`` to choose on; the final fit uses both. Without it, left-out rows of ``X``.
-            groups: what must not be divided between folds, one per row of ``X``.
-            views: as in `SearchedHead.fit`.
-        """
+        """Choose lambda and fit; without a validation set, on left-out rows."""
         features, given = map(np.asarray, validate_data(self, X, y, dtype=np.float32, multi_output=True, y_numeric=True))
         self.n_outputs_ = None if given.ndim == 1 else given.shape[1]
         numbers = given.reshape(len(given), -1).astype(np.float64)

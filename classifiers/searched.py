@@ -162,16 +162,6 @@ class SearchedHead(ClassifierHead):
         groups: Sequence[bytes] | None = None,
         views: int = 1,
     ) -> Self:
-        """Choose the settings and fit.
-
-        Args:
-            X: features ``(n, d)``.
-            y: labels ``(n,)``.
-            validation: ``(X, y)`` to choose on; the final fit uses both. Without it, folds inside ``X``.
-            groups: what must not be divided between folds, one per row of ``X``.
-            views: rows come in runs of so many views of an image, all of one group. All are fitted; what is chosen and
-                calibrated is judged on the first of each.
-        """
         features, labels = map(np.asarray, validate_data(self, X, y, dtype=np.float32))
         check_classification_targets(labels)
         self.classes_, targets = class_indices(labels)

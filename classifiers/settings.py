@@ -9,8 +9,8 @@ from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, create_mo
 
 from extractor.settings.declaration import ARGUMENTS, PLACE, Settings, rule, setting
 from extractor.settings.groups import (
+    FRACTION,
     MAX_BATCH,
-    MAX_SEED,
     AugmentSettings,
     BudgetSettings,
     DataSettings,
@@ -26,6 +26,7 @@ from extractor.settings.groups import (
     SplitSettings,
     as_tuple,
     backbone_of,
+    seed_setting,
 )
 from store.errors import InputMissingError
 
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from extractor.backbones import Backbone
 
 MAX_SHOTS = 10**6  # images of a class
-OTHER_FRACTION = 0.2  # where another split is asked for by one of its fractions alone
 HEAD_FACTOR = 10.0  # of the learning rate, for a head that begins at zero
 
 
@@ -76,12 +76,12 @@ class TrainOptions(ThumbnailSettings):
     test_fraction: float | None = setting(
         None, "Share held out, in another split.", ge=0, lt=1, metavar="SHARE", shown="the cache's split"
     )
-    seed: int = setting(0, "Of the training, and of a split of its own.", ge=0, le=MAX_SEED, metavar="N")
+    seed: int = seed_setting("Of the training, and of a split of its own.")
 
     @rule
     def _something_is_left(self) -> None:
         given = (self.val_fraction, self.test_fraction)
-        val, test = (OTHER_FRACTION if each is None else each for each in given)
+        val, test = (FRACTION if each is None else each for each in given)
         if given != (None, None) and val + test >= 1:
             message = f"<val_fraction> {val} and <test_fraction> {test} leave nothing to train on"
             raise ValueError(message)
@@ -113,12 +113,13 @@ class TrainSettings(HeadSettings, TrainOptions):
             return
         candidates = [row for row in rows() if row.name == self.head] or [row_of(None, row.task) for row in rows()]
         own = {name for row in candidates for name in row.settings.model_fields}
-        for row in rows():
-            for name in row.settings.model_fields:
-                if name in self.model_fields_set - own:
-                    chosen = f"and this is {self.head}" if self.head else f"not of the default; say <head> {row.name}"
-                    message = f"<{name}> is a setting of the {row.name} head, {chosen}"
-                    raise ValueError(message)
+        owners = {name: row.name for row in reversed(rows()) for name in row.settings.model_fields}
+        problems = []
+        for name in sorted(self.model_fields_set & owners.keys() - own):
+            chosen = f"and this is {self.head}" if self.head else f"not of the default; say <head> {owners[name]}"
+            problems.append(f"<{name}> is a setting of the {owners[name]} head, {chosen}")
+        if problems:
+            raise ValueError("; ".join(problems))
 
     def make(self, task: str) -> Any:
         """The head for a task, not yet fitted.
@@ -183,14 +184,17 @@ class FineTuneOptions(AugmentSettings, DeviceSettings):
     batch_statistics: bool = setting(False, "Let batch normalisation follow the new images where not frozen.")
     patience: int = setting(3, "Epochs without improvement before it stops.", ge=1, metavar="N")
     min_delta: float = setting(0.0, "What counts as an improvement of the validation loss.", ge=0, only="python")
-    seed: int = setting(0, "Of the training, and of the split of DATA without one.", ge=0, le=MAX_SEED, metavar="N")
+    seed: int = seed_setting("Of the training, and of the split of DATA without one.")
     quiet: bool = setting(False, "No progress line.", only="python")
 
     @rule
-    def _training_begins_and_fits_the_device(self) -> None:
+    def _training_begins(self) -> None:
         if self.warmup >= self.epochs:
             message = f"<warmup> is {self.warmup}; expected less than the {self.epochs} epochs of <epochs>"
             raise ValueError(message)
+
+    @rule
+    def _precision_fits_the_device(self) -> None:
         if self.precision == "fp16" and "cpu" in self.device.split(","):
             message = "<precision> fp16 needs a GPU; bf16 works on a CPU too"
             raise ValueError(message)

@@ -134,15 +134,7 @@ class MultiLabelLogisticHead(ClassifierMixin, Head):  # type: ignore[misc]
         groups: Sequence[bytes] | None = None,
         views: int = 1,
     ) -> Self:
-        """Choose C by the log-loss and fit.
-
-        Args:
-            X: features ``(n, d)``.
-            y: which labels each row has ``(n, k)``.
-            validation: ``(X, y)`` to choose on; the final fit uses both. Without it, k-fold inside ``X``.
-            groups: what must not be divided between folds, one per row of ``X``.
-            views: as in `LogisticHead.fit`.
-        """
+        """Choose C by the log-loss, for each label its own, and fit."""
         features, given = map(np.asarray, validate_data(self, X, y, dtype=np.float32, multi_output=True))
         truth = given.reshape(len(given), -1).astype(bool)
         self.classes_ = np.arange(truth.shape[1])

@@ -1,11 +1,10 @@
-"""From a cache to a bundle: a head on cached features, or the whole network fine-tuned on the same split."""
+"""From a cache to a bundle in four steps: prepare, fit, judge, save. Fine-tuning joins at the last (see `finetune`)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,37 +12,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from extractor.backbones import load
-from extractor.export import to_onnx
-from extractor.files import Files, Located
 from extractor.metering import Meter, Spent, together
-from extractor.pipeline import list_samples, survey
-from extractor.prepare import fingerprints
-from extractor.session import resolve_device
-from extractor.settings.groups import AugmentSettings
-from extractor.sources import Source, files_of
 from store.cache import FeatureCache, Subset
 from store.errors import UsageError, display
 from store.fingerprint import VIEWS
 from store.samples import Row, SampleTable
 
-from .batches import Item
 from .bundle import Bundle, Predictions, averaged, refuse_existing, save_bundle
-from .checkpoints import Checkpoints
-from .dense import DenseHead
 from .fewshot import learning_curve
-from .finetune import FineTuned, devices_of, finetune
 from .heads import make_head as make_head
 from .heads import name_of, need_saveable, need_task, settings_of
-from .heldout import Roles, assign_roles, inner_validation, predict_held_out
+from .heldout import Roles, assign_roles, inner_validation
 from .illustrations import Illustrations, files_or_none, illustrate
 from .leaks import Leak, LeakReport, conflicting_labels, guard, near_copies
 from .novelty import Novelty, novel_share
-from .predict import Predictor, Recipe
-from .probing import start_from
 from .report import bundle_report
 from .rounding import judge_rounding
-from .settings import FineTuneOptions, FineTuneSettings, TrainOptions
+from .settings import TrainOptions
 from .streaming import must_stream
 from .task import HeadTask, need_single_label
 from .tasks import task_of
@@ -53,7 +38,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("penult.classifiers")
 
-PLAIN = TrainOptions()
 INNER = "a fifth of train, by hash rank"
 
 
@@ -128,7 +112,9 @@ class Judged:
     novelty: Novelty | None = None
 
 
-def train_head(cache: FeatureCache, out: Path, head: Head, options: TrainOptions = PLAIN, *, overwrite: bool = False) -> Bundle:
+def train_head(
+    cache: FeatureCache, out: Path, head: Head, options: TrainOptions | None = None, *, overwrite: bool = False
+) -> Bundle:
     """Fit a head on a cache's training rows, evaluate it on the held-out ones and save a bundle.
 
     Args:
@@ -145,11 +131,11 @@ def train_head(cache: FeatureCache, out: Path, head: Head, options: TrainOptions
         LockedError: another run has replaced the cache meanwhile.
     """
     refuse_existing(out, overwrite=overwrite)
-    prepared = prepare(cache, head, options)
+    prepared = prepare(cache, head, options or TrainOptions())
     return save(judge(fit(head, prepared), prepared), out, overwrite=overwrite)
 
 
-def prepare(cache: FeatureCache, head: Head, options: TrainOptions = PLAIN) -> Prepared:
+def prepare(cache: FeatureCache, head: Head, options: TrainOptions) -> Prepared:
     """The rows of a cache in their roles, once they are known to be of use for a head.
 
     Raises:
@@ -164,7 +150,7 @@ def prepare(cache: FeatureCache, head: Head, options: TrainOptions = PLAIN) -> P
         raise UsageError(message)
     origin = made_from(cache, head, options)
     roles = assign_roles(cache.samples, val=options.val_fraction, test=options.test_fraction, seed=options.seed)
-    _require(cache.samples, roles)
+    require_roles(cache.samples, roles)
     cache.require_backbone()
     rows = len(roles.fit) + len(roles.choose) + len(roles.report)
     stored = must_stream(head, rows * cache.views, cache.dim, cache.dtype.itemsize, options.max_memory)
@@ -370,132 +356,7 @@ def made_from(cache: FeatureCache, head: Any, options: TrainOptions) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def train_finetuned(
-    data: FeatureCache | Source,
-    out: Path,
-    settings: FineTuneSettings,
-    *,
-    overwrite: bool = False,
-) -> Bundle:
-    """Fine-tune the backbone end to end on the same split and save it as a bundle like any other.
-
-    Finished epochs are kept beside the bundle until it is there; the same call goes on after them.
-
-    Args:
-        data: a cache, whose sample table, root and failures are taken over (so that comparisons are paired), or a source.
-        out: the bundle's folder.
-        settings: what to start from, how to train, and the split where ``data`` is a source without one; see `probing` for
-            ``init_head`` and `curves` for ``log_dir``.
-        overwrite: replace an existing bundle, or an unfinished one with other settings.
-
-    Raises:
-        BadDataError: the data cannot be trained on, or the training diverged.
-        OutputExistsError: the bundle exists, or an unfinished one with other settings.
-    """
-    refuse_existing(out, overwrite=overwrite)
-    options = settings.part(FineTuneOptions)
-    devices_of(options)
-    images = _prepare_images(data, settings)
-    init_head = Bundle.load(settings.init_head) if settings.init_head else None
-    start = start_from(init_head, images.classes, [row.sha256 for row in images.roles.report]) if init_head else None
-    seen = [[(row.sha256.hex(), row.label) for row in rows] for rows in (images.roles.fit, images.roles.choose)]
-    checkpoints = Checkpoints.beside(out, hashlib.sha256(json.dumps(seen).encode()).hexdigest(), overwrite=overwrite)
-    meter = Meter(*options.device.split(","))
-    tuned = finetune(
-        _labelled(images.roles.fit, images),
-        _labelled(images.roles.choose, images),
-        len(images.classes),
-        settings.network(),
-        options,
-        start=start,
-        checkpoints=checkpoints,
-        log_dir=settings.log_dir,
-    )
-    spent = meter.read()
-    with tempfile.TemporaryDirectory(prefix="penult-") as temporary:
-        judged = _judge_finetuned(tuned, images, settings, Path(temporary) / "backbone.onnx")
-        said = {"init_head": start and start.name}
-        cost = {**judged.bundle.cost, **spent.facts()}
-        bundle = replace(judged.bundle, cost=cost, hyperparameters={**judged.bundle.hyperparameters, **said})
-        saved = save(replace(judged, bundle=bundle), out, overwrite=overwrite)
-    checkpoints.remove()
-    return saved
-
-
-@dataclass(frozen=True)
-class _Images:
-    """Images in their roles, where they are read from, and their classes."""
-
-    table: SampleTable
-    roles: Roles
-    files: Files
-    classes: list[str]
-
-
-def _prepare_images(data: FeatureCache | Source, settings: FineTuneSettings) -> _Images:
-    if isinstance(data, FeatureCache):
-        table: SampleTable = data.samples
-        if settings.init_head:
-            data.require_backbone()
-    else:
-        list_samples(data, settings.survey)
-        table = survey(data, load(settings.network()).preprocess, settings.survey)
-    need_single_label(table.task.name, "fine-tuning")
-    roles = assign_roles(table)
-    files = files_of(table, settings.root) if isinstance(data, FeatureCache) else data.files
-    _require(table, roles)
-    classes = sorted({str(row.label) for row in roles.fit})
-    if not roles.choose:
-        fitted, choose = inner_validation(roles.fit, seed=settings.seed)
-        roles = replace(roles, fit=fitted, choose=choose, facts={**roles.facts, "chosen_on": INNER})
-    return _Images(table, roles, files, classes)
-
-
-def _judge_finetuned(tuned: FineTuned, images: _Images, settings: FineTuneSettings, network: Path) -> Judged:
-    """The network as ONNX, its predictions for what is held out, and its facts."""
-    zeros, ones = np.zeros(tuned.weight.shape[1], np.float32), np.ones(tuned.weight.shape[1], np.float32)
-    head = DenseHead(zeros, ones, [(tuned.weight, tuned.bias)], images.classes)
-    backbone, roles, classes = settings.network(), images.roles, images.classes
-    facts = to_onnx(tuned.loaded, backbone.name, network)
-    storage = "float32"  # its features are never cached, hence never rounded
-    device = settings.device.partition(",")[0]
-    task = task_of(images.table.task.name, classes)
-    predictor = Predictor(Recipe(network, facts.preprocess, head.probabilities, task, storage), device=device)
-    predictions = metrics = shown = None
-    if roles.report:
-        truth, name = images.table.truth(roles.report), str(roles.facts["reported_on"])
-        predictions = predict_held_out(predictor, roles.report, truth, images.files, name)
-        metrics = task.score(predictions.labels, predictions.probabilities, predictions.split).to_json()
-        shown = illustrate(predictions, classes, files=images.files if settings.thumbnails else None)
-    options = settings.part(FineTuneOptions)
-    bundle = Bundle(
-        path=Path(),
-        kind="fine-tuned",
-        head="fine-tuned",
-        classes=classes,
-        backbone=facts,
-        fingerprint=fingerprints(facts, resolve_device(device).partition(":")[0], storage)[0],
-        split=roles.facts,
-        hyperparameters={
-            **{name: value for name, value in options.model_dump().items() if name not in AugmentSettings.model_fields},
-            "head_lr_factor": tuned.head_lr_factor,
-            "augment": options.augmentation.facts() if options.augmentation else None,
-            "best_epoch": tuned.best_epoch,
-            "trained_parameters": tuned.trained_parameters,
-            "weights": backbone.weights and Path(backbone.weights).name,
-        },
-        history=tuned.history,
-        metrics=metrics,
-        cost={"train_seconds": round(tuned.seconds, 3), "extract_seconds": 0.0, "images": tuned.images},
-    )
-    return Judged(bundle, network, head.to_onnx(), [row.sha256 for row in [*roles.fit, *roles.choose]], predictions, shown)
-
-
-def _labelled(rows: Sequence[Row], images: _Images) -> list[Item]:
-    index = {label: i for i, label in enumerate(images.classes)}
-    return [(Located(images.files, row.path), index[str(row.label)]) for row in rows]
-
-
-def _require(table: SampleTable, roles: Roles) -> None:
+def require_roles(table: SampleTable, roles: Roles) -> None:
+    """Refuse samples that cannot be learnt from; see `HeadTask.require`."""
     parts = [(roles.fit, "train"), (roles.choose, roles.facts["chosen_on"]), (roles.report, roles.facts["reported_on"])]
     task_of(table.task.name, table.outputs).require(table, [(rows, str(name)) for rows, name in parts])

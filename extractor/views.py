@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from store.errors import UsageError
+from store.errors import BadDataError, UsageError
+from store.fingerprint import MAX_VIEWS
 
 from .augment import Augmentation
 from .preprocess import Preprocess, probe_image
@@ -58,7 +59,14 @@ class Views:
 
     @classmethod
     def from_facts(cls, facts: dict[str, Any]) -> Views:
-        """Inverse of `facts`; the probe is left alone."""
+        """Inverse of `facts`; the probe is left alone.
+
+        Raises:
+            BadDataError: of a file that asks for more views than there can be.
+        """
+        if facts["count"] not in range(2, MAX_VIEWS + 1):
+            message = f"{facts['count']!r} views of an image; expected 2 to {MAX_VIEWS}"
+            raise BadDataError(message)
         return cls(facts["count"], facts["seed"], Augmentation.from_facts(facts["augmentation"]))
 
 

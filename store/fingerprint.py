@@ -12,6 +12,7 @@ from typing import Any
 from .errors import CorruptCacheError, FingerprintMismatchError, InputMissingError
 
 VIEWS = "views"  # the field that says how the views of an image were drawn; absent where there is one
+MAX_VIEWS = 64  # decoded images wait in memory, and each has so many
 
 
 @dataclass(frozen=True)

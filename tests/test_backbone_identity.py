@@ -18,12 +18,13 @@ import onnx
 import pytest
 
 from classifiers.bundle import Bundle, save_bundle
+from classifiers.finetune import train_finetuned
 from classifiers.fuse import fuse, selftest
 from classifiers.fused import Fused
 from classifiers.predict import Predictor
 from classifiers.report import report_again
 from classifiers.settings import FineTuneSettings, ReportSettings, TrainOptions
-from classifiers.train import make_head, train_finetuned, train_head
+from classifiers.train import make_head, train_head
 from extractor import onnxfile
 from extractor.backbones import Backbone
 from extractor.onnxfile import facts_in, read_facts, write_facts

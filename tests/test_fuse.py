@@ -26,12 +26,13 @@ from PIL import Image
 
 from classifiers import fused as format_of
 from classifiers.bundle import Bundle, save_bundle
+from classifiers.finetune import train_finetuned
 from classifiers.fuse import PARITY, fuse, rounding_nodes, selftest
 from classifiers.fused import Fused, golden_pictures
 from classifiers.heldout import evaluate_bundle
 from classifiers.predict import Predictor, list_images
 from classifiers.settings import FineTuneSettings
-from classifiers.train import make_head, train_finetuned, train_head
+from classifiers.train import make_head, train_head
 from extractor import onnxfile
 from extractor.backbones import Backbone
 from extractor.half import halve

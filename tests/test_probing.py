@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from classifiers.bundle import Bundle
-from classifiers.finetune import finetune
+from classifiers.finetune import finetune, train_finetuned
 from classifiers.probing import AffineHead, start_from
 from classifiers.settings import FineTuneOptions, FineTuneSettings, TrainOptions
-from classifiers.train import make_head, save_head, train_finetuned, train_head
+from classifiers.train import make_head, save_head, train_head
 from extractor import backbones
 from extractor.backbones import Backbone
 from extractor.layers import torch_penultimate

@@ -19,11 +19,12 @@ from PIL import ExifTags, Image
 from classifiers.bundle import Bundle, Predictions
 from classifiers.evaluate import score
 from classifiers.featuremap import POINTS, feature_map
+from classifiers.finetune import train_finetuned
 from classifiers.illustrations import MISTAKES, NEIGHBOURS, illustrate
 from classifiers.report import bundle_report, report_again
 from classifiers.settings import FineTuneSettings, ReportSettings, TrainOptions
 from classifiers.thumbnails import SIDE, thumbnails
-from classifiers.train import make_head, train_finetuned, train_head
+from classifiers.train import make_head, train_head
 from extractor.backbones import Backbone
 from extractor.files import FolderFiles
 from extractor.pipeline import extract

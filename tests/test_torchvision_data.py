@@ -16,9 +16,10 @@ import pytest
 import torchvision
 from PIL import Image
 
+from classifiers.finetune import train_finetuned
 from classifiers.heldout import evaluate_bundle
 from classifiers.settings import FineTuneSettings
-from classifiers.train import make_head, train_finetuned, train_head
+from classifiers.train import make_head, train_head
 from extractor.backbones import Backbone
 from extractor.images import ImageError, decode
 from extractor.pipeline import preview, run_extract

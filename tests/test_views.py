@@ -37,14 +37,21 @@ from extractor.backbones import Backbone
 from extractor.images import decode
 from extractor.onnxfile import read_facts
 from extractor.pipeline import extract
-from extractor.settings.groups import MAX_VIEWS, Options
+from extractor.settings.groups import Options
 from extractor.sources import ImageFolder, open_source
 from extractor.views import Views
 from store.cache import FeatureCache
 from store.compact import prune, write_compact
 from store.drift import compare_caches
-from store.errors import BudgetExceededError, CorruptCacheError, FingerprintMismatchError, StorageError, UsageError
-from store.fingerprint import Fingerprint
+from store.errors import (
+    BadDataError,
+    BudgetExceededError,
+    CorruptCacheError,
+    FingerprintMismatchError,
+    StorageError,
+    UsageError,
+)
+from store.fingerprint import MAX_VIEWS, Fingerprint
 from store.metadata import shard_paths
 from store.shard import fits_float16, read_shard, write_shard
 from store.writer import open_writer
@@ -547,3 +554,11 @@ def test_other_tasks_take_the_same_way(photos: Path, backbone: Backbone, tmp_pat
         assert [float(row[name]) for name in bundle.classes] == pytest.approx(
             kept.probabilities[0].tolist(), rel=1e-3, abs=1e-3
         )
+
+
+def test_a_file_cannot_ask_for_more_views_than_there_can_be() -> None:
+    facts = Views(2, 0, STANDARD).facts()
+    assert Views.from_facts(facts) == Views(2, 0, STANDARD)
+    for count in (1, MAX_VIEWS + 1, "2", None):
+        with pytest.raises(BadDataError, match="expected 2 to 64"):
+            Views.from_facts({**facts, "count": count})

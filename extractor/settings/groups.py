@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator
 
+from store.fingerprint import MAX_VIEWS
 from store.tasks import Task
 
 from .declaration import PLACE, Settings, rule, setting
@@ -19,9 +20,14 @@ if TYPE_CHECKING:
     from extractor.views import Views
 
 MAX_BATCH, MAX_WORKERS = 4096, 256  # beyond these a number is a slip: decoded images of a batch alone would fill the memory
-MAX_VIEWS = 64  # decoded images wait in memory, and each has so many
 MAX_SEED = 2**32 - 1
 MIN_BUDGET = 3
+FRACTION = 0.2  # of the images, for validation and for the held-out part, where nothing else is said
+
+
+def seed_setting(text: str) -> Any:
+    """A seed; ``text`` says of what."""
+    return setting(0, text, ge=0, le=MAX_SEED, metavar="N")
 
 
 def as_tuple(value: Any) -> Any:
@@ -211,9 +217,9 @@ class SplitSettings(Settings):
     section: ClassVar[str] = "extract"
     heading: ClassVar[str] = "Split, where the data has none"
 
-    val_fraction: float = setting(0.2, "Share for validation.", ge=0, lt=1, metavar="SHARE")
-    test_fraction: float = setting(0.2, "Share held out.", ge=0, lt=1, metavar="SHARE")
-    seed: int = setting(0, "Of the split, and of all else that is drawn.", ge=0, le=MAX_SEED, metavar="N")
+    val_fraction: float = setting(FRACTION, "Share for validation.", ge=0, lt=1, metavar="SHARE")
+    test_fraction: float = setting(FRACTION, "Share held out.", ge=0, lt=1, metavar="SHARE")
+    seed: int = seed_setting("Of the split, and of all else that is drawn.")
 
     @rule
     def _something_is_left(self) -> None:

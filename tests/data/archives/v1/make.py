@@ -26,11 +26,12 @@ import onnx
 from PIL import Image
 
 from classifiers.bundle import Bundle
-from classifiers.finetune import FineTuneSettings, TrainOptions
+from classifiers.finetune import train_finetuned
 from classifiers.fuse import fuse
 from classifiers.heldout import evaluate_bundle
 from classifiers.predict import Predictor
-from classifiers.train import make_head, train_finetuned, train_head
+from classifiers.settings import FineTuneSettings, TrainOptions
+from classifiers.train import make_head, train_head
 from extractor.backbones import Backbone
 from extractor.pipeline import run_extract
 from extractor.prepare import library_versions
