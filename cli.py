@@ -25,16 +25,14 @@ from store.environment import redirect_matplotlib
 from store.errors import PenultError
 
 if TYPE_CHECKING:
-    from classifiers.settings import (
-        EvaluateSettings,
-        FineTuneSettings,
-        PredictSettings,
-        ReportSettings,
-        SweepSettings,
-        TrainSettings,
-    )
+    from classifiers.bundle_settings import EvaluateSettings, PredictSettings
+    from classifiers.finetune_settings import FineTuneSettings
+    from classifiers.report_settings import ReportSettings
+    from classifiers.settings import TrainSettings
+    from classifiers.sweep_settings import SweepSettings
     from classifiers.task import Evaluation, Measured
-    from extractor.settings.groups import ExportSettings, ExtractSettings
+    from extractor.settings.groups import ExtractSettings
+    from extractor.settings.network import ExportSettings
     from store.cache import FeatureCache
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -110,8 +108,8 @@ def backbones(name: str | None, *, with_layers: bool, as_json: bool) -> None:
 
     Example: penult backbones resnet50 --layers
     """
-    from extractor.backbones import row, rows
     from extractor.layers import list_layers
+    from extractor.networks import row, rows
 
     if name is None:
         if with_layers:
@@ -156,7 +154,7 @@ def backbones(name: str | None, *, with_layers: bool, as_json: bool) -> None:
     return None
 
 
-@cli.command(cls=SettingsCommand, model="extractor.settings.groups:ExportSettings", leave=["backbone"])
+@cli.command(cls=SettingsCommand, model="extractor.settings.network:ExportSettings", leave=["backbone"])
 @click.argument("backbone")
 @output_option("The ONNX file.")
 @overwrite_option
@@ -222,7 +220,7 @@ def weights_import(files: Sequence[Path], *, as_json: bool) -> None:
 
     Example: penult weights import /media/usb/resnet50-11ad3fa6.pth
     """
-    from extractor.backbones import import_weights
+    from extractor.networks import import_weights
 
     done = []
     for path in files:
@@ -265,7 +263,8 @@ def extract(data: Path, settings: ExtractSettings, output: Path, *, as_json: boo
 
     Example: penult extract photos/ -m resnet50 -o photos.cache
     """
-    from extractor.pipeline import preview, run_extract
+    from extractor.pipeline import run_extract
+    from extractor.plan import preview
     from extractor.progress import observed
     from extractor.settings.groups import Options
 
@@ -465,7 +464,7 @@ def train(cache: Path, settings: TrainSettings, output: Path, *, as_json: bool, 
 
     Example: penult train photos.cache --head logistic -o photos.head
     """
-    from classifiers.bundle import refuse_existing
+    from classifiers.bundle_folder import refuse_existing
     from classifiers.train import train_head
     from extractor.settings.declaration import FLAGS
     from store.cache import FeatureCache
@@ -483,7 +482,7 @@ def train(cache: Path, settings: TrainSettings, output: Path, *, as_json: bool, 
         print_table(SHOT_COLUMNS, [shot_cells(point) for point in bundle.few_shot], left=0)
 
 
-@cli.command(cls=SettingsCommand, model="classifiers.settings:FineTuneSettings")
+@cli.command(cls=SettingsCommand, model="classifiers.finetune_settings:FineTuneSettings")
 @click.argument("data", type=FOLDER)
 @output_option("The bundle, a folder.")
 @overwrite_option
@@ -496,7 +495,7 @@ def finetune(data: Path, settings: FineTuneSettings, output: Path, *, as_json: b
 
     Example: penult finetune photos.cache -m resnet50 -o photos-finetuned.head
     """
-    from classifiers.bundle import refuse_existing
+    from classifiers.bundle_folder import refuse_existing
     from classifiers.finetune import train_finetuned
     from extractor.settings.declaration import flag_of
     from extractor.sources import open_source
@@ -516,7 +515,7 @@ def finetune(data: Path, settings: FineTuneSettings, output: Path, *, as_json: b
     print_bundle(bundle, as_json=as_json)
 
 
-@cli.command(cls=SettingsCommand, model="classifiers.settings:EvaluateSettings")
+@cli.command(cls=SettingsCommand, model="classifiers.bundle_settings:EvaluateSettings")
 @click.argument("bundle", type=FOLDER)
 @click.argument("data", type=FOLDER)
 @click.option("--plot", type=FOLDER, help="Write the confusion matrix as .png, .svg or .pdf.")
@@ -532,7 +531,7 @@ def evaluate(bundle: Path, data: Path, settings: EvaluateSettings, plot: Path | 
     from classifiers.bundle import Bundle
     from classifiers.gates import missed_gates
     from classifiers.heldout import evaluate_bundle
-    from classifiers.report import require_plot, save_confusion
+    from classifiers.plots import require_plot, save_confusion
     from classifiers.task import need_single_label
     from extractor.settings.declaration import FLAGS, flag_of
     from store.errors import GateError
@@ -556,7 +555,7 @@ def evaluate(bundle: Path, data: Path, settings: EvaluateSettings, plot: Path | 
     return WITH_FAILURES if result.failed else 0
 
 
-@cli.command(cls=SettingsCommand, model="classifiers.settings:PredictSettings")
+@cli.command(cls=SettingsCommand, model="classifiers.bundle_settings:PredictSettings")
 @click.argument("bundle", metavar="BUNDLE|CLASSIFIER.onnx", type=FOLDER)
 @click.argument("images", nargs=-1, type=FOLDER)
 @click.option(
@@ -644,7 +643,7 @@ def fuse(bundle: Path, output: Path, *, overwrite: bool) -> None:
     click.echo(f"{output}: {side} x {side} pixels to {len(fused.classes)} {fused.bound_task.plural}, {size / 2**20:.1f} MiB")
 
 
-@cli.command(cls=SettingsCommand, model="classifiers.settings:ReportSettings")
+@cli.command(cls=SettingsCommand, model="classifiers.report_settings:ReportSettings")
 @click.argument("bundle", type=FOLDER)
 @click.argument("data", required=False, type=FOLDER)
 @output_option("The page, an .html file.")
@@ -710,7 +709,7 @@ def compare(bundles: Sequence[Path], output: Path | None, *, overwrite: bool, as
     return click.echo(comparison_text(found, width=None if sys.stdout.isatty() else 160))
 
 
-@cli.command(cls=SettingsCommand, model="classifiers.settings:SweepSettings")
+@cli.command(cls=SettingsCommand, model="classifiers.sweep_settings:SweepSettings")
 @click.argument("data", type=FOLDER)
 @click.option(
     "-m",
@@ -797,7 +796,7 @@ def runs(job: Path, last: int, *, as_json: bool) -> None:
 
     Example: penult runs nightly.toml
     """
-    from classifiers.jobs import RUN_COLUMNS, read_runs, run_cells
+    from classifiers.job_history import RUN_COLUMNS, read_runs, run_cells
 
     records = read_runs(job)[-last:]
     if as_json:
@@ -897,7 +896,7 @@ def print_json(facts: Any) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> None:
-    from classifiers.text import table
+    from extractor.text_table import table
 
     click.echo(table(columns, rows, left=left, width=None if sys.stdout.isatty() else 160))
 

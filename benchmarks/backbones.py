@@ -33,10 +33,11 @@ def measure(name: str, photos: Sequence[Path], folder: Path) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from extractor.backbones import Backbone, load
+    from extractor.backbones import Backbone
     from extractor.export import to_onnx
     from extractor.images import decode
     from extractor.layers import torch_penultimate
+    from extractor.networks import load
     from extractor.parity import relative_l2
     from extractor.session import Embedder
 

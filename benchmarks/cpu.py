@@ -82,7 +82,8 @@ def naive(name: str, photos: str, batch: int) -> dict[str, Any]:
     import torch
     import torchvision
 
-    from extractor.backbones import choose_weights, untrained
+    from extractor.backbones import choose_weights
+    from extractor.networks import untrained
 
     network = untrained(name).eval()
     last = list(network.named_modules())[-1][0]
@@ -151,8 +152,8 @@ def decode_alone(model: str, photos: str) -> dict[str, Any]:
 
 
 def _decode(model: str, files: Sequence[str]) -> None:
+    from extractor.backbone_facts import read_facts
     from extractor.images import decode
-    from extractor.onnxfile import read_facts
 
     preprocess = read_facts(Path(model)).preprocess
     for file in files:
@@ -161,8 +162,9 @@ def _decode(model: str, files: Sequence[str]) -> None:
 
 def infer_alone(model: str, batch: int, seconds: float) -> dict[str, Any]:
     """Core-seconds an image from pixels to features, all cores at work."""
-    from extractor.onnxfile import read_facts
-    from extractor.session import Embedder, cores
+    from extractor.backbone_facts import read_facts
+    from extractor.machine import cores
+    from extractor.session import Embedder
 
     preprocess = read_facts(Path(model)).preprocess
     side = preprocess.crop

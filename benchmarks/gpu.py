@@ -32,15 +32,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from extractor.backbones import Backbone, load
+from extractor.backbone_facts import BackboneFacts, read_facts
+from extractor.backbones import Backbone
 from extractor.cuda import number_of
 from extractor.export import export
 from extractor.half import compare, halve
-from extractor.onnxfile import BackboneFacts, read_facts
+from extractor.machine import cores
+from extractor.networks import load
 from extractor.pipeline import run_extract
 from extractor.progress import StopFlag
 from extractor.reading import Crew, Reader
-from extractor.session import Embedder, cores
+from extractor.session import Embedder
 from extractor.settings.groups import Options
 from extractor.sources import ImageFolder, Sample
 

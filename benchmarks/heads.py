@@ -27,9 +27,10 @@ from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from classifiers.dense import log_loss, standardisation
 from classifiers.logistic import CS, enough
+from classifiers.probabilities import log_loss
 from classifiers.softmax import Optimum, SoftmaxPath
+from classifiers.standardise import standardisation
 from classifiers.threads import threads_for
 
 REPO = Path(__file__).resolve().parent.parent

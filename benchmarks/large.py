@@ -30,7 +30,7 @@ if str(REPO) not in sys.path:
     sys.path.insert(0, str(REPO))
 
 from extractor.backbones import Backbone  # noqa: E402
-from extractor.metering import MAXRSS_UNIT  # noqa: E402
+from extractor.machine import MAXRSS_UNIT  # noqa: E402
 from extractor.pipeline import extract  # noqa: E402
 from extractor.settings.groups import Options  # noqa: E402
 from extractor.sources import ImageFolder  # noqa: E402

@@ -25,10 +25,10 @@ REPO = Path(__file__).resolve().parent.parent
 if str(REPO) not in sys.path:
     sys.path.insert(0, str(REPO))
 
-from classifiers.bundle import averaged  # noqa: E402
 from classifiers.demo import write_digits  # noqa: E402
 from classifiers.intervals import bootstrap_interval  # noqa: E402
 from classifiers.logistic import LogisticHead  # noqa: E402
+from classifiers.probabilities import averaged  # noqa: E402
 from extractor.backbones import Backbone  # noqa: E402
 from extractor.pipeline import extract  # noqa: E402
 from extractor.settings.groups import Options  # noqa: E402

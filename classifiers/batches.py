@@ -17,11 +17,11 @@ from extractor.decoder import Decoder
 from extractor.files import GONE, MOVED, Located
 from extractor.futures import in_flight
 from extractor.images import ImageError
-from extractor.session import cores
+from extractor.machine import cores
 from store.errors import BadDataError, InputMissingError
 
 if TYPE_CHECKING:
-    from .settings import FineTuneOptions
+    from .finetune_settings import FineTuneOptions
 
 Item = tuple[Path | Located, int]
 

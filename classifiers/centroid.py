@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .cosines import unit_rows
-from .dense import DenseHead, FittedHead, Float32
+from .dense import DenseHead, FittedHead
+from .probabilities import Float32
 from .searched import SearchedHead
 
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from extractor.text_table import table
+
 from . import plots
 from .compare import FINE_TUNED, Compared, Comparison
 from .intervals import bounds, interval, percent, points, signed
 from .labelcurve import LabelCurve
 from .page import LONG, Card, Section, page
 from .paired import COMPARED
-from .text import table
 
 ACCURACY_COLUMNS = ("bundle", "kind", "accuracy, %", "difference, points", "p", "cost")
 CURVE_COLUMNS = ("training images", "accuracy", "95 % interval", "draws")

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .dense import FittedHead, softmax
 from .intervals import wilson
 
 COVERAGE = 0.9
 KINDS = ("marginal", "per_class")
-
-H = TypeVar("H", bound=FittedHead)
 
 
 @dataclass(frozen=True)
@@ -78,22 +75,6 @@ class Conformal:
                 ],
             }
         return found
-
-
-def calibrate(
-    head: H,
-    logits: NDArray[np.floating[Any]],
-    targets: NDArray[np.intp],
-    *,
-    weights: NDArray[np.float64] | None = None,
-    unscaled: bool = False,
-) -> tuple[H, Conformal]:
-    """A head with its temperature, and its prediction sets, both from logits ``(n, k)`` of samples it was not fitted on.
-
-    Weights of the rows count for the temperature; coverage is promised for images as they come.
-    """
-    calibrated = head.calibrated(logits, targets, weights=weights, unscaled=unscaled)
-    return calibrated, Conformal.fit(softmax(logits / np.float32(calibrated.temperature)), targets)
 
 
 def _least(own: NDArray[np.float64], coverage: float) -> float:

@@ -10,7 +10,8 @@ from typing import cast
 
 import numpy as np
 
-from extractor.backbones import Backbone, check_request, load
+from extractor.backbones import Backbone, check_request
+from extractor.networks import load
 from extractor.pipeline import run_extract
 from extractor.settings.groups import Options
 from extractor.sources import ImageFolder
@@ -18,16 +19,17 @@ from extractor.summary import Summary
 from store.cache import FeatureCache, Subset
 from store.errors import InputMissingError, OutputExistsError
 
-from .bundle import Bundle, Predictions, refuse_existing
+from .bundle import Bundle, Predictions
+from .bundle_folder import refuse_existing
 from .compare import Comparison, Entrant, compare_entrants
 from .comparison import comparison_report
 from .evaluate import score
 from .finetune import train_finetuned
+from .finetune_settings import FineTuneSettings
 from .heldout import evaluate_bundle
 from .logistic import LogisticHead
 from .page import write_output
 from .predict import Predictor, list_images
-from .settings import FineTuneSettings
 from .task import Evaluation, Prediction
 from .train import make_head, train_head
 

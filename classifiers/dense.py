@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,10 +17,10 @@ from numpy.typing import ArrayLike, NDArray
 from store.errors import BadDataError
 from store.stored import StoredFeatures
 
+from .conformal import Conformal
 from .cosines import SHORTEST, unit_rows
-from .folds import Fold
+from .probabilities import Float32, fit_temperature, sigmoid, softmax
 
-Float32 = NDArray[np.float32]
 OPSET = 20
 
 
@@ -170,78 +170,6 @@ def unit_nodes(name: str, result: str) -> list[Any]:
     ]
 
 
-def class_indices(y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.intp]]:
-    """The distinct labels, sorted, and the index of each row's label.
-
-    Raises:
-        ValueError: there is only one class (scikit-learn's law asks for this type).
-    """
-    classes, targets = np.unique(y, return_inverse=True)
-    if len(classes) < 2:
-        message = f"a classifier needs at least two classes; this data has one class, {str(classes[0])!r}"
-        raise ValueError(message)
-    return classes, targets
-
-
-def with_validation(
-    X: Float32, targets: NDArray[np.intp], validation: tuple[ArrayLike, ArrayLike], classes: NDArray[Any]
-) -> tuple[Float32, NDArray[np.intp], list[Fold]]:
-    """Training and validation rows one after the other, and the single fold that tells them apart.
-
-    Raises:
-        BadDataError: validation has a class that training lacks.
-    """
-    held = np.asarray(validation[0], np.float32)
-    fold = np.arange(len(X)), len(X) + np.arange(len(held))
-    return np.concatenate([X, held]), np.concatenate([targets, validation_targets(validation[1], classes)]), [fold]
-
-
-def validation_targets(y: ArrayLike, classes: NDArray[Any]) -> NDArray[np.intp]:
-    """The index of each label among the classes of training.
-
-    Raises:
-        BadDataError: one is not there.
-    """
-    labels = np.asarray(y)
-    unknown = sorted(set(labels.tolist()) - set(classes.tolist()))
-    if unknown:
-        message = f"validation has classes that training lacks: {', '.join(map(str, unknown))}"
-        raise BadDataError(message)
-    return np.searchsorted(classes, labels)
-
-
-def standardisation(X: NDArray[np.floating[Any]], weights: NDArray[np.float64] | None = None) -> tuple[Float32, Float32]:
-    """Mean and standard deviation per feature, computed in float64; constant features keep a scale of 1."""
-    if weights is None:
-        mean = X.mean(axis=0, dtype=np.float64)
-        scale = X.std(axis=0, dtype=np.float64)
-    else:
-        mean = np.average(X.astype(np.float64), axis=0, weights=weights)
-        scale = np.sqrt(np.average(np.square(X - mean), axis=0, weights=weights))
-    return scale_of(mean, scale)
-
-
-def scale_of(mean: NDArray[np.float64], deviation: NDArray[np.float64]) -> tuple[Float32, Float32]:
-    """Mean and scale in float32, from the mean and standard deviation of each feature."""
-    scale = deviation.copy()
-    scale[scale < 1e-12 * np.maximum(np.abs(mean), 1e-30)] = 1.0
-    scale[scale == 0] = 1.0
-    return mean.astype(np.float32), scale.astype(np.float32)
-
-
-def softmax(logits: NDArray[np.floating[Any]]) -> Float32:
-    """Row-wise softmax of ``(n, k)``, in float32."""
-    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return np.asarray(shifted / shifted.sum(axis=1, keepdims=True), np.float32)
-
-
-def sigmoid(logits: NDArray[np.floating[Any]]) -> Float32:
-    """The logistic function of each number, in float32."""
-    from scipy.special import expit
-
-    return np.asarray(expit(logits), np.float32)
-
-
 ACTIVATIONS: dict[str, Callable[[NDArray[np.floating[Any]]], Float32]] = {
     "Softmax": softmax,
     "Sigmoid": sigmoid,
@@ -249,43 +177,20 @@ ACTIVATIONS: dict[str, Callable[[NDArray[np.floating[Any]]], Float32]] = {
 }
 
 
-def log_loss(logits: NDArray[np.floating[Any]], targets: NDArray[np.intp], weights: NDArray[np.float64] | None = None) -> float:
-    """Mean, weighted where rows have weights, negative log-likelihood of ``(n, k)`` logits, in float64, without clipping."""
-    wide = logits.astype(np.float64)
-    top = wide.max(axis=1)
-    total = top + np.log(np.exp(wide - top[:, None]).sum(axis=1))
-    return float(np.average(total - wide[np.arange(len(targets)), targets], weights=weights))
+H = TypeVar("H", bound=FittedHead)
 
 
-def fit_temperature(
+def calibrate(
+    head: H,
     logits: NDArray[np.floating[Any]],
     targets: NDArray[np.intp],
     *,
     weights: NDArray[np.float64] | None = None,
     unscaled: bool = False,
-) -> float:
-    """The temperature in [0.05, 20] with the least log-loss. Without a single error it would run to the lower end, where
-    every probability is 1; a data set that small proves no such certainty, so there the temperature stays at 1 or above.
+) -> tuple[H, Conformal]:
+    """A head with its temperature, and its prediction sets, both from logits ``(n, k)`` of samples it was not fitted on.
 
-    Args:
-        logits: ``(n, k)``.
-        targets: ``(n,)`` class indices.
-        weights: of the rows ``(n,)``; None is 1 for each.
-        unscaled: the logits are scores such as cosines, whose size says nothing: the range is [0.01, 1000], and instead of
-            the bound at 1, one more sample counts that belongs to every class alike (Laplace's rule of succession).
+    Weights of the rows count for the temperature; coverage is promised for images as they come.
     """
-    from scipy.optimize import minimize_scalar
-
-    share = 1 / (len(targets) + 1) if unscaled else 0.0
-    margin = float(np.mean(logits[np.arange(len(targets)), targets] - logits.mean(axis=1)))  # of the true class
-    least, most = (0.01, 1000.0) if unscaled else (0.05, 20.0)
-
-    def loss(log_t: float) -> float:
-        scaled = 1 / float(np.exp(log_t))
-        return log_loss(logits * scaled, targets, weights) + share * margin * scaled
-
-    found = minimize_scalar(loss, bounds=(np.log(least), np.log(most)), method="bounded")
-    temperature = float(np.exp(found.x))
-    if not unscaled and (logits.argmax(axis=1) == targets).all():
-        return max(temperature, 1.0)
-    return temperature
+    calibrated = head.calibrated(logits, targets, weights=weights, unscaled=unscaled)
+    return calibrated, Conformal.fit(softmax(logits / np.float32(calibrated.temperature)), targets)

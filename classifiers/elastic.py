@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from .dense import log_loss
+from .probabilities import log_loss
 from .rowsums import Float32, Float64
 from .softmax import Optimum
 

@@ -15,9 +15,10 @@ from unittest import mock
 import numpy as np
 from numpy.typing import NDArray
 
-from extractor.backbones import Backbone, Loaded
+from extractor.backbones import Backbone
 from extractor.cuda import number_of
 from extractor.decoder import Decoder
+from extractor.networks import Loaded
 from extractor.progress import Progress, StopFlag
 
 from .batches import Batches, Item
@@ -25,8 +26,8 @@ from .checkpoints import Checkpoints, checkpoint_io
 from .curves import curve_writer
 
 if TYPE_CHECKING:
+    from .finetune_settings import FineTuneOptions
     from .probing import AffineHead
-    from .settings import FineTuneOptions
 
 PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # Lightning's names
 

@@ -9,39 +9,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from store.cache import Subset
 from store.errors import BadDataError
 from store.samples import Row, SampleTable
 from store.splits import untrained_labels
 from store.tasks import ONE_LABEL
 
 from .conformal import Conformal
-from .figures import chance_calibration_errors, ranks, require_finite, untempered, weighted_figures
+from .figures import chance_calibration_errors, ranks, require_finite, weighted_figures
 from .intervals import Interval, bootstrap_interval, distance_interval, resampled, resamples_for, wilson
-from .task import FEW, Evaluation, HeadTask, Outputs, Prediction, need_single_label
+from .probabilities import untempered
+from .task import FEW, Evaluation, HeadTask, Outputs, Prediction
 
 WIDE = 0.10  # an accuracy interval wider than ten points does not tell good from mediocre
 TOPS = (3, 5)  # top-k is given for these k, where there are more classes
-
-
-def evaluate(head: Any, subset: Subset) -> Evaluation:
-    """Evaluate a fitted head (``classes_`` and ``predict_proba``) on cached features.
-
-    Raises:
-        UsageError: it is a head for several labels or for numbers; `HeadTask.score` takes the outputs of these.
-    """
-    from .searched import Head
-
-    own = isinstance(head, Head)
-    need_single_label(head.task if own else ONE_LABEL.name, "classifiers.evaluate.evaluate")
-    return score(
-        subset.y,
-        head.predict_proba(subset.X),
-        [str(label) for label in head.classes_],
-        subset.name,
-        temperature=head.temperature_ if own else None,
-        conformal=head.conformal_ if own else None,
-    )
 
 
 def require_known(labels: Sequence[str], classes: Sequence[str], split: str = "") -> None:

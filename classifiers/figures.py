@@ -66,14 +66,6 @@ def weighted_figures(
     return figures
 
 
-def untempered(probabilities: Probabilities, temperature: float) -> Probabilities:
-    """What probabilities ``(n, k)`` were before their logits were divided by a temperature."""
-    with np.errstate(divide="ignore"):
-        logits = temperature * np.log(probabilities.astype(np.float64))
-    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
-
-
 def ranks(truth: NDArray[np.intp], probabilities: Probabilities) -> NDArray[np.intp]:
     """How many classes are put before the true one ``(n,)``; of equals the first one wins, as in ``argmax``."""
     own = probabilities[np.arange(len(truth)), truth][:, None]

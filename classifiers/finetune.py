@@ -22,17 +22,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from extractor import backbones
-from extractor.backbones import Backbone, Loaded
+from extractor import networks
+from extractor.backbones import Backbone
 from extractor.cuda import number_of
 from extractor.export import to_onnx
 from extractor.files import Files, Located
 from extractor.fleet import parse_devices
-from extractor.metering import Meter
-from extractor.pipeline import list_samples, survey
+from extractor.machine import Meter, nvidia_driver_present
+from extractor.networks import Loaded
+from extractor.pipeline import survey
+from extractor.plan import list_samples
 from extractor.prepare import fingerprints
 from extractor.progress import StopFlag, stop_on_signal
-from extractor.session import nvidia_driver_present, resolve_device
+from extractor.session import resolve_device
 from extractor.settings.groups import AugmentSettings
 from extractor.sources import Source, files_of
 from store.cache import FeatureCache
@@ -40,16 +42,18 @@ from store.errors import BadDataError, DeviceUnavailableError, InterruptedRunErr
 from store.samples import Row, SampleTable
 
 from .batches import Item
-from .bundle import Bundle, refuse_existing
+from .bundle import Bundle
+from .bundle_folder import refuse_existing
 from .checkpoints import Checkpoints
 from .dense import DenseHead
 from .epochs import Plan, isolated, run_epochs
-from .heldout import Roles, assign_roles, inner_validation, predict_held_out
+from .finetune_settings import HEAD_FACTOR, FineTuneOptions, FineTuneSettings
+from .heldout import predict_held_out
 from .illustrations import illustrate
 from .predict import Predictor, Recipe
 from .probing import AffineHead, start_from
 from .ranks import run_on_all
-from .settings import HEAD_FACTOR, FineTuneOptions, FineTuneSettings
+from .roles import Roles, assign_roles, inner_validation
 from .task import need_single_label
 from .tasks import task_of
 from .train import INNER, Judged, require_roles, save
@@ -225,7 +229,7 @@ def _device(device: str) -> str:
 def _fit(plan: Plan, stop: StopFlag) -> FineTuned:
     """`finetune`, with ``seconds`` of earlier runs alone."""
     options, checkpoints = plan.options, plan.checkpoints
-    loaded = backbones.load(plan.backbone)
+    loaded = networks.load(plan.backbone)
     decided = {
         **{name: value for name, value in options.model_dump().items() if name not in ("workers", "quiet")},
         "device": [device.partition(":")[0] for device in plan.devices],
@@ -251,7 +255,7 @@ def _fit(plan: Plan, stop: StopFlag) -> FineTuned:
     model.cpu().load_state_dict(training["best_state"])
     network = loaded.network.eval().requires_grad_()
     network.zero_grad()
-    digest = backbones.digest(network.state_dict())
+    digest = networks.digest(network.state_dict())
     return FineTuned(
         loaded=Loaded(network, loaded.preprocess, f"fine-tuned from {loaded.weights_name}", digest, loaded.source),
         weight=model.head.weight.detach().numpy(),
@@ -334,7 +338,7 @@ def _prepare_images(data: FeatureCache | Source, settings: FineTuneSettings) -> 
             data.require_backbone()
     else:
         list_samples(data, settings.survey)
-        table = survey(data, backbones.load(settings.network()).preprocess, settings.survey)
+        table = survey(data, networks.load(settings.network()).preprocess, settings.survey)
     need_single_label(table.task.name, "fine-tuning")
     roles = assign_roles(table)
     files = files_of(table, settings.root) if isinstance(data, FeatureCache) else data.files

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+
+from store.errors import BadDataError
+from store.stored import StoredFeatures
+
+from .probabilities import Float32
 
 Fold = tuple[NDArray[np.intp], NDArray[np.intp]]  # row numbers to fit on, and to judge on
 
@@ -54,3 +60,58 @@ def on_first_views(folds: Sequence[Fold], views: int) -> list[Fold]:
 def _owners(n: int, groups: Sequence[bytes] | None) -> NDArray[np.intp]:
     """The number of the group of each row."""
     return np.arange(n) if groups is None else np.unique(np.array(groups, dtype=object), return_inverse=True)[1]
+
+
+def class_indices(y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.intp]]:
+    """The distinct labels, sorted, and the index of each row's label.
+
+    Raises:
+        ValueError: there is only one class (scikit-learn's law asks for this type).
+    """
+    classes, targets = np.unique(y, return_inverse=True)
+    if len(classes) < 2:
+        message = f"a classifier needs at least two classes; this data has one class, {str(classes[0])!r}"
+        raise ValueError(message)
+    return classes, targets
+
+
+def with_validation(
+    X: Float32, targets: NDArray[np.intp], validation: tuple[ArrayLike, ArrayLike], classes: NDArray[Any]
+) -> tuple[Float32, NDArray[np.intp], list[Fold]]:
+    """Training and validation rows one after the other, and the single fold that tells them apart.
+
+    Raises:
+        BadDataError: validation has a class that training lacks.
+    """
+    held = np.asarray(validation[0], np.float32)
+    fold = np.arange(len(X)), len(X) + np.arange(len(held))
+    return np.concatenate([X, held]), np.concatenate([targets, validation_targets(validation[1], classes)]), [fold]
+
+
+def validation_targets(y: ArrayLike, classes: NDArray[Any]) -> NDArray[np.intp]:
+    """The index of each label among the classes of training.
+
+    Raises:
+        BadDataError: one is not there.
+    """
+    labels = np.asarray(y)
+    unknown = sorted(set(labels.tolist()) - set(classes.tolist()))
+    if unknown:
+        message = f"validation has classes that training lacks: {', '.join(map(str, unknown))}"
+        raise BadDataError(message)
+    return np.searchsorted(classes, labels)
+
+
+def stored_with_validation(
+    X: StoredFeatures,
+    targets: NDArray[np.intp],
+    validation: tuple[StoredFeatures, Any],
+    classes: NDArray[Any],
+    views: int = 1,
+) -> tuple[StoredFeatures, NDArray[np.intp], list[Fold]]:
+    """As `dense.with_validation`, in the order on disk; the views of an image stay together."""
+    held, labels = validation
+    every = X.joined(held)
+    order = every.order_of_runs(views)
+    fold = np.flatnonzero(order < len(X)), np.flatnonzero(order >= len(X))
+    return every[order], np.concatenate([targets, validation_targets(labels, classes)])[order], [fold]

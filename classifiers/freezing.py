@@ -8,7 +8,7 @@ from store.cache import PENULTIMATE
 from store.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from .settings import FineTuneOptions
+    from .finetune_settings import FineTuneOptions
 
 
 def modules_before(network: Any, example: Any, freeze_until: str, last: str) -> list[Any]:

@@ -16,17 +16,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from extractor import onnxfile
+from extractor import backbone_facts, onnxfile
+from extractor.backbone_facts import PREFIX
 from extractor.cpu_session import cpu_session
 from extractor.foreign import load_data, require_domains
 from extractor.graph import cut
-from extractor.onnxfile import PREFIX
 from extractor.prologue import pixel_nodes
 from store.atomic import require_free, require_no_part_of, require_replaceable
 from store.errors import BadDataError
 from store.shard import MAX_ROUNDING
 
-from .bundle import BUNDLE_FILES, Bundle, task_of_bundle
+from .bundle import Bundle, task_of_bundle
+from .bundle_folder import BUNDLE_FILES
 from .fused import GOLDEN, INPUT, LABEL, NO_LABEL, RECIPE, TOLERANCE, Fused, Golden, golden_pictures, is_fused
 from .predict import Predictor
 
@@ -72,7 +73,7 @@ def fuse(bundle: Bundle, out: Path, *, overwrite: bool = False) -> Fused:
         raise BadDataError(message)
     spread = task_of_bundle(bundle).spread(np.nan_to_num(expected))
     model, features = _graph(bundle)
-    image = apart.embedder.metadata.get(onnxfile.PROBE_IMAGE)
+    image = apart.embedder.metadata.get(backbone_facts.PROBE_IMAGE)
     fused = Fused(
         classes=bundle.classes,
         task=bundle.task,

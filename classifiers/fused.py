@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from extractor import onnxfile
+from extractor.backbone_facts import PREFIX
 from extractor.foreign import require_domains
-from extractor.onnxfile import PREFIX
 from extractor.preprocess import Preprocess
 from store.errors import BadDataError, InputMissingError, require_format
 from store.fingerprint import Fingerprint

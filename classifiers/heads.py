@@ -15,8 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from extractor.settings.declaration import Settings, setting
-from extractor.settings.groups import as_tuple
+from extractor.settings.declaration import Settings, as_tuple, setting
 from store.errors import UsageError
 from store.tasks import ONE_LABEL, MultiLabelTask, RegressionTask
 

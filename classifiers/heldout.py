@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,87 +19,24 @@ from numpy.typing import NDArray
 
 from extractor.files import GONE, MOVED, Files
 from extractor.pipeline import survey
-from extractor.settings.groups import FRACTION, Options
+from extractor.settings.groups import Options
 from extractor.sources import Source, files_of, open_source
-from store.cache import FeatureCache, is_cache
+from store.cache import FeatureCache, Subset, is_cache
 from store.errors import BadDataError, InputMissingError
 from store.samples import Row, SampleTable
 from store.splits import assign_splits, with_splits
+from store.tasks import ONE_LABEL
 
-from .bundle import Bundle, Predictions, averaged, task_of_bundle
+from .bundle import Bundle, Predictions, task_of_bundle
+from .evaluate import score
 from .novelty import novel_share
 from .predict import Predictor
-from .task import Evaluation, Measured
+from .probabilities import averaged
+from .task import Evaluation, Measured, need_single_label
 
 log = logging.getLogger("penult.classifiers")
 
 ACCEPTED = ("provider",)  # whose difference is said and accepted: CUDA and CPU agree to 1e-4
-
-
-@dataclass(frozen=True)
-class Roles:
-    """The samples of each role.
-
-    Attributes:
-        fit: what is fitted.
-        choose: what choices are made on; empty means k-fold inside ``fit``.
-        report: what is held out; may be empty.
-        facts: JSON for the bundle: split names and the rule they came from.
-        copies: what was left out of ``choose`` and ``report``, because its very bytes stand among what is fitted.
-    """
-
-    fit: list[Row]
-    choose: list[Row]
-    report: list[Row]
-    facts: dict[str, Any]
-    copies: list[Row] = field(default_factory=list)
-
-
-def assign_roles(table: SampleTable, *, val: float | None = None, test: float | None = None, seed: int = 0) -> Roles:
-    """Roles from the stored splits, or from new ones where fractions are given.
-
-    Raises:
-        BadDataError: more inputs failed than the extraction allowed; samples without a label or a target; a class is too small.
-    """
-    if table.facts.get("budget_exceeded"):
-        message = "more inputs failed than --max-failures allows; look at the ledger, then extract again with a larger budget"
-        raise BadDataError(message)
-    rows = [row for row in table.rows if row.ok]
-    unlabelled = table.task.incomplete(rows)
-    if unlabelled or not rows:
-        example = f" (such as {unlabelled[0].name})" if unlabelled else ""
-        message = f"{len(unlabelled)} of {len(rows)} samples {table.task.lacking}{example}; training needs one for each"
-        raise BadDataError(message)
-    rule = dict(table.facts.get("split", {}))
-    if val is not None or test is not None:
-        val, test = (FRACTION if each is None else each for each in (val, test))
-        rows = with_splits(rows, assign_splits(rows, val=val, test=test, seed=seed, stratify=table.task.stratifies))
-        rule = {"rule": "hash-rank", "val": val, "test": test, "seed": seed, "override": True}
-    by_name: dict[str, list[Row]] = {}
-    for row in rows:
-        by_name.setdefault(row.split or "train", []).append(row)
-    reported_on = "test" if "test" in by_name else "val" if "val" in by_name else None
-    chosen_on = "val" if reported_on == "test" and "val" in by_name else None
-    fit = by_name.get("train", [])
-    if not fit:
-        message = f"there is no split 'train' to fit on; there is {', '.join(by_name)}"
-        raise BadDataError(message)
-    choose, report = by_name.get(chosen_on or "", []), by_name.get(reported_on or "", [])
-    seen = {row.sha256 for row in fit}
-    copies = [row for row in choose if row.sha256 in seen]
-    choose = [row for row in choose if row.sha256 not in seen]
-    seen |= {row.sha256 for row in choose}
-    copies += [row for row in report if row.sha256 in seen]
-    report = [row for row in report if row.sha256 not in seen]
-    facts = {"fit": "train", "chosen_on": chosen_on or "folds of train", "reported_on": reported_on, **rule}
-    return Roles(fit, choose, report, facts, copies)
-
-
-def inner_validation(rows: Sequence[Row], *, fraction: float = 0.2, seed: int = 0) -> tuple[list[Row], list[Row]]:
-    """Training rows divided once more by hash rank, for what cannot do k-fold: (fit, choose)."""
-    names = assign_splits(rows, val=fraction, test=0.0, seed=seed)
-    fit = [row for row, name in zip(rows, names, strict=True) if name == "train"]
-    return fit, [row for row, name in zip(rows, names, strict=True) if name == "val"]
 
 
 def predict_held_out(predictor: Predictor, rows: Sequence[Row], truth: NDArray[Any], files: Files, split: str) -> Predictions:
@@ -263,3 +200,23 @@ def _same_features(bundle: Bundle, cache: FeatureCache) -> bool:
             "%s holds other features than %s takes (%s): embedding the images", cache.path, bundle.name, ", ".join(differences)
         )
     return not differences
+
+
+def evaluate(head: Any, subset: Subset) -> Evaluation:
+    """Evaluate a fitted head (``classes_`` and ``predict_proba``) on cached features.
+
+    Raises:
+        UsageError: it is a head for several labels or for numbers; `HeadTask.score` takes the outputs of these.
+    """
+    from .searched import Head
+
+    own = isinstance(head, Head)
+    need_single_label(head.task if own else ONE_LABEL.name, "classifiers.evaluate")
+    return score(
+        subset.y,
+        head.predict_proba(subset.X),
+        [str(label) for label in head.classes_],
+        subset.name,
+        temperature=head.temperature_ if own else None,
+        conformal=head.conformal_ if own else None,
+    )

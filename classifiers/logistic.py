@@ -19,14 +19,15 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 
 from store.stored import StoredFeatures
 
-from .conformal import Conformal, calibrate
-from .dense import DenseHead, class_indices, log_loss, standardisation, with_validation
+from .conformal import Conformal
+from .dense import DenseHead, calibrate
 from .elastic import ElasticPath
-from .folds import Fold, on_first_views, stratified_folds
+from .folds import Fold, class_indices, on_first_views, stored_with_validation, stratified_folds, with_validation
+from .probabilities import log_loss
 from .rowsums import Float32, Float64, gpu_for
 from .searched import ClassifierHead
 from .softmax import Optimum, SoftmaxPath
-from .streaming import StandardisedRows, stored_standardisation, stored_with_validation
+from .standardise import StandardisedRows, standardisation, stored_standardisation
 from .threads import threads_for
 
 log = logging.getLogger("penult.classifiers")

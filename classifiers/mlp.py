@@ -20,10 +20,11 @@ from store.errors import BadDataError
 from store.splits import hash_rank_split
 from store.tasks import MultiLabelTask
 
-from .conformal import Conformal, calibrate
-from .dense import DenseHead, class_indices, standardisation, with_validation
-from .folds import Fold, on_first_views
+from .conformal import Conformal
+from .dense import DenseHead, calibrate
+from .folds import Fold, class_indices, on_first_views, with_validation
 from .searched import ClassifierHead
+from .standardise import standardisation
 
 log = logging.getLogger("penult.classifiers")
 

@@ -13,7 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 from store.errors import BadDataError
 
 from .cosines import Nearest, nearest, unit_rows
-from .dense import UNIT_CONSTANTS, FittedHead, Float32, unit_nodes
+from .dense import UNIT_CONSTANTS, FittedHead, unit_nodes
+from .probabilities import Float32
 from .searched import SearchedHead
 
 KS = (1, 3, 5, 10, 20, 50, 100, 200)

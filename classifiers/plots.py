@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from store.atomic import require_free
+from store.errors import UsageError
+
+from . import plots
 from .figures import confidence_bins
 from .heads import Search
 from .intervals import wilson
+from .page import write_output
 
 if TYPE_CHECKING:
     from .featuremap import FeatureMap
@@ -265,3 +272,47 @@ def figure(draw: Callable[[Any], None], size: tuple[float, float], kind: str) ->
         buffer = io.BytesIO()
         drawn.savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
     return buffer.getvalue()
+
+
+log = logging.getLogger("penult.classifiers")
+
+
+def require_plot(path: Path, *, overwrite: bool) -> None:
+    """Look, before any work is done, whether a plot may be written in a place.
+
+    Raises:
+        UsageError: its name does not end in one of `plots.PLOT_FORMATS`.
+        OutputError: see `atomic.require_free`.
+    """
+    if path.suffix.lower().lstrip(".") not in plots.PLOT_FORMATS:
+        message = f"{path}: a plot is written as {', '.join('.' + name for name in plots.PLOT_FORMATS)}"
+        raise UsageError(message)
+    require_free(path, overwrite=overwrite)
+
+
+def save_confusion(metrics: dict[str, Any], path: Path, *, overwrite: bool = False) -> None:
+    """The confusion matrix as a file: PNG, SVG or PDF by the name's ending.
+
+    Raises:
+        UsageError, OutputError: see `require_plot`.
+    """
+    require_plot(path, overwrite=overwrite)
+    kind = path.suffix.lower().lstrip(".")
+    if kind != "svg":  # there the reader's fonts draw the text
+        names = [label if _drawable(label) else f"class {i + 1}" for i, label in enumerate(metrics["classes"])]
+        if names != metrics["classes"]:
+            log.warning("%s: its font lacks letters of some labels, which are numbered as in the per-class table", path)
+        metrics = {**metrics, "classes": names}
+    write_output(
+        path,
+        plots.figure(lambda axes: plots.draw_confusion(axes, metrics), plots.confusion_size(metrics), kind),
+        overwrite=overwrite,
+    )
+
+
+def _drawable(label: str) -> bool:
+    """Whether matplotlib's font has every letter; others would be drawn as empty boxes."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    letters = get_font(findfont(FontProperties())).get_charmap()
+    return all(ord(letter) in letters for letter in label)

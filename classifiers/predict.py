@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from extractor.backbone_facts import PROBE_IMAGE, facts_of, require_features
 from extractor.decoder import Decoder
 from extractor.files import Files, FolderFiles
 from extractor.futures import in_flight
 from extractor.images import ImageError
-from extractor.onnxfile import PROBE_IMAGE, facts_of, require_features
 from extractor.parity import relative_l2
 from extractor.pixel_drift import PixelDrift, PixelOrigin, ProbeImage, libraries
 from extractor.preprocess import Preprocess
@@ -35,9 +35,10 @@ from store.errors import BadDataError, InputMissingError, UsageError
 from store.fingerprint import Fingerprint
 from store.shard import as_stored
 
-from .bundle import Bundle, averaged, task_of_bundle
+from .bundle import Bundle, task_of_bundle
 from .fused import Fused, is_fused, precision_of
 from .novelty import Novelty
+from .probabilities import averaged
 from .task import HeadTask, Prediction
 
 log = logging.getLogger("penult.classifiers")

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from extractor.backbones import Loaded
-from extractor.onnxfile import BackboneFacts, external_files, read_model
+from extractor.backbone_facts import BackboneFacts
+from extractor.networks import Loaded
+from extractor.onnxfile import external_files, read_model
 from extractor.pixel_drift import libraries, then_and_now
 from extractor.preprocess import probe
 from store.errors import BadDataError, FingerprintMismatchError, UsageError

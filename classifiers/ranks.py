@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from extractor import backbones
+from extractor import networks
 from extractor.cuda import number_of
 from extractor.progress import StopFlag
 from store.errors import InterruptedRunError, PenultError, answer_of, raise_answered
@@ -64,7 +64,7 @@ def _run(rank: int, plan: Plan, decided: dict[str, Any], rendezvous: Path) -> No
     with _group(rank, plan.devices, rendezvous):
         try:
             with isolated([plan.devices[rank]], plan.options.seed):
-                loaded = backbones.load(plan.backbone)
+                loaded = networks.load(plan.backbone)
                 model = end_to_end(loaded, plan.counts, plan.options, plan.start)
                 run_epochs(plan, loaded, model, decided, StopFlag(), rank)
         except PenultError as error:

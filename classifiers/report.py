@@ -13,20 +13,18 @@ import numpy as np
 
 from extractor.pixel_drift import PixelDrift
 from extractor.sources import open_source
-from store.atomic import require_free
 from store.cache import FeatureCache, Subset, is_cache
-from store.errors import UsageError
 from store.fingerprint import short
 
 from . import plots
 from .bundle import Bundle, Predictions, task_of_bundle
-from .figures import untempered
 from .heads import Search, rows
 from .heldout import evaluate_bundle
 from .illustrations import Illustrations, files_or_none, illustrate
 from .intervals import interval, percent
-from .page import LONG, Card, Section, page, write_output
-from .settings import ReportSettings
+from .page import LONG, Card, Section, page
+from .probabilities import untempered
+from .report_settings import ReportSettings
 from .tables import CLASS_COLUMNS, FIGURE_COLUMNS, SHOT_COLUMNS, class_rows, figure_rows, output_table, shot_cells, whole_rows
 
 log = logging.getLogger("penult.classifiers")
@@ -190,47 +188,6 @@ def _search(bundle: Bundle) -> Search | None:
     """What the history of a bundle is a search of; None where it is epochs."""
     row = next((row for row in rows() if (row.name, row.task) == (bundle.head, bundle.task)), None)
     return row.search if row and row.search and row.search.setting in bundle.history[0] else None
-
-
-def require_plot(path: Path, *, overwrite: bool) -> None:
-    """Look, before any work is done, whether a plot may be written in a place.
-
-    Raises:
-        UsageError: its name does not end in one of `plots.PLOT_FORMATS`.
-        OutputError: see `atomic.require_free`.
-    """
-    if path.suffix.lower().lstrip(".") not in plots.PLOT_FORMATS:
-        message = f"{path}: a plot is written as {', '.join('.' + name for name in plots.PLOT_FORMATS)}"
-        raise UsageError(message)
-    require_free(path, overwrite=overwrite)
-
-
-def save_confusion(metrics: dict[str, Any], path: Path, *, overwrite: bool = False) -> None:
-    """The confusion matrix as a file: PNG, SVG or PDF by the name's ending.
-
-    Raises:
-        UsageError, OutputError: see `require_plot`.
-    """
-    require_plot(path, overwrite=overwrite)
-    kind = path.suffix.lower().lstrip(".")
-    if kind != "svg":  # there the reader's fonts draw the text
-        names = [label if _drawable(label) else f"class {i + 1}" for i, label in enumerate(metrics["classes"])]
-        if names != metrics["classes"]:
-            log.warning("%s: its font lacks letters of some labels, which are numbered as in the per-class table", path)
-        metrics = {**metrics, "classes": names}
-    write_output(
-        path,
-        plots.figure(lambda axes: plots.draw_confusion(axes, metrics), plots.confusion_size(metrics), kind),
-        overwrite=overwrite,
-    )
-
-
-def _drawable(label: str) -> bool:
-    """Whether matplotlib's font has every letter; others would be drawn as empty boxes."""
-    from matplotlib.font_manager import FontProperties, findfont, get_font
-
-    letters = get_font(findfont(FontProperties())).get_charmap()
-    return all(ord(letter) in letters for letter in label)
 
 
 def report_again(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -14,96 +14,23 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from store.tasks import RegressionTask
 
-from .dense import DenseHead, FittedHead, Float32, standardisation
+from .dense import DenseHead, FittedHead
 from .folds import group_folds, on_first_views
+from .probabilities import Float32
 from .regression import Intervals
 from .searched import JUDGED, Head, SearchedHead, Tried
+from .spectrum import Spectrum
+from .standardise import standardisation
 from .threads import threads_for
 
 log = logging.getLogger("penult.classifiers")
 
 ALPHAS = tuple(float(alpha) for alpha in np.logspace(-2, 7, 37))
 DEFAULT_ALPHA = 1.0  # scikit-learn's
-PRECISE = 2**33  # multiplications; up to there the Gram matrix is made in float64, which costs twice as much
-LEAST = 1e-6  # of a row's residual that a fit without it is told from
-BLOCK = 8192  # rows of a float32 product, which is then added in float64
-
-Floats = NDArray[np.floating[Any]]
-
-
-class _Spectrum:
-    """One training set, decomposed once: after that, the solution of any lambda is a product.
-
-    Standardised features are Z = P V^T, where P^T P is diagonal, so Z^T Z + lambda is diagonal in V. That comes from the
-    eigenvectors of Z^T Z, or of Z Z^T where there are fewer rows than columns: whichever is smaller. ``wanted`` is ``(n, k)``.
-    """
-
-    def __init__(self, X: Float32, wanted: NDArray[np.float64]) -> None:
-        n, d = X.shape
-        self._mean, self._scale = standardisation(X)
-        # Near a square, little is left over to judge a small lambda by, which float32 would lose.
-        self._dtype = np.float64 if n * d * min(n, d) <= PRECISE or max(n, d) < 4 * min(n, d) else np.float32
-        self._Z: Floats = X.astype(self._dtype)  # a copy; what is done to it in place needs no second one
-        self._Z -= self._mean
-        self._Z /= self._scale
-        self._tall = n > d
-        self._bias = wanted.mean(axis=0)
-        self._centred = wanted - self._bias
-        gram = _gram(self._Z if self._tall else self._Z.T)
-        if not self._tall:  # what rounding left of the mean would weigh as much as a small lambda
-            gram -= gram.mean(axis=0)
-            gram -= gram.mean(axis=1, keepdims=True)
-        values, self._vectors = np.linalg.eigh(gram)
-        self._values = np.maximum(values, 0.0)  # rounding makes zeros negative
-        if self._tall:
-            right = np.asarray(self._Z.T @ self._centred.astype(self._dtype), np.float64)
-            self._right = self._vectors.T @ right
-        else:
-            self._dual = self._vectors.T @ self._centred
-
-    def head(self, alpha: float, classes: list[str]) -> DenseHead:
-        """The solution for one lambda."""
-        if self._tall:
-            weights = self._vectors @ (self._right / (self._values + alpha)[:, None])
-        else:
-            dual = self._vectors @ (self._dual / (self._values + alpha)[:, None])
-            weights = self._Z.T @ dual.astype(self._dtype)
-        layer = np.ascontiguousarray(weights.T, np.float32), self._bias.astype(np.float32)
-        return DenseHead(self._mean, self._scale, [layer], classes)
-
-    def left_out(self, rows: NDArray[np.intp], alphas: Sequence[float]) -> Iterator[Float32]:
-        """Decision values ``(m, k)`` of training rows, each by the fit on all others, for one lambda after another.
-
-        A fit that leaves out row i changes its residual from e to e / (1 - h), where h is the i-th diagonal element of the
-        matrix that maps targets to fitted values (Cook and Weisberg 1982); here 1/n of it is the intercept's.
-        """
-        scores = self._Z[rows] @ self._vectors.astype(self._dtype) if self._tall else self._vectors[rows]
-        centred, once = self._centred[rows], 1 / len(self._Z)
-        inverse = (1 / (self._values + np.array(alphas)[:, None])).astype(self._dtype)
-        if self._tall:
-            left = 1 - once - scores**2 @ inverse.T
-        else:  # the same without a difference of nearly equal numbers: there may be next to nothing left
-            left = scores**2 @ (inverse * np.array(alphas)[:, None]).T - once
-        for i, alpha in enumerate(alphas):
-            if self._tall:
-                residual = centred - scores @ (self._right * inverse[i, :, None]).astype(self._dtype)
-            else:
-                residual = scores @ (self._dual * (alpha * inverse[i])[:, None])
-            residual /= np.maximum(left[:, i, None], LEAST)
-            yield np.asarray(centred + self._bias - residual, np.float32)
 
 
 def _signs(targets: NDArray[np.intp], k: int) -> NDArray[np.float64]:
     return np.where(targets[:, None] == np.arange(k), 1.0, -1.0)
-
-
-def _gram(Z: Floats) -> NDArray[np.float64]:
-    """``Z^T Z``, summed in float64."""
-    total = np.zeros((Z.shape[1], Z.shape[1]))
-    for start in range(0, len(Z), BLOCK):
-        block = Z[start : start + BLOCK]
-        total += block.T @ block
-    return total
 
 
 class RidgeHead(SearchedHead):
@@ -145,7 +72,7 @@ class RidgeHead(SearchedHead):
         alone = views == 1 and (groups is None or len(set(groups)) == len(groups))
         if not alone or np.bincount(targets).min() < 2:
             return super()._by_folds(X, targets, groups, views)
-        spectrum = _Spectrum(X, _signs(targets, len(self.classes_)))
+        spectrum = Spectrum(X, _signs(targets, len(self.classes_)))
         settings, rows = self._settings(len(X)), self._drawing(len(X))(np.arange(len(X)))
         logits = list(spectrum.left_out(rows, [setting["alpha"] for setting in settings]))
         names = [str(label) for label in self.classes_]
@@ -154,12 +81,12 @@ class RidgeHead(SearchedHead):
     def _judge(
         self, X: Float32, targets: NDArray[np.intp], held: Float32, settings: Sequence[dict[str, Any]]
     ) -> Sequence[Float32]:
-        spectrum = _Spectrum(X, _signs(targets, len(self.classes_)))
+        spectrum = Spectrum(X, _signs(targets, len(self.classes_)))
         names = [str(label) for label in self.classes_]
         return [spectrum.head(setting["alpha"], names).logits(held) for setting in settings]
 
     def _fitted(self, X: Float32, targets: NDArray[np.intp], classes: list[str], setting: dict[str, Any]) -> FittedHead:
-        return _Spectrum(X, _signs(targets, len(classes))).head(setting["alpha"], classes)
+        return Spectrum(X, _signs(targets, len(classes))).head(setting["alpha"], classes)
 
     def _score(self, logits: Float32, targets: NDArray[np.intp]) -> dict[str, float]:
         return {"squared_error": float(np.mean((logits - _signs(targets, logits.shape[1])) ** 2))}
@@ -230,13 +157,13 @@ class RidgeRegressionHead(RegressorMixin, Head):  # type: ignore[misc]
         self.conformal_: Intervals | None = None
         self.history_: list[dict[str, float]] = []
         if held is None and views == 1 and n > 2 and (groups is None or len(set(groups)) == n):
-            whole, by = _Spectrum(X, wanted), "leave-one-out"
+            whole, by = Spectrum(X, wanted), "leave-one-out"
             rows = np.sort(np.random.default_rng(self.seed).permutation(n)[:JUDGED])
             self._choose(by, alphas, list(whole.left_out(rows, alphas)), wanted[rows], unit)
         elif folds := group_folds(n, groups, self.cv, self.seed) if held is None else [(np.arange(n), np.arange(n, len(X)))]:
             by = "folds" if held is None else "validation"
             folds = on_first_views(folds, views)
-            spectra = (_Spectrum(X[train], wanted[train]) for train, _ in folds)
+            spectra = (Spectrum(X[train], wanted[train]) for train, _ in folds)
             parts = [
                 [spectrum.head(alpha, []).logits(X[test]) for alpha in alphas]
                 for spectrum, (_, test) in zip(spectra, folds, strict=True)
@@ -245,7 +172,7 @@ class RidgeRegressionHead(RegressorMixin, Head):  # type: ignore[misc]
             self._choose(by, alphas, [np.concatenate(each) for each in zip(*parts, strict=True)], wanted[rows], unit)
         elif self.alpha is None:
             log.warning("there is a single training sample or group: lambda cannot be chosen and is %g", self.alpha_)
-        self.fitted_ = self._fitted(whole or _Spectrum(X, wanted), centre, unit)
+        self.fitted_ = self._fitted(whole or Spectrum(X, wanted), centre, unit)
 
     def _choose(
         self, by: str, alphas: Sequence[float], tried: Sequence[Float32], wanted: NDArray[np.float64], unit: Float32
@@ -257,7 +184,7 @@ class RidgeRegressionHead(RegressorMixin, Head):  # type: ignore[misc]
         self.history_ = [{"alpha": alpha, "squared_error": error} for alpha, error in zip(alphas, errors, strict=True)]
         self.conformal_ = Intervals.fit((tried[best] - wanted) * unit)
 
-    def _fitted(self, spectrum: _Spectrum, centre: Float32, unit: Float32) -> DenseHead:
+    def _fitted(self, spectrum: Spectrum, centre: Float32, unit: Float32) -> DenseHead:
         """With outputs in their units."""
         head = spectrum.head(self.alpha_, [str(j) for j in range(len(unit))])
         ((weight, bias),) = head.layers
@@ -266,7 +193,7 @@ class RidgeRegressionHead(RegressorMixin, Head):  # type: ignore[misc]
     def refit(self, X: ArrayLike, y: ArrayLike) -> DenseHead:
         numbers = np.asarray(y, np.float64)
         centre, unit = standardisation(numbers)
-        return self._fitted(_Spectrum(np.asarray(X, np.float32), (numbers - centre) / unit), centre, unit)
+        return self._fitted(Spectrum(np.asarray(X, np.float32), (numbers - centre) / unit), centre, unit)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from extractor.session import nvidia_driver_present
+from extractor.machine import nvidia_driver_present
 from store.errors import DeviceUnavailableError
 
 from .threads import SMALL, side_by_side

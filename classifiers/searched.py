@@ -16,9 +16,10 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from store.tasks import ONE_LABEL, TASKS
 
-from .conformal import Conformal, calibrate
-from .dense import FittedHead, Float32, class_indices, log_loss, with_validation
-from .folds import Fold, on_first_views, stratified_folds
+from .conformal import Conformal
+from .dense import FittedHead, calibrate
+from .folds import Fold, class_indices, on_first_views, stratified_folds, with_validation
+from .probabilities import Float32, log_loss
 from .threads import threads_for
 
 log = logging.getLogger("penult.classifiers")

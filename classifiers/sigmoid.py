@@ -1,9 +1,4 @@
-"""Logistic regression for several labels an image: one sigmoid for each, all of them fitted at once.
-
-The objective of each label is scikit-learn's, one against the rest: summed log-losses plus ``|w|^2 / 2C``. It is fast because
-one product of matrices serves all labels, in the principal axes of the rows, where the curvature of the loss is nearly diagonal
-(Boehning 1992) and L-BFGS needs few steps.
-"""
+"""Logistic regression for several labels an image: one sigmoid for each, all of them fitted at once."""
 
 from __future__ import annotations
 
@@ -11,7 +6,6 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -21,69 +15,18 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from store.tasks import MultiLabelTask
 
-from .dense import DenseHead, Float32, standardisation
+from .dense import DenseHead
 from .folds import Fold, group_folds, on_first_views
+from .probabilities import Float32
 from .rowsums import Float64
 from .searched import Head
-from .softmax import principal_axes
+from .sigmoid_solver import SigmoidProblem, losses_of
 from .threads import threads_for
 
 log = logging.getLogger("penult.classifiers")
 
 CS = tuple(float(C) for C in np.logspace(-5, 3, 17))
 WORSE = 4  # a log-loss falls and then rises along the path: after so many values above the best of every label, none can win
-INTERCEPT = 1e4  # C of the intercepts: without any, that of a label that a fold lacks would run away
-GAIN = 1e-9  # relative, of the objective: a step that gains less is the last
-
-
-class _Problem:
-    """One training set, fitted for one C after another (or one for each label); each fit starts from the one before."""
-
-    def __init__(self, X: Float32, truth: NDArray[np.bool_], max_iter: int) -> None:
-        self._mean, self._scale = standardisation(X)
-        self._rows, self._axes, self._spread = principal_axes((X - self._mean) / self._scale)
-        self._truth, self._max_iter = truth, max_iter
-        share = np.clip(truth.mean(axis=0), 0.5 / len(X), 1 - 0.5 / len(X))
-        self._curvature = share * (1 - share)
-        self._place = np.concatenate([np.zeros((len(self._spread), len(share))), np.log(share / (1 - share))[None]])
-
-    def fit(self, C: float | Float64) -> tuple[DenseHead, bool]:
-        """The head, and whether L-BFGS converged; C is one for all labels, or ``(k,)``."""
-        from scipy.optimize import minimize
-
-        strength = np.full(self._place.shape, 1 / np.asarray(C))
-        strength[-1] = 1 / INTERCEPT
-        unit = 1 / np.sqrt(np.append(self._spread, len(self._rows))[:, None] * self._curvature + strength)
-        limits: Any = {"maxiter": self._max_iter, "ftol": GAIN, "gtol": 0.0}
-        objective: Any = partial(self._objective, unit=unit, strength=strength)
-        found = minimize(
-            objective,
-            (self._place / unit).ravel(),
-            jac=True,
-            method="L-BFGS-B",
-            options=limits,
-        )
-        self._place = found.x.reshape(unit.shape) * unit
-        weight = np.ascontiguousarray((self._axes @ self._place[:-1].astype(np.float32)).T)
-        names = [str(k) for k in range(len(weight))]
-        layer = weight, self._place[-1].astype(np.float32)
-        return DenseHead(self._mean, self._scale, [layer], names, activation="Sigmoid"), found.nit < self._max_iter
-
-    def _objective(self, scaled: Float64, unit: Float64, strength: Float64) -> tuple[float, Float64]:
-        place = scaled.reshape(unit.shape) * unit
-        logits = (self._rows @ place[:-1].astype(np.float32) + place[-1].astype(np.float32)).astype(np.float64)
-        residual = 1 / (1 + np.exp(-np.clip(logits, -500, 500))) - self._truth
-        gradient = strength * place
-        gradient[:-1] += self._rows.T @ residual.astype(np.float32)
-        gradient[-1] += residual.sum(axis=0)
-        value = _losses(logits, self._truth).sum() + 0.5 * (strength * place**2).sum()
-        return float(value), (gradient * unit).ravel()
-
-
-def _losses(logits: NDArray[np.floating[Any]], truth: NDArray[np.bool_]) -> Float64:
-    """Negative log-likelihood of each label of each row ``(n, k)``."""
-    wide = logits.astype(np.float64)
-    return np.asarray(np.logaddexp(0, np.where(truth, -wide, wide)))
 
 
 @dataclass(frozen=True)
@@ -153,7 +96,7 @@ class MultiLabelLogisticHead(ClassifierMixin, Head):  # type: ignore[misc]
                 self.C_ = np.full(truth.shape[1], self.C or 1.0)
                 if self.C is None:
                     log.warning("there is a single training sample or group: C cannot be chosen and is 1")
-            self.fitted_, self.converged_ = _Problem(features, truth, self.max_iter).fit(self.C_)
+            self.fitted_, self.converged_ = SigmoidProblem(features, truth, self.max_iter).fit(self.C_)
         return self
 
     def _path(self, X: Float32, truth: NDArray[np.bool_], folds: Sequence[Fold]) -> list[dict[str, Any]]:
@@ -176,11 +119,11 @@ class MultiLabelLogisticHead(ClassifierMixin, Head):  # type: ignore[misc]
     def _path_of_fold(self, X: Float32, truth: NDArray[np.bool_], fold: Fold) -> list[_Point]:
         train, test = fold
         begin = time.perf_counter()
-        problem = _Problem(X[train], truth[train], self.max_iter)
+        problem = SigmoidProblem(X[train], truth[train], self.max_iter)
         points: list[_Point] = []
         for C in [self.C] if self.C is not None else sorted(self.Cs):
             dense, converged = problem.fit(float(C))
-            losses = _losses(dense.logits(X[test]), truth[test])
+            losses = losses_of(dense.logits(X[test]), truth[test])
             points.append(_Point(float(C), losses, converged, time.perf_counter() - begin))
             best = np.argmin([point.losses.mean(axis=0) for point in points], axis=0)
             if len(points) - 1 - int(best.max()) >= WORSE:
@@ -191,7 +134,7 @@ class MultiLabelLogisticHead(ClassifierMixin, Head):  # type: ignore[misc]
     def refit(self, X: ArrayLike, y: ArrayLike) -> DenseHead:
         features = np.asarray(X, np.float32)
         with threads_for(features.size):
-            return _Problem(features, np.asarray(y), self.max_iter).fit(self.C_)[0]
+            return SigmoidProblem(features, np.asarray(y), self.max_iter).fit(self.C_)[0]
 
     def predict_proba(self, X: ArrayLike) -> Float32:
         """Probability of each label ``(n, k)``."""

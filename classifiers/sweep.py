@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from extractor.backbones import WEIGHTS_SUFFIXES, Backbone, check_request
 from extractor.fleet import resolve_devices
-from extractor.pipeline import list_samples, run_extract
+from extractor.pipeline import run_extract
+from extractor.plan import list_samples
 from extractor.settings.groups import Options
 from extractor.sources import Source
 from store.cache import PENULTIMATE, FeatureCache, is_cache
@@ -38,10 +39,11 @@ from store.splits import groups_of
 from .figures import require_finite
 from .folds import Fold, group_folds, stratified_folds
 from .heads import make_head, name_of
-from .heldout import Roles, assign_roles
 from .intervals import wilson
 from .page import write_output
-from .ranking import Failure, Figure, Line, Ranking, failure, ranked, ranking_page
+from .ranking import Failure, Figure, Line, Ranking, failure, ranked
+from .ranking_page import ranking_page
+from .roles import Roles, assign_roles
 from .task import Evaluation, HeadTask
 from .tasks import task_of
 from .transferability import transferability

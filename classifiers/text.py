@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rich.cells import cell_len
+from extractor.text_table import narrowest, table
 
 from .intervals import interval, percent
 from .tables import CLASS_COLUMNS, FIGURE_COLUMNS, class_rows, figure_rows, output_table, whole_rows
@@ -13,55 +12,6 @@ from .task import Evaluation, Measured
 from .tasks import task_of
 
 MATRIX_CLASSES = 20  # a wider confusion matrix does not fit a terminal; `--plot` shows it
-READABLE = 16  # characters that a column of text gets at least, if it needs them
-GAP, EDGES = 3, 2  # between two columns, and at both ends of a line
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1, width: int | None = None) -> str:
-    """A table; the first ``left`` columns are text, the others numbers. ``width`` in characters; None asks the terminal.
-
-    Text is folded where it must be, a figure never: a table too wide for that is turned on its side, or becomes a list.
-    """
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(width=width, highlight=False)
-    rows = list(rows)
-    if _narrowest(columns, rows, left) > console.width:
-        turned = [columns[0], *(row[0] for row in rows)], [[*cells] for cells in zip(columns, *rows, strict=True)][1:]
-        if _narrowest(*turned, 1) <= console.width:
-            return table(*turned, width=console.width)
-        # one line per figure is longer, but can be read
-        heading = max(map(cell_len, columns))
-        blocks = [[f"{name:{heading}}  {cell}" for name, cell in zip(columns, row, strict=True)] for row in rows]
-        return "\n\n".join("\n".join(block) for block in blocks)
-    widths = _widths(columns, rows)
-    fits = sum(max(cell_len(name), width) + GAP for name, width in zip(columns, widths, strict=True)) <= console.width + GAP
-    drawn = Table(box=box.SIMPLE, pad_edge=False)
-    for i, column in enumerate(columns):
-        if i < left:
-            drawn.add_column(column, overflow="fold")
-        else:  # its heading may be broken between words, a figure never
-            drawn.add_column(column, justify="right", width=None if fits else widths[i])
-    for row in rows:
-        drawn.add_row(*(Text(cell) for cell in row))
-    with console.capture() as capture:
-        console.print(drawn)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines()).strip("\n")
-
-
-def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
-    """The width of each column whose heading may be broken between words and whose cells may not."""
-    words = [max(map(cell_len, column.split()), default=0) for column in columns]
-    return [max([words[i], *(cell_len(row[i]) for row in rows)]) for i in range(len(columns))]
-
-
-def _narrowest(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> int:
-    """In how many characters the table can be read, its text folded."""
-    widths = _widths(columns, rows)
-    return sum(min(width, READABLE) if i < left else width for i, width in enumerate(widths)) + GAP * (len(columns) - 1) + EDGES
 
 
 def evaluation_text(result: Evaluation | Measured, *, width: int | None = None) -> str:
@@ -144,6 +94,6 @@ def confusion_text(result: Evaluation, *, width: int | None = None) -> str:
     numbered = [(f"{number} {row[0]}", *row[1:]) for number, row in zip(numbers, labelled, strict=True)]
     for names, rows in ((result.classes, labelled), (numbers, numbered)):
         columns = ("true \\ predicted", *names)
-        if _narrowest(columns, rows, 1) <= available:
+        if narrowest(columns, rows, 1) <= available:
             return table(columns, rows, width=available)
     return f"The confusion matrix of {len(counts)} classes does not fit {available} columns: --plot FILE or --json has it."

@@ -12,24 +12,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from extractor.metering import Meter, Spent, together
+from extractor.machine import Meter, Spent, together
 from store.cache import FeatureCache, Subset
 from store.errors import UsageError, display
 from store.fingerprint import VIEWS
 from store.samples import Row, SampleTable
 
-from .bundle import Bundle, Predictions, averaged, refuse_existing, save_bundle
+from .bundle import Bundle, Predictions, save_bundle
+from .bundle_folder import refuse_existing
 from .fewshot import learning_curve
 from .heads import make_head as make_head
 from .heads import name_of, need_saveable, need_task, settings_of
-from .heldout import Roles, assign_roles, inner_validation
 from .illustrations import Illustrations, files_or_none, illustrate
 from .leaks import Leak, LeakReport, conflicting_labels, guard, near_copies
+from .memory import must_stream
 from .novelty import Novelty, novel_share
+from .probabilities import averaged
 from .report import bundle_report
+from .roles import Roles, assign_roles, inner_validation
 from .rounding import judge_rounding
 from .settings import TrainOptions
-from .streaming import must_stream
 from .task import HeadTask, need_single_label
 from .tasks import task_of
 
@@ -190,7 +192,7 @@ def fit(head: Head, prepared: Prepared) -> Fitted:
 
 def judge(fitted: Fitted, prepared: Prepared) -> Judged:
     """A fitted head on what is held out, and all that is worth keeping of both."""
-    from extractor.onnxfile import read_facts
+    from extractor.backbone_facts import read_facts
 
     cache, head, held_out, views = prepared.cache, fitted.head, prepared.held_out, prepared.views
     need_saveable(head)

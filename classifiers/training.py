@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from extractor.backbones import Loaded
 from extractor.layers import last_weighted
+from extractor.networks import Loaded
 from extractor.progress import Progress, StopFlag
 from store.errors import BadDataError, InterruptedRunError
 
 from .freezing import modules_before, parameter_groups
 
 if TYPE_CHECKING:
+    from .finetune_settings import FineTuneOptions
     from .probing import AffineHead
-    from .settings import FineTuneOptions
 
 log = logging.getLogger("penult.classifiers")
 

@@ -17,13 +17,13 @@ from store.errors import BadDataError, InterruptedRunError, PenultError
 from store.samples import Row
 from store.splits import assign_splits
 
+from .backbone_facts import BackboneFacts
 from .images import ImageError
-from .onnxfile import BackboneFacts
+from .machine import cores
 from .progress import StopFlag
 from .quantise import Pixels, quantise
 from .reading import Crew, Reader
 from .samples import Sample
-from .session import cores
 from .sources import Source
 
 log = logging.getLogger("penult.extractor")

@@ -20,12 +20,13 @@ from store.cache import PENULTIMATE
 from store.environment import python
 from store.errors import BadDataError, InterruptedRunError, PenultError, UsageError, answer_of, raise_answered
 
-from . import onnxfile
-from .backbones import Backbone, Loaded, load
+from . import backbone_facts, onnxfile
+from .backbone_facts import BackboneFacts, Layer
+from .backbones import Backbone
 from .foreign import import_onnx, is_own
 from .graph import Graph, cut, pooling_nodes, spatial_axes
 from .layers import last_weighted, require_layers, shapes_of, tapped
-from .onnxfile import BackboneFacts, Layer
+from .networks import Loaded, load
 from .parity import check_parity
 from .progress import StopFlag
 
@@ -182,7 +183,7 @@ def to_onnx(loaded: Loaded, name: str, path: Path, *, layers: Sequence[str] = ()
     model = program.model_proto
     del program
     ends, found = [], []
-    for i, (layer, output) in enumerate(zip(layers, onnxfile.name_outputs(len(layers)), strict=True)):
+    for i, (layer, output) in enumerate(zip(layers, backbone_facts.name_outputs(len(layers)), strict=True)):
         if layer == PENULTIMATE:
             tensor = Graph(model).penultimate("logits")
             nodes, kind, dim = pooling_nodes(tensor, shapes[PENULTIMATE], pooling, output, OPSET)
@@ -196,7 +197,7 @@ def to_onnx(loaded: Loaded, name: str, path: Path, *, layers: Sequence[str] = ()
     facts = BackboneFacts(
         name, loaded.weights_name, loaded.weights_digest, tuple(found), loaded.preprocess, source=loaded.source
     )
-    onnxfile.write_facts(model, facts)
+    backbone_facts.write_facts(model, facts)
     with onnxfile.replacing(path) as new:
         onnxfile.save(model, new)
         del model

@@ -29,8 +29,9 @@ from numpy.typing import NDArray
 from store.environment import python
 from store.errors import DeviceUnavailableError, PenultError, UsageError, answer_of, raise_answered
 
+from .machine import cores
 from .preprocess import Preprocess
-from .session import MAX_LANES, Embedder, check_device, cores, no_cuda, resolve_device
+from .session import MAX_LANES, Embedder, check_device, no_cuda, resolve_device
 
 log = logging.getLogger("penult.extractor")
 

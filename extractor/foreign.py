@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from store.errors import BadDataError, UsageError, did_you_mean
 
-from . import onnxfile
+from . import backbone_facts, onnxfile
+from .backbone_facts import BackboneFacts, Layer
 from .backbones import Backbone
 from .cpu_session import cpu_session
 from .graph import Graph, cut, pooling_nodes, spatial_axes
-from .onnxfile import BackboneFacts, Layer
 from .parity import PARITY, relative_l2
 from .session import MAX_DIM
 from .stated import Input, image_input, preprocessing, read_sidecar
@@ -41,7 +41,7 @@ def is_own(file: Path) -> bool:
     Raises:
         InputMissingError, BadDataError: as `onnxfile.read_model`.
     """
-    return onnxfile.facts_in(onnxfile.read_model(file)) is not None
+    return backbone_facts.facts_in(onnxfile.read_model(file)) is not None
 
 
 def import_onnx(backbone: Backbone, target: Path) -> BackboneFacts:
@@ -55,7 +55,7 @@ def import_onnx(backbone: Backbone, target: Path) -> BackboneFacts:
     file = Path(backbone.name)
     model = onnxfile.read_model(file)
     digest = onnxfile.digest(file)  # also finds external data, before anything loads it
-    facts = onnxfile.facts_in(model)
+    facts = backbone_facts.facts_in(model)
     if facts is not None:
         return _own(backbone, facts, model, digest, target)
     require_domains(model, file)
@@ -76,7 +76,7 @@ def import_onnx(backbone: Backbone, target: Path) -> BackboneFacts:
     expected = run_whole(model, tensors, begin, pixels, file)
     opset = max((each.version for each in model.opset_import if each.domain in ("", "ai.onnx")), default=1)
     ends, found = [], []
-    outputs = onnxfile.name_outputs(len(tensors))
+    outputs = backbone_facts.name_outputs(len(tensors))
     prefix = _free_names(model, outputs)
     begin = replace(begin, name=prefix + begin.name)
     for tensor, values, output in zip(tensors, expected, outputs, strict=True):
@@ -128,7 +128,7 @@ def _write(
             for output in model.graph.output:
                 output.type.tensor_type.shape.dim[0].dim_value = batch
             del model.metadata_props[:]
-        onnxfile.write_facts(model, facts)
+        backbone_facts.write_facts(model, facts)
         if onnxfile.external_files(model):  # the first attempt has put them there
             load_data(model, new)
         onnxfile.remove(new)
@@ -190,7 +190,7 @@ def _own(backbone: Backbone, facts: BackboneFacts, model: Any, digest: str, targ
     facts = replace(facts, weights_sha256=digest)  # what its metadata says of its weights, anybody may have written
     load_data(model, file)
     del model.metadata_props[:]
-    onnxfile.write_facts(model, facts)
+    backbone_facts.write_facts(model, facts)
     with onnxfile.replacing(target) as new:
         onnxfile.save(model, new)
     return facts

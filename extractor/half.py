@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 
 from store.errors import BadDataError
 
-from . import onnxfile
+from . import backbone_facts, onnxfile
+from .backbone_facts import BackboneFacts
 from .cpu_session import cpu_session
 from .cuda import reason
 from .graph import WEIGHTED, in_order, name_nodes
-from .onnxfile import BackboneFacts
 from .parity import cosines, relative_l2
 from .preprocess import Preprocess
 from .session import Embedder
@@ -90,9 +90,9 @@ def halve(source: Path, out: Path, facts: BackboneFacts) -> BackboneFacts:
     facts = replace(facts, precision="fp16", calibration=calibration)
     del halved.metadata_props[:]
     for entry in model.metadata_props:  # what is not ours
-        if not entry.key.startswith(onnxfile.PREFIX):
+        if not entry.key.startswith(backbone_facts.PREFIX):
             halved.metadata_props.add().CopyFrom(entry)
-    onnxfile.write_facts(halved, facts)
+    backbone_facts.write_facts(halved, facts)
     onnxfile.save(halved, out)
     return facts
 

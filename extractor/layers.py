@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from store.cache import PENULTIMATE
 from store.errors import BadDataError, UsageError, did_you_mean
 
-from .backbones import choose_weights, on_meta, untrained
+from .backbone_facts import POOLINGS
+from .backbones import choose_weights
 from .graph import spatial_axes
-from .onnxfile import POOLINGS
+from .networks import on_meta, untrained
 
 INERT = ("Dropout", "StochasticDepth", "Identity", "Permute")  # what they give, the layer before them gives
 

@@ -7,72 +7,46 @@ between two of them has lost only what was not committed, and the next one conti
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import os
 import shutil
 import time
-from collections import Counter, defaultdict, deque
-from collections.abc import Iterator, Sequence, Set
-from concurrent.futures import Future
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from store.cache import FeatureCache
-from store.errors import BudgetExceededError, InputMissingError, InterruptedRunError, StorageError, UsageError
+from store.errors import BudgetExceededError, InterruptedRunError, StorageError
 from store.metadata import BACKBONE, shard_paths
 from store.samples import Row, SampleTable
-from store.writer import CacheWriter, open_writer, require_place
+from store.writer import CacheWriter, open_writer
 
-from .backbones import Backbone, check_request
+from .backbone_facts import BackboneFacts
+from .backbones import Backbone
 from .calibration import Calibrator, count_moved
 from .decoder import Decoder
-from .division import check_splits_possible, resolve_splits, say_splits
-from .files import Files
-from .fleet import Fleet, open_embedder, resolve_devices
-from .futures import in_flight
-from .metering import Meter, together
-from .onnxfile import BackboneFacts
+from .division import resolve_splits, say_splits
+from .fleet import Fleet, open_embedder
+from .machine import Clock, Meter, cores, timed, together
+from .plan import check_cheaply, check_for_gpu, list_samples, plan
 from .prepare import fingerprints, library_versions, prepare_backbone
 from .preprocess import Preprocess
 from .progress import Progress, StopFlag, stop_on_signal
-from .reading import Clock, Crew, Outcome, Reader, timed
+from .reading import Crew, Reader
 from .samples import Sample
-from .session import Embedder, cores
+from .session import Embedder
 from .settings.groups import Options
+from .shards import embedded, run_shard
 from .sources import Source
 from .summary import Summary, bottleneck
 from .tuning import Pace
 from .views import require_reference
 
 log = logging.getLogger("penult.extractor")
-
-AHEAD = 2  # batches per lane on their way at most: results are taken in order, and a slow one must not idle the other lanes
-
-
-def limited(samples: list[Sample], limit: int | None) -> list[Sample]:
-    """The first so many samples by hash rank of their paths, in order of path: some of every class and split."""
-    if limit is None or limit >= len(samples):
-        return samples
-    ranked = sorted(samples, key=lambda sample: hashlib.sha256(sample.path).digest())[:limit]
-    return sorted(ranked, key=lambda sample: sample.path)
-
-
-def list_samples(source: Source, options: Options) -> list[Sample]:
-    """What a run is about, by name and label alone.
-
-    Raises:
-        BadDataError: classes that are too small for the split.
-    """
-    samples = limited(source.samples(), options.limit)
-    check_splits_possible(samples, options, source.task)
-    return samples
 
 
 def extract(source: Source, backbone: Backbone, cache: str | Path, options: Options | None = None) -> FeatureCache:
@@ -264,85 +238,6 @@ def _finish(
     return table, writer.finish(table)
 
 
-def check_cheaply(backbone: Backbone, cache: Path, options: Options) -> list[str]:
-    """Find what is misspelt or missing before a file is opened or a network built.
-
-    Returns:
-        The devices to compute on.
-
-    Raises:
-        UsageError: no such backbone, weights or preset, or they do not fit each other.
-        InputMissingError: a file of weights or a network is not there.
-        OutputExistsError: the place of the cache is taken.
-        DeviceUnavailableError: the device is not there.
-    """
-    check_request(backbone)
-    if options.views > 1:
-        require_reference(backbone.pixel_path)
-    require_place(cache)
-    devices = resolve_devices("cpu" if options.precision == "int8" else options.device)
-    check_for_gpu(options.precision, devices[0])
-    return devices
-
-
-def check_for_gpu(precision: str, device: str) -> None:
-    """Refuse on a CPU what only a GPU gains from: there float16 is float32 with a cast before and after, and TF32 nothing."""
-    if precision in ("fp16", "tf32") and device == "cpu":
-        message = f"--precision {precision} is for a GPU, and this is the CPU: leave it out, or pass --device cuda"
-        raise UsageError(message)
-
-
-def plan(
-    samples: Sequence[Sample], before: SampleTable | None, cached: Set[bytes], files: Files, options: Options
-) -> tuple[list[Row | None], list[tuple[int, Sample]]]:
-    """What is known already and what must be read.
-
-    A file with the size, time and inode of the last run is not opened: its outcome then is its outcome now, provided its
-    features are there. Labels, splits and groups are always the source's.
-
-    Args:
-        samples: what the source has now.
-        before: the sample table of the last run.
-        cached: content digests that have features.
-        files: where samples are.
-        options: ``retry_failed`` and ``verify_content`` count.
-
-    Returns:
-        One row per sample (None where it must be read), and the samples to read with their places.
-    """
-    known = {row.path: row for row in before.rows} if before and not options.verify_content else {}
-    rows: list[Row | None] = []
-    todo = []
-    for index, sample in enumerate(samples):
-        row = known.get(sample.path)
-        if row is not None and (row.sha256 in cached if row.ok else not options.retry_failed):
-            stat = files.stat(sample.path)
-            if row.stat == stat:
-                outcome = (row.sha256, row.code, row.message, stat)
-                rows.append(Row(sample.path, sample.label, sample.split, sample.group, *outcome, sample.targets))
-                continue
-        rows.append(None)
-        todo.append((index, sample))
-    return rows, todo
-
-
-def preview(source: Source, backbone: Backbone, cache: Path, options: Options) -> dict[str, int]:
-    """What `run_extract` would have to do, without doing any of it or writing anything.
-
-    Returns:
-        ``inputs``; ``unchanged``, which would not be opened; ``to_read``, of which those with unknown content are computed.
-    """
-    check_cheaply(backbone, cache, options)
-    samples = list_samples(source, options)
-    try:
-        opened = FeatureCache(cache)
-    except InputMissingError:
-        return {"inputs": len(samples), "unchanged": 0, "to_read": len(samples)}
-    known = set.intersection(*({key for s in opened.with_layer(name).shards for key in s.digests()} for name in opened.layers))
-    _, todo = plan(samples, opened.samples, known, source.files, options)
-    return {"inputs": len(samples), "unchanged": len(samples) - len(todo), "to_read": len(todo)}
-
-
 def survey(source: Source, preprocess: Preprocess, options: Options) -> SampleTable:
     """Read, hash and decode every input without embedding any: the sample table that `run_extract` would write."""
     samples = list_samples(source, options)
@@ -357,115 +252,6 @@ def _facts(source: Source, rule: dict[str, Any], rows: Sequence[Row], options: O
     exceeded = sum(not row.ok for row in rows) > options.budget(len(rows))
     origin = {} if source.origin is None else {"source": source.origin}
     return {"root": root, **origin, "task": source.task.name, "split": rule, "budget_exceeded": exceeded}
-
-
-@dataclass
-class Embedded:
-    """Outcomes in the order of the stream, and the features of those of them that have pixels, ``(n, d)`` each, or of their
-    views ``(n, views, d)``."""
-
-    outcomes: list[Outcome]
-    features: list[NDArray[np.float32]] = field(default_factory=list)
-
-    @property
-    def computed(self) -> list[Row]:
-        return [outcome.row for outcome in self.outcomes if outcome.decoded]
-
-
-def embedded(
-    stream: Iterator[Outcome],
-    embedder: Embedder | Fleet,
-    pace: Pace,
-    progress: Progress,
-    clock: Clock,
-    *,
-    views: int = 1,
-    fail_fast: bool = False,
-) -> Iterator[Embedded]:
-    """Pass what a stream decodes through the backbone, batch after batch; while the lanes compute, the next is gathered.
-
-    A batch has as many pictures with views as without, so the views of an image may be in several: it is yielded with the last.
-    With ``fail_fast`` it ends at the first failed input, which is then the last outcome.
-    """
-    gathered: deque[tuple[Outcome, int]] = deque()  # each with the number of pictures that came until its last view
-    waiting: deque[NDArray[np.uint8]] = deque()
-    came = sent = 0
-    begun: list[NDArray[np.float32]] = []  # features of an image whose other views are on their way
-
-    def launch(size: int) -> tuple[list[Outcome], Future[list[NDArray[np.float32]]]]:
-        nonlocal sent
-        pictures = np.stack([waiting.popleft() for _ in range(size)])
-        sent += size
-        complete = []
-        while gathered and gathered[0][1] <= sent:
-            complete.append(gathered.popleft()[0])
-        future = embedder.submit(pictures)
-        pace.begin()
-        return complete, future
-
-    def launched() -> Iterator[tuple[list[Outcome], Future[list[NDArray[np.float32]]]]]:
-        nonlocal came
-        while True:
-            with timed(clock, "wait"):
-                outcome = next(stream, None)
-            if outcome is None:
-                break
-            progress.advance()
-            if outcome.pixels is not None:
-                waiting.extend(outcome.pixels.reshape(-1, *outcome.pixels.shape[-3:]))
-                came += views
-                outcome.pixels = None
-            gathered.append((outcome, came))
-            if fail_fast and not outcome.row.ok:
-                break
-            while len(waiting) >= (size := pace.size):
-                yield launch(size)
-        if waiting:
-            yield launch(len(waiting))
-
-    def land(outcomes: list[Outcome], future: Future[list[NDArray[np.float32]]]) -> Embedded:
-        nonlocal begun
-        with timed(clock, "embed"):
-            features = future.result()
-        if views == 1:
-            return Embedded(outcomes, features)
-        rows = [np.concatenate(parts) for parts in zip(begun, features, strict=True)] if begun else features
-        whole = len(rows[0]) // views * views
-        begun = [each[whole:] for each in rows]
-        return Embedded(outcomes, [each[:whole].reshape(-1, views, each.shape[1]) for each in rows])
-
-    for outcomes, future in in_flight(launched(), AHEAD * embedder.lanes - 1):
-        yield land(outcomes, future)
-    if gathered:
-        yield Embedded([outcome for outcome, _ in gathered])
-
-
-@dataclass
-class ShardResult:
-    """What one call of `run_shard` finished."""
-
-    outcomes: list[Outcome]
-    computed: int
-
-
-def run_shard(batches: Iterator[Embedded], writer: CacheWriter, clock: Clock) -> ShardResult | None:
-    """Take batches until a shard is due, and begin to commit it; None when there are no more.
-
-    The shard is written while the next one is computed; `CacheWriter.settle` says whether that worked. Repeating it is
-    harmless: rows are keyed by content, and only a committed shard counts.
-    """
-    result = ShardResult([], 0)
-    while not writer.due:
-        batch = next(batches, None)
-        if batch is None:
-            break
-        result.outcomes += batch.outcomes
-        if rows := batch.computed:
-            writer.append(batch.features, [row.sha256 for row in rows], [row.path for row in rows])
-            result.computed += len(rows)
-    with timed(clock, "settle"):
-        writer.commit_behind()
-    return result if result.outcomes else None
 
 
 def _check_disk(cache: Path, needed: int) -> None:

@@ -16,11 +16,12 @@ from store.fingerprint import Fingerprint, file_digest, require_same
 from store.metadata import BACKBONE, all_fingerprints
 from store.writer import CacheWriter
 
+from .backbone_facts import BackboneFacts, read_facts
 from .backbones import Backbone
 from .calibration import without
 from .export import export
 from .half import halve
-from .onnxfile import BackboneFacts, data_files, digest, install, read_facts, remove, remove_unfinished
+from .onnxfile import data_files, digest, install, remove, remove_unfinished
 from .pixel_drift import libraries
 from .progress import StopFlag
 from .stated import read_sidecar

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 
 from store.errors import BadDataError
 
-from . import onnxfile
+from . import backbone_facts, onnxfile
+from .backbone_facts import BackboneFacts
 from .cpu_session import cpu_session
 from .graph import WEIGHTED
-from .onnxfile import BackboneFacts
 from .parity import cosines
 from .ranges import BINS, METHODS, Observed, limits, ranges
 from .session import Embedder
@@ -263,7 +263,7 @@ class _Network:
         model.graph.ClearField("value_info")
         del model.metadata_props[:]
         model.producer_name, model.producer_version = "penult", ""
-        onnxfile.write_facts(model, facts or self._facts)
+        backbone_facts.write_facts(model, facts or self._facts)
         path = out or self._folder / "candidate.onnx"
         onnxfile.save(model, path)
         return path

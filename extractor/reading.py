@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from threading import Lock, Semaphore
@@ -27,27 +27,15 @@ from .decoder import Decoder
 from .files import Files
 from .futures import in_flight
 from .images import ImageError
+from .machine import Clock, cores
 from .preprocess import Preprocess
 from .progress import StopFlag
 from .samples import Sample
-from .session import cores
 from .views import Views
 
 AHEAD = 8  # decoded images per worker that wait at most
 WINDOW = 1.0  # seconds over which a crew looks whether it is too small ..
 STARVED = 0.2  # .. which it is when the consumer waited for this share of them
-
-Clock = dict[str, float]  # seconds by stage
-
-
-@contextmanager
-def timed(clock: Clock, stage: str) -> Iterator[None]:
-    """Add what the block takes to a stage."""
-    begin = time.perf_counter()
-    try:
-        yield
-    finally:
-        clock[stage] += time.perf_counter() - begin
 
 
 T = TypeVar("T")

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -23,6 +20,7 @@ from store.errors import BadDataError, DeviceUnavailableError, UsageError
 from .cpu_session import cpu_session
 from .cuda import PROVIDER, BoundLane, free_memory, hushed, prove, providers, reason, trouble
 from .graph import in_float16
+from .machine import cores, nvidia_driver_present
 from .onnxfile import read_model
 from .preprocess import Preprocess
 from .prologue import takes_pixels
@@ -37,23 +35,6 @@ GPU_BATCHES = ((40e9, 256), (12e9, 128), (0, 64))  # by the bytes that are free 
 MAX_LANES = 16  # on a CPU; with more cores each lane gets several threads, for it keeps activations of its own
 LANES_CUDA = 2  # the copies of one batch hide behind the compute of the other
 MAX_PROLOGUE = 256 * 2**20  # bytes of a backbone file that is rewritten in memory on a CPU, see `Embedder`
-
-
-def cores() -> int:
-    """Cores that this process may use: what its affinity (taskset, Slurm) and its container's quota leave."""
-    try:
-        count = len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS
-        count = os.cpu_count() or 1
-    with suppress(OSError, ValueError):  # no control group, or one whose quota is "max"
-        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
-        count = min(count, math.ceil(quota / period))
-    return max(count, 1)
-
-
-def nvidia_driver_present() -> bool:
-    """Whether this machine has an NVIDIA driver (Linux, or Linux in Windows)."""
-    return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg"))
 
 
 def check_device(device: str) -> None:

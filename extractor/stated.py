@@ -55,8 +55,9 @@ def read_sidecar(file: Path) -> dict[str, Any]:
     path = file.with_suffix(".toml")
     if not path.is_file():
         return {}
+    from extractor.settings.network import SidecarSettings
+
     from .settings.declaration import Place
-    from .settings.groups import SidecarSettings
 
     try:
         document = tomllib.loads(path.read_text())

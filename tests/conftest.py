@@ -18,11 +18,12 @@ from filelock import FileLock
 from PIL import Image
 
 import cli
-from extractor.backbones import Backbone, load
+from extractor.backbone_facts import BackboneFacts, read_facts
+from extractor.backbones import Backbone
 from extractor.export import export, to_onnx
 from extractor.foreign import import_onnx
-from extractor.onnxfile import BackboneFacts, read_facts
-from extractor.session import nvidia_driver_present
+from extractor.machine import nvidia_driver_present
+from extractor.networks import load
 
 REPO = Path(__file__).resolve().parent.parent
 ASSETS = Path(os.environ.get("PENULT_TEST_ASSETS") or REPO.parent / "shared")

@@ -19,15 +19,17 @@ import pytest
 
 from classifiers.bundle import Bundle, save_bundle
 from classifiers.finetune import train_finetuned
+from classifiers.finetune_settings import FineTuneSettings
 from classifiers.fuse import fuse, selftest
 from classifiers.fused import Fused
 from classifiers.predict import Predictor
 from classifiers.report import report_again
-from classifiers.settings import FineTuneSettings, ReportSettings, TrainOptions
+from classifiers.report_settings import ReportSettings
+from classifiers.settings import TrainOptions
 from classifiers.train import make_head, train_head
 from extractor import onnxfile
+from extractor.backbone_facts import facts_in, read_facts, write_facts
 from extractor.backbones import Backbone
-from extractor.onnxfile import facts_in, read_facts, write_facts
 from extractor.pipeline import run_extract
 from extractor.settings.groups import Options
 from extractor.sources import ImageFolder

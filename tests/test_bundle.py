@@ -17,8 +17,9 @@ from PIL import Image
 from classifiers.bundle import Bundle, save_bundle
 from classifiers.compare import compare
 from classifiers.comparison import comparison_report
-from classifiers.heldout import assign_roles, evaluate_bundle
+from classifiers.heldout import evaluate_bundle
 from classifiers.predict import Predictor, list_images
+from classifiers.roles import assign_roles
 from classifiers.settings import TrainOptions
 from classifiers.text import evaluation_text
 from classifiers.train import make_head, save_head, train_head
@@ -287,7 +288,7 @@ def test_a_class_that_is_only_held_out_is_named_before_training(cache: FeatureCa
 
 
 def test_python_api_of_the_readme(cache: FeatureCache, tmp_path: Path) -> None:
-    from classifiers.evaluate import evaluate
+    from classifiers.heldout import evaluate
     from classifiers.logistic import LogisticHead
 
     train, test = cache.split(test=0.2)

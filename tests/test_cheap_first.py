@@ -12,8 +12,8 @@ import pytest
 
 from classifiers.train import make_head, train_head
 from extractor.backbones import Backbone
+from extractor.machine import nvidia_driver_present
 from extractor.pipeline import run_extract
-from extractor.session import nvidia_driver_present
 from extractor.settings.groups import Options
 from extractor.sources import ImageFolder
 from store.cache import FeatureCache

@@ -20,7 +20,7 @@ import pytest
 from classifiers import batches
 from classifiers.checkpoints import Checkpoints
 from classifiers.finetune import FineTuned, finetune
-from classifiers.settings import FineTuneOptions
+from classifiers.finetune_settings import FineTuneOptions
 from extractor.backbones import Backbone
 from store.errors import BadDataError, InterruptedRunError, LockedError, OutputExistsError
 from store.lock import file_lock

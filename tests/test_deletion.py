@@ -17,13 +17,15 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from classifiers import demo, jobs
-from classifiers.bundle import Bundle, install, refuse_existing, remove_leftovers
+from classifiers.bundle import Bundle
+from classifiers.bundle_folder import install, refuse_existing, remove_leftovers
 from classifiers.checkpoints import LAST, Checkpoints
 from classifiers.settings import TrainOptions
 from classifiers.train import make_head, train_head
 from extractor import onnxfile
+from extractor.backbone_facts import BackboneFacts, Layer, write_facts
 from extractor.backbones import Backbone
-from extractor.onnxfile import MARKER, BackboneFacts, Layer, data_files, remove_unfinished, replacing, save, write_facts
+from extractor.onnxfile import MARKER, data_files, remove_unfinished, replacing, save
 from extractor.pipeline import run_extract
 from extractor.preprocess import Preprocess
 from extractor.settings.groups import Options

@@ -21,12 +21,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from extractor import backbones, onnxfile, session
-from extractor.backbones import Backbone, choose_weights, load, names, row, weights_of, with_classifier
+from extractor import backbone_facts, machine, networks
+from extractor.backbone_facts import read_facts
+from extractor.backbones import Backbone, choose_weights, names, weights_of
 from extractor.export import export, to_onnx
 from extractor.graph import Graph, cut, pooling_nodes
 from extractor.layers import list_layers, torch_penultimate
-from extractor.onnxfile import read_facts
+from extractor.networks import load, row, with_classifier
 from extractor.parity import PARITY, check_parity, relative_l2
 from extractor.progress import StopFlag
 from extractor.session import Embedder
@@ -104,7 +105,7 @@ def test_the_file_says_what_it_is(backbone_file: Path) -> None:
     assert facts.layer == "input of classifier.1"
     assert (facts.preprocess.resize, facts.preprocess.crop, facts.preprocess.interpolation) == (72, 64, "bilinear")
     assert facts.weights_sha256 == load(SQUEEZENET).weights_digest
-    assert onnxfile.BackboneFacts.from_json(facts.to_json()) == facts
+    assert backbone_facts.BackboneFacts.from_json(facts.to_json()) == facts
     assert sorted(facts.fingerprints()[0]) == ["backbone", "layer", "pixels", "pooling", "weights"]
     model = onnx.load(backbone_file)
     assert [(value.name, value.type.tensor_type.shape.dim[1].dim_value) for value in model.graph.output] == [("features", 512)]
@@ -343,11 +344,11 @@ def test_a_file_whose_digest_torchvision_knows_needs_none(
     entry = weights_of("squeezenet1_1")["IMAGENET1K_V1"]
     prefix = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
     known = types.SimpleNamespace(url=f"https://x/squeezenet-{prefix}.pth", transforms=entry.transforms)
-    monkeypatch.setattr(backbones, "weights_of", lambda _: {"IMAGENET1K_V1": known})
-    assert backbones._preset_name(Backbone("squeezenet1_1", str(path))) == "IMAGENET1K_V1"
+    monkeypatch.setattr(networks, "weights_of", lambda _: {"IMAGENET1K_V1": known})
+    assert networks._preset_name(Backbone("squeezenet1_1", str(path))) == "IMAGENET1K_V1"
     path.write_bytes(path.read_bytes() + b"\0")
     with pytest.raises(UsageError, match="--preset"):
-        backbones._preset_name(Backbone("squeezenet1_1", str(path)))
+        networks._preset_name(Backbone("squeezenet1_1", str(path)))
 
 
 @pytest.mark.parametrize("wrap", ["model", "state_dict", "module."])
@@ -534,7 +535,7 @@ def test_real_weights_from_a_file_recognise_real_photos(assets: Path, imagenet: 
 # --- the session -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(session.nvidia_driver_present(), reason="this machine has an NVIDIA driver")
+@pytest.mark.skipif(machine.nvidia_driver_present(), reason="this machine has an NVIDIA driver")
 def test_a_requested_gpu_that_is_not_there_is_an_error(backbone_file: Path) -> None:
     """The real runtime: it gives a session on the CPU, and says nothing."""
     with pytest.raises(DeviceUnavailableError, match="--device cuda:") as caught:

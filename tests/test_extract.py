@@ -21,9 +21,9 @@ from PIL import Image
 import extractor.files
 import extractor.pipeline
 import store.writer
+from extractor.backbone_facts import read_facts
 from extractor.backbones import Backbone
 from extractor.images import decode
-from extractor.onnxfile import read_facts
 from extractor.pipeline import extract, run_extract
 from extractor.settings.groups import Options
 from extractor.sources import ImageFolder, Manifest, Source

@@ -15,9 +15,8 @@ from sklearn.dummy import DummyClassifier
 from classifiers import fewshot
 from classifiers.bundle import Bundle
 from classifiers.centroid import CentroidHead
-from classifiers.evaluate import evaluate
 from classifiers.heads import make_head
-from classifiers.heldout import evaluate_bundle
+from classifiers.heldout import evaluate, evaluate_bundle
 from classifiers.predict import Predictor
 from classifiers.train import save_head, train_head
 from extractor.backbones import Backbone

@@ -21,9 +21,9 @@ from PIL import Image
 from classifiers import batches as loading
 from classifiers.batches import read_resized
 from classifiers.finetune import FineTuned, finetune
+from classifiers.finetune_settings import FineTuneOptions
 from classifiers.freezing import modules_before, parameter_groups
-from classifiers.settings import FineTuneOptions
-from extractor import backbones
+from extractor import networks
 from extractor.backbones import Backbone
 from extractor.decoder import Decoder
 from extractor.export import to_onnx
@@ -95,7 +95,7 @@ def test_it_learns_colours(tuned: FineTuned, photos: tuple[Items, Items]) -> Non
 
 
 def test_what_it_returns(tuned: FineTuned) -> None:
-    start = backbones.load(SQUEEZE)
+    start = networks.load(SQUEEZE)
     loaded = tuned.loaded
     assert json.loads(json.dumps(tuned.history)) == tuned.history
     assert list(tuned.history[0]) == ["epoch", "train_loss", "val_loss", "val_accuracy", "lr", "head_lr", "seconds"]
@@ -103,7 +103,7 @@ def test_what_it_returns(tuned: FineTuned) -> None:
     assert (tuned.weight.shape, tuned.bias.shape) == ((2, 512), (2,))
     assert (tuned.weight.dtype, tuned.bias.dtype) == (np.float32, np.float32)
     assert loaded.weights_name == "fine-tuned from random:0"
-    assert loaded.weights_digest == backbones.digest(loaded.network.state_dict()) != start.weights_digest
+    assert loaded.weights_digest == networks.digest(loaded.network.state_dict()) != start.weights_digest
     assert not any(part.training for part in loaded.network.modules())
     assert not any(part._forward_pre_hooks for part in loaded.network.modules())
     assert all(p.device.type == "cpu" and p.requires_grad and p.grad is None for p in loaded.network.parameters())
@@ -173,7 +173,7 @@ def test_evaluation_pixels_are_the_extractors(photos: tuple[Items, Items]) -> No
 
 @pytest.mark.parametrize("follow", [True, False], ids=["statistics-follow", "statistics-kept"])
 def test_frozen_layers_do_not_move(photos: tuple[Items, Items], follow: bool) -> None:
-    before = backbones.load(SHUFFLE).network.state_dict()
+    before = networks.load(SHUFFLE).network.state_dict()
     tuned = run(photos, epochs=1, freeze_until="stage3.1", batch_statistics=follow)
     after = tuned.loaded.network.state_dict()
     parameters = {name for name, _ in tuned.loaded.network.named_parameters()}
@@ -187,7 +187,7 @@ def test_frozen_layers_do_not_move(photos: tuple[Items, Items], follow: bool) ->
 @pytest.mark.parametrize("layer", ["head", "penultimate"])
 def test_head_trains_the_head_alone(photos: tuple[Items, Items], layer: str) -> None:
     tuned = run(photos, epochs=1, freeze_until=layer)
-    assert tuned.loaded.weights_digest == backbones.load(SHUFFLE).weights_digest
+    assert tuned.loaded.weights_digest == networks.load(SHUFFLE).weights_digest
     assert tuned.trained_parameters == 2 * 1024 + 2
     assert np.abs(tuned.weight).max() > 0
 
@@ -220,7 +220,7 @@ def test_what_runs_before_a_layer_is_found_in_networks_of_all_kinds() -> None:
 def test_an_unknown_layer_is_answered_with_names(photos: tuple[Items, Items], name: str, expected: str) -> None:
     import torch
 
-    network = backbones.load(SHUFFLE).network
+    network = networks.load(SHUFFLE).network
     with pytest.raises(UsageError, match=expected.replace("head?", r"head\?") if "\\" not in expected else expected):
         modules_before(network, torch.zeros(1, 3, 32, 32), name, "fc")
 
@@ -228,7 +228,7 @@ def test_an_unknown_layer_is_answered_with_names(photos: tuple[Items, Items], na
 def test_learning_rates(photos: tuple[Items, Items], tuned: FineTuned) -> None:
     import torch
 
-    network = backbones.load(SQUEEZE).network
+    network = networks.load(SQUEEZE).network
     head = torch.nn.Linear(512, 2)
     caught: list[Any] = []
     hook = network.classifier[1].register_forward_pre_hook(lambda _module, inputs: caught.append(inputs[0]))

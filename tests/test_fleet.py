@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from extractor import fleet
+from extractor.backbone_facts import read_facts
 from extractor.backbones import Backbone
 from extractor.fleet import Fleet, resolve_devices
-from extractor.onnxfile import read_facts
 from extractor.pipeline import run_extract
 from extractor.session import Embedder
 from extractor.settings.groups import Options

@@ -13,11 +13,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from extractor import onnxfile
+from extractor.backbone_facts import BackboneFacts, read_facts
 from extractor.backbones import Backbone
 from extractor.export import export
 from extractor.foreign import import_onnx
 from extractor.images import decode
-from extractor.onnxfile import BackboneFacts, read_facts
 from extractor.parity import relative_l2
 from extractor.pipeline import run_extract
 from extractor.session import Embedder

@@ -27,16 +27,17 @@ from PIL import Image
 from classifiers import fused as format_of
 from classifiers.bundle import Bundle, save_bundle
 from classifiers.finetune import train_finetuned
+from classifiers.finetune_settings import FineTuneSettings
 from classifiers.fuse import PARITY, fuse, rounding_nodes, selftest
 from classifiers.fused import Fused, golden_pictures
 from classifiers.heldout import evaluate_bundle
 from classifiers.predict import Predictor, list_images
-from classifiers.settings import FineTuneSettings
 from classifiers.train import make_head, train_head
 from extractor import onnxfile
+from extractor.backbone_facts import BackboneFacts, Layer, read_facts, write_facts
 from extractor.backbones import Backbone
 from extractor.half import halve
-from extractor.onnxfile import BackboneFacts, Layer, read_facts, save, write_facts
+from extractor.onnxfile import save
 from extractor.pipeline import run_extract
 from extractor.preprocess import Preprocess
 from extractor.settings.groups import Options

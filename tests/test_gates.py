@@ -14,7 +14,9 @@ from PIL import Image
 from classifiers.evaluate import score
 from classifiers.gates import GATES, missed_gates, wanted_gates
 from classifiers.intervals import wilson
-from classifiers.jobs import read_job, read_runs, run_cells, run_job
+from classifiers.job_file import read_job
+from classifiers.job_history import read_runs, run_cells
+from classifiers.jobs import run_job
 from classifiers.multilabel import measure as measure_labels
 from classifiers.regression import measure as measure_numbers
 from store.errors import JobFileError

@@ -25,14 +25,14 @@ from classifiers.logistic import LogisticHead
 from classifiers.predict import Predictor
 from classifiers.train import train_head
 from cli import calibration_text
-from extractor import cuda, session
+from extractor import cuda, machine, session
+from extractor.backbone_facts import BackboneFacts, read_facts
 from extractor.backbones import Backbone
 from extractor.cuda import BoundLane, capability, free_memory, is_loaded, pin, prove, reason, trouble
 from extractor.export import export
 from extractor.fleet import Fleet, resolve_devices
 from extractor.graph import name_nodes
 from extractor.half import BOUND, COSINE, _convert, compare, halve
-from extractor.onnxfile import BackboneFacts, read_facts
 from extractor.parity import relative_l2
 from extractor.pipeline import run_extract
 from extractor.prologue import takes_pixels
@@ -317,7 +317,7 @@ def test_what_is_missing_is_in_the_message_and_not_on_stdout(
 
 
 LACKS_CUDA = pytest.mark.skipif(
-    session.nvidia_driver_present() or CUDA not in onnxruntime.get_available_providers(),
+    machine.nvidia_driver_present() or CUDA not in onnxruntime.get_available_providers(),
     reason="CUDA works here, or ONNX Runtime has none: neither is a card that does not work",
 )
 
@@ -357,7 +357,7 @@ def test_auto_goes_on_with_the_cpu_where_a_card_does_not_work(
         )
 
 
-@pytest.mark.skipif(session.nvidia_driver_present(), reason="this machine has an NVIDIA driver")
+@pytest.mark.skipif(machine.nvidia_driver_present(), reason="this machine has an NVIDIA driver")
 def test_fine_tuning_goes_on_with_the_cpu_where_torch_has_no_card(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

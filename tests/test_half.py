@@ -12,9 +12,9 @@ import pytest
 from onnx import TensorProto, numpy_helper
 
 from extractor import half
+from extractor.backbone_facts import read_facts
 from extractor.decoder import Decoder
 from extractor.half import BOUND, COSINE, as_on_a_card, compare, halve, pictures
-from extractor.onnxfile import read_facts
 from extractor.session import Embedder
 from store.errors import BadDataError
 

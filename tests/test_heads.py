@@ -16,9 +16,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from classifiers.dense import DenseHead, fit_temperature, log_loss, softmax, standardisation
+from classifiers.dense import DenseHead
 from classifiers.logistic import CS, LogisticHead
 from classifiers.mlp import MlpHead
+from classifiers.probabilities import fit_temperature, log_loss, softmax
+from classifiers.standardise import standardisation
 from store.errors import BadDataError
 
 Data = tuple[NDArray[np.float32], NDArray[np.str_]]

@@ -19,8 +19,9 @@ from classifiers.rounding import judge_rounding
 from classifiers.train import make_head, train_head
 from extractor import calibration as calibrating
 from extractor import cpu_session, session
+from extractor.backbone_facts import BackboneFacts, Layer, read_facts, write_facts
 from extractor.backbones import Backbone
-from extractor.onnxfile import BackboneFacts, Layer, read_facts, save, write_facts
+from extractor.onnxfile import save
 from extractor.parity import cosines
 from extractor.pipeline import run_extract
 from extractor.preprocess import Preprocess

@@ -10,12 +10,12 @@ from sklearn import metrics
 from sklearn.datasets import load_digits
 
 from classifiers.conformal import Conformal
-from classifiers.dense import softmax
 from classifiers.evaluate import score
-from classifiers.figures import BINS, chance_calibration_errors, untempered, weighted_figures
+from classifiers.figures import BINS, chance_calibration_errors, weighted_figures
 from classifiers.intervals import bootstrap_interval, distance_interval, resampled, resamples_for, wilson
 from classifiers.logistic import LogisticHead
 from classifiers.mlp import MlpHead
+from classifiers.probabilities import softmax, untempered
 from classifiers.task import Evaluation
 
 Drawn = tuple[NDArray[np.intp], NDArray[np.float32]]

@@ -16,7 +16,9 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from classifiers.bundle import Bundle
-from classifiers.jobs import preview_job, read_job, read_runs, run_job, runs_file
+from classifiers.job_file import read_job
+from classifiers.job_history import read_runs, runs_file
+from classifiers.jobs import preview_job, run_job
 from extractor.augment import STANDARD, Augmentation
 from extractor.progress import JsonLog, Metrics, observed
 from extractor.settings.groups import Options

@@ -14,10 +14,11 @@ from click.testing import CliRunner
 from torchvision.models import VisionTransformer
 
 from cli import cli
-from extractor.backbones import Backbone, load
+from extractor.backbone_facts import read_facts
+from extractor.backbones import Backbone
 from extractor.export import to_onnx
 from extractor.layers import last_weighted, list_layers, require_layers, tapped
-from extractor.onnxfile import read_facts
+from extractor.networks import load
 from extractor.parity import relative_l2
 from extractor.pipeline import run_extract
 from extractor.session import Embedder

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from extractor.backbones import Backbone
-from extractor.metering import Meter, drawn, peak_memory, together
+from extractor.machine import Meter, drawn, peak_memory, together
 from extractor.pipeline import extract
 from extractor.settings.groups import Options
 from extractor.sources import ImageFolder

@@ -15,9 +15,11 @@ from numpy.typing import ArrayLike, NDArray
 import cli
 from classifiers import heads
 from classifiers.bundle import Bundle
-from classifiers.dense import DenseHead, class_indices
+from classifiers.dense import DenseHead
+from classifiers.folds import class_indices
 from classifiers.heads import HeadRow, make_head, name_of
-from classifiers.jobs import read_job, run_job
+from classifiers.job_file import read_job
+from classifiers.jobs import run_job
 from classifiers.searched import ClassifierHead, Head
 from classifiers.settings import train_settings
 from extractor.settings.declaration import Settings, setting

@@ -23,8 +23,9 @@ from classifiers.fuse import fuse, selftest
 from classifiers.predict import Predictor
 from classifiers.settings import TrainOptions
 from classifiers.train import make_head, train_head
+from extractor.backbone_facts import BackboneFacts, Layer, write_facts
 from extractor.backbones import Backbone
-from extractor.onnxfile import BackboneFacts, Layer, save, write_facts
+from extractor.onnxfile import save
 from extractor.parity import check_parity, relative_l2
 from extractor.pipeline import run_extract
 from extractor.preprocess import Preprocess

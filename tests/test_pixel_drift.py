@@ -19,8 +19,9 @@ from classifiers.predict import FIRST, Predictor
 from classifiers.probing import AffineHead
 from classifiers.settings import TrainOptions
 from classifiers.train import make_head, train_head
-from extractor.backbones import Backbone, Loaded
-from extractor.onnxfile import PROBE_IMAGE
+from extractor.backbone_facts import PROBE_IMAGE
+from extractor.backbones import Backbone
+from extractor.networks import Loaded
 from extractor.pipeline import run_extract
 from extractor.pixel_drift import PixelOrigin, ProbeImage, then_and_now
 from extractor.preprocess import probe

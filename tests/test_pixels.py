@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from extractor.backbones import Backbone, load
+from extractor.backbones import Backbone
 from extractor.decoder import Decoder
 from extractor.images import MAX_PIXELS, ImageError, decode, decode_at_least
+from extractor.networks import load
 from extractor.preprocess import FILTERS, PIXEL_PATHS, Preprocess, probe
 from extractor.stated import Input, preprocessing
 from store.errors import UsageError

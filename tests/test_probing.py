@@ -14,10 +14,11 @@ from PIL import Image
 
 from classifiers.bundle import Bundle
 from classifiers.finetune import finetune, train_finetuned
+from classifiers.finetune_settings import FineTuneOptions, FineTuneSettings
 from classifiers.probing import AffineHead, start_from
-from classifiers.settings import FineTuneOptions, FineTuneSettings, TrainOptions
+from classifiers.settings import TrainOptions
 from classifiers.train import make_head, save_head, train_head
-from extractor import backbones
+from extractor import networks
 from extractor.backbones import Backbone
 from extractor.layers import torch_penultimate
 from extractor.pipeline import extract
@@ -62,7 +63,7 @@ def test_epoch_0_is_the_bundles_head(cache: FeatureCache, probe: Bundle) -> None
     files = {label: [row.path.decode() for row in cache.rows("val") if row.label == label] for label in ("ants", "bees")}
     root = cache.root
     items = [(root / path, index) for index, label in enumerate(files) for path in files[label]]
-    loaded = backbones.load(NETWORK)
+    loaded = networks.load(NETWORK)
     pixels = [loaded.preprocess.pixels(Image.open(path).convert("RGB")) for path, _ in items]
     batch = loaded.preprocess.normalise(np.stack(pixels))
     features = torch_penultimate(loaded.network, torch.from_numpy(batch))[1](batch)
@@ -116,11 +117,11 @@ def test_ridge_is_a_matrix(cache: FeatureCache, tmp_path: Path) -> None:
 
 def test_other_features_classes_or_split(cache: FeatureCache, probe: Bundle, tmp_path: Path) -> None:
     start = start_from(probe, ["ants", "bees"], held_out(cache))
-    loaded = backbones.load(replace(NETWORK, weights="random:1", resize=80))
+    loaded = networks.load(replace(NETWORK, weights="random:1", resize=80))
     with pytest.raises(FingerprintMismatchError, match=r"logistic.head takes other features .*weights: .*preprocessing: "):
         start.require_features(loaded, start.backbone.layer)
     with pytest.raises(FingerprintMismatchError, match=r"with; layer: input of classifier.1 against features.3. Its cache"):
-        start.require_features(backbones.load(NETWORK), "features.3")
+        start.require_features(networks.load(NETWORK), "features.3")
     with pytest.raises(BadDataError, match="has other classes than these samples: bees, wasps in only one"):
         start_from(probe, ["ants", "wasps"], [])
     network: dict[str, Any] = {"backbone": "squeezenet1_1", "weights": "random:0", "resize": 72, "crop": 64}

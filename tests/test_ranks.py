@@ -14,7 +14,7 @@ import pytest
 from classifiers import ranks
 from classifiers.checkpoints import Checkpoints
 from classifiers.finetune import finetune
-from classifiers.settings import FineTuneOptions
+from classifiers.finetune_settings import FineTuneOptions
 from extractor.backbones import Backbone
 from store.errors import BadDataError, UsageError
 

@@ -20,9 +20,11 @@ from classifiers.bundle import Bundle, Predictions
 from classifiers.evaluate import score
 from classifiers.featuremap import POINTS, feature_map
 from classifiers.finetune import train_finetuned
+from classifiers.finetune_settings import FineTuneSettings
 from classifiers.illustrations import MISTAKES, NEIGHBOURS, illustrate
 from classifiers.report import bundle_report, report_again
-from classifiers.settings import FineTuneSettings, ReportSettings, TrainOptions
+from classifiers.report_settings import ReportSettings
+from classifiers.settings import TrainOptions
 from classifiers.thumbnails import SIDE, thumbnails
 from classifiers.train import make_head, train_head
 from extractor.backbones import Backbone

@@ -15,11 +15,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from classifiers import neighbours, ridge
+from classifiers import neighbours, ridge, spectrum
 from classifiers.centroid import CentroidHead
 from classifiers.cosines import nearest
-from classifiers.dense import fit_temperature, log_loss
 from classifiers.neighbours import KnnHead
+from classifiers.probabilities import fit_temperature, log_loss
 from classifiers.ridge import RidgeHead
 from classifiers.searched import SearchedHead
 from store.errors import BadDataError
@@ -96,8 +96,8 @@ def test_ridge_chooses_as_ridge_classifier_cv_does(n: int, d: int) -> None:
 def test_left_out_values_are_those_of_a_fit_without_the_row() -> None:
     X, y = blobs(n=40, d=9, noise=4)
     Z = StandardScaler().fit_transform(X.astype(np.float64))
-    spectrum = ridge._Spectrum(X, ridge._signs(np.searchsorted(["ant", "bee", "cat"], y), 3))
-    [found] = spectrum.left_out(np.arange(40), [5.0])
+    fitted = spectrum.Spectrum(X, ridge._signs(np.searchsorted(["ant", "bee", "cat"], y), 3))
+    [found] = fitted.left_out(np.arange(40), [5.0])
     expected = cross_val_predict(RidgeClassifier(alpha=5.0), Z, y, cv=LeaveOneOut(), method="decision_function")
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -106,8 +106,8 @@ def test_left_out_values_are_those_of_a_fit_without_the_row() -> None:
 def test_float32_products_of_large_sets_change_next_to_nothing(n: int, d: int, monkeypatch: pytest.MonkeyPatch) -> None:
     data = blobs(n, d, noise=5)
     exact = RidgeHead(alphas=(0.1, 10, 1000)).fit(*data)
-    monkeypatch.setattr(ridge, "PRECISE", 0)
-    monkeypatch.setattr(ridge, "BLOCK", 100)
+    monkeypatch.setattr(spectrum, "PRECISE", 0)
+    monkeypatch.setattr(spectrum, "BLOCK", 100)
     rounded = RidgeHead(alphas=(0.1, 10, 1000)).fit(*data)
     for one, other in zip(rounded.history_, exact.history_, strict=True):
         assert one["squared_error"] == pytest.approx(other["squared_error"], rel=1e-3)

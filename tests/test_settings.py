@@ -17,9 +17,12 @@ import click
 import pytest
 
 import cli
+from classifiers.bundle_settings import EvaluateSettings
+from classifiers.finetune_settings import FineTuneOptions, FineTuneSettings
 from classifiers.heads import ROWS
-from classifiers.jobs import keys_of, models, read_job
-from classifiers.settings import EvaluateSettings, FineTuneOptions, FineTuneSettings, SweepSettings, train_settings
+from classifiers.job_file import keys_of, models, read_job
+from classifiers.settings import train_settings
+from classifiers.sweep_settings import SweepSettings
 from extractor.augment import NAMES, NONE, STANDARD
 from extractor.backbones import BACKBONE_FIELDS, listed, weights_of
 from extractor.commands.console import SettingsCommand

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from classifiers.dense import log_loss
 from classifiers.logistic import CS
+from classifiers.probabilities import log_loss
 from classifiers.softmax import Optimum, SoftmaxPath
 
 Floats = NDArray[np.float32]

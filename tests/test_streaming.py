@@ -19,10 +19,11 @@ import store.writer
 from classifiers.bundle import Bundle
 from classifiers.heads import make_head
 from classifiers.logistic import LogisticHead
+from classifiers.memory import USUAL, must_stream
 from classifiers.settings import TrainOptions
-from classifiers.streaming import USUAL, default_limit, must_stream, resident
 from classifiers.train import train_head
 from extractor.backbones import Backbone
+from extractor.machine import default_limit, resident
 from extractor.pipeline import extract
 from extractor.settings.groups import Options
 from extractor.sources import ImageFolder

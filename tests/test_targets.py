@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from classifiers.heldout import evaluate_bundle
-from classifiers.jobs import read_runs, run_job
+from classifiers.job_history import read_runs
+from classifiers.jobs import run_job
 from classifiers.train import make_head, train_head
 from extractor.backbones import Backbone
 from extractor.pipeline import run_extract

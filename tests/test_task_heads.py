@@ -25,7 +25,8 @@ from classifiers import multilabel, regression
 from classifiers.mlp import MultiLabelMlpHead
 from classifiers.regression import Intervals
 from classifiers.ridge import RidgeRegressionHead
-from classifiers.sigmoid import MultiLabelLogisticHead, _Problem
+from classifiers.sigmoid import MultiLabelLogisticHead
+from classifiers.sigmoid_solver import _Problem
 from classifiers.tasks import task_of
 from store.errors import BadDataError
 

@@ -15,9 +15,8 @@ import pytest
 from PIL import Image
 
 from classifiers.bundle import Bundle
-from classifiers.evaluate import evaluate
 from classifiers.fused import Fused, golden_pictures
-from classifiers.heldout import evaluate_bundle
+from classifiers.heldout import evaluate, evaluate_bundle
 from classifiers.predict import Predictor
 from classifiers.task import Measured
 from classifiers.train import make_head, train_head

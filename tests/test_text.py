@@ -12,9 +12,10 @@ from rich.cells import cell_len
 
 from classifiers import plots
 from classifiers.evaluate import score
-from classifiers.report import _drawable, save_confusion
+from classifiers.plots import _drawable, save_confusion
 from classifiers.task import Evaluation
-from classifiers.text import evaluation_text, table
+from classifiers.text import evaluation_text
+from extractor.text_table import table
 
 COLUMNS = ("bundle", "kind", "accuracy", "95 % interval", "macro F1", "training", "extraction", "images through backbone")
 COMPARED = [

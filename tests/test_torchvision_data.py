@@ -17,12 +17,13 @@ import torchvision
 from PIL import Image
 
 from classifiers.finetune import train_finetuned
+from classifiers.finetune_settings import FineTuneSettings
 from classifiers.heldout import evaluate_bundle
-from classifiers.settings import FineTuneSettings
 from classifiers.train import make_head, train_head
 from extractor.backbones import Backbone
 from extractor.images import ImageError, decode
-from extractor.pipeline import preview, run_extract
+from extractor.pipeline import run_extract
+from extractor.plan import preview
 from extractor.settings.groups import Options
 from extractor.sources import ImageFolder, TorchvisionDataset, files_of, open_source
 from extractor.torchvision_data import BELONGS

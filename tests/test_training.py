@@ -12,8 +12,8 @@ import pytest
 
 from classifiers import training
 from classifiers.finetune import FineTuned, finetune
-from classifiers.settings import FineTuneOptions
-from extractor import backbones
+from classifiers.finetune_settings import FineTuneOptions
+from extractor import networks
 from extractor.backbones import Backbone
 from extractor.layers import torch_penultimate
 
@@ -129,7 +129,7 @@ def test_an_average_of_the_weights_is_what_is_validated_and_kept(pictures: tuple
     assert tuned.history[0]["val_loss"] == alone.history[0]["val_loss"]
     assert tuned.history[1]["train_loss"] == alone.history[1]["train_loss"]  # training itself does not change
     assert tuned.history[1]["val_loss"] != alone.history[1]["val_loss"]
-    before, after = backbones.load(SHUFFLE).network.state_dict(), tuned.loaded.network.state_dict()
+    before, after = networks.load(SHUFFLE).network.state_dict(), tuned.loaded.network.state_dict()
     frozen = [name for name in before if name.startswith(("conv1", "stage2", "stage3.0."))]
     assert len(frozen) > 20
     assert all(before[name].equal(after[name]) for name in frozen)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from extractor import reading, tuning
+from extractor.backbone_facts import read_facts
 from extractor.backbones import Backbone
 from extractor.decoder import Decoder
-from extractor.onnxfile import read_facts
 from extractor.pipeline import run_extract
 from extractor.preprocess import Preprocess
 from extractor.progress import StopFlag

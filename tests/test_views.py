@@ -33,9 +33,9 @@ from classifiers.settings import TrainOptions
 from classifiers.sigmoid import MultiLabelLogisticHead
 from classifiers.train import make_head, train_head
 from extractor.augment import STANDARD
+from extractor.backbone_facts import read_facts
 from extractor.backbones import Backbone
 from extractor.images import decode
-from extractor.onnxfile import read_facts
 from extractor.pipeline import extract
 from extractor.settings.groups import Options
 from extractor.sources import ImageFolder, open_source

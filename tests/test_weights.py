@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 
 from extractor import weights
-from extractor.backbones import Backbone, choose_weights, import_weights, load
+from extractor.backbones import Backbone, choose_weights
+from extractor.networks import import_weights, load
 from extractor.weights import WeightsFile, all_files, checkpoints, fetch, install, read_state, recognise
 from store.errors import BadDataError, InputMissingError, OutputError, StorageError, UsageError
 

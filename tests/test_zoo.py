@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from PIL import AvifImagePlugin, Image, features
 
 from extractor import decoder as decoding
+from extractor.backbone_facts import read_facts
 from extractor.backbones import Backbone
 from extractor.decoder import Decoder
 from extractor.images import MEMORY, ImageError, decode
-from extractor.onnxfile import read_facts
 from extractor.pipeline import run_extract
 from extractor.preprocess import PIXEL_PATHS, Preprocess
 from extractor.session import Embedder

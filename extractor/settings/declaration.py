@@ -24,13 +24,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from store.errors import PenultError, UsageError, did_you_mean
 
@@ -304,3 +298,27 @@ class Settings(BaseModel):
     def part(self, kind: type[S]) -> S:
         """One of the groups that these settings are made of."""
         return kind(**{name: value for name, value in self.given().items() if name in kind.model_fields})
+
+
+MAX_SEED = 2**32 - 1
+
+
+def seed_setting(text: str) -> Any:
+    """A seed; ``text`` says of what."""
+    return setting(0, text, ge=0, le=MAX_SEED, metavar="N")
+
+
+def as_tuple(value: Any) -> Any:
+    """A list of a job file, or its one member; what is neither stays, to be refused."""
+    if isinstance(value, list):
+        return tuple(value)
+    return (value,) if isinstance(value, int | float | str) and not isinstance(value, bool) else value
+
+
+def _path(value: Any) -> Any:
+    return PLACE.get().folder / value if isinstance(value, str | Path) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
+ResultPath = Annotated[Path, BeforeValidator(_path)]
+FilePath = Annotated[Path | None, BeforeValidator(_path)]

@@ -27,10 +27,11 @@ from PIL import Image
 
 from classifiers.bundle import Bundle
 from classifiers.finetune import train_finetuned
+from classifiers.finetune_settings import FineTuneSettings
 from classifiers.fuse import fuse
 from classifiers.heldout import evaluate_bundle
 from classifiers.predict import Predictor
-from classifiers.settings import FineTuneSettings, TrainOptions
+from classifiers.settings import TrainOptions
 from classifiers.train import make_head, train_head
 from extractor.backbones import Backbone
 from extractor.pipeline import run_extract

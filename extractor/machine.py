@@ -1,13 +1,16 @@
-"""What a piece of work cost: wall time, memory, and the energy of GPUs where their driver counts it."""
+"""This machine, and what work costs on it: cores, memory, wall time, energy of GPUs where their driver counts it."""
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, bytes
@@ -94,3 +97,51 @@ def together(*parts: Mapping[str, Any] | None) -> dict[str, Any]:
     memory = [part["peak_memory"] for part in parts if part and part.get("peak_memory") is not None]
     energy = [part["energy"] for part in parts if part and part.get("energy") is not None]
     return {"peak_memory": max(memory, default=None), "energy": round(sum(energy), 3) if energy else None}
+
+
+def default_limit() -> int:
+    """Half of the memory that the machine has to give, or the control group; bytes."""
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError):  # macOS
+        facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        available = int(facts["MemAvailable"].removesuffix("kB")) * 1024
+    with suppress(OSError, ValueError):  # no control group, or one whose limit is "max"
+        available = min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return available // 2
+
+
+def resident() -> int:
+    """Bytes of memory that this process has now."""
+    with suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes, and the most there ever was
+
+
+Clock = dict[str, float]  # seconds by stage
+
+
+@contextmanager
+def timed(clock: Clock, stage: str) -> Iterator[None]:
+    """Add what the block takes to a stage."""
+    begin = time.perf_counter()
+    try:
+        yield
+    finally:
+        clock[stage] += time.perf_counter() - begin
+
+
+def cores() -> int:
+    """Cores that this process may use: what its affinity (taskset, Slurm) and its container's quota leave."""
+    try:
+        count = len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS
+        count = os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # no control group, or one whose quota is "max"
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        count = min(count, math.ceil(quota / period))
+    return max(count, 1)
+
+
+def nvidia_driver_present() -> bool:
+    """Whether this machine has an NVIDIA driver (Linux, or Linux in Windows)."""
+    return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg"))

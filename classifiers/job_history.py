@@ -1,0 +1,75 @@
+"""The history of a job: one line of JSON a run, beside the job file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from store import json_text
+from store.errors import InputMissingError
+
+log = logging.getLogger("penult.classifiers")
+
+
+def runs_file(job: Path) -> Path:
+    """Where the records of a job's runs are kept: one JSON object per line, beside the job file."""
+    return job.with_name(f"{job.stem}.runs.jsonl")
+
+
+def append_run(path: Path, record: dict[str, Any]) -> None:
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json_text.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # the run itself is done; its record must not turn that around
+        log.warning("cannot write %s: %s", path, error.strerror)
+
+
+def read_runs(job: Path) -> list[dict[str, Any]]:
+    """The records of a job's runs, the oldest first; a line cut by a crash is left out.
+
+    Raises:
+        InputMissingError: it never ran.
+    """
+    path = runs_file(job)
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except OSError as error:
+        message = f"no runs of {job} are recorded ({path}: {error.strerror})"
+        raise InputMissingError(message) from error
+    records = []
+    for line in lines:
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return records
+
+
+RUN_COLUMNS = ("started", "exit", "seconds", "inputs", "failed", "computed", "trained", "figure", "value", "95 % interval")
+
+
+def run_cells(record: dict[str, Any]) -> tuple[str, ...]:
+    """One record as text, in the order of `RUN_COLUMNS`; what a run did not get to is a dash."""
+    extract = record.get("extract", {})
+    return (
+        record["started"],
+        str(record["exit_code"]),
+        f"{record['seconds']:.1f}",
+        *(str(extract.get(name, "-")) for name in ("inputs", "failed", "computed")),
+        {True: "yes", False: "unchanged"}.get(record.get("trained", ""), "-"),
+        *_figure_cells(record.get("evaluation")),
+    )
+
+
+def _figure_cells(evaluation: dict[str, Any] | None) -> tuple[str, str, str]:
+    if not evaluation:
+        return "-", "-", "-"
+    figure = evaluation.get("figure", "accuracy")  # all that there was in records of old
+    value = evaluation.get("value", evaluation.get("accuracy"))
+    bounds = evaluation.get("interval", evaluation.get("accuracy_interval"))
+    shown = f"{bounds[0]:.4f} to {bounds[1]:.4f}" if bounds else "-"
+    return figure.replace("_", " "), "-" if value is None else f"{value:.4f}", shown

@@ -1,0 +1,20 @@
+"""The settings of a report."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from extractor.settings.declaration import Settings, setting
+
+from .bundle_settings import HeldOutSettings, PredictSettings, RootSettings
+
+
+class ThumbnailSettings(Settings):
+    section: ClassVar[str] = "train"
+    heading: ClassVar[str] = "Report"
+
+    thumbnails: bool = setting(True, "Images in the report, or none.", shown="with")
+
+
+class ReportSettings(HeldOutSettings, RootSettings, ThumbnailSettings, PredictSettings):
+    """What `penult report` takes."""

@@ -1,0 +1,58 @@
+"""Tables as plain text, for a terminal or a pipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.cells import cell_len
+
+GAP = 3  # between two columns
+EDGES = 2  # at both ends of a line
+READABLE = 16  # characters that a column of text gets at least, if it needs them
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1, width: int | None = None) -> str:
+    """A table; the first ``left`` columns are text, the others numbers. ``width`` in characters; None asks the terminal.
+
+    Text is folded where it must be, a figure never: a table too wide for that is turned on its side, or becomes a list.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(width=width, highlight=False)
+    rows = list(rows)
+    if narrowest(columns, rows, left) > console.width:
+        turned = [columns[0], *(row[0] for row in rows)], [[*cells] for cells in zip(columns, *rows, strict=True)][1:]
+        if narrowest(*turned, 1) <= console.width:
+            return table(*turned, width=console.width)
+        # one line per figure is longer, but can be read
+        heading = max(map(cell_len, columns))
+        blocks = [[f"{name:{heading}}  {cell}" for name, cell in zip(columns, row, strict=True)] for row in rows]
+        return "\n\n".join("\n".join(block) for block in blocks)
+    widths = _widths(columns, rows)
+    fits = sum(max(cell_len(name), width) + GAP for name, width in zip(columns, widths, strict=True)) <= console.width + GAP
+    drawn = Table(box=box.SIMPLE, pad_edge=False)
+    for i, column in enumerate(columns):
+        if i < left:
+            drawn.add_column(column, overflow="fold")
+        else:  # its heading may be broken between words, a figure never
+            drawn.add_column(column, justify="right", width=None if fits else widths[i])
+    for row in rows:
+        drawn.add_row(*(Text(cell) for cell in row))
+    with console.capture() as capture:
+        console.print(drawn)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines()).strip("\n")
+
+
+def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    """The width of each column whose heading may be broken between words and whose cells may not."""
+    words = [max(map(cell_len, column.split()), default=0) for column in columns]
+    return [max([words[i], *(cell_len(row[i]) for row in rows)]) for i in range(len(columns))]
+
+
+def narrowest(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> int:
+    """In how many characters the table can be read, its text folded."""
+    widths = _widths(columns, rows)
+    return sum(min(width, READABLE) if i < left else width for i, width in enumerate(widths)) + GAP * (len(columns) - 1) + EDGES
