@@ -83,7 +83,9 @@ def options_page() -> str:
         "[job files](jobs.md), too. `penult COMMAND --help` says the same, and how to name outputs. Where several values are "
         "taken, `--layer` and `--target` are repeated, and the others have commas between them: `--few-shot 1,5,10`.",
     ]
-    for name, command in cli.cli.commands.items():
+    context = click.Context(cli.cli)
+    for name in cli.cli.list_commands(context):
+        command = cli.cli.get_command(context, name)
         if not isinstance(command, SettingsCommand):
             continue
         parts.append(f"## penult {name}\n\n{str(command.help).splitlines()[0]}")

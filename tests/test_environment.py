@@ -17,6 +17,7 @@ import pytest
 
 import cli
 from benchmarks import home
+from extractor.commands.weights import weights
 from store import environment
 
 REPO = Path(__file__).resolve().parent.parent
@@ -29,6 +30,7 @@ def refuse(*given, **named):
 for name in ("getaddrinfo", "getnameinfo", "gethostbyname", "gethostbyname_ex", "gethostbyaddr"):
     setattr(socket, name, refuse)
 import cli
+from extractor.commands.weights import weights
 for line in sys.argv[1:]:
     sys.argv = ["penult", *line.split()]
     try:
@@ -66,8 +68,8 @@ def test_commands_look_no_host_up_and_leave_a_fresh_home_folder_as_it_was(backbo
 
 
 def test_every_command_is_among_those() -> None:
-    names = {name for name, command in cli.cli.commands.items() if not isinstance(command, click.Group)}
-    names |= {f"weights {name}" for name in cli.weights.commands}
+    context = click.Context(cli.cli)
+    names = {*cli.cli.list_commands(context), *(f"weights {name}" for name in weights.list_commands(context))} - {"weights"}
     lines = [command.line for command in home.COMMANDS]
     assert {name for name in names if not any(f"{line} ".startswith(f"{name} ") for line in lines)} == {"weights fetch"}
 

@@ -24,10 +24,10 @@ from classifiers import finetune
 from classifiers.logistic import LogisticHead
 from classifiers.predict import Predictor
 from classifiers.train import train_head
-from cli import calibration_text
 from extractor import cuda, machine, session
 from extractor.backbone_facts import BackboneFacts, read_facts
 from extractor.backbones import Backbone
+from extractor.commands.caches import calibration_text
 from extractor.cuda import BoundLane, capability, free_memory, is_loaded, pin, prove, reason, trouble
 from extractor.export import export
 from extractor.fleet import Fleet, resolve_devices

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from numpy.typing import ArrayLike, NDArray
 
-import cli
 from classifiers import heads
 from classifiers.bundle import Bundle
+from classifiers.commands.train import train
 from classifiers.dense import DenseHead
 from classifiers.folds import class_indices
 from classifiers.heads import HeadRow, make_head, name_of
@@ -113,7 +113,7 @@ def test_everything_knows_a_head_by_its_row(
     assert penult("report", bundle, cache, "-o", tmp_path / "p.html")[0] == 0
     assert "means head on" in (tmp_path / "p.html").read_text()
     assert penult("sweep", photos, "-m", backbone_file, "--head", "means", "-o", tmp_path / "s")[0] == 0
-    help_text = cli.cli.commands["train"].get_help(click.Context(cli.cli.commands["train"]))
+    help_text = train.get_help(click.Context(train))
     assert "Head: means:" in help_text
     assert "|centroid|means" in help_text
     code, _, err = penult("train", cache, "-o", tmp_path / "x", "--head", "means", "--C", "1")

@@ -1,1 +1,1 @@
-"""The command line of an extraction."""
+"""The commands about images and features: each parses, calls and prints."""

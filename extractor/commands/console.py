@@ -1,4 +1,4 @@
-"""Commands of click whose options are settings: made from a model when they are asked for, and handed on as one.
+"""What all commands share: options made from settings, ``-q`` and ``-v``, and how results are printed.
 
 Importing pydantic takes a twentieth of a second, so a command names its model as text, and only the command that runs, or whose
 help is shown, imports it.
@@ -7,15 +7,22 @@ help is shown, imports it.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+import logging
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from store import json_text
 
 if TYPE_CHECKING:
     from extractor.settings.declaration import Settings
 
 F = TypeVar("F", bound=Callable[..., Any])
+FOLDER = click.Path(path_type=Path, readable=False)  # what cannot be read is said by the command, with its own code
+WITH_FAILURES = 3
 OUTPUT, MESSAGES = "Output", "Messages"  # headings of options that are no settings
 HEADINGS = dict.fromkeys(("--log-json", "--metrics", "--quiet", "--verbose", "--help"), MESSAGES) | {"--backbone": "Backbone"}
 
@@ -31,6 +38,64 @@ def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
+observing_options = options(
+    click.option("--log-json", type=FOLDER, help="Append every message as one JSON object per line; the last is `summary`."),
+    click.option("--metrics", type=FOLDER, help="Write a Prometheus textfile (.prom), replaced whole."),
+    click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing."),
+)
+one_layer_option = click.option("--layer", metavar="NAME", help="Which feature set, where the cache has several.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+
+
+def output_option(what: str) -> Callable[[F], F]:
+    return click.option("-o", "--output", required=True, type=FOLDER, help=what)
+
+
+class _StderrHandler(logging.Handler):
+    """Messages for people; warnings are marked."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "warning: " if record.levelno >= logging.WARNING else ""
+        click.echo(prefix + record.getMessage(), err=True)
+
+
+def _set_loudness(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:  # noqa: FBT001 - click calls it so
+    """Set what goes to stderr; ``-q`` and ``-v`` mean the same before and after the command."""
+    key = f"penult.{parameter.name}"
+    ctx.meta[key] = value or ctx.meta.get(key, False)  # one dictionary for the whole command line
+    quiet, verbose = (ctx.meta.get(f"penult.{name}") for name in ("quiet", "verbose"))
+    logger = logging.getLogger("penult")
+    logger.setLevel(logging.DEBUG)
+    logger.handlers = [_StderrHandler(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)]
+
+
+def loudness() -> list[click.Option]:
+    """``-q`` and ``-v``, which every command takes."""
+    facts: dict[str, Any] = {"is_flag": True, "expose_value": False, "callback": _set_loudness}
+    return [
+        click.Option(["-q", "--quiet"], help="Only warnings on stderr.", **facts),
+        click.Option(["-v", "--verbose"], help="More on stderr.", **facts),
+    ]
+
+
+class Command(click.Command):
+    """A command that takes ``-q`` and ``-v``."""
+
+    def __init__(self, *arguments: Any, **facts: Any) -> None:
+        super().__init__(*arguments, **facts)
+        self.params += loudness()
+
+
+class CommandGroup(click.Group):
+    """Commands in the order in which they are declared."""
+
+    command_class = Command
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
 class SettingsOption(click.Option):
     """One setting, as a flag."""
 
@@ -39,7 +104,7 @@ class SettingsOption(click.Option):
         self.heading = heading
 
 
-class SettingsCommand(click.Command):
+class SettingsCommand(Command):
     """A command with options in sections; those of its model come first, and the function gets them as ``settings``.
 
     Args:
@@ -126,3 +191,30 @@ def _option(model: type[Settings], name: str, heading: str) -> SettingsOption:
     metavar = look.get("metavar") or ("|".join(map(str, choices)) if choices else None)
     short = [look["short"]] if "short" in look else []
     return SettingsOption(name, *short, flag, type=Text(), multiple=many, metavar=metavar, **facts)
+
+
+def is_quiet() -> bool:
+    return bool(click.get_current_context().meta["penult.quiet"])
+
+
+def print_json(facts: Any) -> None:
+    click.echo(json_text.dumps(facts, indent=2))
+
+
+def table_width() -> int | None:
+    """How wide tables may be: a terminal knows it itself; a pipe or a file gets 160 characters."""
+    return None if sys.stdout.isatty() else 160
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> None:
+    from extractor.text_table import table
+
+    click.echo(table(columns, rows, left=left, width=table_width()))
+
+
+def print_preview(would: dict[str, Any], *, as_json: bool) -> None:
+    """What a run would do."""
+    if as_json:
+        return print_json(would)
+    click.echo(f"{would['inputs']} inputs: {would['unchanged']} unchanged, {would['to_read']} to read (dry run, nothing done)")
+    return click.echo(f"train: {would['train']}") if "train" in would else None

@@ -1,0 +1,1 @@
+"""The commands about heads: each parses, calls and prints."""

@@ -1,0 +1,51 @@
+"""The command ``penult compare``: bundles on the same held-out images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from extractor.commands.console import FOLDER, Command, json_option, overwrite_option, print_json, table_width
+
+
+@click.command(cls=Command)
+@click.argument("bundles", nargs=-1, required=True, type=FOLDER)
+@click.option("-o", "--output", type=FOLDER, help="Also write an HTML report.")
+@click.option("--against", metavar="NAME", help="The bundle to compare with; the first frozen one given by default.")
+@click.option(
+    "--worthwhile",
+    type=click.FloatRange(0, 100, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="The smallest difference of accuracy that matters, points.",
+)
+@click.option("--curve", type=FOLDER, metavar="CACHE", help="Also refit the frozen head on 10, 25, 50 and 100 % of its images.")
+@overwrite_option
+@json_option
+def compare(bundles: Sequence[Path], output: Path | None, *, overwrite: bool, as_json: bool, **given: Any) -> None:
+    """Compare bundles on the same held-out images.
+
+    Differences with intervals, what each costs, and whether that is worth it.
+
+    Example: penult compare photos.head photos-finetuned.head -o report.html
+    """
+    from classifiers.bundle import Bundle
+    from classifiers.compare import compare as compare_bundles
+    from classifiers.comparison import comparison_report, comparison_text
+    from classifiers.page import write_output
+    from store.atomic import require_free
+    from store.cache import FeatureCache
+
+    if output:
+        require_free(output, overwrite=overwrite)
+    curve = FeatureCache(given["curve"]) if given["curve"] else None
+    loaded = [Bundle.load(path) for path in bundles]
+    found = compare_bundles(loaded, against=given["against"], worthwhile=given["worthwhile"], curve=curve)
+    if output:
+        write_output(output, comparison_report(found).encode(), overwrite=overwrite)
+    if as_json:
+        return print_json(found.to_json())
+    return click.echo(comparison_text(found, width=table_width()))

@@ -1,0 +1,35 @@
+"""How the commands about heads print a bundle and an evaluation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from extractor.commands.console import print_json, table_width
+
+if TYPE_CHECKING:
+    from classifiers.task import Evaluation, Measured
+
+
+def print_bundle(bundle: Any, *, as_json: bool) -> None:
+    if as_json:
+        return print_json(bundle.to_json())
+    from classifiers.bundle import task_of_bundle
+
+    task, seconds = task_of_bundle(bundle), bundle.cost["train_seconds"]
+    click.echo(f"{bundle.path}: {bundle.head} head, {len(bundle.classes)} {task.plural}, in {seconds:.1f} s")
+    metrics = bundle.metrics
+    if metrics:
+        click.echo(f"{task.headline(metrics)} on {metrics['n']} images of {bundle.split['reported_on']!r}")
+        for note in metrics["notes"]:
+            click.echo(f"warning: {note}", err=True)
+    return click.echo(f"report: {bundle.path / 'report.html'}")
+
+
+def print_evaluation(result: Evaluation | Measured) -> None:
+    from classifiers.text import evaluation_text
+
+    click.echo(evaluation_text(result, width=table_width()))
+    for note in result.notes:
+        click.echo(f"warning: {note}", err=True)

@@ -1,0 +1,90 @@
+"""The commands that say what a bundle is worth: ``penult evaluate`` and ``penult report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from extractor.commands.console import (
+    FOLDER,
+    WITH_FAILURES,
+    SettingsCommand,
+    json_option,
+    output_option,
+    overwrite_option,
+    print_json,
+)
+
+from .console import print_evaluation
+
+if TYPE_CHECKING:
+    from classifiers.bundle_settings import EvaluateSettings
+    from classifiers.report_settings import ReportSettings
+
+
+@click.command(cls=SettingsCommand, model="classifiers.bundle_settings:EvaluateSettings")
+@click.argument("bundle", type=FOLDER)
+@click.argument("data", type=FOLDER)
+@click.option("--plot", type=FOLDER, help="Write the confusion matrix as .png, .svg or .pdf.")
+@overwrite_option
+@json_option
+def evaluate(bundle: Path, data: Path, settings: EvaluateSettings, plot: Path | None, *, as_json: bool, overwrite: bool) -> int:
+    """Evaluate a bundle on a cache or a dataset, with intervals.
+
+    Every figure with its interval, per class, and the confusion matrix.
+
+    Example: penult evaluate photos.head photos.cache --split test
+    """
+    from classifiers.bundle import Bundle
+    from classifiers.gates import missed_gates
+    from classifiers.heldout import evaluate_bundle
+    from classifiers.plots import require_plot, save_confusion
+    from classifiers.task import need_single_label
+    from extractor.settings.declaration import FLAGS, flag_of
+    from store.errors import GateError
+
+    if plot:
+        require_plot(plot, overwrite=overwrite)
+    loaded = Bundle.load(bundle)
+    with FLAGS.here():
+        gates = settings.wanted(loaded.task)
+    if plot:
+        need_single_label(loaded.task, "--plot")
+    result, _ = evaluate_bundle(loaded, data, split=settings.split, root=settings.root, **settings.runtime())
+    if plot:
+        save_confusion(result.to_json(), plot, overwrite=overwrite)
+    if as_json:
+        print_json(result.to_json())
+    else:
+        print_evaluation(result)
+    if missed := missed_gates(gates, result.to_json(), lambda gate: flag_of(type(settings), gate.name)):
+        raise GateError(missed)
+    return WITH_FAILURES if result.failed else 0
+
+
+@click.command(cls=SettingsCommand, model="classifiers.report_settings:ReportSettings")
+@click.argument("bundle", type=FOLDER)
+@click.argument("data", required=False, type=FOLDER)
+@output_option("The page, an .html file.")
+@overwrite_option
+def report(bundle: Path, data: Path | None, settings: ReportSettings, output: Path, *, overwrite: bool) -> None:
+    """Make the page of a bundle anew, or one about other images.
+
+    Without DATA, a cache or a dataset, the page has no images and no map of features.
+
+    Example: penult report photos.head photos.cache -o photos.html
+    """
+    from classifiers.bundle import Bundle
+    from classifiers.page import write_output
+    from classifiers.report import report_again
+    from store.atomic import require_free
+
+    require_free(output, overwrite=overwrite)
+    if data is None and (settings.split or settings.root):
+        message = "--split and --root are about images, and there is no DATA"
+        raise click.UsageError(message)
+    html = report_again(Bundle.load(bundle), data, settings)
+    write_output(output, html.encode(), overwrite=overwrite)
+    click.echo(f"report: {output}")

@@ -1,0 +1,48 @@
+"""The command ``penult finetune``: backbone and head trained together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from extractor.commands.console import FOLDER, SettingsCommand, is_quiet, json_option, output_option, overwrite_option
+
+from .console import print_bundle
+
+if TYPE_CHECKING:
+    from classifiers.finetune_settings import FineTuneSettings
+
+
+@click.command(cls=SettingsCommand, model="classifiers.finetune_settings:FineTuneSettings")
+@click.argument("data", type=FOLDER)
+@output_option("The bundle, a folder.")
+@overwrite_option
+@json_option
+def finetune(data: Path, settings: FineTuneSettings, output: Path, *, as_json: bool, overwrite: bool) -> None:
+    """Fine-tune a backbone end to end on the same split.
+
+    DATA is a cache, whose samples and split are taken over, or a dataset as `penult extract` takes it. Interrupted, the same
+    command goes on after the last finished epoch. docs/finetune.md says what the flags do.
+
+    Example: penult finetune photos.cache -m resnet50 -o photos-finetuned.head
+    """
+    from classifiers.bundle_folder import refuse_existing
+    from classifiers.finetune import train_finetuned
+    from extractor.settings.declaration import flag_of
+    from extractor.sources import open_source
+    from store.cache import FeatureCache, is_cache
+
+    refuse_existing(output, overwrite=overwrite)
+    if is_cache(data):
+        unused = settings.given().keys() & {"val_fraction", "test_fraction", "group_by", "limit"}
+        if unused:
+            flags = ", ".join(sorted(flag_of(type(settings), name) for name in unused))
+            message = f"{flags}: {data} is a cache, and fine-tuning takes its samples and its split over"
+            raise click.UsageError(message)
+        origin: Any = FeatureCache(data)
+    else:
+        origin = open_source(data, root=settings.root, follow_symlinks=settings.follow_symlinks, group_by=settings.group_by)
+    bundle = train_finetuned(origin, output, settings.replace(quiet=is_quiet()), overwrite=overwrite)
+    print_bundle(bundle, as_json=as_json)

@@ -1,0 +1,71 @@
+"""The commands of a scheduler: ``penult run`` and ``penult runs``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from extractor.commands.console import (
+    FOLDER,
+    Command,
+    is_quiet,
+    json_option,
+    observing_options,
+    print_json,
+    print_preview,
+    print_table,
+)
+
+from .console import print_evaluation
+
+
+@click.command(cls=Command)
+@click.argument("job", type=FOLDER)
+@observing_options
+@json_option
+def run(job: Path, *, as_json: bool, **given: Any) -> int:
+    """Run a job file, as a scheduler does.
+
+    Extract, train if anything changed, evaluate, and hold the result against its gates.
+
+    Example: penult run nightly.toml --log-json nightly.jsonl --metrics nightly.prom
+    """
+    from classifiers.jobs import preview_job, run_job
+    from extractor.progress import observed
+    from store.errors import GateError
+
+    if given["dry_run"]:
+        would = preview_job(job)
+        print_preview({**would["extract"], "train": would["train"]}, as_json=as_json)
+        return 0
+    with observed(log_json=given["log_json"], metrics=given["metrics"]) as seen:
+        result = run_job(job, quiet=is_quiet(), record=seen)
+    if as_json:
+        print_json(result.to_json())
+    else:
+        click.echo(result.extract.text())
+        print_evaluation(result.evaluation)
+    if result.gate_missed:
+        raise GateError(result.gate_missed)
+    return result.exit_code
+
+
+@click.command(cls=Command)
+@click.argument("job", type=FOLDER)
+@click.option("-n", "--last", type=click.IntRange(1), default=20, show_default=True, help="How many.")
+@json_option
+def runs(job: Path, last: int, *, as_json: bool) -> None:
+    """Show the history of a job.
+
+    When it ran, how it ended, what it computed, what came out.
+
+    Example: penult runs nightly.toml
+    """
+    from classifiers.job_history import RUN_COLUMNS, read_runs, run_cells
+
+    records = read_runs(job)[-last:]
+    if as_json:
+        return print_json(records)
+    return print_table(RUN_COLUMNS, [run_cells(record) for record in records])

@@ -1,0 +1,100 @@
+"""The commands that put a bundle to work: ``penult predict`` and ``penult fuse``."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from extractor.commands.console import FOLDER, WITH_FAILURES, Command, SettingsCommand, output_option, overwrite_option
+from store import json_text
+
+if TYPE_CHECKING:
+    from classifiers.bundle_settings import PredictSettings
+
+
+@click.command(cls=SettingsCommand, model="classifiers.bundle_settings:PredictSettings")
+@click.argument("bundle", metavar="BUNDLE|CLASSIFIER.onnx", type=FOLDER)
+@click.argument("images", nargs=-1, type=FOLDER)
+@click.option(
+    "--format", "form", type=click.Choice(["table", "csv", "jsonl"]), default="table", show_default=True, help="Of predictions."
+)
+@click.option("--selftest", "testing", is_flag=True, help="First check its weights, and what it gives for golden pictures.")
+def predict(bundle: Path, images: Sequence[Path], settings: PredictSettings, form: str, *, testing: bool) -> int:
+    """Predict label and probability of images, or of folders.
+
+    A novelty above 1 is unlike the training images. With --selftest, exit 65 if a weight was changed, or if it computes
+    something else here than where it was made.
+
+    Example: penult predict photos.head new/ --format csv > predictions.csv
+    """
+    from classifiers.fuse import selftest
+    from classifiers.predict import Predictor, list_images
+
+    if not (images or testing):
+        message = "which images? Name files or folders, or pass --selftest"
+        raise click.UsageError(message)
+    listed = list_images(images) if images else []
+    if testing:
+        click.echo(selftest(bundle, **settings.runtime()), err=bool(images))
+        if not images:
+            return 0
+    predictor = Predictor.load(bundle, **settings.runtime())
+    results = predictor.predict(listed)
+    failed = 0
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    if form == "csv":
+        extra = ["novelty"] if predictor.recipe.novelty else []
+        writer.writerow(["path", "label", "probability", "code", "message", *extra, *predictor.task.columns()])
+    for p in results:
+        failed += p.code is not None
+        if form == "csv":
+            best = "" if p.probability is None else f"{p.probability:.6f}"
+            blank = [""] * len(predictor.task.columns())
+            columns: list[Any] = blank if p.probabilities is None else predictor.task.cells(p.probabilities)
+            if predictor.recipe.novelty:
+                columns = ["" if p.novelty is None else f"{p.novelty:.4f}", *columns]
+            writer.writerow([p.name, p.label or "", best, p.code or "", p.message, *columns])
+        elif form == "jsonl":
+            facts: dict[str, Any] = {
+                "path": p.name,
+                "label": p.label,
+                "probability": p.probability,
+                "code": p.code,
+                "message": p.message,
+            }
+            if predictor.recipe.novelty:
+                facts["novelty"] = None if p.novelty is None else round(p.novelty, 4)
+            if predictor.pixel_drift:
+                facts["pixel_drift"] = predictor.pixel_drift.to_json()
+            click.echo(json_text.dumps({**facts, **predictor.task.facts(p.probabilities)}))
+        else:
+            unlike = " (unlike the training images)" if p.novelty and p.novelty > 1 else ""
+            novelty = "" if p.novelty is None else f"\tnovelty {p.novelty:.2f}{unlike}"
+            click.echo(f"{p.name}\t{p.code}: {p.message}" if p.code else f"{p.name}\t{predictor.task.text(p)}{novelty}")
+    return WITH_FAILURES if failed else 0
+
+
+@click.command(cls=Command)
+@click.argument("bundle", type=FOLDER)
+@output_option("The ONNX file.")
+@overwrite_option
+def fuse(bundle: Path, output: Path, *, overwrite: bool) -> None:
+    """Make one ONNX file of a bundle, for any program.
+
+    From decoded pixels to probabilities, in ONNX Runtime. `penult predict CLASSIFIER.onnx` takes it like the bundle; --selftest
+    there shows that it still gives what it gave.
+
+    Example: penult fuse photos.head -o photos.onnx
+    """
+    from classifiers.bundle import Bundle
+    from classifiers.fuse import fuse as fuse_bundle
+    from extractor.onnxfile import data_files
+
+    fused = fuse_bundle(Bundle.load(bundle), output, overwrite=overwrite)
+    side, size = fused.preprocess.crop, sum(file.stat().st_size for file in (output, *data_files(output)))
+    click.echo(f"{output}: {side} x {side} pixels to {len(fused.classes)} {fused.bound_task.plural}, {size / 2**20:.1f} MiB")

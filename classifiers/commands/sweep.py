@@ -1,0 +1,59 @@
+"""The command ``penult sweep``: several backbones on the same images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from extractor.commands.console import FOLDER, SettingsCommand, is_quiet, json_option, output_option, print_json, print_table
+
+if TYPE_CHECKING:
+    from classifiers.sweep_settings import SweepSettings
+
+
+@click.command(cls=SettingsCommand, model="classifiers.sweep_settings:SweepSettings")
+@click.argument("data", type=FOLDER)
+@click.option(
+    "-m",
+    "--backbone",
+    "wanted",
+    required=True,
+    multiple=True,
+    metavar="NAME[=WEIGHTS][@LAYER]...,...",
+    help="Networks, or FILE.onnx; each with @LAYER for features of other layers. See docs/sweep.md.",
+)
+@output_option("Folder of the caches and of sweep.html.")
+@click.option("--overwrite", is_flag=True, help="Extract anew.")
+@json_option
+def sweep(data: Path, wanted: Sequence[str], settings: SweepSettings, output: Path, *, as_json: bool, overwrite: bool) -> int:
+    """Extract with several backbones, and rank them.
+
+    The same images and the same split count for all. LogME and the H-score say, without training, how good features will be.
+
+    Example: penult sweep photos/ -m resnet18,resnet50,resnet50@layer3,theirs.onnx -o photos.sweep
+    """
+    from classifiers.ranking import AGREEMENT_COLUMNS
+    from classifiers.sweep import PAGE, parse_sources, require_ready, run_sweep
+    from extractor.settings.groups import Options
+
+    backbones = parse_sources(wanted, settings.network())
+    options = settings.part(Options).replace(overwrite=overwrite, quiet=is_quiet())
+    require_ready(backbones, output, options)
+    source = settings.source(data)
+    found = run_sweep(source, backbones, output, options, head=settings.head, seed=settings.seed, data=str(data))
+    if as_json:
+        print_json(found.to_json())
+        return found.exit_code
+    print_table(found.columns, found.rows(), left=2)
+    for each in found.failed:
+        click.echo(f"\nNo features of {each.source}: {each.error}")
+    click.echo()
+    for note in found.notes():
+        click.echo(note)
+    click.echo(f"\nRank correlation of the scores with the {found.figure} of trained heads, {len(found.lines)} sources")
+    print_table(AGREEMENT_COLUMNS, [each.cells() for each in found.agreements()])
+    click.echo(f"\nPage: {output / PAGE}\nNext: {found.advice()}")
+    return found.exit_code

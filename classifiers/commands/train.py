@@ -1,0 +1,45 @@
+"""The command ``penult train``: a head from cached features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from extractor.commands.console import FOLDER, SettingsCommand, json_option, output_option, overwrite_option, print_table
+
+from .console import print_bundle
+
+if TYPE_CHECKING:
+    from classifiers.settings import TrainSettings
+
+
+@click.command(cls=SettingsCommand, model="classifiers.settings:train_settings")
+@click.argument("cache", type=FOLDER)
+@output_option("The bundle, a folder.")
+@overwrite_option
+@json_option
+def train(cache: Path, settings: TrainSettings, output: Path, *, as_json: bool, overwrite: bool) -> None:
+    """Train a head on cached features and save it as a bundle.
+
+    The split stored in the cache is used; --val-fraction or --test-fraction make another one.
+
+    Example: penult train photos.cache --head logistic -o photos.head
+    """
+    from classifiers.bundle_folder import refuse_existing
+    from classifiers.train import train_head
+    from extractor.settings.declaration import FLAGS
+    from store.cache import FeatureCache
+
+    refuse_existing(output, overwrite=overwrite)
+    features = FeatureCache(cache, settings.layer)
+    with FLAGS.here():
+        head = settings.make(features.samples.task.name)
+    bundle = train_head(features, output, head, settings, overwrite=overwrite)
+    print_bundle(bundle, as_json=as_json)
+    if bundle.few_shot and not as_json:
+        from classifiers.tables import SHOT_COLUMNS, shot_cells
+
+        click.echo(f"\nAccuracy on {bundle.split['reported_on']!r} by training images of each class")
+        print_table(SHOT_COLUMNS, [shot_cells(point) for point in bundle.few_shot], left=0)

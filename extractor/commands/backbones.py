@@ -1,0 +1,102 @@
+"""The commands about networks: ``penult backbones`` and ``penult export``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from extractor.commands.console import (
+    Command,
+    SettingsCommand,
+    json_option,
+    output_option,
+    overwrite_option,
+    print_json,
+    print_table,
+)
+
+if TYPE_CHECKING:
+    from extractor.settings.network import ExportSettings
+
+
+@click.command(cls=Command)
+@click.argument("name", required=False)
+@click.option("--layers", "with_layers", is_flag=True, help="List the layers of this backbone that can be asked for.")
+@json_option
+def backbones(name: str | None, *, with_layers: bool, as_json: bool) -> None:
+    """List the backbones, or show one.
+
+    Example: penult backbones resnet50 --layers
+    """
+    from extractor.layers import list_layers
+    from extractor.networks import row, rows
+
+    if name is None:
+        if with_layers:
+            message = "--layers: of which backbone? as in: penult backbones resnet50 --layers"
+            raise click.UsageError(message)
+        listing = list(rows())
+        if as_json:
+            return print_json(listing)
+        cells = [
+            (
+                r["name"],
+                " ".join(key.removeprefix("IMAGENET1K_") for key in r["weights"]),
+                str(r["dim"]),
+                str(w["crop"]),
+                f"{w['parameters'] / 1e6:.1f} M",
+                f"{w['gflops']:.2f}",
+                f"{w['top1']:.1f} %",
+            )
+            for r in listing
+            for w in [r["weights"][r["default"]]]
+        ]
+        columns = ("backbone", "weights", "features", "input", "parameters", "GFLOPs", "top-1")  # the default weights first
+        return print_table(columns, cells, left=2)
+    layers = list_layers(name)
+    facts = {**row(name), "layers": layers}
+    if as_json:
+        return print_json(facts)
+    if with_layers:
+        listed = [(each["layer"], each["module"], shape_text(each["shape"]), str(each["dim"])) for each in layers]
+        return print_table(("layer", "module", "shape", "features"), listed, left=2)
+    first = layers[0]
+    pooled = ", averaged" if first["pooling"] == "average" else ""
+    click.echo(f"{name}: {first['dim']} features, the {first['module']}{pooled}; --layers lists {len(layers) - 1} more layers")
+    print_table(
+        ("weights", "licence", "interpolation", "input", "resize", "top-1"),
+        [
+            (key, w["licence"], w["interpolation"], str(w["crop"]), str(w["resize"]), f"{w['top1']:.1f} %")
+            for key, w in facts["weights"].items()
+        ],
+        left=3,
+    )
+    return None
+
+
+@click.command(cls=SettingsCommand, model="extractor.settings.network:ExportSettings", leave=["backbone"])
+@click.argument("backbone")
+@output_option("The ONNX file.")
+@overwrite_option
+def export(settings: ExportSettings, output: Path, *, overwrite: bool) -> None:
+    """Export a backbone to ONNX at its penultimate layer.
+
+    It is checked against torch. BACKBONE is a torchvision network, or somebody's ONNX file, which becomes one that says itself
+    what it takes.
+
+    Example: penult export resnet50 -o resnet50.onnx
+    """
+    from extractor.export import export as export_backbone
+    from store.atomic import require_free
+
+    require_free(output, overwrite=overwrite)
+    facts = export_backbone(settings.network(), output)
+    for layer in facts.layers:
+        click.echo(f"{output}: {facts.name} ({facts.weights}), {layer.dim} features, {layer.layer}, pooling {layer.pooling}")
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))

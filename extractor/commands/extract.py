@@ -1,0 +1,59 @@
+"""The command ``penult extract``: images through a backbone once, features into a cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from extractor.commands.console import (
+    FOLDER,
+    WITH_FAILURES,
+    SettingsCommand,
+    is_quiet,
+    json_option,
+    observing_options,
+    output_option,
+    overwrite_option,
+    print_json,
+    print_preview,
+)
+
+if TYPE_CHECKING:
+    from extractor.settings.groups import ExtractSettings
+
+
+@click.command(cls=SettingsCommand, model="extractor.settings.groups:ExtractSettings")
+@click.argument("data", type=FOLDER)
+@output_option("The cache, a folder.")
+@observing_options
+@overwrite_option
+@json_option
+def extract(data: Path, settings: ExtractSettings, output: Path, *, as_json: bool, overwrite: bool, **given: Any) -> int:
+    """Pass images through a backbone once; cache the features.
+
+    Run it again to resume or to update. DATA is a folder per class, train|val|test folders of these, a flat folder, a CSV or
+    Parquet file with a column `path`, a .tar file or a folder of them, or torchvision:NAME@DIR.
+
+    Example: penult extract photos/ -m resnet50 -o photos.cache
+    """
+    from extractor.pipeline import run_extract
+    from extractor.plan import preview
+    from extractor.progress import observed
+    from extractor.settings.groups import Options
+
+    source, backbone = settings.source(data), settings.network()
+    chosen = settings.part(Options).replace(overwrite=overwrite, quiet=is_quiet())
+    if given["dry_run"]:
+        print_preview(preview(source, backbone, output, chosen), as_json=as_json)
+        return 0
+    with observed(log_json=given["log_json"], metrics=given["metrics"]) as seen:
+        summary = run_extract(source, backbone, output, chosen)
+        code = WITH_FAILURES if summary.failed else 0
+        seen |= {"exit_code": code, "extract": summary.to_json()}
+    if as_json:
+        print_json(summary.to_json())
+    else:
+        click.echo(summary.text())
+    return code
