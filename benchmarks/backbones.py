@@ -33,13 +33,13 @@ def measure(name: str, photos: Sequence[Path], folder: Path) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from extractor.backbones import Backbone
-    from extractor.export import to_onnx
-    from extractor.images import decode
-    from extractor.layers import torch_penultimate
-    from extractor.networks import load
-    from extractor.parity import relative_l2
-    from extractor.session import Embedder
+    from extractor.backbones.export import to_onnx
+    from extractor.backbones.layers import torch_penultimate
+    from extractor.backbones.networks import load
+    from extractor.backbones.registry import Backbone
+    from extractor.graphs.parity import relative_l2
+    from extractor.pixels.images import decode
+    from extractor.runtime.session import Embedder
 
     loaded = load(Backbone(name, "random:0"))
     file = folder / "backbone.onnx"
@@ -119,7 +119,7 @@ def main() -> None:
         sys.stdout = sys.stderr  # exporters print
         print(json.dumps(measure(given.child, given.files, given.scratch)), file=answer)
         return
-    from extractor.backbones import names
+    from extractor.backbones.registry import names
 
     given.results.parent.mkdir(exist_ok=True, parents=True)
     known = [json.loads(line) for line in given.results.read_text().splitlines()] if given.results.exists() else []

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from classifiers.conformal import KINDS, Conformal
-from classifiers.evaluate import score
-from classifiers.figures import weighted_figures
-from classifiers.intervals import RESAMPLES, bootstrap_interval, resampled
-from classifiers.paired import difference_interval
+from classifiers.evaluation.conformal import KINDS, Conformal
+from classifiers.evaluation.intervals import RESAMPLES, bootstrap_interval, resampled
+from classifiers.evaluation.paired_tests import difference_interval
+from classifiers.evaluation.scores import weighted_figures
+from classifiers.evaluation.single_label import score
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 BEGIN, END = "<!-- made by `make bench` -->", "<!-- end -->"

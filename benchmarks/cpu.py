@@ -82,8 +82,8 @@ def naive(name: str, photos: str, batch: int) -> dict[str, Any]:
     import torch
     import torchvision
 
-    from extractor.backbones import choose_weights
-    from extractor.networks import untrained
+    from extractor.backbones.networks import untrained
+    from extractor.backbones.registry import choose_weights
 
     network = untrained(name).eval()
     last = list(network.named_modules())[-1][0]
@@ -115,11 +115,11 @@ def thingsvision(name: str, photos: str, batch: int) -> dict[str, Any]:
 
 def penult(model: str, photos: str, scratch: str, sink: str = "hdf5", **options: Any) -> dict[str, Any]:
     """A whole `run_extract` into an empty cache."""
-    from extractor import quantise
-    from extractor.backbones import Backbone
-    from extractor.pipeline import run_extract
-    from extractor.settings.groups import Options
-    from extractor.sources import ImageFolder
+    from extractor.backbones.registry import Backbone
+    from extractor.data.folders import ImageFolder
+    from extractor.pipeline.run import run_extract
+    from extractor.pipeline.settings import Options
+    from extractor.precision import int8 as quantise
     from store.writer import CacheWriter
 
     quantise.BOUND = -1.0  # weights are random here: they decide what int8 keeps, not how fast it is
@@ -152,8 +152,8 @@ def decode_alone(model: str, photos: str) -> dict[str, Any]:
 
 
 def _decode(model: str, files: Sequence[str]) -> None:
-    from extractor.backbone_facts import read_facts
-    from extractor.images import decode
+    from extractor.graphs.backbone_facts import read_facts
+    from extractor.pixels.images import decode
 
     preprocess = read_facts(Path(model)).preprocess
     for file in files:
@@ -162,9 +162,9 @@ def _decode(model: str, files: Sequence[str]) -> None:
 
 def infer_alone(model: str, batch: int, seconds: float) -> dict[str, Any]:
     """Core-seconds an image from pixels to features, all cores at work."""
-    from extractor.backbone_facts import read_facts
+    from extractor.graphs.backbone_facts import read_facts
     from extractor.machine import cores
-    from extractor.session import Embedder
+    from extractor.runtime.session import Embedder
 
     preprocess = read_facts(Path(model)).preprocess
     side = preprocess.crop
@@ -243,7 +243,7 @@ def against_the_loop(
     name: str, model: str, few: Path, whole: Path, parts: Sequence[Path], scratch: str, *, int8: bool, peer: bool
 ) -> tuple[str, str]:
     """Rows of the table of speeds and of the table of bounds."""
-    from extractor.tuning import SIZES
+    from extractor.runtime.batch_size import SIZES
 
     batch = min(NAIVE_BATCHES, key=lambda size: measure("naive", name, str(few), size)["seconds"])
     ours = min(SIZES, key=lambda size: measure("infer_alone", model, size, 3.0)["seconds"])
@@ -335,8 +335,8 @@ def main() -> None:
         print(json.dumps(WAYS[way](*arguments, **options)))
         return
 
-    from extractor.backbones import Backbone
-    from extractor.export import export
+    from extractor.backbones.export import export
+    from extractor.backbones.registry import Backbone
 
     names = given.networks.split(",")
     with tempfile.TemporaryDirectory() as scratch:

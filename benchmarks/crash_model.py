@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from store import atomic
+from store.format import atomic
 
 SECTOR = 512
 

@@ -32,19 +32,20 @@ import numpy as np
 import torch
 from PIL import Image
 
-from extractor.backbone_facts import BackboneFacts, read_facts
-from extractor.backbones import Backbone
-from extractor.cuda import number_of
-from extractor.export import export
-from extractor.half import compare, halve
+from extractor.backbones.export import export
+from extractor.backbones.networks import load
+from extractor.backbones.registry import Backbone
+from extractor.data.folders import ImageFolder
+from extractor.data.reader import Crew, Reader
+from extractor.data.samples import Sample
+from extractor.graphs.backbone_facts import BackboneFacts, read_facts
 from extractor.machine import cores
-from extractor.networks import load
-from extractor.pipeline import run_extract
+from extractor.pipeline.run import run_extract
+from extractor.pipeline.settings import Options
+from extractor.precision.float16 import compare, halve
 from extractor.progress import StopFlag
-from extractor.reading import Crew, Reader
-from extractor.session import Embedder
-from extractor.settings.groups import Options
-from extractor.sources import ImageFolder, Sample
+from extractor.runtime.cuda import number_of
+from extractor.runtime.session import Embedder
 
 PRECISIONS = ("fp32", "fp16")
 MIB = 2**20

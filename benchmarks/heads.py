@@ -27,11 +27,11 @@ from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from classifiers.logistic import CS, enough
-from classifiers.probabilities import log_loss
-from classifiers.softmax import Optimum, SoftmaxPath
-from classifiers.standardise import standardisation
-from classifiers.threads import threads_for
+from classifiers.evaluation.probabilities import log_loss
+from classifiers.heads.logistic import CS, enough
+from classifiers.heads.solvers.softmax import Optimum, SoftmaxPath
+from classifiers.heads.solvers.standardise import standardisation
+from classifiers.heads.solvers.threads import threads_for
 
 REPO = Path(__file__).resolve().parent.parent
 ASSETS = Path(os.environ.get("PENULT_TEST_ASSETS") or REPO.parent / "shared")
@@ -50,10 +50,10 @@ def hymenoptera() -> tuple[Part, Part]:
     Raises:
         FileNotFoundError: the photos or the weights are not there.
     """
-    from extractor.backbones import Backbone
-    from extractor.export import export
-    from extractor.session import Embedder
-    from extractor.sources import ImageFolder
+    from extractor.backbones.export import export
+    from extractor.backbones.registry import Backbone
+    from extractor.data.folders import ImageFolder
+    from extractor.runtime.session import Embedder
 
     weights, photos = ASSETS / "weights/mobilenet_v2-imagenet.pth", ASSETS / "data/hymenoptera"
     if missing := [str(path) for path in (weights, photos) if not path.exists()]:

@@ -29,13 +29,13 @@ REPO = Path(__file__).resolve().parent.parent
 if str(REPO) not in sys.path:
     sys.path.insert(0, str(REPO))
 
-from extractor.backbones import Backbone  # noqa: E402
+from extractor.backbones.registry import Backbone  # noqa: E402
+from extractor.data.folders import ImageFolder  # noqa: E402
 from extractor.machine import MAXRSS_UNIT  # noqa: E402
-from extractor.pipeline import extract  # noqa: E402
-from extractor.settings.groups import Options  # noqa: E402
-from extractor.sources import ImageFolder  # noqa: E402
+from extractor.pipeline.run import extract  # noqa: E402
+from extractor.pipeline.settings import Options  # noqa: E402
 from store.cache import FeatureCache  # noqa: E402
-from store.samples import Row, SampleTable  # noqa: E402
+from store.format.samples import Row, SampleTable  # noqa: E402
 from store.splits import assign_splits, with_splits  # noqa: E402
 from store.writer import CacheWriter, open_writer  # noqa: E402
 

@@ -25,14 +25,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from classifiers.logistic import LogisticHead
-from extractor.backbones import Backbone
-from extractor.cpu_session import cpu_session
-from extractor.export import export
-from extractor.parity import relative_l2
-from extractor.preprocess import PIXEL_PATHS, Preprocess
-from extractor.session import Embedder
-from extractor.sources import ImageFolder
+from classifiers.heads.logistic import LogisticHead
+from extractor.backbones.export import export
+from extractor.backbones.registry import Backbone
+from extractor.data.folders import ImageFolder
+from extractor.graphs.cpu_session import cpu_session
+from extractor.graphs.parity import relative_l2
+from extractor.pixels.preprocess import PIXEL_PATHS, Preprocess
+from extractor.runtime.session import Embedder
 
 REPO = Path(__file__).resolve().parent.parent
 ASSETS = Path(os.environ.get("PENULT_TEST_ASSETS") or REPO.parent / "shared")

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from classifiers.ridge import ALPHAS, RidgeHead
+from classifiers.heads.ridge import ALPHAS, RidgeHead
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- made by benchmarks/ridge.py -->", "<!-- end -->"

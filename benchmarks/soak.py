@@ -40,16 +40,16 @@ if str(REPO) not in sys.path:
 
 import store.writer  # noqa: E402
 from benchmarks import crash_model, home  # noqa: E402
-from extractor.backbones import Backbone  # noqa: E402
-from extractor.export import export  # noqa: E402
-from extractor.pipeline import run_extract  # noqa: E402
-from extractor.settings.groups import Options  # noqa: E402
-from extractor.sources import ImageFolder  # noqa: E402
-from extractor.summary import Summary  # noqa: E402
+from extractor.backbones.export import export  # noqa: E402
+from extractor.backbones.registry import Backbone  # noqa: E402
+from extractor.data.folders import ImageFolder  # noqa: E402
+from extractor.pipeline.run import run_extract  # noqa: E402
+from extractor.pipeline.settings import Options  # noqa: E402
+from extractor.pipeline.summary import Summary  # noqa: E402
 from store.cache import FeatureCache  # noqa: E402
 from store.errors import BadDataError, InputMissingError, PenultError  # noqa: E402
-from store.lock import writer_lock  # noqa: E402
-from store.metadata import shard_paths  # noqa: E402
+from store.format.lock import writer_lock  # noqa: E402
+from store.format.metadata import shard_paths  # noqa: E402
 from store.verify import verify_cache  # noqa: E402
 
 DOCUMENT = REPO / "docs" / "reliability.md"
@@ -196,7 +196,7 @@ CHILD = r"""
 import json, os, resource, signal, sys, threading, time
 request = json.loads(sys.argv[1])
 sys.path.insert(0, request["repo"])
-import h5py, onnxruntime, extractor.pipeline, extractor.session, store.writer, cli
+import h5py, onnxruntime, extractor.pipeline.run, extractor.runtime.session, store.writer, cli
 if request["shard_bytes"]:
     store.writer.SHARD_BYTES = request["shard_bytes"]
 COUNTED = ("MainThread", "penult-write")  # what decoding threads do is in no order
@@ -705,7 +705,7 @@ import json, os, subprocess, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from benchmarks import soak
-from extractor.backbones import Backbone
+from extractor.backbones.registry import Backbone
 mount, data, net, reference = map(Path, sys.argv[2:6])
 wanted, codes = soak.contents(reference), []
 for kib in map(int, sys.argv[6:]):

@@ -26,13 +26,13 @@ if str(REPO) not in sys.path:
     sys.path.insert(0, str(REPO))
 
 from classifiers.demo import write_digits  # noqa: E402
-from classifiers.intervals import bootstrap_interval  # noqa: E402
-from classifiers.logistic import LogisticHead  # noqa: E402
-from classifiers.probabilities import averaged  # noqa: E402
-from extractor.backbones import Backbone  # noqa: E402
-from extractor.pipeline import extract  # noqa: E402
-from extractor.settings.groups import Options  # noqa: E402
-from extractor.sources import ImageFolder  # noqa: E402
+from classifiers.evaluation.intervals import bootstrap_interval  # noqa: E402
+from classifiers.evaluation.probabilities import averaged  # noqa: E402
+from classifiers.heads.logistic import LogisticHead  # noqa: E402
+from extractor.backbones.registry import Backbone  # noqa: E402
+from extractor.data.folders import ImageFolder  # noqa: E402
+from extractor.pipeline.run import extract  # noqa: E402
+from extractor.pipeline.settings import Options  # noqa: E402
 from store.cache import FeatureCache, Subset  # noqa: E402
 
 PAGE = REPO / "docs" / "views.md"

@@ -10,28 +10,28 @@ from typing import cast
 
 import numpy as np
 
-from extractor.backbones import Backbone, check_request
-from extractor.networks import load
-from extractor.pipeline import run_extract
-from extractor.settings.groups import Options
-from extractor.sources import ImageFolder
-from extractor.summary import Summary
+from classifiers.bundles.bundle import Bundle, Predictions
+from classifiers.bundles.bundle_folder import refuse_existing
+from classifiers.bundles.held_out import evaluate_bundle
+from classifiers.bundles.predictor import Predictor, list_images
+from classifiers.comparison.compare import Comparison, Entrant, compare_entrants
+from classifiers.comparison.compare_page import comparison_report
+from classifiers.evaluation.single_label import score
+from classifiers.evaluation.task import Evaluation, Prediction
+from classifiers.finetuning.finetune import train_finetuned
+from classifiers.finetuning.settings import FineTuneSettings
+from classifiers.heads.logistic import LogisticHead
+from classifiers.heads.registry import make_head
+from classifiers.reports.page import write_output
+from classifiers.training.train import train_head
+from extractor.backbones.networks import load
+from extractor.backbones.registry import Backbone, check_request
+from extractor.data.folders import ImageFolder
+from extractor.pipeline.run import run_extract
+from extractor.pipeline.settings import Options
+from extractor.pipeline.summary import Summary
 from store.cache import FeatureCache, Subset
 from store.errors import InputMissingError, OutputExistsError
-
-from .bundle import Bundle, Predictions
-from .bundle_folder import refuse_existing
-from .compare import Comparison, Entrant, compare_entrants
-from .comparison import comparison_report
-from .evaluate import score
-from .finetune import train_finetuned
-from .finetune_settings import FineTuneSettings
-from .heldout import evaluate_bundle
-from .logistic import LogisticHead
-from .page import write_output
-from .predict import Predictor, list_images
-from .task import Evaluation, Prediction
-from .train import make_head, train_head
 
 log = logging.getLogger("penult.classifiers")
 

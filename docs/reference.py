@@ -13,9 +13,9 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cli
-from classifiers.job_file import keys_of, models
+from classifiers.jobs.job_file import keys_of, models
 from extractor.commands.console import SettingsCommand
-from extractor.settings.declaration import Settings, bounds_of, choices_of, face, flag_of, group_of, groups, is_list, kinds_of
+from extractor.settings import Settings, bounds_of, choices_of, face, flag_of, group_of, groups, is_list, kinds_of
 
 DOCS = Path(__file__).resolve().parent
 BEGIN, END = "<!-- made by docs/reference.py -->", "<!-- end -->"

@@ -16,8 +16,9 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from store import atomic, json_text
+from store import json_text
 from store.errors import PenultError, StorageError
+from store.format import atomic
 
 log = logging.getLogger("penult.extractor")
 

@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import atomic, compact_file, shard
+from store.format import atomic, compact_file, shard
+from store.format.lazy_features import StoredFeatures
+from store.format.lock import is_locked
+from store.format.metadata import BACKBONE, all_fingerprints, read_meta, shard_paths
+from store.format.samples import Row, SampleTable
+
 from .errors import BadDataError, CorruptCacheError, InputMissingError, LockedError, PenultError, UsageError
 from .fingerprint import Fingerprint, file_digest, short
-from .lock import is_locked
-from .metadata import BACKBONE, all_fingerprints, read_meta, shard_paths
-from .samples import Row, SampleTable
 from .splits import assign_splits, groups_of
-from .stored import StoredFeatures
 
 PENULTIMATE = "penultimate"  # how --layer names the default
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from . import atomic, hdf5, shard
+from store.format import atomic, hdf5, shard
+from store.format.compact_file import ENCODING_TYPE
+from store.format.metadata import shard_paths
+from store.format.samples import SampleTable
+
 from .cache import FeatureCache
-from .compact_file import ENCODING_TYPE
 from .errors import BadDataError
-from .metadata import shard_paths
-from .samples import SampleTable
 from .writer import open_writer
 
 log = logging.getLogger("penult.store")

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from store.format.samples import Row
+
 from .cache import FeatureCache
 from .errors import BadDataError, display
 from .fingerprint import short
-from .samples import Row
 
 Predict = Callable[[NDArray[np.floating[Any]]], NDArray[np.intp]]
 

@@ -8,8 +8,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from store.format.samples import Row
+
 from .errors import BadDataError, UsageError
-from .samples import Row
 
 SHOWN = 10  # classes in a message; there can be thousands
 

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from . import calibration
+from store.format import calibration
+from store.format.integrity import verify_files
+from store.format.lock import is_locked
+from store.format.metadata import BACKBONE, holds, ledger_bytes, meta_bytes, shard_paths
+
 from .cache import FeatureCache
 from .errors import CorruptCacheError, InputMissingError, LockedError, PenultError, StorageError
-from .integrity import verify_files
-from .lock import is_locked
-from .metadata import BACKBONE, holds, ledger_bytes, meta_bytes, shard_paths
 
 
 @dataclass(frozen=True)

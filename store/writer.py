@@ -16,13 +16,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import atomic, calibration, shard
+from store.format import atomic, calibration, shard
+from store.format.integrity import verify_files
+from store.format.lock import writer_lock
+from store.format.metadata import (
+    BACKBONE,
+    all_fingerprints,
+    describe_sets,
+    holds,
+    ledger_bytes,
+    meta_bytes,
+    read_meta,
+    shard_paths,
+)
+from store.format.samples import Row, SampleTable
+
 from .errors import BadDataError, CorruptCacheError, InputMissingError, OutputExistsError
 from .fingerprint import Fingerprint, require_same
-from .integrity import verify_files
-from .lock import writer_lock
-from .metadata import BACKBONE, all_fingerprints, describe_sets, holds, ledger_bytes, meta_bytes, read_meta, shard_paths
-from .samples import Row, SampleTable
 
 log = logging.getLogger("penult.store")
 

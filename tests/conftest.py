@@ -18,12 +18,13 @@ from filelock import FileLock
 from PIL import Image
 
 import cli
-from extractor.backbone_facts import BackboneFacts, read_facts
-from extractor.backbones import Backbone
-from extractor.export import export, to_onnx
-from extractor.foreign import import_onnx
+from extractor.backbones.custom_onnx import import_onnx
+from extractor.backbones.export import export, to_onnx
+from extractor.backbones.networks import load
+from extractor.backbones.registry import Backbone
+from extractor.graphs import onnx_file
+from extractor.graphs.backbone_facts import BackboneFacts, facts_in, read_facts, write_facts
 from extractor.machine import nvidia_driver_present
-from extractor.networks import load
 
 REPO = Path(__file__).resolve().parent.parent
 ASSETS = Path(os.environ.get("PENULT_TEST_ASSETS") or REPO.parent / "shared")
@@ -127,6 +128,20 @@ def write_image(path: Path, seed: int = 0, size: tuple[int, int] = (80, 60), fmt
     path.parent.mkdir(parents=True, exist_ok=True)
     coarse.resize(size, Image.Resampling.BICUBIC).save(path, fmt, **options)
     return path
+
+
+def other_network(source: Path, target: Path) -> Path:
+    """The same architecture with other weights, which says so of itself."""
+    model = onnx.load(source)
+    for tensor in model.graph.initializer:
+        if len(tensor.raw_data) > 1000 and tensor.data_type == onnx.TensorProto.FLOAT:
+            tensor.raw_data = (-np.frombuffer(tensor.raw_data, np.float32)[::-1]).tobytes()
+    facts = facts_in(model)
+    assert facts is not None
+    del model.metadata_props[:]
+    write_facts(model, facts)
+    onnx_file.save(model, target)
+    return target
 
 
 @pytest.fixture(scope="session")

@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from classifiers.bundle import Bundle
-from classifiers.fuse import fuse, selftest
-from classifiers.heads import make_head
-from classifiers.heldout import evaluate_bundle
-from classifiers.predict import Predictor
-from classifiers.settings import TrainOptions
-from classifiers.train import made_from
-from extractor.backbones import Backbone
-from extractor.pipeline import run_extract
-from extractor.settings.groups import Options
-from extractor.sources import open_source
+from classifiers.bundles.bundle import Bundle
+from classifiers.bundles.fuse import fuse, selftest
+from classifiers.bundles.held_out import evaluate_bundle
+from classifiers.bundles.predictor import Predictor
+from classifiers.heads.registry import make_head
+from classifiers.training.settings import TrainOptions
+from classifiers.training.train import made_from
+from extractor.backbones.registry import Backbone
+from extractor.data.sources import open_source
+from extractor.pipeline.run import run_extract
+from extractor.pipeline.settings import Options
 from store.cache import FeatureCache
 from store.verify import verify_cache
 

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from classifiers.train import make_head, train_head
-from extractor.backbones import Backbone
+from classifiers.heads.registry import make_head
+from classifiers.training.train import train_head
+from extractor.backbones.registry import Backbone
+from extractor.data.folders import ImageFolder
 from extractor.machine import nvidia_driver_present
-from extractor.pipeline import run_extract
-from extractor.settings.groups import Options
-from extractor.sources import ImageFolder
+from extractor.pipeline.run import run_extract
+from extractor.pipeline.settings import Options
 from store.cache import FeatureCache
 
 REPO = Path(__file__).resolve().parent.parent

@@ -16,27 +16,29 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from classifiers import demo, jobs
-from classifiers.bundle import Bundle
-from classifiers.bundle_folder import install, refuse_existing, remove_leftovers
-from classifiers.checkpoints import LAST, Checkpoints
-from classifiers.settings import TrainOptions
-from classifiers.train import make_head, train_head
-from extractor import onnxfile
-from extractor.backbone_facts import BackboneFacts, Layer, write_facts
-from extractor.backbones import Backbone
-from extractor.onnxfile import MARKER, data_files, remove_unfinished, replacing, save
-from extractor.pipeline import run_extract
-from extractor.preprocess import Preprocess
-from extractor.settings.groups import Options
-from extractor.sources import ImageFolder
-from store import atomic
+from classifiers import demo
+from classifiers.bundles.bundle import Bundle
+from classifiers.bundles.bundle_folder import install, refuse_existing, remove_leftovers
+from classifiers.finetuning.checkpoints import LAST, Checkpoints
+from classifiers.heads.registry import make_head
+from classifiers.jobs import run
+from classifiers.training.settings import TrainOptions
+from classifiers.training.train import train_head
+from extractor.backbones.registry import Backbone
+from extractor.data.folders import ImageFolder
+from extractor.graphs import onnx_file
+from extractor.graphs.backbone_facts import BackboneFacts, Layer, write_facts
+from extractor.graphs.onnx_file import MARKER, data_files, remove_unfinished, replacing, save
+from extractor.pipeline.run import run_extract
+from extractor.pipeline.settings import Options
+from extractor.pixels.preprocess import Preprocess
 from store.cache import FeatureCache
 from store.errors import OutputError, OutputExistsError, StorageError
-from store.lock import folder_lock
+from store.format import atomic
+from store.format.lock import folder_lock
 from store.writer import open_writer
+from tests.conftest import MakeDataset
 
-from .conftest import MakeDataset
 from .test_house import SOURCES, floor_of
 
 Penult = Callable[..., tuple[int, str, str]]
@@ -103,7 +105,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, network: Path, photos: Path
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if every network were over 2 GB."""
-    monkeypatch.setattr(onnxfile, "MAX_INLINE", 0)
+    monkeypatch.setattr(onnx_file, "MAX_INLINE", 0)
 
 
 def contents(root: Path, *but: Path) -> dict[str, Any]:
@@ -153,7 +155,7 @@ def test_what_a_hostile_file_names_survives_its_replacement(
     code, _, err = penult(*arguments, "--overwrite")
     assert code == 0, err
     assert contents(tmp_path, *mine) == before
-    assert onnxfile.external_files(onnxfile.read_model(target)) == []
+    assert onnx_file.external_files(onnx_file.read_model(target)) == []
     assert f"warning: the file that was {target} named " in err
     assert "and 6 more as its data: left there" in err, "of twelve names, ten of which are there"
 
@@ -198,7 +200,7 @@ def test_a_failed_save_leaves_nothing_and_takes_nothing(
     tokens = iter(["00000000", "00000001"])
     (tmp_path / "x-00000000.data").write_bytes(b"mine")
     with monkeypatch.context() as patched:
-        patched.setattr(onnxfile, "secrets", SimpleNamespace(token_hex=lambda _: next(tokens)))
+        patched.setattr(onnx_file, "secrets", SimpleNamespace(token_hex=lambda _: next(tokens)))
         save(onnx.load(network), tmp_path / "x.onnx")
     assert (tmp_path / "x-00000000.data").read_bytes() == b"mine"
     before = contents(tmp_path)
@@ -377,7 +379,7 @@ def test_a_bundle_is_replaced_where_it_is_one(tmp_path: Path, bundle: Bundle) ->
             install(tmp_path / "b.head", tmp_path / name)
     assert contents(tmp_path) == before
     (tmp_path / "b.head/head.json").write_bytes(b"damaged")
-    (tmp_path / "b.head/backbone-0123abcd.data").write_bytes(onnxfile.MARKER)
+    (tmp_path / "b.head/backbone-0123abcd.data").write_bytes(onnx_file.MARKER)
     refuse_existing(tmp_path / "b.head", overwrite=True)
 
 
@@ -410,9 +412,9 @@ def test_a_job_takes_no_other_folder_for_its_rejected_bundle(
     (tmp_path / "j.toml").write_text(f'data = "{photos}"\ncache = "c"\nbundle = "b"\n[backbone]\nname = "{network}"\n')
     (tmp_path / "b.rejected").mkdir()
     (tmp_path / "b.rejected/thesis.txt").write_text("years of work")
-    monkeypatch.setattr(jobs, "run_extract", None)  # it is refused before
+    monkeypatch.setattr(run, "run_extract", None)  # it is refused before
     with pytest.raises(OutputExistsError, match=r"b\.rejected exists and is not a bundle"):
-        jobs.run_job(tmp_path / "j.toml")
+        run.run_job(tmp_path / "j.toml")
 
 
 def test_an_unfinished_fine_tuning_takes_its_own_files_along(tmp_path: Path) -> None:

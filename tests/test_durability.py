@@ -14,12 +14,12 @@ import pytest
 
 from benchmarks import soak
 from benchmarks.soak import Bench, PowerLoss
-from extractor.backbones import Backbone
-from store import atomic
+from extractor.backbones.registry import Backbone
 from store.cache import FeatureCache
 from store.errors import InterruptedRunError
-from store.integrity import verify_files
-from store.metadata import shard_paths
+from store.format import atomic
+from store.format.integrity import verify_files
+from store.format.metadata import shard_paths
 from store.verify import verify_cache
 
 

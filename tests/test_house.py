@@ -28,7 +28,7 @@ MOST_PARAMETERS = 8  # of a function; a scikit-learn estimator's __init__ has al
 MOST_LINES = 200  # of cli.py
 # Who breaks a rule today. A rule that is broken no more leaves the list, and nothing is ever added to it.
 CIRCLES: list[set[str]] = []
-HEAPS = {"classifiers": 77, "extractor": 45, "store": 22}
+HEAPS: dict[str, int] = {}
 WIDE: dict[str, int] = {}
 LONG: dict[str, int] = {}
 
@@ -155,7 +155,7 @@ def upward(source: str, mine: int) -> Iterator[tuple[int, str]]:
 
 
 def test_a_planted_upward_import_is_found() -> None:
-    source = "import os\nfrom store import hdf5\ndef f():\n    from classifiers.train import make_head\n"
+    source = "import os\nfrom store.format import hdf5\ndef f():\n    from classifiers.heads.registry import make_head\n"
     assert list(upward(source, FLOORS.index("extractor"))) == [(4, "classifiers")]
 
 

@@ -14,19 +14,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from classifiers.fewshot import learning_curve
-from classifiers.fuse import fuse
-from classifiers.heldout import evaluate_bundle
-from classifiers.predict import Predictor
-from classifiers.train import make_head, train_head
-from extractor.backbones import Backbone
-from extractor.pipeline import run_extract
-from extractor.settings.groups import Options
-from extractor.sources import ImageFolder
+from classifiers.bundles.fuse import fuse
+from classifiers.bundles.held_out import evaluate_bundle
+from classifiers.bundles.predictor import Predictor
+from classifiers.heads.registry import make_head
+from classifiers.training.few_shot import learning_curve
+from classifiers.training.train import train_head
+from extractor.backbones.registry import Backbone
+from extractor.data.folders import ImageFolder
+from extractor.pipeline.run import run_extract
+from extractor.pipeline.settings import Options
 from store.cache import FeatureCache
 from store.errors import FingerprintMismatchError
-
-from .test_backbone_identity import other_network
+from tests.conftest import other_network
 
 pytestmark = pytest.mark.assets
 

@@ -17,17 +17,18 @@ import click
 import pytest
 
 import cli
-from classifiers.bundle_settings import EvaluateSettings
-from classifiers.finetune_settings import FineTuneOptions, FineTuneSettings
-from classifiers.heads import ROWS
-from classifiers.job_file import keys_of, models, read_job
-from classifiers.settings import train_settings
-from classifiers.sweep_settings import SweepSettings
-from extractor.augment import NAMES, NONE, STANDARD
-from extractor.backbones import BACKBONE_FIELDS, listed, weights_of
+from classifiers.bundles.settings import EvaluateSettings
+from classifiers.comparison.settings import SweepSettings
+from classifiers.finetuning.settings import FineTuneOptions, FineTuneSettings
+from classifiers.heads.registry import ROWS
+from classifiers.jobs.job_file import keys_of, models, read_job
+from classifiers.training.settings import train_settings
+from extractor.backbones.registry import BACKBONE_FIELDS, listed, weights_of
 from extractor.commands.console import SettingsCommand
-from extractor.preprocess import FILTERS, PIXEL_PATHS
-from extractor.settings.declaration import (
+from extractor.pipeline.settings import ExtractSettings, Options
+from extractor.pixels.augment import NAMES, NONE, STANDARD
+from extractor.pixels.preprocess import FILTERS, PIXEL_PATHS
+from extractor.settings import (
     FLAGS,
     Place,
     Settings,
@@ -41,7 +42,6 @@ from extractor.settings.declaration import (
     key_of,
     kinds_of,
 )
-from extractor.settings.groups import ExtractSettings, Options
 from store.errors import JobFileError, PenultError, UsageError
 
 REPO = Path(__file__).resolve().parent.parent
@@ -334,9 +334,10 @@ def test_nothing_heavy_is_imported_for_help_and_no_pydantic_by_children() -> Non
     for words, expected in (([], "end"), (["extract"], "pydantic end"), (["train"], "pydantic end")):
         done = subprocess.run([sys.executable, "-c", code, *words], cwd=REPO, capture_output=True, text=True, check=True)
         assert done.stdout.splitlines()[-1] == expected
-    from extractor import decoder, fleet
+    from extractor.pixels import decoder
+    from extractor.runtime import devices
 
-    for start in (decoder.START, fleet.START):  # what its children are started with
+    for start in (decoder.START, devices.START):  # what its children are started with
         code = f"import sys; {start.partition(';')[0]}; print('pydantic' in sys.modules)"
         done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == "False", start

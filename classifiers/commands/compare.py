@@ -32,12 +32,12 @@ def compare(bundles: Sequence[Path], output: Path | None, *, overwrite: bool, as
 
     Example: penult compare photos.head photos-finetuned.head -o report.html
     """
-    from classifiers.bundle import Bundle
-    from classifiers.compare import compare as compare_bundles
-    from classifiers.comparison import comparison_report, comparison_text
-    from classifiers.page import write_output
-    from store.atomic import require_free
+    from classifiers.bundles.bundle import Bundle
+    from classifiers.comparison.compare import compare as compare_bundles
+    from classifiers.comparison.compare_page import comparison_report, comparison_text
+    from classifiers.reports.page import write_output
     from store.cache import FeatureCache
+    from store.format.atomic import require_free
 
     if output:
         require_free(output, overwrite=overwrite)

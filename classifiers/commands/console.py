@@ -9,13 +9,13 @@ import click
 from extractor.commands.console import print_json, table_width
 
 if TYPE_CHECKING:
-    from classifiers.task import Evaluation, Measured
+    from classifiers.evaluation.task import Evaluation, Measured
 
 
 def print_bundle(bundle: Any, *, as_json: bool) -> None:
     if as_json:
         return print_json(bundle.to_json())
-    from classifiers.bundle import task_of_bundle
+    from classifiers.bundles.bundle import task_of_bundle
 
     task, seconds = task_of_bundle(bundle), bundle.cost["train_seconds"]
     click.echo(f"{bundle.path}: {bundle.head} head, {len(bundle.classes)} {task.plural}, in {seconds:.1f} s")
@@ -28,7 +28,7 @@ def print_bundle(bundle: Any, *, as_json: bool) -> None:
 
 
 def print_evaluation(result: Evaluation | Measured) -> None:
-    from classifiers.text import evaluation_text
+    from classifiers.reports.terminal import evaluation_text
 
     click.echo(evaluation_text(result, width=table_width()))
     for note in result.notes:

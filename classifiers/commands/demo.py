@@ -23,7 +23,7 @@ def demo(output: Path, weights: str | None, epochs: int, *, overwrite: bool) -> 
 
     Example: penult demo -o demo
     """
-    from classifiers.comparison import comparison_text
+    from classifiers.comparison.compare_page import comparison_text
     from classifiers.demo import run_demo
 
     result = run_demo(output, weights=weights, epochs=epochs, overwrite=overwrite)

@@ -20,11 +20,11 @@ from extractor.commands.console import (
 from .console import print_evaluation
 
 if TYPE_CHECKING:
-    from classifiers.bundle_settings import EvaluateSettings
-    from classifiers.report_settings import ReportSettings
+    from classifiers.bundles.settings import EvaluateSettings
+    from classifiers.reports.settings import ReportSettings
 
 
-@click.command(cls=SettingsCommand, model="classifiers.bundle_settings:EvaluateSettings")
+@click.command(cls=SettingsCommand, model="classifiers.bundles.settings:EvaluateSettings")
 @click.argument("bundle", type=FOLDER)
 @click.argument("data", type=FOLDER)
 @click.option("--plot", type=FOLDER, help="Write the confusion matrix as .png, .svg or .pdf.")
@@ -37,12 +37,12 @@ def evaluate(bundle: Path, data: Path, settings: EvaluateSettings, plot: Path | 
 
     Example: penult evaluate photos.head photos.cache --split test
     """
-    from classifiers.bundle import Bundle
-    from classifiers.gates import missed_gates
-    from classifiers.heldout import evaluate_bundle
-    from classifiers.plots import require_plot, save_confusion
-    from classifiers.task import need_single_label
-    from extractor.settings.declaration import FLAGS, flag_of
+    from classifiers.bundles.bundle import Bundle
+    from classifiers.bundles.held_out import evaluate_bundle
+    from classifiers.evaluation.gates import missed_gates
+    from classifiers.evaluation.task import need_single_label
+    from classifiers.reports.plots import require_plot, save_confusion
+    from extractor.settings import FLAGS, flag_of
     from store.errors import GateError
 
     if plot:
@@ -64,7 +64,7 @@ def evaluate(bundle: Path, data: Path, settings: EvaluateSettings, plot: Path | 
     return WITH_FAILURES if result.failed else 0
 
 
-@click.command(cls=SettingsCommand, model="classifiers.report_settings:ReportSettings")
+@click.command(cls=SettingsCommand, model="classifiers.reports.settings:ReportSettings")
 @click.argument("bundle", type=FOLDER)
 @click.argument("data", required=False, type=FOLDER)
 @output_option("The page, an .html file.")
@@ -76,10 +76,10 @@ def report(bundle: Path, data: Path | None, settings: ReportSettings, output: Pa
 
     Example: penult report photos.head photos.cache -o photos.html
     """
-    from classifiers.bundle import Bundle
-    from classifiers.page import write_output
-    from classifiers.report import report_again
-    from store.atomic import require_free
+    from classifiers.bundles.bundle import Bundle
+    from classifiers.reports.bundle_page import report_again
+    from classifiers.reports.page import write_output
+    from store.format.atomic import require_free
 
     require_free(output, overwrite=overwrite)
     if data is None and (settings.split or settings.root):

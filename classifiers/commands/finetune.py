@@ -12,10 +12,10 @@ from extractor.commands.console import FOLDER, SettingsCommand, is_quiet, json_o
 from .console import print_bundle
 
 if TYPE_CHECKING:
-    from classifiers.finetune_settings import FineTuneSettings
+    from classifiers.finetuning.settings import FineTuneSettings
 
 
-@click.command(cls=SettingsCommand, model="classifiers.finetune_settings:FineTuneSettings")
+@click.command(cls=SettingsCommand, model="classifiers.finetuning.settings:FineTuneSettings")
 @click.argument("data", type=FOLDER)
 @output_option("The bundle, a folder.")
 @overwrite_option
@@ -28,10 +28,10 @@ def finetune(data: Path, settings: FineTuneSettings, output: Path, *, as_json: b
 
     Example: penult finetune photos.cache -m resnet50 -o photos-finetuned.head
     """
-    from classifiers.bundle_folder import refuse_existing
-    from classifiers.finetune import train_finetuned
-    from extractor.settings.declaration import flag_of
-    from extractor.sources import open_source
+    from classifiers.bundles.bundle_folder import refuse_existing
+    from classifiers.finetuning.finetune import train_finetuned
+    from extractor.data.sources import open_source
+    from extractor.settings import flag_of
     from store.cache import FeatureCache, is_cache
 
     refuse_existing(output, overwrite=overwrite)

@@ -32,7 +32,7 @@ def run(job: Path, *, as_json: bool, **given: Any) -> int:
 
     Example: penult run nightly.toml --log-json nightly.jsonl --metrics nightly.prom
     """
-    from classifiers.jobs import preview_job, run_job
+    from classifiers.jobs.run import preview_job, run_job
     from extractor.progress import observed
     from store.errors import GateError
 
@@ -63,7 +63,7 @@ def runs(job: Path, last: int, *, as_json: bool) -> None:
 
     Example: penult runs nightly.toml
     """
-    from classifiers.job_history import RUN_COLUMNS, read_runs, run_cells
+    from classifiers.jobs.history import RUN_COLUMNS, read_runs, run_cells
 
     records = read_runs(job)[-last:]
     if as_json:

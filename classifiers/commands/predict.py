@@ -14,10 +14,10 @@ from extractor.commands.console import FOLDER, WITH_FAILURES, Command, SettingsC
 from store import json_text
 
 if TYPE_CHECKING:
-    from classifiers.bundle_settings import PredictSettings
+    from classifiers.bundles.settings import PredictSettings
 
 
-@click.command(cls=SettingsCommand, model="classifiers.bundle_settings:PredictSettings")
+@click.command(cls=SettingsCommand, model="classifiers.bundles.settings:PredictSettings")
 @click.argument("bundle", metavar="BUNDLE|CLASSIFIER.onnx", type=FOLDER)
 @click.argument("images", nargs=-1, type=FOLDER)
 @click.option(
@@ -32,8 +32,8 @@ def predict(bundle: Path, images: Sequence[Path], settings: PredictSettings, for
 
     Example: penult predict photos.head new/ --format csv > predictions.csv
     """
-    from classifiers.fuse import selftest
-    from classifiers.predict import Predictor, list_images
+    from classifiers.bundles.fuse import selftest
+    from classifiers.bundles.predictor import Predictor, list_images
 
     if not (images or testing):
         message = "which images? Name files or folders, or pass --selftest"
@@ -91,9 +91,9 @@ def fuse(bundle: Path, output: Path, *, overwrite: bool) -> None:
 
     Example: penult fuse photos.head -o photos.onnx
     """
-    from classifiers.bundle import Bundle
-    from classifiers.fuse import fuse as fuse_bundle
-    from extractor.onnxfile import data_files
+    from classifiers.bundles.bundle import Bundle
+    from classifiers.bundles.fuse import fuse as fuse_bundle
+    from extractor.graphs.onnx_file import data_files
 
     fused = fuse_bundle(Bundle.load(bundle), output, overwrite=overwrite)
     side, size = fused.preprocess.crop, sum(file.stat().st_size for file in (output, *data_files(output)))

@@ -77,10 +77,10 @@ def decisions(bundle: Path | None, cache: FeatureCache) -> Any:
     """The class that a bundle's head decides for, as a function of features such as a cache holds; None without a bundle."""
     if bundle is None:
         return None
-    from classifiers.bundle import Bundle
-    from classifiers.figures import require_finite
-    from classifiers.heldout import ACCEPTED
-    from classifiers.task import need_single_label
+    from classifiers.bundles.bundle import Bundle
+    from classifiers.bundles.held_out import ACCEPTED
+    from classifiers.evaluation.scores import require_finite
+    from classifiers.evaluation.task import need_single_label
 
     loaded = Bundle.load(bundle)
     need_single_label(loaded.task, "counting changed decisions")

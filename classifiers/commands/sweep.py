@@ -11,10 +11,10 @@ import click
 from extractor.commands.console import FOLDER, SettingsCommand, is_quiet, json_option, output_option, print_json, print_table
 
 if TYPE_CHECKING:
-    from classifiers.sweep_settings import SweepSettings
+    from classifiers.comparison.settings import SweepSettings
 
 
-@click.command(cls=SettingsCommand, model="classifiers.sweep_settings:SweepSettings")
+@click.command(cls=SettingsCommand, model="classifiers.comparison.settings:SweepSettings")
 @click.argument("data", type=FOLDER)
 @click.option(
     "-m",
@@ -35,9 +35,9 @@ def sweep(data: Path, wanted: Sequence[str], settings: SweepSettings, output: Pa
 
     Example: penult sweep photos/ -m resnet18,resnet50,resnet50@layer3,theirs.onnx -o photos.sweep
     """
-    from classifiers.ranking import AGREEMENT_COLUMNS
-    from classifiers.sweep import PAGE, parse_sources, require_ready, run_sweep
-    from extractor.settings.groups import Options
+    from classifiers.comparison.ranking import AGREEMENT_COLUMNS
+    from classifiers.comparison.sweep import PAGE, parse_sources, require_ready, run_sweep
+    from extractor.pipeline.settings import Options
 
     backbones = parse_sources(wanted, settings.network())
     options = settings.part(Options).replace(overwrite=overwrite, quiet=is_quiet())

@@ -12,10 +12,10 @@ from extractor.commands.console import FOLDER, SettingsCommand, json_option, out
 from .console import print_bundle
 
 if TYPE_CHECKING:
-    from classifiers.settings import TrainSettings
+    from classifiers.training.settings import TrainSettings
 
 
-@click.command(cls=SettingsCommand, model="classifiers.settings:train_settings")
+@click.command(cls=SettingsCommand, model="classifiers.training.settings:train_settings")
 @click.argument("cache", type=FOLDER)
 @output_option("The bundle, a folder.")
 @overwrite_option
@@ -27,9 +27,9 @@ def train(cache: Path, settings: TrainSettings, output: Path, *, as_json: bool, 
 
     Example: penult train photos.cache --head logistic -o photos.head
     """
-    from classifiers.bundle_folder import refuse_existing
-    from classifiers.train import train_head
-    from extractor.settings.declaration import FLAGS
+    from classifiers.bundles.bundle_folder import refuse_existing
+    from classifiers.training.train import train_head
+    from extractor.settings import FLAGS
     from store.cache import FeatureCache
 
     refuse_existing(output, overwrite=overwrite)
@@ -39,7 +39,7 @@ def train(cache: Path, settings: TrainSettings, output: Path, *, as_json: bool, 
     bundle = train_head(features, output, head, settings, overwrite=overwrite)
     print_bundle(bundle, as_json=as_json)
     if bundle.few_shot and not as_json:
-        from classifiers.tables import SHOT_COLUMNS, shot_cells
+        from classifiers.reports.tables import SHOT_COLUMNS, shot_cells
 
         click.echo(f"\nAccuracy on {bundle.split['reported_on']!r} by training images of each class")
         print_table(SHOT_COLUMNS, [shot_cells(point) for point in bundle.few_shot], left=0)

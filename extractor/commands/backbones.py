@@ -19,7 +19,7 @@ from extractor.commands.console import (
 )
 
 if TYPE_CHECKING:
-    from extractor.settings.network import ExportSettings
+    from extractor.backbones.settings import ExportSettings
 
 
 @click.command(cls=Command)
@@ -31,8 +31,8 @@ def backbones(name: str | None, *, with_layers: bool, as_json: bool) -> None:
 
     Example: penult backbones resnet50 --layers
     """
-    from extractor.layers import list_layers
-    from extractor.networks import row, rows
+    from extractor.backbones.layers import list_layers
+    from extractor.backbones.networks import row, rows
 
     if name is None:
         if with_layers:
@@ -77,7 +77,7 @@ def backbones(name: str | None, *, with_layers: bool, as_json: bool) -> None:
     return None
 
 
-@click.command(cls=SettingsCommand, model="extractor.settings.network:ExportSettings", leave=["backbone"])
+@click.command(cls=SettingsCommand, model="extractor.backbones.settings:ExportSettings", leave=["backbone"])
 @click.argument("backbone")
 @output_option("The ONNX file.")
 @overwrite_option
@@ -89,8 +89,8 @@ def export(settings: ExportSettings, output: Path, *, overwrite: bool) -> None:
 
     Example: penult export resnet50 -o resnet50.onnx
     """
-    from extractor.export import export as export_backbone
-    from store.atomic import require_free
+    from extractor.backbones.export import export as export_backbone
+    from store.format.atomic import require_free
 
     require_free(output, overwrite=overwrite)
     facts = export_backbone(settings.network(), output)

@@ -93,10 +93,10 @@ def compact(cache: Path, output: Path | None, dtype: str, layer: str | None, *, 
 
     Example: penult compact photos.cache -o photos.h5
     """
-    from store.atomic import require_free
     from store.cache import FeatureCache
     from store.compact import prune as prune_cache
     from store.compact import write_compact
+    from store.format.atomic import require_free
 
     if not output and not prune:
         message = "pass -o FILE.h5, --prune, or both"

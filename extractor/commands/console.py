@@ -18,7 +18,7 @@ import click
 from store import json_text
 
 if TYPE_CHECKING:
-    from extractor.settings.declaration import Settings
+    from extractor.settings import Settings
 
 F = TypeVar("F", bound=Callable[..., Any])
 FOLDER = click.Path(path_type=Path, readable=False)  # what cannot be read is said by the command, with its own code
@@ -131,7 +131,7 @@ class SettingsCommand(Command):
         Raises:
             UsageError: it is wrong; names the flags.
         """
-        from extractor.settings.declaration import FLAGS
+        from extractor.settings import FLAGS
 
         names = [*(str(option.name) for option in options_of(self.model, self._leave)), *self._leave]
         typed = {name: ctx.params.pop(name) for name in names}
@@ -155,7 +155,7 @@ class SettingsCommand(Command):
 
 def options_of(model: type[Settings], leave: Sequence[str] = ()) -> list[SettingsOption]:
     """The settings of a model as options of click, in sections."""
-    from extractor.settings.declaration import groups
+    from extractor.settings import groups
 
     sections: dict[str, list[SettingsOption]] = {}
     for group, names in groups(model, "cli"):
@@ -165,7 +165,7 @@ def options_of(model: type[Settings], leave: Sequence[str] = ()) -> list[Setting
 
 
 def _option(model: type[Settings], name: str, heading: str) -> SettingsOption:
-    from extractor.settings.declaration import choices_of, face, flag_of, from_text, is_list, kinds_of
+    from extractor.settings import choices_of, face, flag_of, from_text, is_list, kinds_of
 
     field, look, flag = model.model_fields[name], face(model, name), flag_of(model, name)
     plain = field.default is None or isinstance(field.default, bool | tuple)  # nothing that needs saying

@@ -21,10 +21,10 @@ from extractor.commands.console import (
 )
 
 if TYPE_CHECKING:
-    from extractor.settings.groups import ExtractSettings
+    from extractor.pipeline.settings import ExtractSettings
 
 
-@click.command(cls=SettingsCommand, model="extractor.settings.groups:ExtractSettings")
+@click.command(cls=SettingsCommand, model="extractor.pipeline.settings:ExtractSettings")
 @click.argument("data", type=FOLDER)
 @output_option("The cache, a folder.")
 @observing_options
@@ -38,10 +38,10 @@ def extract(data: Path, settings: ExtractSettings, output: Path, *, as_json: boo
 
     Example: penult extract photos/ -m resnet50 -o photos.cache
     """
-    from extractor.pipeline import run_extract
-    from extractor.plan import preview
+    from extractor.pipeline.plan import preview
+    from extractor.pipeline.run import run_extract
+    from extractor.pipeline.settings import Options
     from extractor.progress import observed
-    from extractor.settings.groups import Options
 
     source, backbone = settings.source(data), settings.network()
     chosen = settings.part(Options).replace(overwrite=overwrite, quiet=is_quiet())

@@ -31,8 +31,8 @@ def weights_fetch(name: str, wanted: str | None, output: Path | None, *, as_json
 
     Example: penult weights fetch resnet50 --weights V2 -o /media/usb
     """
-    from extractor.backbones import choose_weights
-    from extractor.weights import WeightsFile, fetch
+    from extractor.backbones.registry import choose_weights
+    from extractor.backbones.weights import WeightsFile, fetch
 
     file = WeightsFile(name, choose_weights(name, wanted, "--weights"))
     path, digest, new = fetch(file, output, progress=sys.stderr.isatty() and not is_quiet())
@@ -56,7 +56,7 @@ def weights_import(files: Sequence[Path], *, as_json: bool) -> None:
 
     Example: penult weights import /media/usb/resnet50-11ad3fa6.pth
     """
-    from extractor.networks import import_weights
+    from extractor.backbones.networks import import_weights
 
     done = []
     for path in files:
@@ -76,7 +76,7 @@ def weights_list(*, as_json: bool) -> None:
 
     Example: penult weights list --json
     """
-    from extractor.weights import survey_files
+    from extractor.backbones.weights import survey_files
 
     found = survey_files()
     if as_json:

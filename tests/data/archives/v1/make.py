@@ -25,19 +25,20 @@ import numpy as np
 import onnx
 from PIL import Image
 
-from classifiers.bundle import Bundle
-from classifiers.finetune import train_finetuned
-from classifiers.finetune_settings import FineTuneSettings
-from classifiers.fuse import fuse
-from classifiers.heldout import evaluate_bundle
-from classifiers.predict import Predictor
-from classifiers.settings import TrainOptions
-from classifiers.train import make_head, train_head
-from extractor.backbones import Backbone
-from extractor.pipeline import run_extract
-from extractor.prepare import library_versions
-from extractor.settings.groups import Options
-from extractor.sources import open_source
+from classifiers.bundles.bundle import Bundle
+from classifiers.bundles.fuse import fuse
+from classifiers.bundles.held_out import evaluate_bundle
+from classifiers.bundles.predictor import Predictor
+from classifiers.finetuning.finetune import train_finetuned
+from classifiers.finetuning.settings import FineTuneSettings
+from classifiers.heads.registry import make_head
+from classifiers.training.settings import TrainOptions
+from classifiers.training.train import train_head
+from extractor.backbones.registry import Backbone
+from extractor.data.sources import open_source
+from extractor.pipeline.prepare import library_versions
+from extractor.pipeline.run import run_extract
+from extractor.pipeline.settings import Options
 from store.cache import FeatureCache
 from store.compact import write_compact
 

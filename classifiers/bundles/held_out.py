@@ -1,0 +1,222 @@
+"""Which samples may be fitted, which choices are made on, which are reported; and a bundle's figures on the last.
+
+- ``test`` present: choose on ``val`` where there is one (else k-fold inside ``train``), refit on both, report on ``test``;
+- only ``train`` and ``val``: ``val`` is held out and every choice is made by k-fold inside ``train``;
+- nothing held out: everything is fitted, nothing reported.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence, Set
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from classifiers.evaluation.probabilities import averaged
+from classifiers.evaluation.single_label import score
+from classifiers.evaluation.task import Evaluation, Measured, need_single_label
+from extractor.data.files import GONE, MOVED, Files
+from extractor.data.sources import Source, files_of, open_source
+from extractor.pipeline.run import survey
+from extractor.pipeline.settings import Options
+from store.cache import FeatureCache, Subset, is_cache
+from store.errors import BadDataError, InputMissingError
+from store.format.samples import Row, SampleTable
+from store.splits import assign_splits, with_splits
+from store.tasks import ONE_LABEL
+
+from .bundle import Bundle, Predictions, task_of_bundle
+from .novelty import novel_share
+from .predictor import Predictor
+
+log = logging.getLogger("penult.classifiers")
+
+ACCEPTED = ("provider",)  # whose difference is said and accepted: CUDA and CPU agree to 1e-4
+
+
+def predict_held_out(predictor: Predictor, rows: Sequence[Row], truth: NDArray[Any], files: Files, split: str) -> Predictions:
+    """Pass held-out images through a predictor; ``truth`` is what `SampleTable.truth` says of them.
+
+    Raises:
+        InputMissingError: one of them can no longer be read.
+        BadDataError: one of them can no longer be decoded.
+    """
+    found, novelty = [], []
+    for prediction in predictor.predict((row.path for row in rows), files):
+        if prediction.code in GONE:
+            message = f"cannot read {prediction.name}: {prediction.message}; {MOVED}"
+            raise InputMissingError(message)
+        if prediction.probabilities is None:
+            message = f"{prediction.name}: {prediction.code}: {prediction.message}"
+            raise BadDataError(message)
+        found.append(prediction.probabilities)
+        novelty.append(prediction.novelty)
+    known = None if None in novelty else np.array(novelty, np.float32)
+    return Predictions([row.sha256 for row in rows], [row.path for row in rows], truth, np.stack(found), split, known)
+
+
+def evaluate_bundle(
+    bundle: Bundle,
+    data: str | Path | FeatureCache,
+    *,
+    split: str | None = None,
+    root: Path | None = None,
+    **predictor_options: Any,
+) -> tuple[Evaluation | Measured, Predictions]:
+    """A bundle's figures on a cache or a dataset, leaving out every image that was fitted or chosen on.
+
+    Cached features are used where the fingerprint matches; otherwise the images go through the bundle's own backbone.
+
+    Args:
+        bundle: what to evaluate.
+        data: a cache, opened or not, or a dataset as `penult extract` takes it.
+        split: which part; by default the one the bundle was reported on, or everything where there are no splits.
+        root: where the images are, if they moved since they were extracted.
+        predictor_options: ``device``, ``batch_size``, ``workers``, ``accept_pixels``.
+
+    Raises:
+        BadDataError: everything asked for was fitted, there is nothing to evaluate, or an output is no number.
+        FingerprintMismatchError: images must be embedded, and this machine makes other pixels than those of the training.
+    """
+    if not isinstance(data, FeatureCache) and is_cache(data):
+        data = FeatureCache(data)
+    cache, data = (data, data.path) if isinstance(data, FeatureCache) else (None, data)
+    if cache is not None and bundle.backbone.layer in cache.layers:
+        cache = cache.with_layer(bundle.backbone.layer)
+    source = None
+    if cache is None:
+        source = open_source(data, root=root, task=bundle.task, targets=task_of_bundle(bundle).targets)
+        _require_classes(source, bundle, split)
+    predictor = None if cache is not None and _same_features(bundle, cache) else Predictor.of(bundle, **predictor_options)
+    if predictor is not None:
+        predictor.require_pixels()
+    if source is None:
+        assert cache is not None
+        table = cache.samples
+    else:
+        table = survey(source, bundle.backbone.preprocess, Options(val_fraction=0, test_fraction=0))
+        if table.facts["budget_exceeded"]:
+            message = f"{_failures(table)} of {data}: more than 1 %, so these figures would not be about this dataset"
+            raise BadDataError(message)
+        if table.counts["failed"]:
+            log.warning("%s; the figures are without them", _failures(table))
+    if table.task.name != bundle.task:
+        message = f"{data} was extracted with --task {table.task.name}, and {bundle.name} is a head for {bundle.task}"
+        raise BadDataError(message)
+    rows, name = _rows_of(table, bundle, split)
+    fitted = bundle.fitted()
+    fresh = [row for row in rows if row.sha256 not in fitted]
+    if not fresh:
+        message = f"all {len(rows)} images of {data}, split {name!r}, were fitted or chosen on when {bundle.name} was trained"
+        raise BadDataError(message)
+    if len(fresh) < len(rows):
+        log.warning(
+            "%d of %d images were fitted when %s was trained; they are left out", len(rows) - len(fresh), len(rows), bundle.name
+        )
+    truth = table.truth(fresh, bundle.classes)
+    if cache is not None and predictor is None:
+        digests, paths = [row.sha256 for row in fresh], [row.path for row in fresh]
+        features, novelty, views = cache.features(digests), bundle.novelty(), bundle.fingerprint.views
+        seen = features if views == 1 else np.asarray(cache.stored(digests, views=True))
+        probabilities = averaged(bundle.head_function()(seen), views)
+        scores = novelty.scores(features) if novelty else None
+        predictions = Predictions(digests, paths, truth, probabilities, name, scores, features)
+    else:
+        assert predictor is not None
+        files = source.files if source is not None else files_of(table, root)
+        predictions = predict_held_out(predictor, fresh, truth, files, name)
+    evaluation = task_of_bundle(bundle).score(truth, predictions.probabilities, name)
+    failed = 0 if cache is not None else table.counts["failed"]
+    novel = None if predictions.novelty is None else novel_share(predictions.novelty)
+    drift = predictor.pixel_drift.to_json() if predictor and predictor.pixel_drift else None
+    return replace(evaluation, failed=failed, novelty=novel, pixel_drift=drift), predictions
+
+
+def _is_own_data(bundle: Bundle, rows: Sequence[Row]) -> bool:
+    """Whether everything the bundle was fitted on and reported on is here."""
+    here = {row.sha256 for row in rows}
+    held = set(bundle.predictions().sha256) if bundle.metrics is not None else set()
+    return bundle.fitted() | held <= here
+
+
+def _failures(table: SampleTable) -> str:
+    codes = Counter(row.code for row in table.rows if row.code)
+    listing = ", ".join(f"{code} {count}" for code, count in sorted(codes.items()))
+    return f"{sum(codes.values())} of {len(table.rows)} inputs cannot be used ({listing})"
+
+
+def _require_classes(source: Source, bundle: Bundle, split: str | None) -> None:
+    """Refuse labels that the head does not know before an image is opened.
+
+    Raises:
+        BadDataError: see `HeadTask.require_labels`.
+    """
+    samples = [sample for sample in source.samples() if sample.label is not None]
+    name = _split_of(bundle, {sample.split for sample in samples}, split)
+    labels = [str(sample.label) for sample in samples if name in (None, sample.split)]
+    task_of_bundle(bundle).require_labels(labels, name or "")
+
+
+def _split_of(bundle: Bundle, have: Set[str | None], asked: str | None) -> str | None:
+    """The split to evaluate on: the one that is asked for, or that was held out in training; None for everything."""
+    reported = bundle.split.get("reported_on")
+    return asked or (reported if reported in have else None)
+
+
+def _rows_of(table: SampleTable, bundle: Bundle, split: str | None) -> tuple[list[Row], str]:
+    rows = [row for row in table.rows if row.ok]
+    if bundle.split.get("override") and _is_own_data(bundle, rows):  # it was trained on splits of its own
+        fractions = {key: bundle.split[key] for key in ("val", "test", "seed")}
+        rows = with_splits(rows, assign_splits(rows, **fractions, stratify=table.task.stratifies))
+    have: set[str | None] = {row.split for row in rows if row.split}
+    name = _split_of(bundle, have, split)
+    if name is not None:
+        rows = [row for row in rows if row.split == name]
+        if not rows:
+            message = (
+                f"there are no samples in split {name!r}; there is {', '.join(sorted(map(str, have))) or 'no split at all'}"
+            )
+            raise BadDataError(message)
+    incomplete = table.task.incomplete(rows, bundle.classes)
+    if incomplete:
+        message = f"{len(incomplete)} of {len(rows)} samples {table.task.lacking} to compare with"
+        raise BadDataError(message)
+    return rows, name or "all"
+
+
+def _same_features(bundle: Bundle, cache: FeatureCache) -> bool:
+    there = cache.fingerprint if bundle.views else cache.fingerprint.single
+    differences = bundle.fingerprint.differences(there, ignore=ACCEPTED)
+    for name, (mine, theirs) in bundle.fingerprint.differences(there).items():
+        if not differences:
+            log.warning("%s differs: %s was trained with %s, %s holds %s", name, bundle.name, mine, cache.path, theirs)
+    if differences:
+        log.info(
+            "%s holds other features than %s takes (%s): embedding the images", cache.path, bundle.name, ", ".join(differences)
+        )
+    return not differences
+
+
+def evaluate(head: Any, subset: Subset) -> Evaluation:
+    """Evaluate a fitted head (``classes_`` and ``predict_proba``) on cached features.
+
+    Raises:
+        UsageError: it is a head for several labels or for numbers; `HeadTask.score` takes the outputs of these.
+    """
+    from classifiers.heads.search import Head
+
+    own = isinstance(head, Head)
+    need_single_label(head.task if own else ONE_LABEL.name, "classifiers.evaluation.single_label")
+    return score(
+        subset.y,
+        head.predict_proba(subset.X),
+        [str(label) for label in head.classes_],
+        subset.name,
+        temperature=head.temperature_ if own else None,
+        conformal=head.conformal_ if own else None,
+    )

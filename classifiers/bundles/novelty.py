@@ -1,0 +1,96 @@
+"""How unlike the training images an image is: its distance to their features, against what is usual among them.
+
+The distance is one minus the cosine to the fifth nearest training image (Sun et al. 2022, "Out-of-distribution detection with
+deep nearest neighbors"). docs/metrics.md has what it found on real photos, and what Mahalanobis' distance did.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from classifiers.evaluation.intervals import wilson
+from classifiers.heads.solvers.cosines import nearest, unit_rows
+from store.cache import Subset
+from store.format import hdf5
+from store.format.lazy_features import StoredFeatures
+
+ENCODING_TYPE = "penult-novelty"
+REFERENCE = 2048  # training images that are kept at most: 8 MB of 2,048 features
+NEIGHBOUR = 5
+FALSE_ALARMS = 0.05
+FEWEST = 20  # with fewer training images of other groups than one's own, one in twenty means nothing
+
+
+@dataclass(frozen=True)
+class Novelty:
+    """What is usual among training images.
+
+    Attributes:
+        reference: features of some of them, scaled to length 1, ``(m, d)`` float32; saved as float16.
+        usual: the distance that all but ``FALSE_ALARMS`` of training images keep to the others; the unit of scores.
+    """
+
+    reference: NDArray[np.float32]
+    usual: float
+
+    @classmethod
+    def fit(cls, fitted: Sequence[Subset], seed: int = 0) -> Self | None:
+        """Learn from everything that was fitted, comparing each image with those of other groups: more pictures of the same
+        thing are no sign of what is usual. Where there are more than ``REFERENCE`` images, others are compared with these.
+
+        Returns:
+            None where there are too few images, or all are the same.
+        """
+        chosen = np.random.default_rng(seed).permutation(sum(map(len, fitted)))[: 2 * REFERENCE]
+        X = np.empty((len(chosen), fitted[0].X.shape[1]), np.float32)
+        groups = np.array([group for subset in fitted for group in subset.groups], dtype=object)[chosen]
+        owners = np.unique(groups, return_inverse=True)[1]
+        begin = 0
+        for subset in fitted:
+            here = (chosen >= begin) & (chosen < begin + len(subset))
+            X[here] = unit_rows(np.asarray(subset.X[chosen[here] - begin]))
+            begin += len(subset)
+        judged = slice(REFERENCE, None) if len(X) >= REFERENCE + FEWEST else slice(None)
+        reference = X[:REFERENCE].astype(np.float16).astype(np.float32)  # as it is saved
+        distances = 1 - X[judged] @ reference.T
+        distances[owners[judged][:, None] == owners[:REFERENCE]] = np.inf
+        if (np.isfinite(distances).sum(axis=1) < FEWEST).any():
+            return None
+        found = np.sort(np.partition(distances, NEIGHBOUR - 1, axis=1)[:, NEIGHBOUR - 1])
+        usual = float(found[min(math.ceil((len(found) + 1) * (1 - FALSE_ALARMS)), len(found)) - 1])
+        return cls(reference, usual) if usual > 0 else None
+
+    def scores(self, X: NDArray[np.floating[Any]] | StoredFeatures) -> NDArray[np.float32]:
+        """Distance of features ``(n, d)`` in units of what is usual, ``(n,)``; above 1 it is unlike the training images."""
+        if isinstance(X, StoredFeatures):
+            return np.concatenate([self.scores(rows) for _, rows in X.blocks()])
+        cosines, _ = nearest(X, self.reference, NEIGHBOUR)
+        return np.asarray((1 - cosines[:, -1]) / np.float32(self.usual))
+
+    def to_bytes(self) -> bytes:
+        """As ``novelty.h5``."""
+        datasets = {"reference": self.reference.astype(np.float16), "usual": np.array([self.usual])}
+        return hdf5.build(ENCODING_TYPE, datasets, {"rows": len(self.reference)})[0]
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a ``novelty.h5``.
+
+        Raises:
+            CorruptCacheError: the file is damaged.
+        """
+        with hdf5.open_checked(path, ENCODING_TYPE) as (datasets, _):
+            return cls(datasets["reference"][()].astype(np.float32), float(datasets["usual"][0]))
+
+
+def novel_share(scores: NDArray[np.float32]) -> dict[str, Any]:
+    """How many of some images are unlike the training images, as JSON: ``novel``, ``share``, ``interval``, ``expected``."""
+    novel = int((scores > 1).sum())
+    return {"novel": novel, "share": novel / len(scores), "interval": wilson(novel, len(scores)), "expected": FALSE_ALARMS}

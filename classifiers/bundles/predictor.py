@@ -1,0 +1,382 @@
+"""Images to labels: decode, backbone, head, in a stream with bounded memory."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from classifiers.evaluation.probabilities import averaged
+from classifiers.evaluation.task import HeadTask, Prediction
+from extractor.data.files import Files, FolderFiles
+from extractor.data.folders import ImageFolder
+from extractor.data.reader import Crew, ahead
+from extractor.data.sources import refuse_ours
+from extractor.futures import in_flight
+from extractor.graphs.backbone_facts import PROBE_IMAGE, facts_of, require_features
+from extractor.graphs.parity import relative_l2
+from extractor.pixels.decoder import Decoder
+from extractor.pixels.images import ImageError
+from extractor.pixels.pixel_drift import PixelDrift, PixelOrigin, ProbeImage, libraries
+from extractor.pixels.preprocess import Preprocess
+from extractor.pixels.views import Views
+from extractor.progress import StopFlag
+from extractor.runtime.session import Embedder, resolve_device
+from store.errors import BadDataError, InputMissingError, UsageError
+from store.fingerprint import Fingerprint
+from store.format.shard import as_stored
+
+from .bundle import Bundle, task_of_bundle
+from .fused import Fused, is_fused, precision_of
+from .novelty import Novelty
+
+log = logging.getLogger("penult.classifiers")
+
+NOT_FINITE = "the network gives NaN or infinity for this image"
+FIRST = 16  # images that a difference of pixels is measured on
+
+_Read = tuple[bytes, NDArray[np.uint8] | ImageError]  # a path, and what came of it: its views (views, crop, crop, 3)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A network and a head, and all else that decides what they say of an image.
+
+    Attributes:
+        backbone: the ONNX file from pixels to features.
+        preprocess: what its input must have gone through.
+        head: features ``(n, d)`` float32 to outputs ``(n, k)``.
+        task: what the columns of these are, and how one decides by them.
+        storage: how features were rounded in the cache that the head was trained on.
+        output: of the backbone's graph, where it has several.
+        tf32: whether a GPU rounds the products of float32; as it did for the cache.
+        novelty: what tells images that are unlike the training images.
+        views: what the head's outputs for an image are averaged over; None for the image as it is.
+        origin: what its pixels must be like; None where nothing was made of such before.
+        require: looks at the metadata of the network that was loaded, and refuses one that the head is not for.
+    """
+
+    backbone: Path
+    preprocess: Preprocess
+    head: Callable[[NDArray[np.float32]], NDArray[np.float32]]
+    task: HeadTask
+    storage: str = "auto"
+    output: str = "features"
+    tf32: bool = False
+    novelty: Novelty | None = None
+    views: Views | None = None
+    origin: PixelOrigin | None = None
+    require: Callable[[Mapping[str, str]], None] | None = None
+
+
+class Predictor:
+    """A network and a head, ready to predict.
+
+    Args:
+        recipe: what they are.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
+        batch_size: images per call of the backbone; None for the device's default.
+        workers: decoding threads; None for as many as are needed.
+
+    Attributes:
+        pixel_drift: how far its pixels are from those of the training, where that was accepted and measured.
+    """
+
+    pixel_drift: PixelDrift | None = None
+
+    def __init__(
+        self, recipe: Recipe, *, device: str = "auto", batch_size: int | None = None, workers: int | None = None
+    ) -> None:
+        self.recipe, self._device, self._batch_size, self._workers = recipe, device, batch_size, workers
+
+    @classmethod
+    def load(cls, path: str | Path, **options: Any) -> Self:
+        """Open a bundle or a fused classifier; see `Bundle.load` and `Fused.load` for what is refused.
+
+        Options are ``device``, ``batch_size``, ``workers``, and ``accept_pixels``: go on where this machine makes other pixels
+        than those of the training, and measure the difference.
+        """
+        path = Path(path)
+        return cls.fused(path, Fused.load(path), **options) if is_fused(path) else cls.of(Bundle.load(path), **options)
+
+    @classmethod
+    def fused(cls, path: Path, fused: Fused, *, accept_pixels: bool = False, **options: Any) -> Self:
+        """The predictor of a fused classifier: its graph is backbone and head, and takes pixels itself."""
+        fingerprint = Fingerprint(fused.fingerprint)
+        recipe = Recipe(
+            path,
+            fused.preprocess,
+            lambda probabilities: probabilities,
+            fused.bound_task,
+            storage="float32",
+            output=fused.output,
+            tf32=bool(fingerprint.fields.get("tf32")),
+            origin=PixelOrigin.of(str(path), fingerprint, accept=accept_pixels),
+            require=partial(fused.require_loaded, path),
+        )
+        return cls(recipe, **_on_its_device(fingerprint, options))
+
+    @classmethod
+    def of(cls, bundle: Bundle, *, accept_pixels: bool = False, **options: Any) -> Self:
+        """The predictor of a bundle that was loaded before."""
+
+        def require(metadata: Mapping[str, str]) -> None:
+            facts, file = facts_of(metadata), bundle.path / "backbone.onnx"
+            if facts is None:
+                message = f"{file} does not say what it is; it is not the network that {bundle.name} was trained with"
+                raise BadDataError(message)
+            require_features(facts, bundle.fingerprint, mine=str(file), theirs=f"the head of {bundle.name}")
+
+        recipe = Recipe(
+            bundle.path / "backbone.onnx",
+            bundle.backbone.preprocess,
+            bundle.head_function(),
+            task_of_bundle(bundle),
+            storage=bundle.storage,
+            output=bundle.backbone.outputs[0],
+            tf32=bool(bundle.fingerprint.fields.get("tf32")),
+            novelty=bundle.novelty(),
+            views=bundle.views,
+            origin=PixelOrigin.of(str(bundle.path), bundle.fingerprint, accept=accept_pixels),
+            require=require,
+        )
+        return cls(recipe, **_on_its_device(bundle.fingerprint, options))
+
+    @property
+    def task(self) -> HeadTask:
+        """What the columns of its outputs are."""
+        return self.recipe.task
+
+    def predict(self, paths: Iterable[str | bytes | Path], files: Files | None = None) -> Iterator[Prediction]:
+        """One prediction per file, in order; a bad file costs its own prediction and no other.
+
+        Args:
+            paths: what to read.
+            files: what it is read from; by default the file system.
+
+        Raises:
+            FingerprintMismatchError: this machine makes other pixels than those of the training; at once, before any is read.
+        """
+        self.require_pixels()
+        return self._predictions(map(os.fsencode, paths), files or FolderFiles())
+
+    def require_pixels(self) -> None:
+        """Refuse to go on where this machine makes other pixels than those of the training, unless that is accepted.
+
+        Raises:
+            FingerprintMismatchError: says what differs and what to do.
+        """
+        if (origin := self._other_pixels) and not origin.accept:
+            origin.require(self.recipe.preprocess, self._image_then())
+
+    def measure_pixels(self, first: Sequence[bytes] = (), files: Files | None = None) -> None:
+        """Say how far this machine's pixels are from those of the training, where they differ; see `pixel_drift`.
+
+        Args:
+            first: images to measure it on, beside the test image.
+            files: where they are; by default the file system.
+        """
+        if origin := self._other_pixels:
+            self.pixel_drift = self._measured(first, files or FolderFiles())
+            log.warning("%s", self.pixel_drift.text(origin.name))
+
+    @property
+    def _other_pixels(self) -> PixelOrigin | None:
+        """What the pixels of the training were, if this machine makes others."""
+        origin = self.recipe.origin
+        return origin if origin is not None and origin.differs(self.recipe.preprocess) else None
+
+    def _predictions(self, paths: Iterator[bytes], files: Files) -> Iterator[Prediction]:
+        if self._other_pixels:
+            first = list(islice(paths, FIRST))
+            self.measure_pixels(first, files)
+            paths = chain(first, paths)
+        size = max(self.embedder.batch_size // self._count, 1)
+        decoder = Decoder(self.recipe.preprocess, crop=self.recipe.views is None)
+        read = partial(self._pixels, files, decoder)
+        crew = Crew(self._workers, self.embedder.provider)
+        batches = _batches(ahead(read, paths, crew, StopFlag(), decoder), size)
+        for batch, features in in_flight(map(self._submitted, batches), self.embedder.lanes):
+            yield from self._decided(batch, features)
+
+    def _submitted(self, batch: list[_Read]) -> tuple[list[_Read], Future[list[NDArray[np.float32]]] | None]:
+        good = [pixels for _, pixels in batch if not isinstance(pixels, ImageError)]
+        return batch, self.embedder.submit(np.concatenate(good)) if good else None
+
+    def probabilities(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Probabilities ``(n, k)`` of images that are decoded, resized and cropped: ``(n, crop, crop, 3)``, RGB."""
+        return self._outputs(self.embedder.embed(pixels)[0])[0]
+
+    def _outputs(self, features: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """What the head says of features ``(n, d)``, and these as it sees them. A row that is not finite gives NaN, also where
+        the head would make a number of it, as a sigmoid of infinity is 1; the other rows are what they are without it."""
+        stored = as_stored(features, self.recipe.storage)
+        finite = np.asarray(np.isfinite(stored).all(axis=1))
+        if finite.all():
+            return self.recipe.head(stored), stored
+        outputs = self.recipe.head(np.where(finite[:, None], stored, np.float32(0)))
+        outputs[~finite] = np.nan
+        return outputs, stored
+
+    def _decided(self, batch: list[_Read], features: Future[list[NDArray[np.float32]]] | None) -> Iterator[Prediction]:
+        rows = self._judged(features.result()[0]) if features else iter(())
+        for path, pixels in batch:
+            if isinstance(pixels, ImageError):
+                yield Prediction(path, code=pixels.code, message=str(pixels))
+                continue
+            row, novelty = next(rows)
+            if not np.isfinite(row).all():
+                yield Prediction(path, code="not_finite", message=NOT_FINITE)
+                continue
+            yield Prediction(path, *self.task.decide(row), row, novelty=novelty)
+
+    def _judged(self, features: NDArray[Any]) -> Iterator[tuple[NDArray[np.float32], float | None]]:
+        outputs, stored = self._outputs(features)
+        first = np.nan_to_num(stored[:: self._count], nan=0, posinf=0, neginf=0)
+        novelty = [None] * len(first) if self.recipe.novelty is None else self.recipe.novelty.scores(first).tolist()
+        return zip(averaged(outputs, self._count), novelty, strict=True)
+
+    def _changed(self, outputs: NDArray[np.float32], others: NDArray[np.float32]) -> int | None:
+        """How many images get another label by other outputs; None of none, and where a task has no labels."""
+        labels, before = ([self.task.decide(row)[0] for row in rows] for rows in (outputs, others))
+        return None if not labels or None in labels else sum(a != b for a, b in zip(labels, before, strict=True))
+
+    def _image_then(self) -> ProbeImage | None:
+        """The test image as it was when the network was made, if the network says."""
+        assert self.recipe.origin is not None
+        return ProbeImage.parse(self.embedder.metadata.get(PROBE_IMAGE), self.recipe.origin.probe)
+
+    def _measured(self, first: Sequence[bytes], files: Files) -> PixelDrift:
+        """How far pixels are from those of the training: on the test image, and on the first images, whose pixels of then
+        nobody knows, if they moved as the test image did."""
+        then, now = self._image_then(), ProbeImage.here(self.recipe.preprocess)
+        if then is None:
+            return PixelDrift({}, libraries())
+        moved = np.concatenate([(a.astype(int) - b).ravel() for a, b in zip(now.pixels, then.pixels, strict=True)])
+        shift = now.pixels[0].astype(int) - then.pixels[0]
+        with Decoder(self.recipe.preprocess) as decoder:
+            good = []
+            for path in first:
+                with suppress(ImageError):
+                    good.append(decoder(files.read(path)[0]))
+        pixels = np.stack([now.pixels[0], *good])
+        before = np.stack([then.pixels[0], *(np.clip(image - shift, 0, 255).astype(np.uint8) for image in good)])
+        (features, outputs), (features_then, outputs_then) = (
+            (found, self._outputs(found)[0]) for found in (self.embedder.embed(each)[0] for each in (pixels, before))
+        )
+        differences = np.abs(outputs.astype(np.float64) - outputs_then).max(axis=1)
+        sound = [i for i in range(1, len(pixels)) if np.isfinite(differences[i])]
+        gives_features = self.recipe.output != self.task.output  # a fused classifier does not
+        return PixelDrift(
+            then.libraries,
+            now.libraries,
+            levels=int(np.abs(moved).max()),
+            share=float((moved != 0).mean()),
+            features=float(relative_l2(features[:1], features_then[:1])[0]) if gives_features else None,
+            outputs=float(differences[0]),
+            images=len(sound),
+            images_outputs=float(differences[sound].max()) if sound else None,
+            images_decisions=self._changed(outputs[sound], outputs_then[sound]),
+        )
+
+    @property
+    def _count(self) -> int:
+        return self.recipe.views.count if self.recipe.views else 1
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """What the columns of its probabilities are called."""
+        return self.task.names
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        """The backbone's session, opened on first use.
+
+        Raises:
+            BadDataError: what was loaded is not the network that the head is for.
+        """
+        opened = Embedder(
+            self.recipe.backbone,
+            self.recipe.preprocess,
+            device=resolve_device(self._device),
+            batch_size=self._batch_size,
+            outputs=[self.recipe.output],
+            tf32=self.recipe.tf32,
+        )
+        if self.recipe.require is not None:
+            self.recipe.require(opened.metadata)
+        return opened
+
+    def _pixels(self, files: Files, decoder: Decoder, path: bytes) -> _Read:
+        try:
+            data = files.read(path)[0]
+            pixels = decoder(data)
+            if self.recipe.views is None:
+                return path, pixels[None]
+            return path, self.recipe.views.pixels(
+                Image.fromarray(pixels), hashlib.sha256(data).digest(), self.recipe.preprocess
+            )
+        except ImageError as error:
+            return path, error
+
+
+def _on_its_device(fingerprint: Fingerprint, options: dict[str, Any]) -> dict[str, Any]:
+    """The options; int8 was calibrated for the CPU, and a GPU computes such a graph in float."""
+    chosen_for = precision_of(fingerprint) == "int8" and options.get("device", "auto") == "auto"
+    return {**options, "device": "cpu"} if chosen_for else options
+
+
+def list_images(inputs: Sequence[str | Path]) -> Iterator[bytes]:
+    """The files that the arguments of `penult predict` mean: files as they are, folders with everything below them.
+
+    Folders are read as they are reached, so that no list of millions of names is ever held.
+
+    Raises:
+        InputMissingError: none of them exists, a folder is empty, or one cannot be read. A file that is missing is a prediction
+            with a code.
+        UsageError: one is a tar archive, a cache or a bundle.
+    """
+    paths = list(map(Path, inputs))
+    for path in paths:
+        refuse_ours(path)
+        if path.suffix == ".tar" and not path.is_dir():
+            message = f"{path}: `penult predict` takes images and folders of them; `penult evaluate` takes tar shards"
+            raise UsageError(message)
+        if path.is_dir() and next(ImageFolder(path).everything(), None) is None:
+            message = f"no files in {path}"
+            raise InputMissingError(message)
+    if not any(path.exists() for path in paths):
+        message = f"{', '.join(map(str, inputs[:3]))}: no such file"
+        raise InputMissingError(message)
+    return _files_of(paths)
+
+
+def _files_of(paths: Iterable[Path]) -> Iterator[bytes]:
+    for path in paths:
+        if path.is_dir():
+            yield from (os.fsencode(path) + b"/" + name for name in ImageFolder(path).everything())
+        else:
+            yield os.fsencode(path)
+
+
+def _batches(items: Iterator[_Read], size: int) -> Iterator[list[_Read]]:
+    batch = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,0 +1,274 @@
+"""Heads side by side on the same held-out images: what each is worth, with an interval, what it cost, and whether that pays."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from classifiers.bundles.bundle import Bundle, Predictions
+from classifiers.evaluation.intervals import wilson
+from classifiers.evaluation.paired_tests import Change, Standing, paired
+from classifiers.evaluation.task import need_single_label
+from store.cache import FeatureCache
+from store.errors import BadDataError, UsageError
+
+from .label_curve import LabelCurve, label_curve
+from .verdict import Verdict, judge
+
+SPLIT_FLAGS = (("val-fraction", "val"), ("test-fraction", "test"), ("seed", "seed"))
+WORTHWHILE = 1.0  # percentage points
+FINE_TUNED = "fine-tuned"
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """What takes part in a comparison.
+
+    Attributes:
+        name, kind, classes, cost, history, split: as in `Bundle`.
+        predictions: on the held-out images.
+    """
+
+    name: str
+    kind: str
+    predictions: Predictions
+    classes: Sequence[str]
+    cost: Mapping[str, Any]
+    history: Sequence[dict[str, Any]] = ()
+    split: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> Entrant:
+        """A bundle.
+
+        Raises:
+            UsageError: it is for another task.
+            BadDataError: nothing was held out.
+        """
+        need_single_label(bundle.task, f"penult compare ({bundle.name})")
+        facts = (bundle.classes, bundle.cost, bundle.history, bundle.split)
+        return cls(bundle.name, bundle.kind, bundle.predictions(), *facts)
+
+    @property
+    def seconds(self) -> float:
+        """From images to a head, wall time."""
+        return float(self.cost["train_seconds"] + self.cost["extract_seconds"])
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One head of a comparison.
+
+    Attributes:
+        name, kind: of the bundle.
+        accuracy, accuracy_interval: with the 95 % Wilson interval.
+        figures: by name, see docs/metrics.md; among them ``f1_macro``, ``log_loss``, ``brier`` and ``ece``.
+        seconds: from images to a head, extraction included.
+        cost: as in `Bundle`. ``images`` counts passes through the backbone: each image once for cached features, once an epoch
+            when fine-tuning.
+        change, verdict: against the baseline; None of the baseline itself.
+        history: as in `Bundle`.
+        probabilities: ``(n, k)``, in the order of the comparison's classes; not in JSON.
+    """
+
+    name: str
+    kind: str
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+    figures: dict[str, float]
+    seconds: float
+    cost: dict[str, Any]
+    change: Change | None
+    verdict: Verdict | None
+    history: list[dict[str, Any]]
+    probabilities: NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several heads on the same images.
+
+    Attributes:
+        baseline: the name of the head that the others are compared with.
+        split, n: what they were measured on, and how many images that is.
+        classes: all that any head or image has.
+        worthwhile: the smallest difference of accuracy that matters, as a share.
+        resamples: of the bootstrap.
+        lines: the baseline first, then the best first.
+        curve: by number of labelled images, where it was asked for.
+        truth: class index of each image ``(n,)``; not in JSON.
+    """
+
+    baseline: str
+    split: str
+    n: int
+    classes: list[str]
+    worthwhile: float
+    resamples: int
+    lines: list[Compared]
+    truth: NDArray[np.intp]
+    curve: LabelCurve | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As it reads back from a file: lists, no tuples."""
+        lines = [asdict(replace(line, probabilities=np.empty(0))) for line in self.lines]
+        for line in lines:
+            del line["probabilities"], line["history"]
+        facts = {key: value for key, value in vars(self).items() if key not in ("truth", "lines", "curve")}
+        curve = self.curve and self.curve.to_json()
+        return dict(json.loads(json.dumps({**facts, "bundles": lines, "curve": curve})))
+
+
+def compare(
+    bundles: Sequence[Bundle], *, against: str | None = None, worthwhile: float = WORTHWHILE, curve: FeatureCache | None = None
+) -> Comparison:
+    """Compare bundles with one of them.
+
+    Args:
+        bundles: two or more.
+        against: name or path of the baseline; by default the first frozen one, or the first: no choice by the held-out images.
+        worthwhile: the smallest difference of accuracy that matters, percentage points.
+        curve: the cache that a frozen bundle was trained from (the baseline, or the first one); its head is refitted on shares
+            of the training images, see `label_curve`.
+
+    Raises:
+        UsageError: fewer than two, one of them twice, one for another task, or a baseline that is none of them.
+        BadDataError: they were not evaluated on the same images with the same labels.
+    """
+    places = [bundle.path.resolve() for bundle in bundles]
+    twice = next((bundle.path for bundle, place in zip(bundles, places, strict=True) if places.count(place) > 1), None)
+    if twice is not None or len(bundles) < 2:
+        message = f"{twice} is given twice" if twice else f"there is one bundle, {bundles[0].path}, and nothing beside it"
+        message += "; name two or more different ones, such as those of `penult train` and `penult finetune`"
+        raise UsageError(message)
+    entrants = [Entrant.of(bundle) for bundle in bundles]
+    names = [entrant.name for entrant in entrants]
+    if len(set(names)) < len(names):
+        entrants = [replace(entrant, name=str(bundle.path)) for entrant, bundle in zip(entrants, bundles, strict=True)]
+    baseline = _baseline(bundles, against)
+    found = compare_entrants(entrants, baseline=baseline, worthwhile=worthwhile)
+    if curve is None:
+        return found
+    frozen = next((bundle for bundle in (bundles[baseline], *bundles) if bundle.kind == "frozen"), None)
+    if frozen is None:
+        message = (
+            "--curve refits a head on cached features, and all of these are fine-tuned; name a bundle of `penult train` too"
+        )
+        raise UsageError(message)
+    return replace(found, curve=label_curve(frozen, curve, worthwhile=worthwhile / 100))
+
+
+def _baseline(bundles: Sequence[Bundle], against: str | None) -> int:
+    if against is None:
+        return next((i for i, bundle in enumerate(bundles) if bundle.kind == "frozen"), 0)
+    matching = [i for i, bundle in enumerate(bundles) if against in (bundle.name, str(bundle.path))]
+    if len(matching) != 1:
+        known = ", ".join(str(bundle.path) for bundle in bundles)
+        message = f"--against {against}: {len(matching)} of the bundles have this name; expected one of {known}"
+        raise UsageError(message)
+    return matching[0]
+
+
+def compare_entrants(entrants: Sequence[Entrant], *, baseline: int = 0, worthwhile: float = WORTHWHILE) -> Comparison:
+    """As `compare`, for what need not be saved; ``baseline`` is its place.
+
+    Raises:
+        BadDataError: they were not evaluated on the same images with the same labels.
+    """
+    _need_same_images(entrants)
+    held = [entrant.predictions for entrant in entrants]
+    orders = [_order(each) for each in held]
+    labels = held[0].labels[orders[0]].tolist()
+    classes = list(dict.fromkeys([*entrants[baseline].classes, *(c for e in entrants for c in e.classes), *labels]))
+    index = {label: i for i, label in enumerate(classes)}
+    truth = np.array([index[label] for label in labels], np.intp)
+    outputs = []
+    for entrant, order in zip(entrants, orders, strict=True):
+        columns = np.zeros((len(truth), len(classes)), np.float32)
+        columns[:, [index[label] for label in entrant.classes]] = entrant.predictions.probabilities[order]
+        outputs.append(columns)
+    standings, resamples = paired(truth, outputs, classes, baseline)
+    tuned = [i for i, entrant in enumerate(entrants) if entrant.kind == FINE_TUNED and i != baseline]
+    lines = []
+    for i, (entrant, standing) in enumerate(zip(entrants, standings, strict=True)):
+        subject = "fine-tuning" if tuned == [i] and entrants[baseline].kind == "frozen" else entrant.name
+        lines.append(
+            Compared(
+                name=entrant.name,
+                kind=entrant.kind,
+                accuracy=standing.figures["accuracy"],
+                accuracy_interval=wilson(round(standing.figures["accuracy"] * len(truth)), len(truth)),
+                figures=standing.figures,
+                seconds=entrant.seconds,
+                cost=dict(entrant.cost),
+                change=standing.change,
+                verdict=_verdict(standing, len(truth), subject, entrant, entrants[baseline], worthwhile),
+                history=list(entrant.history),
+                probabilities=outputs[i],
+            )
+        )
+    first = lines.pop(baseline)
+    return Comparison(
+        baseline=first.name,
+        split=held[0].split,
+        n=len(truth),
+        classes=classes,
+        worthwhile=worthwhile / 100,
+        resamples=resamples,
+        lines=[first, *sorted(lines, key=lambda line: (-line.accuracy, line.seconds))],
+        truth=truth,
+    )
+
+
+def _order(predictions: Predictions) -> list[int]:
+    """Rows in the same order whatever order they were saved in."""
+    keys = list(zip(predictions.sha256, map(str, predictions.labels.tolist()), strict=True))
+    return sorted(range(len(keys)), key=keys.__getitem__)
+
+
+def _verdict(
+    standing: Standing, n: int, subject: str, entrant: Entrant, baseline: Entrant, worthwhile: float
+) -> Verdict | None:
+    if standing.change is None:
+        return None
+    ratio = entrant.seconds / baseline.seconds if entrant.seconds and baseline.seconds else None
+    return judge(standing.change, n, subject=subject, cost_ratio=ratio, worthwhile=worthwhile / 100)
+
+
+def _need_same_images(entrants: Sequence[Entrant]) -> None:
+    first = entrants[0]
+    mine = first.predictions
+    for other in entrants[1:]:
+        theirs = other.predictions
+        if theirs.ids == mine.ids:
+            continue
+        if sorted(theirs.sha256) == sorted(mine.sha256):
+            message = (
+                f"{first.name} and {other.name} were evaluated on the same {len(mine.sha256)} images, but some have another "
+                f"label since: train both from the cache as it is now"
+            )
+            raise BadDataError(message)
+        shared = len(set(theirs.sha256) & set(mine.sha256))
+        message = (
+            f"{first.name} was evaluated on {len(mine.sha256)} images ({mine.split}) and {other.name} on "
+            f"{len(theirs.sha256)} ({theirs.split}), {shared} of them the same: there is nothing to compare. "
+            f"{_remedy(first, other)}"
+        )
+        raise BadDataError(message)
+
+
+def _remedy(*entrants: Entrant) -> str:
+    own = [entrant for entrant in entrants if entrant.split.get("override")]
+    if not own:
+        return "Train both from the same cache"
+    flags = " ".join(f"--{name} {own[0].split[key]}" for name, key in SPLIT_FLAGS)
+    return (
+        f"{' and '.join(entrant.name for entrant in own)} was trained with --val-fraction or --test-fraction, on a split of "
+        f"its own that no other command takes over. Train it again without them; or, to have that split everywhere, run the "
+        f"same `penult extract` with {flags} (nothing is computed again) and train both from the cache"
+    )

@@ -1,0 +1,256 @@
+"""Feature sources in order: accuracy with what it costs, what scores without training say, and whether these agree."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from classifiers.evaluation.intervals import Interval
+from classifiers.evaluation.paired_tests import mcnemar
+from classifiers.evaluation.registry import KINDS
+from store.errors import PenultError
+
+SCORES = {"logme": "LogME", "h_score": "H-score, not shrunk", "h_score_shrunk": "H-score"}
+SHOWN = ("logme", "h_score_shrunk")  # without shrinkage it is the same for all where features outnumber images
+FEW = 5  # sources: of four, even the right order comes up by chance in one of twelve cases, it or its reverse
+UNLIKELY = 0.05
+WITH_FAILURES = 3
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A head's headline figure on ``n`` images, and its 95 % interval where there is one."""
+
+    value: float
+    interval: Interval | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """One feature source.
+
+    Attributes:
+        source: as it is asked for by ``-m``, with file names for paths.
+        cache, layer: where its features are, and the layer as the cache names it.
+        dim: length of a feature vector.
+        images: distinct ones in the cache.
+        extract_seconds: that these took, in all runs; of the whole pass where a backbone has several layers.
+        computed: images that went through the backbone in this run.
+        choice: of the head on images that it was not fitted on, out of fold or on validation; what sources are ranked by.
+        held_out: of the head on held-out images, which nothing was chosen by; None where there are none.
+        scores: see `transferability.transferability`.
+        train_seconds, score_seconds: of the head with all its choices; of the scores.
+        right: which images it was right on, of those that ``choice`` counts, in one order for all sources; None where a
+            figure does not count single images.
+    """
+
+    source: str
+    cache: str
+    layer: str
+    dim: int
+    images: int
+    extract_seconds: float
+    computed: int
+    choice: Figure
+    held_out: Figure | None
+    scores: dict[str, float | None]
+    train_seconds: float
+    score_seconds: float
+    right: NDArray[np.bool_] | None = None
+
+    @property
+    def cost(self) -> str:
+        """Time and rate of the extraction, as text."""
+        rate = f", {self.images / self.extract_seconds:.0f}/s" if self.extract_seconds else ""
+        return f"{self.extract_seconds:.1f} s{rate}"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A feature source that there are no features of, and why."""
+
+    source: str
+    error: str
+    exit_code: int
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Rank correlation of a score with the figure that sources are ranked by; None where it is not defined."""
+
+    score: str
+    n: int
+    kendall_tau: float | None
+    kendall_p: float | None
+    spearman_rho: float | None
+
+    @property
+    def so(self) -> str:
+        """What it allows to conclude."""
+        if self.n < FEW or self.kendall_p is None:
+            return "too few to conclude" if self.n < FEW else "the same for all"
+        return "hardly by chance" if self.kendall_p < UNLIKELY else "may be chance"
+
+    def cells(self) -> tuple[str, ...]:
+        """In the order of `AGREEMENT_COLUMNS`."""
+        figures = [("-" if each is None else f"{each:.2f}") for each in (self.kendall_tau, self.spearman_rho)]
+        p = "-" if self.kendall_p is None else f"{self.kendall_p:.2g}"
+        return (SCORES[self.score], *figures, p, self.so)
+
+
+AGREEMENT_COLUMNS = ("score", "Kendall's tau", "Spearman's rho", "p", "so")
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What a sweep found.
+
+    Attributes:
+        data: what was swept over.
+        task: one of ``store.tasks.TASKS``.
+        head: what was trained on each source.
+        chosen_on, reported_on: what ``choice`` and ``held_out`` of the lines were measured on; None for nothing held out.
+        lines: the best first; of equal ones the quickest.
+        failed: sources without features.
+        unusable: images that could not be used, in any of the caches.
+    """
+
+    data: str
+    task: str
+    head: str
+    chosen_on: str
+    reported_on: str | None
+    lines: Sequence[Line]
+    failed: Sequence[Failure] = field(default_factory=tuple)
+    unusable: int = 0
+
+    @property
+    def exit_code(self) -> int:
+        return WITH_FAILURES if self.failed or self.unusable else 0
+
+    @property
+    def figure(self) -> str:
+        """What the sources are ranked by."""
+        return KINDS[self.task].ranked_by
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        held = [] if self.reported_on is None else [f"held out: {self.reported_on}"]
+        names = [SCORES[name] for name in self.shown]
+        return ("rank", "source", "features", "extraction", self.figure, *held, *names, "Pareto")
+
+    @property
+    def shown(self) -> list[str]:
+        """The scores that the table and the page show."""
+        return [name for name in SHOWN if self.lines[0].scores[name] is not None]
+
+    def front(self) -> list[bool]:
+        """Of each line, whether no other source is at least as good in no more time, and better in one of both."""
+        return [
+            not any(
+                other.choice.value >= line.choice.value
+                and other.extract_seconds <= line.extract_seconds
+                and (other.choice.value, -other.extract_seconds) != (line.choice.value, -line.extract_seconds)
+                for other in self.lines
+            )
+            for line in self.lines
+        ]
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The lines as text, in the order of `columns`."""
+        return [
+            (
+                str(rank),
+                line.source.replace("@", " @"),  # a place to fold it at
+                str(line.dim),
+                line.cost,
+                self.text(line.choice),
+                *([self.text(line.held_out)] if line.held_out else ()),
+                *(f"{line.scores[name]:.3f}" for name in self.shown),
+                "front" if best else "dominated",
+            )
+            for rank, (line, best) in enumerate(zip(self.lines, self.front(), strict=True), 1)
+        ]
+
+    def text(self, figure: Figure) -> str:
+        """A figure with its interval."""
+        scale, digits, unit = (100, 1, " %") if KINDS[self.task].in_percent else (1, 3, "")
+        bounds = ", ".join(f"{scale * bound:.{digits}f}" for bound in figure.interval or ())
+        return f"{scale * figure.value:.{digits}f}{unit}" + (f" [{bounds}]" if bounds else "")
+
+    def agreements(self) -> list[Agreement]:
+        """Of every score that there is for this task."""
+        figures = [line.choice.value for line in self.lines]
+        names = [name for name, value in self.lines[0].scores.items() if value is not None]
+        return [agreement(name, [line.scores[name] or 0.0 for line in self.lines], figures) for name in names]
+
+    def against_best(self) -> list[float | None]:
+        """The p-value of the exact test of McNemar (1947) of each line against the first; None where it cannot be made."""
+        best = self.lines[0].right
+        found: list[float | None] = []
+        for right in (line.right for line in self.lines):
+            if best is None or right is None:
+                found.append(None)
+            else:
+                found.append(mcnemar(int((right & ~best).sum()), int((best & ~right).sum())))
+        return found
+
+    def notes(self) -> list[str]:
+        """What to know before one reads the table."""
+        n = self.lines[0].choice.n
+        held = "nothing is held out" if self.reported_on is None else f"{self.reported_on!r} was not looked at for it"
+        notes = [f"Ranked by {self.figure} on {n} images, by heads fitted without them ({self.chosen_on}); {held}."]
+        p = self.against_best()
+        tied = [str(rank) for rank, each in enumerate(p, 1) if rank > 1 and each is not None and each >= UNLIKELY]
+        if tied:
+            notes.append(f"These images do not tell {', '.join(tied)} from 1 (exact McNemar test, p >= {UNLIKELY} each).")
+        if len({line.cache for line in self.lines}) < len(self.lines):
+            notes.append("Layers of one backbone come from one pass, and each has the time of all of it.")
+        heads, scores = (sum(getattr(line, name) for line in self.lines) for name in ("train_seconds", "score_seconds"))
+        notes.append(f"Training the heads took {heads:.1f} s, the scores {scores:.1f} s.")
+        return notes
+
+    def advice(self) -> str:
+        """The command that makes a bundle of the best features."""
+        best = self.lines[0]
+        several = sum(line.cache == best.cache for line in self.lines) > 1
+        layer = f" --layer {shlex.quote(best.layer)}" if several else ""
+        return f"penult train {shlex.quote(best.cache)}{layer} --head {self.head} -o best.head"
+
+    def to_json(self) -> dict[str, Any]:
+        facts = {
+            name: getattr(self, name) for name in ("data", "task", "head", "figure", "chosen_on", "reported_on", "unusable")
+        }
+        sources = []
+        for rank, (line, best, p) in enumerate(zip(self.lines, self.front(), self.against_best(), strict=True), 1):
+            known = {key: value for key, value in asdict(line).items() if key != "right"}
+            sources.append({"rank": rank, **known, "pareto": best, "p_against_best": p})
+        agreements = [asdict(each) | {"so": each.so} for each in self.agreements()]
+        return {**facts, "sources": sources, "failed": [asdict(each) for each in self.failed], "agreement": agreements}
+
+
+def ranked(lines: Sequence[Line]) -> list[Line]:
+    """The best first; of equal ones the quickest."""
+    return sorted(lines, key=lambda line: (-line.choice.value, line.extract_seconds, line.source))
+
+
+def failure(source: str, error: PenultError) -> Failure:
+    """One source's error, with what it says to do."""
+    return Failure(source, "; ".join([str(error), *getattr(error, "__notes__", ())]), error.exit_code)
+
+
+def agreement(score: str, scores: Sequence[float], figures: Sequence[float]) -> Agreement:
+    """Whether a score orders sources as the figures do: Kendall's tau-b with its p-value, and Spearman's rho."""
+    from scipy.stats import kendalltau, spearmanr
+
+    n, scores = len(scores), [float(f"{value:.9g}") for value in scores]  # rounding makes no order
+    if n < 3 or len(set(scores)) == 1 or len(set(figures)) == 1:
+        return Agreement(score, n, None, None, None)
+    tau = kendalltau(scores, figures)
+    return Agreement(score, n, float(tau.statistic), float(tau.pvalue), float(spearmanr(scores, figures).statistic))

@@ -1,0 +1,102 @@
+"""The page of a sweep: backbones in order, with plots of cost and of scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from classifiers.evaluation.registry import KINDS
+from classifiers.reports.page import Card, Section, page
+from classifiers.reports.plots import BLUE, GREY, INK, WIDTH, plain_log, svg
+
+from .ranking import AGREEMENT_COLUMNS, SCORES, Ranking
+
+MEANINGS = {
+    "logme": "The evidence of a linear model of the labels, per image. No head is trained for it; larger is better.",
+    "h_score_shrunk": "How far apart the class means are, for the spread of the features. No head is trained for it.",
+}
+
+
+def ranking_page(found: Ranking) -> str:
+    """The sweep as a page."""
+    best, agreements = found.lines[0], found.agreements()
+    lead = f"{len(found.lines)} feature sources on {found.data}, a {found.head} head on each. First: {best.source}"
+    cards: list[Card] = []
+    for figure, where in ((best.choice, found.chosen_on), (best.held_out, f"{found.reported_on}, held out")):
+        if figure is not None:
+            value, _, bounds = found.text(figure).partition(" [")
+            cards.append((f"{found.figure} of the first", value, f"95 % [{bounds or ']'}, {figure.n} images: {where}"))
+    cards.append(("its extraction", f"{best.extract_seconds:.1f} s", f"{best.dim} features, {best.images} images"))
+    logme = agreements[0]
+    tau = "-" if logme.kendall_tau is None else f"{logme.kendall_tau:.2f}"
+    cards.append(("LogME against trained heads", tau, f"Kendall's tau, {logme.n} sources: {logme.so}"))
+    text = "Sources by their rank. Grey is dominated: another is as good in less time, or better in the same."
+    agree = f"Rank correlation of the scores with the {found.figure} of trained heads, {logme.n} sources."
+    sections = [
+        Section("What it costs", text=text, plot=_cost_svg(found), half=True),
+        *(_score_section(found, name) for name in found.shown),
+        Section("Do the scores agree?", agree, columns=AGREEMENT_COLUMNS, rows=[a.cells() for a in agreements], half=True),
+        Section("Ranking", " ".join(found.notes()), columns=found.columns[1:], rows=[row[1:] for row in _numbered(found)]),
+    ]
+    missing = [f"No features of {each.source}: {each.error}" for each in found.failed]
+    return page("Which backbone?", lead, sections, figures=cards, notes=missing)
+
+
+def _numbered(found: Ranking) -> list[tuple[str, ...]]:
+    """Rows whose source begins with its rank, for the first column of a page is the one that is text."""
+    return [(row[0], f"{row[0]}  {row[1]}", *row[2:]) for row in found.rows()]
+
+
+def _score_section(found: Ranking, name: str) -> Section:
+    values = [line.scores[name] or 0.0 for line in found.lines]
+    title = f"{SCORES[name]} and {found.figure}"
+    return Section(title, MEANINGS[name], plot=_score_svg(found, values, SCORES[name]), half=True)
+
+
+def _cost_svg(found: Ranking) -> str:
+    """Figure, with its interval, by extraction time; sources of one pass stand side by side."""
+
+    seen: dict[float, int] = {}
+    places = []
+    for line in found.lines:
+        x = max(line.extract_seconds, 1e-3)
+        places.append(x * 1.012 ** seen.get(x, 0))
+        seen[x] = seen.get(x, 0) + 1
+    best = np.array(found.front())
+
+    def draw(axes: Any) -> None:
+        values = _figures(axes, found, places, best)
+        order = [i for i in np.argsort(places) if best[i]]
+        axes.step([places[i] for i in order], [values[i] for i in order], where="post", color=BLUE, lw=1, ls=":")
+        plain_log(axes, places)
+        axes.set_xlabel("extraction, seconds")
+
+    return svg(draw, (WIDTH, 3.6))
+
+
+def _score_svg(found: Ranking, scores: Sequence[float], name: str) -> str:
+    def draw(axes: Any) -> None:
+        _figures(axes, found, scores, np.array(found.front()))
+        axes.set_xlabel(name)
+
+    return svg(draw, (WIDTH, 3.6))
+
+
+def _figures(axes: Any, found: Ranking, x: Sequence[float], best: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Every source's figure with interval and rank, at its x; returns the figures."""
+    values = np.array([line.choice.value for line in found.lines])
+    for i, line in enumerate(found.lines):
+        colour = BLUE if best[i] else "#8a94a6"
+        low, high = line.choice.interval or (values[i], values[i])
+        spread = [[max(values[i] - low, 0)], [max(high - values[i], 0)]]
+        axes.errorbar(
+            [x[i]], [values[i]], yerr=spread, fmt="o", color=colour, ecolor=BLUE if best[i] else GREY, ms=5, capsize=3
+        )
+        axes.annotate(str(i + 1), (x[i], values[i]), xytext=(5, 4), textcoords="offset points", color=INK)
+    if KINDS[found.task].in_percent:
+        axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.set_ylabel(found.figure)
+    return values

@@ -1,0 +1,352 @@
+"""Several backbones on one dataset: each cached, a head on each, all on the same images and the same split."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import logging
+import re
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from classifiers.evaluation.intervals import wilson
+from classifiers.evaluation.registry import task_of
+from classifiers.evaluation.scores import require_finite
+from classifiers.evaluation.task import Evaluation, HeadTask
+from classifiers.heads.folds import Fold, group_folds, stratified_folds
+from classifiers.heads.registry import make_head, name_of
+from classifiers.reports.page import write_output
+from classifiers.training.roles import Roles, assign_roles
+from extractor.backbones.registry import WEIGHTS_SUFFIXES, Backbone, check_request
+from extractor.data.sources import Source
+from extractor.pipeline.plan import list_samples
+from extractor.pipeline.run import run_extract
+from extractor.pipeline.settings import Options
+from extractor.runtime.devices import resolve_devices
+from store.cache import PENULTIMATE, FeatureCache, is_cache
+from store.errors import (
+    BadDataError,
+    InputMissingError,
+    InterruptedRunError,
+    OutputError,
+    OutputExistsError,
+    PenultError,
+    StorageError,
+    UsageError,
+)
+from store.format.samples import Row, SampleTable
+from store.splits import groups_of
+
+from .ranking import Failure, Figure, Line, Ranking, failure, ranked
+from .ranking_page import ranking_page
+from .transferability import transferability
+
+log = logging.getLogger("penult.classifiers")
+
+PAGE = "sweep.html"
+FOLDS = 5
+LONGEST = 100  # characters of a cache's name
+OF_FILES = ("mean", "std", "input_range", "interpolation", "channels", "squash", "layout")
+_WEIGHTS = "|".join(map(re.escape, WEIGHTS_SUFFIXES))
+SOURCE = re.compile(  # a path may have any character in it, for it ends at its suffix
+    rf"(?P<name>.+\.onnx|[^=@]+)(?:=(?P<weights>.+(?:{_WEIGHTS})|[^@]+))?(?P<layers>(?:@[^@]+)*)", re.IGNORECASE
+)
+
+
+def parse_sources(texts: Sequence[str], stated: Backbone) -> list[Backbone]:
+    """What ``-m`` means: ``NAME``, ``NAME=WEIGHTS`` or ``FILE.onnx``, each with ``@LAYER`` as often as wanted.
+
+    Args:
+        texts: several sources in one are separated by commas, as fields of a CSV line (quoted where a path has a comma).
+        stated: what the flags say of pixels and pooling; each backbone takes what is meant for its kind.
+
+    Returns:
+        One backbone for each network with its weights, in the order in which they are named first, with all of its layers:
+        they come from one pass.
+
+    Raises:
+        UsageError: one cannot be understood, or a flag is meant for none of them.
+    """
+    layers: dict[tuple[str, str | None], set[str]] = {}
+    for text in texts:
+        for item in map(str.strip, next(csv.reader([text], skipinitialspace=True)) or [""]):
+            found = SOURCE.fullmatch(item)
+            if not found:
+                message = f"-m {item!r}: expected NAME, NAME=WEIGHTS or FILE.onnx, with @LAYER after it for other layers"
+                raise UsageError(message)
+            wanted = found["layers"].split("@")[1:] or [PENULTIMATE]
+            layers.setdefault((found["name"], found["weights"]), set()).update(wanted)
+    backbones = []
+    for (name, weights), wanted in layers.items():
+        one = replace(stated, name=name, weights=weights, layers=() if wanted == {PENULTIMATE} else tuple(sorted(wanted)))
+        others: dict[str, Any] = dict.fromkeys(() if one.is_file else OF_FILES)
+        if one.is_file or one.weights_file is None:
+            others["preset"] = None
+        backbones.append(replace(one, **others))
+    _refuse_unused(stated, backbones)
+    return backbones
+
+
+def _refuse_unused(stated: Backbone, backbones: Sequence[Backbone]) -> None:
+    for name in ("preset", *OF_FILES):
+        if getattr(stated, name) is not None and all(getattr(each, name) is None for each in backbones):
+            kind = "a .pth file" if name == "preset" else "an ONNX file"
+            message = f"--{name.replace('_', '-')} is for {kind}, and -m names none; leave it out"
+            raise UsageError(message)
+
+
+def label_of(backbone: Backbone) -> str:
+    """A backbone as it is asked for, without folders."""
+    weights = backbone.weights_file.name if backbone.weights_file else backbone.weights
+    return (Path(backbone.name).name if backbone.is_file else backbone.name) + (f"={weights}" if weights else "")
+
+
+def cache_paths(backbones: Sequence[Backbone], folder: Path) -> list[Path]:
+    """Where each backbone's features are kept: the same name for the same request in every run.
+
+    Raises:
+        UsageError: two of them would have one name.
+    """
+    paths: list[Path] = []
+    for backbone in backbones:
+        several = f"{len(backbone.layers)}-layers" if len(backbone.layers) > 1 else ""
+        name = "@".join([label_of(backbone), *([several] if several else backbone.layers)])
+        name = re.sub(r"[^\w.+@=-]+", "_", name, flags=re.ASCII)
+        if several or len(name) > LONGEST:
+            whole = "@".join([label_of(backbone), *backbone.layers])
+            name = f"{name[:LONGEST]}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+        path = folder / f"{name}.cache"
+        if path in paths:
+            message = f"two sources would both be kept in {path}; rename one of the files"
+            raise UsageError(message)
+        paths.append(path)
+    return paths
+
+
+@dataclass(frozen=True)
+class _Extracted:
+    """One feature set in a cache; ``computed`` counts the images of this run."""
+
+    source: str
+    cache: FeatureCache
+    computed: int
+
+
+def require_ready(backbones: Sequence[Backbone], folder: Path, options: Options) -> None:
+    """Look, before the data are, for what is misspelt or not there. A file that is missing is listed with its error later.
+
+    Raises:
+        UsageError: no such backbone or weights.
+        OutputExistsError: the folder holds something else than a sweep.
+        DeviceUnavailableError: the device is not there.
+    """
+    for backbone in backbones:
+        with suppress(InputMissingError):
+            check_request(backbone)
+    ours = folder.is_dir() and all(item.name == PAGE or item.suffix == ".cache" for item in folder.iterdir())
+    if is_cache(folder) or (folder.exists() and not ours):
+        message = f"{folder} is not a folder of caches alone; name a new one"
+        raise OutputExistsError(message)
+    resolve_devices("cpu" if options.precision == "int8" else options.device)
+
+
+def run_sweep(
+    source: Source,
+    backbones: Sequence[Backbone],
+    folder: Path,
+    options: Options,
+    *,
+    head: str | None = None,
+    seed: int = 0,
+    data: str = "",
+) -> Ranking:
+    """Extract with each backbone, train a head on each feature set, rank them, and write ``sweep.html``.
+
+    What can be done is done: a backbone that cannot be had is listed with its error, and the others are ranked.
+
+    Args:
+        source: the images.
+        backbones: see `parse_sources`.
+        folder: of the caches, which are continued, and of the page, which is replaced.
+        options: of the extractions.
+        head: see `make_head`.
+        seed: of heads and folds.
+        data: what the images are called on the page.
+
+    Raises:
+        InterruptedRunError: a signal came; the same call continues.
+        StorageError, OutputError: the folder cannot be written to.
+        PenultError: no backbone could be had (the error of the first), or the samples cannot be learnt from.
+    """
+    make_head(head, source.task.name, seed=seed)  # what is misspelt shows before the work
+    require_ready(backbones, folder, options)
+    list_samples(source, options)
+    extracted, failed, unusable = _extract(source, backbones, folder, options)
+    table = common_samples([each.cache.samples for each in extracted])
+    roles = assign_roles(table)
+    task = task_of(table.task.name, table.outputs)
+    chosen_on, reported_on = roles.facts["chosen_on"], roles.facts["reported_on"]
+    task.require(table, [(roles.fit, "train"), (roles.choose, str(chosen_on)), (roles.report, str(reported_on))])
+    bench = _Bench(table, roles, task, seed)
+    lines = []
+    for each in extracted:
+        fitted = make_head(head, table.task.name, seed=seed)
+        lines.append(bench.line(each, fitted))
+        log.info("%s: %s %.4f", each.source, task.ranked_by, lines[-1].choice.value)
+    found = Ranking(
+        data or str(source.root),
+        table.task.name,
+        name_of(fitted),
+        chosen_on,
+        reported_on if roles.report else None,
+        ranked(lines),
+        failed,
+        unusable,
+    )
+    write_output(folder / PAGE, ranking_page(found).encode(), overwrite=True)
+    return found
+
+
+def _extract(
+    source: Source, backbones: Sequence[Backbone], folder: Path, options: Options
+) -> tuple[list[_Extracted], list[Failure], int]:
+    """The feature sets that could be had, those that could not, and how many images failed at most."""
+    extracted: list[_Extracted] = []
+    failed: list[Failure] = []
+    errors: list[PenultError] = []
+    unusable = 0
+    for number, (backbone, path) in enumerate(zip(backbones, cache_paths(backbones, folder), strict=True), 1):
+        label = label_of(backbone)
+        log.info("%d of %d: %s", number, len(backbones), "@".join([label, *backbone.layers]))
+        try:
+            summary = run_extract(source, backbone, path, options)
+            cache = FeatureCache(path)
+        except (InterruptedRunError, StorageError, OutputError):
+            raise
+        except PenultError as error:
+            log.warning("%s is left out: %s", label, error)
+            failed.append(failure("@".join([label, *backbone.layers]), error))
+            errors.append(error)
+            continue
+        unusable = max(unusable, summary.failed)
+        asked = backbone.layers or cache.layers
+        for layer, name in zip(cache.layers, asked, strict=True):
+            shown = label if len(cache.layers) == 1 and not backbone.layers else f"{label}@{name}"
+            extracted.append(_Extracted(shown, cache.with_layer(layer), summary.computed))
+    if not extracted:
+        raise errors[0]
+    return extracted, failed, unusable
+
+
+def common_samples(tables: Sequence[SampleTable]) -> SampleTable:
+    """The samples that every table has, in the same split: an image may be too small for one backbone, or change meanwhile."""
+
+    def key(row: Row) -> tuple[bytes, bytes, str | None]:
+        return row.path, row.sha256, row.split
+
+    usable = [{key(row) for row in table.rows if row.ok} for table in tables]
+    shared = set.intersection(*usable)
+    if lost := max(map(len, usable)) - len(shared):
+        log.warning("%d images do not count, because not every source has them in the same split", lost)
+    first = tables[0]
+    return SampleTable([row for row in first.rows if row.ok and key(row) in shared], first.facts, first.target_names)
+
+
+class _Bench:
+    """The same images in the same roles for every source.
+
+    Args:
+        table: of the samples.
+        roles: of these.
+        task: what the head is for.
+        seed: of the folds.
+    """
+
+    def __init__(self, table: SampleTable, roles: Roles, task: HeadTask, seed: int) -> None:
+        self._roles, self._task = roles, task
+        self._rows = [*roles.fit, *roles.choose]
+        self._digests = [row.sha256 for row in self._rows]
+        self._truth = table.truth(self._rows)
+        self._distinct = list({digest: i for i, digest in enumerate(self._digests)}.values())  # copies prove nothing
+        self._held_out = table.truth(roles.report) if roles.report else None
+        self._groups = groups_of(roles.fit)
+        self._folds = self._divide(seed)
+
+    def _divide(self, seed: int) -> list[Fold]:
+        """Rows to fit on and rows to judge on: those for choices where there are some, else folds."""
+        n, total = len(self._roles.fit), len(self._rows)
+        if self._roles.choose:
+            return [(np.arange(n), np.arange(n, total))]
+        if self._task.exclusive:
+            folds = stratified_folds(np.unique(self._truth, return_inverse=True)[1], self._groups, FOLDS, seed)
+        else:
+            folds = group_folds(n, self._groups, FOLDS, seed)
+        if not folds:
+            message = "a class has a single training image or group: there is nothing to rank by. Give it more, or leave it out"
+            raise BadDataError(message)
+        return folds
+
+    def line(self, extracted: _Extracted, head: Any) -> Line:
+        """Train a head on one source and measure it."""
+        cache, n = extracted.cache, len(self._roles.fit)
+        X = np.asarray(cache.features(self._digests), np.float32)
+        begin = time.perf_counter()
+        validation = (X[n:], self._truth[n:]) if self._roles.choose else None
+        head.fit(X[:n], self._truth[:n], validation=validation, groups=self._groups)
+        trained = time.perf_counter()
+        scores = transferability(X[self._distinct], self._truth[self._distinct], self._task)
+        scored = time.perf_counter()
+        truth, outputs = self._out_of_fold(head, X)
+        choice, right = self._figure(head, truth, outputs)
+        held_out = None
+        if self._held_out is not None:
+            seen = cache.features([row.sha256 for row in self._roles.report])
+            held_out, _ = self._figure(head, self._held_out, head.fitted_.probabilities(seen))
+        return Line(
+            source=extracted.source,
+            cache=str(cache.path),
+            layer=cache.layer,
+            dim=cache.dim,
+            images=cache.samples.counts["ok"],
+            extract_seconds=float(cache.samples.facts.get("extract_seconds", 0.0)),
+            computed=extracted.computed,
+            choice=choice,
+            held_out=held_out,
+            scores=scores,
+            train_seconds=round(trained - begin, 3),
+            score_seconds=round(scored - trained, 3),
+            right=right,
+        )
+
+    def _out_of_fold(self, head: Any, X: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        """Truth and outputs of the rows that sources are ranked by, from heads with the same settings fitted without them."""
+        parts = []
+        for train, test in self._folds:
+            refitted = head.refit(X[train], self._truth[train])
+            outputs = refitted.probabilities(X[test])
+            if self._task.exclusive:  # a group may take a whole class with it
+                found = np.zeros((len(test), len(head.classes_)), outputs.dtype)
+                found[:, np.searchsorted(head.classes_, refitted.classes)] = outputs
+                outputs = found
+            parts.append(outputs)
+        rows = np.concatenate([test for _, test in self._folds])
+        return self._truth[rows], np.concatenate(parts)
+
+    def _figure(self, head: Any, truth: NDArray[Any], outputs: NDArray[np.float32]) -> tuple[Figure, NDArray[np.bool_] | None]:
+        """The headline figure of outputs ``(n, k)``, and which rows are right where that is the figure."""
+        if self._task.exclusive:
+            require_finite(outputs)
+            right = head.classes_[outputs.argmax(axis=1)] == truth
+            count = int(right.sum())
+            return Figure(count / len(right), wilson(count, len(right)), len(right)), right
+        found = self._task.score(truth, outputs, "")
+        assert not isinstance(found, Evaluation)
+        figure = found.figures[self._task.figure]
+        return Figure(float(figure["value"] or 0.0), figure["interval"], len(truth)), None

@@ -1,0 +1,91 @@
+"""Is a head worth what it costs more? One sentence, by a rule that docs/compare.md states."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from classifiers.evaluation.intervals import bounds, points, signed, wilson
+from classifiers.evaluation.paired_tests import Change, needed_images
+
+SIGNIFICANT = 0.05
+ALIKE = 1.5  # costs up to so many times as much, or as little, are about the same
+WORTH, NOT_WORTH, UNKNOWN = "worth it", "not worth it", "cannot be told"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What follows from a comparison with the baseline.
+
+    Attributes:
+        decision: ``worth it``, ``not worth it`` or ``cannot be told``: the higher cost, or where it costs less, the saving.
+        cost_ratio: seconds over those of the baseline, extraction included; None where one of them is not known.
+        needed: how many held-out images would tell, where it cannot be told and more images would.
+        sentence: all of it in words.
+    """
+
+    decision: str
+    cost_ratio: float | None
+    needed: int | None
+    sentence: str
+
+
+def judge(change: Change, n: int, *, subject: str, cost_ratio: float | None, worthwhile: float) -> Verdict:
+    """Weigh a difference of accuracy against its price.
+
+    What costs more is worth it if its gain is at least ``worthwhile`` and is proven: the paired interval and McNemar's test
+    (Holm) exclude zero. It is not if the interval excludes a gain of ``worthwhile``. What costs less is judged from the other
+    side: the saving is worth it where the baseline's gain over it is not worth the baseline's price.
+
+    Args:
+        change: from the baseline.
+        n: number of held-out images.
+        subject: what is judged, as the sentence begins.
+        cost_ratio: as in `Verdict`.
+        worthwhile: the smallest difference of accuracy that matters, as a share.
+    """
+    difference = change.figures["accuracy"]
+    value, (low, high) = difference["value"], difference["interval"]
+    saving = cost_ratio is not None and cost_ratio <= 1 / ALIKE
+    gain, least, most = (-value, -high, -low) if saving else (value, low, high)  # of the one that costs more
+    needed = None
+    if gain >= worthwhile and least > 0 and change.p_adjusted < SIGNIFICANT:
+        decision = NOT_WORTH if saving else WORTH
+    elif most < worthwhile:
+        decision = WORTH if saving else NOT_WORTH
+    else:
+        decision = UNKNOWN
+        needed = needed_images(_discordant(change, n), worthwhile)
+        needed = needed if needed > n else None
+    price = "" if cost_ratio is None else f" and {_price(cost_ratio)}"
+    what = "the saving is " if saving else ""
+    if decision == UNKNOWN:
+        more = f"about {_rounded(needed)} would be needed" if needed else f"for it is too close to {points(worthwhile)}"
+        ending = f"whether {what or 'it is '}worth it cannot be told with {n} images, {more}"
+    else:
+        ending = f"{what}{decision} on this data"
+    sentence = f"{subject} changes accuracy by {signed(value)} points {bounds((low, high))}{price}: {ending}."
+    return Verdict(decision, cost_ratio, needed, sentence)
+
+
+def _discordant(change: Change, n: int) -> float:
+    """The share of images that the two disagree on: the middle of its Wilson interval, for few of them do not mean none."""
+    return sum(wilson(change.wins + change.losses, n)) / 2
+
+
+def _price(ratio: float) -> str:
+    if 1 / ALIKE < ratio < ALIKE:
+        return "costs about the same"
+    if ratio < 1:
+        return f"costs {_times(1 / ratio)} times less"
+    return f"costs {_times(ratio)} times as much"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:,.0f}" if ratio >= 9.95 else f"{ratio:.1f}"
+
+
+def _rounded(count: int) -> str:
+    """A number up to its second digit: more would claim too much."""
+    unit = 10 ** max(len(str(count)) - 2, 0)
+    return f"{math.ceil(count / unit) * unit:,}"

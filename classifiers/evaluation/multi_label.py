@@ -1,0 +1,136 @@
+"""Several labels an image: each is decided by itself, by a probability of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from store.errors import BadDataError
+from store.format.samples import Row, SampleTable
+from store.tasks import LABEL_SEPARATOR, MultiLabelTask
+
+from .intervals import resampled, resamples_for
+from .scores import Values, Weights, average_precision, ratio, require_finite
+from .task import FEW, HeadTask, Measured, Outputs, Prediction, bootstrapped, headline_of, proportion
+
+THRESHOLD = 0.5  # from which probability on an image has a label
+
+
+class MultiLabel(HeadTask):
+    """Which of several labels an image has; it may be all of them, or none."""
+
+    name, singular, plural = MultiLabelTask.name, "label", "labels"
+    figure, ranked_by = "mean_average_precision", "mean average precision"
+
+    def require(self, table: SampleTable, parts: Sequence[tuple[Sequence[Row], str]]) -> None:
+        counts = table.truth(parts[0][0]).sum(axis=0)
+        n = len(parts[0][0])
+        if not len(counts):
+            message = "no image has a label; there is nothing to learn"
+            raise BadDataError(message)
+        for name, count in zip(table.outputs, counts.tolist(), strict=True):
+            if count in (0, n):
+                message = (
+                    f"label {name!r} is on {count} of {n} training images; a head needs some with and some without it. "
+                    f"Give it such images, or leave the label out"
+                )
+                raise BadDataError(message)
+
+    def score(self, truth: NDArray[Any], outputs: Outputs, split: str) -> Measured:
+        return measure(np.asarray(truth, bool), outputs, self.names, split)
+
+    def require_labels(self, labels: Sequence[str], split: str) -> None:
+        known = set(self.names)
+        if unknown := sorted({each for label in labels for each in label.split(LABEL_SEPARATOR)} - known):
+            message = (
+                f"there are labels that the head was not trained on: {', '.join(map(repr, unknown[:FEW]))}; "
+                f"it knows {', '.join(map(repr, self.names[:FEW]))}"
+            )
+            raise BadDataError(message)
+
+    def headline(self, metrics: dict[str, Any]) -> str:
+        return headline_of(metrics["figures"]["mean_average_precision"], "mean average precision")
+
+    def decide(self, outputs: NDArray[np.float32]) -> tuple[str, None]:
+        return LABEL_SEPARATOR.join(name for name, value in zip(self.names, outputs, strict=True) if value >= THRESHOLD), None
+
+    def text(self, prediction: Prediction) -> str:
+        assert prediction.probabilities is not None
+        pairs = zip(self.names, prediction.probabilities.tolist(), strict=True)
+        return ", ".join(f"{name} {value:.4f}" for name, value in pairs if value >= THRESHOLD) or "(no label)"
+
+
+def weighted_figures(
+    truth: NDArray[np.bool_], probabilities: Outputs, weights: Weights
+) -> tuple[dict[str, Values], dict[str, Values]]:
+    """Every figure for each column of weights, as scikit-learn's of the same name with ``sample_weight``.
+
+    Args:
+        truth: which labels each image has ``(n, k)``.
+        probabilities: ``(n, k)``.
+        weights: how often each image counts ``(n, b)``.
+
+    Returns:
+        Figures over all labels ``(b,)``, and of each label ``(k, b)``; average precision is NaN where no image has the label,
+        and its mean is over the others.
+    """
+    guess = probabilities >= THRESHOLD
+    hits, support, taken = ((mask.T.astype(np.float32) @ weights) for mask in (truth & guess, truth, guess))
+    columns = range(truth.shape[1])
+    precise = np.stack([average_precision(truth[:, k], probabilities[:, k], weights) for k in columns])
+    defined = ~np.isnan(precise)
+    each = {"average_precision": precise, "f1": ratio(2 * hits, support + taken)}
+    total = weights.sum(axis=0, dtype=np.float64)
+    own = np.where(truth, probabilities, 1 - probabilities).astype(np.float64)
+    whole = {
+        "mean_average_precision": ratio(np.where(defined, precise, 0).sum(axis=0), defined.sum(axis=0)),
+        "f1_micro": ratio(2 * hits.sum(axis=0), (support + taken).sum(axis=0)),
+        "f1_macro": each["f1"].mean(axis=0),
+        "hamming_loss": (truth != guess).mean(axis=1) @ weights / total,
+        "log_loss": -np.log(np.maximum(own, np.finfo(np.float32).tiny)).mean(axis=1) @ weights / total,
+    }
+    return whole, each
+
+
+def measure(truth: NDArray[np.bool_], probabilities: Outputs, names: Sequence[str], split: str = "") -> Measured:
+    """Compare probabilities ``(n, k)`` with the labels that images have ``(n, k)``; see docs/metrics.md.
+
+    Raises:
+        BadDataError: there are no images, or an output is no number.
+    """
+    n, k = truth.shape
+    if not n:
+        message = "no images to evaluate on"
+        raise BadDataError(message)
+    require_finite(probabilities)
+    guess = probabilities >= THRESHOLD
+    resamples = resamples_for(n, k)
+    once, once_each = weighted_figures(truth, probabilities, np.ones((n, 1), np.float32))
+    blocks = [weighted_figures(truth, probabilities, w) for w in resampled(np.zeros(n, np.intp), resamples)]
+    exact = int((truth == guess).all(axis=1).sum())
+    figures = {
+        name: bootstrapped(float(value), np.concatenate([block[0][name] for block in blocks]))
+        for name, (value,) in once.items()
+    } | {"subset_accuracy": proportion(exact, n)}
+    per_output = []
+    for j, name in enumerate(names):
+        hits, support, taken = (int(mask.sum()) for mask in (truth[:, j] & guess[:, j], truth[:, j], guess[:, j]))
+        own = {
+            figure: bootstrapped(float(values[j, 0]), np.concatenate([block[1][figure][j] for block in blocks]))
+            for figure, values in once_each.items()
+        }
+        own |= {"precision": proportion(hits, taken), "recall": proportion(hits, support)}
+        per_output.append({"name": name, "n": support, "figures": own})
+    return Measured(MultiLabelTask.name, split, n, figures, per_output, resamples, _notes(per_output, n))
+
+
+def _notes(per_output: Sequence[dict[str, Any]], n: int) -> list[str]:
+    fewest = {entry["name"]: min(entry["n"], n - entry["n"]) for entry in per_output}
+    few = [f"{name} ({count})" for name, count in fewest.items() if count < FEW]
+    if not few:
+        return []
+    shown = ", ".join(few[:5]) + (f" and {len(few) - 5} more" if len(few) > 5 else "")
+    return [f"labels with fewer than {FEW} images here that have them, or that do not, whose figures say little: {shown}"]

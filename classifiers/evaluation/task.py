@@ -1,0 +1,254 @@
+"""What a head is for, whatever that is: what differs between one label an image, several labels, and numbers.
+
+A task knows what the columns of a head's output are called, and says how they are judged, decided on, and shown. `tasks` has
+them by name; training, bundles, prediction and fusing are the same for all.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from store.errors import UsageError, display
+from store.format.samples import Row, SampleTable
+from store.tasks import TASKS
+
+from .intervals import bootstrap_interval, wilson
+
+Outputs = NDArray[np.floating[Any]]
+FEW = 10  # with fewer images a figure says nothing
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a bundle says of one file.
+
+    Attributes:
+        path: as it was given.
+        label, probability: of the most probable class; None where the file cannot be used. Several labels have ``|`` between
+            them and no probability in common; of a regression both are None.
+        probabilities: ``(k,)`` in the order of the bundle's classes; of a regression, its numbers.
+        code, message: why the file cannot be used.
+        novelty: how unlike the training images it is; above 1 it is so. None where the bundle cannot tell.
+    """
+
+    path: bytes
+    label: str | None = None
+    probability: float | None = None
+    probabilities: NDArray[np.float32] | None = None
+    code: str | None = None
+    message: str = ""
+    novelty: float | None = None
+
+    @property
+    def name(self) -> str:
+        return display(self.path)
+
+
+@dataclass(frozen=True)
+class _Figures:
+    """What was measured on one set of images."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As it reads back from a file: lists, no tuples."""
+        return dict(json.loads(json.dumps(asdict(self))))
+
+
+@dataclass(frozen=True)
+class Evaluation(_Figures):
+    """Figures on one set of images.
+
+    Attributes:
+        split: what it was measured on.
+        n: number of images.
+        correct: of these, classified right.
+        accuracy, accuracy_interval: with the 95 % Wilson interval.
+        macro_f1: mean of the per-class F1.
+        log_loss: mean negative log-likelihood, nats.
+        per_class: label, n, precision, recall, recall_interval, f1.
+        confusion: ``confusion[i][j]`` images of class i were taken for class j.
+        classes: labels in the order of the matrix.
+        notes: what keeps these figures from being conclusive.
+        failed: inputs that could not be used and are in no figure.
+        figures: by name (docs/metrics.md has them all) ``value``, its 95 % ``interval`` (None where resampling shows no
+            spread) and the ``method`` of that.
+        resamples: of the bootstrap.
+        temperature: of the head; figures called ``..._before`` are without it. None where it has none.
+        sets: what the head's prediction sets are worth here, see `Conformal.measured`; None where it has none.
+        novelty: how many images are unlike the training images, see `novel_share`; None where the bundle cannot tell.
+        pixel_drift: as JSON, where pixels that differ from those of the training were accepted, see `PixelDrift`.
+    """
+
+    split: str
+    n: int
+    correct: int
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+    macro_f1: float
+    log_loss: float
+    per_class: list[dict[str, Any]]
+    confusion: list[list[int]]
+    classes: list[str]
+    notes: list[str] = field(default_factory=list)
+    failed: int = 0
+    figures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    resamples: int = 0
+    temperature: float | None = None
+    sets: dict[str, Any] | None = None
+    novelty: dict[str, Any] | None = None
+    pixel_drift: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Measured(_Figures):
+    """Figures of a head with several outputs that are judged one by one, on one set of images.
+
+    Attributes:
+        task: ``multi-label`` or ``regression``.
+        split: what it was measured on.
+        n: number of images.
+        figures: over all outputs, by name (docs/metrics.md has them all): ``value``, its 95 % ``interval`` (None where there is
+            no spread) and the ``method`` of that; a value is None where it is not defined.
+        per_output: for each label or target: ``name``, ``n`` (the images that count for it) and its own ``figures``.
+        resamples: of the bootstrap.
+        notes: what keeps these figures from being conclusive.
+        failed, novelty, pixel_drift: as in `Evaluation`.
+    """
+
+    task: str
+    split: str
+    n: int
+    figures: dict[str, dict[str, Any]]
+    per_output: list[dict[str, Any]]
+    resamples: int
+    notes: list[str] = field(default_factory=list)
+    failed: int = 0
+    novelty: dict[str, Any] | None = None
+    pixel_drift: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class HeadTask(ABC):
+    """One task, with the names of the outputs of one head.
+
+    Attributes:
+        names: of the outputs: labels, or targets.
+        conformal: what the head keeps to say how sure it is, as JSON; see `Conformal` and `regression.Intervals`.
+        temperature: of the head, where it has one.
+    """
+
+    names: Sequence[str]
+    conformal: dict[str, Any] | None = None
+    temperature: float | None = None
+
+    name = ""
+    singular, plural = "", ""  # what the outputs are
+    output = "probabilities"  # what they are called in ONNX
+    figure = "accuracy"  # of an evaluation's ``figures``, the one that says most
+    ranked_by, in_percent = "", False  # that figure in a ranking
+    exclusive = False  # whether an image has one label, so that there are mistakes to show and a confusion matrix
+    intervals = False  # whether outputs have intervals, which a fused file keeps
+
+    @property
+    def targets(self) -> Sequence[str]:
+        """Numeric columns that samples to judge on must have."""
+        return ()
+
+    @abstractmethod
+    def require(self, table: SampleTable, parts: Sequence[tuple[Sequence[Row], str]]) -> None:
+        """Refuse samples that cannot be learnt from.
+
+        Args:
+            table: of the samples.
+            parts: what is fitted, then what choices are made on, then what is held out, each with its name.
+
+        Raises:
+            BadDataError: says which.
+        """
+
+    @abstractmethod
+    def score(self, truth: NDArray[Any], outputs: Outputs, split: str) -> Evaluation | Measured:
+        """Compare a head's outputs ``(n, k)`` with what `SampleTable.truth` says of the same images.
+
+        Raises:
+            BadDataError: there are none, or an output is no number.
+        """
+
+    @abstractmethod
+    def headline(self, metrics: dict[str, Any]) -> str:
+        """The figure that says most, with its interval, of an evaluation as JSON."""
+
+    @abstractmethod
+    def decide(self, outputs: NDArray[np.float32]) -> tuple[str | None, float | None]:
+        """The label of one image by the outputs ``(k,)``, and its probability; None where there is no such thing."""
+
+    @abstractmethod
+    def text(self, prediction: Prediction) -> str:
+        """What is predicted, on one line."""
+
+    @abstractmethod
+    def require_labels(self, labels: Sequence[str], split: str) -> None:
+        """Refuse labels of samples that no output is for, as far as labels alone show that.
+
+        Raises:
+            BadDataError: names them.
+        """
+
+    def indicators(self, truth: NDArray[Any]) -> NDArray[Any]:
+        """Truth as columns ``(n, k)`` to regress features on."""
+        return truth
+
+    def columns(self) -> list[str]:
+        """Of a CSV file of predictions, after path, label, probability, code, message and novelty."""
+        return list(self.names)
+
+    def cells(self, outputs: NDArray[np.float32]) -> list[float]:
+        """Of one image, in the order of `columns`."""
+        return [round(float(value), 6) for value in outputs]
+
+    def facts(self, outputs: NDArray[np.float32] | None) -> dict[str, Any]:
+        """What JSON lines say of one image beyond label and probability."""
+        return {"probabilities": {} if outputs is None else dict(zip(self.names, self.cells(outputs), strict=True))}
+
+    def spread(self, expected: NDArray[np.float64]) -> NDArray[np.float64]:
+        """What differences to expected outputs ``(n, k)`` are to be divided by, to be like those of probabilities."""
+        return np.ones(expected.shape[1])
+
+
+def need_single_label(task: str, what: str) -> None:
+    """Refuse another task, where only one label an image makes sense.
+
+    Raises:
+        UsageError: names what asked.
+    """
+    if not TASKS[task].stratifies:
+        message = f"{what} is for one label an image; this is --task {task}. See docs/heads.md for what there is for it"
+        raise UsageError(message)
+
+
+def headline_of(figure: dict[str, Any], what: str) -> str:
+    """One figure with its interval, as text."""
+    bounds = figure["interval"]
+    value = "undefined" if figure["value"] is None else f"{figure['value']:.4f}"
+    return f"{what} {value}" + (f" [{bounds[0]:.4f}, {bounds[1]:.4f}]" if bounds else "")
+
+
+def bootstrapped(value: float, drawn: NDArray[np.float64]) -> dict[str, Any]:
+    """A figure with its interval, by its values on resamples. NaN is what is not defined; such resamples say nothing."""
+    known = drawn[~np.isnan(drawn)]
+    if np.isnan(value) or not len(known):
+        return {"value": None, "interval": None, "method": None}
+    return {"value": value, "interval": bootstrap_interval(value, known), "method": "bootstrap"}
+
+
+def proportion(part: int, whole: int) -> dict[str, Any]:
+    """A share with its interval; undefined of nothing."""
+    if not whole:
+        return {"value": None, "interval": None, "method": None}
+    return {"value": part / whole, "interval": wilson(part, whole), "method": "wilson"}

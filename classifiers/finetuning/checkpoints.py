@@ -1,0 +1,192 @@
+"""The last finished epoch of a fine-tuning in one file, so that a killed one goes on where it was.
+
+The file holds everything: weights, optimiser, schedules, random numbers, the history and the best epoch's weights. It is
+replaced whole, and read with ``weights_only``, which executes nothing.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from store.errors import OutputExistsError
+from store.fingerprint import Fingerprint, short
+from store.format import atomic
+from store.format.lock import file_lock
+
+log = logging.getLogger("penult.classifiers")
+
+LAST = "last.ckpt"
+FAILURE = "failure.json"  # which error ended one of several processes, see `ranks`
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Where the state of an unfinished fine-tuning is kept.
+
+    Attributes:
+        folder: a folder of its own.
+        out: what is being made, for messages.
+        images: digest of the training and validation images and their labels.
+        overwrite: whether the state of another run may be thrown away.
+    """
+
+    folder: Path
+    out: str = "this fine-tuning"
+    images: str = ""
+    overwrite: bool = False
+
+    @classmethod
+    def beside(cls, out: Path, images: str, *, overwrite: bool) -> Self:
+        """Of a bundle to be: a hidden folder beside it."""
+        return cls(out.with_name(f".{out.name}.unfinished"), str(out), images, overwrite)
+
+    @classmethod
+    @contextmanager
+    def passing(cls) -> Iterator[Self]:
+        """For the time of one run alone."""
+        with tempfile.TemporaryDirectory(prefix="penult-") as folder:
+            yield cls(Path(folder))
+
+    @property
+    def file(self) -> Path:
+        return self.folder / LAST
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the folder and keep others out of it; it stays where an epoch was finished.
+
+        Raises:
+            LockedError: another run works here.
+        """
+        atomic.make_directory(self.folder)
+        with file_lock(self.folder / ".lock", what=self.out):
+            try:
+                yield
+            finally:
+                if not self.file.exists():
+                    self.remove()
+
+    def remove(self) -> None:
+        """Delete what was kept, and the folder if nothing else lies in it."""
+        with suppress(OSError):
+            atomic.remove_leftovers(self.folder, LAST.__eq__)
+            for name in (LAST, FAILURE, ".lock"):
+                (self.folder / name).unlink(missing_ok=True)
+            self.folder.rmdir()
+
+    def read(self) -> dict[str, Any] | None:
+        """The state of the last finished epoch; None where there is none that can be read."""
+        import torch
+
+        if not self.file.exists():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(self.file, map_location="cpu", weights_only=True)
+            state["run"], state["training"]
+        except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, ...
+            log.warning("%s cannot be used (%s): starting over", self.file, str(error).partition("\n")[0])
+            return None
+        return state
+
+    def resume(self, decided: dict[str, Any]) -> dict[str, Any] | None:
+        """The state to go on from; None to start.
+
+        Args:
+            decided: everything that decides the result, as JSON.
+
+        Raises:
+            OutputExistsError: what lies here is of a run that was decided otherwise, and may not be thrown away.
+        """
+        state = self.read()
+        if state is None:
+            return None
+        differences = Fingerprint(json.loads(state["run"]["decided"])).differences(Fingerprint(_plain(decided)))
+        epoch = state["training"]["history"][-1]["epoch"]
+        if not differences:
+            log.info("going on after epoch %d of an unfinished run (%s)", epoch, self.folder)
+            return state
+        listing = "; ".join(f"{name}: {short(then)}, now {short(now)}" for name, (then, now) in differences.items())
+        if not self.overwrite:
+            message = (
+                f"{self.out} has an unfinished run of {epoch} epoch(s) with other settings ({listing}). "
+                f"The command of then continues it; --overwrite throws it away"
+            )
+            raise OutputExistsError(message)
+        log.warning("an unfinished run of %d epoch(s) is thrown away (%s)", epoch, listing)
+        self.file.unlink()
+        return None
+
+    def keeper(self, decided: dict[str, Any], *, earlier: float) -> Any:
+        """The Lightning callback that writes the file after every epoch, and takes the random numbers up again.
+
+        Args:
+            decided: as for `resume`.
+            earlier: seconds that earlier runs took.
+        """
+        import torch
+        from lightning.pytorch.callbacks import Checkpoint
+
+        begin, file = time.perf_counter(), self.file
+
+        class Keeper(Checkpoint):  # of this base, so that it comes after early stopping
+            generators: dict[str, Any] | None = None
+
+            def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+                trainer.save_checkpoint(file)
+
+            def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+                on_gpu = pl_module.device.type == "cuda"
+                checkpoint["run"] = {
+                    "decided": json.dumps(_plain(decided)),
+                    "finished": trainer.should_stop or trainer.current_epoch + 1 >= trainer.max_epochs,
+                    "seconds": earlier + time.perf_counter() - begin,
+                    "cpu": torch.get_rng_state(),
+                    "cuda": torch.cuda.get_rng_state(pl_module.device) if on_gpu else None,
+                }
+
+            def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+                self.generators = checkpoint["run"]
+
+            def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+                if self.generators is not None:  # not before: whatever was drawn until now was drawn once already
+                    torch.set_rng_state(self.generators["cpu"])
+                    if self.generators["cuda"] is not None:
+                        torch.cuda.set_rng_state(self.generators["cuda"], pl_module.device)
+
+        return Keeper()
+
+
+def checkpoint_io() -> Any:
+    """How Lightning writes and reads checkpoints here: whole or not at all, and executing nothing."""
+    import torch
+    from lightning.pytorch.plugins.io import CheckpointIO
+
+    class WholeFiles(CheckpointIO):
+        def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+            buffer = io.BytesIO()
+            torch.save(checkpoint, buffer)
+            atomic.commit(Path(path), buffer.getvalue())
+
+        def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            return state
+
+        def remove_checkpoint(self, path: Any) -> None:
+            Path(path).unlink(missing_ok=True)
+
+    return WholeFiles()
+
+
+def _plain(facts: dict[str, Any]) -> dict[str, Any]:
+    """What JSON makes of them."""
+    plain: dict[str, Any] = json.loads(json.dumps(facts, default=str))
+    return plain

@@ -1,0 +1,395 @@
+"""The end-to-end mode: backbone and head are trained together in torch, to compare with frozen features.
+
+The last layer is not replaced. The head reads the same tensor that `extractor.backbones.export` cuts at, the input of the last
+classification layer, so a fine-tuned network is exported, cached and fused like any other backbone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from classifiers.bundles.bundle import Bundle
+from classifiers.bundles.bundle_folder import refuse_existing
+from classifiers.bundles.held_out import predict_held_out
+from classifiers.bundles.predictor import Predictor, Recipe
+from classifiers.evaluation.registry import task_of
+from classifiers.evaluation.task import need_single_label
+from classifiers.heads.fitted import DenseHead
+from classifiers.reports.illustrations import illustrate
+from classifiers.training.roles import Roles, assign_roles, inner_validation
+from classifiers.training.train import INNER, Judged, require_roles, save
+from extractor.backbones import networks
+from extractor.backbones.export import to_onnx
+from extractor.backbones.networks import Loaded
+from extractor.backbones.registry import Backbone
+from extractor.data.files import Files, Located
+from extractor.data.sources import Source, files_of
+from extractor.machine import Meter, nvidia_driver_present
+from extractor.pipeline.plan import list_samples
+from extractor.pipeline.prepare import fingerprints
+from extractor.pipeline.run import survey
+from extractor.pipeline.settings import AugmentSettings
+from extractor.progress import StopFlag, stop_on_signal
+from extractor.runtime.cuda import number_of
+from extractor.runtime.devices import parse_devices
+from extractor.runtime.session import resolve_device
+from store.cache import FeatureCache
+from store.errors import BadDataError, DeviceUnavailableError, InterruptedRunError, UsageError
+from store.format.samples import Row, SampleTable
+
+from .checkpoints import Checkpoints
+from .init_head import AffineHead, start_from
+from .loader import Item
+from .module import DivergedError, end_to_end
+from .ranks import run_on_all
+from .settings import HEAD_FACTOR, FineTuneOptions, FineTuneSettings
+from .trainer import Plan, isolated, run_epochs
+
+log = logging.getLogger("penult.classifiers")
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """A fine-tuned network and its head, as of the epoch with the lowest validation loss.
+
+    Attributes:
+        loaded: on the CPU, in eval mode, shaped as torchvision's (its own classifier is still there, and untrained).
+        weight, bias: the head on penultimate features, ``(k, d)`` and ``(k,)`` float32; logits = features @ weight.T + bias.
+        history: per epoch, after epoch 0, which is validation before any training: epoch, train_loss (of augmented images,
+            with label smoothing), val_loss, val_accuracy, lr (of the transferred layers, at its beginning), head_lr, seconds.
+        best_epoch: the one with the lowest validation loss of those that trained.
+        seconds: wall time, loading and decoding included, of interrupted runs up to their last finished epoch.
+        images: images passed through the network, training and validation.
+        trained_parameters: how many numbers were trained, the head's included.
+        head_lr_factor: as it was used.
+    """
+
+    loaded: Loaded
+    weight: NDArray[np.float32]
+    bias: NDArray[np.float32]
+    history: list[dict[str, Any]]
+    best_epoch: int
+    seconds: float
+    images: int
+    trained_parameters: int
+    head_lr_factor: float
+
+
+def finetune(
+    train: Sequence[Item],
+    validation: Sequence[Item],
+    n_classes: int,
+    backbone: Backbone,
+    options: FineTuneOptions,
+    *,
+    start: AffineHead | None = None,
+    checkpoints: Checkpoints | None = None,
+    log_dir: Path | None = None,
+) -> FineTuned:
+    """Train backbone and head end to end on images, with early stopping on the validation loss.
+
+    Args:
+        train, validation: paths and labels, 0 to n_classes - 1.
+        start: the head to begin with; zeros where there is none.
+        checkpoints: where finished epochs are kept; a run that finds some of its own there goes on after them.
+        log_dir: a folder for the history as it grows, see `curves`.
+
+    Raises:
+        UsageError: options that do not fit the network; an unknown ``freeze_until`` is answered with the nearest names.
+        BadDataError: labels that do not fit, an image that cannot be decoded, a loss that is not finite.
+        FingerprintMismatchError: ``start`` takes other features.
+        InputMissingError: an image or the weights cannot be read.
+        DeviceUnavailableError: torch does not have the device.
+        OutputExistsError: the checkpoints are of a run with other settings.
+        LockedError: another run writes these checkpoints.
+        InterruptedRunError: SIGINT or SIGTERM; with checkpoints the finished epochs are kept.
+    """
+    if options.head_lr_factor is None:
+        options = options.replace(head_lr_factor=1.0 if start else HEAD_FACTOR)
+    _check_items(train, validation, n_classes)
+    if backbone.is_file:
+        message = f"{backbone.name} is an ONNX file and cannot be trained: name a torchvision network and --weights FILE.pth"
+        raise UsageError(message)
+    devices = devices_of(options)
+    _check_share(train, validation, options, devices)
+    begin = time.perf_counter()
+    what = "finished epochs are kept" if checkpoints else "nothing of an unfinished fine-tuning is kept"
+    with ExitStack() as stack:
+        stop = stack.enter_context(stop_on_signal(what))
+        kept = checkpoints or stack.enter_context(Checkpoints.passing())
+        stack.enter_context(kept.held())
+        try:
+            plan = Plan(train, validation, n_classes, backbone, options, devices, start, kept, log_dir)
+            with isolated(devices, options.seed):
+                tuned = _fit(plan, stop)
+        except BaseException as error:
+            # Lightning makes exceptions of its own of a signal, one of them a SystemExit.
+            if stop:
+                raise InterruptedRunError(stop.signum, _then(checkpoints)) from None
+            if isinstance(error, DivergedError):
+                kept.remove()  # going on would end there again
+            if "out of memory" in str(error) and devices[0] != "cpu":
+                message = (
+                    f"--device {options.device}: out of memory with {options.batch_size} images at a time; use a smaller "
+                    f"batch_size"
+                )
+                raise DeviceUnavailableError(message) from error
+            raise
+        if stop:
+            raise InterruptedRunError(stop.signum, _then(checkpoints))
+    return replace(tuned, seconds=round(tuned.seconds + time.perf_counter() - begin, 3))
+
+
+def _then(checkpoints: Checkpoints | None) -> str:
+    return "to continue" if checkpoints and checkpoints.file.exists() else "to start over"
+
+
+def _check_items(train: Sequence[Item], validation: Sequence[Item], n_classes: int) -> None:
+    empty = sorted(set(range(n_classes)) - {label for _, label in train})
+    wrong = [f"{path} has label {label}" for path, label in (*train, *validation) if not 0 <= label < n_classes]
+    message = None
+    if n_classes < 2:
+        message = f"{n_classes} classes: a classifier needs at least 2"
+    elif wrong:
+        message = f"{wrong[0]}; expected 0 to {n_classes - 1}"
+    elif empty:
+        message = f"no training image of class {', '.join(map(str, empty))}"
+    elif not validation:
+        message = "no validation images: the best epoch is chosen by them"
+    if message:
+        raise BadDataError(message)
+
+
+def _check_share(train: Sequence[Item], validation: Sequence[Item], options: FineTuneOptions, devices: Sequence[str]) -> None:
+    """Each device takes its share of every batch, and batch normalisation has no statistics of one image."""
+    least = min(len(train), len(validation), options.batch_size) // len(devices)
+    if len(devices) > 1 and least < 2:
+        message = f"--device {options.device}: {least} image(s) of a batch for each device; expected at least 2"
+        raise UsageError(message)
+
+
+def devices_of(options: FineTuneOptions) -> list[str]:
+    """The devices to train on.
+
+    Raises:
+        DeviceUnavailableError: torch does not have one of them.
+        UsageError: the precision needs a GPU, and there is none.
+    """
+    devices = [_device(device) for device in parse_devices(options.device)]
+    if devices[0] == "cpu" and options.precision == "fp16":
+        message = "--precision fp16 needs a GPU; bf16 works on a CPU too"
+        raise UsageError(message)
+    return devices
+
+
+def _device(device: str) -> str:
+    """``auto`` to ``cuda`` where torch computes on a card, else to ``cpu``, and the log says why; others as they are.
+
+    Raises:
+        DeviceUnavailableError: torch does not have it; says why.
+    """
+    if device not in ("auto", "cpu") and not nvidia_driver_present():
+        message = f"--device {device}: this machine has no NVIDIA driver. Install it, or pass --device cpu"
+        raise DeviceUnavailableError(message)
+    import torch
+
+    cuda: Any = torch.cuda
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a driver that is too old: that is said below
+        count = cuda.device_count() if cuda.is_available() else 0
+    if device == "cpu" or number_of(device) < count:
+        return "cuda" if device == "auto" else device
+    why = f"it finds {count} such devices"
+    try:
+        cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).strip().splitlines()[0]
+    if device == "auto":
+        level = logging.WARNING if nvidia_driver_present() else logging.INFO
+        log.log(level, "torch has no GPU here: training on the CPU. %s", why)
+        return "cpu"
+    message = f"--device {device}: torch {torch.__version__} does not compute there: {why}. Try --device cpu"
+    raise DeviceUnavailableError(message)
+
+
+def _fit(plan: Plan, stop: StopFlag) -> FineTuned:
+    """`finetune`, with ``seconds`` of earlier runs alone."""
+    options, checkpoints = plan.options, plan.checkpoints
+    loaded = networks.load(plan.backbone)
+    decided = {
+        **{name: value for name, value in options.model_dump().items() if name not in ("workers", "quiet")},
+        "device": [device.partition(":")[0] for device in plan.devices],
+        "network": plan.backbone.name,
+        "weights": loaded.weights_digest,
+        "pixels": loaded.preprocess.facts(),
+        "init_head": plan.start.sha256 if plan.start else None,
+        "images": checkpoints.images or [len(plan.train), len(plan.validation)],
+        "versions": {name: version(name) for name in ("torch", "lightning")},
+    }
+    state = checkpoints.resume(decided)
+    earlier = float(state["run"]["seconds"]) if state else 0.0
+    model = end_to_end(loaded, plan.counts, options, plan.start)
+    if not (state and state["run"]["finished"]):
+        if len(plan.devices) > 1:
+            run_on_all(plan, decided, stop)
+        else:
+            run_epochs(plan, loaded, model, decided, stop)
+        state = checkpoints.read()
+    assert state is not None  # there is one after every epoch
+    training = state["training"]
+    model.hook.remove()
+    model.cpu().load_state_dict(training["best_state"])
+    network = loaded.network.eval().requires_grad_()
+    network.zero_grad()
+    digest = networks.digest(network.state_dict())
+    return FineTuned(
+        loaded=Loaded(network, loaded.preprocess, f"fine-tuned from {loaded.weights_name}", digest, loaded.source),
+        weight=model.head.weight.detach().numpy(),
+        bias=model.head.bias.detach().numpy(),
+        history=training["history"],
+        best_epoch=training["best"]["epoch"],
+        seconds=earlier,
+        images=training["images"],
+        trained_parameters=sum(parameter.numel() for group in model.groups for parameter in group["params"]),
+        head_lr_factor=options.head_lr_factor or HEAD_FACTOR,
+    )
+
+
+def train_finetuned(
+    data: FeatureCache | Source,
+    out: Path,
+    settings: FineTuneSettings,
+    *,
+    overwrite: bool = False,
+) -> Bundle:
+    """Fine-tune the backbone end to end on the same split and save it as a bundle like any other.
+
+    Finished epochs are kept beside the bundle until it is there; the same call goes on after them.
+
+    Args:
+        data: a cache, whose sample table, root and failures are taken over (so that comparisons are paired), or a source.
+        out: the bundle's folder.
+        settings: what to start from, how to train, and the split where ``data`` is a source without one; see `probing` for
+            ``init_head`` and `curves` for ``log_dir``.
+        overwrite: replace an existing bundle, or an unfinished one with other settings.
+
+    Raises:
+        BadDataError: the data cannot be trained on, or the training diverged.
+        OutputExistsError: the bundle exists, or an unfinished one with other settings.
+    """
+    refuse_existing(out, overwrite=overwrite)
+    options = settings.part(FineTuneOptions)
+    devices_of(options)
+    images = _prepare_images(data, settings)
+    init_head = Bundle.load(settings.init_head) if settings.init_head else None
+    start = start_from(init_head, images.classes, [row.sha256 for row in images.roles.report]) if init_head else None
+    seen = [[(row.sha256.hex(), row.label) for row in rows] for rows in (images.roles.fit, images.roles.choose)]
+    checkpoints = Checkpoints.beside(out, hashlib.sha256(json.dumps(seen).encode()).hexdigest(), overwrite=overwrite)
+    meter = Meter(*options.device.split(","))
+    tuned = finetune(
+        _labelled(images.roles.fit, images),
+        _labelled(images.roles.choose, images),
+        len(images.classes),
+        settings.network(),
+        options,
+        start=start,
+        checkpoints=checkpoints,
+        log_dir=settings.log_dir,
+    )
+    spent = meter.read()
+    with tempfile.TemporaryDirectory(prefix="penult-") as temporary:
+        judged = _judge_finetuned(tuned, images, settings, Path(temporary) / "backbone.onnx")
+        said = {"init_head": start and start.name}
+        cost = {**judged.bundle.cost, **spent.facts()}
+        bundle = replace(judged.bundle, cost=cost, hyperparameters={**judged.bundle.hyperparameters, **said})
+        saved = save(replace(judged, bundle=bundle), out, overwrite=overwrite)
+    checkpoints.remove()
+    return saved
+
+
+@dataclass(frozen=True)
+class _Images:
+    """Images in their roles, where they are read from, and their classes."""
+
+    table: SampleTable
+    roles: Roles
+    files: Files
+    classes: list[str]
+
+
+def _prepare_images(data: FeatureCache | Source, settings: FineTuneSettings) -> _Images:
+    if isinstance(data, FeatureCache):
+        table: SampleTable = data.samples
+        if settings.init_head:
+            data.require_backbone()
+    else:
+        list_samples(data, settings.survey)
+        table = survey(data, networks.load(settings.network()).preprocess, settings.survey)
+    need_single_label(table.task.name, "fine-tuning")
+    roles = assign_roles(table)
+    files = files_of(table, settings.root) if isinstance(data, FeatureCache) else data.files
+    require_roles(table, roles)
+    classes = sorted({str(row.label) for row in roles.fit})
+    if not roles.choose:
+        fitted, choose = inner_validation(roles.fit, seed=settings.seed)
+        roles = replace(roles, fit=fitted, choose=choose, facts={**roles.facts, "chosen_on": INNER})
+    return _Images(table, roles, files, classes)
+
+
+def _judge_finetuned(tuned: FineTuned, images: _Images, settings: FineTuneSettings, network: Path) -> Judged:
+    """The network as ONNX, its predictions for what is held out, and its facts."""
+    zeros, ones = np.zeros(tuned.weight.shape[1], np.float32), np.ones(tuned.weight.shape[1], np.float32)
+    head = DenseHead(zeros, ones, [(tuned.weight, tuned.bias)], images.classes)
+    backbone, roles, classes = settings.network(), images.roles, images.classes
+    facts = to_onnx(tuned.loaded, backbone.name, network)
+    storage = "float32"  # its features are never cached, hence never rounded
+    device = settings.device.partition(",")[0]
+    task = task_of(images.table.task.name, classes)
+    predictor = Predictor(Recipe(network, facts.preprocess, head.probabilities, task, storage), device=device)
+    predictions = metrics = shown = None
+    if roles.report:
+        truth, name = images.table.truth(roles.report), str(roles.facts["reported_on"])
+        predictions = predict_held_out(predictor, roles.report, truth, images.files, name)
+        metrics = task.score(predictions.labels, predictions.probabilities, predictions.split).to_json()
+        shown = illustrate(predictions, classes, files=images.files if settings.thumbnails else None)
+    options = settings.part(FineTuneOptions)
+    bundle = Bundle(
+        path=Path(),
+        kind="fine-tuned",
+        head="fine-tuned",
+        classes=classes,
+        backbone=facts,
+        fingerprint=fingerprints(facts, resolve_device(device).partition(":")[0], storage)[0],
+        split=roles.facts,
+        hyperparameters={
+            **{name: value for name, value in options.model_dump().items() if name not in AugmentSettings.model_fields},
+            "head_lr_factor": tuned.head_lr_factor,
+            "augment": options.augmentation.facts() if options.augmentation else None,
+            "best_epoch": tuned.best_epoch,
+            "trained_parameters": tuned.trained_parameters,
+            "weights": backbone.weights and Path(backbone.weights).name,
+        },
+        history=tuned.history,
+        metrics=metrics,
+        cost={"train_seconds": round(tuned.seconds, 3), "extract_seconds": 0.0, "images": tuned.images},
+    )
+    return Judged(bundle, network, head.to_onnx(), [row.sha256 for row in [*roles.fit, *roles.choose]], predictions, shown)
+
+
+def _labelled(rows: Sequence[Row], images: _Images) -> list[Item]:
+    index = {label: i for i, label in enumerate(images.classes)}
+    return [(Located(images.files, row.path), index[str(row.label)]) for row in rows]

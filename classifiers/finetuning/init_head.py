@@ -1,0 +1,138 @@
+"""A head trained on cached features as the start of fine-tuning: linear probing first, then all layers.
+
+Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution": from a head that already
+fits, the first steps do not pull the features about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from classifiers.bundles.bundle import Bundle, task_of_bundle
+from extractor.backbones.networks import Loaded
+from extractor.graphs.backbone_facts import BackboneFacts
+from extractor.graphs.onnx_file import external_files, read_model
+from extractor.pixels.pixel_drift import libraries, then_and_now
+from extractor.pixels.preprocess import probe
+from store.errors import BadDataError, FingerprintMismatchError, UsageError
+from store.fingerprint import short
+
+# What `DenseHead.to_onnx` makes of a head of one layer: standardise, multiply and add, divide by the temperature.
+AFFINE = ["Sub", "Div", "Gemm", "Div", "Softmax"]
+AFFINE_HEADS = "logistic or ridge"
+
+
+@dataclass(frozen=True)
+class AffineHead:
+    """A head as one matrix; logits = features @ weight.T + bias, with standardisation and temperature inside.
+
+    Attributes:
+        weight, bias: ``(k, d)`` and ``(k,)``, float32.
+        classes: labels in the order of the outputs.
+        name: the bundle it came from.
+        sha256: of that bundle's ``head.onnx``.
+        backbone: whose features it takes.
+        probe: digest of the test image that these were made with, as in a fingerprint.
+    """
+
+    weight: NDArray[np.float32]
+    bias: NDArray[np.float32]
+    classes: Sequence[str]
+    name: str
+    sha256: str
+    backbone: BackboneFacts
+    probe: str
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> AffineHead:
+        """Fold standardisation and temperature of a bundle's head into one matrix.
+
+        Raises:
+            UsageError: the head is none that one matrix can be, or is for another task.
+            BadDataError: it wants data from other files.
+        """
+        from onnx import numpy_helper
+
+        if not task_of_bundle(bundle).exclusive:
+            message = f"--init-head {bundle.path} is a head for {bundle.task}; fine-tuning needs one label for each image"
+            raise UsageError(message)
+        model = read_model(bundle.path / "head.onnx")
+        if external_files(model):
+            message = f"{bundle.path}/head.onnx asks for data from other files; refused"
+            raise BadDataError(message)
+        graph = model.graph
+        if [node.op_type for node in graph.node] != AFFINE:
+            message = (
+                f"--init-head {bundle.path} is a {bundle.head} head, which no single layer can start from; "
+                f"train one with --head {AFFINE_HEADS}"
+            )
+            raise UsageError(message)
+        arrays: dict[str, Any] = {each.name: numpy_helper.to_array(each).astype(np.float64) for each in graph.initializer}
+        temperature = arrays["temperature"]
+        weight = arrays["weight0"] / arrays["scale"]
+        bias = arrays["bias0"] - weight @ arrays["mean"]
+        return cls(
+            weight=(weight / temperature).astype(np.float32),
+            bias=(bias / temperature).astype(np.float32),
+            classes=bundle.classes,
+            name=bundle.name,
+            sha256=bundle.files["head.onnx"],
+            backbone=bundle.backbone,
+            probe=str(bundle.fingerprint.leaves()["pixels.probe"]),
+        )
+
+    def require_features(self, loaded: Loaded, layer: str) -> None:
+        """Refuse to start with a head for other features than those of a network's layer.
+
+        Raises:
+            FingerprintMismatchError: names what differs.
+        """
+        pairs: dict[str, tuple[Any, Any]] = {
+            "weights": (self.backbone.weights_sha256, loaded.weights_digest),
+            "layer": (self.backbone.layer, layer),
+            "preprocessing": (self.backbone.preprocess.facts(), loaded.preprocess.facts()),
+        }
+        wrong = [f"{name}: {short(a)} against {short(b)}" for name, (a, b) in pairs.items() if a != b]
+        if wrong:
+            message = (
+                f"--init-head {self.name} takes other features than those this network begins with; {'; '.join(wrong)}. "
+                f"Its cache must be extracted with the same -m NAME, --weights and sizes"
+            )
+            raise FingerprintMismatchError(message)
+        if self.probe != probe(loaded.preprocess):
+            message = (
+                f"--init-head {self.name} takes features of other pixels than this machine makes: the built-in test image "
+                f"comes out otherwise ({then_and_now({}, libraries())}). Extract its cache again here, and train it again"
+            )
+            raise FingerprintMismatchError(message)
+
+
+def start_from(bundle: Bundle, classes: Sequence[str], held_out: Iterable[bytes]) -> AffineHead:
+    """The head of a bundle as the start of a fine-tuning on the same samples.
+
+    Args:
+        classes: of the samples, in order.
+        held_out: content digests of the images that will be reported on.
+
+    Raises:
+        BadDataError: it has other classes, or was fitted on images that are held out now.
+        UsageError: as `AffineHead.of`.
+    """
+    head = AffineHead.of(bundle)
+    if list(head.classes) != list(classes):
+        odd = sorted(set(head.classes) ^ set(classes))
+        message = f"--init-head {bundle.path} has other classes than these samples: {', '.join(odd[:5])} in only one of them"
+        raise BadDataError(message)
+    seen = len(bundle.fitted() & set(held_out))
+    if seen:
+        message = (
+            f"--init-head {bundle.path} was fitted on {seen} of the images that are held out here, so the figures would be "
+            f"too good; train the head on the same split"
+        )
+        raise BadDataError(message)
+    return head

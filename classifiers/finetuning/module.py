@@ -1,0 +1,224 @@
+"""What Lightning trains: a network with a head on the input of its last classification layer, and its learning rates."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from extractor.backbones.layers import last_weighted
+from extractor.backbones.networks import Loaded
+from extractor.progress import Progress, StopFlag
+from store.errors import BadDataError, InterruptedRunError
+
+from .freezing import modules_before, parameter_groups
+
+if TYPE_CHECKING:
+    from .init_head import AffineHead
+    from .settings import FineTuneOptions
+
+log = logging.getLogger("penult.classifiers")
+
+# What is counted of training and validation: images, what they weigh in the loss, loss, right decisions.
+SUMS = {part: [part, f"{part}_mass", f"{part}_loss", f"{part}_right"] for part in ("train", "val")}
+DROP = 0.1  # what `step` and `plateau` multiply a rate by
+
+
+class DivergedError(BadDataError):
+    """The loss is not finite."""
+
+
+def optimizer_of(groups: list[dict[str, Any]], options: FineTuneOptions) -> Any:
+    """The torch optimiser; each group has a learning rate of its own."""
+    import torch
+
+    if options.optimizer == "sgd":
+        momentum = options.momentum
+        return torch.optim.SGD(groups, momentum=momentum, nesterov=momentum > 0, weight_decay=options.weight_decay)
+    return torch.optim.AdamW(groups, weight_decay=options.weight_decay)
+
+
+def share_of_rate(options: FineTuneOptions, steps: int) -> Callable[[int], float]:
+    """What every learning rate is multiplied by at a step, counted from 0, where that is known beforehand.
+
+    Args:
+        steps: of one epoch.
+    """
+    warm, total = round(options.warmup * steps), options.epochs * steps
+
+    def share(step: int) -> float:
+        if step < warm:
+            return (step + 1) / warm
+        done = (step - warm) / max(total - warm, 1)
+        if options.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        return DROP ** math.floor(3 * done + 1e-9) if options.schedule == "step" else 1.0
+
+    return share
+
+
+def schedules_of(optimizer: Any, options: FineTuneOptions, steps: int) -> list[dict[str, Any]]:
+    """The schedulers as Lightning takes them; ``steps`` are those of one epoch."""
+    from torch.optim import lr_scheduler as torch_schedules
+
+    if options.schedule != "plateau":
+        return [{"scheduler": torch_schedules.LambdaLR(optimizer, share_of_rate(options, steps)), "interval": "step"}]
+    warm = max(round(options.warmup * steps), 1)
+    rising = torch_schedules.LinearLR(optimizer, 1 / warm, total_iters=warm - 1)
+    falling = torch_schedules.ReduceLROnPlateau(
+        optimizer,
+        factor=DROP,
+        patience=max(options.patience // 2 - 1, 0),  # so that there is time to improve before the training stops
+        threshold=options.min_delta,
+        threshold_mode="abs",
+    )
+    # By the step, once an epoch: Lightning steps those of an epoch after the checkpoint, which would lack it.
+    plateau = {"scheduler": falling, "interval": "step", "frequency": steps, "monitor": "val_loss", "reduce_on_plateau": True}
+    return [{"scheduler": rising, "interval": "step"}, plateau]
+
+
+def class_weights(counts: NDArray[np.intp], options: FineTuneOptions) -> NDArray[np.float32] | None:
+    """What an image counts by its class in the losses, or None where all count the same."""
+    if options.class_weight is None:
+        return None
+    return np.asarray(counts.sum() / (len(counts) * counts), np.float32)
+
+
+def end_to_end(loaded: Loaded, counts: NDArray[np.intp], options: FineTuneOptions, start: AffineHead | None) -> Any:
+    """A LightningModule of the network and a head on the input of its last classification layer.
+
+    Args:
+        counts: training images of each class.
+        start: the head to begin with; zeros where there is none.
+    """
+    import torch
+    from lightning.pytorch import LightningModule
+
+    network, side = loaded.network, loaded.preprocess.crop
+    example = torch.zeros(1, 3, side, side)
+    last = last_weighted(network, example)
+    if start is not None:
+        start.require_features(loaded, f"input of {last}")
+    frozen = modules_before(network, example, options.freeze_until, last) if options.freeze_until else []
+    for module in frozen:
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(requires_grad=False)
+    balance = class_weights(counts, options)
+
+    class EndToEnd(LightningModule):
+        balance: Any  # (k,) or None, on the device of the network
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+            self.hook = network.get_submodule(last).register_forward_pre_hook(self.catch)
+            features = self.features(example)
+            self.dropout = torch.nn.Dropout(options.dropout)
+            self.head = torch.nn.Linear(features.shape[1], len(counts))
+            with torch.no_grad():
+                # From zero, the first steps move the head and spare the network.
+                self.head.weight.copy_(torch.from_numpy(start.weight) if start else torch.zeros(()))
+                self.head.bias.copy_(torch.from_numpy(start.bias) if start else torch.zeros(()))
+            self.groups = parameter_groups(features, network, self.head, options)
+            self.register_buffer("balance", None if balance is None else torch.from_numpy(balance), persistent=False)
+            self.history: list[dict[str, Any]] = []
+            self.best: dict[str, Any] = {"epoch": 0, "val_loss": math.inf}
+            self.best_state: dict[str, Any] = {}
+            self.images, self.began = 0, 0.0
+            self.rates: list[float | None] = [None, None]
+            self.sums: Counter[str] = Counter()
+
+        def watch(self, progress: Progress, stop: StopFlag) -> None:
+            """Advance one by every image, and end the training where the other is set."""
+            self.progress, self.stop = progress, stop
+
+        def catch(self, _module: Any, inputs: tuple[Any, ...]) -> None:
+            self.caught = inputs[0]
+
+        def features(self, pixels: Any) -> Any:
+            self.network(pixels)
+            caught, self.caught = self.caught, None
+            return caught.mean(dim=(2, 3)) if caught.ndim == 4 else caught
+
+        def configure_optimizers(self) -> Any:
+            optimizer = optimizer_of(self.groups, options)
+            steps = int(self.trainer.estimated_stepping_batches) // options.epochs
+            return [optimizer], schedules_of(optimizer, options, steps)
+
+        def on_train_epoch_start(self) -> None:
+            self.began, self.sums = time.perf_counter(), Counter()
+            self.rates = [group["lr"] for group in self.trainer.optimizers[0].param_groups]
+
+        def on_validation_epoch_start(self) -> None:
+            if self.trainer.sanity_checking:  # that is epoch 0: validation before any training
+                self.began, self.sums = time.perf_counter(), Counter()
+
+        def training_step(self, batch: tuple[Any, Any], _index: int) -> Any:
+            return self.step("train", batch, options.label_smoothing)
+
+        def validation_step(self, batch: tuple[Any, Any], _index: int) -> None:
+            self.step("val", batch, 0.0)
+
+        def step(self, part: str, batch: tuple[Any, Any], smoothing: float) -> Any:
+            if self.stop:
+                raise InterruptedRunError(self.stop.signum)
+            pixels, labels = batch
+            logits = self.head(self.dropout(self.features(pixels)))
+            loss = torch.nn.functional.cross_entropy(logits, labels, weight=self.balance, label_smoothing=smoothing)
+            value, n = float(loss.detach()), len(labels)
+            if not math.isfinite(value):
+                message = f"the loss became {value} in epoch {self.current_epoch + 1}: use a lower rate than lr {options.lr:g}"
+                raise DivergedError(message)
+            mass = n if self.balance is None else float(self.balance[labels].sum())
+            right = int((logits.argmax(dim=1) == labels).sum())
+            self.sums.update(dict(zip(SUMS[part], (n, mass, value * mass, right), strict=True)))
+            self.progress.advance(n * self.trainer.world_size)
+            return loss
+
+        def on_validation_epoch_end(self) -> None:
+            trained = not self.trainer.sanity_checking
+            names = [*SUMS["train"], *SUMS["val"]]
+            together = torch.tensor([self.sums[name] for name in names], dtype=torch.float64, device=self.device)
+            totals = self.trainer.strategy.reduce(together, reduce_op="sum").tolist()
+            self.sums = Counter(dict(zip(names, totals, strict=True)))
+            self.images += int(self.sums["train"] + self.sums["val"])
+            row: dict[str, Any] = {
+                "epoch": self.current_epoch + 1 if trained else 0,
+                "train_loss": self.sums["train_loss"] / self.sums["train_mass"] if trained else None,
+                "val_loss": self.sums["val_loss"] / self.sums["val_mass"],
+                "val_accuracy": self.sums["val_right"] / self.sums["val"],
+                "lr": self.rates[0],
+                "head_lr": self.rates[1],
+                "seconds": round(time.perf_counter() - self.began, 3),
+            }
+            self.history.append(row)
+            if trained:
+                self.log("val_loss", row["val_loss"], sync_dist=True)
+                self.best = row if row["val_loss"] < self.best["val_loss"] else self.best
+                log.info("epoch %(epoch)d: loss %(train_loss).4f, validation %(val_loss).4f, %(val_accuracy).2f right", row)
+            else:
+                log.info("before: validation %(val_loss).4f, %(val_accuracy).2f right", row)
+
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            if self.best is self.history[-1]:
+                # Where weights are averaged, Lightning's callback has put the average here, which is what was validated.
+                state = checkpoint["state_dict"]
+                self.best_state = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
+            names = ("history", "best", "best_state", "images")
+            checkpoint["training"] = {name: getattr(self, name) for name in names}
+
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            for name, value in checkpoint["training"].items():
+                setattr(self, name, value)
+
+    model = EndToEnd().train()
+    statistics = () if options.batch_statistics else torch.nn.modules.batchnorm._BatchNorm
+    for module in (*frozen, *(module for module in network.modules() if isinstance(module, statistics))):
+        module.training = False  # Lightning leaves the modes alone, and restores each one after validation
+    return model

@@ -1,0 +1,96 @@
+"""Several devices, a process each, that train one network: torch's DistributedDataParallel through Lightning.
+
+All that comes back is the checkpoint that the first process writes after every epoch; so they may be killed at any time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from extractor.backbones import networks
+from extractor.progress import StopFlag
+from extractor.runtime.cuda import number_of
+from store.errors import InterruptedRunError, PenultError, answer_of, raise_answered
+
+from .checkpoints import FAILURE
+from .module import DivergedError, end_to_end
+from .trainer import Plan, isolated, run_epochs
+
+LOOK = 0.5  # seconds between looks at the stop flag
+
+
+def run_on_all(plan: Plan, decided: dict[str, Any], stop: StopFlag) -> None:
+    """`run_epochs` on all devices of a plan.
+
+    Raises:
+        PenultError: what the first process to fail raised.
+        InterruptedRunError: the flag was set.
+    """
+    from torch.multiprocessing.spawn import ProcessException, start_processes
+
+    failure = plan.checkpoints.folder / FAILURE
+    failure.unlink(missing_ok=True)
+    count = len(plan.devices)
+    start: Any = start_processes
+    with tempfile.TemporaryDirectory(prefix="penult-") as folder:
+        context = start(_run, (plan, decided, Path(folder, "rendezvous")), count, join=False, start_method="spawn")
+        try:
+            while not context.join(timeout=LOOK):
+                if stop:
+                    raise InterruptedRunError(stop.signum)
+        except ProcessException:
+            if failure.exists():
+                raise_answered(json.loads(failure.read_text("utf-8")), DivergedError)
+            raise
+        finally:
+            for process in context.processes:
+                process.kill()
+                process.join()
+
+
+def _run(rank: int, plan: Plan, decided: dict[str, Any], rendezvous: Path) -> None:
+    """One of the processes."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # who started it ends it
+    os.environ |= {"NODE_RANK": "0", "LOCAL_RANK": str(rank)}  # with these set, Lightning starts no processes of its own
+    with _group(rank, plan.devices, rendezvous):
+        try:
+            with isolated([plan.devices[rank]], plan.options.seed):
+                loaded = networks.load(plan.backbone)
+                model = end_to_end(loaded, plan.counts, plan.options, plan.start)
+                run_epochs(plan, loaded, model, decided, StopFlag(), rank)
+        except PenultError as error:
+            Path(plan.checkpoints.folder / FAILURE).write_text(json.dumps(answer_of(error)), "utf-8")
+            raise
+
+
+@contextmanager
+def _group(rank: int, devices: Sequence[str], rendezvous: Path) -> Iterator[None]:
+    """The process group of all devices, which Lightning takes as it is; ``rendezvous`` is a file that is not there yet.
+
+    Lightning's own meets at 127.0.0.1, where torch listens on every interface and asks the name server for the name of that.
+    """
+    import torch.distributed
+
+    on_cpu = devices[rank] == "cpu"
+    if on_cpu:  # or gloo would ask for the address of this machine's name; the first interface is the loopback
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", socket.if_nameindex()[0][1])
+    torch.distributed.init_process_group(
+        "gloo" if on_cpu else "nccl",
+        store=torch.distributed.FileStore(str(rendezvous), len(devices)),  # type: ignore[attr-defined]
+        rank=rank,
+        world_size=len(devices),
+        device_id=None if on_cpu else torch.device("cuda", number_of(devices[rank])),
+    )
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()

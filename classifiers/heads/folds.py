@@ -1,0 +1,116 @@
+"""Folds that hold every class and divide no group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from classifiers.evaluation.probabilities import Float32
+from store.errors import BadDataError
+from store.format.lazy_features import StoredFeatures
+
+Fold = tuple[NDArray[np.intp], NDArray[np.intp]]  # row numbers to fit on, and to judge on
+
+
+def stratified_folds(targets: NDArray[np.intp], groups: Sequence[bytes] | None, most: int, seed: int) -> list[Fold]:
+    """Divide rows, each class alike.
+
+    Args:
+        targets: class indices ``(n,)``, each from 0 to the last at least once.
+        groups: what must not be divided, one per row; None where each row is its own.
+        most: number of folds; fewer where a class has fewer groups.
+        seed: of the shuffling.
+
+    Returns:
+        Folds; none where a class has a single group, for what is fitted without it could not know it.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    owners = _owners(len(targets), groups)
+    classes = np.unique(targets)
+    n_splits = min(most, *(len(np.unique(owners[targets == k])) for k in classes))
+    if n_splits < 2:
+        return []
+    splitter = StratifiedGroupKFold(n_splits=n_splits, shuffle=True, random_state=seed)
+    # Where groups span classes, a fold may take all of one class.
+    found = splitter.split(targets[:, None], targets, owners)
+    return [(train, test) for train, test in found if len(np.unique(targets[train])) == len(classes)]
+
+
+def group_folds(n: int, groups: Sequence[bytes] | None, count: int, seed: int) -> list[Fold]:
+    """Folds for rows that have no single class to balance; a group is never divided. No folds where there is one group."""
+    from sklearn.model_selection import GroupKFold
+
+    owners = _owners(n, groups)
+    splits = min(count, len(np.unique(owners)))
+    if splits < 2:
+        return []
+    return list(GroupKFold(splits, shuffle=True, random_state=seed).split(np.empty((n, 0)), groups=owners))
+
+
+def on_first_views(folds: Sequence[Fold], views: int) -> list[Fold]:
+    """The same folds, judged on the first of every ``views`` rows: what images will come as, and not what was made of them."""
+    return [(train, test[test % views == 0]) if views > 1 else (train, test) for train, test in folds]
+
+
+def _owners(n: int, groups: Sequence[bytes] | None) -> NDArray[np.intp]:
+    """The number of the group of each row."""
+    return np.arange(n) if groups is None else np.unique(np.array(groups, dtype=object), return_inverse=True)[1]
+
+
+def class_indices(y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.intp]]:
+    """The distinct labels, sorted, and the index of each row's label.
+
+    Raises:
+        ValueError: there is only one class (scikit-learn's law asks for this type).
+    """
+    classes, targets = np.unique(y, return_inverse=True)
+    if len(classes) < 2:
+        message = f"a classifier needs at least two classes; this data has one class, {str(classes[0])!r}"
+        raise ValueError(message)
+    return classes, targets
+
+
+def with_validation(
+    X: Float32, targets: NDArray[np.intp], validation: tuple[ArrayLike, ArrayLike], classes: NDArray[Any]
+) -> tuple[Float32, NDArray[np.intp], list[Fold]]:
+    """Training and validation rows one after the other, and the single fold that tells them apart.
+
+    Raises:
+        BadDataError: validation has a class that training lacks.
+    """
+    held = np.asarray(validation[0], np.float32)
+    fold = np.arange(len(X)), len(X) + np.arange(len(held))
+    return np.concatenate([X, held]), np.concatenate([targets, validation_targets(validation[1], classes)]), [fold]
+
+
+def validation_targets(y: ArrayLike, classes: NDArray[Any]) -> NDArray[np.intp]:
+    """The index of each label among the classes of training.
+
+    Raises:
+        BadDataError: one is not there.
+    """
+    labels = np.asarray(y)
+    unknown = sorted(set(labels.tolist()) - set(classes.tolist()))
+    if unknown:
+        message = f"validation has classes that training lacks: {', '.join(map(str, unknown))}"
+        raise BadDataError(message)
+    return np.searchsorted(classes, labels)
+
+
+def stored_with_validation(
+    X: StoredFeatures,
+    targets: NDArray[np.intp],
+    validation: tuple[StoredFeatures, Any],
+    classes: NDArray[Any],
+    views: int = 1,
+) -> tuple[StoredFeatures, NDArray[np.intp], list[Fold]]:
+    """As `dense.with_validation`, in the order on disk; the views of an image stay together."""
+    held, labels = validation
+    every = X.joined(held)
+    order = every.order_of_runs(views)
+    fold = np.flatnonzero(order < len(X)), np.flatnonzero(order >= len(X))
+    return every[order], np.concatenate([targets, validation_targets(labels, classes)])[order], [fold]

@@ -1,0 +1,1 @@
+"""The numerical part of heads: what is minimised, decomposed or summed."""

@@ -1,0 +1,1 @@
+"""Job files: what a scheduler runs, and the history of its runs."""

@@ -1,0 +1,1 @@
+"""Pages, plots and tables, for a browser and for a terminal."""

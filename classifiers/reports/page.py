@@ -1,0 +1,70 @@
+"""Pages that load nothing, from sections; and output files that are written whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from store.format import atomic
+
+from .illustrations import Mistake
+
+LONG = 25  # lines of a table that are shown at once; longer ones are folded
+Card = tuple[str, str, str]  # of a figure: what it is, its value, what to know of it
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of a page: a heading with text, and a plot, mistakes or a table; one without ``columns`` is a list of facts.
+
+    Attributes:
+        half: two such sections stand side by side where there is room.
+        folded: the table is shown when it is asked for.
+    """
+
+    heading: str
+    text: str = ""
+    plot: str = ""
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = field(default_factory=tuple)
+    mistakes: Sequence[Mistake] = ()
+    half: bool = False
+    folded: bool = False
+
+
+def page(
+    title: str,
+    lead: str,
+    sections: Sequence[Section],
+    *,
+    figures: Sequence[Card] = (),
+    notes: Sequence[str] = (),
+) -> str:
+    """Render a page; everything but the plots is escaped."""
+    return str(
+        _template().render(title=title, lead=lead, figures=figures, notes=notes, sections=sections, version=version("penult"))
+    )
+
+
+@cache
+def _template() -> Any:
+    from jinja2 import Environment
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string((files(__package__) / "page.html.j2").read_text("utf-8"))
+
+
+def write_output(path: Path, data: bytes, *, overwrite: bool) -> None:
+    """Write one output file whole.
+
+    Raises:
+        OutputExistsError: it exists and may not be replaced.
+        StorageError: it cannot be written.
+    """
+    atomic.require_free(path, overwrite=overwrite)
+    atomic.commit(path, data)

@@ -1,0 +1,19 @@
+"""The settings of a report."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from classifiers.bundles.settings import HeldOutSettings, PredictSettings, RootSettings
+from extractor.settings import Settings, setting
+
+
+class ThumbnailSettings(Settings):
+    section: ClassVar[str] = "train"
+    heading: ClassVar[str] = "Report"
+
+    thumbnails: bool = setting(True, "Images in the report, or none.", shown="with")
+
+
+class ReportSettings(HeldOutSettings, RootSettings, ThumbnailSettings, PredictSettings):
+    """What `penult report` takes."""

@@ -1,0 +1,112 @@
+"""Rows and columns of the tables that a page and a terminal both show, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from classifiers.evaluation.intervals import interval, percent
+from classifiers.evaluation.registry import KINDS
+
+WORDS = {  # for the figures over all outputs, and what is said of each output
+    "mean_average_precision": "mean average precision: order by probability; the share of a label is chance",
+    "f1_micro": "F1 of all decisions on all labels",
+    "f1_macro": "F1, mean over the labels",
+    "subset_accuracy": "images whose labels are all right",
+    "hamming_loss": "Hamming loss: share of wrong decisions",
+    "log_loss": "log-loss, mean over the labels: lower is better",
+    "r2": "R2, mean over the targets: 1 is perfect, 0 is always the mean",
+}
+SHORT = {
+    "average_precision": "average precision",
+    "f1": "F1",
+    "r2": "R2",
+    "mae": "MAE",
+    "rmse": "RMSE",
+    "half_width": "90 % within ±",
+}
+IN_UNITS = ("mae", "rmse", "half_width")  # of the target
+FIGURE_COLUMNS = ("figure", "value", "95 % interval")
+CLASS_COLUMNS = ("class", "images", "precision", "recall", "95 % interval", "F1")
+SHARES = {  # of images, or means of such: percentages
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy: every class counts the same",
+    "top_3": "top-3: the true label is among the first three",
+    "top_5": "top-5: the true label is among the first five",
+}
+SCALES = {
+    "precision_macro": "precision, mean over the classes",
+    "f1_macro": "F1, mean over the classes",
+    "roc_auc": "ROC-AUC: order by probability; 0.5 is chance",
+    "pr_auc": "PR-AUC: the same, stricter where a class is rare",
+    "log_loss": "log-loss: lower is better",
+    "brier": "Brier score: lower is better",
+    "ece": "ECE: how far confidence is from accuracy",
+}
+SHOT_COLUMNS = ("images a class", "accuracy", "95 % interval", "lowest to highest", "draws")
+
+
+def whole_rows(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Figure, value and 95 % interval, of `Measured` as JSON."""
+    rows = []
+    for name, figure in metrics["figures"].items():
+        bounds = figure["interval"]
+        rows.append((WORDS[name], _number(name, figure["value"]), " to ".join(_number(name, b) for b in bounds or ()) or "-"))
+    return rows
+
+
+def output_table(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows, one for each label or target, of `Measured` as JSON."""
+    names = list(metrics["per_output"][0]["figures"])
+    columns = [KINDS[metrics["task"]].singular, "images", *(SHORT.get(name, name) for name in names)]
+    return columns, [
+        [entry["name"], str(entry["n"]), *(_with_interval(name, entry["figures"][name]) for name in names)]
+        for entry in metrics["per_output"]
+    ]
+
+
+def _with_interval(name: str, figure: dict[str, Any]) -> str:
+    bounds = figure["interval"]
+    value = _number(name, figure["value"])
+    return f"{value} [{_number(name, bounds[0])}, {_number(name, bounds[1])}]" if bounds else value
+
+
+def _number(name: str, value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}" if name in IN_UNITS else f"{value:.3f}"
+
+
+def class_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Rows of the per-class table, as text."""
+    return [
+        (
+            entry["label"],
+            str(entry["n"]),
+            f"{entry['precision']:.3f}",
+            f"{entry['recall']:.3f}",
+            interval(entry["recall_interval"]),
+            f"{entry['f1']:.3f}",
+        )
+        for entry in metrics["per_class"]
+    ]
+
+
+def figure_rows(figures: dict[str, dict[str, Any]], classes: Sequence[str]) -> list[tuple[str, str, str]]:
+    """What each figure is called, its value and its interval, as text."""
+    scales = SCALES | ({"pr_auc": f"PR-AUC: the same, for {classes[1]}"} if len(classes) == 2 else {})
+    rows = [
+        (text, percent(figure["value"]), interval(figure["interval"]) if figure["interval"] else "-")
+        for name, text in SHARES.items()
+        if (figure := figures.get(name))
+    ]
+    for name, text in scales.items():
+        if figure := figures.get(name):
+            bounds = figure["interval"]
+            rows.append((text, f"{figure['value']:.3f}", f"{bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else "-"))
+    return rows
+
+
+def shot_cells(point: dict[str, Any]) -> tuple[str, ...]:
+    """A line of the table, in the order of `SHOT_COLUMNS`."""
+    each = point["accuracies"]
+    spread = interval([min(each), max(each)])
+    return str(point["shots"]), percent(point["accuracy"]), interval(point["accuracy_interval"]), spread, str(len(each))

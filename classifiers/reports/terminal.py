@@ -1,0 +1,99 @@
+"""Figures as plain text for a terminal or a pipe; returns strings, prints nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from classifiers.evaluation.intervals import interval, percent
+from classifiers.evaluation.registry import task_of
+from classifiers.evaluation.task import Evaluation, Measured
+from extractor.text_table import narrowest, table
+
+from .tables import CLASS_COLUMNS, FIGURE_COLUMNS, class_rows, figure_rows, output_table, whole_rows
+
+MATRIX_CLASSES = 20  # a wider confusion matrix does not fit a terminal; `--plot` shows it
+
+
+def evaluation_text(result: Evaluation | Measured, *, width: int | None = None) -> str:
+    """Accuracy with its interval, the other figures, the per-class table, and the confusion matrix where it fits."""
+    if isinstance(result, Measured):
+        return _measured_text(result, width)
+    low, high = result.accuracy_interval
+    parts = [
+        f"accuracy {result.accuracy:.4f} [{low:.4f}, {high:.4f}] (95 % Wilson), {result.n - result.correct} errors in "
+        f"{result.n} images of {result.split!r}, macro F1 {result.macro_f1:.4f}",
+        table(FIGURE_COLUMNS, figure_rows(result.figures, result.classes), width=width),
+        *_confidence(result),
+        *_abstention(result.sets, result.n),
+        *_novelty(result.novelty, result.n),
+        table(CLASS_COLUMNS, class_rows(result.to_json()), width=width),
+    ]
+    if len(result.classes) <= MATRIX_CLASSES:
+        parts.append(confusion_text(result, width=width))
+    return "\n\n".join(parts)
+
+
+def _measured_text(result: Measured, width: int | None) -> str:
+    """The headline, the figures over all labels or targets, and those of each."""
+    metrics = result.to_json()
+    task = task_of(result.task, [entry["name"] for entry in result.per_output])
+    parts = [
+        f"{task.headline(metrics)} (95 % interval), {result.n} images of {result.split!r}",
+        table(FIGURE_COLUMNS, whole_rows(metrics), width=width),
+        *_novelty(result.novelty, result.n),
+        table(*output_table(metrics), width=width),
+    ]
+    return "\n\n".join(parts)
+
+
+def _confidence(result: Evaluation) -> list[str]:
+    """How to read the calibration error, and what the temperature did for it."""
+    figures = {name: figure["value"] for name, figure in result.figures.items()}
+    if "ece" not in figures:
+        return []
+    text = f"Perfect confidence would show an ECE of about {figures['ece_by_chance']:.3f} on {result.n} images."
+    if result.temperature is not None:
+        text += (
+            f" Before temperature scaling (T = {result.temperature:.2f}): ECE {figures['ece_before']:.3f}, "
+            f"log-loss {figures['log_loss_before']:.3f}."
+        )
+    return [text]
+
+
+def _abstention(sets: dict[str, Any] | None, n: int) -> list[str]:
+    """What the prediction sets promise, and what they kept."""
+    if sets is None:
+        return []
+    found = sets["marginal"]
+    decided, right = found["decided"], found["decided_right"]
+    where = f" and right on {right} of these ({percent(right / decided)})" if decided else ""
+    return [
+        f"Allowed to abstain, it is sure of {decided} of {n} images{where}: those with one label in their prediction set.\n"
+        f"Sets made to hold the true label for {100 * sets['target']:.0f} % of images do for {percent(found['coverage'])} "
+        f"({interval(found['coverage_interval'])}), with {found['mean_size']:.2f} labels on average."
+    ]
+
+
+def _novelty(found: dict[str, Any] | None, n: int) -> list[str]:
+    if found is None:
+        return []
+    return [
+        f"Unlike the training images: {found['novel']} of {n} ({percent(found['share'])}, {interval(found['interval'])}); "
+        f"of images of the same kind {100 * found['expected']:.0f} % are expected."
+    ]
+
+
+def confusion_text(result: Evaluation, *, width: int | None = None) -> str:
+    """The confusion matrix; its columns have numbers instead of labels where these would not fit."""
+    from rich.console import Console
+
+    available = Console(width=width).width
+    counts = [[*map(str, line)] for line in result.confusion]
+    numbers = [str(i + 1) for i in range(len(counts))]
+    labelled = [(label, *line) for label, line in zip(result.classes, counts, strict=True)]
+    numbered = [(f"{number} {row[0]}", *row[1:]) for number, row in zip(numbers, labelled, strict=True)]
+    for names, rows in ((result.classes, labelled), (numbers, numbered)):
+        columns = ("true \\ predicted", *names)
+        if narrowest(columns, rows, 1) <= available:
+            return table(columns, rows, width=available)
+    return f"The confusion matrix of {len(counts)} classes does not fit {available} columns: --plot FILE or --json has it."

@@ -1,0 +1,1 @@
+"""From a cache to a bundle: who may look at what, fit, judge, save."""

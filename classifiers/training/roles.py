@@ -1,0 +1,78 @@
+"""Which samples are fitted, which choices are made on, and which are reported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from extractor.pipeline.settings import FRACTION
+from store.errors import BadDataError
+from store.format.samples import Row, SampleTable
+from store.splits import assign_splits, with_splits
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The samples of each role.
+
+    Attributes:
+        fit: what is fitted.
+        choose: what choices are made on; empty means k-fold inside ``fit``.
+        report: what is held out; may be empty.
+        facts: JSON for the bundle: split names and the rule they came from.
+        copies: what was left out of ``choose`` and ``report``, because its very bytes stand among what is fitted.
+    """
+
+    fit: list[Row]
+    choose: list[Row]
+    report: list[Row]
+    facts: dict[str, Any]
+    copies: list[Row] = field(default_factory=list)
+
+
+def assign_roles(table: SampleTable, *, val: float | None = None, test: float | None = None, seed: int = 0) -> Roles:
+    """Roles from the stored splits, or from new ones where fractions are given.
+
+    Raises:
+        BadDataError: more inputs failed than the extraction allowed; samples without a label or a target; a class is too small.
+    """
+    if table.facts.get("budget_exceeded"):
+        message = "more inputs failed than --max-failures allows; look at the ledger, then extract again with a larger budget"
+        raise BadDataError(message)
+    rows = [row for row in table.rows if row.ok]
+    unlabelled = table.task.incomplete(rows)
+    if unlabelled or not rows:
+        example = f" (such as {unlabelled[0].name})" if unlabelled else ""
+        message = f"{len(unlabelled)} of {len(rows)} samples {table.task.lacking}{example}; training needs one for each"
+        raise BadDataError(message)
+    rule = dict(table.facts.get("split", {}))
+    if val is not None or test is not None:
+        val, test = (FRACTION if each is None else each for each in (val, test))
+        rows = with_splits(rows, assign_splits(rows, val=val, test=test, seed=seed, stratify=table.task.stratifies))
+        rule = {"rule": "hash-rank", "val": val, "test": test, "seed": seed, "override": True}
+    by_name: dict[str, list[Row]] = {}
+    for row in rows:
+        by_name.setdefault(row.split or "train", []).append(row)
+    reported_on = "test" if "test" in by_name else "val" if "val" in by_name else None
+    chosen_on = "val" if reported_on == "test" and "val" in by_name else None
+    fit = by_name.get("train", [])
+    if not fit:
+        message = f"there is no split 'train' to fit on; there is {', '.join(by_name)}"
+        raise BadDataError(message)
+    choose, report = by_name.get(chosen_on or "", []), by_name.get(reported_on or "", [])
+    seen = {row.sha256 for row in fit}
+    copies = [row for row in choose if row.sha256 in seen]
+    choose = [row for row in choose if row.sha256 not in seen]
+    seen |= {row.sha256 for row in choose}
+    copies += [row for row in report if row.sha256 in seen]
+    report = [row for row in report if row.sha256 not in seen]
+    facts = {"fit": "train", "chosen_on": chosen_on or "folds of train", "reported_on": reported_on, **rule}
+    return Roles(fit, choose, report, facts, copies)
+
+
+def inner_validation(rows: Sequence[Row], *, fraction: float = 0.2, seed: int = 0) -> tuple[list[Row], list[Row]]:
+    """Training rows divided once more by hash rank, for what cannot do k-fold: (fit, choose)."""
+    names = assign_splits(rows, val=fraction, test=0.0, seed=seed)
+    fit = [row for row, name in zip(rows, names, strict=True) if name == "train"]
+    return fit, [row for row, name in zip(rows, names, strict=True) if name == "val"]

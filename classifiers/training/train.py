@@ -1,0 +1,363 @@
+"""From a cache to a bundle in four steps: prepare, fit, judge, save. Fine-tuning joins at the last (see `finetune`)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from classifiers.bundles.bundle import Bundle, Predictions, save_bundle
+from classifiers.bundles.bundle_folder import refuse_existing
+from classifiers.bundles.novelty import Novelty, novel_share
+from classifiers.evaluation.probabilities import averaged
+from classifiers.evaluation.registry import task_of
+from classifiers.evaluation.task import HeadTask, need_single_label
+from classifiers.heads.registry import name_of, need_saveable, need_task, settings_of
+from classifiers.reports.bundle_page import bundle_report
+from classifiers.reports.illustrations import Illustrations, files_or_none, illustrate
+from extractor.machine import Meter, Spent, together
+from store.cache import FeatureCache, Subset
+from store.errors import UsageError, display
+from store.fingerprint import VIEWS
+from store.format.samples import Row, SampleTable
+
+from .few_shot import learning_curve
+from .int8_check import judge_rounding
+from .leaks import Leak, LeakReport, conflicting_labels, guard, near_copies
+from .memory import must_stream
+from .roles import Roles, assign_roles, inner_validation
+from .settings import TrainOptions
+
+if TYPE_CHECKING:
+    from classifiers.heads.search import Head
+
+log = logging.getLogger("penult.classifiers")
+
+INNER = "a fifth of train, by hash rank"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What there is to fit and to judge by.
+
+    Attributes:
+        cache: of the features.
+        options: how a head is trained.
+        split: facts about it.
+        fitted: everything that is fitted or chosen on, the images as they are.
+        held_out: what is reported on; None for nothing.
+        seen: what a head is fitted on: the first of ``fitted``, in all views.
+        rows: of these images.
+        chosen_on: what choices are made on, in all views; None for folds of ``seen``.
+        views: what the fingerprint says of them and whether outputs are ``averaged``; None where there is one of each image.
+        leaks: what was found on both sides of the split; None where nobody looked.
+        origin: what `made_from` says, if a later run shall recognise this one.
+    """
+
+    cache: FeatureCache
+    options: TrainOptions
+    split: dict[str, Any]
+    fitted: Sequence[Subset]
+    held_out: Subset | None
+    seen: Subset
+    rows: Sequence[Row] = ()
+    chosen_on: Subset | None = None
+    views: dict[str, Any] | None = None
+    leaks: LeakReport | None = None
+    origin: str = ""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A fitted head.
+
+    Attributes:
+        head: it.
+        spent: on training.
+        rounding: what `judge_rounding` found, of an int8 cache.
+        few_shot: what `learning_curve` found.
+    """
+
+    head: Head
+    spent: Spent | None = None
+    rounding: dict[str, Any] | None = None
+    few_shot: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """All that goes into a bundle.
+
+    Attributes:
+        bundle: its facts.
+        backbone: the network, or the cache that has it.
+        head: ONNX bytes.
+        fitted: content digests of everything that was fitted or chosen on.
+        predictions: for what is held out.
+        shown: of these images.
+        novelty: what tells images that are unlike the fitted ones.
+    """
+
+    bundle: Bundle
+    backbone: FeatureCache | Path
+    head: bytes
+    fitted: Sequence[bytes]
+    predictions: Predictions | None = None
+    shown: Illustrations | None = None
+    novelty: Novelty | None = None
+
+
+def train_head(
+    cache: FeatureCache, out: Path, head: Head, options: TrainOptions | None = None, *, overwrite: bool = False
+) -> Bundle:
+    """Fit a head on a cache's training rows, evaluate it on the held-out ones and save a bundle.
+
+    Args:
+        cache: the features.
+        out: the bundle's folder.
+        head: an unfitted one of `heads.rows`.
+        options: how; see `leaks`, `fewshot` and `streaming` for what these three are about.
+        overwrite: replace an existing bundle.
+
+    Raises:
+        BadDataError: the data cannot be trained on, or int8 features cost too much accuracy; says why.
+        UsageError: the head cannot be saved, is for another task than the samples, or needs more memory than it may have.
+        OutputExistsError: the bundle exists.
+        LockedError: another run has replaced the cache meanwhile.
+    """
+    refuse_existing(out, overwrite=overwrite)
+    prepared = prepare(cache, head, options or TrainOptions())
+    return save(judge(fit(head, prepared), prepared), out, overwrite=overwrite)
+
+
+def prepare(cache: FeatureCache, head: Head, options: TrainOptions) -> Prepared:
+    """The rows of a cache in their roles, once they are known to be of use for a head.
+
+    Raises:
+        BadDataError, UsageError, LockedError: as `train_head`.
+    """
+    need_saveable(head)
+    need_task(head, cache.samples.task.name)
+    if options.few_shot:
+        need_single_label(cache.samples.task.name, "--few-shot")
+    if options.average_views and cache.views == 1:
+        message = f"--average-views: {cache.path} has one view of each image; extract with --views 4 to have some"
+        raise UsageError(message)
+    origin = made_from(cache, head, options)
+    roles = assign_roles(cache.samples, val=options.val_fraction, test=options.test_fraction, seed=options.seed)
+    require_roles(cache.samples, roles)
+    cache.require_backbone()
+    rows = len(roles.fit) + len(roles.choose) + len(roles.report)
+    stored = must_stream(head, rows * cache.views, cache.dim, cache.dtype.itemsize, options.max_memory)
+    if stored:
+        roles = _for_streaming(roles, options.few_shot, seed=options.seed)
+    seen = train = cache.of_rows(roles.fit, "train", stored=stored)
+    chosen_on = choose = cache.of_rows(roles.choose, "val", stored=stored) if roles.choose else None
+    held_out = cache.of_rows(roles.report, str(roles.facts["reported_on"]), stored=stored) if roles.report else None
+    fitted, views = [train, *([choose] if choose else [])], None
+    leaks = _look_for_leaks(cache, roles, fitted, held_out)
+    guard(leaks, options.leaks)
+    if cache.views > 1:  # of what is fitted; all else is about the images as they are
+        log.info("all %d views of each training image are fitted; choices are judged on the first", cache.views)
+        seen = cache.of_rows(roles.fit, "train", stored=stored, views=True)
+        chosen_on = cache.of_rows(roles.choose, "val", stored=stored, views=True) if roles.choose else None
+        views = {**cache.fingerprint.fields[VIEWS], "averaged": options.average_views}
+    return Prepared(cache, options, roles.facts, fitted, held_out, seen, roles.fit, chosen_on, views, leaks, origin)
+
+
+def fit(head: Head, prepared: Prepared) -> Fitted:
+    """Choose a head's settings and fit it; measure its learning curve before, and what int8 costs it after.
+
+    Raises:
+        BadDataError: int8 features cost too much accuracy, or a class has too few images for the curve.
+    """
+    options, seen, chosen_on = prepared.options, prepared.seen, prepared.chosen_on
+    curve = None
+    if options.few_shot:
+        how = options.few_shot, options.repeats
+        curve = learning_curve(head, prepared.fitted[0], prepared.held_out, *how, seed=options.seed, views=seen)
+    meter = Meter(head.device)
+    validation = (chosen_on.X, chosen_on.y) if chosen_on else None
+    head.fit(seen.X, seen.y, validation=validation, groups=seen.groups, views=prepared.cache.views)
+    spent = meter.read()
+    return Fitted(head, spent, judge_rounding(prepared.cache, head, prepared.rows), curve)
+
+
+def judge(fitted: Fitted, prepared: Prepared) -> Judged:
+    """A fitted head on what is held out, and all that is worth keeping of both."""
+    from extractor.graphs.backbone_facts import read_facts
+
+    cache, head, held_out, views = prepared.cache, fitted.head, prepared.held_out, prepared.views
+    need_saveable(head)
+    metrics = predictions = shown = None
+    novelty = Novelty.fit(prepared.fitted)
+    names = list(head.fitted_.classes) if cache.samples.task.stratifies else cache.samples.outputs
+    conformal = head.conformal_ and head.conformal_.to_json()
+    averaging = bool(views and views["averaged"])
+    temperature = None if averaging else head.temperature_  # a mean of probabilities is of no one temperature
+    task = task_of(cache.samples.task.name, names, conformal, temperature)
+    if held_out is not None:
+        looked_at = cache.stored(held_out.sha256, views=True) if averaging else held_out.X
+        probabilities = averaged(head.fitted_.probabilities(looked_at), cache.views if averaging else 1)
+        predictions = Predictions(held_out.sha256, held_out.paths, held_out.y, probabilities, held_out.name)
+        evaluation = task.score(held_out.y, probabilities, held_out.name)
+        novel = novel_share(novelty.scores(held_out.X)) if novelty else None
+        metrics = replace(evaluation, novelty=novel).to_json()
+        if task.exclusive:
+            files = files_or_none(cache.samples) if prepared.options.thumbnails else None
+            shown = illustrate(predictions, names, X=held_out.X, fitted=prepared.fitted, files=files)
+        if prepared.leaks is not None:
+            _with_leaks(metrics, prepared.leaks, held_out, probabilities, task)
+    else:
+        log.warning("nothing is held out, so nothing can be said about how good this head is")
+    spent = fitted.spent
+    bundle = Bundle(
+        path=Path(),
+        kind="frozen",
+        head=name_of(head),
+        task=task.name,
+        classes=names,
+        backbone=read_facts(cache.path, cache.read_backbone()).only(cache.layer),
+        fingerprint=cache.fingerprint if averaging else cache.fingerprint.single,
+        split=prepared.split if head.history_ else {**prepared.split, "chosen_on": None},
+        hyperparameters={
+            **head.hyperparameters_,
+            "temperature": temperature,
+            **({"views": views} if views else {}),
+            "asked": settings_of(head),
+        },
+        history=list(head.history_),
+        made_from=prepared.origin,
+        metrics=metrics,
+        conformal=conformal,
+        rounding=fitted.rounding,
+        few_shot=fitted.few_shot,
+        cost={
+            "train_seconds": round(spent.seconds, 3) if spent else 0.0,
+            "extract_seconds": cache.samples.facts.get("extract_seconds", 0.0),
+            "images": cache.samples.counts["ok"] * cache.views,
+            **together(cache.samples.facts.get("extract_cost"), spent.facts() if spent else None),
+        },
+    )
+    digests = [digest for subset in prepared.fitted for digest in subset.sha256]
+    return Judged(bundle, cache, head.fitted_.to_onnx(), digests, predictions, shown, novelty)
+
+
+def save(judged: Judged, out: str | Path, *, overwrite: bool = False) -> Bundle:
+    """Write the bundle, with its page.
+
+    Raises:
+        OutputExistsError: it exists, or something else does.
+        LockedError: another run has replaced the cache meanwhile.
+    """
+    bundle = replace(judged.bundle, path=Path(out))
+    return save_bundle(
+        bundle,
+        backbone=judged.backbone,
+        head=judged.head,
+        predictions=judged.predictions,
+        fitted=judged.fitted,
+        novelty=judged.novelty.to_bytes() if judged.novelty else None,
+        page=bundle_report(bundle, judged.predictions, judged.shown),
+        overwrite=overwrite,
+    )
+
+
+def save_head(
+    cache: FeatureCache,
+    out: str | Path,
+    head: Head,
+    *,
+    fitted: Sequence[Subset],
+    held_out: Subset | None,
+    overwrite: bool = False,
+) -> Bundle:
+    """Save a head that was fitted elsewhere as a bundle.
+
+    Args:
+        cache: where its features came from; gives the backbone and the fingerprint.
+        out: the bundle's folder.
+        head: a fitted one of `heads.rows`.
+        fitted: everything it was fitted or chosen on; `evaluate_bundle` will refuse these images.
+        held_out: what it is reported on; None for nothing.
+        overwrite: replace an existing bundle.
+    """
+    need_saveable(head)
+    split = {"reported_on": held_out.name if held_out else None, "rule": "caller"}
+    prepared = Prepared(cache, TrainOptions(thumbnails=False), split, fitted, held_out, fitted[0])
+    return save(judge(Fitted(head), prepared), out, overwrite=overwrite)
+
+
+def _for_streaming(roles: Roles, few_shot: Sequence[int], *, seed: int) -> Roles:
+    """One choice instead of one in each fold, for every pass over the features takes its time.
+
+    Raises:
+        UsageError: a learning curve was asked for.
+    """
+    if few_shot:
+        message = "--few-shot needs all features in memory, and they do not fit; raise --max-memory, or leave it out"
+        raise UsageError(message)
+    if roles.choose:
+        return roles
+    fit, choose = inner_validation(roles.fit, seed=seed)
+    return replace(roles, fit=fit, choose=choose, facts={**roles.facts, "chosen_on": INNER})
+
+
+def _look_for_leaks(cache: FeatureCache, roles: Roles, fitted: Sequence[Subset], held_out: Subset | None) -> LeakReport:
+    near: list[Leak] = []
+    searched = True
+    for subset in fitted if held_out else []:
+        more, looked = near_copies(subset, held_out) if held_out else ([], True)
+        near, searched = near + more, searched and looked
+    best = {leak.path: leak for leak in sorted(near, key=lambda leak: -leak.ratio)}  # the most suspicious of each image
+    return LeakReport(
+        copies=[row.name for row in roles.copies],
+        near=sorted(best.values(), key=lambda leak: leak.ratio),
+        conflicts=conflicting_labels(cache.samples),
+        searched=searched,
+    )
+
+
+def _with_leaks(metrics: dict[str, Any], leaks: LeakReport, held_out: Subset, probabilities: Any, task: HeadTask) -> None:
+    """Put what was found into the metrics, with the figure without the images that look like fitted ones."""
+    metrics["leaks"] = leaks.to_json()
+    suspicious = {leak.path for leak in leaks.near}
+    keep = np.array([display(path) not in suspicious for path in held_out.paths])
+    if leaks.near and keep.any():
+        without = task.score(held_out.y[keep], probabilities[keep], held_out.name).to_json()
+        metrics["notes"].append(
+            f"{task.headline(metrics)} with, {task.headline(without)} without the {len(leaks.near)} image(s) that look like "
+            f"copies of fitted ones"
+        )
+        metrics["leaks"] |= {"n_without": without["n"]}
+        if "accuracy" in without:
+            metrics["leaks"]["accuracy_without"] = without["accuracy"]
+
+
+def made_from(cache: FeatureCache, head: Any, options: TrainOptions) -> str:
+    """Digest of everything that decides what `train_head` makes, hexadecimal; what it is made of must not change."""
+    rows = [(row.sha256.hex(), row.label, row.split, row.group.hex(), *row.targets) for row in cache.rows()]
+    facts = [
+        cache.fingerprint.fields,
+        rows,
+        type(head).__name__,
+        head.get_params(),
+        options.own_split,
+        cache.samples.facts.get("split"),
+    ]
+    facts += [] if options.thumbnails else ["no pictures"]
+    facts += ["average views"] if options.average_views else []
+    facts += [["few shot", options.few_shot, options.repeats, options.seed]] if options.few_shot else []
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def require_roles(table: SampleTable, roles: Roles) -> None:
+    """Refuse samples that cannot be learnt from; see `HeadTask.require`."""
+    parts = [(roles.fit, "train"), (roles.choose, roles.facts["chosen_on"]), (roles.report, roles.facts["reported_on"])]
+    task_of(table.task.name, table.outputs).require(table, [(rows, str(name)) for rows, name in parts])

@@ -1,0 +1,208 @@
+"""torch -> ONNX without the classifier, checked against torch before anyone uses it.
+
+Runs in a child process: torch and torchvision are a gigabyte and seconds that the extracting process need not carry.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+
+from extractor.graphs import backbone_facts, onnx_file
+from extractor.graphs.backbone_facts import BackboneFacts, Layer
+from extractor.graphs.graph import Graph, cut, pooling_nodes, spatial_axes
+from extractor.graphs.parity import check_parity
+from extractor.progress import StopFlag
+from store.cache import PENULTIMATE
+from store.environment import python
+from store.errors import BadDataError, InterruptedRunError, PenultError, UsageError, answer_of, raise_answered
+
+from .custom_onnx import import_onnx, is_own
+from .layers import last_weighted, require_layers, shapes_of, tapped
+from .networks import Loaded, load
+from .registry import Backbone
+
+log = logging.getLogger("penult.extractor")
+
+PARITY_BATCHES = (1, 7)
+OPSET = 20
+POLL_SECONDS = 0.2
+PATIENCE = 25  # polls in which a child may tidy up
+
+
+def export(backbone: Backbone, path: Path, stop: StopFlag | None = None) -> BackboneFacts:
+    """Make a backbone file in a child process.
+
+    Args:
+        backbone: what to export: a torchvision network, or somebody's ONNX file.
+        path: the ONNX file; an existing one is replaced when the new one is complete.
+        stop: ends the export when it is set.
+
+    Raises:
+        OutputError: there is no such folder.
+        InterruptedRunError: a signal came, to this process or to the child.
+        PenultError: whatever `load`, `to_onnx` and `import_onnx` raise, from the child.
+    """
+    if backbone.is_file and is_own(Path(backbone.name)):  # nothing of it is computed
+        return import_onnx(backbone, path)
+    onnx_file.require_writable(path)
+    request = json.dumps({"backbone": backbone.facts(), "path": str(path.absolute())})
+    status, out, err = _run_child(python("from extractor.backbones.export import _child; _child()"), request, stop)
+    if stop:
+        onnx_file.remove_unfinished(path)
+        raise InterruptedRunError(stop.signum)
+    for number in (signal.SIGTERM, signal.SIGINT):  # a scheduler, or a terminal, signals the whole group of processes
+        if status in (-number, 128 + number):
+            onnx_file.remove_unfinished(path)
+            raise InterruptedRunError(number)
+    try:
+        answer = json.loads(out.splitlines()[-1])
+    except (IndexError, ValueError):
+        message = f"the export of {backbone.name} died (exit {status})"
+        error = PenultError(message)
+        error.add_note(err[-4000:])
+        raise error from None
+    for level, text in answer.get("messages", []):
+        log.log(level, "%s", text)
+    raise_answered(answer)
+    return BackboneFacts.from_json(answer["facts"])
+
+
+def _run_child(command: list[str], request: str, stop: StopFlag | None) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of a child that is ended when ``stop`` is set: an export may take minutes."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        given: str | None = request
+        polls = 0
+        try:
+            while True:
+                try:
+                    out, err = process.communicate(given, timeout=POLL_SECONDS)
+                    return process.returncode, out, err
+                except subprocess.TimeoutExpired:
+                    given = None  # it is on its way
+                    if stop:
+                        polls += 1
+                        process.terminate() if polls < PATIENCE else process.kill()
+        except BaseException:
+            process.terminate()
+            raise
+
+
+def _child() -> None:
+    request = json.load(sys.stdin)
+    # Exporters print; the answer must be the only thing on stdout.
+    answer_to, sys.stdout = sys.stdout, sys.stderr
+    signal.signal(signal.SIGTERM, _leave)  # so that a download at hand removes what it has of its file
+    messages: list[tuple[int, str]] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append((record.levelno, record.getMessage()))  # type: ignore[method-assign]
+    logging.getLogger("penult").addHandler(handler)
+    logging.getLogger("penult").setLevel(logging.INFO)
+    try:
+        backbone, path = Backbone.from_facts(request["backbone"]), Path(request["path"])
+        if backbone.is_file:
+            facts = import_onnx(backbone, path)
+        else:
+            pooling = backbone.pooling or "average"
+            loaded = load(backbone)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what torch does next may swallow exceptions
+            facts = to_onnx(loaded, backbone.name, path, layers=backbone.layers, pooling=pooling)
+        answer = {"facts": facts.to_json()}
+    except PenultError as error:
+        answer = answer_of(error)
+    print(json.dumps({**answer, "messages": messages}), file=answer_to)
+
+
+def _leave(signum: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + signum)
+
+
+def to_onnx(loaded: Loaded, name: str, path: Path, *, layers: Sequence[str] = (), pooling: str = "average") -> BackboneFacts:
+    """Export a loaded network up to the layers asked for.
+
+    The penultimate layer is found twice: in the exported graph, which is cut there (`Graph.penultimate`), and in torch, by a
+    hook on the last Linear or Conv2d that runs. Both must agree at batch 1 and 7, as must every other layer.
+
+    Args:
+        loaded: the network.
+        name: of the architecture.
+        path: the ONNX file; beyond `onnxfile.MAX_INLINE` its weights lie in a second one, see `onnxfile.save`.
+        layers: module names, or ``penultimate``, which is the default.
+        pooling: ``average``, ``max`` or ``token``, for layers that are no vectors.
+
+    Raises:
+        UsageError: no such layer.
+        BadDataError: torch and ONNX Runtime differ by more than `parity.PARITY`; a layer cannot be pooled.
+        StorageError: the file cannot be written.
+    """
+    import onnx
+    import torch
+
+    layers = list(layers) or [PENULTIMATE]
+    require_layers(loaded.network, layers, pooling)
+    side = loaded.preprocess.crop
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(n, 3, side, side, generator=generator) for n in PARITY_BATCHES]
+    try:
+        last = last_weighted(loaded.network, batches[0])
+    except (AssertionError, RuntimeError) as error:  # a transformer has a parameter for every place in its image
+        message = f"{name} with these weights does not take {side} x {side} pixels: {str(error).strip().splitlines()[0]}"
+        raise UsageError(message) from error
+    shapes = shapes_of(loaded.network, layers, last, batches[0])
+    for layer in layers:
+        if layer not in shapes:
+            message = (
+                f"--layer {layer}: it does not run, or gives no tensor; `penult backbones NAME --layers` lists those that do"
+            )
+            raise UsageError(message)
+        if len(shapes[layer]) != 2:
+            spatial_axes(shapes[layer], layer, pooling)  # raised inside of torch's export, it would be torch's error
+    network = tapped(loaded.network, layers, last, pooling)
+    program = torch.onnx.export(
+        network,
+        (torch.randn(2, 3, side, side, generator=generator),),
+        dynamo=True,
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        input_names=["pixels"],
+        output_names=["logits", *(f"tapped_{i}" for i in range(len(layers)))],
+        opset_version=OPSET,
+        verbose=False,
+    )
+    if program is None:
+        message = f"torch exported nothing for {name}"
+        raise BadDataError(message)
+    model = program.model_proto
+    del program
+    ends, found = [], []
+    for i, (layer, output) in enumerate(zip(layers, backbone_facts.name_outputs(len(layers)), strict=True)):
+        if layer == PENULTIMATE:
+            tensor = Graph(model).penultimate("logits")
+            nodes, kind, dim = pooling_nodes(tensor, shapes[PENULTIMATE], pooling, output, OPSET)
+        else:
+            shape = shapes[layer]
+            dim = shape[1] if len(shape) == 2 else spatial_axes(shape, layer, pooling)[1]
+            nodes, kind = [onnx.helper.make_node("Identity", [f"tapped_{i}"], [output])], "none" if len(shape) == 2 else pooling
+        ends.append((nodes, output, dim))
+        found.append(Layer(f"input of {last}" if layer == PENULTIMATE else layer, kind, dim, output))
+    cut(model, ends)
+    facts = BackboneFacts(
+        name, loaded.weights_name, loaded.weights_digest, tuple(found), loaded.preprocess, source=loaded.source
+    )
+    backbone_facts.write_facts(model, facts)
+    with onnx_file.replacing(path) as new:
+        onnx_file.save(model, new)
+        del model
+        onnx.checker.check_model(str(new))
+        with torch.inference_mode():
+            expected = [[np.asarray(found) for found in network(batch)[1:]] for batch in batches]
+        check_parity(new, [batch.numpy() for batch in batches], expected, name)
+    return facts

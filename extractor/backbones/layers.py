@@ -1,0 +1,185 @@
+"""The layers of a torch network whose features can be asked for, listed and tapped without looking at any graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from extractor.graphs.backbone_facts import POOLINGS
+from extractor.graphs.graph import spatial_axes
+from store.cache import PENULTIMATE
+from store.errors import BadDataError, UsageError, did_you_mean
+
+from .networks import on_meta, untrained
+from .registry import choose_weights
+
+INERT = ("Dropout", "StochasticDepth", "Identity", "Permute")  # what they give, the layer before them gives
+
+
+def torch_penultimate(network: Any, example: Any) -> tuple[str, Callable[[NDArray[np.float32]], NDArray[np.float32]]]:
+    """The penultimate features of a torch network, averaged where they are spatial.
+
+    Returns:
+        The name of the last Linear or Conv2d that runs, and a function from ``(n, 3, h, w)`` to its input ``(n, d)``.
+    """
+    import torch
+
+    last = last_weighted(network, example)
+
+    def features(batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            (found,) = tapped(network, [PENULTIMATE], last, "average")(torch.from_numpy(batch))[1:]
+        return np.asarray(found.numpy(), np.float32)
+
+    return last, features
+
+
+def last_weighted(network: Any, example: Any) -> str:
+    """The name of the last Linear or Conv2d that runs: the classification layer of all of torchvision's networks."""
+    import torch
+
+    ran: list[str] = []
+    layers = {n: m for n, m in network.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
+    hooks = [m.register_forward_pre_hook(lambda *_, name=n: ran.append(name)) for n, m in layers.items()]
+    try:
+        with torch.inference_mode():
+            network(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return ran[-1]
+
+
+def shapes_of(network: Any, layers: Sequence[str], last: str, pixels: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes that layers have for some pixels, in one pass; those that do not run, or give no tensor, are left out."""
+    import torch
+
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def note(layer: str, tensor: Any) -> None:
+        shapes.pop(layer, None)
+        if isinstance(tensor, torch.Tensor):
+            shapes[layer] = tuple(tensor.shape)
+
+    def after(layer: str) -> Callable[[Any, Any, Any], None]:
+        return lambda _module, _inputs, output: note(layer, output)
+
+    hooks = [
+        network.get_submodule(last).register_forward_pre_hook(lambda _module, inputs: note(PENULTIMATE, inputs[0]))
+        if layer == PENULTIMATE
+        else network.get_submodule(layer).register_forward_hook(after(layer))
+        for layer in layers
+    ]
+    try:
+        with torch.inference_mode():
+            network(pixels)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return shapes
+
+
+def tapped(network: Any, layers: Sequence[str], last: str, pooling: str) -> Any:
+    """A module that returns the network's output and, pooled to ``(n, d)``, the layers asked for.
+
+    A layer is the output of the last call of the module of that name; `PENULTIMATE` is the input of ``last``. It is copied
+    when it appears, because what follows may work in place.
+    """
+    import torch
+
+    class Tapped(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, pixels: Any) -> Any:
+            caught: dict[str, Any] = {}
+
+            def before(_module: Any, inputs: Any) -> None:
+                caught[PENULTIMATE] = inputs[0].clone()
+
+            def after(name: str) -> Callable[[Any, Any, Any], None]:
+                return lambda _module, _inputs, output: caught.__setitem__(name, output.clone())
+
+            hooks = [
+                self.network.get_submodule(last).register_forward_pre_hook(before)
+                if name == PENULTIMATE
+                else self.network.get_submodule(name).register_forward_hook(after(name))
+                for name in layers
+            ]
+            try:
+                output = self.network(pixels)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            return (output, *(pool(caught[name], name, pooling) for name in layers))
+
+    return Tapped().eval()
+
+
+def pool(tensor: Any, name: str, pooling: str) -> Any:
+    """A torch tensor as ``(n, d)``, as `graph.pooling_nodes` does it."""
+    if tensor.ndim == 2:
+        return tensor
+    axes, _ = spatial_axes(tensor.shape, name, pooling)
+    if pooling == "token":
+        return tensor[:, 0]
+    return tensor.amax(dim=axes) if pooling == "max" else tensor.mean(dim=axes)
+
+
+def list_layers(name: str) -> list[dict[str, Any]]:
+    """The layers of a torchvision network that can be asked for, in the order of its modules, found without weights.
+
+    Returns:
+        JSON for each: ``layer``, ``module`` (its class), ``shape`` (of one image), ``dim``, and ``pooling`` (``none`` or the
+        default, ``average``).
+
+    Raises:
+        UsageError: no such network.
+    """
+    import torch
+
+    entry = choose_weights(name, None, "--weights")
+    side = entry.transforms().crop_size[0]
+    with on_meta(), torch.inference_mode():
+        network = untrained(name, side).eval()
+        pixels = torch.empty(2, 3, side, side)  # two, because what does not keep the batch is no feature of an image
+        last = last_weighted(network, pixels)
+        asked = [layer for layer, module in network.named_modules() if layer and type(module).__name__ not in INERT]
+        seen = shapes_of(network, [PENULTIMATE, *asked], last, pixels)
+    shapes = {layer: shape for layer, shape in seen.items() if shape[0] == 2}
+    kinds = {layer: type(module).__name__ for layer, module in network.named_modules()}
+    kinds[PENULTIMATE] = f"input of {last}"
+    found = []
+    for layer in (PENULTIMATE, *(each for each in kinds if each != PENULTIMATE)):
+        try:
+            shape = shapes[layer]
+            dim = shape[1] if len(shape) == 2 else spatial_axes(shape, layer, "average")[1]
+        except (KeyError, BadDataError):  # it does not run, gives no tensor, or works on windows rather than on images
+            continue
+        pooling = "none" if len(shape) == 2 else "average"
+        found.append({"layer": layer, "module": kinds[layer], "shape": list(shape[1:]), "dim": int(dim), "pooling": pooling})
+    return found
+
+
+def require_layers(network: Any, layers: Sequence[str], pooling: str) -> None:
+    """Refuse what cannot be tapped, before minutes of export.
+
+    Raises:
+        UsageError: no such layer, with the nearest names; a layer twice; an unknown pooling.
+    """
+    known = [PENULTIMATE, *(name for name, _ in network.named_modules() if name)]
+    for layer in layers:
+        if layer not in known:
+            hint = did_you_mean(layer, known)
+            message = f"--layer {layer}: there is no such layer{hint} (`penult backbones NAME --layers` lists them)"
+            raise UsageError(message)
+    if len(set(layers)) != len(layers):
+        message = f"--layer {' --layer '.join(layers)}: one of them stands there twice"
+        raise UsageError(message)
+    if pooling not in POOLINGS:
+        message = f"--pooling {pooling}: expected {', '.join(POOLINGS)}"
+        raise UsageError(message)

@@ -1,0 +1,233 @@
+"""torchvision's networks, built and filled with weights; and what a state dict is of."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from extractor.pixels.preprocess import Preprocess, require_sizes
+from store.errors import BadDataError, UsageError
+from store.fingerprint import file_digest
+
+from . import weights as weight_files
+from .registry import Backbone, check_request, choose_weights, names, weights_of
+from .weights import WeightsFile, read_state
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Build networks as shapes alone, in no time and memory."""
+    import torch
+    from torchvision.models.regnet import BlockParams
+
+    computed = BlockParams.from_init_params
+
+    def on_cpu(*arguments: Any, **named: Any) -> Any:
+        with torch.device("cpu"):  # RegNets compute their widths with tensors, which have no values on meta
+            return computed(*arguments, **named)
+
+    with mock.patch.object(BlockParams, "from_init_params", on_cpu), torch.device("meta"):
+        yield
+
+
+@contextmanager
+def _loading(state: Mapping[str, Any]) -> Iterator[None]:
+    """Let torchvision's builders load this state dict where they would download one.
+
+    So the network is built exactly as torchvision builds it for these weights: GoogLeNet and Inception then transform their
+    input and drop their auxiliary heads, without a table of such cases here.
+    """
+    from torchvision.models import WeightsEnum
+
+    with mock.patch.object(WeightsEnum, "get_state_dict", return_value=state):
+        yield
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A network with its weights.
+
+    Attributes:
+        network: ``torch.nn.Module`` in eval mode, float32, on the CPU.
+        preprocess: what its input must have gone through.
+        weights_name: ``IMAGENET1K_V1``, a file's name, or ``random:0``.
+        weights_digest: `digest` of its state dict.
+        source: where the weights came from, for people.
+    """
+
+    network: Any
+    preprocess: Preprocess
+    weights_name: str
+    weights_digest: str
+    source: str = ""
+
+
+def load(backbone: Backbone) -> Loaded:
+    """Build a torchvision network with its weights.
+
+    Raises:
+        UsageError: unknown name, weights or preset.
+        InputMissingError: the weights are not here and cannot be downloaded; says which file to bring and where it goes.
+        BadDataError: the file is damaged or does not fit the network.
+    """
+    check_request(backbone)
+    entry = choose_weights(backbone.name, _preset_name(backbone), "--preset")
+    file = backbone.weights_file
+    if backbone.seed is not None:
+        side = backbone.crop or int(entry.transforms().crop_size[0])
+        network, weights_name = _random(backbone.name, backbone.seed, side), f"random:{backbone.seed}"
+        source = f"random numbers, seed {backbone.seed}"
+    elif file is not None:
+        network, weights_name = _build(backbone.name, entry, read_state(file), str(file)), file.name
+        source = f"from {file.name} (sha256 {file_digest(file)}) given by --weights, preset {entry.name}"
+    else:
+        own = WeightsFile(backbone.name, entry)
+        state, sha256 = weight_files.torchvision_state(own)
+        network, weights_name = _build(backbone.name, entry, state, own.name), entry.name
+        source = f"from {own.name} (sha256 {sha256}), torchvision's file"
+    preprocess = Preprocess.from_torchvision(entry.transforms())
+    if (backbone.resize, backbone.crop) != (None, None):
+        resize, crop = backbone.resize, backbone.crop
+        resize, crop = preprocess.resize if resize is None else resize, preprocess.crop if crop is None else crop
+        require_sizes(resize, crop)
+        preprocess = replace(preprocess, resize=resize, crop=crop)
+    if backbone.pixel_path is not None:
+        preprocess = replace(preprocess, pixel_path=backbone.pixel_path)
+    return Loaded(network.eval(), preprocess, weights_name, digest(network.state_dict()), source)
+
+
+def _build(name: str, entry: Any, state: Mapping[str, Any], file: str) -> Any:
+    import torchvision
+
+    with _loading(with_classifier(name, state)):
+        try:
+            return torchvision.models.get_model(name, weights=entry)
+        except RuntimeError as error:
+            message = f"{file} does not fit {name}: {weight_files.misfit(error)}. Is it the file of another network?"
+            raise BadDataError(message) from error
+
+
+def import_weights(path: Path) -> tuple[WeightsFile, Path, bool]:
+    """Take one of torchvision's files, brought from elsewhere, to where `load` finds it.
+
+    Nothing is copied before it was recognised by its digest, loaded safely and found to fit its network.
+
+    Returns:
+        Which file it is, where it is now, and whether it was copied (False where a sound one was there).
+
+    Raises:
+        PenultError: see `weights.recognise`, `weights.read_state` and `weights.install`.
+    """
+    file = weight_files.recognise(path)
+    _build(file.network, file.entry, read_state(path), str(path))
+    return file, *weight_files.install(path, file)
+
+
+def _preset_name(backbone: Backbone) -> str | None:
+    if backbone.weights_file is None:
+        return backbone.preset if backbone.seed is not None else backbone.weights or backbone.preset
+    if backbone.preset is not None:
+        return backbone.preset
+    file = backbone.weights_file
+    entries = weights_of(backbone.name)
+    sha256 = file_digest(file)
+    for name, entry in entries.items():
+        if sha256.startswith(WeightsFile(backbone.name, entry).prefix):
+            return name
+    weight_files.refuse_other_formats(file)  # what cannot be used at all needs no preset first
+    message = (
+        f"{file.name} is not one of torchvision's files for {backbone.name}, so its preprocessing is unknown. "
+        f"State it with --preset {'|'.join(entries)}"
+    )
+    raise UsageError(message)
+
+
+def _random(name: str, seed: int, side: int) -> Any:
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return untrained(name, side)
+
+
+def untrained(name: str, side: int | None = None) -> Any:
+    """A network as its constructor initialises it, without the warnings that some give about future defaults.
+
+    Args:
+        name: of a torchvision classification network.
+        side: of its input, pixels, for those that have a parameter for every place in it.
+    """
+    import torchvision
+
+    size = {"image_size": side} if side and name.startswith("vit_") else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return torchvision.models.get_model(name, weights=None, **size)
+
+
+def skeleton(name: str) -> Any:
+    """A network with shapes and no numbers (torch's meta device)."""
+    with on_meta():
+        return untrained(name)
+
+
+def with_classifier(name: str, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict with the last layer as the network expects it.
+
+    The classifier is cut off anyway, so a checkpoint fine-tuned on other classes, or saved without its head, is as good.
+    """
+    import torch
+
+    expected = skeleton(name).state_dict()
+    fixed = dict(state)
+    for key in _classifier_keys(expected):
+        found = state.get(key)
+        if found is None or found.shape != expected[key].shape:
+            fixed[key] = torch.zeros(expected[key].shape)
+    return fixed
+
+
+def _classifier_keys(state: Mapping[str, Any]) -> set[str]:
+    """The tensors of the last module: the classification layer in all of torchvision's networks."""
+    last = list(state)[-1].rpartition(".")[0]
+    return {key for key in state if key.rpartition(".")[0] == last}
+
+
+def digest(state: Mapping[str, Any]) -> str:
+    """SHA-256 over the named tensors of a network but its last layer, hexadecimal; independent of the file they came from."""
+    sha = hashlib.sha256()
+    for name in sorted(set(state) - _classifier_keys(state)):
+        array = state[name].detach().cpu().contiguous().numpy()
+        sha.update(f"{name}\0{array.dtype.str}\0{','.join(map(str, array.shape))}\0".encode())
+        sha.update(array.reshape(-1).data)
+    return sha.hexdigest()
+
+
+def row(name: str) -> dict[str, Any]:
+    """What `penult backbones` shows of one network, as JSON: dim, weights with accuracy, input, parameters, GFLOPs, source."""
+    entries = weights_of(name)
+    state = skeleton(name).state_dict()
+    classifier = next(state[key] for key in sorted(_classifier_keys(state)) if key.endswith("weight"))
+    weights = {}
+    for key, entry in entries.items():
+        meta = entry.meta
+        weights[key] = {
+            **Preprocess.from_torchvision(entry.transforms()).facts(),
+            "top1": meta["_metrics"]["ImageNet-1K"]["acc@1"],
+            "parameters": meta["num_params"],
+            "gflops": meta["_ops"],
+            "source": entry.url,
+            "licence": WeightsFile(name, entry).licence,
+        }
+    return {"name": name, "dim": int(classifier.shape[1]), "default": next(iter(weights)), "weights": weights}
+
+
+def rows() -> Iterator[dict[str, Any]]:
+    """`row` of every network."""
+    return (row(name) for name in names())

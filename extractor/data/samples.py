@@ -1,0 +1,89 @@
+"""One input as a data set declares it, and what every kind of data set checks."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from store.errors import BadDataError, InputMissingError, UsageError, display
+from store.tasks import as_text
+
+SPLITS = {  # what a split may be called, as a folder, in a column or at the beginning of a shard's name
+    **{"train": "train", "training": "train", "test": "test", "testing": "test"},
+    **{"val": "val", "valid": "val", "validation": "val"},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One input as the dataset declares it; ``path`` is relative to the root, as raw bytes, with ``/``.
+
+    ``targets`` has one number for each of its `store.format.samples.Task.targets`, `MISSING` where there is none.
+    """
+
+    path: bytes
+    label: str | None = None
+    split: str | None = None
+    group: bytes = b""
+    targets: tuple[float, ...] = ()
+
+
+def as_split(value: object) -> str | None:
+    """``train``, ``val`` or ``test`` from any of their names; None for an empty value.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    text = as_text(value)
+    if text and text.lower() not in SPLITS:
+        message = f"split {text!r}; expected train, val or test"
+        raise ValueError(message)
+    return SPLITS[text.lower()] if text else None
+
+
+def leaves_root(path: bytes) -> bool:
+    """Whether a path is not one below the root."""
+    return path.startswith(b"/") or b"\0" in path or b".." in path.split(b"/")
+
+
+def finished(samples: list[Sample], origin: Path, group_by: str | None) -> list[Sample]:
+    """The samples in order of path, with groups from a pattern where there is one.
+
+    Raises:
+        InputMissingError: there are none.
+        BadDataError: two have one path, or only some have a split.
+        UsageError: the pattern is none, or does not match a path.
+    """
+    if not samples:
+        message = f"no files in {origin}"
+        raise InputMissingError(message)
+    samples.sort(key=lambda sample: sample.path)
+    for before, after in itertools.pairwise(samples):
+        if before.path == after.path:
+            message = f"{origin} names {display(after.path)} twice"
+            raise BadDataError(message)
+    missing = [sample for sample in samples if sample.split is None]
+    if missing and len(missing) < len(samples):
+        message = f"{origin}: {len(missing)} of {len(samples)} rows have no split (such as {display(missing[0].path)})"
+        raise BadDataError(message)
+    return samples if group_by is None else _grouped(samples, group_by)
+
+
+def _grouped(samples: Sequence[Sample], group_by: str) -> list[Sample]:
+    try:
+        pattern = re.compile(os.fsencode(group_by))
+    except re.error as error:
+        message = f"--group-by {group_by!r} is neither a column nor a regular expression: {error}"
+        raise UsageError(message) from error
+    grouped = []
+    for sample in samples:
+        match = pattern.search(sample.path)
+        if match is None:
+            message = f"--group-by {group_by!r} does not match {display(sample.path)}"
+            raise UsageError(message)
+        grouped.append(replace(sample, group=(match.group(1) or b"") if pattern.groups else match.group()))
+    return grouped

@@ -1,0 +1,151 @@
+"""What DATA on the command line means, and how the images of a cache are found again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from store.cache import is_cache
+from store.errors import InputMissingError, UsageError
+from store.format.samples import SampleTable
+from store.tasks import ONE_LABEL, Task
+
+from .files import Files, FolderFiles
+from .folders import ImageFolder
+from .manifest import SUFFIXES, Manifest
+from .samples import Sample
+from .tar_shards import COMPRESSED, TarFiles, TarShards, find_shards
+from .tar_shards import ORIGIN as TAR
+from .torchvision_datasets import PREFIX, TorchvisionDataset, open_files, parse
+
+__all__ = ["ImageFolder", "Manifest", "Sample", "Source", "TarShards", "Task", "TorchvisionDataset", "open_source"]
+
+
+class Source(Protocol):
+    """Anything that can list samples below one root folder."""
+
+    @property
+    def root(self) -> Path:
+        """What the samples' paths are relative to."""
+        ...
+
+    @property
+    def files(self) -> Files:
+        """What the samples' bytes are read from."""
+        ...
+
+    @property
+    def task(self) -> Task:
+        """What the labels are for."""
+        ...
+
+    @property
+    def origin(self) -> str | None:
+        """What `files_of` needs besides the root to find the images again; None for plain files."""
+        ...
+
+    def samples(self) -> list[Sample]:
+        """All inputs, ordered by path. Duplicated paths and paths that leave the root are errors."""
+        ...
+
+
+def open_source(
+    data: str | Path,
+    *,
+    base: Path = Path(),
+    root: Path | None = None,
+    follow_symlinks: bool = False,
+    group_by: str | None = None,
+    task: str = ONE_LABEL.name,
+    targets: Sequence[str] = (),
+) -> Source:
+    """The source that ``DATA`` on the command line means.
+
+    Args:
+        data: a folder, a manifest, a ``.tar`` file or ``torchvision:NAME@DIR``.
+        base: what ``data`` is relative to.
+        root: what the paths of a manifest are relative to.
+        follow_symlinks: whether links are followed.
+        group_by: a column of a manifest, or a regular expression over paths.
+        task, targets: see `Task`.
+
+    Raises:
+        InputMissingError: it does not exist.
+        UsageError: it is a file of an unknown kind, a cache or a bundle, or cannot serve the task.
+    """
+    wanted = Task.named(task, targets)
+    found: Source
+    if str(data).startswith(PREFIX):
+        name, folder = parse(str(data))
+        found = TorchvisionDataset(name, base / folder, group_by)
+    else:
+        path = base / data
+        refuse_ours(path)
+        suffix = path.suffix.lower()
+        if path.is_dir():
+            if find_shards(path, follow_symlinks=follow_symlinks):
+                found = TarShards(path, group_by, follow_symlinks, wanted)
+            else:
+                found = ImageFolder(path, follow_symlinks=follow_symlinks, group_by=group_by)
+        elif not path.exists():
+            message = f"{path} does not exist"
+            raise InputMissingError(message)
+        elif suffix == ".tar":
+            found = TarShards(path, group_by, follow_symlinks, wanted)
+        elif suffix in SUFFIXES:
+            found = Manifest(path, root or path.parent, group_by, follow_symlinks, wanted)
+        else:
+            hint = "; decompress it first, and name the .tar" if COMPRESSED.search(path.name) else ""
+            message = f"{path} is neither a folder nor a CSV manifest, Parquet manifest or .tar file{hint}"
+            raise UsageError(message)
+    if root is not None and not isinstance(found, Manifest):
+        message = f"--root {root} is for a manifest; {data} says itself where its images are"
+        raise UsageError(message)
+    if found.task != wanted:
+        message = f"--task {task}: {data} has one label for each image; list the images in a CSV with the columns you need"
+        raise UsageError(message)
+    return found
+
+
+def files_of(table: SampleTable, root: Path | None = None) -> Files:
+    """What the samples of a table are read from, now.
+
+    Args:
+        table: of a cache, or of a survey.
+        root: where the images are, if they moved since.
+
+    Raises:
+        UsageError: they come from a kind of dataset that this penult does not know.
+        PenultError: a torchvision dataset is gone or damaged.
+    """
+    folder, origin = root or table.root, table.facts.get("source")
+    if origin is None:
+        return FolderFiles(folder)
+    if origin == TAR:
+        return TarFiles(folder)
+    if origin.startswith(PREFIX):
+        try:
+            return open_files(origin, folder)
+        except InputMissingError as error:
+            error.add_note("If the images moved since the features were extracted, --root says where they are")
+            raise
+    message = f"the images come from {origin!r}, which this penult does not know; upgrade it"
+    raise UsageError(message)
+
+
+def refuse_ours(path: Path) -> None:
+    """A cache or a bundle is no dataset: its ONNX and HDF5 files would each be a failed image.
+
+    Raises:
+        UsageError: the path is one.
+    """
+    kind = None
+    if is_cache(path) or ((path / "cache.json").is_file() and (path / "shards").is_dir()):
+        kind = "a cache of features"
+    elif (path / "head.json").is_file() and (path / "backbone.onnx").is_file():
+        kind = "a bundle"
+    if kind:
+        message = f"{os.fspath(path)} is {kind}, not images; expected a folder, a manifest or tar shards (see docs/data.md)"
+        raise UsageError(message)

@@ -1,0 +1,323 @@
+"""ONNX files on disk: the facts about a backbone in their metadata, external data, digests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import shutil
+import stat
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from store.errors import BadDataError, InputMissingError, PenultError
+from store.fingerprint import file_digest
+from store.format import atomic
+from store.format.lock import folder_lock
+
+log = logging.getLogger("penult.extractor")
+
+MAX_INLINE = 2_000_000_000  # bytes; protobuf refuses messages of 2 GiB, so larger weights lie in a file beside
+DATA_NAME = re.compile(r"[^/\0]*-[0-9a-f]{8}\.data")
+MARKER = b"penult external data\n".ljust(64, b"\0")  # its file begins so, or it is not ours; the length keeps tensors aligned
+IR_VERSION = b"\x08"  # an ONNX file begins with this field
+BLOCK = 1 << 20
+SHOWN = 3  # names in a message; a hostile file can have any number
+
+
+def read_model(path: Path, data: bytes | None = None) -> Any:
+    """The ``onnx.ModelProto`` of a file, or of its content, the external data left on the disk.
+
+    Raises:
+        InputMissingError: no such file.
+        BadDataError: it is not an ONNX file.
+    """
+    import onnx
+
+    try:
+        model = onnx.load_model_from_string(path.read_bytes() if data is None else data)
+    except OSError as error:
+        message = f"cannot read {path}: {error.strerror}"
+        raise InputMissingError(message) from error
+    except Exception as error:  # protobuf's DecodeError is not public
+        message = f"{path} is not an ONNX file: {error}"
+        raise BadDataError(message) from error
+    if not model.graph.node:
+        message = f"{path} is not an ONNX file: it holds no graph"
+        raise BadDataError(message)
+    return model
+
+
+def external_files(model: Any) -> list[str]:
+    """The files beside it in which a model keeps tensors, as it names them, sorted."""
+    from onnx import TensorProto
+
+    held = [tensor.external_data for tensor in _tensors(model.graph) if tensor.data_location == TensorProto.EXTERNAL]
+    return sorted({entry.value for entries in held for entry in entries if entry.key == "location"})
+
+
+def _tensors(graph: Any) -> Iterator[Any]:
+    """All constants of a graph and of the graphs in its nodes (If, Loop)."""
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from [attribute.t] if attribute.HasField("t") else attribute.tensors
+            for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+                yield from _tensors(inner)
+
+
+def _weight_bytes(model: Any) -> int:
+    """Size of the constants; protobuf's own ByteSize fails where a message is too large."""
+    return sum(len(tensor.raw_data) or 8 * math.prod(tensor.dims) for tensor in _tensors(model.graph))
+
+
+def data_files(path: Path, model: Any | None = None) -> list[Path]:
+    """The files with external data of a model.
+
+    Raises:
+        BadDataError: one lies outside the model's folder.
+        InputMissingError: one is missing; names it.
+    """
+    found = []
+    folder = path.resolve().parent  # beside the file itself, if this is a link to it
+    for name in external_files(model if model is not None else read_model(path)):
+        file = folder / name
+        if not file.resolve().is_relative_to(folder):
+            message = f"{path} keeps weights in {name}, outside its own folder; refused"
+            raise BadDataError(message)
+        if not file.is_file():
+            message = f"{path} keeps weights in {name}, which is not beside it; copy it there too (`cp -L` follows links)"
+            raise InputMissingError(message)
+        found.append(file)
+    return found
+
+
+def digest(path: Path) -> str:
+    """`file_digest` of an ONNX file and its external data.
+
+    Raises:
+        InputMissingError: a file cannot be read.
+    """
+    return file_digest(path, *data_files(path))
+
+
+def weights_digest(model: Any, folder: Path) -> str:
+    """SHA-256 over all constants of a model, hexadecimal: in the order of their names, each name, type, shape and values.
+
+    How a file stores them, inside or in external data, does not matter.
+
+    Args:
+        model: ``onnx.ModelProto``.
+        folder: where its external data is.
+
+    Raises:
+        BadDataError: they cannot be read.
+    """
+    from onnx import TensorProto, numpy_helper
+
+    found = hashlib.sha256()
+    try:
+        for tensor in sorted(_tensors(model.graph), key=lambda each: str(each.name)):
+            found.update(json.dumps([tensor.name, tensor.data_type, list(tensor.dims)]).encode())
+            texts = tensor.data_type == TensorProto.STRING
+            values = b"\0".join(tensor.string_data) if texts else numpy_helper.to_array(tensor, str(folder)).tobytes()
+            found.update(values)
+    except Exception as error:  # onnx's ValidationError, and whatever NumPy says of bytes that do not fit their shape
+        message = f"the weights cannot be read: {error}"
+        raise BadDataError(message) from error
+    return found.hexdigest()
+
+
+def require_writable(target: Path) -> None:
+    """Find out before minutes of work whether a file can be made there.
+
+    Raises:
+        OutputError, StorageError: it cannot.
+    """
+    atomic.require_replaceable(target)
+    try:
+        with tempfile.TemporaryFile(dir=target.parent):
+            return
+    except OSError as error:
+        message = f"cannot create {target}: {error.strerror}"
+        raise atomic.write_error(error)(message) from error
+
+
+def save(model: Any, path: Path) -> None:
+    """Write a model; where its weights are too large for one file, they lie in ``<name>-<random>.data`` beside it.
+
+    The random part lets two models be in one folder while one takes the place of the other; ``path`` may be temporary. The
+    weights of a large model have left memory then, and ``model`` refers to the file. It begins with `MARKER`.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    from onnx import external_data_helper
+
+    if _weight_bytes(model) < MAX_INLINE:
+        atomic.commit(path, model.SerializeToString())
+        return
+    while os.path.lexists(data := path.with_name(f"{_stem(path)}-{secrets.token_hex(4)}.data")):
+        pass
+    begun = atomic.temporary(data)
+    external_data_helper.convert_model_to_external_data(model, location=begun.name)
+    try:
+        with begun.open("xb") as file:
+            file.write(MARKER)
+        try:
+            external_data_helper.write_external_data_tensors(model, str(path.parent))  # appends
+            with begun.open("rb") as file:
+                os.fsync(file.fileno())
+            for entry in [entry for tensor in _tensors(model.graph) for entry in tensor.external_data]:
+                if entry.key == "location":
+                    entry.value = data.name
+            atomic.commit(path, model.SerializeToString())  # before the data has its name: there is always something that tells
+            begun.rename(data)  # whose it is
+            atomic.fsync_directory(path.parent)
+        except BaseException:
+            begun.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        if isinstance(error, PenultError):
+            raise
+        message = f"cannot write {path}: {error.strerror}"
+        raise atomic.write_error(error)(message) from error
+
+
+def _stem(path: Path) -> str:
+    """What the name of a model's external data begins with."""
+    return atomic.final_name(path.name).partition(".onnx")[0]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside a model: what is there when the block ends takes its place, unless an exception ends it."""
+    atomic.require_replaceable(path)
+    remove_unfinished(path)
+    new = atomic.temporary(path)
+    with folder_lock(path.parent):
+        try:
+            yield new
+        except BaseException:
+            remove(new)
+            raise
+        install(new, path)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Delete what processes that were killed in the middle of `replacing` this model have left, unless one is at it now."""
+    folder, model, begun = path.parent, atomic.final_name(path.name), f"{_stem(path)}-"
+    with folder_lock(folder, alone=True) as alone:
+        if alone:
+            models = atomic.leftovers(folder, model.__eq__)
+            for name in {name for left in models for name in _named_data(left)}:
+                _discard(folder, name, models)
+            ours = lambda name: name == model or (name.startswith(begun) and DATA_NAME.fullmatch(name))  # noqa: E731
+            atomic.remove_leftovers(folder, ours)
+
+
+def remove(path: Path) -> None:
+    """Delete a model that was written here, if it is there, and its external data."""
+    for name in _named_data(path):
+        _discard(path.parent, name, [path])
+    path.unlink(missing_ok=True)
+
+
+def install(new: Path, target: Path) -> None:
+    """Give a model of the same folder its final name, delete the external data of the one that had it, and say what is left.
+
+    Anybody may have written what that one names, and two models may share a file: what goes is ours and no other model's.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    folder, named, old = target.parent, _named_data(target), atomic.temporary(target)
+    try:
+        if named:
+            with suppress(OSError):  # a second name, by which the next process finds its data if this one is killed
+                old.hardlink_to(target)
+        new.replace(target)
+        atomic.fsync_directory(folder)
+        left = [name for name in named if not _discard(folder, name, [old]) and os.path.lexists(folder / name)]
+    except OSError as error:
+        message = f"cannot write {target}: {error.strerror}"
+        raise atomic.write_error(error)(message) from error
+    finally:
+        old.unlink(missing_ok=True)
+    if left:
+        log.warning(
+            "the file that was %s named %s as its data: left there, because another model names it too, or nothing in it says "
+            "that penult wrote it",
+            target,
+            ", ".join(map(repr, left[:SHOWN])) + (f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""),
+        )
+
+
+def _named_data(path: Path) -> list[str]:
+    try:
+        return external_files(read_model(path)) if path.is_file() else []
+    except PenultError:  # it is damaged
+        return []
+
+
+def is_marked(path: Path) -> bool:
+    """Whether a file begins as all external data that penult writes does."""
+    with path.open("rb") as file:
+        return file.read(len(MARKER)) == MARKER
+
+
+def _discard(folder: Path, name: str, models: Collection[Path]) -> bool:
+    """Delete a file if it is external data that penult wrote and only these models of its folder name; tell whether."""
+    if not DATA_NAME.fullmatch(name):
+        return False
+    data = folder / name
+    try:
+        status = data.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            return False
+        if not is_marked(data):
+            return False
+        if any(_names(each, os.fsencode(name)) for each in folder.iterdir() if each not in models and each.is_file()):
+            return False
+        data.unlink()
+    except OSError:
+        return False
+    return True
+
+
+def _names(file: Path, data: bytes) -> bool:
+    """Whether a model names a file: it is searched, not parsed. What begins as ONNX does is one, whatever it is called."""
+    with file.open("rb") as opened:
+        seen = opened.read(BLOCK)
+        if not seen.startswith(IR_VERSION) and ".onnx" not in file.name.lower():
+            return False
+        while data not in seen:
+            block = opened.read(BLOCK)
+            if not block:
+                return False
+            seen = seen[-len(data) :] + block
+    return True
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy one of penult's own files, with its external data.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    for file in data_files(source):
+        try:
+            shutil.copyfile(file, target.with_name(file.name))
+        except OSError as error:
+            message = f"cannot write {target.with_name(file.name)}: {error.strerror}"
+            raise atomic.write_error(error)(message) from error
+    atomic.commit(target, source.read_bytes())

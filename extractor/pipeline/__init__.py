@@ -1,0 +1,1 @@
+"""The run over a dataset: what must be done, images to features, features to a cache."""

@@ -1,0 +1,119 @@
+"""What an extraction will do: everything that is cheap to check, the samples, and which of them must be read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence, Set
+from pathlib import Path
+
+from extractor.backbones.registry import Backbone, check_request
+from extractor.data.files import Files
+from extractor.data.samples import Sample
+from extractor.data.sources import Source
+from extractor.pixels.views import require_reference
+from extractor.runtime.devices import resolve_devices
+from store.cache import FeatureCache
+from store.errors import InputMissingError, UsageError
+from store.format.samples import Row, SampleTable
+from store.writer import require_place
+
+from .settings import Options
+from .split_rule import check_splits_possible
+
+
+def limited(samples: list[Sample], limit: int | None) -> list[Sample]:
+    """The first so many samples by hash rank of their paths, in order of path: some of every class and split."""
+    if limit is None or limit >= len(samples):
+        return samples
+    ranked = sorted(samples, key=lambda sample: hashlib.sha256(sample.path).digest())[:limit]
+    return sorted(ranked, key=lambda sample: sample.path)
+
+
+def list_samples(source: Source, options: Options) -> list[Sample]:
+    """What a run is about, by name and label alone.
+
+    Raises:
+        BadDataError: classes that are too small for the split.
+    """
+    samples = limited(source.samples(), options.limit)
+    check_splits_possible(samples, options, source.task)
+    return samples
+
+
+def check_cheaply(backbone: Backbone, cache: Path, options: Options) -> list[str]:
+    """Find what is misspelt or missing before a file is opened or a network built.
+
+    Returns:
+        The devices to compute on.
+
+    Raises:
+        UsageError: no such backbone, weights or preset, or they do not fit each other.
+        InputMissingError: a file of weights or a network is not there.
+        OutputExistsError: the place of the cache is taken.
+        DeviceUnavailableError: the device is not there.
+    """
+    check_request(backbone)
+    if options.views > 1:
+        require_reference(backbone.pixel_path)
+    require_place(cache)
+    devices = resolve_devices("cpu" if options.precision == "int8" else options.device)
+    check_for_gpu(options.precision, devices[0])
+    return devices
+
+
+def check_for_gpu(precision: str, device: str) -> None:
+    """Refuse on a CPU what only a GPU gains from: there float16 is float32 with a cast before and after, and TF32 nothing."""
+    if precision in ("fp16", "tf32") and device == "cpu":
+        message = f"--precision {precision} is for a GPU, and this is the CPU: leave it out, or pass --device cuda"
+        raise UsageError(message)
+
+
+def plan(
+    samples: Sequence[Sample], before: SampleTable | None, cached: Set[bytes], files: Files, options: Options
+) -> tuple[list[Row | None], list[tuple[int, Sample]]]:
+    """What is known already and what must be read.
+
+    A file with the size, time and inode of the last run is not opened: its outcome then is its outcome now, provided its
+    features are there. Labels, splits and groups are always the source's.
+
+    Args:
+        samples: what the source has now.
+        before: the sample table of the last run.
+        cached: content digests that have features.
+        files: where samples are.
+        options: ``retry_failed`` and ``verify_content`` count.
+
+    Returns:
+        One row per sample (None where it must be read), and the samples to read with their places.
+    """
+    known = {row.path: row for row in before.rows} if before and not options.verify_content else {}
+    rows: list[Row | None] = []
+    todo = []
+    for index, sample in enumerate(samples):
+        row = known.get(sample.path)
+        if row is not None and (row.sha256 in cached if row.ok else not options.retry_failed):
+            stat = files.stat(sample.path)
+            if row.stat == stat:
+                outcome = (row.sha256, row.code, row.message, stat)
+                rows.append(Row(sample.path, sample.label, sample.split, sample.group, *outcome, sample.targets))
+                continue
+        rows.append(None)
+        todo.append((index, sample))
+    return rows, todo
+
+
+def preview(source: Source, backbone: Backbone, cache: Path, options: Options) -> dict[str, int]:
+    """What `run_extract` would have to do, without doing any of it or writing anything.
+
+    Returns:
+        ``inputs``; ``unchanged``, which would not be opened; ``to_read``, of which those with unknown content are computed.
+    """
+    check_cheaply(backbone, cache, options)
+    samples = list_samples(source, options)
+    try:
+        opened = FeatureCache(cache)
+    except InputMissingError:
+        return {"inputs": len(samples), "unchanged": 0, "to_read": len(samples)}
+    known = set.intersection(*({key for s in opened.with_layer(name).shards for key in s.digests()} for name in opened.layers))
+    _, todo = plan(samples, opened.samples, known, source.files, options)
+    return {"inputs": len(samples), "unchanged": len(samples) - len(todo), "to_read": len(todo)}

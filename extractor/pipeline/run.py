@@ -1,0 +1,279 @@
+"""Plan, run shard after shard, finalize: from a source to a finished cache.
+
+Decoding, the backbone and the disk work at the same time: `Reader` decodes ahead, `embedded` keeps every lane of the backbone
+busy, and `run_shard` is the unit: it takes batches of features, commits one shard and returns its counts. A run that dies
+between two of them has lost only what was not committed, and the next one continues from the shards.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from extractor.backbones.registry import Backbone
+from extractor.data.reader import Crew, Reader
+from extractor.data.samples import Sample
+from extractor.data.sources import Source
+from extractor.graphs.backbone_facts import BackboneFacts
+from extractor.machine import Clock, Meter, cores, timed, together
+from extractor.pixels.decoder import Decoder
+from extractor.pixels.preprocess import Preprocess
+from extractor.pixels.views import require_reference
+from extractor.precision.calibration import Calibrator, count_moved
+from extractor.progress import Progress, StopFlag, stop_on_signal
+from extractor.runtime.batch_size import Pace
+from extractor.runtime.devices import Fleet, open_embedder
+from extractor.runtime.session import Embedder
+from store.cache import FeatureCache
+from store.errors import BudgetExceededError, InterruptedRunError, StorageError
+from store.format.metadata import BACKBONE, shard_paths
+from store.format.samples import Row, SampleTable
+from store.writer import CacheWriter, open_writer
+
+from .batches import embedded, run_shard
+from .plan import check_cheaply, check_for_gpu, list_samples, plan
+from .prepare import fingerprints, library_versions, prepare_backbone
+from .settings import Options
+from .split_rule import resolve_splits, say_splits
+from .summary import Summary, bottleneck
+
+log = logging.getLogger("penult.extractor")
+
+
+def extract(source: Source, backbone: Backbone, cache: str | Path, options: Options | None = None) -> FeatureCache:
+    """Make or update a cache; the Python face of `run_extract`, which also returns the summary."""
+    run_extract(source, backbone, Path(cache), options or Options())
+    return FeatureCache(cache)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What a run is about, once all that is cheap to check is known to be right."""
+
+    source: Source
+    backbone: Backbone
+    cache: Path
+    options: Options
+    devices: list[str]
+    samples: list[Sample]
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A backbone in the cache, proven on its device, and what turns files into pixels for it.
+
+    Attributes:
+        facts: of the backbone.
+        decoder, embedder: started.
+        before: the sample table of the last run; None where there was none.
+    """
+
+    facts: BackboneFacts
+    decoder: Decoder
+    embedder: Embedder | Fleet
+    before: SampleTable | None
+
+
+@dataclass(frozen=True)
+class _Streamed:
+    """Every input with its outcome, how many were computed, and what that took.
+
+    Attributes:
+        rows: of all inputs, unless the run stopped.
+        computed: images that went through the backbone.
+        clock: seconds by stage.
+        workers: decoding threads.
+    """
+
+    rows: list[Row]
+    computed: int
+    clock: Clock
+    workers: int
+
+    @property
+    def working(self) -> float:
+        """Seconds spent on the images themselves."""
+        return sum(self.clock[name] for name in ("wait", "embed", "settle"))
+
+
+def run_extract(source: Source, backbone: Backbone, cache: Path, options: Options) -> Summary:
+    """Pass every image of a source that has no features yet through the backbone once: plan, open, stream, finish.
+
+    Raises:
+        BudgetExceededError: more inputs failed than allowed; what succeeded is kept.
+        FingerprintMismatchError: the cache was made differently.
+        InterruptedRunError: SIGINT or SIGTERM came; everything embedded until then is committed.
+        PenultError: see the tree in ``store.errors``.
+    """
+    started = time.perf_counter()
+    devices = check_cheaply(backbone, cache, options)
+    request = _Request(source, backbone, cache, options, devices, list_samples(source, options))
+    meter = Meter(*devices)
+    with open_writer(cache) as writer, stop_on_signal() as stop, _open(request, writer, stop) as opened:
+        streamed = _stream(request, writer, opened, stop)
+        table, changed = _finish(request, writer, opened, streamed, meter)
+    summary = Summary(
+        cache=str(cache),
+        **table.counts,
+        computed=streamed.computed,
+        inference_calls=opened.embedder.calls,
+        provider=opened.embedder.provider,
+        images_per_second=round(streamed.computed / max(streamed.working, 1e-9), 1),
+        cache_bytes=sum(path.stat().st_size for path in shard_paths(cache)),
+        batch_size=opened.embedder.batch_size,
+        lanes=opened.embedder.lanes,
+        workers=streamed.workers,
+        views=options.views,
+        bottleneck=bottleneck(streamed.clock, opened.embedder.provider) if streamed.computed else "",
+        seconds={name: round(value, 3) for name, value in streamed.clock.items()}
+        | {"total": round(time.perf_counter() - started, 3)},
+        codes=dict(Counter(row.code for row in table.rows if row.code)),
+    )
+    if not streamed.computed:
+        log.info("nothing to compute: all features are cached%s", "" if changed else ", and the dataset is unchanged")
+    budget = options.budget(len(request.samples))
+    if summary.failed > budget:
+        message = (
+            f"{summary.failed} of {len(table.rows)} inputs failed and --max-failures {options.max_failures} allows {budget}; "
+            f"see {cache}/ledger.jsonl"
+        )
+        raise BudgetExceededError(message, facts={"extract": summary.to_json()})
+    return summary
+
+
+@contextmanager
+def _open(request: _Request, writer: CacheWriter, stop: StopFlag) -> Iterator[_Opened]:
+    """Put the backbone into the cache, start its session and the decoder, and agree with the cache on the fingerprint."""
+    options, drawn, tf32 = request.options, request.options.drawn, request.options.precision == "tf32"
+    calibrator = None
+    if options.precision == "int8":
+        division = (options.val_fraction, options.test_fraction, options.seed)
+        calibrator = Calibrator(request.source, request.samples, *division, options.workers, stop)
+    half = options.precision == "fp16"
+    facts, notes = prepare_backbone(
+        writer, request.backbone, overwrite=options.overwrite, stop=stop, quantise=calibrator, half=half
+    )
+    if drawn:
+        require_reference(facts.preprocess.pixel_path)  # an ONNX file may say it
+    with ExitStack() as stack:
+        decoder = stack.enter_context(Decoder(facts.preprocess, crop=drawn is None, stop=stop))
+        decoder.start()  # beside the session, which takes as long
+        # The session proves the device before any image is read.
+        check_for_gpu(facts.precision, request.devices[0])  # the file may say so itself
+        model = request.cache / BACKBONE
+        size = options.batch_size
+        embedder = open_embedder(request.devices, model, facts.preprocess, batch_size=size, outputs=facts.outputs, tf32=tf32)
+        stack.callback(embedder.close)
+        sets = fingerprints(facts, embedder.provider, options.storage, tf32=tf32, views=drawn)
+        writer.begin(*sets, facts={**notes, "versions": library_versions()})
+        numbers = len(request.samples) * options.views * sum(embedder.dims)
+        _check_disk(request.cache, numbers * (4 if options.storage == "float32" else 2))
+        yield _Opened(facts, decoder, embedder, writer.samples)
+
+
+def _stream(request: _Request, writer: CacheWriter, opened: _Opened, stop: StopFlag) -> _Streamed:
+    """Read, decode, embed and write what is not known yet.
+
+    Raises:
+        InterruptedRunError: a signal came; what was embedded until then is committed.
+    """
+    options, embedder, before = request.options, opened.embedder, opened.before
+    if before and options.limit and len(request.samples) < len(before.rows):
+        counts = len(request.samples), len(before.rows)
+        log.warning("--limit leaves %d of the %d samples in the sample table; features are kept", *counts)
+    outcomes, todo = plan(request.samples, before, writer.known, request.source.files, options)
+    pace = Pace(embedder, options.views * len(todo) if options.batch_size is None else 0)
+    crew = Crew(options.workers, embedder.provider)
+    ahead = 2 * math.ceil(embedder.batch_size / options.views)
+    files, preprocess = request.source.files, opened.facts.preprocess
+    reader = Reader(files, preprocess, writer.known, crew, ahead=ahead, views=options.drawn)
+    clock: Clock = defaultdict(float)
+    computed, fail_fast = 0, options.on_error == "fail"
+    with (
+        Progress(len(todo), "extract", quiet=options.quiet) as progress,
+        closing(reader.stream(todo, stop, opened.decoder)) as stream,
+    ):
+        batches = embedded(stream, embedder, pace, progress, clock, views=options.views, fail_fast=fail_fast)
+        while result := run_shard(batches, writer, clock):
+            for outcome in result.outcomes:
+                outcomes[outcome.index] = outcome.row
+            computed += result.computed
+            done = {"event": "shard", "inputs": len(result.outcomes), "computed": result.computed}
+            log.debug("%(inputs)d inputs done, %(computed)d computed", done, extra={"facts": done})
+        with timed(clock, "settle"):
+            writer.settle()
+    clock |= {**reader.seconds, "backbone": embedder.seconds, "write": writer.seconds}
+    if stop:
+        raise InterruptedRunError(stop.signum)
+    rows = _fail_copies([row for row in outcomes if row is not None], writer.known)
+    if fail_fast:
+        _fail_fast(rows)
+    return _Streamed(rows, computed, clock, crew.size)
+
+
+def _finish(
+    request: _Request, writer: CacheWriter, opened: _Opened, streamed: _Streamed, meter: Meter
+) -> tuple[SampleTable, bool]:
+    """Divide the samples into splits and replace the sample table; whether it changed."""
+    source, options, before, computed = request.source, request.options, opened.before, streamed.computed
+    rows, rule = resolve_splits(streamed.rows, options, source.task)
+    say_splits(before, rows, rule, source.task)
+    if opened.facts.precision == "int8" and (moved := count_moved(request.cache, rows)):
+        log.warning("%d images that int8 was calibrated on are in 'val' or 'test' now; --overwrite calibrates again", moved)
+    spent = (before.facts.get("extract_seconds", 0.0) if before else 0.0) + (streamed.working if computed else 0)
+    facts = {**_facts(source, rule, rows, options), "extract_seconds": round(spent, 3)}
+    cost = before.facts.get("extract_cost") if before else None
+    if computed or cost:
+        facts["extract_cost"] = together(cost, meter.read().facts()) if computed else cost
+    table = SampleTable(rows, facts, source.task.targets)
+    return table, writer.finish(table)
+
+
+def survey(source: Source, preprocess: Preprocess, options: Options) -> SampleTable:
+    """Read, hash and decode every input without embedding any: the sample table that `run_extract` would write."""
+    samples = list_samples(source, options)
+    reader = Reader(source.files, preprocess, set(), Crew(options.workers or cores()))
+    rows = _fail_copies([outcome.row for outcome in reader.stream(list(enumerate(samples)), StopFlag())], set())
+    rows, rule = resolve_splits(rows, options, source.task)
+    return SampleTable(rows, _facts(source, rule, rows, options), source.task.targets)
+
+
+def _facts(source: Source, rule: dict[str, Any], rows: Sequence[Row], options: Options) -> dict[str, Any]:
+    root = os.fsencode(Path(source.root).absolute()).hex()
+    exceeded = sum(not row.ok for row in rows) > options.budget(len(rows))
+    origin = {} if source.origin is None else {"source": source.origin}
+    return {"root": root, **origin, "task": source.task.name, "split": rule, "budget_exceeded": exceeded}
+
+
+def _check_disk(cache: Path, needed: int) -> None:
+    free = shutil.disk_usage(cache).free
+    if needed > free:
+        message = f"{cache} needs about {needed / 2**20:.0f} MiB and the disk has {free / 2**20:.0f} MiB free"
+        raise StorageError(message)
+
+
+def _fail_copies(rows: list[Row], known: set[bytes]) -> list[Row]:
+    """Give the copies of a file that failed its failure: only the first of them was decoded."""
+    failures = {row.sha256: row for row in rows if not row.ok and row.sha256}
+    return [
+        replace(row, code=failures[row.sha256].code, message=failures[row.sha256].message)
+        if row.ok and row.sha256 in failures and row.sha256 not in known
+        else row
+        for row in rows
+    ]
+
+
+def _fail_fast(rows: Sequence[Row]) -> None:
+    for row in rows:
+        if not row.ok:
+            message = f"{row.name}: {row.code}: {row.message} (--on-error fail)"
+            raise BudgetExceededError(message)

@@ -1,0 +1,90 @@
+"""What an extraction says of itself: what it did, how fast, and what held it up."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from extractor.machine import Clock
+
+
+@dataclass
+class Summary:
+    """What a run did; ok + duplicates + failed = inputs.
+
+    Attributes:
+        inputs, ok, duplicates, failed: outcome of every input; ok counts distinct contents.
+        computed: images that went through the backbone in this run.
+        inference_calls: calls of the backbone in this run.
+        images_per_second: computed images over the time spent on them; 0 where there were none.
+        cache_bytes: size of all shards.
+        batch_size, lanes, workers: as used.
+        views: of each image.
+        seconds: wall time by stage. ``read+decode`` and ``backbone`` are summed over workers and lanes, ``write`` is
+            beside them; ``wait`` was spent waiting for pixels, ``embed`` for features, ``settle`` for the disk.
+        bottleneck: the stage that decided the speed: ``decoding``, ``backbone``, ``writing``, or none.
+        codes: number of failures by code.
+    """
+
+    cache: str = ""
+    inputs: int = 0
+    ok: int = 0
+    duplicates: int = 0
+    failed: int = 0
+    computed: int = 0
+    inference_calls: int = 0
+    provider: str = ""
+    images_per_second: float = 0.0
+    cache_bytes: int = 0
+    batch_size: int = 0
+    lanes: int = 0
+    workers: int = 0
+    views: int = 1
+    bottleneck: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+    codes: dict[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def text(self) -> str:
+        """For people: one line that reconciles, one that says what the run did, and where it was long, why it took so long."""
+        codes = f" ({', '.join(f'{code} {count}' for code, count in sorted(self.codes.items()))})" if self.codes else ""
+        lines = [f"{self.inputs} inputs = {self.ok} ok + {self.duplicates} duplicates + {self.failed} failed{codes}"]
+        total = self.seconds["total"]
+        if not self.computed:
+            return "\n".join([*lines, f"nothing to compute, 0 inference calls, {total:.1f} s"])
+        each = {name: 1000 * self.seconds[name] / self.computed for name in ("read+decode", "backbone", "write")}
+        views = f" in {self.views} views each" if self.views > 1 else ""
+        lines.append(
+            f"{self.computed} computed{views} on {self.provider} in {total:.1f} s, {self.images_per_second:.0f} images/s "
+            f"(ms an image: decoding {each['read+decode']:.1f} in {self.workers} workers, "
+            f"backbone {each['backbone']:.1f} in {self.lanes} lanes of {self.batch_size}, writing {each['write']:.1f})"
+        )
+        if total >= ADVICE_SECONDS:
+            advice = ADVICE[self.bottleneck, "cpu" if self.provider == "cpu" else "gpu"]
+            lines.append(f"bottleneck: {self.bottleneck}; {advice}")
+        return "\n".join(lines)
+
+
+ADVICE_SECONDS = 20.0  # nobody minds what took less
+ADVICE = {
+    ("decoding", "cpu"): "more cores, smaller photos, or another --pixel-path would help",
+    ("decoding", "gpu"): "the GPU waited for images; more cores, smaller photos, or another --pixel-path would help",
+    ("backbone", "cpu"): "--precision int8, a smaller network or a GPU would help",
+    ("backbone", "gpu"): "--precision fp16 or a smaller network would help",
+    ("writing", "cpu"): "the disk of the cache is slow",
+    ("writing", "gpu"): "the disk of the cache is slow",
+}
+
+
+def bottleneck(seconds: Clock, provider: str) -> str:
+    """The stage that decided the speed.
+
+    On a GPU it is what the consumer waited for. On a CPU decoding and backbone share the cores, so it is the larger share of
+    the work; unless the consumer waited for the disk.
+    """
+    waits = {"decoding": seconds["wait"], "backbone": seconds["embed"], "writing": seconds["settle"]}
+    if provider == "cpu" and max(waits, key=waits.__getitem__) != "writing":
+        return "decoding" if seconds["read+decode"] > seconds["backbone"] else "backbone"
+    return max(waits, key=waits.__getitem__)

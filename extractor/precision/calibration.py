@@ -1,0 +1,156 @@
+"""Which images an int8 backbone is calibrated and judged on: training images only, a few hundred, always the same."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from extractor.data.reader import Crew, Reader
+from extractor.data.samples import Sample
+from extractor.data.sources import Source
+from extractor.graphs.backbone_facts import BackboneFacts
+from extractor.machine import cores
+from extractor.pixels.images import ImageError
+from extractor.progress import StopFlag
+from store.errors import BadDataError, InterruptedRunError, PenultError
+from store.format.calibration import Calibration, read_calibration
+from store.format.samples import Row
+from store.splits import assign_splits
+
+from .int8 import Pixels, quantise
+
+log = logging.getLogger("penult.extractor")
+
+CALIBRATED, JUDGED = 128, 256  # images that give the ranges, and others that judge them; 512 would not give better ranges
+FEWEST = 8
+MAX_PIXEL_BYTES = 2**29  # of large crops, fewer images are taken
+CLEARANCE = 0.5  # of the training images: those whose rank is nearest to another split are not taken
+
+
+@dataclass(frozen=True)
+class Calibrator:
+    """Makes the int8 form of a backbone from the training images of a source.
+
+    Attributes:
+        source, samples: the data, and what of it is extracted.
+        val, test, seed: the split that `extract` will make, where the source has none.
+        workers: decoding threads; None for the number of cores.
+        stop: ends it with an exception.
+    """
+
+    source: Source
+    samples: Sequence[Sample]
+    val: float
+    test: float
+    seed: int
+    workers: int | None
+    stop: StopFlag
+
+    def __call__(self, float_file: Path, out: Path, facts: BackboneFacts) -> tuple[BackboneFacts, Calibration]:
+        """Write the int8 file, and return its facts with both kinds of features of the images that were looked at.
+
+        Raises:
+            BadDataError: int8 is too coarse for this network, or there are too few images.
+            InterruptedRunError: a signal came.
+        """
+        limit = max(min(CALIBRATED + JUDGED, MAX_PIXEL_BYTES // (3 * facts.preprocess.crop**2)), FEWEST)
+        digests, pixels = self._decoded(facts, limit)
+        if len(digests) < FEWEST:
+            message = (
+                f"--precision int8 is calibrated on at least {FEWEST} training images, and finds {len(digests)} here that can "
+                f"be decoded and that no damaged file can move into another split. Add images, or use --precision fp32"
+            )
+            raise BadDataError(message)
+        count = min(CALIBRATED, len(digests) // 2)
+        log.info("calibrating int8 on %d training images, judging it on %d others", count, len(digests) - count)
+        made = quantise(float_file, out, facts, pixels[:count], pixels[count:], self._check)
+        found = made.facts.calibration
+        log.info(
+            "int8 by %s, %d layer(s) in float: cosine to float %.4f at worst, %.4f on average",
+            *(found["method"], len(found["float_layers"]), found["min"], found["mean"]),
+        )
+        order = [*digests[count:], *digests[:count]]
+        return made.facts, Calibration(found["sha256"], [each.layer for each in facts.layers], order, made.exact, made.rounded)
+
+    def _check(self) -> None:
+        if self.stop:
+            raise InterruptedRunError(self.stop.signum)
+
+    def _decoded(self, facts: BackboneFacts, limit: int) -> tuple[list[bytes], Pixels]:
+        workers = self.workers or cores()
+        reader = Reader(self.source.files, facts.preprocess, set(), Crew(workers))
+        digests, pixels = [], []
+        with closing(reader.stream(list(enumerate(self._candidates(workers))), self.stop)) as stream:
+            for outcome in stream:
+                if outcome.row.ok and outcome.pixels is not None:
+                    digests.append(outcome.row.sha256)
+                    pixels.append(outcome.pixels)
+                if len(digests) == limit:
+                    break
+        self._check()
+        side = facts.preprocess.crop
+        return digests, np.stack(pixels) if pixels else np.empty((0, side, side, 3), np.uint8)
+
+    def _candidates(self, workers: int) -> list[Sample]:
+        """The training samples in an order that depends on nothing but their paths, or where they are hashed, their content.
+
+        Where `extract` will divide the samples by hash rank, that depends on the content of them all, and on which of them turn
+        out to be damaged: so those whose rank is near another split are left out.
+        """
+        targets = self.source.task.targets
+        if any(sample.split for sample in self.samples):
+            train = [sample for sample in self.samples if sample.split == "train"]
+        elif (not targets and any(sample.label is None for sample in self.samples)) or not (self.val or self.test):
+            train = list(self.samples)
+        else:
+            return self._clear_of_other_splits(workers)
+        return sorted(train, key=lambda sample: hashlib.sha256(sample.path).digest())
+
+    def _clear_of_other_splits(self, workers: int) -> list[Sample]:
+        log.info("reading %d files to know which will be training images", len(self.samples))
+        known: dict[bytes, Sample] = {}
+        rows = []
+        with ThreadPoolExecutor(workers, "penult-hash") as pool:
+            for sample, digest in zip(self.samples, self._in_turn(pool), strict=False):
+                if digest is not None:
+                    known.setdefault(digest, sample)
+                    rows.append(Row(sample.path, sample.label, None, sample.group, sha256=digest))
+        self._check()
+        val = self.val + (1 - self.val - self.test) * CLEARANCE
+        names = assign_splits(rows, val=val, test=self.test, seed=self.seed, stratify=self.source.task.stratifies)
+        train = {row.sha256 for row, name in zip(rows, names, strict=True) if name == "train"}
+        return [known[digest] for digest in sorted(train)]
+
+    def _in_turn(self, pool: ThreadPoolExecutor) -> Iterator[bytes | None]:
+        """Digests in the order of the samples, a bounded number of files at a time; ends early when ``stop`` is set."""
+        for begin in range(0, len(self.samples), 1024):
+            if self.stop:
+                return
+            yield from pool.map(self._digest, self.samples[begin : begin + 1024])
+
+    def _digest(self, sample: Sample) -> bytes | None:
+        try:
+            return hashlib.sha256(self.source.files.read(sample.path)[0]).digest()
+        except ImageError:  # it will fail again when it is extracted, and be reported then
+            return None
+
+
+def without(facts: BackboneFacts) -> BackboneFacts:
+    """Facts of an int8 file as those of the float file that it came from."""
+    return replace(facts, precision="fp32", calibration={})
+
+
+def count_moved(cache: Path, rows: Sequence[Row]) -> int:
+    """How many images of a cache's calibration are held out or chosen on now: files that come or go may move others."""
+    try:
+        looked_at = set(read_calibration(cache).sha256)
+    except PenultError:  # nothing depends on it; `verify` says what is wrong with it
+        return 0
+    return len({row.sha256 for row in rows if row.ok and row.split in ("val", "test") and row.sha256 in looked_at})

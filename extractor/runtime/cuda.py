@@ -1,0 +1,273 @@
+"""The NVIDIA side of a session: libraries, the provider and its options, the proof that it computes, buffers that never move.
+
+What was decided, and why:
+
+- Two lanes share one session. ONNX Runtime gives every concurrent `run` a stream of its own and releases the interpreter
+  lock, so one lane's copies hide behind the other's compute; a second session would cost the weights a second time.
+- Pixels and features lie in device buffers that are made once per lane and batch size, so memory is flat. The host side is
+  pinned: a copy from pageable memory goes through the driver's own buffer at half the speed, with the interpreter locked.
+- ``use_tf32`` is ONNX Runtime's one switch for the tensor cores of all convolutions: off, float16 has none either; on, float32
+  products lose 13 bits. So it is on where somebody asked for TF32, and for networks that are float16 throughout, which have no
+  float32 to lose. A layer that was kept in float32 because float16 is too coarse for it would be as coarse in TF32 (the
+  features of one MobileNetV2 would move by 3 % again, and not by 0.5 %): there it is off.
+- NHWC is what tensor cores take; without them cuDNN's NCHW kernels need no transposition.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import logging
+import re
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from extractor.graphs.graph import of_pixels
+from store.errors import DeviceUnavailableError
+
+log = logging.getLogger("penult.extractor")
+
+PROVIDER = "CUDAExecutionProvider"
+WARNINGS, NOTHING = 2, 4  # severities of what ONNX Runtime logs: its default, and fatal errors alone
+PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
+# What ONNX Runtime itself adds to a graph for shapes; other nodes that it has named are parts of a function, or fusions.
+OF_SHAPES = ("Shape", "Size", "Gather", "Slice", "Concat", "Squeeze", "Unsqueeze", "Cast")
+MAJOR, MINOR = 75, 76  # cudaDevAttrComputeCapabilityMajor and ..Minor
+
+
+def number_of(device: str) -> int:
+    """Which card ``cuda`` or ``cuda:N`` is."""
+    return int(device.partition(":")[2] or 0)
+
+
+@contextlib.contextmanager
+def hushed(onnxruntime: Any) -> Iterator[None]:
+    """Keep what ONNX Runtime logs from the terminal, for as long as its failures are put into messages."""
+    onnxruntime.set_default_logger_severity(NOTHING)
+    try:
+        yield
+    finally:
+        onnxruntime.set_default_logger_severity(WARNINGS)
+
+
+@cache
+def trouble(device: str) -> str:
+    """Why a card does not compute with ONNX Runtime, for people; empty where it does. Tried once in a process.
+
+    By running a convolution: ONNX Runtime raises little of it. It goes on with the CPU, or without cuDNN, and fails only in a
+    run on a card that its wheel has no code for.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = NOTHING
+    model, pixels, expected = _one_convolution()
+    with hushed(onnxruntime):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):  # which belongs to results
+            onnxruntime.preload_dlls()
+        try:  # its own fall-back to the CPU would print, and go on
+            session = onnxruntime.InferenceSession(model, options, providers=providers(device), enable_fallback=0)
+            delivered = session.get_providers()[0]
+            if delivered != PROVIDER:
+                why = _unloadable(onnxruntime) or " ".join(printed.getvalue().split())
+                why = why or f"does the driver support CUDA {onnxruntime.cuda_version or '13'}?"
+                return f"ONNX Runtime made a session on {delivered} instead: {PROVIDER} did not load ({why})"
+            found = session.run(None, {"pixels": pixels})[0]
+        except Exception as error:  # onnxruntime's exceptions have no common public base
+            why = reason(error)
+            if "no kernel image" in why:
+                why = f"this onnxruntime has no code for a card of compute capability {capability(device, onnxruntime)}: {why}"
+            return why
+    if not np.allclose(found, expected, rtol=1e-3):  # there are algorithms that round whole numbers
+        return "a convolution gives something else there than on a CPU"
+    if not is_loaded("libcudnn"):  # it does without from 1.30 on
+        return "ONNX Runtime finds no cuDNN, and is slow without; install onnxruntime-gpu[cuda,cudnn]"
+    return ""
+
+
+def _one_convolution() -> tuple[bytes, NDArray[np.uint8], NDArray[np.float32]]:
+    """A network with a layer of cuDNN's and some of ONNX Runtime's own, its input, and what it gives."""
+    from onnx import TensorProto, helper
+
+    nodes = [
+        helper.make_node("Transpose", ["pixels"], ["planes"], perm=[0, 3, 1, 2]),
+        helper.make_node("Cast", ["planes"], ["values"], to=TensorProto.FLOAT),
+        helper.make_node("Conv", ["values", "ones"], ["sums"]),
+        helper.make_node("Relu", ["sums"], ["features"]),
+    ]
+    ones = helper.make_tensor("ones", TensorProto.FLOAT, [8, 3, 3, 3], [1.0] * 216)
+    pixels = helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["n", 8, 8, 3])
+    features = helper.make_tensor_value_info("features", TensorProto.FLOAT, ["n", 8, 6, 6])
+    graph = helper.make_graph(nodes, "convolution", [pixels], [features], [ones])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    return model.SerializeToString(), np.full((1, 8, 8, 3), 2, np.uint8), np.full((1, 8, 6, 6), 54, np.float32)
+
+
+def _unloadable(onnxruntime: Any) -> str:
+    """Why the provider's library cannot be loaded, which ONNX Runtime logs and does not raise; empty where it can."""
+    try:
+        ctypes.CDLL(str(Path(onnxruntime.__file__).parent / "capi/libonnxruntime_providers_cuda.so"))
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def is_loaded(library: str) -> bool:
+    """Whether a shared library of some version is in this process (Linux, as all of CUDA here)."""
+    return f"/{library}.so." in Path("/proc/self/maps").read_text("utf-8", "surrogateescape")
+
+
+def reason(error: Exception) -> str:
+    """What went wrong in ONNX Runtime, in one line; of a failure on a card, without the place in its source and the host."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    found = re.search(r"CU[A-Z_]+ failure -?\d+: [^;]*", line)
+    return found.group().strip() if found else line
+
+
+def _runtime(onnxruntime: Any) -> Any:
+    """CUDA's own runtime, which `trouble` has loaded; OSError where it has not."""
+    return ctypes.CDLL(f"libcudart.so.{str(onnxruntime.cuda_version).partition('.')[0]}")
+
+
+def capability(device: str, onnxruntime: Any) -> str:
+    """The compute capability of a card, such as ``10.0``."""
+    found = ctypes.c_int(-1), ctypes.c_int(-1)
+    with contextlib.suppress(AttributeError, OSError):
+        for value, attribute in zip(found, (MAJOR, MINOR), strict=True):
+            _runtime(onnxruntime).cudaDeviceGetAttribute(ctypes.byref(value), attribute, number_of(device))
+    return ".".join(str(value.value) for value in found) if found[0].value >= 0 else "unknown"
+
+
+def free_memory(device: str) -> int:
+    """Bytes that are free on a card; 0 where that cannot be told."""
+    import onnxruntime
+
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    try:
+        runtime = _runtime(onnxruntime)
+        runtime.cudaSetDevice(number_of(device))
+        status = runtime.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total))
+    except (AttributeError, OSError):
+        return 0
+    return 0 if status else free.value
+
+
+def providers(device: str, *, tensor_cores: bool = False) -> list[Any]:
+    """What a session on ``cuda[:N]`` is opened with, in order of preference; ``tensor_cores`` round float32 to TF32."""
+    on = {False: "0", True: "1"}
+    options = {
+        "device_id": number_of(device),
+        "arena_extend_strategy": "kSameAsRequested",  # the default doubles, and shapes never change
+        "use_tf32": on[tensor_cores],
+        "prefer_nhwc": on[tensor_cores],
+    }
+    return [(PROVIDER, options), "CPUExecutionProvider"]
+
+
+def prove(session: Any, device: str, graph: Any) -> None:
+    """Ask a session what it computes with; none of what is refused here is an exception in ONNX Runtime.
+
+    Args:
+        session: just opened.
+        device: what was asked for.
+        graph: what it was opened with.
+
+    Raises:
+        DeviceUnavailableError: the provider was dropped; or a node that computes with pixels went to another one, which would
+            copy what it takes and gives in every batch; or so did the first one, which would see the pixels of one batch alone.
+    """
+    delivered = session.get_providers()[0]
+    if delivered != PROVIDER:
+        message = f"--device {device}: ONNX Runtime made a session on {delivered} instead; try --device cpu"
+        raise DeviceUnavailableError(message)
+    moved, known = of_pixels(graph), {node.name for node in graph.node}
+    if hasattr(session, "get_provider_graph_assignment_info"):  # ONNX Runtime 1.24 and newer
+        for part in session.get_provider_graph_assignment_info():
+            away = [] if part.ep_name == PROVIDER else part.get_nodes()
+            for node in away:
+                if node.name in moved or (node.name not in known and node.op_type not in OF_SHAPES):
+                    message = (
+                        f"--device {device}: ONNX Runtime gave {node.op_type} {node.name!r} to {part.ep_name}; "
+                        f"this network cannot run there as a whole, try --device cpu"
+                    )
+                    raise DeviceUnavailableError(message)
+    for place in session.get_input_memory_infos():
+        if not (place.name.lower().startswith("cuda") and place.device_id == number_of(device)):
+            message = f"--device {device}: ONNX Runtime wants the pixels in memory {place.name!r}, card {place.device_id}"
+            raise DeviceUnavailableError(message)
+
+
+class BoundLane:
+    """Passes one padded batch after the other through a session, in buffers that are made once. For one thread.
+
+    Args:
+        session: shared with other lanes.
+        device: where the buffers are; on ``cpu`` they are ordinary memory.
+        pixels: name of the input.
+        shape, dtype: of a padded batch.
+        outputs: length of a feature vector by name of the output.
+    """
+
+    def __init__(
+        self,
+        session: Any,
+        device: str,
+        pixels: str,
+        shape: Sequence[int],
+        dtype: DTypeLike,
+        outputs: Mapping[str, int],
+    ) -> None:
+        import onnxruntime
+
+        self._session = session
+        where = (device.partition(":")[0], number_of(device))
+        make = onnxruntime.OrtValue.ortvalue_from_shape_and_type
+        self._staged = np.zeros(shape, dtype)
+        if where[0] == "cuda":
+            pin(self._staged, where[1], onnxruntime)
+        self._pixels = make(list(shape), dtype, *where)
+        self._features = [make([shape[0], dim], np.float32, *where) for dim in outputs.values()]
+        self._binding = session.io_binding()
+        self._binding.bind_ortvalue_input(pixels, self._pixels)
+        for name, value in zip(outputs, self._features, strict=True):
+            self._binding.bind_ortvalue_output(name, value)
+
+    def __call__(self, padded: NDArray[Any]) -> list[NDArray[Any]]:
+        """The outputs ``(n, d)`` of a batch of just the shape and type that the lane was made for."""
+        np.copyto(self._staged, padded, casting="no")
+        self._pixels.update_inplace(self._staged)
+        self._session.run_with_iobinding(self._binding)  # returns when the GPU has finished
+        return [np.array(value.numpy()) for value in self._features]
+
+
+def pin(buffer: NDArray[Any], number: int, onnxruntime: Any) -> bool:
+    """Lock an array's memory for fast copies to a GPU as long as the array lives.
+
+    ONNX Runtime's Python interface cannot allocate pinned memory: ``OrtDevice`` knows default memory alone. CUDA's own
+    runtime, which is loaded for it already, can pin memory that is there.
+
+    Returns:
+        Whether it did; without, copies are slower and nothing else changes.
+    """
+    try:
+        runtime = _runtime(onnxruntime)
+        address = ctypes.c_void_p(buffer.ctypes.data)
+        runtime.cudaSetDevice(ctypes.c_int(number))  # of this thread, which else would open a context on device 0
+        status = runtime.cudaHostRegister(address, ctypes.c_size_t(buffer.nbytes), ctypes.c_uint(PORTABLE))
+    except (AttributeError, OSError) as error:
+        log.debug("host memory is not pinned: %s", error)
+        return False
+    if status:
+        log.debug("host memory is not pinned: CUDA error %d", status)
+        runtime.cudaGetLastError()  # or it would be reported of whatever comes next
+        return False
+    weakref.finalize(buffer, runtime.cudaHostUnregister, address)
+    return True

@@ -1,0 +1,157 @@
+"""Files and folders that are complete or not there: written under a temporary name, made durable, then renamed (rule 4)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from store.errors import OutputError, OutputExistsError, PenultError, StorageError
+
+TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{12}\.tmp", re.DOTALL)  # what `temporary` makes
+
+
+def temporary(path: Path) -> Path:
+    """A new name beside a file or a folder, which it has until it is complete."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+
+
+def final_name(name: str) -> str:
+    """What a name of `temporary` will become, also where that was one itself; every other name stays as it is."""
+    while found := TEMPORARY.fullmatch(name):
+        name = found[1]
+    return name
+
+
+def leftovers(folder: Path, ours: Callable[[str], object]) -> list[Path]:
+    """What killed processes left unfinished in a folder: regular files with a name of `temporary`, nothing else.
+
+    Args:
+        folder: where nobody is writing now; see `lock.folder_lock`.
+        ours: tells of a final name whether files of that name are made here.
+    """
+    found = [item for item in folder.iterdir() if final_name(item.name) != item.name and ours(final_name(item.name))]
+    return [item for item in found if item.is_file() and not item.is_symlink()]
+
+
+def remove_leftovers(folder: Path, ours: Callable[[str], object]) -> None:
+    """Delete `leftovers`."""
+    for left in leftovers(folder, ours):
+        with suppress(OSError):  # another user's, perhaps
+            left.unlink()
+
+
+def commit(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Write ``data`` so that after a crash at any moment ``path`` is either complete or as it was before (rule 4).
+
+    Blocks are written as they come; where making one raises, nothing is kept.
+
+    Raises:
+        OutputError: the place does not exist or may not be written to, or what is there is no file.
+        StorageError: disk full or any other I/O error; no partial file is left under the final name.
+    """
+    unfinished = temporary(path)
+    try:
+        require_replaceable(path)
+        descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:  # from here on, what has this name is ours
+            try:
+                for block in (data,) if isinstance(data, bytes) else data:
+                    view = memoryview(block)
+                    while view:
+                        view = view[os.write(descriptor, view) :]
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            unfinished.rename(path)
+            fsync_directory(path.parent)
+        except BaseException:
+            with suppress(OSError):
+                unfinished.unlink()
+            raise
+    except OSError as error:
+        if isinstance(error, PenultError):
+            raise
+        message = f"cannot write {path}: {error.strerror}"
+        raise write_error(error)(message) from error
+
+
+def require_free(path: Path, *, overwrite: bool) -> None:
+    """Look, before any work is done, whether a file may be written in a place.
+
+    Raises:
+        OutputExistsError: something is there, and may not be replaced.
+        OutputError: the folder is not there, or may not be written to.
+    """
+    if path.exists() and not overwrite:
+        message = f"{path} exists; choose another name or pass --overwrite"
+        raise OutputExistsError(message)
+    if not path.absolute().parent.exists():
+        message = f"cannot write {path}: there is no folder {path.parent}"
+        raise OutputError(message)
+    require_room(path)
+
+
+def require_room(path: Path) -> None:
+    """Look, before any work is done, whether a folder, and those above it that are missing, can be made.
+
+    Raises:
+        OutputError: the nearest that is there is a file, or may not be written to.
+    """
+    nearest = next(each for each in path.absolute().parents if each.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+        message = f"cannot create {path}: {nearest} is {'read-only' if nearest.is_dir() else 'not a folder'}"
+        raise OutputError(message)
+
+
+def require_replaceable(path: Path) -> None:
+    """A rename would put a file in the place of a device such as /dev/null, or of a pipe.
+
+    Raises:
+        OutputExistsError: what is there is no file.
+    """
+    if path.exists() and not path.is_file():
+        message = f"{path} exists and is not a file; choose another name"
+        raise OutputExistsError(message)
+
+
+def require_no_part_of(folder: Path, path: Path) -> None:
+    """A result must not replace a file of the folder it is made from, whatever may be overwritten.
+
+    Raises:
+        OutputExistsError: it would.
+    """
+    if path.exists() and path.parent.resolve().is_relative_to(folder.resolve()):
+        message = f"{path} is a part of {folder}, which is read; choose another name"
+        raise OutputExistsError(message)
+
+
+def write_error(error: OSError) -> type[OutputError | StorageError]:
+    """What a failure to write means: the place is wrong (exit 73), or the disk is full or failing (74)."""
+    place = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+    return OutputError if error.errno in place else StorageError
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the names in a directory durable; a rename alone may be lost with the power."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory of a cache and what is missing above it, all durable, with whatever a killed run left in them.
+
+    That a name is there does not mean that it would survive: who made it may have died before its fsync.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in dict.fromkeys([path, path.parent, path.parent.parent, *(folder.parent for folder in missing)]):
+        with suppress(PermissionError):  # a folder above the cache need not be readable
+            fsync_directory(folder)

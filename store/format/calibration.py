@@ -1,0 +1,69 @@
+"""What an int8 cache keeps of its calibration: float and int8 features of the same training images, side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from store.errors import CorruptCacheError
+
+from . import atomic, hdf5
+
+ENCODING_TYPE = "penult-calibration"
+NAME = "calibration.h5"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Features of the images that an int8 backbone was calibrated and judged on.
+
+    Attributes:
+        calibration: digest of the calibration, as in the fingerprint.
+        layers: the layer of each feature set.
+        sha256: content digest of each image, 32 bytes.
+        exact, rounded: float32 features ``(n, d)`` of each feature set, by the float and by the int8 network.
+    """
+
+    calibration: str
+    layers: Sequence[str]
+    sha256: Sequence[bytes]
+    exact: Sequence[NDArray[np.float32]]
+    rounded: Sequence[NDArray[np.float32]]
+
+
+def write_calibration(cache: Path, found: Calibration) -> None:
+    """Commit it into a cache.
+
+    Raises:
+        StorageError: the disk is full or failed.
+    """
+    datasets = {"sha256": np.frombuffer(b"".join(found.sha256), np.uint8).reshape(len(found.sha256), 32)}
+    for i, (exact, rounded) in enumerate(zip(found.exact, found.rounded, strict=True)):
+        datasets |= {f"fp32-{i}": np.ascontiguousarray(exact), f"int8-{i}": np.ascontiguousarray(rounded)}
+    attrs: dict[str, str | int] = {"rows": len(found.sha256), "layers": json.dumps(list(found.layers))}
+    atomic.commit(cache / NAME, hdf5.build(ENCODING_TYPE, datasets, {**attrs, "calibration": found.calibration})[0])
+
+
+def read_calibration(cache: Path) -> Calibration:
+    """What `write_calibration` wrote.
+
+    Raises:
+        InputMissingError: there is none.
+        CorruptCacheError: it is damaged.
+    """
+    path = cache / NAME
+    with hdf5.open_checked(path, ENCODING_TYPE) as (datasets, attrs):
+        arrays = {name: dataset[()] for name, dataset in datasets.items()}
+        if hdf5.payload_sha256(arrays, attrs) != attrs.get("payload-sha256"):
+            message = f"{path} is damaged: its payload is not what was written"
+            raise CorruptCacheError(message)
+        layers = json.loads(str(attrs["layers"]))
+        raw = arrays["sha256"].tobytes()
+        keys = [raw[i : i + 32] for i in range(0, len(raw), 32)]
+        exact, rounded = ([arrays[f"{kind}-{i}"] for i in range(len(layers))] for kind in ("fp32", "int8"))
+        return Calibration(str(attrs["calibration"]), layers, keys, exact, rounded)

@@ -1,0 +1,101 @@
+"""Features that stay on disk until they are asked for: what does not fit into memory is read block by block, every time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from store.errors import CorruptCacheError, InputMissingError, PenultError
+
+from . import hdf5, shard
+
+ROWS = 8192  # at once: 64 MiB of 2,048 float32
+
+
+@dataclass(frozen=True, eq=False)
+class StoredFeatures:
+    """Features of some samples of a cache, or of their views, where they are.
+
+    Indexing by a slice or by row numbers gives others of the same kind; ``np.asarray`` reads them. Each shard is checked
+    completely when it is first read from.
+
+    Attributes:
+        shards: what they are in.
+        owner, row: the shard of each feature vector, and its number there (see `shard.read_rows`), ``(n,)``.
+        dtype: as which they are read: float16 where all shards are, else float32.
+        sound: numbers of shards that were checked; shared by all of one cache.
+        blamed: what a shard that is gone or damaged means, see `FeatureCache.blamed`.
+    """
+
+    shards: Sequence[shard.Shard]
+    owner: NDArray[np.int32]
+    row: NDArray[np.int32]
+    dtype: np.dtype[Any]
+    sound: set[int]
+    blamed: Callable[[PenultError], PenultError]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.owner), self.shards[0].dim if self.shards else 0
+
+    @property
+    def size(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.owner)
+
+    def __getitem__(self, rows: slice | NDArray[np.intp]) -> StoredFeatures:
+        return replace(self, owner=self.owner[rows], row=self.row[rows])
+
+    def __array__(self, dtype: np.dtype[Any] | None = None, *, copy: bool | None = None) -> NDArray[np.floating[Any]]:
+        """Read all of them, ``(n, d)``.
+
+        Raises:
+            CorruptCacheError: a shard is damaged; names it.
+            LockedError: another run has replaced the cache.
+        """
+        if copy is False:
+            message = "what is on disk cannot become an array without a copy"
+            raise ValueError(message)
+        out = np.empty(self.shape, dtype or self.dtype)
+        for i in np.unique(self.owner).tolist():
+            mine = np.flatnonzero(self.owner == i)
+            whole = slice(mine[0], mine[-1] + 1) if mine[-1] - mine[0] + 1 == len(mine) else mine
+            try:
+                if i not in self.sound:
+                    hdf5.verify(self.shards[i].path, self.shards[i].encoding_type)
+                    self.sound.add(i)
+                found = shard.read_rows(self.shards[i], self.row[whole])
+            except (CorruptCacheError, InputMissingError) as error:
+                raise self.blamed(error) from error
+            if isinstance(whole, slice) and out.dtype == np.float32:
+                shard.widen(found, out[whole])
+            else:
+                out[whole] = found
+        return out
+
+    @property
+    def order(self) -> NDArray[np.intp]:
+        """The order in which they lie on disk: features in it are read without going back."""
+        return self.order_of_runs(1)
+
+    def order_of_runs(self, length: int) -> NDArray[np.intp]:
+        """The same where so many rows each stay together, in their order: the views of an image, also of one that is there
+        twice."""
+        runs = np.lexsort((self.row[::length], self.owner[::length]))
+        return (runs[:, None] * length + np.arange(length)).ravel()
+
+    def joined(self, other: StoredFeatures) -> StoredFeatures:
+        """These and others of the same cache after them."""
+        return replace(self, owner=np.append(self.owner, other.owner), row=np.append(self.row, other.row))
+
+    def blocks(self) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+        """All of them in turn, at most `ROWS` at once, in float32, with their place."""
+        for begin in range(0, len(self), ROWS):
+            block = slice(begin, begin + ROWS)
+            yield block, np.asarray(self[block], np.float32)

@@ -1,0 +1,87 @@
+"""What a cache directory says of itself beside its shards: ``cache.json``, the names of the shards, the ledger."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from store.errors import CorruptCacheError, require_format
+from store.fingerprint import Fingerprint
+
+from . import shard
+from .samples import SampleTable
+
+FORMAT_VERSION = 1
+BACKBONE = "backbone.onnx"
+PER_SET = {"layer": None, "pooling": None}  # what the fingerprints of one cache's feature sets may differ in
+
+
+def shard_paths(cache: Path) -> list[Path]:
+    """Complete shards, in the order of writing."""
+    return sorted(path for path in (cache / "shards").glob("*.h5") if shard.NAME.fullmatch(path.name))
+
+
+def read_meta(cache: Path) -> dict[str, Any]:
+    """``cache.json``, or what the shards tell where it is lost.
+
+    Raises:
+        CorruptCacheError: neither tells a fingerprint, or the format is newer than this penult.
+    """
+    try:
+        meta = json.loads((cache / "cache.json").read_bytes())
+        if isinstance(meta, dict) and meta.pop("sha256", None) not in (None, _meta_sha256(meta)):
+            message = "the content is not what was written"
+            raise ValueError(message)
+    except (OSError, ValueError):
+        found = set()
+        for path in shard_paths(cache):
+            with suppress(CorruptCacheError):  # the others tell as well
+                found.add(shard.read_shard(path).fingerprint)
+        sets = [Fingerprint.parse(text).fields for text in sorted(found)]
+        if not sets or len({json.dumps({**fields, **PER_SET}, sort_keys=True) for fields in sets}) != 1:
+            message = f"{cache}: cache.json is lost and {len(sets)} fingerprints stand in the shards"
+            raise CorruptCacheError(message) from None
+        return describe_sets(sets, {})
+    if not isinstance(meta, dict) or not isinstance(meta.get("fingerprint"), dict):
+        message = f"{cache}/cache.json is not a cache description"
+        raise CorruptCacheError(message)
+    require_format(cache, meta.get("format"), FORMAT_VERSION)
+    return meta
+
+
+def describe_sets(fingerprints: Sequence[Mapping[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
+    """The content of ``cache.json``: the fingerprint of the first feature set, and those of others where there are any."""
+    first, *more = map(dict, fingerprints)
+    return {"format": FORMAT_VERSION, "fingerprint": first, **({"more": more} if more else {}), "facts": facts}
+
+
+def all_fingerprints(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The fields of every feature set that ``cache.json`` describes."""
+    return [meta["fingerprint"], *meta.get("more", [])]
+
+
+def _meta_sha256(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def meta_bytes(meta: dict[str, Any]) -> bytes:
+    """``cache.json`` as it is written, with a checksum over the rest of it."""
+    return (json.dumps({**meta, "sha256": _meta_sha256(meta)}, indent=2, sort_keys=True) + "\n").encode()
+
+
+def ledger_bytes(table: SampleTable) -> bytes:
+    """``ledger.jsonl`` as it is written."""
+    failed = [{"path": row.name, "code": row.code, "message": row.message} for row in table.rows if not row.ok]
+    return "".join(json.dumps(entry) + "\n" for entry in failed).encode()
+
+
+def holds(path: Path, data: bytes) -> bool:
+    """Whether a file is there with exactly this content."""
+    try:
+        return path.read_bytes() == data
+    except OSError:
+        return False

@@ -1,0 +1,114 @@
+"""What stands on both sides of a split is found, named, and its effect stated; what does not is left in peace."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from classifiers.heads.registry import make_head
+from classifiers.training.leaks import MODES, LeakReport, guard, near_copies
+from classifiers.training.settings import TrainOptions
+from classifiers.training.train import train_head
+from extractor.backbones.registry import Backbone
+from extractor.data.folders import ImageFolder
+from extractor.pipeline.run import extract
+from extractor.pipeline.settings import Options
+from store.cache import FeatureCache, Subset
+from store.errors import BadDataError
+
+
+def subset(X: np.ndarray, prefix: str) -> Subset:
+    names = [f"{prefix}{i}".encode() for i in range(len(X))]
+    digests = [name.ljust(32) for name in names]
+    return Subset(X.astype(np.float32), np.array(["a"] * len(X)), digests, names, digests)
+
+
+def test_a_perturbed_copy_is_found_among_unrelated_features() -> None:
+    rng = np.random.default_rng(0)
+    fitted = rng.exponential(size=(400, 64))
+    held = np.concatenate([rng.exponential(size=(300, 64)), fitted[7:8] * 3 + 0.2 * rng.normal(size=(1, 64))])
+    leaks, searched = near_copies(subset(fitted, "f"), subset(held, "h"))
+    assert searched
+    assert [(leak.path, leak.fitted) for leak in leaks] == [("h300", "f7")]
+
+
+def test_a_burst_does_not_hide_itself() -> None:
+    rng = np.random.default_rng(1)
+    fitted = rng.normal(size=(100, 64))
+    fitted[:5] = fitted[0] + 0.05 * rng.normal(size=(5, 64))  # five shots of one scene
+    leaks, _ = near_copies(subset(fitted, "f"), subset(fitted[:1] + 0.05 * rng.normal(size=(1, 64)), "h"))
+    assert len(leaks) == 1
+
+
+def test_untrained_features_raise_no_alarm() -> None:
+    """Random ReLU networks give any two images a cosine near 1."""
+    rng = np.random.default_rng(2)
+    fitted, held = 10 + rng.normal(size=(200, 64)), 10 + rng.normal(size=(100, 64))
+    cosine = (fitted[0] @ held[0]) / np.linalg.norm(fitted[0]) / np.linalg.norm(held[0])
+    assert cosine > 0.98
+    assert near_copies(subset(fitted, "f"), subset(held, "h")) == ([], True)
+
+
+def test_too_many_pairs_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("classifiers.training.leaks.MOST_PRODUCTS", 10)
+    leaks, searched = near_copies(subset(np.eye(20), "f"), subset(np.eye(20), "h"))
+    assert (leaks, searched) == ([], False)
+    assert "too many images" in LeakReport(searched=False).sentences()[0]
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory, dataset: Callable[..., Path], backbone: Backbone) -> FeatureCache:
+    """30 training and 10 test images of each class; one exact copy, one recompressed and enlarged copy, one double label."""
+    root = dataset(tmp_path_factory.mktemp("leaks") / "photos", {"train/a": 30, "train/b": 30, "test/a": 10, "test/b": 10})
+    shutil.copy(root / "train/a/003.jpg", root / "test/a/exact.jpg")
+    with Image.open(root / "train/b/004.jpg") as image:
+        image.resize((120, 90), Image.Resampling.BICUBIC).save(root / "test/b/near.jpg", quality=80)
+    shutil.copy(root / "train/a/005.jpg", root / "train/b/relabelled.jpg")
+    return extract(ImageFolder(root), backbone, root.parent / "c", Options(quiet=True))
+
+
+def test_planted_leaks_are_named_with_the_accuracy_with_and_without(
+    planted: FeatureCache, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundle = train_head(planted, tmp_path / "x.head", make_head("logistic", C=1.0))
+    assert bundle.metrics is not None
+    found = bundle.metrics["leaks"]
+    assert found["copies"] == ["test/a/exact.jpg"]
+    assert [(leak["path"], leak["fitted"]) for leak in found["near"]] == [("test/b/near.jpg", "train/b/004.jpg")]
+    assert found["conflicts"] == [["train/a/005.jpg", "train/b/relabelled.jpg"]]
+    assert bundle.metrics["n"] == 21  # 20, and the near copy; the exact one is left out
+    assert found["n_without"] == 20
+    assert any("without the 1 image(s)" in note for note in bundle.metrics["notes"])
+    for words in (
+        "exact copies of fitted ones and are left out: test/a/exact.jpg",
+        "near.jpg ~ train/b/004.jpg",
+        "more than one",
+    ):
+        assert words in caplog.text
+    assert b"test/a/exact.jpg" not in bundle.predictions().paths
+
+
+def test_refuse_refuses_and_allow_is_silent(planted: FeatureCache, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(BadDataError, match=r"near\.jpg ~ train/b/004\.jpg.*--leaks refuse"):
+        train_head(planted, tmp_path / "x.head", make_head("logistic", C=1.0), TrainOptions(leaks="refuse"))
+    assert not (tmp_path / "x.head").exists()
+    train_head(planted, tmp_path / "x.head", make_head("logistic", C=1.0), TrainOptions(leaks="allow"))
+    assert "copies" not in caplog.text
+    for mode in MODES:
+        guard(LeakReport(), mode)
+
+
+@pytest.mark.assets
+def test_no_false_alarm_on_real_photos_and_a_planted_copy_is_found(assets: Path, imagenet: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(assets / "data/hymenoptera", tmp_path / "photos")
+    with Image.open(root / "train/ants/0013035.jpg") as image:
+        smaller = image.convert("RGB").resize((image.width * 3 // 4, image.height * 3 // 4), Image.Resampling.LANCZOS)
+        smaller.save(root / "val/ants/planted.jpg", quality=85)
+    cache = extract(ImageFolder(root), Backbone(str(imagenet)), tmp_path / "c", Options(quiet=True))
+    leaks, _ = near_copies(cache.subset("train"), cache.subset("val"))
+    assert [(leak.path, leak.fitted) for leak in leaks] == [("val/ants/planted.jpg", "train/ants/0013035.jpg")]

@@ -1,0 +1,340 @@
+"""What is in a dataset: class folders, split folders, flat folders, links, CSV manifests."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from extractor.data.folders import ImageFolder
+from extractor.data.manifest import Manifest
+from extractor.data.samples import Sample
+from extractor.data.sources import open_source
+from store.errors import BadDataError, InputMissingError, UsageError
+
+REPO = Path(__file__).resolve().parents[3]
+
+
+def tree(root: Path, *names: str | bytes) -> Path:
+    for name in names:
+        path = os.path.join(os.fsencode(root), os.fsencode(name))  # noqa: PTH118 - a Path cannot hold every name
+        os.makedirs(os.path.dirname(path), exist_ok=True)  # noqa: PTH103, PTH120
+        with open(path, "wb") as file:  # noqa: PTH123
+            file.write(os.fsencode(name))
+    return root
+
+
+def listing(root: Path, follow_symlinks: bool = False) -> list[tuple[bytes, str | None, str | None]]:
+    return [(s.path, s.label, s.split) for s in ImageFolder(root, follow_symlinks=follow_symlinks).samples()]
+
+
+# --- folders -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_per_class(tmp_path: Path) -> None:
+    tree(tmp_path, "bees/b.jpg", "ants/B.jpg", "ants/a.JPEG", "ants/Thumbs.db", "ants/._a.jpg", "ants/no-extension")
+    assert listing(tmp_path) == [
+        (b"ants/._a.jpg", "ants", None),
+        (b"ants/B.jpg", "ants", None),
+        (b"ants/Thumbs.db", "ants", None),
+        (b"ants/a.JPEG", "ants", None),
+        (b"ants/no-extension", "ants", None),
+        (b"bees/b.jpg", "bees", None),
+    ]
+
+
+def test_deeper_folders_belong_to_their_class(tmp_path: Path) -> None:
+    tree(tmp_path, "ants/2024/may/a.jpg", "ants/z.jpg", "ants/.hidden/b.jpg", "bees/x/c.jpg")
+    assert listing(tmp_path) == [
+        (b"ants/2024/may/a.jpg", "ants", None),
+        (b"ants/z.jpg", "ants", None),
+        (b"bees/x/c.jpg", "bees", None),
+    ]
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "Validation", "VAL"])
+def test_split_folders_with_their_other_names(tmp_path: Path, name: str) -> None:
+    tree(tmp_path, "train/ants/a.jpg", "train/bees/deep/b.jpg", f"{name}/ants/c.jpg", "test/bees/d.jpg")
+    assert set(listing(tmp_path)) == {
+        (b"train/ants/a.jpg", "ants", "train"),
+        (b"train/bees/deep/b.jpg", "bees", "train"),
+        (f"{name}/ants/c.jpg".encode(), "ants", "val"),
+        (b"test/bees/d.jpg", "bees", "test"),
+    }
+
+
+def test_classes_may_be_called_like_splits(tmp_path: Path) -> None:
+    tree(tmp_path, "train/a.jpg", "bus/b.jpg")
+    assert [(label, split) for _, label, split in listing(tmp_path)] == [("bus", None), ("train", None)]
+
+
+def test_splits_need_no_train(tmp_path: Path) -> None:
+    tree(tmp_path, "Testing/ants/x.jpg", "val/ants/y.jpg")
+    assert [(label, split) for _, label, split in listing(tmp_path)] == [("ants", "test"), ("ants", "val")]
+
+
+def test_splits_beside_other_folders_are_refused(tmp_path: Path) -> None:
+    tree(tmp_path, "train/ants/x.jpg", "val/ants/y.jpg", "extra/z.jpg")
+    with pytest.raises(BadDataError, match=r"train, val in .* look like splits .* and extra beside them do not"):
+        listing(tmp_path)
+
+
+def test_what_file_managers_leave_behind_is_no_input(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tree(tmp_path, "ants/a.jpg", "ants/.DS_Store", "ants/desktop.ini", "__MACOSX/ants/._a.jpg", "ants/.thumbs/a.jpg")
+    assert listing(tmp_path) == [(b"ants/a.jpg", "ants", None)]
+    assert "the folder __MACOSX" in caplog.text
+    assert "the folder .thumbs" in caplog.text
+
+
+def test_a_file_in_a_split_folder_but_no_class_is_bad_data(tmp_path: Path) -> None:
+    tree(tmp_path, "train/ants/a.jpg", "train/stray.jpg", "val/ants/b.jpg")
+    with pytest.raises(BadDataError, match=r"train/stray\.jpg lies in a split folder but in no class folder"):
+        listing(tmp_path)
+
+
+def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
+    tree(tmp_path, "b.jpg", "a.jpg", ".cache/x")
+    assert listing(tmp_path) == [(b"a.jpg", None, None), (b"b.jpg", None, None)]
+
+
+def test_stray_files_beside_the_classes_are_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tree(tmp_path, "ants/a.jpg", "README.txt", ".DS_Store")
+    assert listing(tmp_path) == [(b"ants/a.jpg", "ants", None)]
+    assert "1 file(s) beside the class folders" in caplog.text
+
+
+def test_hidden_folders_at_the_top_are_no_classes(tmp_path: Path) -> None:
+    tree(tmp_path, "ants/a.jpg", ".git/objects/x", ".ipynb_checkpoints/y.jpg")
+    assert listing(tmp_path) == [(b"ants/a.jpg", "ants", None)]
+
+
+def test_names_that_are_not_utf8_and_newlines_survive(tmp_path: Path) -> None:
+    names = [b"caf\xe9/\xff\xfe.jpg", b"caf\xe9/line\nbreak.jpg", "ü/e\u0301.jpg".encode(), "ü/\u00e9.jpg".encode()]
+    tree(tmp_path, *names)
+    found = ImageFolder(tmp_path).samples()
+    assert [sample.path for sample in found] == sorted(names)
+    assert [sample.label for sample in found] == ["caf\\xe9", "caf\\xe9", "ü", "ü"]
+
+
+def test_links_are_not_followed_by_default(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tree(tmp_path, "data/ants/a.jpg", "data/bees/b.jpg", "outside/secret.jpg")
+    (tmp_path / "data/ants/loop").symlink_to(tmp_path / "data")
+    (tmp_path / "data/ants/out.jpg").symlink_to(tmp_path / "outside/secret.jpg")
+    (tmp_path / "data/wasps").symlink_to(tmp_path / "outside")
+    assert [path for path, _, _ in listing(tmp_path / "data")] == [b"ants/a.jpg", b"bees/b.jpg"]
+    assert "3 symbolic link(s)" in caplog.text
+    assert "--follow-symlinks" in caplog.text
+
+
+def test_followed_links_do_not_loop_and_give_no_file_twice(tmp_path: Path) -> None:
+    """`torchvision.datasets.ImageFolder` gives 246 samples for these 6."""
+    tree(tmp_path, *(f"data/{label}/{i}.jpg" for label in ("ants", "bees") for i in range(3)))
+    (tmp_path / "data/ants/root").symlink_to(tmp_path / "data")
+    (tmp_path / "data/ants/self").symlink_to(tmp_path / "data/ants")
+    (tmp_path / "data/bees/ants").symlink_to("../ants")
+    assert listing(tmp_path / "data", follow_symlinks=True) == [
+        (f"{label}/{i}.jpg".encode(), label, None) for label in ("ants", "bees") for i in range(3)
+    ]
+
+
+def test_followed_links_reach_files_and_folders_outside(tmp_path: Path) -> None:
+    tree(tmp_path, "data/ants/a.jpg", "outside/x/b.jpg", "outside/c.jpg")
+    (tmp_path / "data/ants/more").symlink_to(tmp_path / "outside/x")
+    (tmp_path / "data/ants/c.jpg").symlink_to(tmp_path / "outside/c.jpg")
+    (tmp_path / "data/bees").symlink_to(tmp_path / "outside")
+    assert [path for path, _, _ in listing(tmp_path / "data", follow_symlinks=True)] == [
+        b"ants/a.jpg",
+        b"ants/c.jpg",
+        b"ants/more/b.jpg",
+        b"bees/c.jpg",
+        b"bees/x/b.jpg",
+    ]
+
+
+def test_a_broken_link_that_is_followed_is_an_input(tmp_path: Path) -> None:
+    tree(tmp_path, "ants/a.jpg")
+    (tmp_path / "ants/gone.jpg").symlink_to("nowhere")
+    assert [path for path, _, _ in listing(tmp_path, follow_symlinks=True)] == [b"ants/a.jpg", b"ants/gone.jpg"]
+
+
+@pytest.mark.parametrize("name", ["nowhere", "file", "empty", "classes"])
+def test_no_input_at_all_is_said(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "classes/ants").mkdir(parents=True)
+    with pytest.raises(InputMissingError, match=name) as caught:
+        listing(tmp_path / name)
+    assert caught.value.exit_code == 66
+
+
+def test_an_unreadable_folder_is_an_input_error(tmp_path: Path) -> None:
+    tree(tmp_path, "open/ants/a.jpg", "open/bees/b.jpg")
+    (tmp_path / "open/bees").chmod(0)
+    (tmp_path / "open").chmod(0o755)
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(REPO)!r})
+from pathlib import Path
+from extractor.data.folders import ImageFolder
+from store.errors import PenultError
+if os.geteuid() == 0:
+    os.setresuid(65534, 65534, 65534)
+try:
+    print(ImageFolder(Path()).samples())
+except PenultError as error:
+    sys.exit(f"{{error.exit_code}} {{error}}")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path / "open")
+    (tmp_path / "open/bees").chmod(0o755)
+    assert done.stderr.startswith("66 cannot read the folder"), done.stdout + done.stderr
+    assert "bees" in done.stderr
+
+
+# --- manifests ---------------------------------------------------------------------------------------------------------
+
+
+def manifest(folder: Path, content: bytes | str, group_by: str | None = None, name: str = "list.csv") -> list[Sample]:
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return Manifest(path, folder, group_by).samples()
+
+
+def test_a_manifest_with_all_columns(tmp_path: Path) -> None:
+    text = 'path,label,split,group,note\nb.jpg,ants,train,p1,"x, y"\n./a.jpg, bees ,VALID,p2,\n'
+    assert manifest(tmp_path, text) == [
+        Sample(b"a.jpg", "bees", "val", b"p2"),
+        Sample(b"b.jpg", "ants", "train", b"p1"),
+    ]
+
+
+def test_a_manifest_with_paths_alone(tmp_path: Path) -> None:
+    assert manifest(tmp_path, "path\na.jpg\n\nb.jpg") == [Sample(b"a.jpg"), Sample(b"b.jpg")]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_byte_order_marks_and_line_ends_do_not_matter(tmp_path: Path, end: str, mark: bytes) -> None:
+    text = mark + end.join(["path,label", "a.jpg,ants", '"b,1.jpg","say ""bees"""', ""]).encode()
+    assert manifest(tmp_path, text) == [Sample(b"a.jpg", "ants"), Sample(b"b,1.jpg", 'say "bees"')]
+
+
+def test_tabs_separate_a_tsv(tmp_path: Path) -> None:
+    assert manifest(tmp_path, "path\tlabel\na,1.jpg\tants\n", name="list.tsv") == [Sample(b"a,1.jpg", "ants")]
+
+
+@pytest.mark.parametrize(
+    "name", ["line\nbreak", "carriage\rreturn", "u2028\u2028x", "nel\x85x", "form\x0cfeed", "file\x1cseparator"]
+)
+def test_only_line_ends_end_a_line(tmp_path: Path, name: str) -> None:
+    assert manifest(tmp_path, f'path,label\n"{name}.jpg",ants\n') == [Sample(f"{name}.jpg".encode(), "ants")]
+
+
+def test_bytes_that_are_not_utf8_survive_in_paths(tmp_path: Path) -> None:
+    found = manifest(tmp_path, b"path,label,group\ncaf\xe9/\xff.jpg,caf\xe9,\xfe\n")
+    assert found == [Sample(b"caf\xe9/\xff.jpg", "caf\\xe9", None, b"\xfe")]
+    assert found[0].label is not None
+    found[0].label.encode()  # a label that cannot be stored would end the run after hours
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("file,label\na.jpg,ants\n", r"no column 'path' in its first line \(found: file, label\)"),
+        ("", r"no column 'path' in its first line \(found: nothing\)"),
+        ("path,label\na.jpg,ants\n./a.jpg,bees\n", "line 3: a.jpg stands in line 2 already"),
+        ("path\nok.jpg\n/etc/passwd\n", "line 3: /etc/passwd leaves the root"),
+        ("path\n../x.jpg\n", r"line 2: \.\./x.jpg leaves the root"),
+        ("path\na/../../x.jpg\n", "line 2: .* leaves the root"),
+        ("path\na\0.jpg\n", "line 2: .* leaves the root"),
+        ("path,label\n ,ants\n", "line 2: empty path"),
+        ("path,split\na.jpg,train\nb.jpg,holdout\n", "line 3: split 'holdout'; expected train, val or test"),
+        ("path,split\na.jpg,train\nb.jpg,\n", r"1 of 2 rows have no split \(such as b.jpg\)"),
+        ("path,label\na.jpg,ants,oops\n", "line 2: more fields than the header has"),
+        ("path,label,note\na.jpg\n", "line 2: fewer fields than the header has"),
+        ('path,label\n"a.jpg"x,ants\n', "line 2: .*expected after"),
+        ('"path"x,label\na.jpg,ants\n', "line 1: .*expected after"),
+        ('path,label\n"a.jpg,ants\n', "line 2: unexpected end of data"),
+    ],
+)
+def test_a_bad_manifest_is_refused_with_its_line(tmp_path: Path, text: str, reason: str) -> None:
+    with pytest.raises(BadDataError, match=reason) as caught:
+        manifest(tmp_path, text)
+    assert "list.csv" in str(caught.value)
+    assert caught.value.exit_code == 65
+
+
+@pytest.mark.parametrize("text", ["path\n", "path,label\n\n\n"])
+def test_an_empty_manifest_is_an_input_error(tmp_path: Path, text: str) -> None:
+    with pytest.raises(InputMissingError, match="no files"):
+        manifest(tmp_path, text)
+
+
+def test_a_missing_manifest_or_root_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(InputMissingError, match=r"cannot read .*list.csv: No such file"):
+        Manifest(tmp_path / "list.csv", tmp_path).samples()
+    (tmp_path / "list.csv").write_text("path\na.jpg\n")
+    with pytest.raises(InputMissingError, match=r"the root .* is not a folder"):
+        Manifest(tmp_path / "list.csv", tmp_path / "nowhere").samples()
+
+
+# --- groups ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_group_column_by_its_name(tmp_path: Path) -> None:
+    text = "path,group,patient\na.jpg,g1,p1\nb.jpg,g2,p1\n"
+    assert [s.group for s in manifest(tmp_path, text)] == [b"g1", b"g2"]
+    assert [s.group for s in manifest(tmp_path, text, group_by="patient")] == [b"p1", b"p1"]
+
+
+def test_a_row_without_its_group_column_is_refused(tmp_path: Path) -> None:
+    """Otherwise that row would silently be a group of its own, on both sides of a split."""
+    with pytest.raises(BadDataError, match="line 3: fewer fields"):
+        manifest(tmp_path, "path,label,patient\na.jpg,x,p1\nb.jpg,x\n", group_by="patient")
+
+
+def test_groups_from_a_regular_expression(tmp_path: Path) -> None:
+    tree(tmp_path, "ants/p1_1.jpg", "ants/p1_2.jpg", "bees/p2_\xff.jpg")
+    whole = ImageFolder(tmp_path, group_by=r"p\d+").samples()
+    assert [sample.group for sample in whole] == [b"p1", b"p1", b"p2"]
+    first = ImageFolder(tmp_path, group_by=r"/(p\d+)_(.)").samples()
+    assert [sample.group for sample in first] == [b"p1", b"p1", b"p2"]
+    assert [s.group for s in manifest(tmp_path, "path\nx/7-a.jpg\nx/7-b.jpg\n", group_by=r"\d")] == [b"7", b"7"]
+
+
+def test_a_group_that_took_no_part_in_the_match_is_empty(tmp_path: Path) -> None:
+    tree(tmp_path, "ants/p1.jpg", "ants/x.jpg")
+    assert [sample.group for sample in ImageFolder(tmp_path, group_by=r"(p\d)|x").samples()] == [b"p1", b""]
+
+
+@pytest.mark.parametrize(("pattern", "reason"), [("q", "does not match ants/a.jpg"), ("(", "neither a column nor a regular")])
+def test_a_group_expression_that_does_not_work_is_a_usage_error(tmp_path: Path, pattern: str, reason: str) -> None:
+    tree(tmp_path, "ants/a.jpg")
+    with pytest.raises(UsageError, match=reason):
+        ImageFolder(tmp_path, group_by=pattern).samples()
+
+
+# --- what DATA means ---------------------------------------------------------------------------------------------------
+
+
+def test_data_is_a_folder_or_a_manifest(tmp_path: Path) -> None:
+    (tmp_path / "list.CSV").write_text("path\na.jpg\n")
+    (tmp_path / "photo.jpg").write_bytes(b"")
+    assert open_source(tmp_path, follow_symlinks=True, group_by="x") == ImageFolder(tmp_path, True, "x")
+    found = open_source(tmp_path / "list.CSV", group_by="patient")
+    assert found == Manifest(tmp_path / "list.CSV", tmp_path, "patient")
+    assert open_source(str(tmp_path / "list.CSV"), root=tmp_path / "images").root == tmp_path / "images"
+    with pytest.raises(UsageError, match="neither a folder nor a CSV manifest"):
+        open_source(tmp_path / "photo.jpg")
+    with pytest.raises(InputMissingError, match="does not exist"):
+        open_source(tmp_path / "nowhere")
+
+
+def test_nothing_is_said_about_an_ordinary_dataset(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tree(tmp_path, "ants/a.jpg", "bees/b.jpg")
+    with caplog.at_level(logging.WARNING):
+        listing(tmp_path)
+    assert caplog.text == ""

@@ -1,0 +1,146 @@
+"""What ``auto`` stands for: a batch size that is measured, and as many decode workers as the backbone has use for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from extractor.backbones.registry import Backbone
+from extractor.data import reader
+from extractor.data.folders import ImageFolder
+from extractor.data.reader import Crew, ahead
+from extractor.graphs.backbone_facts import read_facts
+from extractor.pipeline.run import run_extract
+from extractor.pipeline.settings import Options
+from extractor.pipeline.summary import ADVICE, bottleneck
+from extractor.pixels.decoder import Decoder
+from extractor.pixels.preprocess import Preprocess
+from extractor.progress import StopFlag
+from extractor.runtime import batch_size
+from extractor.runtime.batch_size import ENOUGH, SIZES, TRIALS, Pace
+from extractor.runtime.session import Embedder
+from store.cache import FeatureCache
+
+PIXELS = Preprocess(64, 64, "bilinear", (0.5,) * 3, (0.5,) * 3)
+
+
+@pytest.fixture
+def embedder(backbone_file: Path) -> Iterator[Embedder]:
+    opened = Embedder(backbone_file, read_facts(backbone_file).preprocess, lanes=2)
+    yield opened
+    opened.close()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "best"),
+    [
+        ({8: 0.5, 4: 0.9, 2: 1.0, 1: 1.2}, 8),
+        ({8: 1.2, 4: 1.0, 2: 0.9, 1: 0.8}, 1),
+        ({8: 1.0, 4: 1.0, 2: 0.98, 1: 0.99}, 4),  # the default, unless another is clearly faster
+    ],
+)
+def test_a_cpu_tries_batch_sizes_on_its_first_batches_and_keeps_the_fastest(
+    embedder: Embedder, seconds: dict[int, float], best: int
+) -> None:
+    pace = Pace(embedder, 10_000)
+    tried = []
+    for batch in range(10 * TRIALS):
+        tried.append(pace.size)
+        pace.begin()
+        assert embedder.told is not None
+        slow = 50 if batch % 9 == 0 else 1  # once in a while the machine does something else
+        embedder.told(tried[-1], slow * tried[-1] * seconds[tried[-1]])
+    trials = len(SIZES) * TRIALS
+    assert all(tried[:trials].count(size) == TRIALS for size in SIZES)
+    assert set(tried[trials + 1 :]) == {best} == {embedder.batch_size}
+
+
+def test_nothing_is_tried_in_a_short_run_or_where_the_size_is_given(embedder: Embedder) -> None:
+    for images in (0, ENOUGH - 1):
+        pace = Pace(embedder, images)
+        for _ in range(100):
+            pace.begin()
+            assert pace.size == embedder.batch_size == 4
+    assert embedder.told is None
+
+
+def test_all_batch_sizes_of_a_run_give_the_same_bits(
+    backbone: Backbone, dataset: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_size, "ENOUGH", 10)
+    photos = ImageFolder(dataset(tmp_path / "photos", {"ants": 20, "bees": 20}))
+    varied, fixed = (
+        run_extract(photos, backbone, tmp_path / name, Options(storage="float32", quiet=True, batch_size=size))
+        for name, size in (("varied", None), ("fixed", 8))
+    )
+    assert varied.computed == fixed.computed == 40
+    assert varied.inference_calls > fixed.inference_calls == 5, "batches of 4, 8, 2 and 1 in turn"
+    found, wanted = (FeatureCache(tmp_path / name) for name in ("varied", "fixed"))
+    np.testing.assert_array_equal(found.of_rows(wanted.rows(), "").X, wanted.of_rows(wanted.rows(), "").X)
+
+
+def work(crew: Crew, items: int) -> tuple[list[int], int]:
+    """Numbers through a crew, and how many of them were at work at once."""
+    busy, most, lock = 0, 0, threading.Lock()
+
+    def step(item: int) -> int:
+        nonlocal busy, most
+        with lock:
+            busy += 1
+            most = max(most, busy)
+        with lock:
+            busy -= 1
+        return item
+
+    return list(ahead(step, range(items), crew, StopFlag(), Decoder(PIXELS))), most
+
+
+def test_a_crew_keeps_the_order_and_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "cores", lambda: 4)
+    found, most = work(Crew(3), 200)
+    assert found == list(range(200))
+    assert most <= 3
+    crew = Crew(None, "cuda")
+    assert (crew.size, crew.most) == (4, 4), "beside a GPU all cores decode at once"
+
+
+def test_a_crew_grows_where_the_consumer_waits_and_only_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "cores", lambda: 4)
+    monkeypatch.setattr(reader, "WINDOW", 0.0)
+    monkeypatch.setattr(reader, "STARVED", -1.0)  # any wait is too long
+    starving = Crew()
+    assert starving.size == 2
+    assert work(starving, 100)[0] == list(range(100))
+    assert starving.size == 4
+    monkeypatch.setattr(reader, "STARVED", 2.0)  # nobody waits for more than all the time
+    content = Crew()
+    assert work(content, 100)[0] == list(range(100))
+    assert content.size == 2
+
+
+def test_workers_that_were_asked_for_stay_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "WINDOW", 0.0)
+    monkeypatch.setattr(reader, "STARVED", -1.0)
+    crew = Crew(2)
+    work(crew, 100)
+    assert crew.size == 2
+
+
+@pytest.mark.parametrize(
+    ("seconds", "provider", "found"),
+    [
+        ({"read+decode": 30, "backbone": 90, "wait": 1, "embed": 50}, "cpu", "backbone"),
+        ({"read+decode": 90, "backbone": 30, "wait": 40, "embed": 5}, "cpu", "decoding"),
+        ({"read+decode": 90, "backbone": 30, "wait": 40, "embed": 5}, "cuda", "decoding"),
+        ({"read+decode": 90, "backbone": 30, "wait": 5, "embed": 40}, "cuda", "backbone"),
+        ({"read+decode": 30, "backbone": 30, "wait": 5, "embed": 5, "settle": 60}, "cpu", "writing"),
+    ],
+)
+def test_the_bottleneck_is_named(seconds: dict[str, float], provider: str, found: str) -> None:
+    clock = {name: seconds.get(name, 0.0) for name in ("read+decode", "backbone", "wait", "embed", "settle")}
+    assert bottleneck(clock, provider) == found
+    assert ADVICE[found, "cpu" if provider == "cpu" else "gpu"]
