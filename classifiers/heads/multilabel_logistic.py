@@ -39,6 +39,13 @@ class _Point:
     seconds: float
 
 
+def _fit(problem: SigmoidProblem, C: float | Float64) -> tuple[DenseHead, bool]:
+    """The head of one C, or of one for each label, and whether that converged."""
+    weight, bias, converged = problem.fit(C)
+    names = [str(k) for k in range(len(weight))]
+    return DenseHead(problem.mean, problem.scale, [(weight, bias)], names, activation="Sigmoid"), converged
+
+
 class MultiLabelLogisticHead(ClassifierMixin, Head):  # type: ignore[misc]
     """L2 logistic regression for several labels an image: y is a label indicator ``(n, k)``.
 
@@ -96,7 +103,7 @@ class MultiLabelLogisticHead(ClassifierMixin, Head):  # type: ignore[misc]
                 self.C_ = np.full(truth.shape[1], self.C or 1.0)
                 if self.C is None:
                     log.warning("there is a single training sample or group: C cannot be chosen and is 1")
-            self.fitted_, self.converged_ = SigmoidProblem(features, truth, self.max_iter).fit(self.C_)
+            self.fitted_, self.converged_ = _fit(SigmoidProblem(features, truth, self.max_iter), self.C_)
         return self
 
     def _path(self, X: Float32, truth: NDArray[np.bool_], folds: Sequence[Fold]) -> list[dict[str, Any]]:
@@ -122,8 +129,8 @@ class MultiLabelLogisticHead(ClassifierMixin, Head):  # type: ignore[misc]
         problem = SigmoidProblem(X[train], truth[train], self.max_iter)
         points: list[_Point] = []
         for C in [self.C] if self.C is not None else sorted(self.Cs):
-            dense, converged = problem.fit(float(C))
-            losses = losses_of(dense.logits(X[test]), truth[test])
+            head, converged = _fit(problem, float(C))
+            losses = losses_of(head.logits(X[test]), truth[test])
             points.append(_Point(float(C), losses, converged, time.perf_counter() - begin))
             best = np.argmin([point.losses.mean(axis=0) for point in points], axis=0)
             if len(points) - 1 - int(best.max()) >= WORSE:
@@ -134,7 +141,7 @@ class MultiLabelLogisticHead(ClassifierMixin, Head):  # type: ignore[misc]
     def refit(self, X: ArrayLike, y: ArrayLike) -> DenseHead:
         features = np.asarray(X, np.float32)
         with threads_for(features.size):
-            return SigmoidProblem(features, np.asarray(y), self.max_iter).fit(self.C_)[0]
+            return _fit(SigmoidProblem(features, np.asarray(y), self.max_iter), self.C_)[0]
 
     def predict_proba(self, X: ArrayLike) -> Float32:
         """Probability of each label ``(n, k)``."""

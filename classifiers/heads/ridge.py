@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
@@ -31,6 +30,10 @@ DEFAULT_ALPHA = 1.0  # scikit-learn's
 
 def _signs(targets: NDArray[np.intp], k: int) -> NDArray[np.float64]:
     return np.where(targets[:, None] == np.arange(k), 1.0, -1.0)
+
+
+def _head(spectrum: Spectrum, alpha: float, classes: list[str]) -> DenseHead:
+    return DenseHead(spectrum.mean, spectrum.scale, [spectrum.solution(alpha)], classes)
 
 
 class RidgeHead(SearchedHead):
@@ -76,17 +79,17 @@ class RidgeHead(SearchedHead):
         settings, rows = self._settings(len(X)), self._drawing(len(X))(np.arange(len(X)))
         logits = list(spectrum.left_out(rows, [setting["alpha"] for setting in settings]))
         names = [str(label) for label in self.classes_]
-        return Tried(settings, logits, targets[rows], "leave-one-out", lambda setting: spectrum.head(setting["alpha"], names))
+        return Tried(settings, logits, targets[rows], "leave-one-out", lambda setting: _head(spectrum, setting["alpha"], names))
 
     def _judge(
         self, X: Float32, targets: NDArray[np.intp], held: Float32, settings: Sequence[dict[str, Any]]
     ) -> Sequence[Float32]:
         spectrum = Spectrum(X, _signs(targets, len(self.classes_)))
         names = [str(label) for label in self.classes_]
-        return [spectrum.head(setting["alpha"], names).logits(held) for setting in settings]
+        return [_head(spectrum, setting["alpha"], names).logits(held) for setting in settings]
 
     def _fitted(self, X: Float32, targets: NDArray[np.intp], classes: list[str], setting: dict[str, Any]) -> FittedHead:
-        return Spectrum(X, _signs(targets, len(classes))).head(setting["alpha"], classes)
+        return _head(Spectrum(X, _signs(targets, len(classes))), setting["alpha"], classes)
 
     def _score(self, logits: Float32, targets: NDArray[np.intp]) -> dict[str, float]:
         return {"squared_error": float(np.mean((logits - _signs(targets, logits.shape[1])) ** 2))}
@@ -165,7 +168,7 @@ class RidgeRegressionHead(RegressorMixin, Head):  # type: ignore[misc]
             folds = on_first_views(folds, views)
             spectra = (Spectrum(X[train], wanted[train]) for train, _ in folds)
             parts = [
-                [spectrum.head(alpha, []).logits(X[test]) for alpha in alphas]
+                [_head(spectrum, alpha, []).logits(X[test]) for alpha in alphas]
                 for spectrum, (_, test) in zip(spectra, folds, strict=True)
             ]
             rows = np.concatenate([test for _, test in folds])
@@ -186,9 +189,9 @@ class RidgeRegressionHead(RegressorMixin, Head):  # type: ignore[misc]
 
     def _fitted(self, spectrum: Spectrum, centre: Float32, unit: Float32) -> DenseHead:
         """With outputs in their units."""
-        head = spectrum.head(self.alpha_, [str(j) for j in range(len(unit))])
-        ((weight, bias),) = head.layers
-        return replace(head, layers=[(weight * unit[:, None], bias * unit + centre)], activation="Identity")
+        weight, bias = spectrum.solution(self.alpha_)
+        layers = [(weight * unit[:, None], bias * unit + centre)]
+        return DenseHead(spectrum.mean, spectrum.scale, layers, [str(j) for j in range(len(unit))], activation="Identity")
 
     def refit(self, X: ArrayLike, y: ArrayLike) -> DenseHead:
         numbers = np.asarray(y, np.float64)

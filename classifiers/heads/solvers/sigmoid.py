@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from classifiers.evaluation.probabilities import Float32
-from classifiers.heads.fitted import DenseHead
 
 from .row_sums import Float64
 from .softmax import principal_axes
@@ -25,18 +24,22 @@ GAIN = 1e-9  # relative, of the objective: a step that gains less is the last
 
 
 class SigmoidProblem:
-    """One training set, fitted for one C after another (or one for each label); each fit starts from the one before."""
+    """One training set, fitted for one C after another (or one for each label); each fit starts from the one before.
+
+    Attributes:
+        mean, scale: what its features were standardised with, ``(d,)``.
+    """
 
     def __init__(self, X: Float32, truth: NDArray[np.bool_], max_iter: int) -> None:
-        self._mean, self._scale = standardisation(X)
-        self._rows, self._axes, self._spread = principal_axes((X - self._mean) / self._scale)
+        self.mean, self.scale = standardisation(X)
+        self._rows, self._axes, self._spread = principal_axes((X - self.mean) / self.scale)
         self._truth, self._max_iter = truth, max_iter
         share = np.clip(truth.mean(axis=0), 0.5 / len(X), 1 - 0.5 / len(X))
         self._curvature = share * (1 - share)
         self._place = np.concatenate([np.zeros((len(self._spread), len(share))), np.log(share / (1 - share))[None]])
 
-    def fit(self, C: float | Float64) -> tuple[DenseHead, bool]:
-        """The head, and whether L-BFGS converged; C is one for all labels, or ``(k,)``."""
+    def fit(self, C: float | Float64) -> tuple[Float32, Float32, bool]:
+        """Weights ``(k, d)`` and intercepts ``(k,)``, and whether L-BFGS converged; C is one for all labels, or ``(k,)``."""
         from scipy.optimize import minimize
 
         strength = np.full(self._place.shape, 1 / np.asarray(C))
@@ -53,9 +56,7 @@ class SigmoidProblem:
         )
         self._place = found.x.reshape(unit.shape) * unit
         weight = np.ascontiguousarray((self._axes @ self._place[:-1].astype(np.float32)).T)
-        names = [str(k) for k in range(len(weight))]
-        layer = weight, self._place[-1].astype(np.float32)
-        return DenseHead(self._mean, self._scale, [layer], names, activation="Sigmoid"), found.nit < self._max_iter
+        return weight, self._place[-1].astype(np.float32), found.nit < self._max_iter
 
     def _objective(self, scaled: Float64, unit: Float64, strength: Float64) -> tuple[float, Float64]:
         place = scaled.reshape(unit.shape) * unit

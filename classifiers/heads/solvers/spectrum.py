@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from classifiers.evaluation.probabilities import Float32
-from classifiers.heads.fitted import DenseHead
 
 from .standardise import standardisation
 
@@ -25,16 +24,19 @@ class Spectrum:
 
     Standardised features are Z = P V^T, where P^T P is diagonal, so Z^T Z + lambda is diagonal in V. That comes from the
     eigenvectors of Z^T Z, or of Z Z^T where there are fewer rows than columns: whichever is smaller. ``wanted`` is ``(n, k)``.
+
+    Attributes:
+        mean, scale: what the features were standardised with, ``(d,)``.
     """
 
     def __init__(self, X: Float32, wanted: NDArray[np.float64]) -> None:
         n, d = X.shape
-        self._mean, self._scale = standardisation(X)
+        self.mean, self.scale = standardisation(X)
         # Near a square, little is left over to judge a small lambda by, which float32 would lose.
         self._dtype = np.float64 if n * d * min(n, d) <= PRECISE or max(n, d) < 4 * min(n, d) else np.float32
         self._Z: Floats = X.astype(self._dtype)  # a copy; what is done to it in place needs no second one
-        self._Z -= self._mean
-        self._Z /= self._scale
+        self._Z -= self.mean
+        self._Z /= self.scale
         self._tall = n > d
         self._bias = wanted.mean(axis=0)
         self._centred = wanted - self._bias
@@ -50,15 +52,14 @@ class Spectrum:
         else:
             self._dual = self._vectors.T @ self._centred
 
-    def head(self, alpha: float, classes: list[str]) -> DenseHead:
-        """The solution for one lambda."""
+    def solution(self, alpha: float) -> tuple[Float32, Float32]:
+        """Weights ``(k, d)`` and intercepts ``(k,)`` for one lambda."""
         if self._tall:
             weights = self._vectors @ (self._right / (self._values + alpha)[:, None])
         else:
             dual = self._vectors @ (self._dual / (self._values + alpha)[:, None])
             weights = self._Z.T @ dual.astype(self._dtype)
-        layer = np.ascontiguousarray(weights.T, np.float32), self._bias.astype(np.float32)
-        return DenseHead(self._mean, self._scale, [layer], classes)
+        return np.ascontiguousarray(weights.T, np.float32), self._bias.astype(np.float32)
 
     def left_out(self, rows: NDArray[np.intp], alphas: Sequence[float]) -> Iterator[Float32]:
         """Decision values ``(m, k)`` of training rows, each by the fit on all others, for one lambda after another.

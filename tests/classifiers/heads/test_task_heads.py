@@ -53,10 +53,10 @@ def numbered(n: int, d: int, seed: int = 0) -> tuple[NDArray[np.float32], NDArra
 @pytest.mark.parametrize("C", [1e-3, 1.0, 100.0])
 def test_every_label_has_scikit_learns_optimum(n: int, d: int, C: float) -> None:
     X, truth = labelled(n, d, 3)
-    head, converged = SigmoidProblem(X, truth, 1000).fit(C)
+    problem = SigmoidProblem(X, truth, 1000)
+    weight, bias, converged = problem.fit(C)
     assert converged
-    inputs = ((X - head.mean) / head.scale).astype(np.float64)
-    ((weight, bias),) = head.layers
+    inputs = ((X - problem.mean) / problem.scale).astype(np.float64)
 
     def objective(w: NDArray[np.float64], b: float, sign: NDArray[np.int64]) -> float:
         return float(np.logaddexp(0, -sign * (inputs @ w + b)).sum() + w @ w / 2 / C)
