@@ -1,7 +1,7 @@
 """How often 95 % intervals hold the true value, and 90 % prediction sets the true label, where both are known.
 
 Run by ``make bench``; rewrites its tables in docs/metrics.md and docs/compare.md. Images are drawn from populations whose true
-figures are those of 400,000 draws; class sizes vary from draw to draw, as they do in a random split.
+scores are those of 400,000 draws; class sizes vary from draw to draw, as they do in a random split.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from classifiers.evaluation.conformal import KINDS, Conformal
 from classifiers.evaluation.intervals import RESAMPLES, bootstrap_interval, resampled
 from classifiers.evaluation.paired_tests import difference_interval
-from classifiers.evaluation.scores import weighted_figures
+from classifiers.evaluation.scores import weighted_scores
 from classifiers.evaluation.single_label import score
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 BEGIN, END = "<!-- made by `make bench` -->", "<!-- end -->"
 TRUE = 400_000  # draws; half at a time
-FIGURES = {
+SCORES = {
     "accuracy": "accuracy (Wilson)",
     "balanced_accuracy": "balanced accuracy",
     "precision_macro": "macro precision",
@@ -80,21 +80,21 @@ POPULATIONS = (
 )
 
 
-def figure_coverage(population: Population, draws: int) -> dict[str, float]:
-    """Share of intervals that hold the true value, by figure; and the true accuracy as ``true``."""
+def score_coverage(population: Population, draws: int) -> dict[str, float]:
+    """Share of intervals that hold the true value, by score; and the true accuracy as ``true``."""
     rng = np.random.default_rng(0)
     classes = [f"{k:02d}" for k in range(len(population.prior))]
     halves = [population.draw(rng, TRUE // 2) for _ in range(2)]
     truth, probabilities = (np.concatenate(parts) for parts in zip(*halves, strict=True))
-    once = weighted_figures(truth, probabilities, np.ones((TRUE, 1), np.float32))
+    once = weighted_scores(truth, probabilities, np.ones((TRUE, 1), np.float32))
     known = {name: float(value) for name, (value,) in once.items()}
     known["accuracy"] = float((probabilities.argmax(axis=1) == truth).mean())
     held: defaultdict[str, list[bool]] = defaultdict(list)
     for _ in range(draws):
         truth, probabilities = population.draw(rng, population.n)
-        for name, figure in score(np.array(classes)[truth], probabilities, classes).figures.items():
-            if name in FIGURES and figure["interval"]:
-                low, high = figure["interval"]
+        for name, entry in score(np.array(classes)[truth], probabilities, classes).scores.items():
+            if name in SCORES and entry["interval"]:
+                low, high = entry["interval"]
                 held[name].append(low <= known[name] <= high)
     return {name: float(np.mean(values)) for name, values in held.items()} | {"true": known["accuracy"]}
 
@@ -174,7 +174,7 @@ def pairs_report(draws: int) -> str:
 
 def report(draws: int) -> str:
     names = [str(population) for population in POPULATIONS]
-    found = [figure_coverage(population, draws) for population in POPULATIONS]
+    found = [score_coverage(population, draws) for population in POPULATIONS]
     sets = [set_coverage(population, draws) for population in POPULATIONS]
     error = 100 * math.sqrt(0.95 * 0.05 / draws)
     lines = [
@@ -186,7 +186,7 @@ def report(draws: int) -> str:
     ]
     lines += [
         f"| {text} | " + " | ".join(f"{100 * each[name]:.1f} %" if name in each else "-" for each in found) + " |"
-        for name, text in FIGURES.items()
+        for name, text in SCORES.items()
     ]
     lines += ["", "| 90 % prediction sets | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
     for kind, text in zip(KINDS, ("over all images", "class by class"), strict=True):

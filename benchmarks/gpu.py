@@ -395,7 +395,7 @@ def main() -> None:
         flatness(bench, files["fp16" if bench.on_gpu else "fp32"])
         fidelity(bench, files, given.photos or photos, 24 if given.smoke else 250)
         bench.say("", "### What must be shown")
-        bench.table("figure", "found", "wanted", "")
+        bench.table("quantity", "found", "wanted", "")
         for what, found, sign, wanted in bench.verdicts:
             met = found >= wanted if sign == ">=" else found <= wanted
             bench.row(what, f"{found:.4g}", f"{sign} {wanted:g}", "met" if met else "NOT MET")

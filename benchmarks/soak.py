@@ -336,7 +336,7 @@ def _json(texts: list[str]) -> dict[str, Any]:
 
 @dataclass
 class Signalled:
-    """Figures of `signalled`."""
+    """Counts of `signalled`."""
 
     signals: int = 0
     codes: Counter[int] = field(default_factory=Counter)
@@ -369,27 +369,27 @@ def signalled(
     for stage in stages:
         extract(stage, work / "reference", net)
         wanted.append(contents(work / "reference"))
-    figures = Signalled()
+    counts = Signalled()
     for turn in itertools.count():
         cache = work / f"c{turn}"
         for place, stage in enumerate(stages):
             old = wanted[place - 1] if place else None
             while True:
-                strike = next(faults) if figures.signals < count else {}
+                strike = next(faults) if counts.signals < count else {}
                 ended = child(stage, cache, net, **strike)
-                figures.runs += 1
+                counts.runs += 1
                 if ended.code == 0:
                     break
                 struck = {-number, 128 + number}
                 require(ended.code in struck, f"exit {ended.code} after signal {number}: {ended.stderr[-800:]}")
-                figures.signals += 1
-                figures.codes[ended.code] += 1
-                figures.late.append(ended.late)
+                counts.signals += 1
+                counts.codes[ended.code] += 1
+                counts.late.append(ended.late)
                 state = seen(cache)
                 require(state in (old, wanted[place]), f"an intermediate state of {stage.name} is readable")
-                figures.unfinished += state is None
-                figures.old += state is not None and state == old
-                figures.left_over += len(list(cache.rglob(".*.tmp"))) if cache.is_dir() else 0
+                counts.unfinished += state is None
+                counts.old += state is not None and state == old
+                counts.left_over += len(list(cache.rglob(".*.tmp"))) if cache.is_dir() else 0
             require(contents(cache) == wanted[place], f"the cache of {stage.name} differs from an uninterrupted one")
             require_clean(cache)
             if place == 0:
@@ -398,8 +398,8 @@ def signalled(
             require(rows == images, f"{rows} rows are stored for {images} images: some were done twice")
         require(verify_cache(cache) == [], "verify finds damage")
         shutil.rmtree(cache)
-        if figures.signals >= count:
-            return figures
+        if counts.signals >= count:
+            return counts
     raise AssertionError
 
 
@@ -467,7 +467,7 @@ def part_terms(bench: Bench) -> list[str]:
 
 @dataclass
 class PowerLoss:
-    """Figures of `power_loss`."""
+    """Counts of `power_loss`."""
 
     operations: int = 0
     states: int = 0
@@ -509,7 +509,7 @@ def power_loss(bench: Bench, *, states: int, recover: int, images: int = 16, fsy
     trace = recorder.trace
     real = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
     require(crash_model.final(trace) == real, "the trace does not account for every byte on the disk")
-    figures = PowerLoss(operations=sum(op.kind != "committed" for op in trace))
+    counts = PowerLoss(operations=sum(op.kind != "committed" for op in trace))
     rng = random.Random(bench.seed)
     # Every point of the trace in turn (twice and more if there are enough states), each with another outcome.
     points = [i * len(trace) // max(states, 1) for i in range(states)] if states < len(trace) else []
@@ -519,8 +519,8 @@ def power_loss(bench: Bench, *, states: int, recover: int, images: int = 16, fsy
     for number, at in enumerate(points):
         state = crash_model.crash(trace, at, rng)
         broken = crash_model.losses(trace, state)
-        figures.states += 1
-        figures.broken += broken[:1]
+        counts.states += 1
+        counts.broken += broken[:1]
         if every and number % every == 0:
             again = bench.folder("power-again")
             state.write(again)
@@ -536,10 +536,10 @@ def power_loss(bench: Bench, *, states: int, recover: int, images: int = 16, fsy
             require(contents(cache) == wanted[state.phase], f"recovery after operation {at} gives another cache")
             require(verify_cache(cache) == [], f"verify finds damage after recovery from operation {at}")
             require_clean(cache)
-            figures.recovered += 1
-            figures.spared += images_now - summary.computed
+            counts.recovered += 1
+            counts.spared += images_now - summary.computed
             require(overwrite or not spared or summary.computed < images_now, f"no shard was used after operation {at}")
-    return figures
+    return counts
 
 
 def seen_or_refused(cache: Path) -> Contents | None:
@@ -752,11 +752,11 @@ def _tmpfs(bench: Bench, data: Path, wanted: Contents) -> str:
 def part_changes(bench: Bench) -> list[str]:
     """A data set that changes"""
     count = 60 if bench.quick else 2000
-    figures = changes(bench, count)
+    counts = changes(bench, count)
     return [
-        f"{count} images; every file renamed: {figures['renamed']} inference calls, {figures['renamed computed']} computed",
-        f"3 changed, 2 added, 4 deleted: {figures['changed computed']} computed; all other features bit-equal",
-        f"the folder moved: {figures['moved']} inference calls, {figures['moved computed']} computed, the split unchanged",
+        f"{count} images; every file renamed: {counts['renamed']} inference calls, {counts['renamed computed']} computed",
+        f"3 changed, 2 added, 4 deleted: {counts['changed computed']} computed; all other features bit-equal",
+        f"the folder moved: {counts['moved']} inference calls, {counts['moved computed']} computed, the split unchanged",
     ]
 
 
@@ -775,13 +775,13 @@ def changes(bench: Bench, count: int) -> dict[str, int]:
     def by_key() -> dict[bytes, tuple[Any, ...]]:
         return {row[2]: (row[0], row[1], *row[3:]) for row in contents(cache).values() if len(row) > 2}
 
-    figures: dict[str, int] = {}
+    counts: dict[str, int] = {}
     require(run().computed == count, "not every image was computed")
     first = by_key()
     for i, path in enumerate(sorted(data.rglob("*.jpg"))):
         path.rename(path.with_name(f"renamed {count - i}.jpg"))
     summary = run()
-    figures |= {"renamed": summary.inference_calls, "renamed computed": summary.computed}
+    counts |= {"renamed": summary.inference_calls, "renamed computed": summary.computed}
     require(by_key() == first, "renaming changed features or splits")
     files = sorted(data.rglob("*.jpg"))
     random.Random(bench.seed).shuffle(files)
@@ -792,19 +792,19 @@ def changes(bench: Bench, count: int) -> dict[str, int]:
     for path in files[3:7]:
         path.unlink()
     summary = run()
-    figures |= {"changed": summary.inference_calls, "changed computed": summary.computed}
+    counts |= {"changed": summary.inference_calls, "changed computed": summary.computed}
     second = by_key()
     same = set(first) & set(second)
     require(len(same) == count - 7 and len(second) == count - 2, f"{len(same)} of {len(second)} contents stayed")
     require(all(first[key][2:] == second[key][2:] for key in same), "features of unchanged images changed")
     data = data.rename(data.with_name("moved"))
     summary = run()
-    figures |= {"moved": summary.inference_calls, "moved computed": summary.computed}
+    counts |= {"moved": summary.inference_calls, "moved computed": summary.computed}
     require(by_key() == second, "moving the folder changed features or splits")
     expected = {"renamed": 0, "renamed computed": 0, "changed computed": 5, "moved": 0, "moved computed": 0}
-    require({key: figures[key] for key in expected} == expected, f"computed: {figures}")
+    require({key: counts[key] for key in expected} == expected, f"computed: {counts}")
     require(summary.inputs == count - 2 and FeatureCache(cache).root == data.absolute(), "the table does not follow")
-    return figures
+    return counts
 
 
 def part_unchanged(bench: Bench) -> list[str]:
@@ -909,7 +909,7 @@ def machine() -> str:
 
 
 def write_document(results: dict[str, tuple[str, list[str]]]) -> None:
-    """Replace the sections of the parts that ran; the others keep the figures of their last run."""
+    """Replace the sections of the parts that ran; the others keep the counts of their last run."""
     sections = {}
     if DOCUMENT.exists():
         for section in re.split(r"^(?=## )", DOCUMENT.read_text(), flags=re.MULTILINE)[1:]:

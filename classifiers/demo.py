@@ -43,7 +43,7 @@ SIDE = 64  # pixels; the digits have 8 x 8, so nothing is lost and everything is
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found: first extraction, second extraction, figures, the comparison, some predictions, caveats."""
+    """What the demo found: first extraction, second extraction, scores, the comparison, some predictions, caveats."""
 
     first: Summary
     second: Summary

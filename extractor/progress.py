@@ -178,7 +178,7 @@ class Metrics(logging.Handler):
             self._write({}, None)
 
     def summary(self, facts: dict[str, Any]) -> None:
-        """Write the figures of a run: ``exit_code``, and ``extract`` as `Summary.to_json` has it."""
+        """Write the numbers of a run: ``exit_code``, and ``extract`` as `Summary.to_json` has it."""
         code = int(facts["exit_code"])
         if code in (0, 3):  # 3 is complete, with recorded failures inside the budget
             self._last_success = time.time()

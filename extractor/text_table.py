@@ -14,7 +14,7 @@ READABLE = 16  # characters that a column of text gets at least, if it needs the
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1, width: int | None = None) -> str:
     """A table; the first ``left`` columns are text, the others numbers. ``width`` in characters; None asks the terminal.
 
-    Text is folded where it must be, a figure never: a table too wide for that is turned on its side, or becomes a list.
+    Text is folded where it must be, a number never: a table too wide for that is turned on its side, or becomes a list.
     """
     from rich import box
     from rich.console import Console
@@ -27,7 +27,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 
         turned = [columns[0], *(row[0] for row in rows)], [[*cells] for cells in zip(columns, *rows, strict=True)][1:]
         if narrowest(*turned, 1) <= console.width:
             return table(*turned, width=console.width)
-        # one line per figure is longer, but can be read
+        # one line per number is longer, but can be read
         heading = max(map(cell_len, columns))
         blocks = [[f"{name:{heading}}  {cell}" for name, cell in zip(columns, row, strict=True)] for row in rows]
         return "\n\n".join("\n".join(block) for block in blocks)
@@ -37,7 +37,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 
     for i, column in enumerate(columns):
         if i < left:
             drawn.add_column(column, overflow="fold")
-        else:  # its heading may be broken between words, a figure never
+        else:  # its heading may be broken between words, a number never
             drawn.add_column(column, justify="right", width=None if fits else widths[i])
     for row in rows:
         drawn.add_row(*(Text(cell) for cell in row))

@@ -9,7 +9,7 @@
     |   |   |-- NewerFormatError               a newer penult wrote it
     |   |-- FingerprintMismatchError       two things were made by different backbones
     |   |-- BudgetExceededError            more failed inputs than allowed
-    |   |-- GateError                      a figure is below the gate
+    |   |-- GateError                      a score is below the gate
     |-- InputMissingError (FileNotFoundError)  66
     |-- DeviceUnavailableError (RuntimeError)  69  the requested device is not really there
     |-- OutputError (OSError)             73  an output cannot be created

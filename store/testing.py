@@ -7,7 +7,7 @@
     def test_features_are_last_months():
         assert_features_match("today.cache", "golden.h5")
 
-    def test_figures_are_last_months():
+    def test_scores_are_last_months():
         assert_metrics_match("today.head/head.json", "golden-head.json", tolerance=0.005)
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 from .cache import FeatureCache
 from .drift import compare_caches
 
-FIGURES = ("accuracy", "macro_f1", "log_loss")
+METRICS = ("accuracy", "macro_f1", "log_loss")
 
 
 def assert_features_match(cache: str | Path, golden: str | Path, *, bound: float | None = None) -> None:
@@ -51,24 +51,24 @@ def assert_metrics_match(
     Args:
         metrics: an evaluation as JSON (`penult evaluate --json`), a bundle's ``head.json``, or the path of either.
         golden: what it must equal.
-        tolerance: allowed absolute difference of each figure.
+        tolerance: allowed absolute difference of each score.
 
     Raises:
-        AssertionError: names the figures that differ.
+        AssertionError: names the scores that differ.
     """
-    found, expected = _figures(metrics), _figures(golden)
+    found, expected = _metrics(metrics), _metrics(golden)
     wrong = [f"n: {found['n']} against {expected['n']}"] if found["n"] != expected["n"] else []
     wrong += [
         f"{name}: {found[name]:.6f} against {expected[name]:.6f}"
-        for name in FIGURES
+        for name in METRICS
         if not abs(found[name] - expected[name]) <= tolerance
     ]
     if wrong:
-        message = f"the figures differ by more than {tolerance}: {'; '.join(wrong)}"
+        message = f"the scores differ by more than {tolerance}: {'; '.join(wrong)}"
         raise AssertionError(message)
 
 
-def _figures(source: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:
+def _metrics(source: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:
     facts = source if isinstance(source, Mapping) else json.loads(Path(source).read_text("utf-8"))
     found: Mapping[str, Any] = facts.get("metrics", facts)
     return found

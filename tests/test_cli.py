@@ -62,9 +62,9 @@ def test_the_whole_way(penult: Penult, photos: Path, backbone_file: Path, tmp_pa
     with Image.open(plot) as image:
         assert image.format == "PNG"
     assert penult("evaluate", bundle, cache, "--plot", plot)[0] == 73
-    figures = json.loads(penult("evaluate", bundle, cache, "--json")[1])
-    assert sum(map(sum, figures["confusion"])) == 4
-    assert penult("evaluate", bundle, cache, "--min-accuracy", "1.0")[0] == (0 if figures["accuracy"] == 1 else 65)
+    scores = json.loads(penult("evaluate", bundle, cache, "--json")[1])
+    assert sum(map(sum, scores["confusion"])) == 4
+    assert penult("evaluate", bundle, cache, "--min-accuracy", "1.0")[0] == (0 if scores["accuracy"] == 1 else 65)
     assert penult("evaluate", bundle, cache, "--split", "train")[0] == 65
     assert penult("evaluate", bundle, cache, "--min-accuracy", "nan")[0] == 2, "a gate that is no number would never be met"
     code, _, err = penult("finetune", cache, "-m", "resnet18", "-o", tmp_path / "f", "--test-fraction", "0.5", "--limit", "5")

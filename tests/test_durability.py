@@ -84,8 +84,8 @@ def test_folders_are_as_durable_as_the_files_in_them(power: Callable[..., PowerL
 
 
 def test_only_what_changed_is_computed(bench: Bench) -> None:
-    figures = soak.changes(bench, 60)
-    assert figures["changed computed"] == 5
+    scores = soak.changes(bench, 60)
+    assert scores["changed computed"] == 5
 
 
 def test_unchanged_files_are_not_opened(bench: Bench) -> None:

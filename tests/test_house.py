@@ -1,4 +1,4 @@
-"""The rules of the house, read from the source: floors, rooms, circles, sizes, safety, names; and that the documents are true."""
+"""The rules of the house, read from the source: floors, rooms, circles, sizes, names; and that the documents are true."""
 
 from __future__ import annotations
 

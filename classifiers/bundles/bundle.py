@@ -165,6 +165,7 @@ class Bundle:
             facts = json.loads((path / "head.json").read_text("utf-8"))
             require_format(path, facts.pop("format"), FORMAT_VERSION)
             backbone = BackboneFacts.from_json(json.dumps(facts.pop("backbone")))
+            facts["metrics"] = _with_scores(facts["metrics"])
             bundle = cls(path=path, backbone=backbone, fingerprint=Fingerprint(facts.pop("fingerprint")), **facts)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             if isinstance(error, BadDataError):
@@ -335,6 +336,14 @@ def _predictions_file(predictions: Predictions | None, fitted: Sequence[bytes]) 
         **label_names,
     }
     return hdf5.build(PREDICTIONS, datasets, {"rows": len(held.paths), "split": held.split})[0]
+
+
+def _with_scores(metrics: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Metrics as they are called now; bundles of old have their scores under ``figures``."""
+    for each in [metrics, *metrics.get("per_output", [])] if metrics else []:
+        if each and "figures" in each:
+            each["scores"] = each.pop("figures")
+    return metrics
 
 
 def _digest(path: Path) -> str:

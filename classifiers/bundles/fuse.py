@@ -60,7 +60,7 @@ def fuse(bundle: Bundle, out: Path, *, overwrite: bool = False) -> Fused:
     onnx_file.require_writable(out)
     if bundle.views:
         log.warning(
-            "%s averages over %d views of an image and %s looks at it once: the bundle's figures are not its own",
+            "%s averages over %d views of an image and %s looks at it once: the bundle's scores are not its own",
             bundle.name,
             bundle.views.count,
             out,

@@ -1,4 +1,4 @@
-"""Which samples may be fitted, which choices are made on, which are reported; and a bundle's figures on the last.
+"""Which samples may be fitted, which choices are made on, which are reported; and a bundle's scores on the last.
 
 - ``test`` present: choose on ``val`` where there is one (else k-fold inside ``train``), refit on both, report on ``test``;
 - only ``train`` and ``val``: ``val`` is held out and every choice is made by k-fold inside ``train``;
@@ -68,7 +68,7 @@ def evaluate_bundle(
     root: Path | None = None,
     **predictor_options: Any,
 ) -> tuple[Evaluation | Measured, Predictions]:
-    """A bundle's figures on a cache or a dataset, leaving out every image that was fitted or chosen on.
+    """A bundle's scores on a cache or a dataset, leaving out every image that was fitted or chosen on.
 
     Cached features are used where the fingerprint matches; otherwise the images go through the bundle's own backbone.
 
@@ -101,10 +101,10 @@ def evaluate_bundle(
     else:
         table = survey(source, bundle.backbone.preprocess, Options(val_fraction=0, test_fraction=0))
         if table.facts["budget_exceeded"]:
-            message = f"{_failures(table)} of {data}: more than 1 %, so these figures would not be about this dataset"
+            message = f"{_failures(table)} of {data}: more than 1 %, so these scores would not be about this dataset"
             raise BadDataError(message)
         if table.counts["failed"]:
-            log.warning("%s; the figures are without them", _failures(table))
+            log.warning("%s; the scores are without them", _failures(table))
     if table.task.name != bundle.task:
         message = f"{data} was extracted with --task {table.task.name}, and {bundle.name} is a head for {bundle.task}"
         raise BadDataError(message)

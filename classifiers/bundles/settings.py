@@ -35,7 +35,7 @@ class GateSettings(HeldOutSettings, create_model("GateSettings", __base__=_Gates
         """The gates that are asked for.
 
         Raises:
-            UsageError: one is on a figure that a task does not have.
+            UsageError: one is on a metric that a task does not have.
         """
         gates, place = wanted_gates({gate.name: getattr(self, gate.name) for gate in GATES}), PLACE.get()
         require_gates(gates, task, lambda gate: place.spell(type(self), gate.name))

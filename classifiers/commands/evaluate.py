@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 def evaluate(bundle: Path, data: Path, settings: EvaluateSettings, plot: Path | None, *, as_json: bool, overwrite: bool) -> int:
     """Evaluate a bundle on a cache or a dataset, with intervals.
 
-    Every figure with its interval, per class, and the confusion matrix.
+    Every score with its interval, per class, and the confusion matrix.
 
     Example: penult evaluate photos.head photos.cache --split test
     """

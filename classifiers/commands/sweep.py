@@ -53,7 +53,7 @@ def sweep(data: Path, wanted: Sequence[str], settings: SweepSettings, output: Pa
     click.echo()
     for note in found.notes():
         click.echo(note)
-    click.echo(f"\nRank correlation of the scores with the {found.figure} of trained heads, {len(found.lines)} sources")
+    click.echo(f"\nRank correlation of the scores with the {found.metric} of trained heads, {len(found.lines)} sources")
     print_table(AGREEMENT_COLUMNS, [each.cells() for each in found.agreements()])
     click.echo(f"\nPage: {output / PAGE}\nNext: {found.advice()}")
     return found.exit_code

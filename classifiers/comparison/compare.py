@@ -67,7 +67,7 @@ class Compared:
     Attributes:
         name, kind: of the bundle.
         accuracy, accuracy_interval: with the 95 % Wilson interval.
-        figures: by name, see docs/metrics.md; among them ``f1_macro``, ``log_loss``, ``brier`` and ``ece``.
+        scores: by name, see docs/metrics.md; among them ``f1_macro``, ``log_loss``, ``brier`` and ``ece``.
         seconds: from images to a head, extraction included.
         cost: as in `Bundle`. ``images`` counts passes through the backbone: each image once for cached features, once an epoch
             when fine-tuning.
@@ -80,7 +80,7 @@ class Compared:
     kind: str
     accuracy: float
     accuracy_interval: tuple[float, float]
-    figures: dict[str, float]
+    scores: dict[str, float]
     seconds: float
     cost: dict[str, Any]
     change: Change | None
@@ -201,9 +201,9 @@ def compare_entrants(entrants: Sequence[Entrant], *, baseline: int = 0, worthwhi
             Compared(
                 name=entrant.name,
                 kind=entrant.kind,
-                accuracy=standing.figures["accuracy"],
-                accuracy_interval=wilson(round(standing.figures["accuracy"] * len(truth)), len(truth)),
-                figures=standing.figures,
+                accuracy=standing.scores["accuracy"],
+                accuracy_interval=wilson(round(standing.scores["accuracy"] * len(truth)), len(truth)),
+                scores=standing.scores,
                 seconds=entrant.seconds,
                 cost=dict(entrant.cost),
                 change=standing.change,

@@ -18,7 +18,7 @@ from .label_curve import LabelCurve
 
 ACCURACY_COLUMNS = ("bundle", "kind", "accuracy, %", "difference, points", "p", "cost")
 CURVE_COLUMNS = ("training images", "accuracy", "95 % interval", "draws")
-FIGURES = {"f1_macro": "macro F1", "log_loss": "log-loss", "brier": "Brier", "ece": "ECE"}
+SCORES = {"f1_macro": "macro F1", "log_loss": "log-loss", "brier": "Brier", "ece": "ECE"}
 CARDS = 4  # differences that are shown large
 PAIRS = 6  # heads whose reliability is drawn
 
@@ -34,7 +34,7 @@ def accuracy_cells(line: Compared) -> tuple[str, ...]:
 
 def _difference(line: Compared) -> str:
     assert line.change is not None
-    found = line.change.figures["accuracy"]
+    found = line.change.scores["accuracy"]
     return f"{signed(found['value'])} {bounds(found['interval'])}"
 
 
@@ -52,13 +52,13 @@ def _short(value: float, unit: str) -> str:
 
 
 def cost_table(lines: Sequence[Compared]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the second table: the other figures, and what each head cost."""
+    """Columns and rows of the second table: the other scores, and what each head cost."""
     energy = any(line.cost.get("energy") is not None for line in lines)
-    columns = ["bundle", *FIGURES.values(), "extract", "train", "images", "memory", *(["energy"] if energy else [])]
+    columns = ["bundle", *SCORES.values(), "extract", "train", "images", "memory", *(["energy"] if energy else [])]
     rows = []
     for line in lines:
         cost, memory = line.cost, line.cost.get("peak_memory")
-        row = [line.name, *(f"{line.figures[name]:.3f}" for name in FIGURES)]
+        row = [line.name, *(f"{line.scores[name]:.3f}" for name in SCORES)]
         row += [_seconds(cost["extract_seconds"]) if cost["extract_seconds"] else "-", _seconds(cost["train_seconds"])]
         row += [str(cost["images"]), "-" if memory is None else _short(memory / 1e9, "GB")]
         row += [_joules(cost.get("energy"))] if energy else []
@@ -116,17 +116,17 @@ def comparison_report(found: Comparison, *, notes: Sequence[str] = (), title: st
         Section("Differences", _forest_text(found), plot=_forest(found, others), half=True),
         Section("Accuracy and cost", "Seconds of extraction and training.", plot=_cost_plot(found), half=True),
         Section("Accuracy", _tests(found), columns=ACCURACY_COLUMNS, rows=[accuracy_cells(line) for line in found.lines]),
-        Section("Other figures and cost", _cost_text(), columns=cost_columns, rows=cost_rows),
-        Section("Differences of all figures", columns=("bundle", *_DIFFERENT.values()), rows=_difference_rows(others)),
+        Section("Other scores and cost", _cost_text(), columns=cost_columns, rows=cost_rows),
+        Section("Differences of all scores", columns=("bundle", *_DIFFERENT.values()), rows=_difference_rows(others)),
         *_reliability(found),
         *_training(found),
         *_curve(found.curve),
         *_per_class(found, others),
     ]
-    return page(title, lead, sections, figures=cards, notes=notes)
+    return page(title, lead, sections, cards=cards, notes=notes)
 
 
-_DIFFERENT = {"accuracy": "accuracy, points", **{name: FIGURES[name] for name in COMPARED if name in FIGURES}}
+_DIFFERENT = {"accuracy": "accuracy, points", **{name: SCORES[name] for name in COMPARED if name in SCORES}}
 
 
 def _difference_rows(others: Sequence[Compared]) -> list[list[str]]:
@@ -137,9 +137,9 @@ def _cell(line: Compared, name: str) -> str:
     if name == "accuracy":
         return _difference(line)
     assert line.change is not None
-    figure = line.change.figures[name]
-    between = figure["interval"]
-    return f"{figure['value']:+.3f}" + (f" [{between[0]:+.3f}, {between[1]:+.3f}]" if between else "")
+    score = line.change.scores[name]
+    between = score["interval"]
+    return f"{score['value']:+.3f}" + (f" [{between[0]:+.3f}, {between[1]:+.3f}]" if between else "")
 
 
 def _cost_text() -> str:
@@ -164,8 +164,8 @@ def _forest(found: Comparison, others: Sequence[Compared]) -> str:
         axes.axvline(0, color=plots.INK, lw=0.8)
         for place, line in enumerate(reversed(others)):
             assert line.change is not None
-            figure = line.change.figures["accuracy"]
-            _mark(axes, place, figure, plots.BLUE)
+            score = line.change.scores["accuracy"]
+            _mark(axes, place, score, plots.BLUE)
         axes.set_yticks(range(len(others)), [plots.shorten(line.name) for line in reversed(others)])
         axes.set_ylim(-0.6, len(others) - 0.4)
         axes.set_xlabel("difference of accuracy, points")
@@ -173,8 +173,8 @@ def _forest(found: Comparison, others: Sequence[Compared]) -> str:
     return plots.svg(draw, (plots.WIDTH, 0.9 + 0.35 * max(len(others), 3)))
 
 
-def _mark(axes: Any, place: float, figure: dict[str, Any], colour: str, label: str = "") -> None:
-    value, (low, high) = 100 * figure["value"], (100 * each for each in figure["interval"])
+def _mark(axes: Any, place: float, score: dict[str, Any], colour: str, label: str = "") -> None:
+    value, (low, high) = 100 * score["value"], (100 * each for each in score["interval"])
     spread = [[max(value - low, 0)], [max(high - value, 0)]]
     axes.errorbar([value], [place], xerr=spread, fmt="o", color=colour, ms=4, capsize=3, label=label)
 
@@ -206,7 +206,7 @@ def _reliability(found: Comparison) -> list[Section]:
     return [
         Section(
             f"Reliability of {line.name}",
-            f"Accuracy by confidence; on the dashed line the two agree. ECE {line.figures['ece']:.3f}.",
+            f"Accuracy by confidence; on the dashed line the two agree. ECE {line.scores['ece']:.3f}.",
             plot=plots.reliability_svg(found.truth, line.probabilities, None),
             half=True,
         )
@@ -215,7 +215,7 @@ def _reliability(found: Comparison) -> list[Section]:
 
 
 def _training(found: Comparison) -> list[Section]:
-    """Validation figures by epoch of what was fine-tuned."""
+    """Validation scores by epoch of what was fine-tuned."""
     tuned = [line for line in found.lines if line.kind == FINE_TUNED and line.history]
     if not tuned:
         return []

@@ -23,8 +23,8 @@ WITH_FAILURES = 3
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A head's headline figure on ``n`` images, and its 95 % interval where there is one."""
+class Headline:
+    """The score of a head that says most, on ``n`` images, and its 95 % interval where there is one."""
 
     value: float
     interval: Interval | None
@@ -47,7 +47,7 @@ class Line:
         scores: see `transferability.transferability`.
         train_seconds, score_seconds: of the head with all its choices; of the scores.
         right: which images it was right on, of those that ``choice`` counts, in one order for all sources; None where a
-            figure does not count single images.
+            score does not count single images.
     """
 
     source: str
@@ -57,8 +57,8 @@ class Line:
     images: int
     extract_seconds: float
     computed: int
-    choice: Figure
-    held_out: Figure | None
+    choice: Headline
+    held_out: Headline | None
     scores: dict[str, float | None]
     train_seconds: float
     score_seconds: float
@@ -82,7 +82,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Rank correlation of a score with the figure that sources are ranked by; None where it is not defined."""
+    """Rank correlation of a score with the metric that sources are ranked by; None where it is not defined."""
 
     score: str
     n: int
@@ -99,9 +99,9 @@ class Agreement:
 
     def cells(self) -> tuple[str, ...]:
         """In the order of `AGREEMENT_COLUMNS`."""
-        figures = [("-" if each is None else f"{each:.2f}") for each in (self.kendall_tau, self.spearman_rho)]
+        shown = [("-" if each is None else f"{each:.2f}") for each in (self.kendall_tau, self.spearman_rho)]
         p = "-" if self.kendall_p is None else f"{self.kendall_p:.2g}"
-        return (SCORES[self.score], *figures, p, self.so)
+        return (SCORES[self.score], *shown, p, self.so)
 
 
 AGREEMENT_COLUMNS = ("score", "Kendall's tau", "Spearman's rho", "p", "so")
@@ -135,7 +135,7 @@ class Ranking:
         return WITH_FAILURES if self.failed or self.unusable else 0
 
     @property
-    def figure(self) -> str:
+    def metric(self) -> str:
         """What the sources are ranked by."""
         return KINDS[self.task].ranked_by
 
@@ -143,7 +143,7 @@ class Ranking:
     def columns(self) -> tuple[str, ...]:
         held = [] if self.reported_on is None else [f"held out: {self.reported_on}"]
         names = [SCORES[name] for name in self.shown]
-        return ("rank", "source", "features", "extraction", self.figure, *held, *names, "Pareto")
+        return ("rank", "source", "features", "extraction", self.metric, *held, *names, "Pareto")
 
     @property
     def shown(self) -> list[str]:
@@ -178,17 +178,17 @@ class Ranking:
             for rank, (line, best) in enumerate(zip(self.lines, self.front(), strict=True), 1)
         ]
 
-    def text(self, figure: Figure) -> str:
-        """A figure with its interval."""
+    def text(self, score: Headline) -> str:
+        """A score with its interval."""
         scale, digits, unit = (100, 1, " %") if KINDS[self.task].in_percent else (1, 3, "")
-        bounds = ", ".join(f"{scale * bound:.{digits}f}" for bound in figure.interval or ())
-        return f"{scale * figure.value:.{digits}f}{unit}" + (f" [{bounds}]" if bounds else "")
+        bounds = ", ".join(f"{scale * bound:.{digits}f}" for bound in score.interval or ())
+        return f"{scale * score.value:.{digits}f}{unit}" + (f" [{bounds}]" if bounds else "")
 
     def agreements(self) -> list[Agreement]:
         """Of every score that there is for this task."""
-        figures = [line.choice.value for line in self.lines]
+        achieved = [line.choice.value for line in self.lines]
         names = [name for name, value in self.lines[0].scores.items() if value is not None]
-        return [agreement(name, [line.scores[name] or 0.0 for line in self.lines], figures) for name in names]
+        return [agreement(name, [line.scores[name] or 0.0 for line in self.lines], achieved) for name in names]
 
     def against_best(self) -> list[float | None]:
         """The p-value of the exact test of McNemar (1947) of each line against the first; None where it cannot be made."""
@@ -205,7 +205,7 @@ class Ranking:
         """What to know before one reads the table."""
         n = self.lines[0].choice.n
         held = "nothing is held out" if self.reported_on is None else f"{self.reported_on!r} was not looked at for it"
-        notes = [f"Ranked by {self.figure} on {n} images, by heads fitted without them ({self.chosen_on}); {held}."]
+        notes = [f"Ranked by {self.metric} on {n} images, by heads fitted without them ({self.chosen_on}); {held}."]
         p = self.against_best()
         tied = [str(rank) for rank, each in enumerate(p, 1) if rank > 1 and each is not None and each >= UNLIKELY]
         if tied:
@@ -225,7 +225,7 @@ class Ranking:
 
     def to_json(self) -> dict[str, Any]:
         facts = {
-            name: getattr(self, name) for name in ("data", "task", "head", "figure", "chosen_on", "reported_on", "unusable")
+            name: getattr(self, name) for name in ("data", "task", "head", "metric", "chosen_on", "reported_on", "unusable")
         }
         sources = []
         for rank, (line, best, p) in enumerate(zip(self.lines, self.front(), self.against_best(), strict=True), 1):
@@ -245,12 +245,12 @@ def failure(source: str, error: PenultError) -> Failure:
     return Failure(source, "; ".join([str(error), *getattr(error, "__notes__", ())]), error.exit_code)
 
 
-def agreement(score: str, scores: Sequence[float], figures: Sequence[float]) -> Agreement:
-    """Whether a score orders sources as the figures do: Kendall's tau-b with its p-value, and Spearman's rho."""
+def agreement(score: str, scores: Sequence[float], achieved: Sequence[float]) -> Agreement:
+    """Whether a score orders sources as the heads do: Kendall's tau-b with its p-value, and Spearman's rho."""
     from scipy.stats import kendalltau, spearmanr
 
     n, scores = len(scores), [float(f"{value:.9g}") for value in scores]  # rounding makes no order
-    if n < 3 or len(set(scores)) == 1 or len(set(figures)) == 1:
+    if n < 3 or len(set(scores)) == 1 or len(set(achieved)) == 1:
         return Agreement(score, n, None, None, None)
-    tau = kendalltau(scores, figures)
-    return Agreement(score, n, float(tau.statistic), float(tau.pvalue), float(spearmanr(scores, figures).statistic))
+    tau = kendalltau(scores, achieved)
+    return Agreement(score, n, float(tau.statistic), float(tau.pvalue), float(spearmanr(scores, achieved).statistic))

@@ -25,16 +25,16 @@ def ranking_page(found: Ranking) -> str:
     best, agreements = found.lines[0], found.agreements()
     lead = f"{len(found.lines)} feature sources on {found.data}, a {found.head} head on each. First: {best.source}"
     cards: list[Card] = []
-    for figure, where in ((best.choice, found.chosen_on), (best.held_out, f"{found.reported_on}, held out")):
-        if figure is not None:
-            value, _, bounds = found.text(figure).partition(" [")
-            cards.append((f"{found.figure} of the first", value, f"95 % [{bounds or ']'}, {figure.n} images: {where}"))
+    for score, where in ((best.choice, found.chosen_on), (best.held_out, f"{found.reported_on}, held out")):
+        if score is not None:
+            value, _, bounds = found.text(score).partition(" [")
+            cards.append((f"{found.metric} of the first", value, f"95 % [{bounds or ']'}, {score.n} images: {where}"))
     cards.append(("its extraction", f"{best.extract_seconds:.1f} s", f"{best.dim} features, {best.images} images"))
     logme = agreements[0]
     tau = "-" if logme.kendall_tau is None else f"{logme.kendall_tau:.2f}"
     cards.append(("LogME against trained heads", tau, f"Kendall's tau, {logme.n} sources: {logme.so}"))
     text = "Sources by their rank. Grey is dominated: another is as good in less time, or better in the same."
-    agree = f"Rank correlation of the scores with the {found.figure} of trained heads, {logme.n} sources."
+    agree = f"Rank correlation of the scores with the {found.metric} of trained heads, {logme.n} sources."
     sections = [
         Section("What it costs", text=text, plot=_cost_svg(found), half=True),
         *(_score_section(found, name) for name in found.shown),
@@ -42,7 +42,7 @@ def ranking_page(found: Ranking) -> str:
         Section("Ranking", " ".join(found.notes()), columns=found.columns[1:], rows=[row[1:] for row in _numbered(found)]),
     ]
     missing = [f"No features of {each.source}: {each.error}" for each in found.failed]
-    return page("Which backbone?", lead, sections, figures=cards, notes=missing)
+    return page("Which backbone?", lead, sections, cards=cards, notes=missing)
 
 
 def _numbered(found: Ranking) -> list[tuple[str, ...]]:
@@ -52,12 +52,12 @@ def _numbered(found: Ranking) -> list[tuple[str, ...]]:
 
 def _score_section(found: Ranking, name: str) -> Section:
     values = [line.scores[name] or 0.0 for line in found.lines]
-    title = f"{SCORES[name]} and {found.figure}"
+    title = f"{SCORES[name]} and {found.metric}"
     return Section(title, MEANINGS[name], plot=_score_svg(found, values, SCORES[name]), half=True)
 
 
 def _cost_svg(found: Ranking) -> str:
-    """Figure, with its interval, by extraction time; sources of one pass stand side by side."""
+    """Score, with its interval, by extraction time; sources of one pass stand side by side."""
 
     seen: dict[float, int] = {}
     places = []
@@ -68,7 +68,7 @@ def _cost_svg(found: Ranking) -> str:
     best = np.array(found.front())
 
     def draw(axes: Any) -> None:
-        values = _figures(axes, found, places, best)
+        values = _draw_sources(axes, found, places, best)
         order = [i for i in np.argsort(places) if best[i]]
         axes.step([places[i] for i in order], [values[i] for i in order], where="post", color=BLUE, lw=1, ls=":")
         plain_log(axes, places)
@@ -79,14 +79,14 @@ def _cost_svg(found: Ranking) -> str:
 
 def _score_svg(found: Ranking, scores: Sequence[float], name: str) -> str:
     def draw(axes: Any) -> None:
-        _figures(axes, found, scores, np.array(found.front()))
+        _draw_sources(axes, found, scores, np.array(found.front()))
         axes.set_xlabel(name)
 
     return svg(draw, (WIDTH, 3.6))
 
 
-def _figures(axes: Any, found: Ranking, x: Sequence[float], best: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Every source's figure with interval and rank, at its x; returns the figures."""
+def _draw_sources(axes: Any, found: Ranking, x: Sequence[float], best: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Every source's score with interval and rank, at its x; returns the scores."""
     values = np.array([line.choice.value for line in found.lines])
     for i, line in enumerate(found.lines):
         colour = BLUE if best[i] else "#8a94a6"
@@ -98,5 +98,5 @@ def _figures(axes: Any, found: Ranking, x: Sequence[float], best: NDArray[np.boo
         axes.annotate(str(i + 1), (x[i], values[i]), xytext=(5, 4), textcoords="offset points", color=INK)
     if KINDS[found.task].in_percent:
         axes.yaxis.set_major_formatter("{x:.0%}")
-    axes.set_ylabel(found.figure)
+    axes.set_ylabel(found.metric)
     return values

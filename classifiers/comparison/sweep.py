@@ -44,7 +44,7 @@ from store.errors import (
 from store.format.samples import Row, SampleTable
 from store.splits import groups_of
 
-from .ranking import Failure, Figure, Line, Ranking, failure, ranked
+from .ranking import Failure, Headline, Line, Ranking, failure, ranked
 from .ranking_page import ranking_page
 from .transferability import transferability
 
@@ -304,11 +304,11 @@ class _Bench:
         scores = transferability(X[self._distinct], self._truth[self._distinct], self._task)
         scored = time.perf_counter()
         truth, outputs = self._out_of_fold(head, X)
-        choice, right = self._figure(head, truth, outputs)
+        choice, right = self._headline(head, truth, outputs)
         held_out = None
         if self._held_out is not None:
             seen = cache.features([row.sha256 for row in self._roles.report])
-            held_out, _ = self._figure(head, self._held_out, head.fitted_.probabilities(seen))
+            held_out, _ = self._headline(head, self._held_out, head.fitted_.probabilities(seen))
         return Line(
             source=extracted.source,
             cache=str(cache.path),
@@ -339,14 +339,16 @@ class _Bench:
         rows = np.concatenate([test for _, test in self._folds])
         return self._truth[rows], np.concatenate(parts)
 
-    def _figure(self, head: Any, truth: NDArray[Any], outputs: NDArray[np.float32]) -> tuple[Figure, NDArray[np.bool_] | None]:
-        """The headline figure of outputs ``(n, k)``, and which rows are right where that is the figure."""
+    def _headline(
+        self, head: Any, truth: NDArray[Any], outputs: NDArray[np.float32]
+    ) -> tuple[Headline, NDArray[np.bool_] | None]:
+        """The headline score of outputs ``(n, k)``, and which rows are right where that is the metric."""
         if self._task.exclusive:
             require_finite(outputs)
             right = head.classes_[outputs.argmax(axis=1)] == truth
             count = int(right.sum())
-            return Figure(count / len(right), wilson(count, len(right)), len(right)), right
+            return Headline(count / len(right), wilson(count, len(right)), len(right)), right
         found = self._task.score(truth, outputs, "")
         assert not isinstance(found, Evaluation)
-        figure = found.figures[self._task.figure]
-        return Figure(float(figure["value"] or 0.0), figure["interval"], len(truth)), None
+        score = found.scores[self._task.metric]
+        return Headline(float(score["value"] or 0.0), score["interval"], len(truth)), None

@@ -44,7 +44,7 @@ def judge(change: Change, n: int, *, subject: str, cost_ratio: float | None, wor
         cost_ratio: as in `Verdict`.
         worthwhile: the smallest difference of accuracy that matters, as a share.
     """
-    difference = change.figures["accuracy"]
+    difference = change.scores["accuracy"]
     value, (low, high) = difference["value"], difference["interval"]
     saving = cost_ratio is not None and cost_ratio <= 1 / ALIKE
     gain, least, most = (-value, -high, -low) if saving else (value, low, high)  # of the one that costs more

@@ -1,6 +1,6 @@
 """What a result must reach: the one list behind ``penult evaluate --min-...`` and the ``[gate]`` of a job.
 
-A gate on a figure alone is passed by a handful of lucky images; one on the bound of its 95 % interval is not.
+A gate on a score alone is passed by a handful of lucky images; one on the bound of its 95 % interval is not.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ class Gate:
 
     Attributes:
         name: the key of a job, and with dashes the flag.
-        task: whose figure it is.
-        figure: as in an evaluation's ``figures``, or where it has none of this name, in those of each of its outputs.
-        what: the figure, for people.
+        task: whose metric it is.
+        metric: as in an evaluation's ``scores``, or where it has none of this name, in those of each of its outputs.
+        what: the metric, for people.
         most: the largest value that makes sense; None for any.
         least: the smallest; None for any.
         error: of what is better the smaller it is: it must not be above the gate.
-        bound: whether the far end of the figure's 95 % interval counts, instead of the figure.
+        bound: whether the far end of the score's 95 % interval counts, instead of the score.
     """
 
     name: str
     task: str
-    figure: str
+    metric: str
     what: str
     least: float | None = 0
     most: float | None = 1
@@ -46,17 +46,17 @@ class Gate:
     def missed(self, metrics: Mapping[str, Any], wanted: float, spelled: str) -> str | None:
         """Why an evaluation, as JSON, does not pass, in words; None where it does.
 
-        A figure that is undefined does not pass. A share that resampling shows no spread of, such as one without an error, has
+        A score that is undefined does not pass. A share that resampling shows no spread of, such as one without an error, has
         the Wilson interval of as many images.
         """
         from .intervals import wilson
 
-        if self.figure in metrics["figures"]:
-            found = [(self.what, metrics["figures"][self.figure])]
+        if self.metric in metrics["scores"]:
+            found = [(self.what, metrics["scores"][self.metric])]
         else:
-            found = [(f"{self.what} of {each['name']!r}", each["figures"][self.figure]) for each in metrics["per_output"]]
-        for what, figure in found:
-            value, interval = figure["value"], figure["interval"]
+            found = [(f"{self.what} of {each['name']!r}", each["scores"][self.metric]) for each in metrics["per_output"]]
+        for what, score in found:
+            value, interval = score["value"], score["interval"]
             if interval is None and value is not None and (self.least, self.most) == (0, 1):
                 interval = wilson(value * metrics["n"], metrics["n"])
             counts = value if not self.bound else interval and interval[1 if self.error else 0]
@@ -69,9 +69,9 @@ class Gate:
         return None
 
 
-def _with_bound(name: str, task: str, figure: str, what: str, **limits: Any) -> tuple[Gate, Gate]:
+def _with_bound(name: str, task: str, metric: str, what: str, **limits: Any) -> tuple[Gate, Gate]:
     end = "upper" if limits.get("error") else "lower"
-    return Gate(name, task, figure, what, **limits), Gate(f"{name}_{end}", task, figure, what, **limits, bound=True)
+    return Gate(name, task, metric, what, **limits), Gate(f"{name}_{end}", task, metric, what, **limits, bound=True)
 
 
 GATES = (
@@ -89,7 +89,7 @@ def wanted_gates(given: Mapping[str, Any]) -> dict[Gate, float]:
 
 
 def require_gates(wanted: Mapping[Gate, float], task: str, spell: Callable[[Gate], str]) -> None:
-    """Refuse a gate on a figure that a task does not have.
+    """Refuse a gate on a metric that a task does not have.
 
     Args:
         wanted: as `wanted_gates` gives them.

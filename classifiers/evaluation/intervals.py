@@ -1,4 +1,4 @@
-"""How far a figure can be trusted: score intervals for proportions, a stratified bootstrap for everything else."""
+"""How far a score can be trusted: Wilson intervals for proportions, a stratified bootstrap for everything else."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def bootstrap_interval(estimate: float, values: NDArray[np.float64]) -> Interval
     """The bias-corrected percentile interval (Efron & Tibshirani 1993, section 14.3, with an acceleration of zero).
 
     Args:
-        estimate: the figure on all images.
-        values: the figure on each resample ``(b,)``.
+        estimate: the score on all images.
+        values: the score on each resample ``(b,)``.
 
     Returns:
         None where all values are the same: without an error to draw, resampling knows nothing of errors.
@@ -84,7 +84,7 @@ def _no_spread(values: NDArray[np.float64]) -> bool:
 
 
 def distance_interval(estimate: float, values: NDArray[np.float64], chance: NDArray[np.float64]) -> Interval | None:
-    """For a figure that is zero at best and that noise only makes larger, as a sum of distances is: a cautious interval.
+    """For a score that is zero at best and that noise only makes larger, as a sum of distances is: a cautious interval.
 
     Each resample adds as much noise again as the sample did, which percentiles mirrored at the estimate take off (Davison &
     Hinkley 1997, section 5.2). The lower bound is the mirrored one, or 0 where chance alone explains the estimate; the upper
@@ -92,7 +92,7 @@ def distance_interval(estimate: float, values: NDArray[np.float64], chance: NDAr
 
     Args:
         estimate, values: as in `bootstrap_interval`.
-        chance: draws of the figure where its true value is zero.
+        chance: draws of the score where its true value is zero.
     """
     if _no_spread(values):
         return None

@@ -23,7 +23,7 @@ class MultiLabel(HeadTask):
     """Which of several labels an image has; it may be all of them, or none."""
 
     name, singular, plural = MultiLabelTask.name, "label", "labels"
-    figure, ranked_by = "mean_average_precision", "mean average precision"
+    metric, ranked_by = "mean_average_precision", "mean average precision"
 
     def require(self, table: SampleTable, parts: Sequence[tuple[Sequence[Row], str]]) -> None:
         counts = table.truth(parts[0][0]).sum(axis=0)
@@ -52,7 +52,7 @@ class MultiLabel(HeadTask):
             raise BadDataError(message)
 
     def headline(self, metrics: dict[str, Any]) -> str:
-        return headline_of(metrics["figures"]["mean_average_precision"], "mean average precision")
+        return headline_of(metrics["scores"]["mean_average_precision"], "mean average precision")
 
     def decide(self, outputs: NDArray[np.float32]) -> tuple[str, None]:
         return LABEL_SEPARATOR.join(name for name, value in zip(self.names, outputs, strict=True) if value >= THRESHOLD), None
@@ -63,10 +63,10 @@ class MultiLabel(HeadTask):
         return ", ".join(f"{name} {value:.4f}" for name, value in pairs if value >= THRESHOLD) or "(no label)"
 
 
-def weighted_figures(
+def weighted_scores(
     truth: NDArray[np.bool_], probabilities: Outputs, weights: Weights
 ) -> tuple[dict[str, Values], dict[str, Values]]:
-    """Every figure for each column of weights, as scikit-learn's of the same name with ``sample_weight``.
+    """Every score for each column of weights, as scikit-learn's of the same name with ``sample_weight``.
 
     Args:
         truth: which labels each image has ``(n, k)``.
@@ -74,7 +74,7 @@ def weighted_figures(
         weights: how often each image counts ``(n, b)``.
 
     Returns:
-        Figures over all labels ``(b,)``, and of each label ``(k, b)``; average precision is NaN where no image has the label,
+        Scores over all labels ``(b,)``, and of each label ``(k, b)``; average precision is NaN where no image has the label,
         and its mean is over the others.
     """
     guess = probabilities >= THRESHOLD
@@ -108,10 +108,10 @@ def measure(truth: NDArray[np.bool_], probabilities: Outputs, names: Sequence[st
     require_finite(probabilities)
     guess = probabilities >= THRESHOLD
     resamples = resamples_for(n, k)
-    once, once_each = weighted_figures(truth, probabilities, np.ones((n, 1), np.float32))
-    blocks = [weighted_figures(truth, probabilities, w) for w in resampled(np.zeros(n, np.intp), resamples)]
+    once, once_each = weighted_scores(truth, probabilities, np.ones((n, 1), np.float32))
+    blocks = [weighted_scores(truth, probabilities, w) for w in resampled(np.zeros(n, np.intp), resamples)]
     exact = int((truth == guess).all(axis=1).sum())
-    figures = {
+    scores = {
         name: bootstrapped(float(value), np.concatenate([block[0][name] for block in blocks]))
         for name, (value,) in once.items()
     } | {"subset_accuracy": proportion(exact, n)}
@@ -119,12 +119,12 @@ def measure(truth: NDArray[np.bool_], probabilities: Outputs, names: Sequence[st
     for j, name in enumerate(names):
         hits, support, taken = (int(mask.sum()) for mask in (truth[:, j] & guess[:, j], truth[:, j], guess[:, j]))
         own = {
-            figure: bootstrapped(float(values[j, 0]), np.concatenate([block[1][figure][j] for block in blocks]))
-            for figure, values in once_each.items()
+            score: bootstrapped(float(values[j, 0]), np.concatenate([block[1][score][j] for block in blocks]))
+            for score, values in once_each.items()
         }
         own |= {"precision": proportion(hits, taken), "recall": proportion(hits, support)}
-        per_output.append({"name": name, "n": support, "figures": own})
-    return Measured(MultiLabelTask.name, split, n, figures, per_output, resamples, _notes(per_output, n))
+        per_output.append({"name": name, "n": support, "scores": own})
+    return Measured(MultiLabelTask.name, split, n, scores, per_output, resamples, _notes(per_output, n))
 
 
 def _notes(per_output: Sequence[dict[str, Any]], n: int) -> list[str]:
@@ -133,4 +133,4 @@ def _notes(per_output: Sequence[dict[str, Any]], n: int) -> list[str]:
     if not few:
         return []
     shown = ", ".join(few[:5]) + (f" and {len(few) - 5} more" if len(few) > 5 else "")
-    return [f"labels with fewer than {FEW} images here that have them, or that do not, whose figures say little: {shown}"]
+    return [f"labels with fewer than {FEW} images here that have them, or that do not, whose scores say little: {shown}"]

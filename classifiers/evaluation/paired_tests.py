@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .intervals import Z95, Interval, bootstrap_interval, resampled, resamples_for, wilson
-from .scores import Probabilities, Values, ratio, weighted_figures
+from .scores import Probabilities, Values, ratio, weighted_scores
 
-COMPARED = ("accuracy", "f1_macro", "log_loss", "brier")  # figures whose differences are given; noise only makes an ECE larger
+COMPARED = ("accuracy", "f1_macro", "log_loss", "brier")  # scores whose differences are given; noise only makes an ECE larger
 Z80 = 0.8416212335729143  # 80 % quantile of the normal distribution: the power of `needed_images`
 
 
@@ -25,7 +25,7 @@ class Change:
     """What one head does differently from another.
 
     Attributes:
-        figures: by name ``value``, the difference of the figures, and its paired 95 % ``interval`` (None where resampling shows
+        scores: by name ``value``, the difference of the scores, and its paired 95 % ``interval`` (None where resampling shows
             no spread).
         wins, losses: images that only this head classifies right, and only the other one.
         p: of McNemar's exact test that both are right equally often.
@@ -33,7 +33,7 @@ class Change:
         per_class: label, ``n``, ``wins``, ``losses``, and ``value`` and ``interval`` of the difference of the recalls.
     """
 
-    figures: dict[str, dict[str, Any]]
+    scores: dict[str, dict[str, Any]]
     wins: int
     losses: int
     p: float
@@ -43,9 +43,9 @@ class Change:
 
 @dataclass(frozen=True)
 class Standing:
-    """One head among others: its own figures, and its `Change` from the baseline (None of the baseline itself)."""
+    """One head among others: its own scores, and its `Change` from the baseline (None of the baseline itself)."""
 
-    figures: dict[str, float]
+    scores: dict[str, float]
     change: Change | None
 
 
@@ -66,12 +66,12 @@ def paired(
     n, resamples = len(truth), resamples_for(len(truth), len(classes))
     right = np.stack([probabilities.argmax(axis=1) == truth for probabilities in outputs])
     changes = right.astype(np.int8) - right[baseline].astype(np.int8)
-    once = [_figures(truth, probabilities, np.ones((n, 1), np.float32)) for probabilities in outputs]
+    once = [_scores(truth, probabilities, np.ones((n, 1), np.float32)) for probabilities in outputs]
     drawn: list[list[dict[str, Values]]] = [[] for _ in outputs]
     recalls: list[list[Values]] = [[] for _ in outputs]
     for weights in resampled(truth, resamples):
         for i, probabilities in enumerate(outputs):
-            drawn[i].append(_figures(truth, probabilities, weights))
+            drawn[i].append(_scores(truth, probabilities, weights))
             recalls[i].append(_recall_changes(truth, changes[i], len(classes), weights))
     wins, losses = (changes > 0).sum(axis=1), (changes < 0).sum(axis=1)
     others = [i for i in range(len(outputs)) if i != baseline]
@@ -84,20 +84,20 @@ def paired(
             standings.append(Standing(own, None))
             continue
         counts = int(wins[i]), int(losses[i])
-        figures: dict[str, dict[str, Any]] = {}
+        scores: dict[str, dict[str, Any]] = {}
         for name in COMPARED:
             value = own[name] - float(once[baseline][name][0])
             draws = _all(drawn[i], name) - _all(drawn[baseline], name)
             found = difference_interval(value, draws, *counts, n) if name == "accuracy" else bootstrap_interval(value, draws)
-            figures[name] = {"value": value, "interval": found}
+            scores[name] = {"value": value, "interval": found}
         per_class = list(_class_changes(truth, changes[i], classes, np.concatenate(recalls[i], axis=1)))
-        standings.append(Standing(own, Change(figures, *counts, p[i], adjusted[i], per_class)))
+        standings.append(Standing(own, Change(scores, *counts, p[i], adjusted[i], per_class)))
     return standings, resamples
 
 
-def _figures(truth: NDArray[np.intp], probabilities: Probabilities, weights: NDArray[np.float32]) -> dict[str, Values]:
+def _scores(truth: NDArray[np.intp], probabilities: Probabilities, weights: NDArray[np.float32]) -> dict[str, Values]:
     right = (probabilities.argmax(axis=1) == truth).astype(np.float32)
-    return {"accuracy": (right @ weights).astype(np.float64) / len(truth), **weighted_figures(truth, probabilities, weights)}
+    return {"accuracy": (right @ weights).astype(np.float64) / len(truth), **weighted_scores(truth, probabilities, weights)}
 
 
 def _recall_changes(truth: NDArray[np.intp], change: NDArray[np.int8], k: int, weights: NDArray[np.float32]) -> Values:

@@ -1,4 +1,4 @@
-"""Numbers to predict: their figures, and intervals that hold the true number as often as was promised."""
+"""Numbers to predict: their scores, and intervals that hold the true number as often as was promised."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Regression(HeadTask):
     """One number an image, or several."""
 
     name, singular, plural = RegressionTask.name, "target", "targets"
-    output, figure, ranked_by, intervals = "values", "r2", "R2", True
+    output, metric, ranked_by, intervals = "values", "r2", "R2", True
 
     @property
     def targets(self) -> Sequence[str]:
@@ -84,7 +84,7 @@ class Regression(HeadTask):
         """Numbers have none."""
 
     def headline(self, metrics: dict[str, Any]) -> str:
-        return headline_of(metrics["figures"]["r2"], "R2" if len(self.names) == 1 else "mean R2")
+        return headline_of(metrics["scores"]["r2"], "R2" if len(self.names) == 1 else "mean R2")
 
     def decide(self, outputs: NDArray[np.float32]) -> tuple[None, None]:
         return None, None
@@ -121,7 +121,7 @@ def _short(value: float) -> float:
     return float(f"{value:.8g}")
 
 
-def weighted_figures(truth: NDArray[np.float64], values: Outputs, weights: Weights) -> dict[str, Values]:
+def weighted_scores(truth: NDArray[np.float64], values: Outputs, weights: Weights) -> dict[str, Values]:
     """R2, MAE and RMSE ``(t, b)`` of numbers ``(n, t)`` for each column of weights ``(n, b)``, as scikit-learn's with
     ``sample_weight``; R2 is NaN where all true numbers are one.
     """
@@ -158,18 +158,18 @@ def measure(
         raise BadDataError(message)
     require_finite(values)
     resamples = resamples_for(n, t)
-    once = weighted_figures(truth, values, np.ones((n, 1), np.float32))
-    blocks = [weighted_figures(truth, values, weights) for weights in resampled(np.zeros(n, np.intp), resamples)]
+    once = weighted_scores(truth, values, np.ones((n, 1), np.float32))
+    blocks = [weighted_scores(truth, values, weights) for weights in resampled(np.zeros(n, np.intp), resamples)]
     drawn = {name: np.concatenate([block[name] for block in blocks], axis=1) for name in once}
     per_output = []
     for j, name in enumerate(names):
-        own = {figure: bootstrapped(float(found[j, 0]), drawn[figure][j]) for figure, found in once.items()}
+        own = {score: bootstrapped(float(found[j, 0]), drawn[score][j]) for score, found in once.items()}
         half = half_widths[j] if half_widths else None
         if half is not None:
             held = int((np.abs(values[:, j] - truth[:, j]) <= half).sum())
             own["coverage"] = proportion(held, n)
             own["half_width"] = {"value": half, "interval": None, "method": None}
-        per_output.append({"name": name, "n": n, "figures": own})
-    figures = {"r2": bootstrapped(float(once["r2"][:, 0].mean()), drawn["r2"].mean(axis=0))}
+        per_output.append({"name": name, "n": n, "scores": own})
+    scores = {"r2": bootstrapped(float(once["r2"][:, 0].mean()), drawn["r2"].mean(axis=0))}
     notes = [f"too few to conclude: {n} images"] if n < FEW else []
-    return Measured(RegressionTask.name, split, n, figures, per_output, resamples, notes)
+    return Measured(RegressionTask.name, split, n, scores, per_output, resamples, notes)

@@ -1,4 +1,4 @@
-"""Figures of probabilistic predictions for many weightings of the same images at once: what a bootstrap needs.
+"""Scores of probabilistic predictions for many weightings of the same images at once: what a bootstrap needs.
 
 Each is scikit-learn's of the same name with ``sample_weight``, and the tests compare them. Scikit-learn takes one weighting at
 a time: minutes for a thousand resamples of 10,000 images of 100 classes, where these take about two seconds.
@@ -34,15 +34,15 @@ def require_finite(outputs: Probabilities, what: str = "the head") -> None:
     if bad.any():
         message = (
             f"{what} gives NaN or infinity for {int(bad.sum())} of {len(bad)} images, the first of which is number "
-            f"{int(bad.argmax()) + 1}; no figure of these would mean anything"
+            f"{int(bad.argmax()) + 1}; no score of these would mean anything"
         )
         raise BadDataError(message)
 
 
-def weighted_figures(
+def weighted_scores(
     truth: NDArray[np.intp], probabilities: Probabilities, weights: Weights, before: Probabilities | None = None
 ) -> dict[str, Values]:
-    """Every figure that is no plain proportion, for each column of weights.
+    """Every score that is no plain proportion, for each column of weights.
 
     Args:
         truth: class index of each image ``(n,)``.
@@ -53,17 +53,17 @@ def weighted_figures(
     Returns:
         ``(b,)`` by name. ROC-AUC and PR-AUC are missing where all images are of one class.
     """
-    figures = _decisions(truth, probabilities.argmax(axis=1), probabilities.shape[1], weights)
-    figures |= _areas(truth, probabilities, weights)
-    figures |= {
+    scores = _decisions(truth, probabilities.argmax(axis=1), probabilities.shape[1], weights)
+    scores |= _areas(truth, probabilities, weights)
+    scores |= {
         "log_loss": _mean(_surprise(truth, probabilities), weights),
         "brier": _mean(_squared_error(truth, probabilities), weights),
         "ece": _calibration_error(truth, probabilities, weights),
     }
     if before is not None:
-        figures["log_loss_before"] = _mean(_surprise(truth, before), weights)
-        figures["ece_before"] = _calibration_error(truth, before, weights)
-    return figures
+        scores["log_loss_before"] = _mean(_surprise(truth, before), weights)
+        scores["ece_before"] = _calibration_error(truth, before, weights)
+    return scores
 
 
 def ranks(truth: NDArray[np.intp], probabilities: Probabilities) -> NDArray[np.intp]:
@@ -98,15 +98,15 @@ def _decisions(truth: NDArray[np.intp], guess: NDArray[np.intp], k: int, weights
         _sums(truth, k, rows, weights),
         _sums(guess, k, rows, weights),
     )
-    scores = {"precision": ratio(hits, taken), "recall": ratio(hits, support), "f1": ratio(2 * hits, support + taken)}
+    parts = {"precision": ratio(hits, taken), "recall": ratio(hits, support), "f1": ratio(2 * hits, support + taken)}
     true_here = np.isin(np.arange(k), truth)
     present = true_here | np.isin(np.arange(k), guess)  # as scikit-learn: classes that appear in truth or prediction
-    figures = {"balanced_accuracy": scores["recall"][true_here].mean(axis=0)}
-    for name, values in scores.items():
-        figures[f"{name}_macro"] = values[present].mean(axis=0)
+    scores = {"balanced_accuracy": parts["recall"][true_here].mean(axis=0)}
+    for name, values in parts.items():
+        scores[f"{name}_macro"] = values[present].mean(axis=0)
         if name != "recall":  # whose mean by class size is the accuracy
-            figures[f"{name}_weighted"] = (values * support).sum(axis=0) / support.sum(axis=0, dtype=np.float64)
-    return figures
+            scores[f"{name}_weighted"] = (values * support).sum(axis=0) / support.sum(axis=0, dtype=np.float64)
+    return scores
 
 
 def _areas(truth: NDArray[np.intp], probabilities: Probabilities, weights: Weights) -> dict[str, Values]:

@@ -17,7 +17,7 @@ from store.tasks import ONE_LABEL
 from .conformal import Conformal
 from .intervals import Interval, bootstrap_interval, distance_interval, resampled, resamples_for, wilson
 from .probabilities import untempered
-from .scores import chance_calibration_errors, ranks, require_finite, weighted_figures
+from .scores import chance_calibration_errors, ranks, require_finite, weighted_scores
 from .task import FEW, Evaluation, HeadTask, Outputs, Prediction
 
 WIDE = 0.10  # an accuracy interval wider than ten points does not tell good from mediocre
@@ -81,15 +81,15 @@ def score(
     total = precision + recall
     f1 = np.divide(2 * precision * recall, total, out=np.zeros(k), where=total > 0)
     resamples = resamples_for(n, k)
-    figures = _proportions(truth, probabilities) | _bootstrapped(truth, probabilities, temperature, resamples)
+    scores = _proportions(truth, probabilities) | _bootstrapped(truth, probabilities, temperature, resamples)
     return Evaluation(
         split=split,
         n=n,
         correct=correct,
         accuracy=correct / n,
         accuracy_interval=wilson(correct, n),
-        macro_f1=figures["f1_macro"]["value"],
-        log_loss=figures["log_loss"]["value"],
+        macro_f1=scores["f1_macro"]["value"],
+        log_loss=scores["log_loss"]["value"],
         per_class=[
             {
                 "label": classes[i],
@@ -104,7 +104,7 @@ def score(
         confusion=confusion.tolist(),
         classes=list(classes),
         notes=_notes(correct, n, [(classes[i], int(support[i])) for i in range(k)]),
-        figures=figures,
+        scores=scores,
         resamples=resamples,
         temperature=temperature,
         sets=conformal.measured(probabilities, truth) if conformal else None,
@@ -127,20 +127,20 @@ def _bootstrapped(
     truth: NDArray[np.intp], probabilities: NDArray[np.floating[Any]], temperature: float | None, resamples: int
 ) -> dict[str, dict[str, Any]]:
     before = None if temperature is None else untempered(probabilities, temperature)
-    once = weighted_figures(truth, probabilities, np.ones((len(truth), 1), np.float32), before)
-    blocks = [weighted_figures(truth, probabilities, weights, before) for weights in resampled(truth, resamples)]
-    figures: dict[str, dict[str, Any]] = {}
+    once = weighted_scores(truth, probabilities, np.ones((len(truth), 1), np.float32), before)
+    blocks = [weighted_scores(truth, probabilities, weights, before) for weights in resampled(truth, resamples)]
+    scores: dict[str, dict[str, Any]] = {}
     for name, (value,) in once.items():
         values = np.concatenate([block[name] for block in blocks])
         found: Interval | None
         if name.startswith("ece"):
             chance = chance_calibration_errors(probabilities if name == "ece" or before is None else before, resamples)
-            figures[f"{name}_by_chance"] = {"value": float(chance.mean()), "interval": None, "method": None}
+            scores[f"{name}_by_chance"] = {"value": float(chance.mean()), "interval": None, "method": None}
             found = distance_interval(float(value), values, chance)
         else:
             found = bootstrap_interval(float(value), values)
-        figures[name] = {"value": float(value), "interval": found, "method": "bootstrap"}
-    return figures
+        scores[name] = {"value": float(value), "interval": found, "method": "bootstrap"}
+    return scores
 
 
 def _notes(correct: int, n: int, support: list[tuple[str, int]]) -> list[str]:
@@ -153,7 +153,7 @@ def _notes(correct: int, n: int, support: list[tuple[str, int]]) -> list[str]:
     few = [f"{label} ({count})" for label, count in support if count < FEW]
     if few:
         shown = ", ".join(few[:5]) + (f" and {len(few) - 5} more" if len(few) > 5 else "")
-        notes.append(f"classes with fewer than {FEW} images here, whose own figures say little: {shown}")
+        notes.append(f"classes with fewer than {FEW} images here, whose own scores say little: {shown}")
     return notes
 
 

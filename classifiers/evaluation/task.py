@@ -22,7 +22,7 @@ from store.tasks import TASKS
 from .intervals import bootstrap_interval, wilson
 
 Outputs = NDArray[np.floating[Any]]
-FEW = 10  # with fewer images a figure says nothing
+FEW = 10  # with fewer images a score says nothing
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class _Figures:
+class _Scores:
     """What was measured on one set of images."""
 
     def to_json(self) -> dict[str, Any]:
@@ -61,8 +61,8 @@ class _Figures:
 
 
 @dataclass(frozen=True)
-class Evaluation(_Figures):
-    """Figures on one set of images.
+class Evaluation(_Scores):
+    """Scores on one set of images.
 
     Attributes:
         split: what it was measured on.
@@ -74,12 +74,12 @@ class Evaluation(_Figures):
         per_class: label, n, precision, recall, recall_interval, f1.
         confusion: ``confusion[i][j]`` images of class i were taken for class j.
         classes: labels in the order of the matrix.
-        notes: what keeps these figures from being conclusive.
-        failed: inputs that could not be used and are in no figure.
-        figures: by name (docs/metrics.md has them all) ``value``, its 95 % ``interval`` (None where resampling shows no
+        notes: what keeps these scores from being conclusive.
+        failed: inputs that could not be used and are in no score.
+        scores: by name (docs/metrics.md has them all) ``value``, its 95 % ``interval`` (None where resampling shows no
             spread) and the ``method`` of that.
         resamples: of the bootstrap.
-        temperature: of the head; figures called ``..._before`` are without it. None where it has none.
+        temperature: of the head; scores called ``..._before`` are without it. None where it has none.
         sets: what the head's prediction sets are worth here, see `Conformal.measured`; None where it has none.
         novelty: how many images are unlike the training images, see `novel_share`; None where the bundle cannot tell.
         pixel_drift: as JSON, where pixels that differ from those of the training were accepted, see `PixelDrift`.
@@ -97,7 +97,7 @@ class Evaluation(_Figures):
     classes: list[str]
     notes: list[str] = field(default_factory=list)
     failed: int = 0
-    figures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    scores: dict[str, dict[str, Any]] = field(default_factory=dict)
     resamples: int = 0
     temperature: float | None = None
     sets: dict[str, Any] | None = None
@@ -106,25 +106,25 @@ class Evaluation(_Figures):
 
 
 @dataclass(frozen=True)
-class Measured(_Figures):
-    """Figures of a head with several outputs that are judged one by one, on one set of images.
+class Measured(_Scores):
+    """Scores of a head with several outputs that are judged one by one, on one set of images.
 
     Attributes:
         task: ``multi-label`` or ``regression``.
         split: what it was measured on.
         n: number of images.
-        figures: over all outputs, by name (docs/metrics.md has them all): ``value``, its 95 % ``interval`` (None where there is
+        scores: over all outputs, by name (docs/metrics.md has them all): ``value``, its 95 % ``interval`` (None where there is
             no spread) and the ``method`` of that; a value is None where it is not defined.
-        per_output: for each label or target: ``name``, ``n`` (the images that count for it) and its own ``figures``.
+        per_output: for each label or target: ``name``, ``n`` (the images that count for it) and its own ``scores``.
         resamples: of the bootstrap.
-        notes: what keeps these figures from being conclusive.
+        notes: what keeps these scores from being conclusive.
         failed, novelty, pixel_drift: as in `Evaluation`.
     """
 
     task: str
     split: str
     n: int
-    figures: dict[str, dict[str, Any]]
+    scores: dict[str, dict[str, Any]]
     per_output: list[dict[str, Any]]
     resamples: int
     notes: list[str] = field(default_factory=list)
@@ -150,8 +150,8 @@ class HeadTask(ABC):
     name = ""
     singular, plural = "", ""  # what the outputs are
     output = "probabilities"  # what they are called in ONNX
-    figure = "accuracy"  # of an evaluation's ``figures``, the one that says most
-    ranked_by, in_percent = "", False  # that figure in a ranking
+    metric = "accuracy"  # of an evaluation's ``scores``, the one that says most
+    ranked_by, in_percent = "", False  # that metric in a ranking
     exclusive = False  # whether an image has one label, so that there are mistakes to show and a confusion matrix
     intervals = False  # whether outputs have intervals, which a fused file keeps
 
@@ -182,7 +182,7 @@ class HeadTask(ABC):
 
     @abstractmethod
     def headline(self, metrics: dict[str, Any]) -> str:
-        """The figure that says most, with its interval, of an evaluation as JSON."""
+        """The score that says most, with its interval, of an evaluation as JSON."""
 
     @abstractmethod
     def decide(self, outputs: NDArray[np.float32]) -> tuple[str | None, float | None]:
@@ -232,15 +232,15 @@ def need_single_label(task: str, what: str) -> None:
         raise UsageError(message)
 
 
-def headline_of(figure: dict[str, Any], what: str) -> str:
-    """One figure with its interval, as text."""
-    bounds = figure["interval"]
-    value = "undefined" if figure["value"] is None else f"{figure['value']:.4f}"
+def headline_of(score: dict[str, Any], what: str) -> str:
+    """One score with its interval, as text."""
+    bounds = score["interval"]
+    value = "undefined" if score["value"] is None else f"{score['value']:.4f}"
     return f"{what} {value}" + (f" [{bounds[0]:.4f}, {bounds[1]:.4f}]" if bounds else "")
 
 
 def bootstrapped(value: float, drawn: NDArray[np.float64]) -> dict[str, Any]:
-    """A figure with its interval, by its values on resamples. NaN is what is not defined; such resamples say nothing."""
+    """A score with its interval, by its values on resamples. NaN is what is not defined; such resamples say nothing."""
     known = drawn[~np.isnan(drawn)]
     if np.isnan(value) or not len(known):
         return {"value": None, "interval": None, "method": None}

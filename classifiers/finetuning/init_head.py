@@ -131,7 +131,7 @@ def start_from(bundle: Bundle, classes: Sequence[str], held_out: Iterable[bytes]
     seen = len(bundle.fitted() & set(held_out))
     if seen:
         message = (
-            f"--init-head {bundle.path} was fitted on {seen} of the images that are held out here, so the figures would be "
+            f"--init-head {bundle.path} was fitted on {seen} of the images that are held out here, so the scores would be "
             f"too good; train the head on the same split"
         )
         raise BadDataError(message)

@@ -49,7 +49,7 @@ def read_runs(job: Path) -> list[dict[str, Any]]:
     return records
 
 
-RUN_COLUMNS = ("started", "exit", "seconds", "inputs", "failed", "computed", "trained", "figure", "value", "95 % interval")
+RUN_COLUMNS = ("started", "exit", "seconds", "inputs", "failed", "computed", "trained", "metric", "value", "95 % interval")
 
 
 def run_cells(record: dict[str, Any]) -> tuple[str, ...]:
@@ -61,15 +61,15 @@ def run_cells(record: dict[str, Any]) -> tuple[str, ...]:
         f"{record['seconds']:.1f}",
         *(str(extract.get(name, "-")) for name in ("inputs", "failed", "computed")),
         {True: "yes", False: "unchanged"}.get(record.get("trained", ""), "-"),
-        *_figure_cells(record.get("evaluation")),
+        *_score_cells(record.get("evaluation")),
     )
 
 
-def _figure_cells(evaluation: dict[str, Any] | None) -> tuple[str, str, str]:
+def _score_cells(evaluation: dict[str, Any] | None) -> tuple[str, str, str]:
     if not evaluation:
         return "-", "-", "-"
-    figure = evaluation.get("figure", "accuracy")  # all that there was in records of old
+    metric = evaluation.get("metric") or evaluation.get("score", "accuracy")  # all that there was in records of old
     value = evaluation.get("value", evaluation.get("accuracy"))
     bounds = evaluation.get("interval", evaluation.get("accuracy_interval"))
     shown = f"{bounds[0]:.4f} to {bounds[1]:.4f}" if bounds else "-"
-    return figure.replace("_", " "), "-" if value is None else f"{value:.4f}", shown
+    return metric.replace("_", " "), "-" if value is None else f"{value:.4f}", shown

@@ -183,13 +183,13 @@ def _run(job: Job, record: dict[str, Any], *, quiet: bool) -> JobResult:
         finally:
             remove_folder(staging)
     record["trained"] = trained
-    record["evaluation"] = _in_short(evaluation.to_json(), task_of_bundle(bundle).figure)
+    record["evaluation"] = _in_short(evaluation.to_json(), task_of_bundle(bundle).metric)
     return JobResult(summary, trained, evaluation, target, missed)
 
 
-def _in_short(metrics: dict[str, Any], figure: str) -> dict[str, Any]:
-    """What the record of a run keeps of an evaluation: above all the figure that says most, with its interval."""
+def _in_short(metrics: dict[str, Any], metric: str) -> dict[str, Any]:
+    """What the record of a run keeps of an evaluation: above all the metric that says most, with its interval."""
     names = ("split", "n", "accuracy", "accuracy_interval", "macro_f1")
-    found = metrics["figures"][figure]
+    found = metrics["scores"][metric]
     kept = {name: value for name, value in metrics.items() if name in names}
-    return {**kept, "figure": figure, "value": found["value"], "interval": found["interval"]}
+    return {**kept, "metric": metric, "value": found["value"], "interval": found["interval"]}

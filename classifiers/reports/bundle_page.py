@@ -25,7 +25,7 @@ from . import plots
 from .illustrations import Illustrations, files_or_none, illustrate
 from .page import LONG, Card, Section, page
 from .settings import ReportSettings
-from .tables import CLASS_COLUMNS, FIGURE_COLUMNS, SHOT_COLUMNS, class_rows, figure_rows, output_table, shot_cells, whole_rows
+from .tables import CLASS_COLUMNS, SCORE_COLUMNS, SHOT_COLUMNS, class_rows, output_table, score_rows, shot_cells, whole_rows
 
 log = logging.getLogger("penult.classifiers")
 
@@ -69,7 +69,7 @@ def bundle_report(bundle: Bundle, predictions: Predictions | None = None, shown:
         *_settings(bundle.hyperparameters),
         Section("Fingerprint", rows=[(key, short(value)) for key, value in bundle.fingerprint.leaves().items()]),
     ]
-    return page(bundle.name, lead, sections, figures=cards, notes=notes)
+    return page(bundle.name, lead, sections, cards=cards, notes=notes)
 
 
 def _classes(
@@ -93,7 +93,7 @@ def _classes(
 
 
 def _output_cards(metrics: dict[str, Any]) -> list[Card]:
-    """The figures over all labels, or all targets."""
+    """The scores over all labels, or all targets."""
     cards = [
         (what.partition(":")[0], value, "" if bounds == "-" else f"95 % interval {bounds}")
         for what, value, bounds in whole_rows(metrics)
@@ -103,8 +103,8 @@ def _output_cards(metrics: dict[str, Any]) -> list[Card]:
 
 def _cards(metrics: dict[str, Any]) -> list[Card]:
     """What one wants to know first."""
-    n, figures, sets, novelty = metrics["n"], metrics.get("figures", {}), metrics.get("sets"), metrics.get("novelty")
-    f1 = figures.get("f1_macro", {}).get("interval")
+    n, scores, sets, novelty = metrics["n"], metrics.get("scores", {}), metrics.get("sets"), metrics.get("novelty")
+    f1 = scores.get("f1_macro", {}).get("interval")
     cards = [
         ("accuracy", percent(metrics["accuracy"]), f"95 % interval {interval(metrics['accuracy_interval'])}"),
         ("macro F1", f"{metrics['macro_f1']:.3f}", f"{f1[0]:.3f} to {f1[1]:.3f}" if f1 else "mean over the classes"),
@@ -124,7 +124,7 @@ def _reliability(bundle: Bundle, metrics: dict[str, Any], predictions: Predictio
     temperature = bundle.hyperparameters.get("temperature")
     before = None if temperature is None else untempered(predictions.probabilities, temperature)
     plot = plots.reliability_svg(_truth(bundle, predictions), predictions.probabilities, before)
-    ece = {name: figure["value"] for name, figure in metrics.get("figures", {}).items() if name.startswith("ece")}
+    ece = {name: score["value"] for name, score in metrics.get("scores", {}).items() if name.startswith("ece")}
     text = "How often the head is right where it claims so much confidence; on the dashed line the two agree."
     if "ece" in ece:
         scaled = "" if temperature is None else f" ({ece['ece_before']:.3f} before temperature scaling, T = {temperature:.2f})"
@@ -158,10 +158,10 @@ def _images(bundle: Bundle, metrics: dict[str, Any], predictions: Predictions, s
 
 
 def _tables(metrics: dict[str, Any]) -> list[Section]:
-    rows = figure_rows(metrics.get("figures", {}), metrics["classes"])
-    figures = [Section("Figures", columns=FIGURE_COLUMNS, rows=rows)] if rows else []
+    rows = score_rows(metrics.get("scores", {}), metrics["classes"])
+    scores = [Section("Scores", columns=SCORE_COLUMNS, rows=rows)] if rows else []
     classes = class_rows(metrics)
-    return [*figures, Section("Per class", columns=CLASS_COLUMNS, rows=classes, folded=len(classes) > LONG)]
+    return [*scores, Section("Per class", columns=CLASS_COLUMNS, rows=classes, folded=len(classes) > LONG)]
 
 
 def _settings(used: dict[str, Any]) -> list[Section]:
@@ -199,7 +199,7 @@ def report_again(
 
     Args:
         bundle: what it is about.
-        data: a cache, or a dataset. Without it neither the images nor their features are at hand, and the page has figures and
+        data: a cache, or a dataset. Without it neither the images nor their features are at hand, and the page has scores and
             names alone.
         settings: as for `evaluate_bundle`, and whether thumbnails are shown.
 
@@ -212,7 +212,7 @@ def report_again(
         shown = illustrate(held, bundle.classes) if held and task_of_bundle(bundle).exclusive else None
         return bundle_report(bundle, held, shown)
     root = settings.root
-    cache = FeatureCache(data) if is_cache(data) else None  # opened once: figures and neighbours are of the same features
+    cache = FeatureCache(data) if is_cache(data) else None  # opened once: scores and neighbours are of the same features
     evaluation, predictions = evaluate_bundle(bundle, cache or data, split=settings.split, root=root, **settings.runtime())
     if evaluation.pixel_drift:
         note = PixelDrift(**evaluation.pixel_drift).text(bundle.name)

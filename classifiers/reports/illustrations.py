@@ -58,7 +58,7 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Illustrations:
-    """What a page can show beside figures.
+    """What a page can show beside scores.
 
     Attributes:
         mistakes: the most confident ones, the most confident first.

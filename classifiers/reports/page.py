@@ -15,7 +15,7 @@ from store.format import atomic
 from .illustrations import Mistake
 
 LONG = 25  # lines of a table that are shown at once; longer ones are folded
-Card = tuple[str, str, str]  # of a figure: what it is, its value, what to know of it
+Card = tuple[str, str, str]  # of a number: what it is, its value, what to know of it
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ def page(
     lead: str,
     sections: Sequence[Section],
     *,
-    figures: Sequence[Card] = (),
+    cards: Sequence[Card] = (),
     notes: Sequence[str] = (),
 ) -> str:
     """Render a page; everything but the plots is escaped."""
     return str(
-        _template().render(title=title, lead=lead, figures=figures, notes=notes, sections=sections, version=version("penult"))
+        _template().render(title=title, lead=lead, cards=cards, notes=notes, sections=sections, version=version("penult"))
     )
 
 

@@ -1,4 +1,4 @@
-"""Plots, as inline SVG for pages and as files: drawn by matplotlib without a display, equal bytes for equal figures."""
+"""Plots, as inline SVG for pages and as files: drawn by matplotlib without a display, equal bytes for equal numbers."""
 
 from __future__ import annotations
 
@@ -249,11 +249,11 @@ def confusion_svg(metrics: dict[str, Any]) -> str:
 
 def svg(draw: Callable[[Any], None], size: tuple[float, float]) -> str:
     """What ``draw`` draws on axes, as an element for a page; ``size`` in inches."""
-    text = figure(draw, size, "svg").decode()
+    text = render(draw, size, "svg").decode()
     return re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
 
 
-def figure(draw: Callable[[Any], None], size: tuple[float, float], kind: str) -> bytes:
+def render(draw: Callable[[Any], None], size: tuple[float, float], kind: str) -> bytes:
     """What ``draw`` draws on axes, as a file of one of `PLOT_FORMATS`; ``size`` in inches."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -305,7 +305,7 @@ def save_confusion(metrics: dict[str, Any], path: Path, *, overwrite: bool = Fal
         metrics = {**metrics, "classes": names}
     write_output(
         path,
-        plots.figure(lambda axes: plots.draw_confusion(axes, metrics), plots.confusion_size(metrics), kind),
+        plots.render(lambda axes: plots.draw_confusion(axes, metrics), plots.confusion_size(metrics), kind),
         overwrite=overwrite,
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 from classifiers.evaluation.intervals import interval, percent
 from classifiers.evaluation.registry import KINDS
 
-WORDS = {  # for the figures over all outputs, and what is said of each output
+WORDS = {  # for the scores over all outputs, and what is said of each output
     "mean_average_precision": "mean average precision: order by probability; the share of a label is chance",
     "f1_micro": "F1 of all decisions on all labels",
     "f1_macro": "F1, mean over the labels",
@@ -26,7 +26,7 @@ SHORT = {
     "half_width": "90 % within ±",
 }
 IN_UNITS = ("mae", "rmse", "half_width")  # of the target
-FIGURE_COLUMNS = ("figure", "value", "95 % interval")
+SCORE_COLUMNS = ("score", "value", "95 % interval")
 CLASS_COLUMNS = ("class", "images", "precision", "recall", "95 % interval", "F1")
 SHARES = {  # of images, or means of such: percentages
     "accuracy": "accuracy",
@@ -47,27 +47,27 @@ SHOT_COLUMNS = ("images a class", "accuracy", "95 % interval", "lowest to highes
 
 
 def whole_rows(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Figure, value and 95 % interval, of `Measured` as JSON."""
+    """Score, value and 95 % interval, of `Measured` as JSON."""
     rows = []
-    for name, figure in metrics["figures"].items():
-        bounds = figure["interval"]
-        rows.append((WORDS[name], _number(name, figure["value"]), " to ".join(_number(name, b) for b in bounds or ()) or "-"))
+    for name, score in metrics["scores"].items():
+        bounds = score["interval"]
+        rows.append((WORDS[name], _number(name, score["value"]), " to ".join(_number(name, b) for b in bounds or ()) or "-"))
     return rows
 
 
 def output_table(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows, one for each label or target, of `Measured` as JSON."""
-    names = list(metrics["per_output"][0]["figures"])
+    names = list(metrics["per_output"][0]["scores"])
     columns = [KINDS[metrics["task"]].singular, "images", *(SHORT.get(name, name) for name in names)]
     return columns, [
-        [entry["name"], str(entry["n"]), *(_with_interval(name, entry["figures"][name]) for name in names)]
+        [entry["name"], str(entry["n"]), *(_with_interval(name, entry["scores"][name]) for name in names)]
         for entry in metrics["per_output"]
     ]
 
 
-def _with_interval(name: str, figure: dict[str, Any]) -> str:
-    bounds = figure["interval"]
-    value = _number(name, figure["value"])
+def _with_interval(name: str, score: dict[str, Any]) -> str:
+    bounds = score["interval"]
+    value = _number(name, score["value"])
     return f"{value} [{_number(name, bounds[0])}, {_number(name, bounds[1])}]" if bounds else value
 
 
@@ -90,18 +90,18 @@ def class_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def figure_rows(figures: dict[str, dict[str, Any]], classes: Sequence[str]) -> list[tuple[str, str, str]]:
-    """What each figure is called, its value and its interval, as text."""
+def score_rows(scores: dict[str, dict[str, Any]], classes: Sequence[str]) -> list[tuple[str, str, str]]:
+    """What each score is called, its value and its interval, as text."""
     scales = SCALES | ({"pr_auc": f"PR-AUC: the same, for {classes[1]}"} if len(classes) == 2 else {})
     rows = [
-        (text, percent(figure["value"]), interval(figure["interval"]) if figure["interval"] else "-")
+        (text, percent(score["value"]), interval(score["interval"]) if score["interval"] else "-")
         for name, text in SHARES.items()
-        if (figure := figures.get(name))
+        if (score := scores.get(name))
     ]
     for name, text in scales.items():
-        if figure := figures.get(name):
-            bounds = figure["interval"]
-            rows.append((text, f"{figure['value']:.3f}", f"{bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else "-"))
+        if score := scores.get(name):
+            bounds = score["interval"]
+            rows.append((text, f"{score['value']:.3f}", f"{bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else "-"))
     return rows
 
 

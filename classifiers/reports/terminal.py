@@ -1,4 +1,4 @@
-"""Figures as plain text for a terminal or a pipe; returns strings, prints nothing."""
+"""Scores as plain text for a terminal or a pipe; returns strings, prints nothing."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from classifiers.evaluation.registry import task_of
 from classifiers.evaluation.task import Evaluation, Measured
 from extractor.text_table import narrowest, table
 
-from .tables import CLASS_COLUMNS, FIGURE_COLUMNS, class_rows, figure_rows, output_table, whole_rows
+from .tables import CLASS_COLUMNS, SCORE_COLUMNS, class_rows, output_table, score_rows, whole_rows
 
 MATRIX_CLASSES = 20  # a wider confusion matrix does not fit a terminal; `--plot` shows it
 
 
 def evaluation_text(result: Evaluation | Measured, *, width: int | None = None) -> str:
-    """Accuracy with its interval, the other figures, the per-class table, and the confusion matrix where it fits."""
+    """Accuracy with its interval, the other scores, the per-class table, and the confusion matrix where it fits."""
     if isinstance(result, Measured):
         return _measured_text(result, width)
     low, high = result.accuracy_interval
     parts = [
         f"accuracy {result.accuracy:.4f} [{low:.4f}, {high:.4f}] (95 % Wilson), {result.n - result.correct} errors in "
         f"{result.n} images of {result.split!r}, macro F1 {result.macro_f1:.4f}",
-        table(FIGURE_COLUMNS, figure_rows(result.figures, result.classes), width=width),
+        table(SCORE_COLUMNS, score_rows(result.scores, result.classes), width=width),
         *_confidence(result),
         *_abstention(result.sets, result.n),
         *_novelty(result.novelty, result.n),
@@ -34,12 +34,12 @@ def evaluation_text(result: Evaluation | Measured, *, width: int | None = None) 
 
 
 def _measured_text(result: Measured, width: int | None) -> str:
-    """The headline, the figures over all labels or targets, and those of each."""
+    """The headline, the scores over all labels or targets, and those of each."""
     metrics = result.to_json()
     task = task_of(result.task, [entry["name"] for entry in result.per_output])
     parts = [
         f"{task.headline(metrics)} (95 % interval), {result.n} images of {result.split!r}",
-        table(FIGURE_COLUMNS, whole_rows(metrics), width=width),
+        table(SCORE_COLUMNS, whole_rows(metrics), width=width),
         *_novelty(result.novelty, result.n),
         table(*output_table(metrics), width=width),
     ]
@@ -48,14 +48,14 @@ def _measured_text(result: Measured, width: int | None) -> str:
 
 def _confidence(result: Evaluation) -> list[str]:
     """How to read the calibration error, and what the temperature did for it."""
-    figures = {name: figure["value"] for name, figure in result.figures.items()}
-    if "ece" not in figures:
+    scores = {name: score["value"] for name, score in result.scores.items()}
+    if "ece" not in scores:
         return []
-    text = f"Perfect confidence would show an ECE of about {figures['ece_by_chance']:.3f} on {result.n} images."
+    text = f"Perfect confidence would show an ECE of about {scores['ece_by_chance']:.3f} on {result.n} images."
     if result.temperature is not None:
         text += (
-            f" Before temperature scaling (T = {result.temperature:.2f}): ECE {figures['ece_before']:.3f}, "
-            f"log-loss {figures['log_loss_before']:.3f}."
+            f" Before temperature scaling (T = {result.temperature:.2f}): ECE {scores['ece_before']:.3f}, "
+            f"log-loss {scores['log_loss_before']:.3f}."
         )
     return [text]
 

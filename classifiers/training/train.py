@@ -325,7 +325,7 @@ def _look_for_leaks(cache: FeatureCache, roles: Roles, fitted: Sequence[Subset],
 
 
 def _with_leaks(metrics: dict[str, Any], leaks: LeakReport, held_out: Subset, probabilities: Any, task: HeadTask) -> None:
-    """Put what was found into the metrics, with the figure without the images that look like fitted ones."""
+    """Put what was found into the metrics, with the score without the images that look like fitted ones."""
     metrics["leaks"] = leaks.to_json()
     suspicious = {leak.path for leak in leaks.near}
     keep = np.array([display(path) not in suspicious for path in held_out.paths])

@@ -83,7 +83,7 @@ def quantise(
         checkpoint: called between steps; raises to end it all.
 
     Raises:
-        BadDataError: a judged row has a cosine below `BOUND`; names the figures. Or the network cannot be quantised.
+        BadDataError: a judged row has a cosine below `BOUND`; names the cosines. Or the network cannot be quantised.
         StorageError: the file cannot be written.
     """
     import onnxruntime

@@ -258,7 +258,7 @@ def test_a_page_is_of_one_cache(made: Path, bundle: Path, cache: Path, monkeypat
 
     monkeypatch.setattr("classifiers.reports.bundle_page.FeatureCache", counted)
     assert report_again(Bundle.load(bundle), cache, ReportSettings(thumbnails=False))
-    assert opened == [cache], "neighbours are looked for among the features that the figures are of"
+    assert opened == [cache], "neighbours are looked for among the features that the scores are of"
 
 
 def test_what_is_not_finished_is_no_dataset(made: Path, cache: Path, bundle: Path, penult: Penult) -> None:

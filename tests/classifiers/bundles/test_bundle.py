@@ -91,7 +91,7 @@ def test_evaluate_uses_the_cache_and_agrees_with_training(bundle: Bundle, cache:
     assert predictions.ids == bundle.predictions().ids
 
 
-def test_a_bundle_has_figures_and_prediction_sets_and_evaluate_finds_them_again(bundle: Bundle, cache: FeatureCache) -> None:
+def test_a_bundle_has_scores_and_prediction_sets_and_evaluate_finds_them_again(bundle: Bundle, cache: FeatureCache) -> None:
     assert bundle.conformal is not None
     assert bundle.conformal["coverage"] == 0.9
     assert bundle.conformal["n"] == 12, "validation, where C was chosen"
@@ -102,9 +102,9 @@ def test_a_bundle_has_figures_and_prediction_sets_and_evaluate_finds_them_again(
     for name in ("sets", "temperature", "resamples"):
         assert found[name], name
         assert found[name] == bundle.metrics[name], name
-    assert found["figures"].keys() == bundle.metrics["figures"].keys()
-    for name, figure in found["figures"].items():
-        assert figure["value"] == pytest.approx(bundle.metrics["figures"][name]["value"], abs=1e-6), name
+    assert found["scores"].keys() == bundle.metrics["scores"].keys()
+    for name, score in found["scores"].items():
+        assert score["value"] == pytest.approx(bundle.metrics["scores"][name]["value"], abs=1e-6), name
     text = evaluation_text(evaluation)
     assert "Allowed to abstain, it is sure of" in text
     assert "ROC-AUC" in text
@@ -118,12 +118,12 @@ def test_a_bundle_from_before_there_were_prediction_sets_is_evaluated(
     shutil.copytree(bundle.path, old)
     facts = json.loads((old / "head.json").read_text())
     del facts["conformal"], facts["hyperparameters"]["temperature"]
-    for name in ("figures", "sets", "temperature", "resamples"):
+    for name in ("scores", "sets", "temperature", "resamples"):
         del facts["metrics"][name]
     (old / "head.json").write_text(json.dumps(facts))
     evaluation, _ = evaluate_bundle(Bundle.load(old), cache.path)
     assert (evaluation.sets, evaluation.temperature) == (None, None)
-    assert "ece_before" not in evaluation.figures
+    assert "ece_before" not in evaluation.scores
     assert "Allowed to abstain" not in evaluation_text(evaluation)
 
 

@@ -78,10 +78,10 @@ def test_several_labels_from_a_csv_to_a_fused_file(several: Path, listed: Path, 
     assert "mean average precision" in out
     bundle = Bundle.load(tmp_path / "h")
     assert (bundle.task, bundle.head, bundle.classes) == ("multi-label", "logistic", ["green", "red"])
-    figures = (bundle.metrics or {})["figures"]
-    assert figures["mean_average_precision"]["value"] > 0.95
-    assert figures["f1_micro"]["value"] > 0.85
-    assert figures["hamming_loss"]["value"] < 0.15
+    scores = (bundle.metrics or {})["scores"]
+    assert scores["mean_average_precision"]["value"] > 0.95
+    assert scores["f1_micro"]["value"] > 0.85
+    assert scores["hamming_loss"]["value"] < 0.15
     saved = bundle.predictions()
     assert saved.labels.shape == saved.probabilities.shape == (16, 2)
     report = (tmp_path / "h/report.html").read_text()
@@ -94,9 +94,9 @@ def test_several_labels_from_a_csv_to_a_fused_file(several: Path, listed: Path, 
     code, out, err = penult("train", several, "--head", "mlp", "-o", tmp_path / "m")
     assert (code, "mlp head, 2 labels" in out) == (0, True), err
     code, out, _ = penult("evaluate", tmp_path / "h", several, "--json")
-    again = json.loads(out)["figures"]
-    assert {name: figure["value"] for name, figure in again.items()} == pytest.approx(
-        {name: figure["value"] for name, figure in figures.items()}, rel=1e-5
+    again = json.loads(out)["scores"]
+    assert {name: score["value"] for name, score in again.items()} == pytest.approx(
+        {name: score["value"] for name, score in scores.items()}, rel=1e-5
     )
     code, out, _ = penult("evaluate", tmp_path / "h", listed, "--split", "test")  # there is no split in the list
     assert code == 65
@@ -141,7 +141,7 @@ def test_a_head_for_several_labels_is_evaluated_on_new_data(several: Path, liste
     from_cache, _ = evaluate_bundle(bundle, several)
     assert isinstance(from_cache, Measured)
     assert isinstance(from_images, Measured)
-    assert from_images.figures["log_loss"]["value"] == pytest.approx(from_cache.figures["log_loss"]["value"], rel=1e-4)
+    assert from_images.scores["log_loss"]["value"] == pytest.approx(from_cache.scores["log_loss"]["value"], rel=1e-4)
     assert from_images.novelty is not None
     new.write_text(f"path,label\n{held[0].name},blue\n")
     with pytest.raises(BadDataError, match="not trained on: 'blue'; it knows 'green', 'red'"):
@@ -171,7 +171,7 @@ def test_numbers_from_a_csv_to_a_fused_file(numbers: Path, listed: Path, penult:
     bundle = Bundle.load(tmp_path / "h")
     assert (bundle.task, bundle.head, bundle.classes) == ("regression", "ridge", ["warmth", "gap"])
     metrics: dict[str, Any] = bundle.metrics or {}
-    assert metrics["figures"]["r2"]["value"] > 0.7
+    assert metrics["scores"]["r2"]["value"] > 0.7
     assert [entry["name"] for entry in metrics["per_output"]] == ["warmth", "gap"]
     widths = (bundle.conformal or {})["half_width"]
     assert 1 < widths[0] < 20 < widths[1] < 200  # red is worth 22 and 215 of these
@@ -188,8 +188,8 @@ def test_numbers_from_a_csv_to_a_fused_file(numbers: Path, listed: Path, penult:
     assert "mean R2 0." in out
     assert "coverage" in out
     code, out, _ = penult("evaluate", tmp_path / "h", numbers, "--json")
-    again = [entry["figures"]["rmse"]["value"] for entry in json.loads(out)["per_output"]]
-    assert again == pytest.approx([entry["figures"]["rmse"]["value"] for entry in metrics["per_output"]], rel=1e-4)
+    again = [entry["scores"]["rmse"]["value"] for entry in json.loads(out)["per_output"]]
+    assert again == pytest.approx([entry["scores"]["rmse"]["value"] for entry in metrics["per_output"]], rel=1e-4)
 
     assert penult("fuse", tmp_path / "h", "-o", tmp_path / "f.onnx")[0] == 0
     code, out, err = penult("predict", tmp_path / "f.onnx", "--selftest")

@@ -107,8 +107,8 @@ def test_identical_predictions_differ_by_nothing() -> None:
     same = says(truth, 0.9, seed=1)
     found = compare_entrants([entrant("a", truth, same), entrant("b", truth, same)])
     change = change_of(found, "b")
-    assert [figure["value"] for figure in change.figures.values()] == [0, 0, 0, 0]
-    low, high = change.figures["accuracy"]["interval"]
+    assert [score["value"] for score in change.scores.values()] == [0, 0, 0, 0]
+    low, high = change.scores["accuracy"]["interval"]
     assert low == -high
     assert (change.wins, change.losses, change.p, change.p_adjusted) == (0, 0, 1, 1)
     assert all(entry["value"] == 0 for entry in change.per_class)
@@ -121,15 +121,15 @@ def test_a_truly_better_head_is_found() -> None:
     found = compare_entrants(pair)
     change = change_of(found, "tuned")
     right = [(each.argmax(axis=1) == truth) for each in (weak, good)]
-    assert change.figures["accuracy"]["value"] == pytest.approx(right[1].mean() - right[0].mean())
+    assert change.scores["accuracy"]["value"] == pytest.approx(right[1].mean() - right[0].mean())
     assert (change.wins, change.losses) == ((right[1] & ~right[0]).sum(), (right[0] & ~right[1]).sum())
-    low, high = change.figures["accuracy"]["interval"]
+    low, high = change.scores["accuracy"]["interval"]
     spread = np.sqrt((change.wins + change.losses) / 2000**2)  # the normal interval, where there are so many
     assert (high - low) / 2 == pytest.approx(1.96 * spread, rel=0.1)
     assert low > 0
     assert change.p < 1e-4
-    assert change.figures["f1_macro"]["interval"][0] > 0
-    assert change.figures["log_loss"]["interval"][1] < 0
+    assert change.scores["f1_macro"]["interval"][0] > 0
+    assert change.scores["log_loss"]["interval"][1] < 0
     assert sum(entry["wins"] for entry in change.per_class) == change.wins
     verdict = found.lines[1].verdict
     assert verdict is not None
@@ -144,7 +144,7 @@ def test_noise_alone_is_covered_as_often_as_promised() -> None:
         outputs = [says(truth, 0.85, 2 * seed), says(truth, 0.85, 2 * seed + 1)]
         (_, standing), _ = paired(truth, outputs, CLASSES)
         assert standing.change is not None
-        low, high = standing.change.figures["accuracy"]["interval"]
+        low, high = standing.change.scores["accuracy"]["interval"]
         covered += low <= 0 <= high
     assert 90 <= covered <= 99
 
@@ -226,8 +226,8 @@ def test_each_verdict_in_words(given: tuple[Any, ...], decision: str, price: str
     found = verdict(*given)
     value, low, high = (100 * each for each in given[:3])
     ending += " with 1000 images, about 8,000 would be needed" if decision == UNKNOWN else ""
-    figures = f"{value:+.1f} points [{low:+.1f}, {high:+.1f}]" + (f" and {price}" if price else "")
-    assert (found.decision, found.sentence) == (decision, f"fine-tuning changes accuracy by {figures}: {ending}.")
+    scores = f"{value:+.1f} points [{low:+.1f}, {high:+.1f}]" + (f" and {price}" if price else "")
+    assert (found.decision, found.sentence) == (decision, f"fine-tuning changes accuracy by {scores}: {ending}.")
     assert found.needed == (7967 if decision == UNKNOWN else None)
 
 
@@ -281,7 +281,7 @@ def test_bundles_line_up_behind_the_baseline(bundles: Sequence[Bundle]) -> None:
         assert line.accuracy == metrics["accuracy"]
         assert list(line.accuracy_interval) == metrics["accuracy_interval"]
         for name in ("f1_macro", "log_loss", "brier", "ece"):
-            assert line.figures[name] == pytest.approx(metrics["figures"][name]["value"], abs=1e-6)
+            assert line.scores[name] == pytest.approx(metrics["scores"][name]["value"], abs=1e-6)
         assert line.cost["peak_memory"] > 2**20
         assert line.cost["energy"] is None
     assert compare(bundles, against="knn.head").baseline == "knn.head"
@@ -302,7 +302,7 @@ def test_old_bundles_know_less_and_compare(bundles: Sequence[Bundle], cache: Fea
     shutil.copytree(bundles[0].path, tmp_path / "old.head")
     facts = json.loads((tmp_path / "old.head/head.json").read_text())
     del facts["cost"]["peak_memory"], facts["cost"]["energy"], facts["hyperparameters"]["asked"]
-    facts["metrics"].pop("figures")
+    facts["metrics"].pop("scores")
     (tmp_path / "old.head/head.json").write_text(json.dumps(facts))
     found = compare([Bundle.load(tmp_path / "old.head"), bundles[1]], curve=cache)
     assert found.curve is not None

@@ -18,7 +18,7 @@ from scipy.optimize import minimize
 from scipy.stats import multivariate_normal
 from sklearn.covariance import LedoitWolf
 
-from classifiers.comparison.ranking import Figure, Line, Ranking, agreement, ranked
+from classifiers.comparison.ranking import Headline, Line, Ranking, agreement, ranked
 from classifiers.comparison.sweep import cache_paths, common_samples, label_of, parse_sources, run_sweep
 from classifiers.comparison.transferability import h_scores, log_maximum_evidence, transferability
 from classifiers.evaluation.multi_label import MultiLabel
@@ -186,7 +186,7 @@ def line(source: str, value: float, seconds: float, score: float = 0.0, right: l
         100,
         seconds,
         0,
-        Figure(value, (value - 0.1, value + 0.1), 50),
+        Headline(value, (value - 0.1, value + 0.1), 50),
         None,
         scores,
         1,
@@ -347,7 +347,7 @@ def test_the_command_ranks_and_computes_nothing_twice(
     assert {each["computed"] for each in found["sources"]} == {80}
     assert {each["choice"]["n"] for each in found["sources"]} == {16}
     assert {each["held_out"]["n"] for each in found["sources"]} == {16}
-    assert (found["figure"], found["chosen_on"], found["reported_on"]) == ("accuracy", "val", "test")
+    assert (found["metric"], found["chosen_on"], found["reported_on"]) == ("accuracy", "val", "test")
     ((gone,),) = (found["failed"],)
     assert (gone["source"], gone["exit_code"]) == ("gone.onnx", 66)
     assert "gone.onnx" in gone["error"]
@@ -420,7 +420,7 @@ def test_where_nothing_is_held_out_nothing_is_reported(colours: Path, toy: Path,
 
 
 @pytest.mark.parametrize(("task", "head"), [("multi-label", "logistic"), ("multi-label", "mlp"), ("regression", None)])
-def test_other_tasks_are_ranked_by_their_own_figure(
+def test_other_tasks_are_ranked_by_their_own_metric(
     colours: Path, toy: Path, tmp_path: Path, penult: Penult, task: str, head: str | None
 ) -> None:
     rows = ["path,label,redness"]
@@ -442,7 +442,7 @@ def test_other_tasks_are_ranked_by_their_own_figure(
     assert best["scores"]["logme"] > worst["scores"]["logme"]
     assert best["scores"]["h_score"] is None
     assert best["p_against_best"] is None
-    assert found["figure"] == {"multi-label": "mean average precision", "regression": "R2"}[task]
+    assert found["metric"] == {"multi-label": "mean average precision", "regression": "R2"}[task]
     code, out, _ = penult("sweep", *data, "-m", f"{toy}@pooled@one", "-o", tmp_path / "sweep", "--val-fraction", "0", *flags)
     assert "H-score" not in out
 

@@ -63,7 +63,7 @@ def job(tmp_path: Path, backbone_file: Path) -> Callable[[str, str], Path]:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_job_of_each_task(task: str, job: Callable[[str, str], Path], tmp_path: Path, penult: Penult) -> None:
-    _, figure, key = TASKS[task]
+    _, metric, key = TASKS[task]
     first = run_job(job(task, f"{key} = 0.3"))
     assert (first.exit_code, first.trained, first.extract.computed) == (0, True, 40)
     again = run_job(job(task, f"{key} = 0.3\n{key}_lower = 0.1"))
@@ -71,15 +71,15 @@ def test_a_job_of_each_task(task: str, job: Callable[[str, str], Path], tmp_path
     missed = run_job(job(task, f"{key} = 1.0" if task == "regression" else "min_map_lower = 1.0"))
     assert (missed.exit_code, missed.trained) == (65, False)
     assert missed.gate_missed is not None
-    assert missed.gate_missed.startswith(f"gate not met: {figure} ")
+    assert missed.gate_missed.startswith(f"gate not met: {metric} ")
     code, said, _ = penult("run", job(task, f"{key} = 0.3"), "--json")
     assert (code, json.loads(said)["evaluation"]["task"]) == (0, task)
     code, said, _ = penult("runs", tmp_path / "nightly.toml", "--json")
     records = json.loads(said)
     assert [record["exit_code"] for record in records] == [0, 0, 65, 0]
-    assert records[0]["evaluation"]["figure"] == {"multi-label": "mean_average_precision", "regression": "r2"}[task]
+    assert records[0]["evaluation"]["metric"] == {"multi-label": "mean_average_precision", "regression": "r2"}[task]
     assert run_cells(read_runs(tmp_path / "nightly.toml")[0])[-3:-1] == (
-        records[0]["evaluation"]["figure"].replace("_", " "),
+        records[0]["evaluation"]["metric"].replace("_", " "),
         f"{records[0]['evaluation']['value']:.4f}",
     )
     with pytest.raises(JobFileError, match=rf"gate.min_accuracy is for single-label, .* there is gate.{key}, gate.{key}_"):
@@ -119,7 +119,7 @@ def test_a_dozen_lucky_images_do_not_pass_the_bound() -> None:
     both = missed(min_accuracy_lower=0.9, min_balanced_accuracy_lower=0.9)
     assert both is not None
     assert "; balanced accuracy 1.0000 [0.7575, 1.0000] on 12 images of 'test' is below min_balanced_accuracy_lower" in both
-    undefined = {**found, "figures": {"accuracy": {"value": None, "interval": None}}}
+    undefined = {**found, "scores": {"accuracy": {"value": None, "interval": None}}}
     assert missed_gates(wanted_gates({"min_accuracy": 0.0}), undefined, lambda gate: gate.name) is not None
     assert missed(min_accuracy=float("nan")) is not None, "a gate that is not a number is never met"
 
@@ -127,13 +127,13 @@ def test_a_dozen_lucky_images_do_not_pass_the_bound() -> None:
 @pytest.mark.parametrize("gate", GATES, ids=lambda gate: gate.name)
 def test_each_gate_at_its_edge(gate: Any) -> None:
     found = metrics()[gate.task]
-    figures = (
-        [found["figures"][gate.figure]]
-        if gate.figure in found["figures"]
-        else [each["figures"][gate.figure] for each in found["per_output"]]
+    scores = (
+        [found["scores"][gate.metric]]
+        if gate.metric in found["scores"]
+        else [each["scores"][gate.metric] for each in found["per_output"]]
     )
     side = 1 if gate.error else 0
-    values = [(each["interval"] or wilson(each["value"] * 12, 12))[side] if gate.bound else each["value"] for each in figures]
+    values = [(each["interval"] or wilson(each["value"] * 12, 12))[side] if gate.bound else each["value"] for each in scores]
     edge = max(values) if gate.error else min(values)
     step = 1e-9 if gate.error else -1e-9
     assert gate.missed(found, edge + step, gate.name) is None

@@ -1,4 +1,4 @@
-"""Intervals hold what they promise, figures are scikit-learn's, prediction sets cover, and a temperature calibrates."""
+"""Intervals hold what they promise, scores are scikit-learn's, prediction sets cover, and a temperature calibrates."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from classifiers.evaluation.conformal import Conformal
 from classifiers.evaluation.intervals import bootstrap_interval, distance_interval, resampled, resamples_for, wilson
 from classifiers.evaluation.probabilities import softmax, untempered
-from classifiers.evaluation.scores import BINS, chance_calibration_errors, weighted_figures
+from classifiers.evaluation.scores import BINS, chance_calibration_errors, weighted_scores
 from classifiers.evaluation.single_label import score
 from classifiers.evaluation.task import Evaluation
 from classifiers.heads.logistic import LogisticHead
@@ -44,12 +44,12 @@ def test_wilson_covers_95_of_100_true_proportions() -> None:
 
 
 @pytest.mark.parametrize("k", [2, 5])
-def test_weighted_figures_are_scikit_learns(k: int) -> None:
+def test_weighted_scores_are_scikit_learns(k: int) -> None:
     truth, probabilities = draw(300, k)
     probabilities = np.round(probabilities, 2)  # many equal scores
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     weights = np.concatenate([np.ones((300, 1), np.float32), *resampled(truth, 3)], axis=1)
-    found = weighted_figures(truth, probabilities, weights)
+    found = weighted_scores(truth, probabilities, weights)
     guess, labels = probabilities.argmax(axis=1), range(k)
     for column, w in enumerate(weights.T):
         expected = {
@@ -73,10 +73,10 @@ def test_weighted_figures_are_scikit_learns(k: int) -> None:
 
 def test_top_k_is_scikit_learns_and_given_where_there_are_more_classes() -> None:
     truth, probabilities = draw(200, 6)
-    found = evaluated((truth, probabilities)).figures
+    found = evaluated((truth, probabilities)).scores
     for k in (3, 5):
         assert found[f"top_{k}"]["value"] == metrics.top_k_accuracy_score(truth, probabilities, k=k)
-    assert [name for name in evaluated(draw(50, 4)).figures if name.startswith("top")] == ["top_3"]
+    assert [name for name in evaluated(draw(50, 4)).scores if name.startswith("top")] == ["top_3"]
 
 
 def test_calibration_error_is_its_definition() -> None:
@@ -87,16 +87,16 @@ def test_calibration_error_is_its_definition() -> None:
         here = (confidence > i / BINS) & (confidence <= (i + 1) / BINS)
         if here.any():
             expected += here.mean() * abs(right[here].mean() - confidence[here].mean())
-    assert evaluated((truth, probabilities)).figures["ece"]["value"] == pytest.approx(expected)
+    assert evaluated((truth, probabilities)).scores["ece"]["value"] == pytest.approx(expected)
 
 
 def test_classes_that_do_not_occur_are_in_no_area() -> None:
     truth, probabilities = draw(100, 3)
     keep = truth != 2
-    found = evaluated((truth[keep], probabilities[keep])).figures
+    found = evaluated((truth[keep], probabilities[keep])).scores
     expected = [metrics.roc_auc_score(truth[keep] == c, probabilities[keep, c]) for c in (0, 1)]
     assert found["roc_auc"]["value"] == pytest.approx(np.mean(expected))
-    assert "roc_auc" not in evaluated((truth[truth == 1], probabilities[truth == 1])).figures
+    assert "roc_auc" not in evaluated((truth[truth == 1], probabilities[truth == 1])).scores
 
 
 def test_resamples_keep_the_size_of_each_class() -> None:
@@ -111,13 +111,13 @@ def test_resamples_keep_the_size_of_each_class() -> None:
 
 
 def test_without_an_error_there_is_no_bootstrap_interval() -> None:
-    found = evaluated((np.arange(28) % 2, np.eye(2, dtype=np.float32)[np.arange(28) % 2])).figures
+    found = evaluated((np.arange(28) % 2, np.eye(2, dtype=np.float32)[np.arange(28) % 2])).scores
     assert found["balanced_accuracy"] == {"value": 1.0, "interval": None, "method": "bootstrap"}
     assert found["accuracy"]["interval"] == wilson(28, 28)
 
 
 def test_bootstrap_intervals_of_a_mean_cover() -> None:
-    """The coverage of each figure is measured by benchmarks/coverage.py; this is the mechanism, on an average of 60 numbers."""
+    """The coverage of each score is measured by benchmarks/coverage.py; this is the mechanism, on an average of 60 numbers."""
     rng, strata, held = np.random.default_rng(0), np.arange(60) % 2, []
     for seed in range(300):
         values = rng.exponential(size=60)
@@ -128,7 +128,7 @@ def test_bootstrap_intervals_of_a_mean_cover() -> None:
 
 
 def test_calibration_error_of_perfect_confidence_is_explained_by_chance() -> None:
-    calibrated, sharpened = (evaluated(draw(500, sharpness=sharpness)).figures for sharpness in (1.0, 3.0))
+    calibrated, sharpened = (evaluated(draw(500, sharpness=sharpness)).scores for sharpness in (1.0, 3.0))
     assert calibrated["ece"]["interval"][0] == 0
     assert calibrated["ece"]["value"] == pytest.approx(calibrated["ece_by_chance"]["value"], rel=0.6)
     assert sharpened["ece"]["interval"][0] > 0.1
@@ -136,12 +136,12 @@ def test_calibration_error_of_perfect_confidence_is_explained_by_chance() -> Non
     assert distance_interval(0.0, np.array([0.01, 0.02]), chance_calibration_errors(probabilities, 50))[0] == 0
 
 
-def test_figures_before_the_temperature() -> None:
+def test_scores_before_the_temperature() -> None:
     truth, sharp = draw(4000, sharpness=2.0)
     calibrated = untempered(sharp, 0.5)  # as if a temperature of 2 had been applied
     np.testing.assert_allclose(untempered(calibrated, 2.0), sharp, atol=1e-6)
-    found = evaluated((truth, calibrated), temperature=2.0).figures
-    alone = evaluated((truth, sharp)).figures
+    found = evaluated((truth, calibrated), temperature=2.0).scores
+    alone = evaluated((truth, sharp)).scores
     assert found["ece_before"]["value"] == pytest.approx(alone["ece"]["value"], abs=1e-6)
     assert found["log_loss_before"]["value"] == pytest.approx(alone["log_loss"]["value"], abs=1e-6)
     assert found["ece"]["value"] < found["ece_before"]["value"] / 3
@@ -151,8 +151,8 @@ def test_ten_thousand_images_of_a_hundred_classes_take_seconds() -> None:
     """What it costs is bounded by the number of resamples, which falls with the size of the data."""
     found = evaluated(draw(10_000, 100))
     assert found.resamples == 1000
-    low, high = found.figures["roc_auc"]["interval"]
-    assert low < found.figures["roc_auc"]["value"] < high
+    low, high = found.scores["roc_auc"]["interval"]
+    assert low < found.scores["roc_auc"]["value"] < high
     assert high - low < 0.02
 
 
@@ -200,7 +200,7 @@ def test_temperature_calibrates_an_overconfident_mlp() -> None:
     for seed in range(4):
         X, y, held, truth = digits(200, seed)
         head = MlpHead((256,), dropout=0.0, weight_decay=0.0, lr=3e-2, max_epochs=30, seed=seed).fit(X, y)
-        found = score(truth, head.predict_proba(held), list(head.classes_), temperature=head.temperature_).figures
+        found = score(truth, head.predict_proba(held), list(head.classes_), temperature=head.temperature_).scores
         assert head.temperature_ > 1
         assert head.conformal_ is not None
         assert 20 < head.conformal_.n < 60, "the fifth that was held out to stop on"

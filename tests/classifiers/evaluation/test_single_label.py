@@ -1,4 +1,4 @@
-"""Figures against scikit-learn and published values."""
+"""Scores against scikit-learn and published values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_wilson_matches_published_values() -> None:
     assert wilson(1, 29) == pytest.approx((0.0061, 0.1718), abs=5e-5)
 
 
-def test_figures_are_scikit_learns() -> None:
+def test_scores_are_scikit_learns() -> None:
     rng = np.random.default_rng(0)
     classes = ["a", "b", "c", "d"]
     probabilities = rng.dirichlet(np.ones(4), size=200)
@@ -45,7 +45,7 @@ def test_28_images_without_an_error_prove_little() -> None:
 def test_many_images_need_no_note_but_small_classes_are_named() -> None:
     labels = np.array(["a"] * 500 + ["b"] * 3)
     found = score(labels, np.eye(2)[(labels == "b").astype(int)], ["a", "b"])
-    assert found.notes == ["classes with fewer than 10 images here, whose own figures say little: b (3)"]
+    assert found.notes == ["classes with fewer than 10 images here, whose own scores say little: b (3)"]
 
 
 def test_unknown_labels_and_nothing_at_all_are_refused() -> None:

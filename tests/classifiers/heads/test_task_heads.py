@@ -1,4 +1,4 @@
-"""Heads for several labels and for numbers, and their figures, against scikit-learn's."""
+"""Heads for several labels and for numbers, and their scores, against scikit-learn's."""
 
 from __future__ import annotations
 
@@ -119,12 +119,12 @@ def test_an_mlp_learns_what_no_straight_line_can() -> None:
     assert held.fitted_.mean == pytest.approx(X.mean(axis=0), abs=1e-5)
 
 
-def test_figures_of_several_labels_are_scikit_learns() -> None:
+def test_scores_of_several_labels_are_scikit_learns() -> None:
     rng = np.random.default_rng(0)
     truth = rng.random((60, 4)) < [0.5, 0.2, 0.05, 0.5]
     probabilities = np.clip(0.35 * truth + rng.normal(0.3, 0.2, truth.shape), 0.01, 0.99).round(2)
     weights = rng.integers(0, 3, (60, 5)).astype(np.float32)
-    whole, each = multi_label.weighted_figures(truth, probabilities, weights)
+    whole, each = multi_label.weighted_scores(truth, probabilities, weights)
     guess = probabilities >= 0.5
     for b in range(5):
         w = weights[:, b]
@@ -140,18 +140,18 @@ def test_figures_of_several_labels_are_scikit_learns() -> None:
         losses = [log_loss(truth[:, j], probabilities[:, j], sample_weight=w, labels=[False, True]) for j in range(4)]
         assert whole["log_loss"][b] == pytest.approx(np.mean(losses))
     found = multi_label.measure(truth, probabilities, ["a", "b", "c", "d"])
-    assert found.figures["subset_accuracy"]["value"] == (truth == guess).all(axis=1).mean()
-    for figure in (*found.figures.values(), *found.per_output[0]["figures"].values()):
-        low, high = figure["interval"]
-        assert low <= figure["value"] <= high
+    assert found.scores["subset_accuracy"]["value"] == (truth == guess).all(axis=1).mean()
+    for score in (*found.scores.values(), *found.per_output[0]["scores"].values()):
+        low, high = score["interval"]
+        assert low <= score["value"] <= high
     assert "c (" in found.notes[0]
 
 
 def test_a_label_that_no_image_has_is_undefined_and_not_zero() -> None:
     truth = np.array([[True, False], [False, False], [True, False]])
     found = multi_label.measure(truth, np.array([[0.9, 0.6], [0.2, 0.1], [0.8, 0.2]]), ["a", "b"])
-    assert found.figures["mean_average_precision"]["value"] == 1.0
-    b = found.per_output[1]["figures"]
+    assert found.scores["mean_average_precision"]["value"] == 1.0
+    b = found.per_output[1]["scores"]
     assert (b["average_precision"]["value"], b["recall"]["value"], b["precision"]["value"]) == (None, None, 0.0)
     assert found.to_json()["per_output"][1]["n"] == 0
     with pytest.raises(BadDataError, match="no images to evaluate on"):
@@ -198,24 +198,24 @@ def test_lambda_is_chosen_by_groups_or_on_validation() -> None:
     assert (nothing.alpha_, nothing.chosen_by_, nothing.conformal_) == (1.0, None, None)
 
 
-def test_figures_of_numbers_are_scikit_learns() -> None:
+def test_scores_of_numbers_are_scikit_learns() -> None:
     rng = np.random.default_rng(0)
     truth = rng.normal(size=(50, 2)) * [1, 1000] + [5, 1e6]
     values = truth + rng.normal(size=(50, 2)) * [0.5, 800]
     weights = rng.integers(0, 3, (50, 4)).astype(np.float32)
-    found = regression.weighted_figures(truth, values, weights)
+    found = regression.weighted_scores(truth, values, weights)
     for b in range(4):
         w = weights[:, b]
         for name, theirs in (("r2", r2_score), ("mae", mean_absolute_error), ("rmse", root_mean_squared_error)):
             assert found[name][:, b] == pytest.approx(theirs(truth, values, sample_weight=w, multioutput="raw_values"))
     measured = regression.measure(truth, values, ["a", "b"], half_widths=[0.5, None])
-    a, b = (entry["figures"] for entry in measured.per_output)
+    a, b = (entry["scores"] for entry in measured.per_output)
     assert a["coverage"]["value"] == (np.abs(values - truth)[:, 0] <= 0.5).mean()
     assert "coverage" not in b
     low, high = a["rmse"]["interval"]
     assert low < a["rmse"]["value"] < high
     constant = regression.measure(np.full((20, 1), 7.0), rng.normal(size=(20, 1)), ["c"])
-    assert constant.figures["r2"] == {"value": None, "interval": None, "method": None}
+    assert constant.scores["r2"] == {"value": None, "interval": None, "method": None}
     assert "undefined" in task_of("regression", ["c"]).headline(constant.to_json())
 
 

@@ -104,7 +104,7 @@ def test_the_page_shows_every_part_and_loads_nothing(bundle: Bundle) -> None:
     page = Page(html)
     for heading in (
         *("Confusion matrix", "Reliability", "Training", "Classes", "With few images", "Map of the features", "Mistakes"),
-        *("Figures", "Per class", "Split", "Settings", "Fingerprint"),
+        *("Scores", "Per class", "Split", "Settings", "Fingerprint"),
     ):
         assert f"<h2>{heading}</h2>" in html
     assert page.tags.count("svg") == 6

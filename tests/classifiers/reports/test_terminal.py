@@ -1,4 +1,4 @@
-"""Figures for people: tables on narrow terminals, and plots of labels in any script."""
+"""Scores for people: tables on narrow terminals, and plots of labels in any script."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def longest(text: str) -> int:
 
 
 @pytest.mark.parametrize("width", [44, 60, 80, 100, 160])
-def test_a_table_fits_its_width_and_breaks_no_figure(width: int) -> None:
+def test_a_table_fits_its_width_and_breaks_no_score(width: int) -> None:
     text = table(COLUMNS, COMPARED, left=2, width=width)
     assert longest(text) <= width
     for row in COMPARED:
@@ -55,7 +55,7 @@ def test_a_wide_table_is_turned_on_its_side_and_then_becomes_a_list() -> None:
     assert listed[9] == "bundle                   ants-finetuned.head"
 
 
-def test_long_text_is_folded_beside_whole_figures() -> None:
+def test_long_text_is_folded_beside_whole_scores() -> None:
     path = "a/" + "long/" * 20 + "IMG_0001.jpg"
     text = table(("path", "images", "share"), [(path, "123456", "12.5 %")], width=80)
     assert longest(text) <= 80
@@ -80,8 +80,8 @@ def test_an_evaluation_fits_80_columns(classes: list[str], head: str) -> None:
     text = evaluation_text(evaluation(classes), width=80)
     parts = text.split("\n\n")
     assert head in parts[-1]
-    figures, per_class = parts[1], parts[3]
-    assert longest(figures) <= 80
+    scores, per_class = parts[1], parts[3]
+    assert longest(scores) <= 80
     assert longest(per_class) <= 80
     assert longest(parts[-1]) <= 80 or "--plot" in head, "a sentence is for the terminal to break"
     for label in classes:

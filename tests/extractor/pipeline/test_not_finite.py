@@ -186,7 +186,7 @@ def test_every_format_says_so(bad: str, trained: Callable[[str], Bundle], folder
         assert (facts[4]["code"], facts[4]["probability"], facts[4]["probabilities"]) == ("not_finite", None, {})
 
 
-def test_no_figure_is_made_of_it(trained: Callable[[str], Bundle], folder: Path, tmp_path: Path, penult: Penult) -> None:
+def test_no_score_is_made_of_it(trained: Callable[[str], Bundle], folder: Path, tmp_path: Path, penult: Penult) -> None:
     for label in ("red", "blue"):  # the first class would have it otherwise
         (tmp_path / label).mkdir(exist_ok=True)
         (tmp_path / label / "x.png").write_bytes((folder / "20.png").read_bytes())
