@@ -18,12 +18,11 @@ from classifiers.comparison.compare import Comparison, Entrant, compare_entrants
 from classifiers.comparison.compare_page import comparison_report
 from classifiers.evaluation.single_label import score
 from classifiers.evaluation.task import Evaluation, Prediction
-from classifiers.finetuning.finetune import train_finetuned
+from classifiers.finetuning.finetune import finetune
 from classifiers.finetuning.settings import FineTuneSettings
 from classifiers.heads.logistic import LogisticHead
-from classifiers.heads.registry import make_head
 from classifiers.reports.page import write_output
-from classifiers.training.train import train_head
+from classifiers.training.train import train
 from extractor.backbones.networks import load
 from extractor.backbones.registry import Backbone, check_request
 from extractor.data.folders import ImageFolder
@@ -130,7 +129,7 @@ def run_demo(
     cache = FeatureCache(cache_path)
     bundles: list[Bundle] = []
     for name in ("logistic", "mlp"):
-        bundles.append(train_head(cache, out / f"{name}.head", make_head(name), overwrite=overwrite))
+        bundles.append(train(cache, out / f"{name}.head", name, overwrite=overwrite))
         log.info("trained %s in %.1f s", name, bundles[-1].cost["train_seconds"])
     log.info("fine-tuning the whole network for %d epochs, to compare", epochs)
     untrained = backbone.seed is not None  # then batch norm has no statistics worth keeping, and all layers must learn
@@ -145,7 +144,7 @@ def run_demo(
     )
     if untrained:
         tuning = tuning.replace(optimizer="adamw", lr=1e-3, head_lr_factor=1.0, batch_statistics=True)
-    bundles.append(train_finetuned(cache, out / "finetuned.head", tuning, overwrite=overwrite))
+    bundles.append(finetune(cache, out / "finetuned.head", tuning, overwrite=overwrite))
     pixels, evaluation = raw_pixels(cache)
     comparison = compare_entrants([*map(Entrant.of, bundles), pixels])
     held_out = cache.rows("test")[:: max(len(cache.rows("test")) // 5, 1)][:5]

@@ -16,9 +16,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from store import json_text
 from store.errors import PenultError, StorageError
-from store.format import atomic
+from store.format import atomic, json_text
 
 log = logging.getLogger("penult.extractor")
 

@@ -1,6 +1,6 @@
 """What a setting is: the command line, job files and Python read its type, bounds, default and help from one field.
 
-A command's settings are one flat model, made of groups that commands share (`groups`). `Place` says how a setting is spelled
+A command's settings are one flat model, made of groups that commands share. `Place` says how a setting is spelled
 where it was written, so that the same mistake is answered with the same sentence: ``--views is 0; expected 1 to 64`` on the
 command line, ``extract.views is 0; expected 1 to 64`` of a job file, ``views is 0; expected 1 to 64`` in Python.
 

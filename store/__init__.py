@@ -1,3 +1,51 @@
-"""What is on disk: feature shards keyed by content, the sample table, fingerprints, splits. Knows no images or networks."""
+"""What is on disk: feature shards keyed by content, the sample table, fingerprints, splits. Knows no images or networks.
+
+The names in ``__all__`` are public. Each is imported when it is first asked for, so that importing this package is cheap.
+
+>>> import store
+>>> store.FeatureCache("pets.cache").subset("test")
+<Subset 'test': 6 images, 16 float16 features>
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from . import environment  # noqa: F401 - before any library that reads it is imported
+
+if TYPE_CHECKING:
+    from .cache import FeatureCache as FeatureCache
+    from .cache import Subset as Subset
+    from .compact import write_compact as write_compact
+    from .drift import compare_caches as compare_caches
+    from .errors import PenultError as PenultError
+    from .fingerprint import Fingerprint as Fingerprint
+    from .testing import assert_features_match as assert_features_match
+    from .testing import assert_metrics_match as assert_metrics_match
+    from .verify import verify_cache as verify_cache
+
+HOME = {
+    "FeatureCache": "cache",
+    "Subset": "cache",
+    "Fingerprint": "fingerprint",
+    "PenultError": "errors",
+    "assert_features_match": "testing",
+    "assert_metrics_match": "testing",
+    "compare_caches": "drift",
+    "verify_cache": "verify",
+    "write_compact": "compact",
+}
+__all__ = sorted(HOME)
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name not in HOME:
+            message = f"module {__name__!r} has no attribute {name!r}"
+            raise AttributeError(message)
+        return getattr(importlib.import_module(f"{__name__}.{HOME[name]}"), name)
+
+    def __dir__() -> list[str]:
+        return [*globals(), *__all__]

@@ -22,12 +22,14 @@ from store.format.samples import Row, SampleTable
 
 from .errors import BadDataError, CorruptCacheError, InputMissingError, LockedError, PenultError, UsageError
 from .fingerprint import Fingerprint, file_digest, short
+from .notebook import html_table
 from .splits import assign_splits, groups_of
 
 PENULTIMATE = "penultimate"  # how --layer names the default
+SHOWN = 5  # labels in a line
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Subset:
     """Some samples of a cache with their features.
 
@@ -38,6 +40,13 @@ class Subset:
         paths: relative path of each sample.
         groups: what must not be divided; by default the content digest.
         name: the split it came from.
+
+    >>> from store import FeatureCache
+    >>> train = FeatureCache("pets.cache").subset("train")
+    >>> train
+    <Subset 'train': 12 images, 16 float16 features>
+    >>> train.X.shape, train.y[:2].tolist()
+    ((12, 16), ['cat', 'cat'])
     """
 
     X: NDArray[np.floating[Any]] | StoredFeatures
@@ -49,6 +58,14 @@ class Subset:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def __repr__(self) -> str:
+        return f"<Subset {self.name!r}: {len(self)} images, {self.X.shape[1]} {self.X.dtype} features>"
+
+    def _repr_html_(self) -> str:
+        several = self.y.ndim > 1
+        labels = [] if several else zip(*np.unique(self.y, return_counts=True), strict=True)
+        return html_table(repr(self)[1:-1], labels, [] if several else ["label", "images"])
 
 
 class FeatureCache:
@@ -63,6 +80,13 @@ class FeatureCache:
         CorruptCacheError: its files are damaged or of a newer format.
         LockedError: another run is just replacing it.
         UsageError: it has no features of that layer; names those it has.
+
+    >>> from store import FeatureCache
+    >>> cache = FeatureCache("pets.cache")
+    >>> cache
+    <FeatureCache pets.cache: 24 images, labels cat, dog, features of 'last'>
+    >>> cache.subset("test").X.dtype
+    dtype('float16')
     """
 
     def __init__(self, path: str | Path, layer: str | None = None) -> None:
@@ -89,6 +113,20 @@ class FeatureCache:
             message = f"{self.path} changed while it was opened"
             raise self.blamed(CorruptCacheError(message))
         self.fingerprint = self._choose(layer)
+
+    def __repr__(self) -> str:
+        names = self.samples.outputs
+        shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+        what = f", {'targets' if self.samples.target_names else 'labels'} {shown}" if names else ""
+        return f"<FeatureCache {self.path}: {self.samples.counts['ok']} images{what}, features of {self.layer!r}>"
+
+    def _repr_html_(self) -> str:
+        facts = self.describe()
+        splits, counts = facts["splits"], facts["counts"]
+        title = f"{self.path}: {facts['rows']} rows of {facts['dim']} {facts['dtype']} features of {self.layer}"
+        rows = [(label, *(per.get(split, 0) for split in splits)) for label, per in facts["labels"].items()]
+        failed = [("failed", counts["failed"])] if counts["failed"] else []
+        return html_table(title, [*rows, *failed], ["label", *splits])
 
     def _open_compact(self, layer: str | None) -> None:
         self.samples = SampleTable.read(self.path, compact_file.ENCODING_TYPE)

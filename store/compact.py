@@ -22,7 +22,7 @@ log = logging.getLogger("penult.store")
 DTYPES = ("float32", "float16")
 
 
-def write_compact(cache: FeatureCache, out: Path, *, dtype: str = "float32", overwrite: bool = False) -> int:
+def write_compact(cache: FeatureCache, out: str | Path, *, dtype: str = "float32", overwrite: bool = False) -> int:
     """Write a cache as one file; every reading command takes it in place of the folder. Removed images are left out, and all
     views but the first: row by row, features and labels go together.
 
@@ -41,7 +41,14 @@ def write_compact(cache: FeatureCache, out: Path, *, dtype: str = "float32", ove
         CorruptCacheError: the cache's backbone is not the one that made its features.
         LockedError: another run has replaced the cache meanwhile.
         StorageError: it cannot be written.
+
+    >>> import store
+    >>> store.write_compact(store.FeatureCache("pets.cache"), "pets.h5")
+    24
+    >>> store.FeatureCache("pets.h5")
+    <FeatureCache pets.h5: 24 images, labels cat, dog, features of 'last'>
     """
+    out = Path(out)
     atomic.require_replaceable(out)
     atomic.require_free(out, overwrite=overwrite)
     if cache.path.is_dir():

@@ -30,11 +30,18 @@ from typing import Any
 
 
 class PenultError(Exception):
-    """Root of the tree.
+    """Root of the tree of errors: everything that penult raises on purpose.
 
     Attributes:
         exit_code: exit status of the command that raised it.
         facts: JSON for machines: what the run had found before it ended so.
+
+    >>> import store
+    >>> try:
+    ...     store.FeatureCache("nowhere.cache")
+    ... except store.PenultError as error:
+    ...     print(f"{error.exit_code}: {error}")
+    66: nowhere.cache does not exist or is not a cache directory
     """
 
     exit_code = 70

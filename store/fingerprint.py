@@ -17,7 +17,12 @@ MAX_VIEWS = 64  # decoded images wait in memory, and each has so many
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Named facts (JSON values; nested objects are compared leaf by leaf). Equal fingerprints mean comparable features."""
+    """Named facts (JSON values; nested objects are compared leaf by leaf). Equal fingerprints mean comparable features.
+
+    >>> from store import Fingerprint
+    >>> Fingerprint({"layer": "a"}).differences(Fingerprint({"layer": "b"}))
+    {'layer': ('a', 'b')}
+    """
 
     fields: Mapping[str, Any]
 

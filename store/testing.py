@@ -35,6 +35,9 @@ def assert_features_match(cache: str | Path, golden: str | Path, *, bound: float
     Raises:
         AssertionError: with the causes and a table of what drifted.
         PenultError: one of them cannot be read, or they have nothing in common.
+
+    >>> from store.testing import assert_features_match
+    >>> assert_features_match("pets.cache", "pets.cache")
     """
     drift = compare_caches(FeatureCache(golden), FeatureCache(cache), bound=bound)
     if not drift.passed:
@@ -55,6 +58,9 @@ def assert_metrics_match(
 
     Raises:
         AssertionError: names the scores that differ.
+
+    >>> from store.testing import assert_metrics_match
+    >>> assert_metrics_match("pets.head/head.json", "pets.head/head.json", tolerance=0.005)
     """
     found, expected = _metrics(metrics), _metrics(golden)
     wrong = [f"n: {found['n']} against {expected['n']}"] if found["n"] != expected["n"] else []

@@ -31,13 +31,18 @@ class Finding:
         return asdict(self)
 
 
-def verify_cache(cache: Path) -> list[Finding]:
+def verify_cache(cache: str | Path) -> list[Finding]:
     """Everything that is wrong with a cache: damaged files, a changed backbone, features that are missing.
 
     Raises:
         InputMissingError: there is no cache.
         LockedError: another run is just replacing it.
+
+    >>> import store
+    >>> store.verify_cache("pets.cache")
+    []
     """
+    cache = Path(cache)
     if cache.is_file():
         return [Finding(cache.name, problem) for problem in verify_files([cache]).values()]
     try:

@@ -109,7 +109,7 @@ def as_theirs(own: Path, path: Path, *layers: str) -> Backbone:
 def exports_here() -> Iterator[None]:
     """Whatever exports a network does it in this process: where the child is not the subject."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("export", "prepare"):
+        for module in ("backbones.export", "pipeline.prepare"):
             patch.setattr(f"extractor.{module}.export", export_here)
         yield
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import classifiers
 from classifiers.heads.registry import make_head
-from classifiers.training.train import train_head
 from extractor.backbones.registry import Backbone
 from extractor.data.folders import ImageFolder
 from extractor.machine import nvidia_driver_present
@@ -49,7 +49,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, make_image: Callable[..., Pa
             make_image(folder / f"many/{label}/{i}.jpg", seed=10 * k + i)
             make_image(folder / f"others/{label}{label}/{i}.jpg", seed=10 * k + i)
     run_extract(ImageFolder(folder / "many"), Backbone(str(backbone_file)), folder / "many.cache", Options(quiet=True))
-    train_head(FeatureCache(folder / "many.cache"), folder / "a.head", make_head("logistic", C=1.0))
+    classifiers.train(FeatureCache(folder / "many.cache"), folder / "a.head", make_head("logistic", C=1.0))
     (folder / "taken").mkdir()
     (folder / "taken/notes.txt").touch()
     (folder / "page.html").touch()

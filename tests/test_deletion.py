@@ -16,6 +16,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+import classifiers
 from classifiers import demo
 from classifiers.bundles.bundle import Bundle
 from classifiers.bundles.bundle_folder import install, refuse_existing, remove_leftovers
@@ -23,7 +24,6 @@ from classifiers.finetuning.checkpoints import LAST, Checkpoints
 from classifiers.heads.registry import make_head
 from classifiers.jobs import run
 from classifiers.training.settings import TrainOptions
-from classifiers.training.train import train_head
 from extractor.backbones.registry import Backbone
 from extractor.data.folders import ImageFolder
 from extractor.graphs import onnx_file
@@ -39,7 +39,7 @@ from store.format.lock import folder_lock
 from store.writer import open_writer
 from tests.conftest import MakeDataset
 
-from .test_house import SOURCES, floor_of
+from .test_house import REPO, SOURCES
 
 Penult = Callable[..., tuple[int, str, str]]
 
@@ -97,7 +97,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory, dataset: MakeDataset) -> Pa
 def bundle(tmp_path_factory: pytest.TempPathFactory, network: Path, photos: Path) -> Bundle:
     folder = tmp_path_factory.mktemp("bundle")
     run_extract(ImageFolder(photos), Backbone(str(network)), folder / "c.cache", Options(quiet=True))
-    return train_head(
+    return classifiers.train(
         FeatureCache(folder / "c.cache"), folder / "c.head", make_head("logistic", C=1.0), TrainOptions(thumbnails=False)
     )
 
@@ -453,19 +453,23 @@ def test_the_demo_replaces_what_it_wrote(tmp_path: Path) -> None:
 # --- the inventory -----------------------------------------------------------------------------------------------------
 
 PLACES = {  # where something is deleted or replaced; whoever adds one says in its docstring how it is proven to be ours
-    "store/atomic.py": {"unlink": 2, "rename": 1},  # our temporary names; the file that was asked for
+    "store/format/atomic.py": {"unlink": 2, "rename": 1},  # our temporary names; the file that was asked for
     "store/writer.py": {"unlink": 4, "rmdir": 2},  # the files of a cache, under its lock; a new cache that stayed empty
     "store/compact.py": {"unlink": 1},  # a shard that was verified and whose rows stand in a new one
-    "extractor/onnxfile.py": {
+    "extractor/graphs/onnx_file.py": {
         "unlink": 4,
         "rename": 1,
         "replace": 1,
     },  # a model under a temporary name; data that is marked as ours
-    "extractor/prepare.py": {"replace": 1},  # one temporary name by another
-    "extractor/weights.py": {"unlink": 1, "rename": 1},  # a download; a file of torchvision's that is damaged
-    "classifiers/bundle.py": {"unlink": 1, "rmdir": 1, "rename": 3},  # the files of a bundle; a folder of nothing else
-    "classifiers/checkpoints.py": {"unlink": 3, "rmdir": 1},  # the files of an unfinished fine-tuning
-    "classifiers/ranks.py": {"unlink": 1},  # failure.json of an unfinished fine-tuning
+    "extractor/pipeline/prepare.py": {"replace": 1},  # one temporary name by another
+    "extractor/backbones/weights.py": {"unlink": 1, "rename": 1},  # a download; a file of torchvision's that is damaged
+    "classifiers/bundles/bundle_folder.py": {
+        "unlink": 1,
+        "rmdir": 1,
+        "rename": 3,
+    },  # the files of a bundle; a folder of nothing else
+    "classifiers/finetuning/checkpoints.py": {"unlink": 3, "rmdir": 1},  # the files of an unfinished fine-tuning
+    "classifiers/finetuning/ranks.py": {"unlink": 1},  # failure.json of an unfinished fine-tuning
     "classifiers/demo.py": {"unlink": 1},  # digits
 }
 
@@ -483,5 +487,5 @@ def test_these_are_all_the_places_that_delete() -> None:
             or ast.unparse(node.func) in ("os.remove", "os.replace")
         )
         if kinds:
-            found[f"{floor_of(path)}/{path.name}"] = dict(kinds)
+            found[str(path.relative_to(REPO))] = dict(kinds)
     assert found == PLACES

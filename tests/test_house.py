@@ -28,15 +28,19 @@ MOST_PARAMETERS = 8  # of a function; a scikit-learn estimator's __init__ has al
 MOST_LINES = 200  # of cli.py
 # The rooms of each floor, modules or sub-packages: each imports what stands before it, and any room of a floor below.
 ROOMS = {
-    "store": "errors environment json_text fingerprint tasks format splits writer cache compact verify drift testing",
+    "store": "errors environment notebook fingerprint tasks format splits writer cache compact verify drift testing",
     "extractor": "machine progress text_table futures settings "
     "pixels data graphs runtime backbones precision pipeline commands",
     "classifiers": "evaluation heads.solvers heads bundles reports training finetuning comparison jobs demo commands",
 }
 
 
+def name_of(path: Path) -> str:
+    return str(path.relative_to(REPO).with_suffix(""))
+
+
 def floor_of(path: Path) -> str:
-    return path.stem if path.parent == REPO else path.relative_to(REPO).parts[0]
+    return name_of(path).partition("/")[0]
 
 
 def modules(root: Path) -> dict[str, Path]:
@@ -179,7 +183,7 @@ def test_the_rules_find_who_breaks_them(tmp_path: Path) -> None:
     assert wide(tmp_path) == {"classifiers.head.Head.fit": 9}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{floor_of(path)}/{path.stem}")
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_imports_point_downwards(path: Path) -> None:
     mine = FLOORS.index(floor_of(path))
     for line, top in upward(path.read_text(), mine):
@@ -203,7 +207,7 @@ def test_a_planted_upward_import_is_found() -> None:
     assert list(upward(source, FLOORS.index("extractor"))) == [(4, "classifiers")]
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{floor_of(path)}/{path.stem}")
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_nothing_that_executes_what_it_loads(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -219,7 +223,7 @@ def test_nothing_that_executes_what_it_loads(path: Path) -> None:
             pytest.fail(f"line {node.lineno}: {node.id}")
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{floor_of(path)}/{path.stem}")
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_only_the_command_line_prints_and_exits(path: Path) -> None:
     if path.name == "cli.py" or path.parent.name == "commands":
         return
@@ -234,7 +238,7 @@ def test_only_the_command_line_prints_and_exits(path: Path) -> None:
                 assert (path.name, called) in allowed, f"line {node.lineno}: {called}"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{floor_of(path)}/{path.stem}")
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_libraries_and_children_are_told_what_store_environment_says(path: Path) -> None:
     tree = ast.parse(path.read_text())
     for node in tree.body:
@@ -347,5 +351,5 @@ def test_a_task_is_an_object_and_is_never_compared_by_its_name() -> None:
             if isinstance(node, ast.Compare):
                 sides = [node.left, *node.comparators]
                 if any(getattr(side, "value", None) in named or ast.unparse(side) in constants for side in sides):
-                    found.append(f"{floor_of(path)}/{path.stem}:{node.lineno}: {ast.unparse(node)}")
+                    found.append(f"{name_of(path)}:{node.lineno}: {ast.unparse(node)}")
     assert found == []

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import classifiers
 from classifiers.bundles.fuse import fuse
 from classifiers.bundles.held_out import evaluate_bundle
 from classifiers.bundles.predictor import Predictor
 from classifiers.heads.registry import make_head
 from classifiers.training.few_shot import learning_curve
-from classifiers.training.train import train_head
 from extractor.backbones.registry import Backbone
 from extractor.data.folders import ImageFolder
 from extractor.pipeline.run import run_extract
@@ -49,7 +49,7 @@ def test_a_second_run_computes_nothing(ants: FeatureCache, assets: Path, imagene
 
 
 def test_logistic_regression_on_frozen_features(ants: FeatureCache, assets: Path, tmp_path: Path) -> None:
-    bundle = train_head(ants, tmp_path / "ants.head", make_head("logistic"))
+    bundle = classifiers.train(ants, tmp_path / "ants.head", make_head("logistic"))
     assert bundle.split["reported_on"] == "val"
     assert bundle.split["chosen_on"] == "folds of train"
     evaluation, predictions = evaluate_bundle(bundle, ants.path, split="val")
@@ -63,7 +63,7 @@ def test_logistic_regression_on_frozen_features(ants: FeatureCache, assets: Path
 
 
 def test_fused_and_run_by_the_twenty_lines_of_the_docs(ants: FeatureCache, assets: Path, tmp_path: Path) -> None:
-    bundle = train_head(ants, tmp_path / "ants.head", make_head("logistic", C=0.01))
+    bundle = classifiers.train(ants, tmp_path / "ants.head", make_head("logistic", C=0.01))
     fuse(bundle, tmp_path / "ants.onnx")
     held = bundle.predictions()
     files = [assets / "data/hymenoptera" / os.fsdecode(path) for path in held.paths]
@@ -76,7 +76,7 @@ def test_fused_and_run_by_the_twenty_lines_of_the_docs(ants: FeatureCache, asset
 
 
 def test_photos_of_other_things_are_unlike_ants_and_bees(ants: FeatureCache, assets: Path, tmp_path: Path) -> None:
-    bundle = train_head(ants, tmp_path / "ants.head", make_head("logistic"))
+    bundle = classifiers.train(ants, tmp_path / "ants.head", make_head("logistic"))
     assert bundle.metrics is not None
     low, high = bundle.metrics["novelty"]["interval"]
     assert low < bundle.metrics["novelty"]["expected"] < high
@@ -98,7 +98,7 @@ def test_the_mlp_over_five_seeds(ants: FeatureCache) -> None:
 
 @pytest.mark.parametrize(("name", "least"), [("ridge", 0.95), ("knn", 0.92), ("centroid", 0.90)])
 def test_heads_that_choose_inside_train(ants: FeatureCache, tmp_path: Path, name: str, least: float) -> None:
-    bundle = train_head(ants, tmp_path / "ants.head", make_head(name))
+    bundle = classifiers.train(ants, tmp_path / "ants.head", make_head(name))
     assert (bundle.split["chosen_on"], bundle.split["reported_on"]) == ("folds of train", "val")
     evaluation, predictions = evaluate_bundle(bundle, ants.path, split="val")
     assert evaluation.n == 153

@@ -28,17 +28,17 @@ from numpy.typing import NDArray
 
 from classifiers.evaluation.registry import task_of
 from classifiers.evaluation.scores import require_finite
-from classifiers.evaluation.task import HeadTask
+from classifiers.evaluation.task import SCORE_COLUMNS, HeadTask, score_cells
 from extractor.graphs.backbone_facts import BackboneFacts, read_facts, require_features
 from extractor.graphs.cpu_session import cpu_session
 from extractor.graphs.onnx_file import copy
 from extractor.pixels.views import Views
-from store import json_text
 from store.cache import FeatureCache
 from store.errors import BadDataError, InputMissingError, PenultError, require_format
 from store.fingerprint import VIEWS, Fingerprint
-from store.format import atomic, hdf5
+from store.format import atomic, hdf5, json_text
 from store.format.lock import folder_lock
+from store.notebook import html_table
 
 from .bundle_folder import NOVELTY, install, refuse_existing, remove_folder, remove_leftovers
 from .novelty import Novelty
@@ -80,14 +80,14 @@ class Predictions:
         return hashlib.sha256(b"".join(digest + label.encode() + b"\0" for digest, label in pairs)).hexdigest()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Bundle:
     """A head as it is saved and loaded.
 
     Attributes:
         path: its folder.
         kind: ``frozen`` or ``fine-tuned``.
-        head: one of `heads.rows`, or ``fine-tuned``.
+        head: one of `registry.rows`, or ``fine-tuned``.
         task: ``single-label``, ``multi-label`` or ``regression``.
         classes: labels in the order of the outputs; of a regression, the names of its targets.
         backbone: facts of ``backbone.onnx``.
@@ -96,14 +96,21 @@ class Bundle:
         hyperparameters, history: what was used and what was tried.
         metrics: the held-out evaluation as JSON; None where nothing was held out.
         cost: ``train_seconds``, ``extract_seconds``, ``images`` (passed through the backbone), and of both together
-            ``peak_memory`` and ``energy`` (see `extractor.metering.Spent`; bundles of old have neither).
+            ``peak_memory`` and ``energy`` (see `machine.Spent`; bundles of old have neither).
         conformal: which labels belong to the prediction set of an image (see `Conformal`), or how wide the intervals of a
             regression are (see `regression.Intervals`); None where nothing was out of fold.
-        rounding: cross-validated accuracy on float and on int8 features, where it takes int8 ones (see `rounding`).
+        rounding: cross-validated accuracy on float and on int8 features, where it takes int8 ones (see `int8_check`).
         made_from: digest of features, samples, labels, splits and settings; equal ones would give the same head again.
-        few_shot: accuracy by number of training images, where that was asked for (see `fewshot`).
+        few_shot: accuracy by number of training images, where that was asked for (see `few_shot`).
         files: SHA-256 of the ONNX files, and of ``novelty.h5``.
         versions: of the libraries.
+
+    >>> from classifiers import Bundle
+    >>> bundle = Bundle.load("pets.head")
+    >>> bundle
+    <Bundle pets.head: logistic head for 2 classes, accuracy 1.0000 [0.6097, 1.0000] on 6 images of 'test'>
+    >>> bundle.split["reported_on"], bundle.backbone.dim
+    ('test', 16)
     """
 
     path: Path
@@ -139,6 +146,20 @@ class Bundle:
     def storage(self) -> str:
         """How its features are rounded before the head sees them."""
         return str(self.fingerprint.fields.get("storage", "float32"))
+
+    def __repr__(self) -> str:
+        task = task_of_bundle(self)
+        where = self.metrics and f"on {self.metrics['n']} images of {self.split['reported_on']!r}"
+        score = f", {task.headline(self.metrics)} {where}" if self.metrics else ""
+        return f"<Bundle {self.name}: {self.head} head for {len(self.classes)} {task.plural}{score}>"
+
+    def _repr_html_(self) -> str:
+        return html_table(repr(self)[1:-1], score_cells((self.metrics or {}).get("scores", {})), SCORE_COLUMNS)
+
+    @classmethod
+    def opened(cls, bundle: str | Path | Bundle) -> Bundle:
+        """A bundle as it is, or loaded where it is a path."""
+        return bundle if isinstance(bundle, Bundle) else cls.load(bundle)
 
     def to_json(self) -> dict[str, Any]:
         facts = {key: value for key, value in vars(self).items() if key not in ("path", "backbone", "fingerprint")}
@@ -269,7 +290,7 @@ def save_bundle(
         predictions: on held-out images; None where there were none.
         fitted: content digests of everything that was fitted or chosen on.
         novelty: ``novelty.h5``, where there is one.
-        page: ``report.html``, see `report.bundle_report`.
+        page: ``report.html``, see `bundle_page.bundle_report`.
         overwrite: replace an existing bundle.
 
     Raises:

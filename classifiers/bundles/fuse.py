@@ -37,11 +37,11 @@ NO_NUMBERS = (np.nan, np.inf, -np.inf)
 PARITY = 1e-5  # on probabilities, CONTRACTS: "fused ONNX vs head on cached features, same pixels"
 
 
-def fuse(bundle: Bundle, out: Path, *, overwrite: bool = False) -> Fused:
+def fuse(bundle: str | Path | Bundle, out: str | Path, *, overwrite: bool = False) -> Fused:
     """Write a bundle as one ONNX file, after comparing it with the bundle on the golden pictures.
 
     Args:
-        bundle: what to fuse.
+        bundle: what to fuse, loaded or not.
         out: the file; weights over 2 GB lie in ``<name>-<random>.data`` beside it.
         overwrite: replace an existing file.
 
@@ -52,7 +52,12 @@ def fuse(bundle: Bundle, out: Path, *, overwrite: bool = False) -> Fused:
         OutputExistsError: the file exists, or is a part of the bundle.
         BadDataError: the two parts do not go together, or the file does not give what the bundle gives.
         OutputError, StorageError: it cannot be written.
+
+    >>> import classifiers
+    >>> classifiers.fuse("pets.head", "pets.onnx").classes
+    ['cat', 'dog']
     """
+    bundle, out = Bundle.opened(bundle), Path(out)
     require_replaceable(out)
     require_free(out, overwrite=overwrite)
     if out.name in BUNDLE_FILES or out.suffix == ".data":

@@ -66,7 +66,7 @@ class Fused:
             does to them (mean, std, input range, channels).
         fingerprint: of the features inside it.
         golden: what it must give.
-        weights_sha256: `onnxfile.weights_digest` of it.
+        weights_sha256: `onnx_file.weights_digest` of it.
         conformal: how wide the intervals of a regression are; None, and not in the file, for other tasks.
         features: ``tensor`` and ``width`` of the features inside, which the self-test replaces; None in files of old.
         probe_image: what the test image was where the features were made, see `ProbeImage`; None where that is not known.

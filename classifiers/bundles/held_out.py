@@ -61,7 +61,7 @@ def predict_held_out(predictor: Predictor, rows: Sequence[Row], truth: NDArray[A
 
 
 def evaluate_bundle(
-    bundle: Bundle,
+    bundle: str | Path | Bundle,
     data: str | Path | FeatureCache,
     *,
     split: str | None = None,
@@ -73,7 +73,7 @@ def evaluate_bundle(
     Cached features are used where the fingerprint matches; otherwise the images go through the bundle's own backbone.
 
     Args:
-        bundle: what to evaluate.
+        bundle: what to evaluate, loaded or not.
         data: a cache, opened or not, or a dataset as `penult extract` takes it.
         split: which part; by default the one the bundle was reported on, or everything where there are no splits.
         root: where the images are, if they moved since they were extracted.
@@ -82,7 +82,15 @@ def evaluate_bundle(
     Raises:
         BadDataError: everything asked for was fitted, there is nothing to evaluate, or an output is no number.
         FingerprintMismatchError: images must be embedded, and this machine makes other pixels than those of the training.
+
+    >>> import classifiers
+    >>> evaluation, predictions = classifiers.evaluate_bundle("pets.head", "pets.cache")
+    >>> evaluation
+    <Evaluation: accuracy 1.0000 [0.6097, 1.0000] on 6 images of 'test'>
+    >>> predictions.probabilities.shape
+    (6, 2)
     """
+    bundle = Bundle.opened(bundle)
     if not isinstance(data, FeatureCache) and is_cache(data):
         data = FeatureCache(data)
     cache, data = (data, data.path) if isinstance(data, FeatureCache) else (None, data)
@@ -207,11 +215,17 @@ def evaluate(head: Any, subset: Subset) -> Evaluation:
 
     Raises:
         UsageError: it is a head for several labels or for numbers; `HeadTask.score` takes the outputs of these.
+
+    >>> import classifiers, store
+    >>> train, test = store.FeatureCache("pets.cache").split(test=0.25)
+    >>> head = classifiers.CentroidHead().fit(train.X, train.y)
+    >>> classifiers.evaluate(head, test).n
+    6
     """
     from classifiers.heads.search import Head
 
     own = isinstance(head, Head)
-    need_single_label(head.task if own else ONE_LABEL.name, "classifiers.evaluation.single_label")
+    need_single_label(head.task if own else ONE_LABEL.name, "classifiers.evaluate")
     return score(
         subset.y,
         head.predict_proba(subset.X),

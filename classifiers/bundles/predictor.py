@@ -92,6 +92,12 @@ class Predictor:
 
     Attributes:
         pixel_drift: how far its pixels are from those of the training, where that was accepted and measured.
+
+    >>> from classifiers import Predictor
+    >>> for prediction in Predictor.load("pets.head", device="cpu").predict(["pets/cat/000.png", "pets/dog/000.png"]):
+    ...     print(prediction.name, prediction.label)
+    pets/cat/000.png cat
+    pets/dog/000.png dog
     """
 
     pixel_drift: PixelDrift | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -29,10 +29,9 @@ def finetune(data: Path, settings: FineTuneSettings, output: Path, *, as_json: b
     Example: penult finetune photos.cache -m resnet50 -o photos-finetuned.head
     """
     from classifiers.bundles.bundle_folder import refuse_existing
-    from classifiers.finetuning.finetune import train_finetuned
-    from extractor.data.sources import open_source
+    from classifiers.finetuning.finetune import finetune as finetune_network
     from extractor.settings import flag_of
-    from store.cache import FeatureCache, is_cache
+    from store.cache import is_cache
 
     refuse_existing(output, overwrite=overwrite)
     if is_cache(data):
@@ -41,8 +40,5 @@ def finetune(data: Path, settings: FineTuneSettings, output: Path, *, as_json: b
             flags = ", ".join(sorted(flag_of(type(settings), name) for name in unused))
             message = f"{flags}: {data} is a cache, and fine-tuning takes its samples and its split over"
             raise click.UsageError(message)
-        origin: Any = FeatureCache(data)
-    else:
-        origin = open_source(data, root=settings.root, follow_symlinks=settings.follow_symlinks, group_by=settings.group_by)
-    bundle = train_finetuned(origin, output, settings.replace(quiet=is_quiet()), overwrite=overwrite)
+    bundle = finetune_network(data, output, settings.replace(quiet=is_quiet()), overwrite=overwrite)
     print_bundle(bundle, as_json=as_json)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from extractor.commands.console import FOLDER, WITH_FAILURES, Command, SettingsCommand, output_option, overwrite_option
-from store import json_text
+from store.format import json_text
 
 if TYPE_CHECKING:
     from classifiers.bundles.settings import PredictSettings

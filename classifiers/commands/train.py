@@ -28,7 +28,7 @@ def train(cache: Path, settings: TrainSettings, output: Path, *, as_json: bool, 
     Example: penult train photos.cache --head logistic -o photos.head
     """
     from classifiers.bundles.bundle_folder import refuse_existing
-    from classifiers.training.train import train_head
+    from classifiers.training.train import train as train_head
     from extractor.settings import FLAGS
     from store.cache import FeatureCache
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from classifiers.bundles.bundle import Bundle, Predictions
-from classifiers.evaluation.intervals import wilson
+from classifiers.evaluation.intervals import bounds, percent, signed, wilson
 from classifiers.evaluation.paired_tests import Change, Standing, paired
 from classifiers.evaluation.task import need_single_label
 from store.cache import FeatureCache
 from store.errors import BadDataError, UsageError
+from store.notebook import html_table
 
 from .label_curve import LabelCurve, label_curve
 from .verdict import Verdict, judge
@@ -88,8 +90,16 @@ class Compared:
     history: list[dict[str, Any]]
     probabilities: NDArray[np.floating[Any]]
 
+    @property
+    def difference(self) -> str:
+        """Of accuracy, from the baseline, as text; empty of the baseline itself."""
+        if self.change is None:
+            return ""
+        score = self.change.scores["accuracy"]
+        return f" ({signed(score['value'])} points {bounds(score['interval'])})"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """Several heads on the same images.
 
@@ -114,6 +124,17 @@ class Comparison:
     truth: NDArray[np.intp]
     curve: LabelCurve | None = None
 
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{line.name} {100 * line.accuracy:.1f} %{line.difference}" for line in self.lines)
+        return f"<Comparison on {self.n} images of {self.split!r}: {shown}>"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (line.name, line.kind, percent(line.accuracy), line.difference.strip(" ()") or "baseline") for line in self.lines
+        ]
+        title = f"accuracy on {self.n} images of {self.split!r}; differences with paired 95 % intervals"
+        return html_table(title, rows, ("bundle", "kind", "accuracy", "difference"))
+
     def to_json(self) -> dict[str, Any]:
         """As it reads back from a file: lists, no tuples."""
         lines = [asdict(replace(line, probabilities=np.empty(0))) for line in self.lines]
@@ -125,12 +146,16 @@ class Comparison:
 
 
 def compare(
-    bundles: Sequence[Bundle], *, against: str | None = None, worthwhile: float = WORTHWHILE, curve: FeatureCache | None = None
+    bundles: Sequence[str | Path | Bundle],
+    *,
+    against: str | None = None,
+    worthwhile: float = WORTHWHILE,
+    curve: FeatureCache | None = None,
 ) -> Comparison:
-    """Compare bundles with one of them.
+    """Compare bundles with one of them, on the same held-out images.
 
     Args:
-        bundles: two or more.
+        bundles: two or more, loaded or not.
         against: name or path of the baseline; by default the first frozen one, or the first: no choice by the held-out images.
         worthwhile: the smallest difference of accuracy that matters, percentage points.
         curve: the cache that a frozen bundle was trained from (the baseline, or the first one); its head is refitted on shares
@@ -139,22 +164,27 @@ def compare(
     Raises:
         UsageError: fewer than two, one of them twice, one for another task, or a baseline that is none of them.
         BadDataError: they were not evaluated on the same images with the same labels.
+
+    >>> import classifiers
+    >>> classifiers.compare(["pets.head", "centroid.head"])
+    <Comparison on 6 images of 'test': pets.head 100.0 %, centroid.head 100.0 % (+0.0 points [-39.0, +39.0])>
     """
-    places = [bundle.path.resolve() for bundle in bundles]
-    twice = next((bundle.path for bundle, place in zip(bundles, places, strict=True) if places.count(place) > 1), None)
-    if twice is not None or len(bundles) < 2:
-        message = f"{twice} is given twice" if twice else f"there is one bundle, {bundles[0].path}, and nothing beside it"
+    opened = [Bundle.opened(bundle) for bundle in bundles]
+    places = [bundle.path.resolve() for bundle in opened]
+    twice = next((bundle.path for bundle, place in zip(opened, places, strict=True) if places.count(place) > 1), None)
+    if twice is not None or len(opened) < 2:
+        message = f"{twice} is given twice" if twice else f"there is one bundle, {opened[0].path}, and nothing beside it"
         message += "; name two or more different ones, such as those of `penult train` and `penult finetune`"
         raise UsageError(message)
-    entrants = [Entrant.of(bundle) for bundle in bundles]
+    entrants = [Entrant.of(bundle) for bundle in opened]
     names = [entrant.name for entrant in entrants]
     if len(set(names)) < len(names):
-        entrants = [replace(entrant, name=str(bundle.path)) for entrant, bundle in zip(entrants, bundles, strict=True)]
-    baseline = _baseline(bundles, against)
+        entrants = [replace(entrant, name=str(bundle.path)) for entrant, bundle in zip(entrants, opened, strict=True)]
+    baseline = _baseline(opened, against)
     found = compare_entrants(entrants, baseline=baseline, worthwhile=worthwhile)
     if curve is None:
         return found
-    frozen = next((bundle for bundle in (bundles[baseline], *bundles) if bundle.kind == "frozen"), None)
+    frozen = next((bundle for bundle in (opened[baseline], *opened) if bundle.kind == "frozen"), None)
     if frozen is None:
         message = (
             "--curve refits a head on cached features, and all of these are fine-tuned; name a bundle of `penult train` too"

@@ -1,6 +1,6 @@
 """What a head is for, whatever that is: what differs between one label an image, several labels, and numbers.
 
-A task knows what the columns of a head's output are called, and says how they are judged, decided on, and shown. `tasks` has
+A task knows what the columns of a head's output are called, and says how they are judged, decided on, and shown. `registry` has
 them by name; training, bundles, prediction and fusing are the same for all.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 
 from store.errors import UsageError, display
 from store.format.samples import Row, SampleTable
+from store.notebook import html_table
 from store.tasks import TASKS
 
 from .intervals import bootstrap_interval, wilson
 
 Outputs = NDArray[np.floating[Any]]
+SCORE_COLUMNS = ("metric", "value", "95 % interval")
 FEW = 10  # with fewer images a score says nothing
 
 
@@ -51,17 +53,27 @@ class Prediction:
         return display(self.path)
 
 
-@dataclass(frozen=True)
-class _Scores:
-    """What was measured on one set of images."""
+class _Shown:
+    """What was measured on one set of images, in a file and in a notebook."""
+
+    split: str
+    n: int
+    scores: dict[str, dict[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
         """As it reads back from a file: lists, no tuples."""
-        return dict(json.loads(json.dumps(asdict(self))))
+        return dict(json.loads(json.dumps(vars(self))))
+
+    def __repr__(self) -> str:
+        name, score = next(iter(self.scores.items()))
+        return f"<{type(self).__name__}: {headline_of(score, name.replace('_', ' '))} on {self.n} images of {self.split!r}>"
+
+    def _repr_html_(self) -> str:
+        return html_table(repr(self)[1:-1], score_cells(self.scores), SCORE_COLUMNS)
 
 
-@dataclass(frozen=True)
-class Evaluation(_Scores):
+@dataclass(frozen=True, repr=False)
+class Evaluation(_Shown):
     """Scores on one set of images.
 
     Attributes:
@@ -105,8 +117,8 @@ class Evaluation(_Scores):
     pixel_drift: dict[str, Any] | None = None
 
 
-@dataclass(frozen=True)
-class Measured(_Scores):
+@dataclass(frozen=True, repr=False)
+class Measured(_Shown):
     """Scores of a head with several outputs that are judged one by one, on one set of images.
 
     Attributes:
@@ -237,6 +249,13 @@ def headline_of(score: dict[str, Any], what: str) -> str:
     bounds = score["interval"]
     value = "undefined" if score["value"] is None else f"{score['value']:.4f}"
     return f"{what} {value}" + (f" [{bounds[0]:.4f}, {bounds[1]:.4f}]" if bounds else "")
+
+
+def score_cells(scores: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """Name, value and 95 % interval of each score, as text, in the order of `SCORE_COLUMNS`."""
+    numbers = [(name, [score["value"], *(score["interval"] or ())]) for name, score in scores.items()]
+    shown = [(name, ["-" if value is None else f"{value:.4f}" for value in each]) for name, each in numbers]
+    return [(name.replace("_", " "), value, " to ".join(bounds) or "-") for name, (value, *bounds) in shown]
 
 
 def bootstrapped(value: float, drawn: NDArray[np.float64]) -> dict[str, Any]:

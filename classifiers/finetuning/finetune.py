@@ -37,7 +37,7 @@ from extractor.backbones.export import to_onnx
 from extractor.backbones.networks import Loaded
 from extractor.backbones.registry import Backbone
 from extractor.data.files import Files, Located
-from extractor.data.sources import Source, files_of
+from extractor.data.sources import Source, files_of, open_source
 from extractor.machine import Meter, nvidia_driver_present
 from extractor.pipeline.plan import list_samples
 from extractor.pipeline.prepare import fingerprints
@@ -47,7 +47,7 @@ from extractor.progress import StopFlag, stop_on_signal
 from extractor.runtime.cuda import number_of
 from extractor.runtime.devices import parse_devices
 from extractor.runtime.session import resolve_device
-from store.cache import FeatureCache
+from store.cache import FeatureCache, is_cache
 from store.errors import BadDataError, DeviceUnavailableError, InterruptedRunError, UsageError
 from store.format.samples import Row, SampleTable
 
@@ -89,7 +89,7 @@ class FineTuned:
     head_lr_factor: float
 
 
-def finetune(
+def train_network(
     train: Sequence[Item],
     validation: Sequence[Item],
     n_classes: int,
@@ -106,7 +106,7 @@ def finetune(
         train, validation: paths and labels, 0 to n_classes - 1.
         start: the head to begin with; zeros where there is none.
         checkpoints: where finished epochs are kept; a run that finds some of its own there goes on after them.
-        log_dir: a folder for the history as it grows, see `curves`.
+        log_dir: a folder for the history as it grows, see `history`.
 
     Raises:
         UsageError: options that do not fit the network; an unknown ``freeze_until`` is answered with the nearest names.
@@ -269,29 +269,42 @@ def _fit(plan: Plan, stop: StopFlag) -> FineTuned:
     )
 
 
-def train_finetuned(
-    data: FeatureCache | Source,
-    out: Path,
+def finetune(
+    data: str | Path | FeatureCache | Source,
+    bundle: str | Path,
     settings: FineTuneSettings,
     *,
     overwrite: bool = False,
 ) -> Bundle:
-    """Fine-tune the backbone end to end on the same split and save it as a bundle like any other.
+    """Train backbone and head end to end on the same split, and save them as a bundle like any other.
 
     Finished epochs are kept beside the bundle until it is there; the same call goes on after them.
 
     Args:
-        data: a cache, whose sample table, root and failures are taken over (so that comparisons are paired), or a source.
-        out: the bundle's folder.
-        settings: what to start from, how to train, and the split where ``data`` is a source without one; see `probing` for
-            ``init_head`` and `curves` for ``log_dir``.
+        data: a cache, opened or not, whose sample table, root and failures are taken over (so that comparisons are paired), or
+            a dataset as `open_source` takes or returns it.
+        bundle: the folder of the bundle.
+        settings: the network, how to train, and the split where ``data`` is a dataset without one; see `init_head` and
+            `history` for what ``init_head`` and ``log_dir`` are about.
         overwrite: replace an existing bundle, or an unfinished one with other settings.
 
     Raises:
         BadDataError: the data cannot be trained on, or the training diverged.
         OutputExistsError: the bundle exists, or an unfinished one with other settings.
+
+    >>> import classifiers
+    >>> network = {"backbone": "squeezenet1_1", "weights": "random", "resize": 40, "crop": 32}
+    >>> settings = classifiers.FineTuneSettings(**network, epochs=1, device="cpu", quiet=True, thumbnails=False)
+    >>> classifiers.finetune("pets.cache", "tuned.head", settings).kind
+    'fine-tuned'
     """
+    out = Path(bundle)
     refuse_existing(out, overwrite=overwrite)
+    if isinstance(data, str | Path):
+        if is_cache(data):
+            data = FeatureCache(data)
+        else:
+            data = open_source(data, root=settings.root, follow_symlinks=settings.follow_symlinks, group_by=settings.group_by)
     options = settings.part(FineTuneOptions)
     devices_of(options)
     images = _prepare_images(data, settings)
@@ -300,7 +313,7 @@ def train_finetuned(
     seen = [[(row.sha256.hex(), row.label) for row in rows] for rows in (images.roles.fit, images.roles.choose)]
     checkpoints = Checkpoints.beside(out, hashlib.sha256(json.dumps(seen).encode()).hexdigest(), overwrite=overwrite)
     meter = Meter(*options.device.split(","))
-    tuned = finetune(
+    tuned = train_network(
         _labelled(images.roles.fit, images),
         _labelled(images.roles.choose, images),
         len(images.classes),
@@ -315,8 +328,8 @@ def train_finetuned(
         judged = _judge_finetuned(tuned, images, settings, Path(temporary) / "backbone.onnx")
         said = {"init_head": start and start.name}
         cost = {**judged.bundle.cost, **spent.facts()}
-        bundle = replace(judged.bundle, cost=cost, hyperparameters={**judged.bundle.hyperparameters, **said})
-        saved = save(replace(judged, bundle=bundle), out, overwrite=overwrite)
+        facts = replace(judged.bundle, cost=cost, hyperparameters={**judged.bundle.hyperparameters, **said})
+        saved = save(replace(judged, bundle=facts), out, overwrite=overwrite)
     checkpoints.remove()
     return saved
 

@@ -96,7 +96,12 @@ class StartSettings(Settings):
 class FineTuneSettings(
     NetworkSettings, SourceSettings, LimitSettings, FineTuneOptions, StartSettings, SplitSettings, ThumbnailSettings
 ):
-    """What `penult finetune` takes."""
+    """What `penult finetune` takes.
+
+    >>> from classifiers import FineTuneSettings
+    >>> FineTuneSettings(backbone="resnet18", epochs=3, freeze_until="layer4").lr
+    0.0001
+    """
 
     @rule
     def _a_network_that_can_be_trained(self) -> None:

@@ -27,6 +27,12 @@ class CentroidHead(SearchedHead):
 
     Attributes:
         classes_, history_, fitted_, temperature_: as in `SearchedHead`.
+
+    >>> from classifiers import CentroidHead
+    >>> from store import FeatureCache
+    >>> train = FeatureCache("pets.cache").subset("train")
+    >>> CentroidHead().fit(train.X, train.y).classes_.tolist()
+    ['cat', 'dog']
     """
 
     uncalibrated = 0.2  # what real data sets were seen to end up near

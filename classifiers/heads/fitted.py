@@ -1,7 +1,7 @@
 """What every trained head is in the end: logits of features, a temperature, softmax (or sigmoids, or the numbers themselves).
 In NumPy and in ONNX.
 
-Most are a `DenseHead`: standardise, a few dense layers. `neighbours.NeighbourHead` is the other kind.
+Most are a `DenseHead`: standardise, a few dense layers. `knn.NeighbourHead` is the other kind.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def stored_with_validation(
     classes: NDArray[Any],
     views: int = 1,
 ) -> tuple[StoredFeatures, NDArray[np.intp], list[Fold]]:
-    """As `dense.with_validation`, in the order on disk; the views of an image stay together."""
+    """As `with_validation`, in the order on disk; the views of an image stay together."""
     held, labels = validation
     every = X.joined(held)
     order = every.order_of_runs(views)

@@ -142,6 +142,12 @@ class KnnHead(SearchedHead):
 
     Attributes:
         classes_, history_, fitted_, temperature_: as in `SearchedHead`; ``setting_`` has ``k`` and ``tau``.
+
+    >>> from classifiers import KnnHead
+    >>> from store import FeatureCache
+    >>> train = FeatureCache("pets.cache").subset("train")
+    >>> KnnHead(k=3).fit(train.X, train.y).predict(train.X[:2]).tolist()
+    ['cat', 'cat']
     """
 
     name = "knn"

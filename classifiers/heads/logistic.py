@@ -155,7 +155,7 @@ class LogisticHead(ClassifierHead):
         select: what C is chosen by: the least ``"log-loss"``, or the best ``"accuracy"`` (of equal ones the least log-loss).
         cv: number of folds where no validation set is given, or the folds themselves as pairs of row numbers.
         max_iter: limit of evaluations of the objective for each value.
-        device: ``cpu``, ``cuda``, or ``auto``: a GPU where torch finds one and it is worth it; see `rowsums.gpu_for`.
+        device: ``cpu``, ``cuda``, or ``auto``: a GPU where torch finds one and it is worth it; see `row_sums.gpu_for`.
         seed: of the folds.
 
     Attributes:
@@ -166,6 +166,13 @@ class LogisticHead(ClassifierHead):
         fitted_: the fitted head as arrays, temperature included.
         temperature_: fitted on the out-of-fold or validation logits of the chosen value.
         conformal_: prediction sets, calibrated on the same logits; None where nothing was out of fold.
+
+    >>> from classifiers import LogisticHead
+    >>> from store import FeatureCache
+    >>> train = FeatureCache("pets.cache").subset("train")
+    >>> head = LogisticHead(C=1.0).fit(train.X, train.y)
+    >>> head.predict_proba(train.X[:3]).shape
+    (3, 2)
     """
 
     name = "logistic"

@@ -110,6 +110,12 @@ class MlpHead(ClassifierHead):
         tried_: for each setting tried: what it is, its best epoch, and val_loss and val_accuracy there.
         best_epoch_: number of epochs of the final fit.
         history_: for each epoch of the chosen setting: epoch, train_loss, val_loss, val_accuracy.
+
+    >>> from classifiers import MlpHead
+    >>> from store import FeatureCache
+    >>> train = FeatureCache("pets.cache").subset("train")
+    >>> MlpHead(hidden=(8,), max_epochs=5).fit(train.X, train.y).predict(train.X[:1]).shape
+    (1,)
     """
 
     name = "mlp"
@@ -282,6 +288,13 @@ class MultiLabelMlpHead(MlpHead):
     Attributes:
         classes_: the columns of y, by number.
         setting_, tried_, best_epoch_, history_, fitted_: as in `MlpHead`; val_accuracy is the share of right decisions.
+
+    >>> import numpy as np
+    >>> from classifiers import MultiLabelMlpHead
+    >>> X = np.tile(np.eye(4, dtype=np.float32), (4, 1))
+    >>> y = np.tile([[1, 0], [1, 1], [0, 1], [0, 0]], (4, 1))
+    >>> MultiLabelMlpHead(hidden=(8,), max_epochs=2).fit(X, y).predict_proba(X).shape
+    (16, 2)
     """
 
     task = MultiLabelTask.name

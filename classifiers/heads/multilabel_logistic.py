@@ -62,6 +62,13 @@ class MultiLabelLogisticHead(ClassifierMixin, Head):  # type: ignore[misc]
         path_: for each value tried: C, log_losses of each label (out of fold or on validation) and log_loss, their mean,
             seconds, converged.
         fitted_: the fitted head as arrays.
+
+    >>> import numpy as np
+    >>> from classifiers import MultiLabelLogisticHead
+    >>> X = np.eye(6, dtype=np.float32)
+    >>> y = np.array([[1, 0], [1, 0], [1, 1], [0, 1], [0, 1], [0, 0]])
+    >>> MultiLabelLogisticHead(C=100.0).fit(X, y).predict(X[:2]).tolist()
+    [[1, 0], [1, 0]]
     """
 
     name, task = "logistic", MultiLabelTask.name

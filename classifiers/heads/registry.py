@@ -109,7 +109,7 @@ class HeadRow:
         name: on the command line, in jobs and in bundles.
         task: what it is for; the first of a task is its default.
         settings: those that are its own.
-        place: ``module:class``, a `searched.Head`.
+        place: ``module:class``, a `search.Head`.
         search: what its history is a search of; None where it is epochs, or nothing.
     """
 
@@ -267,6 +267,6 @@ def need_saveable(head: Any) -> None:
     if not isinstance(head, Head):
         message = (
             f"{type(head).__name__} cannot be saved: a bundle holds ONNX and JSON and never a pickle. Evaluate it here with "
-            f"classifiers.evaluation.single_label.evaluate(head, subset), or train one of {', '.join(head_names())}"
+            f"classifiers.evaluate(head, subset), or train one of {', '.join(head_names())}"
         )
         raise UsageError(message)

@@ -51,6 +51,12 @@ class RidgeHead(SearchedHead):
     Attributes:
         alpha_: the value in use.
         classes_, history_, fitted_, temperature_: as in `SearchedHead`; ``squared_error`` is the criterion.
+
+    >>> from classifiers import RidgeHead
+    >>> from store import FeatureCache
+    >>> train = FeatureCache("pets.cache").subset("train")
+    >>> RidgeHead().fit(train.X, train.y).predict(train.X[:2]).tolist()
+    ['cat', 'cat']
     """
 
     name, criterion = "ridge", "squared_error"
@@ -111,6 +117,12 @@ class RidgeRegressionHead(RegressorMixin, Head):  # type: ignore[misc]
         history_: for each value tried: alpha and squared_error, of standardised numbers, mean over columns.
         fitted_: the fitted head as arrays; its outputs are in the units of y.
         conformal_: prediction intervals; None where nothing was out of fold.
+
+    >>> import numpy as np
+    >>> from classifiers import RidgeRegressionHead
+    >>> X = np.arange(12, dtype=np.float32).reshape(-1, 1)
+    >>> float(RidgeRegressionHead(alpha=0.01).fit(X, 3 * X[:, 0]).predict(X[4:5])[0].round(1))
+    12.0
     """
 
     name, task = "ridge", RegressionTask.name

@@ -50,7 +50,7 @@ class Tried:
 class Head(BaseEstimator, ABC):  # type: ignore[misc]
     """A head is a scikit-learn estimator on features that becomes a `FittedHead`, which is saved, fused and predicted with.
 
-    A new one is a class of this kind and a row of `heads.ROWS`. `fit` chooses its settings, on a validation set or out of fold.
+    A new one is a class of this kind and a row of `registry.ROWS`. `fit` chooses its settings, on a validation set or out of fold.
 
     Attributes:
         name, task: as in its row.

@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from store import json_text
 from store.errors import InputMissingError
+from store.format import json_text
 
 log = logging.getLogger("penult.classifiers")
 

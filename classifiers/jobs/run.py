@@ -18,7 +18,7 @@ from classifiers.bundles.held_out import evaluate_bundle
 from classifiers.bundles.settings import GateSettings
 from classifiers.evaluation.gates import missed_gates
 from classifiers.evaluation.task import Evaluation, Measured
-from classifiers.training.train import made_from, train_head
+from classifiers.training.train import made_from, train
 from extractor.pipeline.plan import preview
 from extractor.pipeline.prepare import library_versions
 from extractor.pipeline.run import run_extract
@@ -105,7 +105,7 @@ def _features(job: Job) -> FeatureCache:
     return FeatureCache(job.paths.cache, job.train.layer)
 
 
-def run_job(path: Path, *, quiet: bool = False, record: dict[str, Any] | None = None) -> JobResult:
+def run_job(path: str | Path, *, quiet: bool = False, record: dict[str, Any] | None = None) -> JobResult:
     """Extract, train if anything changed, evaluate, and hold the result against the gate; one record per run is kept.
 
     Args:
@@ -118,7 +118,13 @@ def run_job(path: Path, *, quiet: bool = False, record: dict[str, Any] | None = 
     Raises:
         LockedError: this job is running already.
         PenultError: whatever the steps raise.
+
+    >>> import classifiers
+    >>> result = classifiers.run_job("nightly.toml", quiet=True)
+    >>> result.trained, result.exit_code
+    (True, 0)
     """
+    path = Path(path)
     job = read_job(path)
     record = {} if record is None else record
     record |= {"started": datetime.now(UTC).isoformat(timespec="seconds"), "exit_code": 70}
@@ -170,7 +176,7 @@ def _run(job: Job, record: dict[str, Any], *, quiet: bool) -> JobResult:
     with folder_lock(served.parent):
         try:
             if bundle is None:
-                bundle = train_head(_features(job), staging / served.name, job.head, job.train)
+                bundle = train(_features(job), staging / served.name, job.head, job.train)
             else:
                 log.info("features, labels and settings are unchanged: %s is kept", bundle.name)
             evaluation, _ = evaluate_bundle(bundle, job.paths.cache, split=job.gate.split)

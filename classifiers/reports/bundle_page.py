@@ -15,6 +15,7 @@ from classifiers.bundles.bundle import Bundle, Predictions, task_of_bundle
 from classifiers.bundles.held_out import evaluate_bundle
 from classifiers.evaluation.intervals import interval, percent
 from classifiers.evaluation.probabilities import untempered
+from classifiers.evaluation.task import SCORE_COLUMNS
 from classifiers.heads.registry import Search, rows
 from extractor.data.sources import open_source
 from extractor.pixels.pixel_drift import PixelDrift
@@ -25,7 +26,7 @@ from . import plots
 from .illustrations import Illustrations, files_or_none, illustrate
 from .page import LONG, Card, Section, page
 from .settings import ReportSettings
-from .tables import CLASS_COLUMNS, SCORE_COLUMNS, SHOT_COLUMNS, class_rows, output_table, score_rows, shot_cells, whole_rows
+from .tables import CLASS_COLUMNS, SHOT_COLUMNS, class_rows, output_table, score_rows, shot_cells, whole_rows
 
 log = logging.getLogger("penult.classifiers")
 

@@ -26,7 +26,6 @@ SHORT = {
     "half_width": "90 % within ±",
 }
 IN_UNITS = ("mae", "rmse", "half_width")  # of the target
-SCORE_COLUMNS = ("score", "value", "95 % interval")
 CLASS_COLUMNS = ("class", "images", "precision", "recall", "95 % interval", "F1")
 SHARES = {  # of images, or means of such: percentages
     "accuracy": "accuracy",

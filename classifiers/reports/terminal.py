@@ -6,10 +6,10 @@ from typing import Any
 
 from classifiers.evaluation.intervals import interval, percent
 from classifiers.evaluation.registry import task_of
-from classifiers.evaluation.task import Evaluation, Measured
+from classifiers.evaluation.task import SCORE_COLUMNS, Evaluation, Measured
 from extractor.text_table import narrowest, table
 
-from .tables import CLASS_COLUMNS, SCORE_COLUMNS, class_rows, output_table, score_rows, whole_rows
+from .tables import CLASS_COLUMNS, class_rows, output_table, score_rows, whole_rows
 
 MATRIX_CLASSES = 20  # a wider confusion matrix does not fit a terminal; `--plot` shows it
 

@@ -31,7 +31,7 @@ def judge_rounding(cache: FeatureCache, head: Head, fitted: Sequence[Row]) -> di
 
     Args:
         cache: the features; only an int8 cache is judged.
-        head: a fitted one of `heads.rows`.
+        head: a fitted one of `registry.rows`.
         fitted: the rows it was fitted on; those that int8 was calibrated and judged on count.
 
     Returns:

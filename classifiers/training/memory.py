@@ -21,7 +21,7 @@ def must_stream(head: Any, rows: int, dim: int, itemsize: int, limit: int | None
     """Whether a head has to read its features from disk again and again.
 
     Args:
-        head: an unfitted one of `heads.rows`.
+        head: an unfitted one of `registry.rows`.
         rows, dim: of all features.
         itemsize: bytes of each number, as stored.
         limit: of the memory of this process, bytes; None is `default_limit`.

@@ -24,7 +24,12 @@ def _head(value: str) -> str:
 
 
 class TrainOptions(ThumbnailSettings):
-    """How a head is trained and judged: what `train.train_head` takes beside the head."""
+    """How a head is trained and judged: what `train.train` takes beside the head.
+
+    >>> from classifiers import TrainOptions
+    >>> TrainOptions(few_shot=(1, 5), seed=7).repeats
+    20
+    """
 
     section: ClassVar[str] = "train"
     heading: ClassVar[str] = "Training"

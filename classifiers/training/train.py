@@ -18,7 +18,7 @@ from classifiers.bundles.novelty import Novelty, novel_share
 from classifiers.evaluation.probabilities import averaged
 from classifiers.evaluation.registry import task_of
 from classifiers.evaluation.task import HeadTask, need_single_label
-from classifiers.heads.registry import name_of, need_saveable, need_task, settings_of
+from classifiers.heads.registry import make_head, name_of, need_saveable, need_task, settings_of
 from classifiers.reports.bundle_page import bundle_report
 from classifiers.reports.illustrations import Illustrations, files_or_none, illustrate
 from extractor.machine import Meter, Spent, together
@@ -113,16 +113,21 @@ class Judged:
     novelty: Novelty | None = None
 
 
-def train_head(
-    cache: FeatureCache, out: Path, head: Head, options: TrainOptions | None = None, *, overwrite: bool = False
+def train(
+    cache: str | Path | FeatureCache,
+    bundle: str | Path,
+    head: str | Head | None = None,
+    options: TrainOptions | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Bundle:
-    """Fit a head on a cache's training rows, evaluate it on the held-out ones and save a bundle.
+    """Fit a head on a cache's training images, evaluate it on the held-out ones and save it as a bundle.
 
     Args:
-        cache: the features.
-        out: the bundle's folder.
-        head: an unfitted one of `heads.rows`.
-        options: how; see `leaks`, `fewshot` and `streaming` for what these three are about.
+        cache: the features, opened or not.
+        bundle: the folder of the bundle.
+        head: a name such as ``"logistic"``, or an unfitted estimator such as `LogisticHead`; by default the first for the task.
+        options: seed, split, learning curve and more, see docs/options.md.
         overwrite: replace an existing bundle.
 
     Raises:
@@ -130,17 +135,25 @@ def train_head(
         UsageError: the head cannot be saved, is for another task than the samples, or needs more memory than it may have.
         OutputExistsError: the bundle exists.
         LockedError: another run has replaced the cache meanwhile.
+
+    >>> import classifiers
+    >>> bundle = classifiers.train("pets.cache", "new.head", head="ridge")
+    >>> bundle
+    <Bundle new.head: ridge head for 2 classes, accuracy 1.0000 [0.6097, 1.0000] on 6 images of 'test'>
     """
-    refuse_existing(out, overwrite=overwrite)
-    prepared = prepare(cache, head, options or TrainOptions())
-    return save(judge(fit(head, prepared), prepared), out, overwrite=overwrite)
+    refuse_existing(Path(bundle), overwrite=overwrite)
+    options, opened = options or TrainOptions(), cache if isinstance(cache, FeatureCache) else FeatureCache(cache)
+    named = head is None or isinstance(head, str)
+    estimator: Any = make_head(head, opened.samples.task.name, seed=options.seed) if named else head
+    prepared = prepare(opened, estimator, options)
+    return save(judge(fit(estimator, prepared), prepared), bundle, overwrite=overwrite)
 
 
 def prepare(cache: FeatureCache, head: Head, options: TrainOptions) -> Prepared:
     """The rows of a cache in their roles, once they are known to be of use for a head.
 
     Raises:
-        BadDataError, UsageError, LockedError: as `train_head`.
+        BadDataError, UsageError, LockedError: as `train`.
     """
     need_saveable(head)
     need_task(head, cache.samples.task.name)
@@ -157,10 +170,10 @@ def prepare(cache: FeatureCache, head: Head, options: TrainOptions) -> Prepared:
     stored = must_stream(head, rows * cache.views, cache.dim, cache.dtype.itemsize, options.max_memory)
     if stored:
         roles = _for_streaming(roles, options.few_shot, seed=options.seed)
-    seen = train = cache.of_rows(roles.fit, "train", stored=stored)
+    seen = fit = cache.of_rows(roles.fit, "train", stored=stored)
     chosen_on = choose = cache.of_rows(roles.choose, "val", stored=stored) if roles.choose else None
     held_out = cache.of_rows(roles.report, str(roles.facts["reported_on"]), stored=stored) if roles.report else None
-    fitted, views = [train, *([choose] if choose else [])], None
+    fitted, views = [fit, *([choose] if choose else [])], None
     leaks = _look_for_leaks(cache, roles, fitted, held_out)
     guard(leaks, options.leaks)
     if cache.views > 1:  # of what is fitted; all else is about the images as they are
@@ -283,10 +296,17 @@ def save_head(
     Args:
         cache: where its features came from; gives the backbone and the fingerprint.
         out: the bundle's folder.
-        head: a fitted one of `heads.rows`.
+        head: a fitted one of `registry.rows`.
         fitted: everything it was fitted or chosen on; `evaluate_bundle` will refuse these images.
         held_out: what it is reported on; None for nothing.
         overwrite: replace an existing bundle.
+
+    >>> import classifiers, store
+    >>> cache = store.FeatureCache("pets.cache")
+    >>> train, test = cache.split(test=0.25)
+    >>> head = classifiers.LogisticHead(C=1.0).fit(train.X, train.y)
+    >>> classifiers.save_head(cache, "mine.head", head, fitted=[train], held_out=test).split["reported_on"]
+    'test'
     """
     need_saveable(head)
     split = {"reported_on": held_out.name if held_out else None, "rule": "caller"}
@@ -341,7 +361,7 @@ def _with_leaks(metrics: dict[str, Any], leaks: LeakReport, held_out: Subset, pr
 
 
 def made_from(cache: FeatureCache, head: Any, options: TrainOptions) -> str:
-    """Digest of everything that decides what `train_head` makes, hexadecimal; what it is made of must not change."""
+    """Digest of everything that decides what `train` makes, hexadecimal; what it is made of must not change."""
     rows = [(row.sha256.hex(), row.label, row.split, row.group.hex(), *row.targets) for row in cache.rows()]
     facts = [
         cache.fingerprint.fields,

@@ -39,7 +39,7 @@ def is_own(file: Path) -> bool:
     """Whether penult made an ONNX file, which then says everything itself.
 
     Raises:
-        InputMissingError, BadDataError: as `onnxfile.read_model`.
+        InputMissingError, BadDataError: as `onnx_file.read_model`.
     """
     return backbone_facts.facts_in(onnx_file.read_model(file)) is not None
 

@@ -38,19 +38,28 @@ POLL_SECONDS = 0.2
 PATIENCE = 25  # polls in which a child may tidy up
 
 
-def export(backbone: Backbone, path: Path, stop: StopFlag | None = None) -> BackboneFacts:
-    """Make a backbone file in a child process.
+def export(backbone: str | Backbone, path: str | Path, stop: StopFlag | None = None) -> BackboneFacts:
+    """Write a network as an ONNX file of features; a child process does it, and compares it with torch.
 
     Args:
-        backbone: what to export: a torchvision network, or somebody's ONNX file.
+        backbone: what to export: a torchvision network, or somebody's ONNX file, by name or as a `Backbone`.
         path: the ONNX file; an existing one is replaced when the new one is complete.
         stop: ends the export when it is set.
+
+    Returns:
+        What the file says of itself.
 
     Raises:
         OutputError: there is no such folder.
         InterruptedRunError: a signal came, to this process or to the child.
         PenultError: whatever `load`, `to_onnx` and `import_onnx` raise, from the child.
+
+    >>> import extractor
+    >>> facts = extractor.export("tiny.onnx", "copy.onnx")  # a name such as "resnet50" takes half a minute
+    >>> facts.dim, facts.layer
+    (16, 'last')
     """
+    backbone, path = Backbone(backbone) if isinstance(backbone, str) else backbone, Path(path)
     if backbone.is_file and is_own(Path(backbone.name)):  # nothing of it is computed
         return import_onnx(backbone, path)
     onnx_file.require_writable(path)
@@ -135,7 +144,7 @@ def to_onnx(loaded: Loaded, name: str, path: Path, *, layers: Sequence[str] = ()
     Args:
         loaded: the network.
         name: of the architecture.
-        path: the ONNX file; beyond `onnxfile.MAX_INLINE` its weights lie in a second one, see `onnxfile.save`.
+        path: the ONNX file; beyond `onnx_file.MAX_INLINE` its weights lie in a second one, see `onnx_file.save`.
         layers: module names, or ``penultimate``, which is the default.
         pooling: ``average``, ``max`` or ``token``, for layers that are no vectors.
 

@@ -39,8 +39,12 @@ class Backbone:
         layers: module names of a torchvision network (`layers.list_layers`), or tensor names of an ONNX file; the penultimate
             layer where there are none.
         pooling: ``average`` (the default), ``max`` or ``token``, for layers that are no vectors.
-        mean, std, input_range, interpolation, channels, squash, layout: what somebody's ONNX file takes, see `stated`.
+        mean, std, input_range, interpolation, channels, squash, layout: what somebody's ONNX file takes, see `onnx_input`.
         pixel_path: how files become pixels, one of `preprocess.PIXEL_PATHS`; the reference where it is None.
+
+    >>> from extractor import Backbone
+    >>> Backbone("resnet50", weights="IMAGENET1K_V1", layers=("layer3", "penultimate")).is_file
+    False
     """
 
     name: str

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from store import json_text
+from store.format import json_text
 
 if TYPE_CHECKING:
     from extractor.settings import Settings

@@ -74,6 +74,11 @@ def open_source(
     Raises:
         InputMissingError: it does not exist.
         UsageError: it is a file of an unknown kind, a cache or a bundle, or cannot serve the task.
+
+    >>> import extractor
+    >>> source = extractor.open_source("pets/")
+    >>> [(sample.label, sample.path) for sample in source.samples()][:2]
+    [('cat', b'cat/000.png'), ('cat', b'cat/001.png')]
     """
     wanted = Task.named(task, targets)
     found: Source

@@ -50,7 +50,7 @@ class BackboneFacts:
         preprocess: what its input must have gone through.
         batch: images per call, where the graph has that number fixed.
         source: where the weights came from, for people.
-        precision: ``fp32``, ``int8`` where `quantise` made it, or ``fp16`` where `half` did.
+        precision: ``fp32``, ``int8`` where `int8` made it, or ``fp16`` where `float16` did.
         calibration: how it was converted: ``sha256`` of what decided the numbers, layers kept in float, what was measured. For
             int8 also method, number of images and digest of their pixels, all that was tried. Empty for fp32.
     """

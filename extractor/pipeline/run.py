@@ -22,7 +22,7 @@ from typing import Any
 from extractor.backbones.registry import Backbone
 from extractor.data.reader import Crew, Reader
 from extractor.data.samples import Sample
-from extractor.data.sources import Source
+from extractor.data.sources import Source, open_source
 from extractor.graphs.backbone_facts import BackboneFacts
 from extractor.machine import Clock, Meter, cores, timed, together
 from extractor.pixels.decoder import Decoder
@@ -49,9 +49,31 @@ from .summary import Summary, bottleneck
 log = logging.getLogger("penult.extractor")
 
 
-def extract(source: Source, backbone: Backbone, cache: str | Path, options: Options | None = None) -> FeatureCache:
-    """Make or update a cache; the Python face of `run_extract`, which also returns the summary."""
-    run_extract(source, backbone, Path(cache), options or Options())
+def extract(
+    data: str | Path | Source, backbone: str | Backbone, cache: str | Path, options: Options | None = None
+) -> FeatureCache:
+    """Pass images through a backbone once and cache their features; or bring a cache up to date, computing only what is new.
+
+    Args:
+        data: images, as `open_source` takes them, or what that returned.
+        backbone: the name of a torchvision network, an ONNX file, or a `Backbone`, which also says which weights and layers.
+        cache: the folder of the cache.
+        options: device, split, views and more, see docs/options.md.
+
+    Returns:
+        The cache, opened: features ``(n, d)``, float16 where these hold the values, else float32.
+
+    Raises:
+        BudgetExceededError: more images failed than ``max_failures`` allows; what succeeded is kept.
+        FingerprintMismatchError: the cache was made differently; names what differs.
+        PenultError: see the tree in `store.errors`.
+
+    >>> import extractor
+    >>> extractor.extract("pets/", "tiny.onnx", "new.cache", extractor.Options(device="cpu", quiet=True))
+    <FeatureCache new.cache: 24 images, labels cat, dog, features of 'last'>
+    """
+    source = open_source(data) if isinstance(data, str | Path) else data
+    run_extract(source, Backbone(backbone) if isinstance(backbone, str) else backbone, Path(cache), options or Options())
     return FeatureCache(cache)
 
 

@@ -193,7 +193,12 @@ class FailureSettings(BudgetSettings):
 
 
 class Options(LimitSettings, SplitSettings, ViewSettings, DeviceSettings, FailureSettings):
-    """How the images of a source go through a backbone: what `pipeline.run_extract` takes."""
+    """How the images of a source go through a backbone: what `run.run_extract` takes.
+
+    >>> from extractor import Options
+    >>> Options(device="cpu", views=4, val_fraction=0.1).test_fraction
+    0.2
+    """
 
     section: ClassVar[str] = "extract"
     heading: ClassVar[str] = "Where and how fast"

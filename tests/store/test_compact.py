@@ -12,9 +12,9 @@ import h5py
 import numpy as np
 import pytest
 
+import classifiers
 from classifiers.bundles.held_out import evaluate_bundle
 from classifiers.heads.registry import make_head
-from classifiers.training.train import train_head
 from extractor.backbones.registry import Backbone
 from extractor.data.folders import ImageFolder
 from extractor.pipeline.run import run_extract
@@ -103,8 +103,8 @@ def test_plain_h5py_sees_features_beside_their_labels(folder: Path, tmp_path: Pa
 
 def test_a_head_is_trained_and_evaluated_on_a_compact_file(folder: Path, tmp_path: Path) -> None:
     write_compact(FeatureCache(folder), tmp_path / "c.h5")
-    ours = train_head(FeatureCache(tmp_path / "c.h5"), tmp_path / "one.head", make_head("logistic", C=1.0))
-    theirs = train_head(FeatureCache(folder), tmp_path / "folder.head", make_head("logistic", C=1.0))
+    ours = classifiers.train(FeatureCache(tmp_path / "c.h5"), tmp_path / "one.head", make_head("logistic", C=1.0))
+    theirs = classifiers.train(FeatureCache(folder), tmp_path / "folder.head", make_head("logistic", C=1.0))
     np.testing.assert_allclose(ours.predictions().probabilities, theirs.predictions().probabilities, atol=1e-6)
     assert evaluate_bundle(theirs, tmp_path / "c.h5")[0].accuracy == evaluate_bundle(theirs, folder)[0].accuracy
 

@@ -54,7 +54,7 @@ class StandardisedRows:
 
 
 def stored_standardisation(X: StoredFeatures, weights: NDArray[np.float64] | None = None) -> tuple[Float32, Float32]:
-    """As `dense.standardisation`, in two passes."""
+    """As `standardisation`, in two passes."""
     weights = np.ones(len(X)) if weights is None else weights
     mean, square = np.zeros(X.shape[1]), np.zeros(X.shape[1])
     for block, rows in X.blocks():

@@ -16,17 +16,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+import classifiers
 from classifiers.bundles.bundle import Bundle, save_bundle
 from classifiers.bundles.fuse import fuse, selftest
 from classifiers.bundles.fused import Fused
 from classifiers.bundles.predictor import Predictor
-from classifiers.finetuning.finetune import train_finetuned
+from classifiers.finetuning.finetune import finetune
 from classifiers.finetuning.settings import FineTuneSettings
 from classifiers.heads.registry import make_head
 from classifiers.reports.bundle_page import report_again
 from classifiers.reports.settings import ReportSettings
 from classifiers.training.settings import TrainOptions
-from classifiers.training.train import train_head
 from extractor.backbones.registry import Backbone
 from extractor.data.folders import ImageFolder
 from extractor.graphs import onnx_file
@@ -56,7 +56,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, dataset: Any) -> Path:
     other_network(folder / "a.onnx", folder / "b.onnx")
     for name in ("a", "b"):
         extract(folder / "photos", folder / f"{name}.onnx", folder / f"{name}.cache")
-    train_head(
+    classifiers.train(
         FeatureCache(folder / "a.cache"), folder / "a.head", make_head("logistic", C=1.0), TrainOptions(thumbnails=False)
     )
     return folder
@@ -77,7 +77,7 @@ def extract(photos: Path, network: Path, cache: Path, **options: Any) -> None:
 
 
 def train(cache: Path, out: Path) -> Bundle:
-    return train_head(FeatureCache(cache), out, make_head("logistic", C=1.0), TrainOptions(thumbnails=False))
+    return classifiers.train(FeatureCache(cache), out, make_head("logistic", C=1.0), TrainOptions(thumbnails=False))
 
 
 def digest(path: Path) -> str:
@@ -98,7 +98,7 @@ def test_another_network_in_a_cache_is_in_no_bundle(made: Path, cache: Path, tmp
     uses: list[Callable[[], object]] = [
         lambda: train(cache, tmp_path / "new.head"),
         lambda: write_compact(FeatureCache(cache), tmp_path / "new.h5"),
-        lambda: train_finetuned(FeatureCache(cache), tmp_path / "new.head", settings),
+        lambda: finetune(FeatureCache(cache), tmp_path / "new.head", settings),
     ]
     for data in changes(cache / "backbone.onnx", made / "b.cache/backbone.onnx"):
         (cache / "backbone.onnx").write_bytes(data)
@@ -164,7 +164,9 @@ def test_files_replaced_after_they_were_looked_at(made: Path, bundle: Path, tmp_
         list(predictor.predict([picture]))
     shutil.copyfile(made / "a.cache/backbone.onnx", bundle / "backbone.onnx")
     loaded = Bundle.load(bundle)
-    train_head(FeatureCache(made / "b.cache"), tmp_path / "b.head", make_head("centroid"), TrainOptions(thumbnails=False))
+    classifiers.train(
+        FeatureCache(made / "b.cache"), tmp_path / "b.head", make_head("centroid"), TrainOptions(thumbnails=False)
+    )
     for name in ("head.onnx", "novelty.h5"):
         shutil.copyfile(tmp_path / "b.head" / name, bundle / name)
     with pytest.raises(BadDataError, match=r"head\.onnx is not the file that was saved"):
@@ -246,7 +248,7 @@ def test_the_same_network_with_other_images(made: Path, cache: Path, tmp_path: P
     sorted(fewer.rglob("*.jpg"))[0].unlink()
     extract(fewer, made / "a.onnx", cache, overwrite=True)
     with pytest.raises(LockedError):
-        train_head(opened, tmp_path / "new.head", make_head("centroid"), TrainOptions(thumbnails=False))
+        classifiers.train(opened, tmp_path / "new.head", make_head("centroid"), TrainOptions(thumbnails=False))
 
 
 def test_a_page_is_of_one_cache(made: Path, bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,7 +385,7 @@ def test_beside_an_extract_that_replaces_everything(
 
     def use(number: int, cache: FeatureCache) -> None:
         if number % 4 < 2:
-            train_head(cache, results[0], make_head("centroid"), TrainOptions(thumbnails=False), overwrite=True)
+            classifiers.train(cache, results[0], make_head("centroid"), TrainOptions(thumbnails=False), overwrite=True)
         else:
             write_compact(cache, results[1], overwrite=True)
 

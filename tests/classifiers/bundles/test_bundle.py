@@ -14,6 +14,7 @@ import onnxruntime
 import pytest
 from PIL import Image
 
+import classifiers
 from classifiers.bundles.bundle import Bundle, save_bundle
 from classifiers.bundles.held_out import evaluate_bundle
 from classifiers.bundles.predictor import Predictor, list_images
@@ -23,7 +24,7 @@ from classifiers.heads.registry import make_head
 from classifiers.reports.terminal import evaluation_text
 from classifiers.training.roles import assign_roles
 from classifiers.training.settings import TrainOptions
-from classifiers.training.train import save_head, train_head
+from classifiers.training.train import save_head
 from extractor.backbones.registry import Backbone
 from extractor.data.folders import ImageFolder
 from extractor.pipeline.run import extract
@@ -58,7 +59,7 @@ def cache(photos: Path, backbone: Backbone) -> FeatureCache:
 
 @pytest.fixture(scope="module")
 def bundle(cache: FeatureCache) -> Bundle:
-    return train_head(cache, cache.path.parent / "photos.head", make_head("logistic"))
+    return classifiers.train(cache, cache.path.parent / "photos.head", make_head("logistic"))
 
 
 def test_a_bundle_is_complete_and_reads_back(bundle: Bundle, cache: FeatureCache) -> None:
@@ -156,7 +157,7 @@ def test_what_was_fitted_is_refused(bundle: Bundle, cache: FeatureCache) -> None
 
 
 def test_a_split_of_its_own_is_evaluated_on_that_split(cache: FeatureCache, tmp_path: Path) -> None:
-    own = train_head(
+    own = classifiers.train(
         cache, tmp_path / "own.head", make_head("logistic", C=1.0), TrainOptions(val_fraction=0.1, test_fraction=0.4, seed=7)
     )
     evaluation, predictions = evaluate_bundle(own, cache.path)
@@ -194,19 +195,19 @@ def test_bad_files_cost_their_own_prediction_only(bundle: Bundle, photos: Path, 
 
 def test_bundles_are_never_overwritten_by_accident(bundle: Bundle, cache: FeatureCache, tmp_path: Path) -> None:
     with pytest.raises(OutputExistsError, match="--overwrite"):
-        train_head(cache, bundle.path, make_head("logistic", C=1.0))
+        classifiers.train(cache, bundle.path, make_head("logistic", C=1.0))
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious/thesis.txt").write_text("years of work")
     with pytest.raises(OutputExistsError, match="is not a bundle"):
-        train_head(cache, tmp_path / "precious", make_head("logistic", C=1.0), overwrite=True)
+        classifiers.train(cache, tmp_path / "precious", make_head("logistic", C=1.0), overwrite=True)
     assert (tmp_path / "precious/thesis.txt").read_text() == "years of work"
     shutil.copytree(bundle.path, tmp_path / "noted.head")
     (tmp_path / "noted.head/notes.txt").write_text("mine")
     with pytest.raises(OutputExistsError, match=r"holds what is not a bundle's \(notes\.txt\)"):
-        train_head(cache, tmp_path / "noted.head", make_head("logistic", C=1.0), overwrite=True)
+        classifiers.train(cache, tmp_path / "noted.head", make_head("logistic", C=1.0), overwrite=True)
     shutil.rmtree(tmp_path / "noted.head")
-    first = train_head(cache, tmp_path / "x.head", make_head("logistic", C=1.0))
-    second = train_head(cache, tmp_path / "x.head", make_head("logistic", C=0.1), overwrite=True)
+    first = classifiers.train(cache, tmp_path / "x.head", make_head("logistic", C=1.0))
+    second = classifiers.train(cache, tmp_path / "x.head", make_head("logistic", C=0.1), overwrite=True)
     assert first.files["head.onnx"] != second.files["head.onnx"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["precious", "x.head"]
 
@@ -250,7 +251,7 @@ def test_newer_and_broken_descriptions_are_refused(bundle: Bundle, tmp_path: Pat
 
 
 def test_compare_lines_up_the_same_images_and_refuses_others(bundle: Bundle, cache: FeatureCache, tmp_path: Path) -> None:
-    weak = train_head(cache, tmp_path / "weak.head", make_head("mlp"))
+    weak = classifiers.train(cache, tmp_path / "weak.head", make_head("mlp"))
     found = compare([weak, bundle])
     assert [line.name for line in found.lines] == ["weak.head", "photos.head"]
     assert found.n == 12
@@ -258,7 +259,7 @@ def test_compare_lines_up_the_same_images_and_refuses_others(bundle: Bundle, cac
     html = comparison_report(found, notes=["<script>alert(1)</script>"])
     assert "weak.head" in html
     assert "<script>" not in html
-    other = train_head(cache, tmp_path / "other.head", make_head("logistic", C=1.0), TrainOptions(test_fraction=0.3))
+    other = classifiers.train(cache, tmp_path / "other.head", make_head("logistic", C=1.0), TrainOptions(test_fraction=0.3))
     with pytest.raises(BadDataError, match="there is nothing to compare") as caught:
         compare([bundle, other])
     assert "other.head was trained with --val-fraction or --test-fraction, on a split of its own" in str(caught.value)
@@ -282,7 +283,7 @@ def test_a_class_that_is_only_held_out_is_named_before_training(cache: FeatureCa
     cache.samples = SampleTable(rows, table.facts)
     try:
         with pytest.raises(BadDataError, match=rf"class 'purple' is in 'test' \(1\) and 'val' \({count}\) and not in 'train'"):
-            train_head(cache, tmp_path / "x.head", make_head("logistic", C=1.0))
+            classifiers.train(cache, tmp_path / "x.head", make_head("logistic", C=1.0))
     finally:
         cache.samples = table
     assert list(tmp_path.iterdir()) == []
@@ -338,6 +339,6 @@ def test_without_held_out_images_the_bundle_says_so(cache: FeatureCache, tmp_pat
     saved = save_head(cache, tmp_path / "all.head", head, fitted=[everything], held_out=None)
     assert "Nothing was held out" in (saved.path / "report.html").read_text()
     with pytest.raises(BadDataError, match="without held-out images"):
-        compare([saved, train_head(cache, tmp_path / "other.head", make_head("logistic", C=1.0))])
+        compare([saved, classifiers.train(cache, tmp_path / "other.head", make_head("logistic", C=1.0))])
     with pytest.raises(OutputExistsError):
         save_bundle(saved, backbone=b"", head=b"", predictions=None, fitted=[], page="")

@@ -24,16 +24,16 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
+import classifiers
 from classifiers.bundles import fused as format_of
 from classifiers.bundles.bundle import Bundle, save_bundle
 from classifiers.bundles.fuse import PARITY, fuse, rounding_nodes, selftest
 from classifiers.bundles.fused import Fused, golden_pictures
 from classifiers.bundles.held_out import evaluate_bundle
 from classifiers.bundles.predictor import Predictor, list_images
-from classifiers.finetuning.finetune import train_finetuned
+from classifiers.finetuning.finetune import finetune
 from classifiers.finetuning.settings import FineTuneSettings
 from classifiers.heads.registry import make_head
-from classifiers.training.train import train_head
 from extractor.backbones.registry import Backbone
 from extractor.data.folders import ImageFolder
 from extractor.graphs import onnx_file
@@ -121,7 +121,7 @@ def train(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
         file = write_network(folder / "tiny.onnx", preprocess, **network)
         run_extract(ImageFolder(photos), Backbone(str(file)), folder / "c.cache", Options(quiet=True, batch_size=7))
         settings = {"hidden": [8]} if head == "mlp" else {"C": 1.0}
-        return train_head(FeatureCache(folder / "c.cache", layer), folder / "c.head", make_head(head, **settings))
+        return classifiers.train(FeatureCache(folder / "c.cache", layer), folder / "c.head", make_head(head, **settings))
 
     return make
 
@@ -205,7 +205,7 @@ def test_the_twenty_lines_of_the_docs(
 
 
 def test_a_fine_tuned_network(photos: Path, tmp_path: Path) -> None:
-    tuned = train_finetuned(
+    tuned = finetune(
         ImageFolder(photos),
         tmp_path / "t.head",
         FineTuneSettings(backbone="resnet18", weights="random:0", resize=40, crop=32, epochs=1, device="cpu", quiet=True),

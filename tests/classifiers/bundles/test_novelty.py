@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.stats import binom
 
+import classifiers
 from classifiers.bundles import novelty
 from classifiers.bundles.bundle import Bundle
 from classifiers.bundles.held_out import evaluate_bundle
 from classifiers.bundles.novelty import FALSE_ALARMS, REFERENCE, Novelty
 from classifiers.bundles.predictor import Predictor
 from classifiers.heads.registry import make_head
-from classifiers.training.train import train_head
 from extractor.backbones.registry import Backbone
 from extractor.data.folders import ImageFolder
 from extractor.pipeline.run import extract
@@ -93,7 +93,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone) -> Featu
 
 @pytest.fixture(scope="module")
 def bundle(cache: FeatureCache) -> Bundle:
-    return train_head(cache, cache.path.parent / "photos.head", make_head("logistic"))
+    return classifiers.train(cache, cache.path.parent / "photos.head", make_head("logistic"))
 
 
 def test_evaluate_counts_what_training_counted(bundle: Bundle, cache: FeatureCache) -> None:
@@ -143,7 +143,7 @@ def test_a_bundle_without_it_has_no_such_column(
     cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, penult: Callable[..., tuple[int, str, str]]
 ) -> None:
     monkeypatch.setattr(novelty, "FEWEST", 1000)
-    plain = train_head(cache, tmp_path / "plain.head", make_head("logistic"))
+    plain = classifiers.train(cache, tmp_path / "plain.head", make_head("logistic"))
     assert plain.novelty() is None
     assert not (plain.path / "novelty.h5").exists()
     out = penult("predict", plain.path, cache.root / "ants/000.png", "--format", "csv")[1]

@@ -14,13 +14,13 @@ import onnxruntime
 import pytest
 from PIL import Image
 
+import classifiers
 from classifiers.bundles.bundle import Bundle
 from classifiers.bundles.fused import Fused, golden_pictures
 from classifiers.bundles.held_out import evaluate, evaluate_bundle
 from classifiers.bundles.predictor import Predictor
 from classifiers.evaluation.task import Measured
 from classifiers.heads.registry import make_head
-from classifiers.training.train import train_head
 from extractor.backbones.registry import Backbone
 from extractor.data.sources import open_source
 from extractor.pipeline.run import run_extract
@@ -131,7 +131,7 @@ def test_several_labels_from_a_csv_to_a_fused_file(several: Path, listed: Path, 
 
 def test_a_head_for_several_labels_is_evaluated_on_new_data(several: Path, listed: Path, tmp_path: Path) -> None:
     """Features from the cache and from the images say the same; labels keep their columns."""
-    bundle = train_head(FeatureCache(several), tmp_path / "h", make_head("logistic", "multi-label"))
+    bundle = classifiers.train(FeatureCache(several), tmp_path / "h", make_head("logistic", "multi-label"))
     fitted = bundle.fitted()
     held = [row for row in FeatureCache(several).rows() if row.sha256 not in fitted]
     new = listed.parent / "new.csv"
@@ -153,11 +153,11 @@ def test_labels_that_cannot_be_learnt_are_named(listed: Path, backbone: Backbone
     everywhere.write_text("path,label\n" + "".join(f"{i:03d}.png,sky{'|sun' * (i % 2)}\n" for i in range(12)))
     run_extract(open_source(everywhere, task="multi-label"), backbone, tmp_path / "c", Options(quiet=True))
     with pytest.raises(BadDataError, match=r"label 'sky' is on (\d+) of \1 training images"):
-        train_head(FeatureCache(tmp_path / "c"), tmp_path / "h", make_head("logistic", "multi-label"))
+        classifiers.train(FeatureCache(tmp_path / "c"), tmp_path / "h", make_head("logistic", "multi-label"))
     everywhere.write_text("path\n" + "".join(f"{i:03d}.png\n" for i in range(12)))
     run_extract(open_source(everywhere, task="multi-label"), backbone, tmp_path / "d", Options(quiet=True))
     with pytest.raises(BadDataError, match="no image has a label"):
-        train_head(FeatureCache(tmp_path / "d"), tmp_path / "h", make_head("logistic", "multi-label"))
+        classifiers.train(FeatureCache(tmp_path / "d"), tmp_path / "h", make_head("logistic", "multi-label"))
 
 
 # --- numbers -----------------------------------------------------------------------------------------------------------
@@ -235,21 +235,21 @@ def test_every_image_needs_its_numbers(listed: Path, backbone: Backbone, tmp_pat
     some.write_text("path,age\n" + "".join(f"{i:03d}.png,{i if i % 4 else ''}\n" for i in range(12)))
     run_extract(open_source(some, task="regression", targets=["age"]), backbone, tmp_path / "c", Options(quiet=True))
     with pytest.raises(BadDataError, match=r"3 of 12 samples lack a target \(such as 000\.png\); training needs one for each"):
-        train_head(FeatureCache(tmp_path / "c"), tmp_path / "h", make_head(None, "regression"))
+        classifiers.train(FeatureCache(tmp_path / "c"), tmp_path / "h", make_head(None, "regression"))
     with pytest.raises(BadDataError, match="lack a target"):
         FeatureCache(tmp_path / "c").subset()
     some.write_text("path,age\n" + "".join(f"{i:03d}.png,7\n" for i in range(12)))
     run_extract(open_source(some, task="regression", targets=["age"]), backbone, tmp_path / "d", Options(quiet=True))
     with pytest.raises(BadDataError, match="target 'age' is 7 for every training image"):
-        train_head(FeatureCache(tmp_path / "d"), tmp_path / "h", make_head(None, "regression"))
+        classifiers.train(FeatureCache(tmp_path / "d"), tmp_path / "h", make_head(None, "regression"))
 
 
 # --- what is for one label only ------------------------------------------------------------------------------------------
 
 
 def test_what_is_for_one_label_says_so(several: Path, numbers: Path, penult: Penult, tmp_path: Path) -> None:
-    train_head(FeatureCache(several), tmp_path / "h", make_head(None, "multi-label"))
-    bundle = train_head(FeatureCache(numbers), tmp_path / "r", make_head(None, "regression"))
+    classifiers.train(FeatureCache(several), tmp_path / "h", make_head(None, "multi-label"))
+    bundle = classifiers.train(FeatureCache(numbers), tmp_path / "r", make_head(None, "regression"))
     with pytest.raises(BadDataError, match="was extracted with --task multi-label, and r is a head for regression"):
         evaluate_bundle(bundle, several)
     with pytest.raises(UsageError, match="--head knn: there is ridge for regression"):
@@ -277,7 +277,7 @@ def test_two_classes_give_two_probabilities(dataset: Callable[..., Path], backbo
     run_extract(open_source(photos), backbone, tmp_path / "c", Options(quiet=True))
     cache = FeatureCache(tmp_path / "c")
     for name in ("logistic", "ridge", "mlp"):
-        bundle = train_head(cache, tmp_path / name, make_head(name))
+        bundle = classifiers.train(cache, tmp_path / name, make_head(name))
         session = onnxruntime.InferenceSession(bundle.path / "head.onnx", providers=["CPUExecutionProvider"])
         found = session.run(None, {"features": cache.subset().X.astype(np.float32)})[0]
         assert found.shape == (24, 2)

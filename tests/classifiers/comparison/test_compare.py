@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import classifiers
 from classifiers.bundles.bundle import Bundle, Predictions
 from classifiers.comparison.compare import Comparison, Entrant, compare, compare_entrants
 from classifiers.comparison.compare_page import comparison_report, comparison_text
@@ -24,7 +25,6 @@ from classifiers.comparison.verdict import NOT_WORTH, UNKNOWN, WORTH, Verdict, j
 from classifiers.evaluation.paired_tests import Change, holm, mcnemar, needed_images, paired, score_interval
 from classifiers.heads.registry import make_head
 from classifiers.training.settings import TrainOptions
-from classifiers.training.train import train_head
 from extractor.backbones.registry import Backbone
 from extractor.data.folders import ImageFolder
 from extractor.pipeline.run import extract
@@ -268,7 +268,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, dataset: Callable[..., Path]
 @pytest.fixture(scope="module")
 def bundles(cache: FeatureCache) -> list[Bundle]:
     folder = cache.path.parent
-    return [train_head(cache, folder / f"{name}.head", make_head(name, seed=3)) for name in ("logistic", "ridge", "knn")]
+    return [classifiers.train(cache, folder / f"{name}.head", make_head(name, seed=3)) for name in ("logistic", "ridge", "knn")]
 
 
 def test_bundles_line_up_behind_the_baseline(bundles: Sequence[Bundle]) -> None:
@@ -322,7 +322,7 @@ def test_the_command(penult: Penult, bundles: Sequence[Bundle], cache: FeatureCa
     assert (facts["baseline"], facts["n"], facts["worthwhile"]) == ("logistic.head", 8, 0.025)
     assert facts["bundles"][0]["name"] == "logistic.head"
     assert facts["bundles"][1]["verdict"]["sentence"]
-    other = train_head(cache, tmp_path / "other.head", make_head("ridge"), TrainOptions(test_fraction=0.3))
+    other = classifiers.train(cache, tmp_path / "other.head", make_head("ridge"), TrainOptions(test_fraction=0.3))
     code, _, err = penult("compare", paths[0], other.path)
     assert (code, "there is nothing to compare" in err) == (65, True)
     assert penult("compare", paths[0], paths[1], "--worthwhile", "0")[0] == 2

@@ -1,4 +1,4 @@
-"""classifiers/checkpoints.py: a fine-tuning that was killed goes on after its last finished epoch, and ends the same."""
+"""A fine-tuning that was killed goes on after its last finished epoch, and ends the same."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pytest
 
 from classifiers.finetuning import loader
 from classifiers.finetuning.checkpoints import Checkpoints
-from classifiers.finetuning.finetune import FineTuned, finetune
+from classifiers.finetuning.finetune import FineTuned, train_network
 from classifiers.finetuning.settings import FineTuneOptions
 from extractor.backbones.registry import Backbone
 from store.errors import BadDataError, InterruptedRunError, LockedError, OutputExistsError
@@ -36,7 +36,7 @@ import json, os, signal, sys
 from pathlib import Path
 from classifiers.finetuning.loader import Batches
 from classifiers.finetuning.checkpoints import Checkpoints
-from classifiers.finetuning.finetune import finetune
+from classifiers.finetuning.finetune import train_network
 from classifiers.finetuning.settings import FineTuneOptions
 from extractor.backbones.registry import Backbone
 
@@ -58,7 +58,7 @@ for backbone, options, folder in told["runs"]:
         print(os.waitstatus_to_exitcode(status))
         continue
     options, backbone = FineTuneOptions(**options), Backbone.from_facts(backbone)
-    finetune(*items, 2, backbone, options, checkpoints=Checkpoints(Path(folder)))
+    train_network(*items, 2, backbone, options, checkpoints=Checkpoints(Path(folder)))
     break
 """
 RUNS = {
@@ -129,11 +129,11 @@ def test_killed_in_an_epoch_it_ends_as_if_it_had_not_been(
 ) -> None:
     backbone, options = RUNS[run]
     kept = Checkpoints(shutil.copytree(killed / run, tmp_path / "kept"))
-    whole = finetune(*pictures, 2, backbone, options)
+    whole = train_network(*pictures, 2, backbone, options)
     assert len(made) == 1 + 4 * IN_AN_EPOCH
     made.clear()
     caplog.set_level(logging.INFO, "penult")
-    resumed = finetune(*pictures, 2, backbone, options, checkpoints=kept)
+    resumed = train_network(*pictures, 2, backbone, options, checkpoints=kept)
     assert "going on after epoch 2" in caplog.text
     assert len(made) == 2 * IN_AN_EPOCH
     for ours, theirs in zip(numbers(whole), numbers(resumed), strict=True):
@@ -158,7 +158,7 @@ def interrupted(pictures: tuple[Items, Items], folder: Path, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(loader.Batches, "_batch", stopping)
         with pytest.raises(InterruptedRunError) as caught:
-            finetune(*pictures, 2, SHUFFLE, FAST, checkpoints=Checkpoints(folder))
+            train_network(*pictures, 2, SHUFFLE, FAST, checkpoints=Checkpoints(folder))
     return str(caught.value)
 
 
@@ -174,10 +174,10 @@ def test_a_signal_keeps_the_finished_epochs(
     assert interrupted(pictures, tmp_path / "kept", monkeypatch, 6).endswith("run the same command again to continue")
     assert "finished epochs are kept" in caplog.text
     made.clear()
-    finetune(*pictures, 2, SHUFFLE, FAST, checkpoints=Checkpoints(tmp_path / "kept"))
+    train_network(*pictures, 2, SHUFFLE, FAST, checkpoints=Checkpoints(tmp_path / "kept"))
     assert len(made) == 3 * IN_AN_EPOCH
     made.clear()
-    again = finetune(*pictures, 2, SHUFFLE, FAST, checkpoints=Checkpoints(tmp_path / "kept"))
+    again = train_network(*pictures, 2, SHUFFLE, FAST, checkpoints=Checkpoints(tmp_path / "kept"))
     assert made == []  # all was done
     assert again.history[-1]["epoch"] == 4
 
@@ -186,35 +186,35 @@ def test_other_settings_do_not_go_on(
     pictures: tuple[Items, Items], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     kept = Checkpoints(tmp_path / "kept", out="pets.head", images="a" * 64)
-    finetune(*pictures, 2, SHUFFLE, FAST.replace(epochs=1), checkpoints=kept)
+    train_network(*pictures, 2, SHUFFLE, FAST.replace(epochs=1), checkpoints=kept)
     expected = r"pets.head has an unfinished run of 1 epoch.*\(lr: 0.01, now 0.02\).*--overwrite throws it away"
     with pytest.raises(OutputExistsError, match=expected):
-        finetune(*pictures, 2, SHUFFLE, FAST.replace(epochs=1, lr=0.02), checkpoints=kept)
+        train_network(*pictures, 2, SHUFFLE, FAST.replace(epochs=1, lr=0.02), checkpoints=kept)
     with pytest.raises(OutputExistsError, match=r"images: aaaaaaaaaaaa\.\., now bbbb"):
-        finetune(*pictures, 2, SHUFFLE, FAST.replace(epochs=1), checkpoints=replace(kept, images="b" * 64))
+        train_network(*pictures, 2, SHUFFLE, FAST.replace(epochs=1), checkpoints=replace(kept, images="b" * 64))
     other = replace(SHUFFLE, weights="random:1")
     with pytest.raises(OutputExistsError, match="weights: "):
-        finetune(*pictures, 2, other, FAST.replace(epochs=1), checkpoints=kept)
-    tuned = finetune(*pictures, 2, SHUFFLE, FAST.replace(epochs=1, lr=0.02), checkpoints=replace(kept, overwrite=True))
+        train_network(*pictures, 2, other, FAST.replace(epochs=1), checkpoints=kept)
+    tuned = train_network(*pictures, 2, SHUFFLE, FAST.replace(epochs=1, lr=0.02), checkpoints=replace(kept, overwrite=True))
     assert tuned.history[1]["lr"] == 0.02
     assert "an unfinished run of 1 epoch(s) is thrown away (lr: 0.01, now 0.02)" in caplog.text
 
 
 def test_what_stopped_early_does_not_go_on(pictures: tuple[Items, Items], tmp_path: Path, made: list[Any]) -> None:
     kept, early = Checkpoints(tmp_path / "kept"), FAST.replace(epochs=9, patience=1, min_delta=9.0)
-    first = finetune(*pictures, 2, SHUFFLE, early, checkpoints=kept)
+    first = train_network(*pictures, 2, SHUFFLE, early, checkpoints=kept)
     assert first.history[-1]["epoch"] == 2
     made.clear()
-    again = finetune(*pictures, 2, SHUFFLE, early, checkpoints=kept)
+    again = train_network(*pictures, 2, SHUFFLE, early, checkpoints=kept)
     assert made == []
     assert (again.history, again.best_epoch) == (first.history, first.best_epoch)
 
 
 def test_workers_may_change(pictures: tuple[Items, Items], tmp_path: Path, made: list[Any]) -> None:
     kept, once = Checkpoints(tmp_path / "kept"), FAST.replace(epochs=1)
-    finetune(*pictures, 2, SHUFFLE, once, checkpoints=kept)
+    train_network(*pictures, 2, SHUFFLE, once, checkpoints=kept)
     made.clear()
-    finetune(*pictures, 2, SHUFFLE, once.replace(workers=2), checkpoints=kept)
+    train_network(*pictures, 2, SHUFFLE, once.replace(workers=2), checkpoints=kept)
     assert made == []
 
 
@@ -233,14 +233,14 @@ def test_a_file_that_is_no_checkpoint_starts_over(
     import torch
 
     kept, once = Checkpoints(tmp_path / "kept"), FAST.replace(epochs=1)
-    first = finetune(*pictures, 2, SHUFFLE, once, checkpoints=kept)
+    first = train_network(*pictures, 2, SHUFFLE, once, checkpoints=kept)
     if damage == "cut":
         kept.file.write_bytes(kept.file.read_bytes()[:5000])
     elif damage == "other":
         torch.save({"state_dict": {}}, kept.file)
     else:
         torch.save({"run": Payload(tmp_path / "marker"), "training": {}}, kept.file)
-    again = finetune(*pictures, 2, SHUFFLE, once, checkpoints=kept)
+    again = train_network(*pictures, 2, SHUFFLE, once, checkpoints=kept)
     assert f"{kept.file} cannot be used" in caplog.text
     assert not (tmp_path / "marker").exists()
     assert numbers(again) == numbers(first)
@@ -256,10 +256,10 @@ def test_one_run_at_a_time(pictures: tuple[Items, Items], tmp_path: Path) -> Non
         ):
             pass
         with pytest.raises(LockedError):
-            finetune(*pictures, 2, SHUFFLE, FAST, checkpoints=kept)
+            train_network(*pictures, 2, SHUFFLE, FAST, checkpoints=kept)
 
 
 def test_a_loss_that_diverged_leaves_nothing(pictures: tuple[Items, Items], tmp_path: Path) -> None:
     with pytest.raises(BadDataError, match="use a lower rate"):
-        finetune(*pictures, 2, SQUEEZE, FAST.replace(lr=1e30), checkpoints=Checkpoints(tmp_path / "kept"))
+        train_network(*pictures, 2, SQUEEZE, FAST.replace(lr=1e30), checkpoints=Checkpoints(tmp_path / "kept"))
     assert not (tmp_path / "kept").exists()

@@ -1,4 +1,4 @@
-"""classifiers/finetune.py: end-to-end training, frozen layers, early stopping, and what it leaves behind."""
+"""End-to-end training, frozen layers, early stopping, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from classifiers.finetuning import loader as loading
-from classifiers.finetuning.finetune import FineTuned, finetune
+from classifiers.finetuning.finetune import FineTuned, train_network
 from classifiers.finetuning.freezing import modules_before, parameter_groups
 from classifiers.finetuning.loader import read_resized
 from classifiers.finetuning.settings import FineTuneOptions
@@ -61,7 +61,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> tuple[Items, Items]:
 
 
 def run(photos: tuple[Items, Items], backbone: Backbone = SHUFFLE, **changes: Any) -> FineTuned:
-    return finetune(*photos, 2, backbone, FAST.replace(**changes))
+    return train_network(*photos, 2, backbone, FAST.replace(**changes))
 
 
 def numbers(tuned: FineTuned) -> list[dict[str, Any]]:
@@ -290,7 +290,7 @@ def test_it_leaves_the_process_as_it_was(
 def test_early_stopping_restores_the_best_epoch(photos: tuple[Items, Items]) -> None:
     train, validation = photos
     wrong = [(path, 1 - label) for path, label in validation]  # the better it learns, the worse it gets
-    tuned = finetune(train, wrong, 2, SHUFFLE, FAST.replace(epochs=20, patience=2))
+    tuned = train_network(train, wrong, 2, SHUFFLE, FAST.replace(epochs=20, patience=2))
     losses = [row["val_loss"] for row in tuned.history[1:]]
     assert len(losses) == tuned.best_epoch + 2 < 20
     assert losses[tuned.best_epoch - 1] == min(losses)
@@ -329,16 +329,16 @@ def test_a_loss_that_is_not_finite_is_bad_data(photos: tuple[Items, Items]) -> N
 def test_files_that_went_bad(photos: tuple[Items, Items], tmp_path: Path) -> None:
     train, validation = photos
     with pytest.raises(InputMissingError, match=r"gone\.png: No such file"):
-        finetune([*train, (tmp_path / "gone.png", 0)], validation, 2, SHUFFLE, FAST)
+        train_network([*train, (tmp_path / "gone.png", 0)], validation, 2, SHUFFLE, FAST)
     (tmp_path / "cut.png").write_bytes(train[0][0].read_bytes()[:500])
     with pytest.raises(BadDataError, match=r"cut\.png: truncated"):
-        finetune(train, [*validation, (tmp_path / "cut.png", 0)], 2, SHUFFLE, FAST.replace(workers=2))
+        train_network(train, [*validation, (tmp_path / "cut.png", 0)], 2, SHUFFLE, FAST.replace(workers=2))
 
 
 def test_labels_that_do_not_fit() -> None:
     def check(train: Items, validation: Items, n_classes: int, message: str) -> None:
         with pytest.raises(BadDataError, match=message):
-            finetune(train, validation, n_classes, SHUFFLE, FAST)
+            train_network(train, validation, n_classes, SHUFFLE, FAST)
 
     a, b = (Path("a.png"), 0), (Path("b.png"), 1)
     check([a], [a], 1, "at least 2")

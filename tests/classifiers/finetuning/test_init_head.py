@@ -1,4 +1,4 @@
-"""classifiers/probing.py: fine-tuning that starts from the head of a bundle."""
+"""Fine-tuning that starts from the head of a bundle."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import classifiers
 from classifiers.bundles.bundle import Bundle
-from classifiers.finetuning.finetune import finetune, train_finetuned
+from classifiers.finetuning.finetune import finetune, train_network
 from classifiers.finetuning.init_head import AffineHead, start_from
 from classifiers.finetuning.settings import FineTuneOptions, FineTuneSettings
 from classifiers.heads.registry import make_head
 from classifiers.training.settings import TrainOptions
-from classifiers.training.train import save_head, train_head
+from classifiers.training.train import save_head
 from extractor.backbones import networks
 from extractor.backbones.layers import torch_penultimate
 from extractor.backbones.registry import Backbone
@@ -40,7 +41,7 @@ def cache(dataset: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="module")
 def probe(cache: FeatureCache, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return train_head(
+    return classifiers.train(
         cache,
         tmp_path_factory.mktemp("heads") / "logistic.head",
         make_head("logistic", C=100.0),
@@ -73,7 +74,7 @@ def test_epoch_0_is_the_bundles_head(cache: FeatureCache, probe: Bundle) -> None
     start = start_from(probe, ["ants", "bees"], held_out(cache))
     assert (start.weight.dtype, start.bias.dtype) == (np.float32, np.float32)
     assert np.abs(softmax(features @ start.weight.T + start.bias) - expected).max() < 1e-5
-    tuned = finetune([*items, *items], items, 2, NETWORK, FAST, start=start)
+    tuned = train_network([*items, *items], items, 2, NETWORK, FAST, start=start)
     truth = [label for _, label in items]
     assert tuned.history[0]["val_loss"] == pytest.approx(-np.log(expected[np.arange(len(items)), truth]).mean(), abs=1e-5)
     assert tuned.history[0]["val_accuracy"] == (expected.argmax(axis=1) == truth).mean()
@@ -103,13 +104,13 @@ def test_a_bundle_from_a_bundle(
 @pytest.mark.parametrize("name", ["mlp", "knn", "centroid"])
 def test_heads_that_are_no_matrix(name: str, cache: FeatureCache, tmp_path: Path) -> None:
     settings = {"hidden": [4], "lr": 0.01} if name == "mlp" else {}
-    bundle = train_head(cache, tmp_path / f"{name}.head", make_head(name, **settings), TrainOptions(thumbnails=False))
+    bundle = classifiers.train(cache, tmp_path / f"{name}.head", make_head(name, **settings), TrainOptions(thumbnails=False))
     with pytest.raises(UsageError, match=rf"{name}\.head is a {name} head, which no single layer .* --head logistic or ridge"):
         AffineHead.of(bundle)
 
 
 def test_ridge_is_a_matrix(cache: FeatureCache, tmp_path: Path) -> None:
-    bundle = train_head(cache, tmp_path / "ridge.head", make_head("ridge"), TrainOptions(thumbnails=False))
+    bundle = classifiers.train(cache, tmp_path / "ridge.head", make_head("ridge"), TrainOptions(thumbnails=False))
     start, subset = AffineHead.of(bundle), cache.subset("test")
     features = subset.X.astype(np.float32)
     expected = bundle.head_function()(features)
@@ -130,7 +131,7 @@ def test_other_features_classes_or_split(cache: FeatureCache, probe: Bundle, tmp
     head = make_head("logistic", C=1.0).fit(everything.X, everything.y)
     leaky = save_head(cache, tmp_path / "leaky.head", head, fitted=[everything], held_out=None)
     with pytest.raises(BadDataError, match=rf"was fitted on {len(held_out(cache))} of the images that are held out here"):
-        train_finetuned(cache, tmp_path / "x.head", FineTuneSettings(**network, init_head=leaky.path))
+        finetune(cache, tmp_path / "x.head", FineTuneSettings(**network, init_head=leaky.path))
 
 
 def test_a_head_with_data_elsewhere_is_refused(probe: Bundle, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""classifiers/training.py: learning rates step by step, schedules, averages of weights, weights of classes, precision."""
+"""Learning rates step by step, schedules, averages of weights, weights of classes, precision."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from classifiers.finetuning import module
-from classifiers.finetuning.finetune import FineTuned, finetune
+from classifiers.finetuning.finetune import FineTuned, train_network
 from classifiers.finetuning.settings import FineTuneOptions
 from extractor.backbones import networks
 from extractor.backbones.layers import torch_penultimate
@@ -33,7 +33,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory, make_image: Callable[...,
 
 
 def run(pictures: tuple[Items, Items], backbone: Backbone = SHUFFLE, **changes: Any) -> FineTuned:
-    return finetune(*pictures, 2, backbone, FAST.replace(**changes))
+    return train_network(*pictures, 2, backbone, FAST.replace(**changes))
 
 
 def logits(tuned: FineTuned, items: Items) -> np.ndarray:
@@ -163,7 +163,7 @@ def test_mixed_precision_leaves_float32_weights(pictures: tuple[Items, Items]) -
 
 
 def test_the_history_grows_in_a_file(pictures: tuple[Items, Items], tmp_path: Path) -> None:
-    tuned = finetune(*pictures, 2, SHUFFLE, FAST, log_dir=tmp_path / "new" / "logs")
+    tuned = train_network(*pictures, 2, SHUFFLE, FAST, log_dir=tmp_path / "new" / "logs")
     with (tmp_path / "new" / "logs" / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     written = [{key: float(value) if value else None for key, value in row.items()} for row in rows]
@@ -172,7 +172,7 @@ def test_the_history_grows_in_a_file(pictures: tuple[Items, Items], tmp_path: Pa
 
 def test_tensorboard_gets_every_epoch(pictures: tuple[Items, Items], tmp_path: Path) -> None:
     loading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="no tensorboard here")
-    tuned = finetune(*pictures, 2, SHUFFLE, FAST, log_dir=tmp_path)
+    tuned = train_network(*pictures, 2, SHUFFLE, FAST, log_dir=tmp_path)
     events = loading.EventAccumulator(str(tmp_path)).Reload()
     found = {event.step: event.value for event in events.Scalars("loss/validation")}
     assert found == {row["epoch"]: pytest.approx(row["val_loss"]) for row in tuned.history}

@@ -1,4 +1,4 @@
-"""classifiers/ranks.py: several processes that share every batch train as one does. Here on the CPU, with gloo for NCCL."""
+"""Several processes that share every batch train as one does. Here on the CPU, with gloo for NCCL."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from classifiers.finetuning import ranks
 from classifiers.finetuning.checkpoints import Checkpoints
-from classifiers.finetuning.finetune import finetune
+from classifiers.finetuning.finetune import train_network
 from classifiers.finetuning.settings import FineTuneOptions
 from extractor.backbones.registry import Backbone
 from store.errors import BadDataError, UsageError
@@ -31,9 +31,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory, make_image: Callable[...,
 def test_two_processes_train_as_one(pictures: list[tuple[Path, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     parts = pictures[:20], pictures[20:]
-    one = finetune(*parts, 2, REGNET, FAST)
+    one = train_network(*parts, 2, REGNET, FAST)
     kept, two = Checkpoints(tmp_path / "kept"), FAST.replace(device="cpu,cpu")
-    both = finetune(*parts, 2, REGNET, two, checkpoints=kept, log_dir=tmp_path / "logs")
+    both = train_network(*parts, 2, REGNET, two, checkpoints=kept, log_dir=tmp_path / "logs")
     assert [row["epoch"] for row in both.history] == [0, 1, 2]
     assert abs(one.history[2]["val_loss"] - one.history[0]["val_loss"]) > 0.001
     for key in ("val_loss", "val_accuracy"):
@@ -41,19 +41,19 @@ def test_two_processes_train_as_one(pictures: list[tuple[Path, int]], tmp_path: 
     assert both.images == one.images
     assert np.abs(both.weight - one.weight).max() < 1e-3 * np.abs(one.weight).max()
     assert (tmp_path / "logs" / "metrics.csv").read_text().count("\n") == 4
-    again = finetune(*parts, 2, REGNET, two, checkpoints=kept)
+    again = train_network(*parts, 2, REGNET, two, checkpoints=kept)
     assert (again.weight == both.weight).all()  # all was done
 
 
 def test_what_ends_one_process_ends_all(pictures: list[tuple[Path, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with pytest.raises(BadDataError, match="use a lower rate than lr 1e\\+30"):
-        finetune(pictures[:16], pictures[16:], 2, REGNET, FAST.replace(lr=1e30, device="cpu,cpu"))
+        train_network(pictures[:16], pictures[16:], 2, REGNET, FAST.replace(lr=1e30, device="cpu,cpu"))
 
 
 def test_a_share_of_one_image_is_refused(pictures: list[tuple[Path, int]]) -> None:
     with pytest.raises(UsageError, match=r"--device cpu,cpu,cpu: 1 image\(s\) of a batch for each device; expected at least 2"):
-        finetune(pictures[:16], pictures[16:], 2, REGNET, FAST.replace(batch_size=5, device="cpu,cpu,cpu"))
+        train_network(pictures[:16], pictures[16:], 2, REGNET, FAST.replace(batch_size=5, device="cpu,cpu,cpu"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

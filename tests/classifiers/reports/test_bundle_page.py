@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
+import classifiers
 from classifiers.bundles.bundle import Bundle, Predictions
 from classifiers.evaluation.single_label import score
-from classifiers.finetuning.finetune import train_finetuned
+from classifiers.finetuning.finetune import finetune
 from classifiers.finetuning.settings import FineTuneSettings
 from classifiers.heads.registry import make_head
 from classifiers.reports.bundle_page import bundle_report, report_again
@@ -27,7 +28,6 @@ from classifiers.reports.illustrations import MISTAKES, NEIGHBOURS, illustrate
 from classifiers.reports.settings import ReportSettings
 from classifiers.reports.thumbnails import SIDE, thumbnails
 from classifiers.training.settings import TrainOptions
-from classifiers.training.train import train_head
 from extractor.backbones.registry import Backbone
 from extractor.data.files import FolderFiles
 from extractor.data.folders import ImageFolder
@@ -96,7 +96,9 @@ def cache(photos: Path, backbone: Backbone) -> FeatureCache:
 
 @pytest.fixture(scope="module")
 def bundle(cache: FeatureCache) -> Bundle:
-    return train_head(cache, cache.path.parent / "photos.head", make_head("logistic"), TrainOptions(few_shot=[2, 5], repeats=3))
+    return classifiers.train(
+        cache, cache.path.parent / "photos.head", make_head("logistic"), TrainOptions(few_shot=[2, 5], repeats=3)
+    )
 
 
 def test_the_page_shows_every_part_and_loads_nothing(bundle: Bundle) -> None:
@@ -131,7 +133,7 @@ def test_the_same_training_gives_the_same_page(bundle: Bundle, cache: FeatureCac
     def comparable(path: Path) -> str:
         return re.sub(r"training took [0-9.]+ s", "", (path / "report.html").read_text())
 
-    again = train_head(cache, tmp_path / "photos.head", make_head("logistic"), TrainOptions(few_shot=[2, 5], repeats=3))
+    again = classifiers.train(cache, tmp_path / "photos.head", make_head("logistic"), TrainOptions(few_shot=[2, 5], repeats=3))
     assert comparable(again.path) == comparable(bundle.path)
 
 
@@ -284,7 +286,7 @@ def test_the_page_of_ten_thousand_images_is_below_five_megabytes(bundle: Bundle,
 
 def test_a_fine_tuned_bundle_shows_its_mistakes(cache: FeatureCache, tmp_path: Path) -> None:
     network: dict[str, Any] = {"backbone": "squeezenet1_1", "weights": "random:0", "resize": 72, "crop": 64}
-    tuned = train_finetuned(cache, tmp_path / "tuned.head", FineTuneSettings(**network, epochs=1, quiet=True, device="cpu"))
+    tuned = finetune(cache, tmp_path / "tuned.head", FineTuneSettings(**network, epochs=1, quiet=True, device="cpu"))
     assert tuned.metrics is not None
     errors = tuned.metrics["n"] - tuned.metrics["correct"]
     assert errors

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from sklearn.dummy import DummyClassifier
 
+import classifiers
 from classifiers.bundles.bundle import Bundle
 from classifiers.bundles.held_out import evaluate, evaluate_bundle
 from classifiers.bundles.predictor import Predictor
 from classifiers.heads.centroid import CentroidHead
 from classifiers.heads.registry import make_head
 from classifiers.training import few_shot
-from classifiers.training.train import save_head, train_head
+from classifiers.training.train import save_head
 from extractor.backbones.registry import Backbone
 from extractor.data.folders import ImageFolder
 from extractor.pipeline.run import run_extract
@@ -149,7 +150,7 @@ def test_settings_of_the_command_line_reach_the_head(cache: FeatureCache, tmp_pa
 
 
 def test_a_large_batch_passes_a_head_in_parts(cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle = train_head(cache, tmp_path / "k.head", make_head("knn"))
+    bundle = classifiers.train(cache, tmp_path / "k.head", make_head("knn"))
     features = cache.subset("train").X.astype(np.float32)
     whole = bundle.head_function()(features)
     monkeypatch.setattr("classifiers.bundles.bundle.BLOCK", 4)
@@ -163,7 +164,7 @@ def test_any_scikit_learn_classifier_by_its_dotted_name(cache: FeatureCache, tmp
     assert evaluate(head, val).n == 10
     for attempt in (
         lambda: save_head(cache, tmp_path / "x.head", head, fitted=[train], held_out=val),
-        lambda: train_head(cache, tmp_path / "x.head", head),
+        lambda: classifiers.train(cache, tmp_path / "x.head", head),
     ):
         with pytest.raises(UsageError, match=r"RandomForestClassifier cannot be saved.*never a pickle.*train one of logistic"):
             attempt()

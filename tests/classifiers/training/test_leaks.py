@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import classifiers
 from classifiers.heads.registry import make_head
 from classifiers.training.leaks import MODES, LeakReport, guard, near_copies
 from classifiers.training.settings import TrainOptions
-from classifiers.training.train import train_head
 from extractor.backbones.registry import Backbone
 from extractor.data.folders import ImageFolder
 from extractor.pipeline.run import extract
@@ -75,7 +75,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory, dataset: Callable[..., Pat
 def test_planted_leaks_are_named_with_the_accuracy_with_and_without(
     planted: FeatureCache, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    bundle = train_head(planted, tmp_path / "x.head", make_head("logistic", C=1.0))
+    bundle = classifiers.train(planted, tmp_path / "x.head", make_head("logistic", C=1.0))
     assert bundle.metrics is not None
     found = bundle.metrics["leaks"]
     assert found["copies"] == ["test/a/exact.jpg"]
@@ -95,9 +95,9 @@ def test_planted_leaks_are_named_with_the_accuracy_with_and_without(
 
 def test_refuse_refuses_and_allow_is_silent(planted: FeatureCache, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(BadDataError, match=r"near\.jpg ~ train/b/004\.jpg.*--leaks refuse"):
-        train_head(planted, tmp_path / "x.head", make_head("logistic", C=1.0), TrainOptions(leaks="refuse"))
+        classifiers.train(planted, tmp_path / "x.head", make_head("logistic", C=1.0), TrainOptions(leaks="refuse"))
     assert not (tmp_path / "x.head").exists()
-    train_head(planted, tmp_path / "x.head", make_head("logistic", C=1.0), TrainOptions(leaks="allow"))
+    classifiers.train(planted, tmp_path / "x.head", make_head("logistic", C=1.0), TrainOptions(leaks="allow"))
     assert "copies" not in caplog.text
     for mode in MODES:
         guard(LeakReport(), mode)

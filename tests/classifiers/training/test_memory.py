@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import classifiers
 import classifiers.heads.solvers.row_sums
 import classifiers.heads.solvers.softmax
 import store.format.lazy_features
@@ -21,7 +22,6 @@ from classifiers.heads.logistic import LogisticHead
 from classifiers.heads.registry import make_head
 from classifiers.training.memory import USUAL, must_stream
 from classifiers.training.settings import TrainOptions
-from classifiers.training.train import train_head
 from extractor.backbones.registry import Backbone
 from extractor.data.folders import ImageFolder
 from extractor.machine import default_limit, resident
@@ -84,7 +84,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def in_memory(synthetic: Synthetic) -> Bundle:
-    return train_head(
+    return classifiers.train(
         FeatureCache(synthetic.path), synthetic.path.with_name("memory.head"), LogisticHead(), TrainOptions(max_memory=PLENTY)
     )
 
@@ -132,7 +132,9 @@ def test_a_head_from_disk_is_the_one_from_memory(
     synthetic: Synthetic, in_memory: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "penult")
-    bundle = train_head(FeatureCache(synthetic.path), tmp_path / "disk.head", LogisticHead(), TrainOptions(max_memory=TINY))
+    bundle = classifiers.train(
+        FeatureCache(synthetic.path), tmp_path / "disk.head", LogisticHead(), TrainOptions(max_memory=TINY)
+    )
     assert "the features stay on disk" in caplog.text
     assert "too many images to look for near copies" in caplog.text
     assert bundle.split["chosen_on"] == in_memory.split["chosen_on"] == "val"
@@ -172,7 +174,7 @@ def test_folds_class_weights_and_sample_weights_from_disk(synthetic: Synthetic) 
 
 def test_without_a_validation_split_a_fifth_of_train_is_chosen_on(synthetic: Synthetic, tmp_path: Path) -> None:
     cache = FeatureCache(synthetic.path)
-    bundle = train_head(
+    bundle = classifiers.train(
         cache,
         tmp_path / "a.head",
         LogisticHead(Cs=(1e-3, 1e-2)),
@@ -187,14 +189,14 @@ def test_heads_that_need_all_features_say_so(
     synthetic: Synthetic, tmp_path: Path, name: str, settings: dict[str, float]
 ) -> None:
     with pytest.raises(UsageError, match=r"million numbers need about .* GB .*--head logistic"):
-        train_head(
+        classifiers.train(
             FeatureCache(synthetic.path), tmp_path / "a.head", make_head(name, **settings), TrainOptions(max_memory=TINY)
         )
 
 
 def test_a_learning_curve_needs_memory(synthetic: Synthetic, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--few-shot needs all features in memory"):
-        train_head(
+        classifiers.train(
             FeatureCache(synthetic.path), tmp_path / "a.head", LogisticHead(), TrainOptions(few_shot=[5], max_memory=TINY)
         )
 

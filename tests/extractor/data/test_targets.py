@@ -10,11 +10,11 @@ import h5py
 import numpy as np
 import pytest
 
+import classifiers
 from classifiers.bundles.held_out import evaluate_bundle
 from classifiers.heads.registry import make_head
 from classifiers.jobs.history import read_runs
 from classifiers.jobs.run import run_job
-from classifiers.training.train import train_head
 from extractor.backbones.registry import Backbone
 from extractor.data.folders import ImageFolder
 from extractor.data.sources import open_source
@@ -106,9 +106,9 @@ def test_too_few_samples_for_the_splits_are_said_before_anything_is_computed(lis
 def test_a_head_is_for_one_task(listed: Path, backbone: Backbone, dataset: Callable[..., Path], tmp_path: Path) -> None:
     run_extract(open_source(listed, task="multi-label"), backbone, tmp_path / "c", Options(quiet=True))
     with pytest.raises(UsageError, match="LogisticHead is a head for single-label, and these samples were"):
-        train_head(FeatureCache(tmp_path / "c"), tmp_path / "h", make_head("logistic"))
+        classifiers.train(FeatureCache(tmp_path / "c"), tmp_path / "h", make_head("logistic"))
     run_extract(ImageFolder(dataset(tmp_path / "p")), backbone, tmp_path / "d", Options(quiet=True))
-    bundle = train_head(FeatureCache(tmp_path / "d"), tmp_path / "h", make_head("logistic"))
+    bundle = classifiers.train(FeatureCache(tmp_path / "d"), tmp_path / "h", make_head("logistic"))
     with pytest.raises(BadDataError, match="extracted with --task multi-label, and h is a head for single-label"):
         evaluate_bundle(bundle, tmp_path / "c")
 
@@ -150,7 +150,7 @@ def test_caches_and_bundles_are_no_images(
     dataset: Callable[..., Path], backbone: Backbone, tmp_path: Path, penult: Penult
 ) -> None:
     run_extract(ImageFolder(dataset(tmp_path / "p")), backbone, tmp_path / "c", Options(quiet=True))
-    bundle = train_head(FeatureCache(tmp_path / "c"), tmp_path / "h", make_head("logistic"))
+    bundle = classifiers.train(FeatureCache(tmp_path / "c"), tmp_path / "h", make_head("logistic"))
     write_compact(FeatureCache(tmp_path / "c"), tmp_path / "c.h5")
     for path, kind in (("c", "a cache of features"), ("c.h5", "a cache of features"), ("h", "a bundle")):
         with pytest.raises(UsageError, match=rf"/{path} is {kind}, not images; expected a folder"):
@@ -171,7 +171,7 @@ def test_evaluate_says_root_where_images_moved(dataset: Callable[..., Path], bac
     photos = dataset(tmp_path / "p")
     run_extract(ImageFolder(photos), backbone, tmp_path / "c", Options(quiet=True))
     run_extract(ImageFolder(photos), backbone, tmp_path / "other", Options(quiet=True, storage="float32"))
-    bundle = train_head(FeatureCache(tmp_path / "c"), tmp_path / "h", make_head("logistic"))
+    bundle = classifiers.train(FeatureCache(tmp_path / "c"), tmp_path / "h", make_head("logistic"))
     photos.rename(tmp_path / "moved")
     with pytest.raises(InputMissingError, match=r"cannot read ants/\d+\.jpg: no such file; .* --root says where they are"):
         evaluate_bundle(bundle, tmp_path / "other")

@@ -16,11 +16,11 @@ import pytest
 import torchvision
 from PIL import Image
 
+import classifiers
 from classifiers.bundles.held_out import evaluate_bundle
-from classifiers.finetuning.finetune import train_finetuned
+from classifiers.finetuning.finetune import finetune
 from classifiers.finetuning.settings import FineTuneSettings
 from classifiers.heads.registry import make_head
-from classifiers.training.train import train_head
 from extractor.backbones.registry import Backbone
 from extractor.data.folders import ImageFolder
 from extractor.data.sources import files_of, open_source
@@ -291,7 +291,7 @@ def test_a_cache_finds_its_arrays_again(backbone: Backbone, tmp_path: Path) -> N
     files = files_of(cache.samples, tmp_path / "moved")
     for row in cache.rows():
         assert hashlib.sha256(files.read(row.path)[0]).digest() == row.sha256
-    bundle = train_head(cache, tmp_path / "h", make_head("logistic"))
+    bundle = classifiers.train(cache, tmp_path / "h", make_head("logistic"))
     used, _ = evaluate_bundle(bundle, cache.path)
     run_extract(source("MNIST", tmp_path / "moved"), backbone, tmp_path / "other", Options(quiet=True, storage="float32"))
     embedded, _ = evaluate_bundle(bundle, tmp_path / "other")
@@ -305,14 +305,14 @@ def test_fine_tuning_takes_the_images_of_a_cache_wherever_they_are(backbone: Bac
     cache = features(source("MNIST", tmp_path / "data"), backbone, tmp_path / "c")
     network: dict[str, Any] = {"backbone": "resnet18", "weights": "random:0", "resize": 40, "crop": 32}
     settings = FineTuneSettings(**network, epochs=1, freeze_until="head", device="cpu", quiet=True)
-    bundle = train_finetuned(cache, tmp_path / "h", settings)
+    bundle = finetune(cache, tmp_path / "h", settings)
     assert bundle.metrics is not None
     assert bundle.metrics["n"] == 6
     (tmp_path / "data").rename(tmp_path / "moved")
     with pytest.raises(InputMissingError) as caught:
-        train_finetuned(cache, tmp_path / "i", settings)
+        finetune(cache, tmp_path / "i", settings)
     assert "--root says where they are" in caught.value.__notes__[0]
-    again = train_finetuned(cache, tmp_path / "i", settings.replace(root=tmp_path / "moved"))
+    again = finetune(cache, tmp_path / "i", settings.replace(root=tmp_path / "moved"))
     assert again.metrics == bundle.metrics
 
 

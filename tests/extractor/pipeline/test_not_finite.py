@@ -15,6 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
+import classifiers
 from classifiers.bundles.bundle import Bundle
 from classifiers.bundles.fuse import fuse, selftest
 from classifiers.bundles.predictor import Predictor
@@ -23,7 +24,6 @@ from classifiers.evaluation.single_label import score
 from classifiers.heads.fitted import DenseHead
 from classifiers.heads.registry import make_head
 from classifiers.training.settings import TrainOptions
-from classifiers.training.train import train_head
 from extractor.backbones.registry import Backbone
 from extractor.data.sources import open_source
 from extractor.graphs.backbone_facts import BackboneFacts, Layer, write_facts
@@ -32,9 +32,9 @@ from extractor.graphs.parity import check_parity, relative_l2
 from extractor.pipeline.run import run_extract
 from extractor.pipeline.settings import Options
 from extractor.pixels.preprocess import Preprocess
-from store import json_text
 from store.cache import FeatureCache
 from store.errors import BadDataError
+from store.format import json_text
 
 Penult = Callable[..., tuple[int, str, str]]
 
@@ -120,7 +120,7 @@ def trained(folder: Path) -> Callable[[str], Bundle]:
         if name not in made:
             task, settings = HEADS[name]
             head = make_head(name.partition(",")[0], task, **settings)
-            made[name] = train_head(
+            made[name] = classifiers.train(
                 FeatureCache(folder / f"{task}.cache"), folder / f"{name}.head", head, TrainOptions(thumbnails=False)
             )
             fuse(made[name], folder / f"{name}.onnx")

@@ -1,4 +1,4 @@
-"""extractor/augment.py: what is drawn, that it is drawn from the given generator alone, and that one map does all geometry."""
+"""What is drawn, that it is drawn from the given generator alone, and that one map does all geometry."""
 
 from __future__ import annotations
 

@@ -170,7 +170,7 @@ def test_facts_survive_json_and_the_fingerprint_knows_every_field() -> None:
 
 
 def test_the_probe_is_the_hash_of_a_fixed_pictures_pixels() -> None:
-    data = (REPO / "extractor/probe.jpg").read_bytes()
+    data = (REPO / "extractor/pixels/probe.jpg").read_bytes()
     assert probe(STANDARD) == hashlib.sha256(STANDARD.pixels(decode(data)).tobytes()).hexdigest()
     with Image.open(io.BytesIO(data)) as image:
         assert image.getexif()[0x0112] != 1  # so that the probe would show a change in orientation
@@ -504,7 +504,7 @@ def test_the_reference_keeps_the_fingerprint_it_always_had() -> None:
 def test_every_path_has_its_own_fingerprint_and_probe() -> None:
     found = {name: replace(STANDARD, pixel_path=name).fingerprint() for name in PIXEL_PATHS}
     assert [each["path"] for each in found.values()] == list(PIXEL_PATHS.values())
-    data = (REPO / "extractor/probe.jpg").read_bytes()
+    data = (REPO / "extractor/pixels/probe.jpg").read_bytes()
     assert found["pillow-crop"]["probe"] == hashlib.sha256(CROP_FIRST.read(data).tobytes()).hexdigest()
     assert drafted(data, resize=32) == (79, 106), "smaller than the image, so that the probe would show a change in libjpeg"
     small = replace(DRAFT, resize=32, crop=28).read(data)

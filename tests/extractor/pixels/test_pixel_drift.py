@@ -13,13 +13,13 @@ import onnx
 import pytest
 from PIL import Image
 
+import classifiers
 from classifiers.bundles.bundle import Bundle
 from classifiers.bundles.fuse import fuse, selftest
 from classifiers.bundles.predictor import FIRST, Predictor
 from classifiers.finetuning.init_head import AffineHead
 from classifiers.heads.registry import make_head
 from classifiers.training.settings import TrainOptions
-from classifiers.training.train import train_head
 from extractor.backbones.networks import Loaded
 from extractor.backbones.registry import Backbone
 from extractor.data.folders import ImageFolder
@@ -48,7 +48,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, dataset: Any, backbone_file: 
     dataset(folder / "photos", {"ants": 15, "bees": 15})
     dataset(folder / "new", {"ants": 10, "bees": 10}, seed=1)
     run_extract(ImageFolder(folder / "photos"), Backbone(str(backbone_file)), folder / "a.cache", Options(quiet=True))
-    bundle = train_head(
+    bundle = classifiers.train(
         FeatureCache(folder / "a.cache"), folder / "a.head", make_head("logistic", C=1.0), TrainOptions(thumbnails=False)
     )
     fuse(bundle, folder / "a.onnx")

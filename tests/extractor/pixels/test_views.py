@@ -19,6 +19,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+import classifiers
 import store.writer
 from classifiers.bundles.bundle import Bundle
 from classifiers.bundles.fuse import fuse
@@ -32,7 +33,6 @@ from classifiers.heads.multilabel_logistic import MultiLabelLogisticHead
 from classifiers.heads.registry import make_head
 from classifiers.heads.ridge import RidgeHead, RidgeRegressionHead
 from classifiers.training.settings import TrainOptions
-from classifiers.training.train import train_head
 from extractor.backbones.registry import Backbone
 from extractor.data.folders import ImageFolder
 from extractor.data.sources import open_source
@@ -378,7 +378,7 @@ def test_no_view_of_a_held_out_image_is_ever_fitted(
         return original(self, X, targets, held, settings)
 
     monkeypatch.setattr(CentroidHead, "_judge", watched)
-    bundle = train_head(seen, tmp_path / "b", CentroidHead())
+    bundle = classifiers.train(seen, tmp_path / "b", CentroidHead())
     train, test = ({row.sha256 for row in seen.rows(split)} for split in ("train", "test"))
     assert bundle.fitted() == train
     *folds, final = fitted_rows
@@ -398,7 +398,7 @@ def test_every_head_learns_from_views(
 ) -> None:
     caplog.set_level(logging.INFO, "penult")
     settings: dict[str, Any] = {"hidden": [8], "lr": 0.01} if name == "mlp" else {}
-    bundle = train_head(seen, tmp_path / "b", make_head(name, **settings), TrainOptions(thumbnails=False))
+    bundle = classifiers.train(seen, tmp_path / "b", make_head(name, **settings), TrainOptions(thumbnails=False))
     assert bundle.metrics is not None
     assert bundle.metrics["accuracy"] > 0.7
     assert bundle.views is None
@@ -419,7 +419,7 @@ def test_averages_are_taken_over_the_same_kind_of_views_everywhere(
 ) -> None:
     caplog.set_level(logging.INFO, "penult")
     head = LogisticHead()
-    bundle = train_head(seen, tmp_path / "b", head, TrainOptions(average_views=True))
+    bundle = classifiers.train(seen, tmp_path / "b", head, TrainOptions(average_views=True))
     kept = bundle.predictions()
     each = head.predict_proba(seen.features(kept.sha256, views=True).reshape(-1, seen.dim)).reshape(-1, K, 2)
     assert kept.probabilities == pytest.approx(each.mean(axis=1), abs=1e-6)
@@ -443,7 +443,7 @@ def test_averaging_needs_views_and_a_fused_file_has_none(
     seen: FeatureCache, plain: FeatureCache, tmp_path: Path, penult: Penult, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(UsageError, match="--average-views"):
-        train_head(plain, tmp_path / "b", CentroidHead(), TrainOptions(average_views=True))
+        classifiers.train(plain, tmp_path / "b", CentroidHead(), TrainOptions(average_views=True))
     code, _, err = penult("train", seen.path, "-o", tmp_path / "b", "--head", "ridge", "--average-views")
     assert code == 0, err
     bundle = Bundle.load(tmp_path / "b")
@@ -456,20 +456,20 @@ def test_averaging_needs_views_and_a_fused_file_has_none(
 
 
 def test_what_was_averaged_counts_when_it_is_asked_whether_to_train_again(seen: FeatureCache, tmp_path: Path) -> None:
-    one = train_head(seen, tmp_path / "a", CentroidHead(), TrainOptions(thumbnails=False))
-    two = train_head(seen, tmp_path / "b", CentroidHead(), TrainOptions(thumbnails=False, average_views=True))
+    one = classifiers.train(seen, tmp_path / "a", CentroidHead(), TrainOptions(thumbnails=False))
+    two = classifiers.train(seen, tmp_path / "b", CentroidHead(), TrainOptions(thumbnails=False, average_views=True))
     assert one.made_from != two.made_from
 
 
 def test_on_disk_and_in_memory_are_the_same(seen: FeatureCache, tmp_path: Path) -> None:
     head = {"C": 0.01}
-    near = train_head(
+    near = classifiers.train(
         seen,
         tmp_path / "a",
         make_head("logistic", **head),
         TrainOptions(val_fraction=0.3, test_fraction=0.3, average_views=True),
     )
-    far = train_head(
+    far = classifiers.train(
         seen,
         tmp_path / "b",
         make_head("logistic", **head),
@@ -491,7 +491,7 @@ def test_rows_on_disk_keep_the_views_of_an_image_together(seen: FeatureCache) ->
 
 
 def test_a_learning_curve_fits_the_views_of_what_it_draws(seen: FeatureCache, tmp_path: Path, fitted_rows: list[Any]) -> None:
-    bundle = train_head(seen, tmp_path / "b", CentroidHead(), TrainOptions(few_shot=[1, 3], repeats=2, thumbnails=False))
+    bundle = classifiers.train(seen, tmp_path / "b", CentroidHead(), TrainOptions(few_shot=[1, 3], repeats=2, thumbnails=False))
     assert bundle.few_shot is not None
     assert [point["shots"] for point in bundle.few_shot] == [1, 3]
     sizes = {len(X) for X in fitted_rows}
@@ -547,7 +547,7 @@ def test_other_tasks_take_the_same_way(photos: Path, backbone: Backbone, tmp_pat
             tmp_path / task,
             Options(views=2, device="cpu", quiet=True),
         )
-        bundle = train_head(cache, tmp_path / f"{task}.head", make_head(None, task), TrainOptions(average_views=True))
+        bundle = classifiers.train(cache, tmp_path / f"{task}.head", make_head(None, task), TrainOptions(average_views=True))
         kept = bundle.predictions()
         code, out, _ = penult("predict", bundle.path, photos / kept.paths[0].decode(), "--format", "csv", "--device", "cpu")
         assert code == 0

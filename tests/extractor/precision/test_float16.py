@@ -102,7 +102,7 @@ def test_a_network_that_overflows_between_two_layers_is_refused(
 
 
 def test_weights_beside_the_file_are_refused(backbone_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(float16.onnxfile, "external_files", lambda _: ["x.data"])
+    monkeypatch.setattr(float16.onnx_file, "external_files", lambda _: ["x.data"])
     with pytest.raises(BadDataError, match="weights over 2 GB"):
         halve(backbone_file, tmp_path / "half.onnx", read_facts(backbone_file))
 

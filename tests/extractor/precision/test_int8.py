@@ -14,10 +14,10 @@ import numpy as np
 import onnx
 import pytest
 
+import classifiers
 from classifiers.demo import write_digits
 from classifiers.heads.registry import make_head
 from classifiers.training.int8_check import judge_rounding
-from classifiers.training.train import train_head
 from extractor.backbones.registry import Backbone
 from extractor.data.folders import ImageFolder
 from extractor.graphs import cpu_session
@@ -301,7 +301,9 @@ def test_int8_is_not_for_gpus(network: Path, digits: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(("name", "settings"), [("logistic", {}), ("mlp", {"max_epochs": 12, "lr": 3e-3})])
 def test_train_judges_and_records(name: str, settings: dict[str, Any], made: Pair, tmp_path: Path) -> None:
-    exact, rounded = (train_head(cache, tmp_path / f"{i}.head", make_head(name, **settings)) for i, cache in enumerate(made))
+    exact, rounded = (
+        classifiers.train(cache, tmp_path / f"{i}.head", make_head(name, **settings)) for i, cache in enumerate(made)
+    )
     assert exact.rounding is None
     assert rounded.rounding is not None
     found = json.loads((rounded.path / "head.json").read_bytes())["rounding"]
@@ -321,7 +323,7 @@ def test_train_refuses_a_head_that_int8_costs_too_much(network: Path, digits: Pa
     worse = [kept.rounded[0] + noise * kept.exact[0].std()]
     write_calibration(tmp_path / "cache", type(kept)(kept.calibration, kept.layers, kept.sha256, kept.exact, worse))
     with pytest.raises(BadDataError, match=r"int8 costs this head too much: cross-validated on \d+ training images"):
-        train_head(FeatureCache(tmp_path / "cache"), tmp_path / "a.head", make_head("logistic"))
+        classifiers.train(FeatureCache(tmp_path / "cache"), tmp_path / "a.head", make_head("logistic"))
     assert not (tmp_path / "a.head").exists()
 
 
@@ -341,7 +343,7 @@ def test_predict_and_evaluate_use_the_int8_network(made: Pair, digits: Path, tmp
     from classifiers.bundles.held_out import evaluate_bundle
     from classifiers.bundles.predictor import Predictor
 
-    bundle = train_head(made[1], tmp_path / "a.head", make_head("logistic"))
+    bundle = classifiers.train(made[1], tmp_path / "a.head", make_head("logistic"))
     evaluation, predictions = evaluate_bundle(bundle, made[1].path)
     files = [bytes(digits) + b"/" + path for path in predictions.paths]
     for found, expected in zip(Predictor.of(bundle).predict(files), predictions.probabilities, strict=True):
@@ -376,7 +378,7 @@ def test_several_feature_sets_are_judged_each(digits: Path, tmp_path: Path, netw
     kept = read_calibration(tmp_path / "cache")
     assert [each.shape[1] for each in kept.exact] == [32, 16]
     for layer in kept.layers:
-        head = train_head(FeatureCache(tmp_path / "cache", layer), tmp_path / f"{layer}.head", make_head("logistic"))
+        head = classifiers.train(FeatureCache(tmp_path / "cache", layer), tmp_path / f"{layer}.head", make_head("logistic"))
         assert head.rounding is not None
 
 
@@ -415,7 +417,7 @@ def test_imagenet_features_of_real_photos(
     assert found["min"] >= 0.995
     assert found["mean"] >= 0.998
     assert found["mean"] > max(each["mean"] for each in found["tried"] if each["method"] == "min-max")
-    bundle = train_head(cache, tmp_path / "ants.head", make_head("logistic"))
+    bundle = classifiers.train(cache, tmp_path / "ants.head", make_head("logistic"))
     assert bundle.metrics is not None
     assert bundle.metrics["accuracy"] >= 0.95
     assert bundle.rounding is not None

@@ -20,10 +20,10 @@ import onnx
 import onnxruntime
 import pytest
 
+import classifiers
 from classifiers.bundles.predictor import Predictor
 from classifiers.finetuning import finetune
 from classifiers.heads.logistic import LogisticHead
-from classifiers.training.train import train_head
 from extractor import machine
 from extractor.backbones.export import export
 from extractor.backbones.registry import Backbone
@@ -594,7 +594,7 @@ def test_float16_is_extracted_on_a_gpu_and_predicted_from_on_a_cpu(
     assert calibration_text(cache.describe()["facts"]["calibration"]).startswith(
         "float16, 0 layer(s) in float32; features moved"
     )
-    train_head(cache, tmp_path / "a.head", LogisticHead())
+    classifiers.train(cache, tmp_path / "a.head", LogisticHead())
     monkeypatch.undo()
     predictor = Predictor.load(tmp_path / "a.head", device="cpu", workers=1)
     assert len(list(predictor.predict(sorted((tmp_path / "photos").rglob("*.jpg"))))) == 12

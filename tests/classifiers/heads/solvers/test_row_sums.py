@@ -1,4 +1,4 @@
-"""classifiers/rowsums.py: the same sums from the processor, from blocks side by side, and from a device of torch."""
+"""The same sums from the processor, from blocks side by side, and from a device of torch."""
 
 from __future__ import annotations
 

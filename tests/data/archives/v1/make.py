@@ -25,15 +25,15 @@ import numpy as np
 import onnx
 from PIL import Image
 
+import classifiers
 from classifiers.bundles.bundle import Bundle
 from classifiers.bundles.fuse import fuse
 from classifiers.bundles.held_out import evaluate_bundle
 from classifiers.bundles.predictor import Predictor
-from classifiers.finetuning.finetune import train_finetuned
+from classifiers.finetuning.finetune import finetune
 from classifiers.finetuning.settings import FineTuneSettings
 from classifiers.heads.registry import make_head
 from classifiers.training.settings import TrainOptions
-from classifiers.training.train import train_head
 from extractor.backbones.registry import Backbone
 from extractor.data.sources import open_source
 from extractor.pipeline.prepare import library_versions
@@ -193,12 +193,12 @@ def make(root: Path) -> dict[str, Any]:
         cache = FeatureCache(root / how["cache"], how.get("layer"))
         head = make_head(how["head"], cache.samples.task.name, seed=0, **how.get("settings", {}))
         training = {"pictures": name == "logistic.head", **how.get("training", {})}  # one page with thumbnails is enough
-        train_head(cache, root / name, head, options_of(training))
+        classifiers.train(cache, root / name, head, options_of(training))
         bundles[name] = {**how, "training": training, **describe_bundle(root / name, root / how["cache"], root)}
     network = {"backbone": "shufflenet_v2_x0_5", "weights": "random:0", "resize": 32, "crop": 32}
     lively = {"epochs": 8, "lr": 1e-3, "head_lr_factor": 1.0, "batch_size": 4, "batch_statistics": True, "patience": 9}
     settings = FineTuneSettings(**network, **lively, device="cpu", quiet=True, thumbnails=False)
-    train_finetuned(FeatureCache(root / "photos.cache"), root / "finetuned.head", settings)
+    finetune(FeatureCache(root / "photos.cache"), root / "finetuned.head", settings)
     bundles["finetuned.head"] = describe_bundle(root / "finetuned.head", root / "photos", root)
     fuse(Bundle.load(root / "logistic.head"), root / "fused.onnx")
     files = sorted(path for path in root.rglob("*") if path.is_file())
