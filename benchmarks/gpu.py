@@ -36,7 +36,7 @@ from extractor.backbones.export import export
 from extractor.backbones.networks import load
 from extractor.backbones.registry import Backbone
 from extractor.data.folders import ImageFolder
-from extractor.data.reader import Crew, Reader
+from extractor.data.reader import Reader, WorkerPool
 from extractor.data.samples import Sample
 from extractor.graphs.backbone_facts import BackboneFacts, read_facts
 from extractor.machine import cores
@@ -264,7 +264,7 @@ def decoding(bench: Bench, facts: BackboneFacts, photos: Path) -> float:
         workers *= 2
     for count in [*counts, cores()]:
         begin = time.perf_counter()
-        reader = Reader(source.files, facts.preprocess, set(), Crew(count))
+        reader = Reader(source.files, facts.preprocess, set(), WorkerPool(count))
         done = sum(outcome.decoded for outcome in reader.stream(todo, StopFlag()))
         rate = done / (time.perf_counter() - begin)
         best = max(best, rate)
@@ -321,7 +321,7 @@ def fidelity(bench: Bench, files: dict[str, Path], photos: Path, count: int) -> 
     """Features on the device against float32 on the CPU (CONTRACTS 8), on photos."""
     facts = read_facts(files["fp32"])
     source = ImageFolder(photos)
-    reader = Reader(source.files, facts.preprocess, set(), Crew(cores()))
+    reader = Reader(source.files, facts.preprocess, set(), WorkerPool(cores()))
     outcomes = reader.stream(list(enumerate(map(Sample, islice(source.everything(), count)))), StopFlag())
     pixels = np.stack([outcome.pixels for outcome in outcomes if outcome.pixels is not None])
     exact = Embedder(files["fp32"], facts.preprocess, device="cpu").embed(pixels)

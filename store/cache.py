@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from store.format import atomic, compact_file, shard
-from store.format.lazy_features import StoredFeatures
+from store.format.lazy_features import LazyFeatures
 from store.format.lock import is_locked
 from store.format.metadata import BACKBONE, all_fingerprints, read_meta, shard_paths
 from store.format.samples import Row, SampleTable
@@ -49,7 +49,7 @@ class Subset:
     ((12, 16), ['cat', 'cat'])
     """
 
-    X: NDArray[np.floating[Any]] | StoredFeatures
+    X: NDArray[np.floating[Any]] | LazyFeatures
     y: NDArray[Any]
     sha256: Sequence[bytes]
     paths: Sequence[bytes]
@@ -320,10 +320,10 @@ class FeatureCache:
         Raises:
             CorruptCacheError: some are not there, or a shard is damaged; names it.
         """
-        found = np.asarray(self.stored(sha256, views=views))
+        found = np.asarray(self.lazy(sha256, views=views))
         return found.reshape(len(sha256), self.views, -1) if views else found
 
-    def stored(self, sha256: Sequence[bytes], *, views: bool = False) -> StoredFeatures:
+    def lazy(self, sha256: Sequence[bytes], *, views: bool = False) -> LazyFeatures:
         """As `features`, to be read later; with ``views`` they follow each other, ``(n * self.views, dim)``.
 
         Raises:
@@ -343,7 +343,7 @@ class FeatureCache:
             raise self.blamed(CorruptCacheError(message))
         numbers = np.arange(self.views if views else 1, dtype=np.int32)
         vectors = (row[place, None] * np.int32(self.views) + numbers).ravel()
-        return StoredFeatures(self.shards, np.repeat(owner[place], len(numbers)), vectors, self.dtype, self._sound, self.blamed)
+        return LazyFeatures(self.shards, np.repeat(owner[place], len(numbers)), vectors, self.dtype, self._sound, self.blamed)
 
     def describe(self) -> dict[str, Any]:
         """What `penult info` shows, as JSON."""
@@ -421,13 +421,13 @@ class FeatureCache:
             self.of_rows([row for row, name in zip(rows, names, strict=True) if name == want], want) for want in wanted
         )
 
-    def of_rows(self, rows: Sequence[Row], name: str, *, stored: bool = False, views: bool = False) -> Subset:
+    def of_rows(self, rows: Sequence[Row], name: str, *, lazy: bool = False, views: bool = False) -> Subset:
         """Features and labels of some of this cache's ok rows.
 
         Args:
             rows: which.
             name: of the subset.
-            stored: their features stay on disk, and their order is that on disk.
+            lazy: their features stay on disk, and their order is that on disk.
             views: all views of each image, one after the other, each with what is known of the image.
 
         Raises:
@@ -443,13 +443,13 @@ class FeatureCache:
             )
             raise BadDataError(message)
         digests = [row.sha256 for row in rows]
-        located, each = self.stored(digests, views=views), self.views if views else 1
+        located, each = self.lazy(digests, views=views), self.views if views else 1
         rows = [row for row in rows for _ in range(each)]
-        if stored:
+        if lazy:
             order = located.order_of_runs(each)
             located, rows = located[order], [rows[i] for i in order.tolist()]
         return Subset(
-            X=located if stored else np.asarray(located),
+            X=located if lazy else np.asarray(located),
             y=self.samples.truth(rows),
             sha256=[row.sha256 for row in rows],
             paths=[row.path for row in rows],

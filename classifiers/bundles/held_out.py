@@ -130,7 +130,7 @@ def evaluate_bundle(
     if cache is not None and predictor is None:
         digests, paths = [row.sha256 for row in fresh], [row.path for row in fresh]
         features, novelty, views = cache.features(digests), bundle.novelty(), bundle.fingerprint.views
-        seen = features if views == 1 else np.asarray(cache.stored(digests, views=True))
+        seen = features if views == 1 else np.asarray(cache.lazy(digests, views=True))
         probabilities = averaged(bundle.head_function()(seen), views)
         scores = novelty.scores(features) if novelty else None
         predictions = Predictions(digests, paths, truth, probabilities, name, scores, features)

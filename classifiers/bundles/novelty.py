@@ -19,7 +19,7 @@ from classifiers.evaluation.intervals import wilson
 from classifiers.heads.solvers.cosines import nearest, unit_rows
 from store.cache import Subset
 from store.format import hdf5
-from store.format.lazy_features import StoredFeatures
+from store.format.lazy_features import LazyFeatures
 
 ENCODING_TYPE = "penult-novelty"
 REFERENCE = 2048  # training images that are kept at most: 8 MB of 2,048 features
@@ -67,9 +67,9 @@ class Novelty:
         usual = float(found[min(math.ceil((len(found) + 1) * (1 - FALSE_ALARMS)), len(found)) - 1])
         return cls(reference, usual) if usual > 0 else None
 
-    def scores(self, X: NDArray[np.floating[Any]] | StoredFeatures) -> NDArray[np.float32]:
+    def scores(self, X: NDArray[np.floating[Any]] | LazyFeatures) -> NDArray[np.float32]:
         """Distance of features ``(n, d)`` in units of what is usual, ``(n,)``; above 1 it is unlike the training images."""
-        if isinstance(X, StoredFeatures):
+        if isinstance(X, LazyFeatures):
             return np.concatenate([self.scores(rows) for _, rows in X.blocks()])
         cosines, _ = nearest(X, self.reference, NEIGHBOUR)
         return np.asarray((1 - cosines[:, -1]) / np.float32(self.usual))

@@ -22,7 +22,7 @@ from classifiers.evaluation.probabilities import averaged
 from classifiers.evaluation.task import HeadTask, Prediction
 from extractor.data.files import Files, FolderFiles
 from extractor.data.folders import ImageFolder
-from extractor.data.reader import Crew, ahead
+from extractor.data.reader import WorkerPool, ahead
 from extractor.data.sources import refuse_ours
 from extractor.futures import in_flight
 from extractor.graphs.backbone_facts import PROBE_IMAGE, facts_of, require_features
@@ -212,8 +212,8 @@ class Predictor:
         size = max(self.embedder.batch_size // self._count, 1)
         decoder = Decoder(self.recipe.preprocess, crop=self.recipe.views is None)
         read = partial(self._pixels, files, decoder)
-        crew = Crew(self._workers, self.embedder.provider)
-        batches = _batches(ahead(read, paths, crew, StopFlag(), decoder), size)
+        workers = WorkerPool(self._workers, self.embedder.provider)
+        batches = _batches(ahead(read, paths, workers, StopFlag(), decoder), size)
         for batch, features in in_flight(map(self._submitted, batches), self.embedder.lanes):
             yield from self._decided(batch, features)
 

@@ -27,7 +27,7 @@ def curve_writer(folder: Path) -> Any:
     """A Lightning callback that writes the module's history after every validation; a resumed run goes on with it."""
     from lightning.pytorch.callbacks import Callback
 
-    class CurveWriter(Callback):
+    class HistoryWriter(Callback):
         events: Any = None
 
         def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -56,4 +56,4 @@ def curve_writer(folder: Path) -> Any:
             if self.events is not None:
                 self.events.close()
 
-    return CurveWriter()
+    return HistoryWriter()

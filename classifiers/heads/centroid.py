@@ -12,10 +12,10 @@ from classifiers.evaluation.probabilities import Float32
 from classifiers.heads.solvers.cosines import unit_rows
 
 from .fitted import DenseHead, FittedHead
-from .search import SearchedHead
+from .search import SearchHead
 
 
-class CentroidHead(SearchedHead):
+class CentroidHead(SearchHead):
     """Nearest class mean, of features at length 1 that are centred and brought to length 1 again.
 
     That is the classifier of Wang et al. 2019, "SimpleShot" (its CL2N), where the centre is the mean of the class means.
@@ -26,7 +26,7 @@ class CentroidHead(SearchedHead):
         cv, seed: folds where no validation set is given.
 
     Attributes:
-        classes_, history_, fitted_, temperature_: as in `SearchedHead`.
+        classes_, history_, fitted_, temperature_: as in `SearchHead`.
 
     >>> from classifiers import CentroidHead
     >>> from store import FeatureCache

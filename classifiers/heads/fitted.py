@@ -18,7 +18,7 @@ from classifiers.evaluation.conformal import Conformal
 from classifiers.evaluation.probabilities import Float32, fit_temperature, sigmoid, softmax
 from classifiers.heads.solvers.cosines import SHORTEST, unit_rows
 from store.errors import BadDataError
-from store.format.lazy_features import StoredFeatures
+from store.format.lazy_features import LazyFeatures
 
 OPSET = 20
 
@@ -117,7 +117,7 @@ class DenseHead(FittedHead):
 
     def logits(self, X: ArrayLike) -> Float32:
         """``(n, d)`` features to ``(n, k)`` logits, before the temperature."""
-        if isinstance(X, StoredFeatures):
+        if isinstance(X, LazyFeatures):
             return np.concatenate([self.logits(rows) for _, rows in X.blocks()])
         hidden = np.asarray(X, np.float32)
         hidden = ((unit_rows(hidden) if self.unit else hidden) - self.mean) / self.scale

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from classifiers.evaluation.probabilities import Float32
 from store.errors import BadDataError
-from store.format.lazy_features import StoredFeatures
+from store.format.lazy_features import LazyFeatures
 
 Fold = tuple[NDArray[np.intp], NDArray[np.intp]]  # row numbers to fit on, and to judge on
 
@@ -101,13 +101,13 @@ def validation_targets(y: ArrayLike, classes: NDArray[Any]) -> NDArray[np.intp]:
     return np.searchsorted(classes, labels)
 
 
-def stored_with_validation(
-    X: StoredFeatures,
+def lazy_with_validation(
+    X: LazyFeatures,
     targets: NDArray[np.intp],
-    validation: tuple[StoredFeatures, Any],
+    validation: tuple[LazyFeatures, Any],
     classes: NDArray[Any],
     views: int = 1,
-) -> tuple[StoredFeatures, NDArray[np.intp], list[Fold]]:
+) -> tuple[LazyFeatures, NDArray[np.intp], list[Fold]]:
     """As `with_validation`, in the order on disk; the views of an image stay together."""
     held, labels = validation
     every = X.joined(held)

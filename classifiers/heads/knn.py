@@ -15,7 +15,7 @@ from classifiers.heads.solvers.cosines import Nearest, nearest, unit_rows
 from store.errors import BadDataError
 
 from .fitted import UNIT_CONSTANTS, FittedHead, unit_nodes
-from .search import SearchedHead
+from .search import SearchHead
 
 KS = (1, 3, 5, 10, 20, 50, 100, 200)
 TAUS = (0.02, 0.05, 0.07, 0.1, 0.2)
@@ -132,7 +132,7 @@ def vote(found: Nearest, labels: NDArray[np.integer[Any]], k: int, tau: float, c
     return np.asarray(np.log(doubted / doubted.sum(axis=1, keepdims=True)), np.float32)
 
 
-class KnnHead(SearchedHead):
+class KnnHead(SearchHead):
     """k nearest neighbours; k and tau are chosen by log-loss out of fold or on validation.
 
     Args:
@@ -141,7 +141,7 @@ class KnnHead(SearchedHead):
         cv, seed: folds where no validation set is given.
 
     Attributes:
-        classes_, history_, fitted_, temperature_: as in `SearchedHead`; ``setting_`` has ``k`` and ``tau``.
+        classes_, history_, fitted_, temperature_: as in `SearchHead`; ``setting_`` has ``k`` and ``tau``.
 
     >>> from classifiers import KnnHead
     >>> from store import FeatureCache

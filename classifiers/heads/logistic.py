@@ -22,17 +22,17 @@ from classifiers.evaluation.probabilities import log_loss
 from classifiers.heads.solvers.elastic import ElasticPath
 from classifiers.heads.solvers.row_sums import Float32, Float64, gpu_for
 from classifiers.heads.solvers.softmax import Optimum, SoftmaxPath
-from classifiers.heads.solvers.standardise import StandardisedRows, standardisation, stored_standardisation
+from classifiers.heads.solvers.standardise import StandardisedRows, lazy_standardisation, standardisation
 from classifiers.heads.solvers.threads import threads_for
-from store.format.lazy_features import StoredFeatures
+from store.format.lazy_features import LazyFeatures
 
 from .fitted import DenseHead, calibrate
-from .folds import Fold, class_indices, on_first_views, stored_with_validation, stratified_folds, with_validation
+from .folds import Fold, class_indices, lazy_with_validation, on_first_views, stratified_folds, with_validation
 from .search import ClassifierHead
 
 log = logging.getLogger("penult.classifiers")
 
-Features = Float32 | StoredFeatures
+Features = Float32 | LazyFeatures
 
 CS = tuple(float(C) for C in np.logspace(-5, 6, 45))
 NET = CS[::4]  # for an elastic net, whose fits cannot share anything
@@ -49,8 +49,8 @@ class _Problem:
         self._classes, self._max_iter = classes, head.max_iter
         weights = _class_weights(head.class_weight, targets, classes, rows)
         self._path: ElasticPath | SoftmaxPath
-        if isinstance(X, StoredFeatures):
-            self._mean, self._scale = stored_standardisation(X, rows)
+        if isinstance(X, LazyFeatures):
+            self._mean, self._scale = lazy_standardisation(X, rows)
             self._path = SoftmaxPath(StandardisedRows(X, self._mean, self._scale), targets, len(classes), weights)
             return
         self._mean, self._scale = standardisation(X, rows)
@@ -225,7 +225,7 @@ class LogisticHead(ClassifierHead):
             ValueError: a setting, a label or a weight cannot be used; says which.
         """
         features: Features
-        if isinstance(X, StoredFeatures):
+        if isinstance(X, LazyFeatures):
             features, labels, self.n_features_in_ = X, np.asarray(y), X.shape[1]
         else:
             features, labels = map(np.asarray, validate_data(self, X, y, dtype=np.float32))
@@ -290,8 +290,8 @@ class LogisticHead(ClassifierHead):
         self, features: Features, targets: NDArray[np.intp], validation: tuple[ArrayLike, ArrayLike], views: int
     ) -> tuple[Features, NDArray[np.intp], list[Fold]]:
         held, labels = validation
-        if isinstance(features, StoredFeatures) and isinstance(held, StoredFeatures):
-            return stored_with_validation(features, targets, (held, labels), self.classes_, views)
+        if isinstance(features, LazyFeatures) and isinstance(held, LazyFeatures):
+            return lazy_with_validation(features, targets, (held, labels), self.classes_, views)
         return with_validation(np.asarray(features), targets, validation, self.classes_)
 
     def _rank(self, point: Mapping[str, float | bool]) -> tuple[float, float]:

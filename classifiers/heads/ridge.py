@@ -20,7 +20,7 @@ from store.tasks import RegressionTask
 
 from .fitted import DenseHead, FittedHead
 from .folds import group_folds, on_first_views
-from .search import JUDGED, Head, SearchedHead, Tried
+from .search import JUDGED, Head, SearchHead, Tried
 
 log = logging.getLogger("penult.classifiers")
 
@@ -36,7 +36,7 @@ def _head(spectrum: Spectrum, alpha: float, classes: list[str]) -> DenseHead:
     return DenseHead(spectrum.mean, spectrum.scale, [spectrum.solution(alpha)], classes)
 
 
-class RidgeHead(SearchedHead):
+class RidgeHead(SearchHead):
     """Ridge regression: one output for each class, 1 where a row is of it and -1 where not.
 
     Lambda (scikit-learn calls it alpha) is chosen by the squared error that it minimises, as `RidgeClassifierCV` does: by
@@ -50,7 +50,7 @@ class RidgeHead(SearchedHead):
 
     Attributes:
         alpha_: the value in use.
-        classes_, history_, fitted_, temperature_: as in `SearchedHead`; ``squared_error`` is the criterion.
+        classes_, history_, fitted_, temperature_: as in `SearchHead`; ``squared_error`` is the criterion.
 
     >>> from classifiers import RidgeHead
     >>> from store import FeatureCache

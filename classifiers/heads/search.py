@@ -50,7 +50,7 @@ class Tried:
 class Head(BaseEstimator, ABC):  # type: ignore[misc]
     """A head is a scikit-learn estimator on features that becomes a `FittedHead`, which is saved, fused and predicted with.
 
-    A new one is a class of this kind and a row of `registry.ROWS`. `fit` chooses its settings, on a validation set or out of fold.
+    A new one is a class of this kind and a row of `registry.ROWS`. `fit` chooses its settings, on a validation set or by folds.
 
     Attributes:
         name, task: as in its row.
@@ -135,7 +135,7 @@ class ClassifierHead(ClassifierMixin, Head):  # type: ignore[misc]
         return np.asarray(self.classes_[self.predict_proba(X).argmax(axis=1)])
 
 
-class SearchedHead(ClassifierHead):
+class SearchHead(ClassifierHead):
     """A head whose settings are chosen from a short list.
 
     A kind of head says what its settings are, what each gives on held-out rows, and how it is fitted with one of them.

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from classifiers.heads.solvers.cosines import unit_rows
-from store.format.lazy_features import StoredFeatures
+from store.format.lazy_features import LazyFeatures
 
 POINTS = 1000  # more images take seconds and show no more
 FEWEST = 3
@@ -33,7 +33,7 @@ class FeatureMap:
     method: str
 
 
-def feature_map(X: NDArray[np.floating[Any]] | StoredFeatures, seed: int = 0) -> FeatureMap | None:
+def feature_map(X: NDArray[np.floating[Any]] | LazyFeatures, seed: int = 0) -> FeatureMap | None:
     """Put features ``(n, d)``, scaled to length 1, on a plane; of many images a seeded draw of `POINTS`.
 
     Returns:

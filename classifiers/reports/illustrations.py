@@ -18,7 +18,7 @@ from extractor.data.files import Files
 from extractor.data.sources import files_of
 from store.cache import Subset
 from store.errors import PenultError, display
-from store.format.lazy_features import StoredFeatures
+from store.format.lazy_features import LazyFeatures
 from store.format.samples import SampleTable
 
 from .feature_map import FeatureMap, feature_map
@@ -75,7 +75,7 @@ def illustrate(
     predictions: Predictions,
     classes: Sequence[str],
     *,
-    X: NDArray[np.floating[Any]] | StoredFeatures | None = None,
+    X: NDArray[np.floating[Any]] | LazyFeatures | None = None,
     fitted: Sequence[Subset] = (),
     files: Files | None = None,
 ) -> Illustrations:

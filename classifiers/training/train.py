@@ -167,19 +167,19 @@ def prepare(cache: FeatureCache, head: Head, options: TrainOptions) -> Prepared:
     require_roles(cache.samples, roles)
     cache.require_backbone()
     rows = len(roles.fit) + len(roles.choose) + len(roles.report)
-    stored = must_stream(head, rows * cache.views, cache.dim, cache.dtype.itemsize, options.max_memory)
-    if stored:
+    lazy = must_stream(head, rows * cache.views, cache.dim, cache.dtype.itemsize, options.max_memory)
+    if lazy:
         roles = _for_streaming(roles, options.few_shot, seed=options.seed)
-    seen = fit = cache.of_rows(roles.fit, "train", stored=stored)
-    chosen_on = choose = cache.of_rows(roles.choose, "val", stored=stored) if roles.choose else None
-    held_out = cache.of_rows(roles.report, str(roles.facts["reported_on"]), stored=stored) if roles.report else None
+    seen = fit = cache.of_rows(roles.fit, "train", lazy=lazy)
+    chosen_on = choose = cache.of_rows(roles.choose, "val", lazy=lazy) if roles.choose else None
+    held_out = cache.of_rows(roles.report, str(roles.facts["reported_on"]), lazy=lazy) if roles.report else None
     fitted, views = [fit, *([choose] if choose else [])], None
     leaks = _look_for_leaks(cache, roles, fitted, held_out)
     guard(leaks, options.leaks)
     if cache.views > 1:  # of what is fitted; all else is about the images as they are
         log.info("all %d views of each training image are fitted; choices are judged on the first", cache.views)
-        seen = cache.of_rows(roles.fit, "train", stored=stored, views=True)
-        chosen_on = cache.of_rows(roles.choose, "val", stored=stored, views=True) if roles.choose else None
+        seen = cache.of_rows(roles.fit, "train", lazy=lazy, views=True)
+        chosen_on = cache.of_rows(roles.choose, "val", lazy=lazy, views=True) if roles.choose else None
         views = {**cache.fingerprint.fields[VIEWS], "averaged": options.average_views}
     return Prepared(cache, options, roles.facts, fitted, held_out, seen, roles.fit, chosen_on, views, leaks, origin)
 
@@ -216,7 +216,7 @@ def judge(fitted: Fitted, prepared: Prepared) -> Judged:
     temperature = None if averaging else head.temperature_  # a mean of probabilities is of no one temperature
     task = task_of(cache.samples.task.name, names, conformal, temperature)
     if held_out is not None:
-        looked_at = cache.stored(held_out.sha256, views=True) if averaging else held_out.X
+        looked_at = cache.lazy(held_out.sha256, views=True) if averaging else held_out.X
         probabilities = averaged(head.fitted_.probabilities(looked_at), cache.views if averaging else 1)
         predictions = Predictions(held_out.sha256, held_out.paths, held_out.y, probabilities, held_out.name)
         evaluation = task.score(held_out.y, probabilities, held_out.name)

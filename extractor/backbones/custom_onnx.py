@@ -62,7 +62,7 @@ def import_onnx(backbone: Backbone, target: Path) -> BackboneFacts:
     beside = read_sidecar(file)
     if beside:
         log.info("%s says how %s is used", file.with_suffix(".toml"), file.name)
-    stated = {**beside, **backbone.stated}
+    stated = {**beside, **backbone.onnx_input}
     layers = list(backbone.layers) or stated.pop("layer", [])
     pooling = backbone.pooling or stated.pop("pooling", "average")
     load_data(model, file)
@@ -181,7 +181,7 @@ def _run_new(path: Path, pixels: NDArray[np.float32], facts: BackboneFacts) -> l
 def _own(backbone: Backbone, facts: BackboneFacts, model: Any, digest: str, target: Path) -> BackboneFacts:
     """A file of penult's own says everything itself."""
     file = Path(backbone.name)
-    superfluous = [f"--{name.replace('_', '-')}" for name in backbone.stated]
+    superfluous = [f"--{name.replace('_', '-')}" for name in backbone.onnx_input]
     superfluous += ["--layer"] if backbone.layers else []
     superfluous += ["--pooling"] if backbone.pooling else []
     if superfluous:

@@ -79,7 +79,7 @@ class Backbone:
         return int(found[1] or 0) if found else None
 
     @property
-    def stated(self) -> dict[str, Any]:
+    def onnx_input(self) -> dict[str, Any]:
         """What is said about pixels, all of which an ONNX file may need."""
         names = ("resize", "crop", "mean", "std", "input_range", "interpolation", "channels", "squash", "layout", "pixel_path")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
@@ -178,7 +178,7 @@ def check_request(backbone: Backbone, spell: Callable[[str], str] = as_flag) -> 
     refused, why = {"weights", "preset"}, "has its weights inside"
     if not backbone.is_file:
         choose_name(name, None, "")
-        refused, why = set(backbone.stated) - {"resize", "crop", "pixel_path"}, "has the preprocessing of its weights"
+        refused, why = set(backbone.onnx_input) - {"resize", "crop", "pixel_path"}, "has the preprocessing of its weights"
     if superfluous := [spell(each) for each in BACKBONE_FIELDS if each in refused and getattr(backbone, each) is not None]:
         message = f"{name} {why}: leave {', '.join(superfluous)} out"
         raise UsageError(message)

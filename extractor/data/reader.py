@@ -34,7 +34,7 @@ from .files import Files
 from .samples import Sample
 
 AHEAD = 8  # decoded images per worker that wait at most
-WINDOW = 1.0  # seconds over which a crew looks whether it is too small ..
+WINDOW = 1.0  # seconds over which a pool looks whether it is too small ..
 STARVED = 0.2  # .. which it is when the consumer waited for this share of them
 
 
@@ -59,7 +59,7 @@ class Reader:
         files: where the samples are.
         preprocess: what happens to their pixels.
         known: content digests that need no decoding.
-        crew: the threads, each with a decode worker of its own.
+        workers: the threads, each with a decode worker of its own.
         ahead: how many images may wait, where that is more than `AHEAD` for each worker.
         views: drawn of each image in the threads: a decode worker has neither the memory nor the time to import torchvision.
     """
@@ -69,11 +69,11 @@ class Reader:
         files: Files,
         preprocess: Preprocess,
         known: set[bytes],
-        crew: Crew,
+        workers: WorkerPool,
         ahead: int = 0,
         views: Views | None = None,
     ) -> None:
-        self._files, self._preprocess, self._crew, self._ahead = files, preprocess, crew, ahead
+        self._files, self._preprocess, self._workers, self._ahead = files, preprocess, workers, ahead
         self._views = views
         self._claimed, self._lock = set(known), Lock()
         self.seconds: Clock = defaultdict(float)
@@ -84,7 +84,7 @@ class Reader:
         """Outcomes in the order of ``todo``; ends early when ``stop`` is set. The decoder is closed then, also a given one,
         which must not crop where there are views."""
         decoder = decoder or Decoder(self._preprocess, crop=self._views is None, stop=stop)
-        return ahead(lambda item: self._read(*item, decoder), todo, self._crew, stop, decoder, self._ahead)
+        return ahead(lambda item: self._read(*item, decoder), todo, self._workers, stop, decoder, self._ahead)
 
     def _read(self, index: int, sample: Sample, decoder: Decoder) -> Outcome:
         begin = time.perf_counter()
@@ -113,25 +113,25 @@ class Reader:
 
 
 def ahead(
-    function: Callable[[T], R], items: Iterable[T], crew: Crew, stop: StopFlag, decoder: Decoder, at_least: int = 0
+    function: Callable[[T], R], items: Iterable[T], workers: WorkerPool, stop: StopFlag, decoder: Decoder, at_least: int = 0
 ) -> Generator[R, None, None]:
     """Results in order, computed by a few threads a bounded number of items ahead of the consumer.
 
     The decoder that ``function`` uses is closed at the end, before the threads are waited for: one may hang in it.
     """
-    with ThreadPoolExecutor(crew.most, "penult-decode") as pool, decoder, suppress(InterruptedRunError):
-        begun = (pool.submit(crew.work, function, item) for item in takewhile(lambda _: not stop, items))
+    with ThreadPoolExecutor(workers.most, "penult-decode") as pool, decoder, suppress(InterruptedRunError):
+        begun = (pool.submit(workers.work, function, item) for item in takewhile(lambda _: not stop, items))
         try:
-            for future in in_flight(begun, max(crew.most * AHEAD, at_least) - 1):
+            for future in in_flight(begun, max(workers.most * AHEAD, at_least) - 1):
                 if stop:
                     return
-                yield crew.wait(future)
+                yield workers.wait(future)
         finally:
-            crew.dismiss()
+            workers.close()
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-class Crew:
+class WorkerPool:
     """How many threads may work: all that were asked for, or, where the number is left open, as many as the consumer needs.
 
     More decode workers than are needed take time from the backbone on the same cores, and each costs half a second to start.
@@ -172,6 +172,6 @@ class Crew:
         self._gate.release(size - self.size)
         self.size = size
 
-    def dismiss(self) -> None:
+    def close(self) -> None:
         """Let all go who wait for their turn."""
         self._gate.release(self.most)

@@ -15,7 +15,7 @@ from extractor.futures import in_flight
 from extractor.machine import Clock, timed
 from extractor.progress import Progress
 from extractor.runtime.batch_size import Pace
-from extractor.runtime.devices import Fleet
+from extractor.runtime.devices import DevicePool
 from extractor.runtime.session import Embedder
 from store.format.samples import Row
 from store.writer import CacheWriter
@@ -38,7 +38,7 @@ class Embedded:
 
 def embedded(
     stream: Iterator[Outcome],
-    embedder: Embedder | Fleet,
+    embedder: Embedder | DevicePool,
     pace: Pace,
     progress: Progress,
     clock: Clock,

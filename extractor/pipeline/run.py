@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from extractor.backbones.registry import Backbone
-from extractor.data.reader import Crew, Reader
+from extractor.data.reader import Reader, WorkerPool
 from extractor.data.samples import Sample
 from extractor.data.sources import Source, open_source
 from extractor.graphs.backbone_facts import BackboneFacts
@@ -31,7 +31,7 @@ from extractor.pixels.views import require_reference
 from extractor.precision.calibration import Calibrator, count_moved
 from extractor.progress import Progress, StopFlag, stop_on_signal
 from extractor.runtime.batch_size import Pace
-from extractor.runtime.devices import Fleet, open_embedder
+from extractor.runtime.devices import DevicePool, open_embedder
 from extractor.runtime.session import Embedder
 from store.cache import FeatureCache
 from store.errors import BudgetExceededError, InterruptedRunError, StorageError
@@ -101,7 +101,7 @@ class _Opened:
 
     facts: BackboneFacts
     decoder: Decoder
-    embedder: Embedder | Fleet
+    embedder: Embedder | DevicePool
     before: SampleTable | None
 
 
@@ -214,10 +214,10 @@ def _stream(request: _Request, writer: CacheWriter, opened: _Opened, stop: StopF
         log.warning("--limit leaves %d of the %d samples in the sample table; features are kept", *counts)
     outcomes, todo = plan(request.samples, before, writer.known, request.source.files, options)
     pace = Pace(embedder, options.views * len(todo) if options.batch_size is None else 0)
-    crew = Crew(options.workers, embedder.provider)
+    workers = WorkerPool(options.workers, embedder.provider)
     ahead = 2 * math.ceil(embedder.batch_size / options.views)
     files, preprocess = request.source.files, opened.facts.preprocess
-    reader = Reader(files, preprocess, writer.known, crew, ahead=ahead, views=options.drawn)
+    reader = Reader(files, preprocess, writer.known, workers, ahead=ahead, views=options.drawn)
     clock: Clock = defaultdict(float)
     computed, fail_fast = 0, options.on_error == "fail"
     with (
@@ -239,7 +239,7 @@ def _stream(request: _Request, writer: CacheWriter, opened: _Opened, stop: StopF
     rows = _fail_copies([row for row in outcomes if row is not None], writer.known)
     if fail_fast:
         _fail_fast(rows)
-    return _Streamed(rows, computed, clock, crew.size)
+    return _Streamed(rows, computed, clock, workers.size)
 
 
 def _finish(
@@ -263,7 +263,7 @@ def _finish(
 def survey(source: Source, preprocess: Preprocess, options: Options) -> SampleTable:
     """Read, hash and decode every input without embedding any: the sample table that `run_extract` would write."""
     samples = list_samples(source, options)
-    reader = Reader(source.files, preprocess, set(), Crew(options.workers or cores()))
+    reader = Reader(source.files, preprocess, set(), WorkerPool(options.workers or cores()))
     rows = _fail_copies([outcome.row for outcome in reader.stream(list(enumerate(samples)), StopFlag())], set())
     rows, rule = resolve_splits(rows, options, source.task)
     return SampleTable(rows, _facts(source, rule, rows, options), source.task.targets)

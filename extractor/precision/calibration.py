@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from extractor.data.reader import Crew, Reader
+from extractor.data.reader import Reader, WorkerPool
 from extractor.data.samples import Sample
 from extractor.data.sources import Source
 from extractor.graphs.backbone_facts import BackboneFacts
@@ -85,7 +85,7 @@ class Calibrator:
 
     def _decoded(self, facts: BackboneFacts, limit: int) -> tuple[list[bytes], Pixels]:
         workers = self.workers or cores()
-        reader = Reader(self.source.files, facts.preprocess, set(), Crew(workers))
+        reader = Reader(self.source.files, facts.preprocess, set(), WorkerPool(workers))
         digests, pixels = [], []
         with closing(reader.stream(list(enumerate(self._candidates(workers))), self.stop)) as stream:
             for outcome in stream:

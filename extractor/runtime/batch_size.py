@@ -6,7 +6,7 @@ import logging
 import statistics
 from collections import defaultdict
 
-from .devices import Fleet
+from .devices import DevicePool
 from .session import Embedder
 
 log = logging.getLogger("penult.extractor")
@@ -29,7 +29,7 @@ class Pace:
         images: how many there are to do.
     """
 
-    def __init__(self, embedder: Embedder | Fleet, images: int = 0) -> None:
+    def __init__(self, embedder: Embedder | DevicePool, images: int = 0) -> None:
         self._embedder = embedder
         self._took: dict[int, list[float]] = defaultdict(list)
         self._begun = 0

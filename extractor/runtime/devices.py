@@ -78,14 +78,14 @@ def open_embedder(
     batch_size: int | None,
     outputs: Sequence[str],
     tf32: bool,
-) -> Embedder | Fleet:
-    """An `Embedder` for one device, a `Fleet` for several."""
+) -> Embedder | DevicePool:
+    """An `Embedder` for one device, a `DevicePool` for several."""
     if len(devices) == 1:
         return Embedder(model, preprocess, device=devices[0], batch_size=batch_size, outputs=outputs, tf32=tf32)
-    return Fleet(devices, model, preprocess, batch_size=batch_size, outputs=outputs, tf32=tf32)
+    return DevicePool(devices, model, preprocess, batch_size=batch_size, outputs=outputs, tf32=tf32)
 
 
-class Fleet:
+class DevicePool:
     """An `Embedder` for each device, in a child process, with the face of one.
 
     Attributes:

@@ -17,7 +17,7 @@ ROWS = 8192  # at once: 64 MiB of 2,048 float32
 
 
 @dataclass(frozen=True, eq=False)
-class StoredFeatures:
+class LazyFeatures:
     """Features of some samples of a cache, or of their views, where they are.
 
     Indexing by a slice or by row numbers gives others of the same kind; ``np.asarray`` reads them. Each shard is checked
@@ -49,7 +49,7 @@ class StoredFeatures:
     def __len__(self) -> int:
         return len(self.owner)
 
-    def __getitem__(self, rows: slice | NDArray[np.intp]) -> StoredFeatures:
+    def __getitem__(self, rows: slice | NDArray[np.intp]) -> LazyFeatures:
         return replace(self, owner=self.owner[rows], row=self.row[rows])
 
     def __array__(self, dtype: np.dtype[Any] | None = None, *, copy: bool | None = None) -> NDArray[np.floating[Any]]:
@@ -90,7 +90,7 @@ class StoredFeatures:
         runs = np.lexsort((self.row[::length], self.owner[::length]))
         return (runs[:, None] * length + np.arange(length)).ravel()
 
-    def joined(self, other: StoredFeatures) -> StoredFeatures:
+    def joined(self, other: LazyFeatures) -> LazyFeatures:
         """These and others of the same cache after them."""
         return replace(self, owner=np.append(self.owner, other.owner), row=np.append(self.row, other.row))
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from classifiers.evaluation.probabilities import Float32
-from store.format.lazy_features import StoredFeatures
+from store.format.lazy_features import LazyFeatures
 
 
 def standardisation(X: NDArray[np.floating[Any]], weights: NDArray[np.float64] | None = None) -> tuple[Float32, Float32]:
@@ -35,7 +35,7 @@ def scale_of(mean: NDArray[np.float64], deviation: NDArray[np.float64]) -> tuple
 class StandardisedRows:
     """Stored features less their mean, over their scale, each time they are read."""
 
-    features: StoredFeatures
+    features: LazyFeatures
     mean: Float32
     scale: Float32
 
@@ -53,7 +53,7 @@ class StandardisedRows:
         return block
 
 
-def stored_standardisation(X: StoredFeatures, weights: NDArray[np.float64] | None = None) -> tuple[Float32, Float32]:
+def lazy_standardisation(X: LazyFeatures, weights: NDArray[np.float64] | None = None) -> tuple[Float32, Float32]:
     """As `standardisation`, in two passes."""
     weights = np.ones(len(X)) if weights is None else weights
     mean, square = np.zeros(X.shape[1]), np.zeros(X.shape[1])

@@ -229,7 +229,7 @@ def test_a_compact_file_replaced_while_it_is_open(made: Path, tmp_path: Path) ->
         opened = FeatureCache(file)
         keys = [row.sha256 for row in opened.rows()]
         before = opened.features(keys)
-        later = opened.stored(keys)
+        later = opened.lazy(keys)
         replaced(file, tmp_path / f"{other}.h5")
         with pytest.raises(LockedError, match="was replaced, by another run while it was read"):
             opened.features(keys)

@@ -20,7 +20,7 @@ from classifiers.heads import knn, ridge
 from classifiers.heads.centroid import CentroidHead
 from classifiers.heads.knn import KnnHead
 from classifiers.heads.ridge import RidgeHead
-from classifiers.heads.search import SearchedHead
+from classifiers.heads.search import SearchHead
 from classifiers.heads.solvers import spectrum
 from classifiers.heads.solvers.cosines import nearest
 from store.errors import BadDataError
@@ -38,7 +38,7 @@ def blobs(n: int = 90, d: int = 12, k: int = 3, seed: int = 0, noise: float = 1.
     return X.astype(np.float32), np.array(["ant", "bee", "cat"])[targets]
 
 
-def ids(head: SearchedHead) -> str:
+def ids(head: SearchHead) -> str:
     return type(head).__name__
 
 
@@ -48,7 +48,7 @@ def test_scikit_learns_law(estimator: Any, check: Any) -> None:
 
 
 @pytest.mark.parametrize("head", HEADS, ids=ids)
-def test_learns_and_is_calibrated_enough_to_beat_guessing(head: SearchedHead) -> None:
+def test_learns_and_is_calibrated_enough_to_beat_guessing(head: SearchHead) -> None:
     head = clone(head).fit(*blobs(noise=2))
     X, y = blobs(seed=1, n=300, noise=2)
     probabilities = head.predict_proba(X)
@@ -59,7 +59,7 @@ def test_learns_and_is_calibrated_enough_to_beat_guessing(head: SearchedHead) ->
 
 @pytest.mark.parametrize("head", HEADS, ids=ids)
 @pytest.mark.parametrize("k", [2, 3])
-def test_onnx_gives_the_same_probabilities(head: SearchedHead, k: int) -> None:
+def test_onnx_gives_the_same_probabilities(head: SearchHead, k: int) -> None:
     X, y = blobs(k=k, noise=2)
     head = clone(head).fit(X, y)
     session = onnxruntime.InferenceSession(head.fitted_.to_onnx(), providers=["CPUExecutionProvider"])
@@ -132,7 +132,7 @@ def test_settings_are_chosen_on_validation_and_fitted_on_both() -> None:
 
 
 @pytest.mark.parametrize("head", [RidgeHead(), KnnHead()], ids=ids)
-def test_folds_do_not_divide_groups(head: SearchedHead) -> None:
+def test_folds_do_not_divide_groups(head: SearchHead) -> None:
     """Each image is there four times: who finds its copies believes what it is told."""
     X, y = blobs(n=60, d=40, noise=6.0)
     X4, y4 = np.repeat(X, 4, axis=0) + np.float32(1e-3) * np.arange(240)[:, None] % 4, np.repeat(y, 4)
@@ -225,7 +225,7 @@ def test_a_score_gets_its_scale_from_a_temperature() -> None:
 
 
 @pytest.mark.parametrize("head", HEADS, ids=ids)
-def test_again_is_the_same_setting_on_other_rows(head: SearchedHead) -> None:
+def test_again_is_the_same_setting_on_other_rows(head: SearchHead) -> None:
     X, y = blobs(noise=4)
     fitted = clone(head).fit(X, y)
     rows = np.flatnonzero(y != "cat")[:20]
@@ -238,7 +238,7 @@ def test_again_is_the_same_setting_on_other_rows(head: SearchedHead) -> None:
 
 
 @pytest.mark.parametrize("head", HEADS, ids=ids)
-def test_pipeline_and_grid_search(head: SearchedHead) -> None:
+def test_pipeline_and_grid_search(head: SearchHead) -> None:
     X, y = blobs(noise=2)
     assert make_pipeline(StandardScaler(with_mean=False), clone(head)).fit(X, y).score(X, y) > 0.8
     search = GridSearchCV(clone(head), {"cv": [2, 3]}, cv=2).fit(X, y)

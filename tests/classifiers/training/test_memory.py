@@ -30,7 +30,7 @@ from extractor.pipeline.settings import Options
 from store.cache import FeatureCache
 from store.compact import write_compact
 from store.errors import CorruptCacheError, UsageError
-from store.format.lazy_features import StoredFeatures
+from store.format.lazy_features import LazyFeatures
 from store.format.samples import Row, SampleTable
 from store.format.shard import widen
 from store.splits import assign_splits, with_splits
@@ -103,8 +103,8 @@ def test_stored_features_are_the_features(synthetic: Synthetic, tmp_path: Path, 
     if compact:
         write_compact(cache, tmp_path / "large.h5")
         cache = FeatureCache(tmp_path / "large.h5")
-    subset = cache.of_rows(cache.rows(), "all", stored=True)
-    assert isinstance(subset.X, StoredFeatures)
+    subset = cache.of_rows(cache.rows(), "all", lazy=True)
+    assert isinstance(subset.X, LazyFeatures)
     expected = np.stack([synthetic.features[path] for path in subset.paths])
     labels = {row.path: row.label for row in cache.rows()}
     assert subset.y.tolist() == [labels[path] for path in subset.paths]
@@ -160,7 +160,7 @@ def test_a_head_from_disk_is_the_one_from_memory(
 @pytest.mark.usefixtures("small_blocks")
 def test_folds_class_weights_and_sample_weights_from_disk(synthetic: Synthetic) -> None:
     cache = FeatureCache(synthetic.path)
-    stored = cache.of_rows(cache.rows("train"), "train", stored=True)
+    stored = cache.of_rows(cache.rows("train"), "train", lazy=True)
     weights = np.random.default_rng(2).random(len(stored)) + 0.5
     settings = {"Cs": (1e-4, 1e-3), "cv": 2, "class_weight": "balanced"}
     disk = LogisticHead(**settings).fit(stored.X, stored.y, weights, groups=stored.groups)
@@ -216,7 +216,7 @@ def test_what_fits_stays_in_memory(caplog: pytest.LogCaptureFixture) -> None:
 def test_shards_that_are_lost_or_damaged_are_named(synthetic: Synthetic, tmp_path: Path) -> None:
     shutil.copytree(synthetic.path, tmp_path / "a.cache")
     cache = FeatureCache(tmp_path / "a.cache")
-    X = cache.of_rows(cache.rows(), "all", stored=True).X
+    X = cache.of_rows(cache.rows(), "all", lazy=True).X
     damaged, cut, lost = (shard.path for shard in cache.shards[1:4])
     np.asarray(X[-N // 2 :])
     data = bytearray(damaged.read_bytes())
@@ -224,11 +224,11 @@ def test_shards_that_are_lost_or_damaged_are_named(synthetic: Synthetic, tmp_pat
     damaged.write_bytes(data)
     sound, cache._sound = cache._sound, set()
     with pytest.raises(CorruptCacheError, match=damaged.name):
-        np.asarray(cache.of_rows(cache.rows(), "all", stored=True).X)
+        np.asarray(cache.of_rows(cache.rows(), "all", lazy=True).X)
     sound.update(range(len(cache.shards)))  # they were, when they were first read
     cut.write_bytes(cut.read_bytes()[: cache.shards[2].offset + 100])
     lost.unlink()
-    assert isinstance(X, StoredFeatures)
+    assert isinstance(X, LazyFeatures)
     for number, path in ((2, cut), (3, lost)):
         with pytest.raises(CorruptCacheError, match=path.name):
             np.asarray(X[np.flatnonzero(X.owner == number)])

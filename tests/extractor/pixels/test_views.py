@@ -483,7 +483,7 @@ def test_on_disk_and_in_memory_are_the_same(seen: FeatureCache, tmp_path: Path) 
 
 
 def test_rows_on_disk_keep_the_views_of_an_image_together(seen: FeatureCache) -> None:
-    subset = seen.of_rows(seen.rows("train"), "train", stored=True, views=True)
+    subset = seen.of_rows(seen.rows("train"), "train", lazy=True, views=True)
     assert len(set(seen.rows("train"))) > len({row.sha256 for row in seen.rows("train")}), "there are copies"
     found = np.asarray(subset.X).reshape(-1, K, seen.dim)
     assert (found == seen.features(subset.sha256[::K], views=True)).all()

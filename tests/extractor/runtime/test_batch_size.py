@@ -12,7 +12,7 @@ import pytest
 from extractor.backbones.registry import Backbone
 from extractor.data import reader
 from extractor.data.folders import ImageFolder
-from extractor.data.reader import Crew, ahead
+from extractor.data.reader import WorkerPool, ahead
 from extractor.graphs.backbone_facts import read_facts
 from extractor.pipeline.run import run_extract
 from extractor.pipeline.settings import Options
@@ -83,8 +83,8 @@ def test_all_batch_sizes_of_a_run_give_the_same_bits(
     np.testing.assert_array_equal(found.of_rows(wanted.rows(), "").X, wanted.of_rows(wanted.rows(), "").X)
 
 
-def work(crew: Crew, items: int) -> tuple[list[int], int]:
-    """Numbers through a crew, and how many of them were at work at once."""
+def work(workers: WorkerPool, items: int) -> tuple[list[int], int]:
+    """Numbers through a pool of workers, and how many of them were at work at once."""
     busy, most, lock = 0, 0, threading.Lock()
 
     def step(item: int) -> int:
@@ -96,28 +96,28 @@ def work(crew: Crew, items: int) -> tuple[list[int], int]:
             busy -= 1
         return item
 
-    return list(ahead(step, range(items), crew, StopFlag(), Decoder(PIXELS))), most
+    return list(ahead(step, range(items), workers, StopFlag(), Decoder(PIXELS))), most
 
 
 def test_a_crew_keeps_the_order_and_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "cores", lambda: 4)
-    found, most = work(Crew(3), 200)
+    found, most = work(WorkerPool(3), 200)
     assert found == list(range(200))
     assert most <= 3
-    crew = Crew(None, "cuda")
-    assert (crew.size, crew.most) == (4, 4), "beside a GPU all cores decode at once"
+    workers = WorkerPool(None, "cuda")
+    assert (workers.size, workers.most) == (4, 4), "beside a GPU all cores decode at once"
 
 
 def test_a_crew_grows_where_the_consumer_waits_and_only_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "cores", lambda: 4)
     monkeypatch.setattr(reader, "WINDOW", 0.0)
     monkeypatch.setattr(reader, "STARVED", -1.0)  # any wait is too long
-    starving = Crew()
+    starving = WorkerPool()
     assert starving.size == 2
     assert work(starving, 100)[0] == list(range(100))
     assert starving.size == 4
     monkeypatch.setattr(reader, "STARVED", 2.0)  # nobody waits for more than all the time
-    content = Crew()
+    content = WorkerPool()
     assert work(content, 100)[0] == list(range(100))
     assert content.size == 2
 
@@ -125,9 +125,9 @@ def test_a_crew_grows_where_the_consumer_waits_and_only_there(monkeypatch: pytes
 def test_workers_that_were_asked_for_stay_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "WINDOW", 0.0)
     monkeypatch.setattr(reader, "STARVED", -1.0)
-    crew = Crew(2)
-    work(crew, 100)
-    assert crew.size == 2
+    workers = WorkerPool(2)
+    work(workers, 100)
+    assert workers.size == 2
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ from extractor.pipeline.settings import Options
 from extractor.precision.float16 import BOUND, COSINE, _convert, compare, halve
 from extractor.runtime import cuda, session
 from extractor.runtime.cuda import BoundLane, capability, free_memory, is_loaded, pin, prove, reason, trouble
-from extractor.runtime.devices import Fleet, resolve_devices
+from extractor.runtime.devices import DevicePool, resolve_devices
 from extractor.runtime.session import Embedder, resolve_device
 from store.cache import FeatureCache
 from store.errors import BadDataError, DeviceUnavailableError, FingerprintMismatchError, UsageError
@@ -348,7 +348,7 @@ def test_auto_goes_on_with_the_cpu_where_a_card_does_not_work(
     predictor = Predictor.load(bundle, device="auto", workers=1)
     assert [each.code for each in predictor.predict(photos.rglob("*.jpg"))] == [None, None]
     with pytest.raises(DeviceUnavailableError, match=r"--device cuda:[01]: "):  # told by a child
-        Fleet(
+        DevicePool(
             ["cuda:0", "cuda:1"],
             backbone_file,
             read_facts(backbone_file).preprocess,

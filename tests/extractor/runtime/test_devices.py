@@ -19,8 +19,8 @@ from extractor.data.folders import ImageFolder
 from extractor.graphs.backbone_facts import read_facts
 from extractor.pipeline.run import run_extract
 from extractor.pipeline.settings import Options
-from extractor.runtime import devices as fleet
-from extractor.runtime.devices import Fleet, resolve_devices
+from extractor.runtime import devices
+from extractor.runtime.devices import DevicePool, resolve_devices
 from extractor.runtime.session import Embedder
 from store.cache import FeatureCache
 from store.errors import BadDataError, DeviceUnavailableError, UsageError
@@ -33,9 +33,9 @@ def pixels(count: int, side: int = 64) -> Any:
 
 
 @pytest.fixture
-def two(backbone_file: Path) -> Iterator[Fleet]:
+def two(backbone_file: Path) -> Iterator[DevicePool]:
     preprocess = read_facts(backbone_file).preprocess
-    opened = Fleet(["cpu", "cpu"], backbone_file, preprocess, batch_size=4, outputs=["features"], tf32=False)
+    opened = DevicePool(["cpu", "cpu"], backbone_file, preprocess, batch_size=4, outputs=["features"], tf32=False)
     yield opened
     opened.close()
 
@@ -47,7 +47,7 @@ def test_devices_that_do_not_go_together_are_a_usage_error(devices: str) -> None
 
 
 def test_devices_of_several_kinds_are_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet, "no_cuda", lambda: "")
+    monkeypatch.setattr(devices, "no_cuda", lambda: "")
     assert resolve_devices("cuda:0,cuda:1") == ["cuda:0", "cuda:1"]
     with pytest.raises(UsageError, match="several devices of one kind, such as cuda:0,cuda:1"):
         resolve_devices("cpu,cuda:0")
@@ -55,7 +55,7 @@ def test_devices_of_several_kinds_are_a_usage_error(monkeypatch: pytest.MonkeyPa
         resolve_devices("cuda:0,cpu")
 
 
-def test_two_processes_give_the_bits_of_one_and_both_work(two: Fleet, backbone_file: Path) -> None:
+def test_two_processes_give_the_bits_of_one_and_both_work(two: DevicePool, backbone_file: Path) -> None:
     alone = Embedder(backbone_file, read_facts(backbone_file).preprocess, batch_size=4)
     given = pixels(82)
     parts = [two.submit(given[i : i + 8]) for i in range(0, 82, 8)]
@@ -66,13 +66,13 @@ def test_two_processes_give_the_bits_of_one_and_both_work(two: Fleet, backbone_f
     assert two.batch_size == 4
 
 
-def test_what_goes_wrong_in_a_child_is_raised_here(two: Fleet, backbone_file: Path, tmp_path: Path) -> None:
+def test_what_goes_wrong_in_a_child_is_raised_here(two: DevicePool, backbone_file: Path, tmp_path: Path) -> None:
     with pytest.raises(BadDataError, match="onnx"):
         two.embed(pixels(2, side=63)[..., :2])
     assert two.embed(pixels(2))[0].shape == (2, 512), "and costs that batch alone"
     (tmp_path / "m.onnx").write_bytes(b"junk")
     with pytest.raises(BadDataError, match=r"m\.onnx is not an ONNX file"):
-        Fleet(
+        DevicePool(
             ["cpu", "cpu"],
             tmp_path / "m.onnx",
             read_facts(backbone_file).preprocess,
@@ -82,7 +82,7 @@ def test_what_goes_wrong_in_a_child_is_raised_here(two: Fleet, backbone_file: Pa
         )
 
 
-def test_a_dead_child_is_named_and_nobody_waits_for_it(two: Fleet) -> None:
+def test_a_dead_child_is_named_and_nobody_waits_for_it(two: DevicePool) -> None:
     two._children[1].process.kill()
     two._children[1].process.wait()
     parts = [two.submit(pixels(4)) for _ in range(6)]
@@ -92,7 +92,7 @@ def test_a_dead_child_is_named_and_nobody_waits_for_it(two: Fleet) -> None:
     assert "--device cpu: its process died of signal 9 (Killed); what is committed stays" in str(failures[0])
 
 
-def test_children_end_with_their_parent(two: Fleet) -> None:
+def test_children_end_with_their_parent(two: DevicePool) -> None:
     processes = [child.process for child in two._children]
     assert all(process.poll() is None for process in processes)
     two.close()
