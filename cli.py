@@ -1,7 +1,7 @@
 """The command line: the table of commands, and the exit code of every error.
 
-A command is loaded when it is asked for, so that ``penult --help`` answers at once. Each lives beside what it commands, in
-``extractor/commands/`` or ``classifiers/commands/``, and parses, calls and prints.
+A command is imported when it is called, so that ``penult --help`` answers at once. Commands are in ``extractor/commands/`` and
+``classifiers/commands/``; each parses, calls and prints.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from store.errors import PenultError
 
 CANNOT_CREATE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 
-# What it does, by name: where it is, and the first sentence of its help, in at most 60 characters.
+# By heading and name: module and function, and the first sentence of the help, of at most 60 characters.
 COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "To see it work": {
-        "demo": ("classifiers.commands.demo:demo", "Show the whole way on handwritten digits, in two minutes."),
+        "demo": ("classifiers.commands.demo:demo", "Show every step on handwritten digits, in two minutes."),
     },
     "From images to features": {
         "extract": ("extractor.commands.extract:extract", "Pass images through a backbone once; cache the features."),
@@ -37,7 +37,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "train": ("classifiers.commands.train:train", "Train a head on cached features and save it as a bundle."),
         "evaluate": ("classifiers.commands.evaluate:evaluate", "Evaluate a bundle on a cache or a dataset, with intervals."),
         "predict": ("classifiers.commands.predict:predict", "Predict label and probability of images, or of folders."),
-        "report": ("classifiers.commands.evaluate:report", "Make the page of a bundle anew, or one about other images."),
+        "report": ("classifiers.commands.evaluate:report", "Make the report page of a bundle again, or for other images."),
         "fuse": ("classifiers.commands.predict:fuse", "Make one ONNX file of a bundle, for any program."),
     },
     "Comparisons: which backbone, and does fine-tuning pay": {
@@ -60,7 +60,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
 
 
 class Penult(click.Group):
-    """The commands of the table."""
+    """The group of the commands in the table; each is imported when it is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [name for section in COMMANDS.values() for name in section]
@@ -93,12 +93,12 @@ cli.params += loudness()
 
 def main() -> None:
     """Run a command and exit with the code of CONTRACTS: a PenultError's own, 2 for usage, 70 for a bug with its traceback."""
-    # Tables of many thousand rows are no garbage; looking for some in them took a tenth of the time of an unchanged extract.
+    # Tables of many thousand rows are not garbage; scanning them for some took a tenth of the time of an unchanged extract.
     gc.set_threshold(100_000, 20, 100)
-    # Outside the pipeline, which finishes its batch, SIGTERM ends a command at once, with the code a scheduler expects.
+    # SIGTERM ends a command at once, with the code a scheduler expects; the pipeline finishes its batch first.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     redirect_matplotlib()
-    for stream in (sys.stdout, sys.stderr):  # a label in another script must not end a run under LANG=C
+    for stream in (sys.stdout, sys.stderr):  # a label in another script must not crash a run under LANG=C
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -110,7 +110,7 @@ def main() -> None:
         code = 2
     except (click.Abort, KeyboardInterrupt):
         code = 130
-    except BrokenPipeError:  # `penult predict ... | head`: nobody reads on, and Python must not complain at exit
+    except BrokenPipeError:  # `penult predict ... | head`: the reader is gone, and Python must not complain at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     except PenultError as error:
@@ -126,7 +126,7 @@ def main() -> None:
 
         traceback.print_exc()
         code = 70
-    # What is done is done. Python gives signals back to the system when it ends, and would die of one that comes then.
+    # The work is done. At exit Python restores the default handlers, and a signal would then kill it.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(code)
 

@@ -42,7 +42,7 @@ from extractor.graphs.backbone_facts import BackboneFacts, read_facts
 from extractor.machine import cores
 from extractor.pipeline.run import run_extract
 from extractor.pipeline.settings import Options
-from extractor.precision.float16 import compare, halve
+from extractor.precision.float16 import compare, to_float16
 from extractor.progress import StopFlag
 from extractor.runtime.cuda import number_of
 from extractor.runtime.session import Embedder
@@ -385,7 +385,7 @@ def main() -> None:
         backbone = Backbone(given.network, given.weights or "random:0", given.preset, **sizes)
         files = {precision: bench.folder / f"{precision}.onnx" for precision in PRECISIONS}
         facts = export(backbone, files["fp32"])
-        halve(files["fp32"], files["fp16"], facts)
+        to_float16(files["fp32"], files["fp16"], facts)
         photos = make_photos(bench.folder / "photos", given.images)
         bench.say("# Benchmarks on a GPU", "", "Written by `benchmarks/gpu.py`; ratios travel, rates do not.", "")
         bench.say(f"## {given.network}", "", f"{date.today()}. {machine(given.device)}.")

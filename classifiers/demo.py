@@ -1,4 +1,4 @@
-"""The whole way on data that needs no download: scikit-learn's 1,797 handwritten digits, as image files."""
+"""The demo: every step on scikit-learn's 1,797 handwritten digits, as image files; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ log = logging.getLogger("penult.classifiers")
 BACKBONE = "resnet18"
 MARKER = ".penult-demo"
 BUNDLES = ("logistic.head", "mlp.head", "finetuned.head")
-SIDE = 64  # pixels; the digits have 8 x 8, so nothing is lost and everything is ten times faster than at 224
+SIDE = 64  # pixels; the digits have 8 x 8, so nothing is lost, and everything is ten times faster than at 224
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found: first extraction, second extraction, scores, the comparison, some predictions, caveats."""
+    """The results of the demo: first and second extraction, scores, the comparison, some predictions, caveats."""
 
     first: Summary
     second: Summary
@@ -81,12 +81,12 @@ def digit_files(folder: Path) -> list[Path]:
 
 
 def choose_backbone(weights: str | None) -> tuple[Backbone, list[str]]:
-    """The demo's backbone with ImageNet weights where they can be had, else untrained; and what that means, in words."""
+    """The demo's backbone with ImageNet weights if available, else untrained; and what that means, in words."""
     if weights is None:
         try:
             load(Backbone(BACKBONE))
             return Backbone(BACKBONE, resize=SIDE, crop=SIDE), [
-                f"{BACKBONE} with ImageNet weights: frozen features are what they are in practice."
+                f"{BACKBONE} with ImageNet weights: its frozen features are those used in practice."
             ]
         except InputMissingError as error:
             log.warning("%s", error)
@@ -97,7 +97,7 @@ def choose_backbone(weights: str | None) -> tuple[Backbone, list[str]]:
     note = (
         f"{BACKBONE} has random weights here (seed {backbone.seed}): its features are a random projection of the image. "
         f"The numbers show that everything works; they do not show what ImageNet features are worth. "
-        f"Raw pixels are the line to compare with."
+        f"Compare with the row of raw pixels."
     )
     return backbone, [note]
 
@@ -105,13 +105,13 @@ def choose_backbone(weights: str | None) -> tuple[Backbone, list[str]]:
 def run_demo(
     out: Path, *, weights: str | None = None, epochs: int = 3, limit: int | None = None, overwrite: bool = False
 ) -> DemoResult:
-    """Images, features, heads, evaluation, predictions, fine-tuning and the comparison, below one folder.
+    """Run every step in one folder: images, features, heads, evaluation, predictions, fine-tuning and the comparison.
 
     Args:
         out: made here; holds ``digits/``, ``digits.cache/``, three bundles and ``comparison.html``.
         weights: as in `Backbone`; None tries torchvision's and falls back to random ones.
         epochs: of fine-tuning.
-        limit: only so many digits.
+        limit: number of digits; None for all.
         overwrite: replace an earlier demo.
 
     Raises:
@@ -124,14 +124,14 @@ def run_demo(
     backbone, notes = choose_backbone(weights)
     cache_path = out / "digits.cache"
     first = run_extract(ImageFolder(out / "digits"), backbone, cache_path, Options(overwrite=overwrite))
-    log.info("extracted %d images with %d inference calls; now once more", first.computed, first.inference_calls)
+    log.info("extracted %d images with %d inference calls; extracting again", first.computed, first.inference_calls)
     second = run_extract(ImageFolder(out / "digits"), backbone, cache_path, Options())
     cache = FeatureCache(cache_path)
     bundles: list[Bundle] = []
     for name in ("logistic", "mlp"):
         bundles.append(train(cache, out / f"{name}.head", name, overwrite=overwrite))
         log.info("trained %s in %.1f s", name, bundles[-1].cost["train_seconds"])
-    log.info("fine-tuning the whole network for %d epochs, to compare", epochs)
+    log.info("fine-tuning the whole network for %d epochs, for comparison", epochs)
     untrained = backbone.seed is not None  # then batch norm has no statistics worth keeping, and all layers must learn
     tuning = FineTuneSettings(
         backbone=backbone.name,
@@ -167,7 +167,7 @@ def run_demo(
 
 
 def raw_pixels(cache: FeatureCache) -> tuple[Entrant, Evaluation]:
-    """Logistic regression on the 64 pixel values, on the same split: the line that features must beat."""
+    """Logistic regression on the 64 pixel values, on the same split: the baseline that features must beat."""
     from PIL import Image
 
     def pixels(split: str) -> tuple[np.ndarray[tuple[int, ...], np.dtype[np.float32]], Subset]:
@@ -186,7 +186,7 @@ def raw_pixels(cache: FeatureCache) -> tuple[Entrant, Evaluation]:
 
 
 def make_room(out: Path, *, overwrite: bool) -> None:
-    """Make the folder, or look whether a demo can take the place of an earlier one: each part replaces what is its own.
+    """Make the folder, or check that a demo can replace an earlier one: each part replaces its own files.
 
     Raises:
         OutputExistsError: it cannot; names what is in the way.
@@ -206,7 +206,7 @@ def make_room(out: Path, *, overwrite: bool) -> None:
     known = {out / "digits", *digits, *(path.parent for path in digits)}
     for path in (out / "digits", *(out / "digits").rglob("*")):
         if path not in known or path.is_symlink():
-            message = f"{path} is not the demo's; move it away, or choose another folder"
+            message = f"{path} is not part of the demo; move it away, or choose another folder"
             raise OutputExistsError(message)
     for path in digits:  # an earlier demo may have had more of them
         path.unlink(missing_ok=True)

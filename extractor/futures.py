@@ -1,4 +1,4 @@
-"""Work that is on its way: begun a bounded number of steps ahead of whoever takes it, and handed on in order."""
+"""Ordered look-ahead over futures: a bounded number run ahead of the consumer."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def in_flight(begun: Iterable[T], most: int) -> Iterator[T]:
-    """What an iterable yields, such as futures that it submits as it goes; ``most`` more are on their way while one is taken.
+def in_flight(items: Iterable[T], most: int) -> Iterator[T]:
+    """The items of an iterable in order, such as futures that it submits; ``most`` more are drawn ahead of the consumer.
 
     >>> list(in_flight([1, 2, 3], most=2))
     [1, 2, 3]
     """
     waiting: deque[T] = deque()
-    for each in begun:
+    for each in items:
         waiting.append(each)
         if len(waiting) > most:
             yield waiting.popleft()

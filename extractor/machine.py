@@ -1,4 +1,4 @@
-"""This machine, and what work costs on it: cores, memory, wall time, energy of GPUs where their driver counts it."""
+"""The resources of this machine: cores and memory, and the time, memory and GPU energy that work takes."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, bytes
 
 @dataclass(frozen=True)
 class Spent:
-    """What was spent.
+    """The resources that a piece of work took.
 
     Attributes:
         seconds: wall time.
-        peak_memory: bytes that were resident at most, of this process or of the largest of its ended children, whichever was
-            more, *since the process began*: the kernel keeps no other mark. So it is an upper bound where the process had
-            done something else before. Memory of GPUs is not in it.
-        energy: joules that the GPUs in use drew; None where there is none, or nothing that counts them.
+        peak_memory: peak of resident memory in bytes, of this process or of the largest of its ended children, *since the
+            process began*: the kernel keeps no other record. So it is an upper bound if the process did other work before.
+            GPU memory is not included.
+        energy: joules that the GPUs in use drew; None without a GPU, or without a driver that counts them.
     """
 
     seconds: float
@@ -33,12 +33,12 @@ class Spent:
     energy: float | None
 
     def facts(self) -> dict[str, Any]:
-        """JSON, without the time."""
+        """As JSON, without the time."""
         return {"peak_memory": self.peak_memory, "energy": self.energy}
 
 
 class Meter:
-    """Begins to count when it is made.
+    """Measures the resources that work takes, from when it is created.
 
     Args:
         devices: where the work is done; everything but ``cpu`` is a GPU, the first one without ``:N``.
@@ -50,7 +50,7 @@ class Meter:
         self._began = time.perf_counter()
 
     def read(self) -> Spent:
-        """What was spent until now."""
+        """The resources taken until now."""
         seconds = time.perf_counter() - self._began
         now = drawn(self._gpus)
         energy = None if now is None or self._before is None else round(now - self._before, 3)
@@ -64,10 +64,10 @@ def peak_memory() -> int:
 
 
 def drawn(gpus: list[int]) -> float | None:
-    """Joules that some GPUs, by their CUDA numbers, have drawn since the driver was loaded; None where NVML does not tell.
+    """Joules that some GPUs, by their CUDA numbers, have drawn since the driver was loaded; None if NVML does not count them.
 
     NVML counts them from Volta on. Other programs on the same card are counted too. CUDA numbers cards of different kinds by
-    speed unless ``CUDA_DEVICE_ORDER=PCI_BUS_ID``, which NVML does not know of.
+    speed unless ``CUDA_DEVICE_ORDER=PCI_BUS_ID``, which NVML ignores.
     """
     if not gpus:
         return None
@@ -87,20 +87,20 @@ def drawn(gpus: list[int]) -> float | None:
                 millijoules += pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
         finally:
             pynvml.nvmlShutdown()
-    except (pynvml.NVMLError, IndexError):  # no driver, a card too old or divided, a card that is not visible
+    except (pynvml.NVMLError, IndexError):  # no driver, a card that is too old, partitioned or not visible
         return None
     return millijoules / 1000
 
 
 def together(*parts: Mapping[str, Any] | None) -> dict[str, Any]:
-    """`Spent.facts` of several pieces of work as one: the most memory, and the sum of the energies that are known."""
+    """`Spent.facts` of several pieces of work combined: the largest memory, and the sum of the known energies."""
     memory = [part["peak_memory"] for part in parts if part and part.get("peak_memory") is not None]
     energy = [part["energy"] for part in parts if part and part.get("energy") is not None]
     return {"peak_memory": max(memory, default=None), "energy": round(sum(energy), 3) if energy else None}
 
 
 def default_limit() -> int:
-    """Half of the memory that the machine has to give, or the control group; bytes."""
+    """Half of the available memory of the machine, or of its control group; bytes."""
     available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with suppress(OSError):  # macOS
         facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
@@ -111,10 +111,10 @@ def default_limit() -> int:
 
 
 def resident() -> int:
-    """Bytes of memory that this process has now."""
+    """Resident memory of this process now, in bytes."""
     with suppress(OSError):
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes, and the most there ever was
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes, and the peak
 
 
 Clock = dict[str, float]  # seconds by stage
@@ -122,7 +122,7 @@ Clock = dict[str, float]  # seconds by stage
 
 @contextmanager
 def timed(clock: Clock, stage: str) -> Iterator[None]:
-    """Add what the block takes to a stage."""
+    """Add the time that the block takes to a stage."""
     begin = time.perf_counter()
     try:
         yield
@@ -131,7 +131,7 @@ def timed(clock: Clock, stage: str) -> Iterator[None]:
 
 
 def cores() -> int:
-    """Cores that this process may use: what its affinity (taskset, Slurm) and its container's quota leave."""
+    """How many cores this process may use, by its affinity (taskset, Slurm) and its container's quota."""
     try:
         count = len(os.sched_getaffinity(0))
     except AttributeError:  # macOS

@@ -1,4 +1,4 @@
-"""What a run shows while it works: a progress line with rate and ETA for people, and signals that end it in good order."""
+"""Progress and logs of a run: a progress bar, a JSON log, Prometheus metrics, and a clean stop at a signal."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class StopFlag:
 def stop_on_signal(kept: str = "what is done is kept") -> Iterator[StopFlag]:
     """Turn the first SIGINT or SIGTERM into a flag that the pipeline looks at after every batch.
 
-    A second one leaves at once; that is safe, because what is committed is complete and what is not has no final name.
+    A second one exits at once; that is safe, because files are either committed and complete or have no final name.
     Outside the main thread (a notebook's worker, a web server) signals are left alone.
 
     Args:
-        kept: what becomes of the work done so far, for the message.
+        kept: what happens to the work done so far, for the message.
     """
     flag = StopFlag()
     if threading.current_thread() is not threading.main_thread():
@@ -52,7 +52,7 @@ def stop_on_signal(kept: str = "what is done is kept") -> Iterator[StopFlag]:
         if flag:
             os._exit(128 + signum)
         flag.signum = signum
-        log.warning("stopping after this batch; %s (a second signal leaves at once)", kept)
+        log.warning("stopping after this batch; %s (a second signal exits at once)", kept)
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -63,7 +63,7 @@ def stop_on_signal(kept: str = "what is done is kept") -> Iterator[StopFlag]:
 
 
 class Progress:
-    """A progress line on stderr; nothing where stderr is no terminal.
+    """A progress bar on stderr; nothing if stderr is not a terminal.
 
     Args:
         total: number of steps.
@@ -112,7 +112,7 @@ class Progress:
 
 
 class JsonLog(logging.Handler):
-    """Every log record as one JSON object per line, for machines; `summary` writes the last one.
+    """A log handler that writes each record as one line of JSON; `summary` writes the last line.
 
     Args:
         path: the file; a run appends to it.
@@ -149,7 +149,7 @@ class JsonLog(logging.Handler):
 
 @dataclass(frozen=True)
 class _Collected:
-    """Metric families as prometheus-client's writer asks for them."""
+    """Metric families in the form that prometheus-client writes."""
 
     families: list[Any]
 
@@ -158,9 +158,9 @@ class _Collected:
 
 
 class Metrics(logging.Handler):
-    """A Prometheus textfile, replaced whole: at the start, after every committed shard, and at the end.
+    """A log handler that writes a Prometheus textfile: at the start, after every committed shard, and at the end.
 
-    Names of files are never labels. The time of the last success survives failures.
+    The file is replaced atomically. Names of files are never labels. The time of the last success survives failures.
 
     Args:
         path: the file, such as ``/var/lib/node_exporter/penult.prom``.
@@ -177,7 +177,7 @@ class Metrics(logging.Handler):
             self._write({}, None)
 
     def summary(self, facts: dict[str, Any]) -> None:
-        """Write the numbers of a run: ``exit_code``, and ``extract`` as `Summary.to_json` has it."""
+        """Write the metrics of a run: ``exit_code``, and ``extract`` as `Summary.to_json` returns it."""
         code = int(facts["exit_code"])
         if code in (0, 3):  # 3 is complete, with recorded failures inside the budget
             self._last_success = time.time()
@@ -219,16 +219,16 @@ class Metrics(logging.Handler):
             gauge("penult_cache_bytes", "Size of the cache's shards.", extract["cache_bytes"])
         try:
             atomic.commit(self._path, generate_latest(_Collected(list(families.values()))))
-        except PenultError as error:  # a run does not die of its metrics
+        except PenultError as error:  # metrics that cannot be written do not end the run
             log.warning("%s", error)
 
 
 @contextmanager
 def observed(*, log_json: Path | None = None, metrics: Path | None = None) -> Iterator[dict[str, Any]]:
-    """Keep the structured log and the metrics of a run, whichever way it ends.
+    """Write the JSON log and the metrics of a run, however it ends.
 
     Yields:
-        The facts of the last line; the body fills them in, ``exit_code`` above all.
+        The facts of the last line, for the body to fill in, ``exit_code`` above all.
     """
     logger = logging.getLogger("penult")
     watchers: list[JsonLog | Metrics] = [JsonLog(log_json)] if log_json else []
@@ -237,20 +237,20 @@ def observed(*, log_json: Path | None = None, metrics: Path | None = None) -> It
     logger.setLevel(logging.DEBUG if watchers else level)  # they see everything; other handlers have levels of their own
     for watcher in watchers:
         logger.addHandler(watcher)
-    found: dict[str, Any] = {"exit_code": 70}
+    facts: dict[str, Any] = {"exit_code": 70}
     begin = time.perf_counter()
     try:
-        yield found
+        yield facts
     except PenultError as error:
-        found |= {**error.facts, "exit_code": error.exit_code, "error": str(error)}
+        facts |= {**error.facts, "exit_code": error.exit_code, "error": str(error)}
         raise
     except KeyboardInterrupt:
-        found["exit_code"] = 130
+        facts["exit_code"] = 130
         raise
     finally:
-        found["seconds"] = round(time.perf_counter() - begin, 3)
+        facts["seconds"] = round(time.perf_counter() - begin, 3)
         logger.setLevel(level)
         for watcher in watchers:
-            watcher.summary(found)
+            watcher.summary(facts)
             logger.removeHandler(watcher)
             watcher.close()

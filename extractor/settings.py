@@ -1,7 +1,7 @@
-"""What a setting is: the command line, job files and Python read its type, bounds, default and help from one field.
+"""Settings: one field gives type, bounds, default and help to the command line, job files and Python.
 
-A command's settings are one flat model, made of groups that commands share. `Place` says how a setting is spelled
-where it was written, so that the same mistake is answered with the same sentence: ``--views is 0; expected 1 to 64`` on the
+A command's settings are one flat model, made of groups that commands share. `Place` spells a setting as it is
+written there, so that the same mistake gives the same message everywhere: ``--views is 0; expected 1 to 64`` on the
 command line, ``extract.views is 0; expected 1 to 64`` of a job file, ``views is 0; expected 1 to 64`` in Python.
 
 >>> from extractor.pipeline.settings import Options
@@ -32,7 +32,7 @@ S = TypeVar("S", bound="Settings")
 F = TypeVar("F", bound=Callable[..., Any])
 RULES: set[str] = set()  # the qualified names of methods that are rules
 
-EXPECTED = {  # what pydantic complains about, in our words
+EXPECTED = {  # pydantic's kinds of errors, in penult's words
     "string_type": "text",
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -58,11 +58,11 @@ BOUNDS = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "
 
 @dataclass(frozen=True)
 class Place:
-    """Where settings are written.
+    """A place where settings are written: the command line, a job file or Python.
 
     Attributes:
-        spell: what a setting is called there.
-        error: what a wrong one raises.
+        spell: returns the name of a setting there.
+        error: the exception for a wrong setting.
         folder: what paths are relative to.
     """
 
@@ -72,7 +72,7 @@ class Place:
 
     @contextmanager
     def here(self) -> Iterator[None]:
-        """What is checked inside was written here."""
+        """Check the settings inside the block as written here."""
         token = PLACE.set(self)
         try:
             yield
@@ -80,13 +80,13 @@ class Place:
             PLACE.reset(token)
 
     def explain(self, model: type[Settings], error: ValidationError) -> str:
-        """All that pydantic found wrong, in our words."""
+        """All that pydantic found wrong, in penult's words."""
         return "; ".join(dict.fromkeys(self._explain(model, problem) for problem in error.errors()))
 
     def _explain(self, model: type[Settings], problem: Any) -> str:
         kind, context = problem["type"], problem.get("ctx", {})
-        if not problem["loc"]:  # of a rule about several
-            return re.sub(r"<(\w+)>", lambda found: self.spell(model, found[1]), str(context.get("error", problem["msg"])))
+        if not problem["loc"]:  # a rule about several settings
+            return re.sub(r"<(\w+)>", lambda match: self.spell(model, match[1]), str(context.get("error", problem["msg"])))
         name = str(problem["loc"][0])
         if kind == "extra_forbidden":
             return f"there is no setting {name!r}" + did_you_mean(name, model.model_fields)
@@ -100,12 +100,12 @@ class Place:
 
 
 def flag_of(model: type[Settings], name: str) -> str:
-    """A setting as the command line has it, such as ``--batch-size``."""
+    """A setting as spelled on the command line, such as ``--batch-size``."""
     return str(face(model, name).get("flag") or f"--{name.replace('_', '-')}")
 
 
 def key_of(model: type[Settings], name: str) -> str:
-    """A setting as a job file has it, with its section, such as ``extract.batch_size``."""
+    """A setting as spelled in a job file, with its section, such as ``extract.batch_size``."""
     section = group_of(model, name).section
     key = str(face(model, name).get("key") or name)
     return f"{section}.{key}" if section else key
@@ -113,18 +113,18 @@ def key_of(model: type[Settings], name: str) -> str:
 
 ARGUMENTS = Place(lambda _, name: name)
 FLAGS = Place(flag_of)
-PLACE = ContextVar("PLACE", default=ARGUMENTS)  # where the settings come from that are being checked
+PLACE = ContextVar("PLACE", default=ARGUMENTS)  # the place of the settings that are being checked
 
 
 def setting(default: Any, text: str, *, only: str | None = None, **facts: Any) -> Any:
-    """A field.
+    """Declare a setting: a pydantic field, and how it looks.
 
     Args:
-        default: its value where nothing is said; ``...`` where something must be.
+        default: its value if it is not set; ``...`` if it must be set.
         text: one sentence of help.
-        only: ``python`` or ``cli``, where it is a setting in one of these places alone; jobs have what has no ``only``.
+        only: ``python`` or ``cli`` if it is a setting in one of these places alone; jobs have those without ``only``.
         facts: bounds (``ge``, ``gt``, ``le``, ``lt``, ``min_length``), and how it looks: ``flag`` and ``short`` on the command
-            line, ``key`` in a job, ``metavar``, ``shown`` (the default in words, where it is None), ``choices`` (a function),
+            line, ``key`` in a job, ``metavar``, ``shown`` (the default in words, if it is None), ``choices`` (a function),
             ``repeat`` (a flag that may come several times, instead of commas), ``also`` (what else is expected).
     """
     bounds = {name: facts.pop(name) for name in ("ge", "gt", "le", "lt", "min_length") if name in facts}
@@ -132,9 +132,9 @@ def setting(default: Any, text: str, *, only: str | None = None, **facts: Any) -
 
 
 def face(model: type[Settings], name: str) -> dict[str, Any]:
-    """How a setting looks: the ``facts`` of `setting`, and ``only``."""
-    found = model.model_fields[name].json_schema_extra if name in model.model_fields else None
-    return found if isinstance(found, dict) else {}
+    """The looks of a setting: the ``facts`` of `setting`, and ``only``."""
+    extra = model.model_fields[name].json_schema_extra if name in model.model_fields else None
+    return extra if isinstance(extra, dict) else {}
 
 
 def group_of(model: type[Settings], name: str) -> type[Settings]:
@@ -162,7 +162,7 @@ def kinds_of(model: type[Settings], name: str) -> set[type]:
 
 
 def choices_of(model: type[Settings], name: str) -> tuple[Any, ...]:
-    """What a setting can be chosen from; nothing where it is no choice."""
+    """The choices of a setting; empty if it is not a choice."""
     if "choices" in face(model, name):
         return tuple(face(model, name)["choices"]())
     literals = (each for each in _alternatives(model.model_fields[name].annotation) if get_origin(each) is Literal)
@@ -170,15 +170,15 @@ def choices_of(model: type[Settings], name: str) -> tuple[Any, ...]:
 
 
 def bounds_of(model: type[Settings], name: str) -> str:
-    """The range of a number, such as ``1 to 64``; nothing where any will do."""
+    """The range of a number, such as ``1 to 64``; empty if it has no bounds."""
     metadata = model.model_fields[name].metadata
-    found = {
+    bounds = {
         kind: getattr(each, kind) for each in metadata for kind in BOUNDS.values() if getattr(each, kind, None) is not None
     }
-    if {"ge", "le"} == found.keys():
-        return f"{found['ge']:.10g} to {found['le']:.10g}"
+    if {"ge", "le"} == bounds.keys():
+        return f"{bounds['ge']:.10g} to {bounds['le']:.10g}"
     words = {"gt": "more than {:.10g}", "ge": "{:.10g} or more", "lt": "less than {:.10g}", "le": "at most {:.10g}"}
-    return ", ".join(text.format(found[kind]) for kind, text in words.items() if kind in found)
+    return ", ".join(text.format(bounds[kind]) for kind, text in words.items() if kind in bounds)
 
 
 def _alternatives(annotation: Any) -> Iterator[Any]:
@@ -200,10 +200,10 @@ def _kinds(annotation: Any) -> Iterator[type]:
 
 
 def from_text(model: type[Settings], name: str, text: str) -> Any:
-    """What somebody typed, as a job file would have it: numbers where numbers are meant, and lists with commas.
+    """Parse text from the command line into the value of a job file: a number, or a list separated by commas.
 
     >>> from extractor.backbones.settings import OnnxInputSettings
-    from extractor.pipeline.settings import Options
+    >>> from extractor.pipeline.settings import Options
     >>> from_text(Options, "batch_size", "16"), from_text(OnnxInputSettings, "mean", "0.4,0.5,0.6")
     (16, (0.4, 0.5, 0.6))
     """
@@ -225,7 +225,7 @@ def _number(text: str, kinds: set[type]) -> Any:
 
 
 def rule(method: F) -> F:
-    """Mark a method that refuses settings which do not fit each other, with a ValueError that calls them ``<name>``."""
+    """Mark a method that refuses settings that do not fit each other, with a ValueError that calls them ``<name>``."""
     RULES.add(method.__qualname__)
     return method
 
@@ -236,7 +236,7 @@ def _rules(model: type[Settings]) -> list[Callable[[Any], None]]:
 
 
 class Settings(BaseModel):
-    """Settings of a command, or a group of them. Immutable; `replace` gives others.
+    """Settings of a command, or a group of them. Immutable; `replace` returns a changed copy.
 
     Raises:
         UsageError: names the setting, what it is and what was expected (in a job file, a JobFileError).
@@ -249,14 +249,14 @@ class Settings(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _something_is_said(cls, given: Any) -> Any:
-        """An empty name, or one with a zero byte, is a slip everywhere."""
-        for name, value in given.items() if isinstance(given, dict) else ():
+    def _no_empty_text(cls, settings: Any) -> Any:
+        """Refuse empty text, and text with a zero byte: both are mistakes in every setting."""
+        for name, value in settings.items() if isinstance(settings, dict) else ():
             for each in value if isinstance(value, list | tuple) else [value]:
                 if isinstance(each, str) and (not each.strip() or "\0" in each):
                     message = f"<{name}> is {json.dumps(each)}; expected text that is not empty"
                     raise ValueError(message)
-        return given
+        return settings
 
     @model_validator(mode="after")
     def _rules_hold(self) -> Self:
@@ -267,7 +267,7 @@ class Settings(BaseModel):
                 method(self)
             except ValueError as error:
                 problems.append(str(error))
-            except PenultError as error:  # a file that is not there has a code of its own
+            except PenultError as error:  # a missing file has an exit code of its own
                 missing.append(error)
         if problems:
             raise ValueError("; ".join(dict.fromkeys(problems)))
@@ -275,42 +275,42 @@ class Settings(BaseModel):
             raise missing[0]
         return self
 
-    def __init__(self, **given: Any) -> None:
+    def __init__(self, **settings: Any) -> None:
         try:
-            super().__init__(**given)
+            super().__init__(**settings)
         except ValidationError as error:
             place = PLACE.get()
             raise place.error(place.explain(type(self), error)) from None
 
     @classmethod
-    def read(cls, given: Mapping[str, Any], place: Place) -> Self:
-        """Settings as they are written in a place."""
+    def read(cls, settings: Mapping[str, Any], place: Place) -> Self:
+        """Settings as written in a place."""
         with place.here():
-            return cls(**given)
+            return cls(**settings)
 
     def replace(self, **changes: Any) -> Self:
-        """The same with some changed."""
-        return type(self)(**{**self.given(), **changes})
+        """A copy with some settings changed."""
+        return type(self)(**{**self.explicit(), **changes})
 
-    def given(self) -> dict[str, Any]:
-        """What was said, as opposed to left at its default."""
+    def explicit(self) -> dict[str, Any]:
+        """The settings that were set, as opposed to left at their defaults."""
         return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
 
     def part(self, kind: type[S]) -> S:
         """One of the groups that these settings are made of."""
-        return kind(**{name: value for name, value in self.given().items() if name in kind.model_fields})
+        return kind(**{name: value for name, value in self.explicit().items() if name in kind.model_fields})
 
 
 MAX_SEED = 2**32 - 1
 
 
 def seed_setting(text: str) -> Any:
-    """A seed; ``text`` says of what."""
+    """Declare a seed; ``text`` says of what."""
     return setting(0, text, ge=0, le=MAX_SEED, metavar="N")
 
 
 def as_tuple(value: Any) -> Any:
-    """A list of a job file, or its one member; what is neither stays, to be refused."""
+    """A list, or a single value, as a tuple; anything else stays as it is, to be refused by the field's type."""
     if isinstance(value, list):
         return tuple(value)
     return (value,) if isinstance(value, int | float | str) and not isinstance(value, bool) else value

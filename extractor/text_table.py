@@ -12,9 +12,9 @@ READABLE = 16  # characters that a column of text gets at least, if it needs the
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1, width: int | None = None) -> str:
-    """A table; the first ``left`` columns are text, the others numbers. ``width`` in characters; None asks the terminal.
+    """Format a table; the first ``left`` columns are text, the others numbers. ``width`` in characters; None is the terminal's.
 
-    Text is folded where it must be, a number never: a table too wide for that is turned on its side, or becomes a list.
+    Text is wrapped if needed, a number never: a table that is still too wide is transposed, or becomes a list.
     """
     from rich import box
     from rich.console import Console
@@ -24,25 +24,25 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 
     console = Console(width=width, highlight=False)
     rows = list(rows)
     if narrowest(columns, rows, left) > console.width:
-        turned = [columns[0], *(row[0] for row in rows)], [[*cells] for cells in zip(columns, *rows, strict=True)][1:]
-        if narrowest(*turned, 1) <= console.width:
-            return table(*turned, width=console.width)
+        transposed = [columns[0], *(row[0] for row in rows)], [[*cells] for cells in zip(columns, *rows, strict=True)][1:]
+        if narrowest(*transposed, 1) <= console.width:
+            return table(*transposed, width=console.width)
         # one line per number is longer, but can be read
         heading = max(map(cell_len, columns))
         blocks = [[f"{name:{heading}}  {cell}" for name, cell in zip(columns, row, strict=True)] for row in rows]
         return "\n\n".join("\n".join(block) for block in blocks)
     widths = _widths(columns, rows)
     fits = sum(max(cell_len(name), width) + GAP for name, width in zip(columns, widths, strict=True)) <= console.width + GAP
-    drawn = Table(box=box.SIMPLE, pad_edge=False)
+    grid = Table(box=box.SIMPLE, pad_edge=False)
     for i, column in enumerate(columns):
         if i < left:
-            drawn.add_column(column, overflow="fold")
+            grid.add_column(column, overflow="fold")
         else:  # its heading may be broken between words, a number never
-            drawn.add_column(column, justify="right", width=None if fits else widths[i])
+            grid.add_column(column, justify="right", width=None if fits else widths[i])
     for row in rows:
-        drawn.add_row(*(Text(cell) for cell in row))
+        grid.add_row(*(Text(cell) for cell in row))
     with console.capture() as capture:
-        console.print(drawn)
+        console.print(grid)
     return "\n".join(line.rstrip() for line in capture.get().splitlines()).strip("\n")
 
 
@@ -53,6 +53,6 @@ def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
 
 
 def narrowest(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> int:
-    """In how many characters the table can be read, its text folded."""
+    """The smallest width in characters in which the table is readable, with its text wrapped."""
     widths = _widths(columns, rows)
     return sum(min(width, READABLE) if i < left else width for i, width in enumerate(widths)) + GAP * (len(columns) - 1) + EDGES

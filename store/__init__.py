@@ -1,6 +1,6 @@
-"""What is on disk: feature shards keyed by content, the sample table, fingerprints, splits. Knows no images or networks.
+"""The feature cache: shards of features keyed by content hash, the sample table, fingerprints and splits.
 
-The names in ``__all__`` are public. Each is imported when it is first asked for, so that importing this package is cheap.
+The names in ``__all__`` are public. Each is imported on first use, so that importing this package is cheap.
 
 >>> import store
 >>> store.FeatureCache("pets.cache").subset("test")

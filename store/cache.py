@@ -1,4 +1,4 @@
-"""A finished cache: read features by content and by split, the sample table, and what made them."""
+"""A finished cache, opened for reading: features by content and by split, the sample table, and the backbone."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Subset:
     """Some samples of a cache with their features.
 
     Attributes:
-        X: features ``(n, d)``, float32, or float16 where all rows are stored so; or where they are, see `FeatureCache.of_rows`.
-        y: labels ``(n,)`` of dtype str; for other tasks as `SampleTable.truth` has it.
+        X: features ``(n, d)``, float32, or float16 if all rows are stored so; an array, or lazy (see `FeatureCache.of_rows`).
+        y: labels ``(n,)`` of dtype str; for other tasks as `SampleTable.truth` returns it.
         sha256: content digest of each sample, 32 bytes.
         paths: relative path of each sample.
-        groups: what must not be divided; by default the content digest.
+        groups: the group of each sample, which stays in one split; by default the content digest.
         name: the split it came from.
 
     >>> from store import FeatureCache
@@ -69,16 +69,16 @@ class Subset:
 
 
 class FeatureCache:
-    """A finished cache, for reading. Takes no lock, writes nothing.
+    """A finished cache, opened for reading. It takes no lock and writes nothing.
 
     Args:
         path: the cache directory, or the one file that `penult compact` made of it.
-        layer: which of its feature sets, by the layer in its fingerprint; the first where not given.
+        layer: the layer of the feature set to read, as in its fingerprint; by default the first.
 
     Raises:
         InputMissingError: there is no cache, or it was never finished.
         CorruptCacheError: its files are damaged or of a newer format.
-        LockedError: another run is just replacing it.
+        LockedError: another run is replacing it.
         UsageError: it has no features of that layer; names those it has.
 
     >>> from store import FeatureCache
@@ -139,7 +139,7 @@ class FeatureCache:
         self._sound.add(0)  # reading the table checked the whole file
 
     def _state(self) -> object:
-        """What tells that another cache lies here: inode, size and time of its one file, or of its table, with cache.json."""
+        """The identity of the cache on disk: inode, size and time of its one file, or of its table, with cache.json."""
         try:
             if self.path.is_file():
                 return shard.state_of(self.path)
@@ -148,8 +148,10 @@ class FeatureCache:
             return None
 
     def blamed(self, error: PenultError) -> PenultError:
-        """What a file that is missing, or is not what was written, means: `LockedError` where another run replaces or repairs
-        the cache, or has done so since this one was opened; else the error itself.
+        """The error to raise for a file that is missing or not what was written.
+
+        `LockedError` if another run replaces or repairs the cache, or has done so since this one was opened; else the error
+        itself.
         """
         if self._state() == self._opened_as and not is_locked(self.path):
             return error
@@ -160,7 +162,7 @@ class FeatureCache:
 
     @property
     def fingerprints(self) -> list[Fingerprint]:
-        """Of every feature set, in the order in which the layers were asked for."""
+        """The fingerprint of every feature set, in the order in which the layers were requested."""
         return [Fingerprint(fields) for fields in all_fingerprints(self.meta)]
 
     @property
@@ -176,7 +178,7 @@ class FeatureCache:
     def _choose(self, layer: str | None) -> Fingerprint:
         if layer is None:
             return self.fingerprints[0]
-        if layer == PENULTIMATE:  # as it is asked for; it is stored as what it is, such as ``input of fc``
+        if layer == PENULTIMATE:  # the name on the command line; what is stored is, for example, ``input of fc``
             layer = next((name for name in self.layers if name.startswith("input of ")), layer)
         if layer not in self.layers:
             message = f"{self.path} has no features of layer {layer!r}; it has {', '.join(map(repr, self.layers))}"
@@ -184,7 +186,7 @@ class FeatureCache:
         return self.fingerprints[self.layers.index(layer)]
 
     def with_layer(self, layer: str) -> FeatureCache:
-        """The same cache, reading another of its feature sets.
+        """The same cache with another of its feature sets.
 
         Raises:
             UsageError: it has no features of that layer.
@@ -192,10 +194,10 @@ class FeatureCache:
         return self if layer == self.layer else FeatureCache(self.path, layer)
 
     def read_backbone(self) -> bytes:
-        """The ONNX file that made the features; without its external data, where it has such.
+        """The ONNX file that made the features; without its external data, if it has any.
 
         Raises:
-            InputMissingError: it is not there.
+            InputMissingError: it is missing.
             CorruptCacheError: it is not the file that made the features; `penult extract` makes it again.
             LockedError: another run has replaced the cache.
         """
@@ -214,8 +216,9 @@ class FeatureCache:
         return data
 
     def copy_backbone(self, target: Path) -> None:
-        """Copy the ONNX file that made the features, and its external data beside it; what is compared with what was recorded
-        is the copy, since another run may replace the file at any time.
+        """Copy the ONNX file that made the features, and its external data beside it.
+
+        The copy is what is compared with the recorded digest, since another run may replace the file at any time.
 
         Raises:
             InputMissingError, CorruptCacheError, LockedError: as `read_backbone`.
@@ -237,7 +240,7 @@ class FeatureCache:
         self._require_backbone(file_digest(target, *copies))
 
     def require_backbone(self) -> None:
-        """Look, before any work is done, whether the ONNX file is the one that made the features.
+        """Check, before any work is done, that the ONNX file is the one that made the features.
 
         Raises:
             InputMissingError, CorruptCacheError, LockedError: as `read_backbone`.
@@ -258,10 +261,10 @@ class FeatureCache:
             raise CorruptCacheError(message)
         return names
 
-    def _require_backbone(self, found: str) -> None:
+    def _require_backbone(self, digest: str) -> None:
         recorded = self.meta["facts"].get("backbone_sha256")
-        if found != recorded:
-            what = f"its SHA-256 is {short(found)}, recorded is {short(recorded)}" if recorded else "cache.json is lost"
+        if digest != recorded:
+            what = f"its SHA-256 is {short(digest)}, recorded is {short(recorded)}" if recorded else "cache.json is lost"
             file = self.path if self.path.is_file() else self.path / BACKBONE
             message = f"{file}: this is not the backbone that made the features ({what}); the same extract command repairs it"
             raise self.blamed(CorruptCacheError(message))
@@ -275,11 +278,11 @@ class FeatureCache:
     def shards(self) -> list[shard.Shard]:
         """The shards of this cache's fingerprint, in the order of writing."""
         try:
-            found = [shard.read_shard(path) for path in shard_paths(self.path)]
+            shards = [shard.read_shard(path) for path in shard_paths(self.path)]
         except (CorruptCacheError, InputMissingError) as error:
             raise self.blamed(error) from error
-        mine = [s for s in found if s.fingerprint == self.fingerprint.canonical]
-        if not mine and self.samples.counts["ok"]:  # all are gone: another run has replaced them, or each is missing for itself
+        mine = [s for s in shards if s.fingerprint == self.fingerprint.canonical]
+        if not mine and self.samples.counts["ok"]:  # all are gone: another run has replaced them, or every one is missing
             gone = self.blamed(CorruptCacheError(""))
             if isinstance(gone, LockedError):
                 raise gone
@@ -302,7 +305,7 @@ class FeatureCache:
 
     @property
     def views(self) -> int:
-        """Feature vectors of each image; the first is that of the image as it is."""
+        """Number of feature vectors of each image; the first is that of the image without augmentation."""
         return self.fingerprint.views
 
     @property
@@ -312,32 +315,31 @@ class FeatureCache:
         return np.dtype(np.float16) if kinds == {np.dtype(np.float16)} else np.dtype(np.float32)
 
     def features(self, sha256: Sequence[bytes], *, views: bool = False) -> NDArray[np.floating[Any]]:
-        """Features by content digest, ``(n, dim)`` in `dtype` and the order asked for; with ``views`` all of them,
-        ``(n, self.views, dim)``.
+        """Features by content digest, ``(n, dim)`` in `dtype`; with ``views`` those of all views, ``(n, self.views, dim)``.
 
-        Each shard is checked completely when it is first read from.
+        Each shard is checked completely when it is first read.
 
         Raises:
-            CorruptCacheError: some are not there, or a shard is damaged; names it.
+            CorruptCacheError: some are missing, or a shard is damaged; names it.
         """
-        found = np.asarray(self.lazy(sha256, views=views))
-        return found.reshape(len(sha256), self.views, -1) if views else found
+        vectors = np.asarray(self.lazy(sha256, views=views))
+        return vectors.reshape(len(sha256), self.views, -1) if views else vectors
 
     def lazy(self, sha256: Sequence[bytes], *, views: bool = False) -> LazyFeatures:
-        """As `features`, to be read later; with ``views`` they follow each other, ``(n * self.views, dim)``.
+        """Lazy `features`; with ``views`` those of one image follow each other, ``(n * self.views, dim)``.
 
         Raises:
-            CorruptCacheError: some are not there.
+            CorruptCacheError: some are missing.
         """
         keys, owner, row = self._index
-        wanted = np.frombuffer(b"".join(sha256), "S32")
-        place = np.searchsorted(keys, wanted)
-        found = place < len(keys)
-        found[found] = keys[place[found]] == wanted[found]
-        if not found.all():
-            missing = int((~found).sum())
+        digests = np.frombuffer(b"".join(sha256), "S32")
+        place = np.searchsorted(keys, digests)
+        present = place < len(keys)
+        present[present] = keys[place[present]] == digests[present]
+        if not present.all():
+            missing = int((~present).sum())
             message = (
-                f"{self.path} lacks the features of {missing} of {len(wanted)} samples: a shard is missing. "
+                f"{self.path} lacks the features of {missing} of {len(digests)} samples: a shard is missing. "
                 f"Run the same extract command again; it computes what is missing"
             )
             raise self.blamed(CorruptCacheError(message))
@@ -346,7 +348,7 @@ class FeatureCache:
         return LazyFeatures(self.shards, np.repeat(owner[place], len(numbers)), vectors, self.dtype, self._sound, self.blamed)
 
     def describe(self) -> dict[str, Any]:
-        """What `penult info` shows, as JSON."""
+        """The facts that `penult info` shows, as JSON."""
         splits = self.samples.splits()
         labels: dict[str, dict[str, int]] = {}
         for row in self.rows():
@@ -380,18 +382,18 @@ class FeatureCache:
         """How many samples have each numeric target, and its range."""
         rows = self.rows()
         values = np.array([row.targets for row in rows], np.float64).reshape(len(rows), len(self.samples.target_names))
-        found = {}
+        ranges = {}
         for name, column in zip(self.samples.target_names, values.T, strict=True):
-            given = column[~np.isnan(column)]
-            least, most = (float(given.min()), float(given.max())) if len(given) else (None, None)
-            found[name] = {"given": len(given), "min": least, "max": most}
-        return found
+            numbers = column[~np.isnan(column)]
+            least, most = (float(numbers.min()), float(numbers.max())) if len(numbers) else (None, None)
+            ranges[name] = {"given": len(numbers), "min": least, "max": most}
+        return ranges
 
     def rows(self, split: str | None = None) -> list[Row]:
         """The ok rows of a split, or all of them.
 
         Raises:
-            BadDataError: there is no such split; names those there are.
+            BadDataError: there is no such split; names the existing ones.
         """
         rows = [row for row in self.samples.rows if row.ok and (split is None or row.split == split)]
         if not rows and split is not None:
@@ -409,26 +411,26 @@ class FeatureCache:
         return self.of_rows(self.rows(split), split or "all")
 
     def split(self, *, test: float = 0.2, val: float = 0.0, seed: int = 0) -> tuple[Subset, ...]:
-        """Divide the cache anew by hash rank, whatever split it stores: ``(train, test)``, or ``(train, val, test)``.
+        """Split the cache again by hash rank, ignoring its stored split: ``(train, test)``, or ``(train, val, test)``.
 
         Raises:
-            BadDataError: a class is too small for the splits asked for.
+            BadDataError: a class is too small for the requested splits.
         """
         rows = self.rows()
         names = assign_splits(rows, val=val, test=test, seed=seed, stratify=self.samples.task.stratifies)
-        wanted = ["train", *(["val"] if val else []), *(["test"] if test else [])]
+        splits = ["train", *(["val"] if val else []), *(["test"] if test else [])]
         return tuple(
-            self.of_rows([row for row, name in zip(rows, names, strict=True) if name == want], want) for want in wanted
+            self.of_rows([row for row, name in zip(rows, names, strict=True) if name == split], split) for split in splits
         )
 
     def of_rows(self, rows: Sequence[Row], name: str, *, lazy: bool = False, views: bool = False) -> Subset:
         """Features and labels of some of this cache's ok rows.
 
         Args:
-            rows: which.
+            rows: the rows.
             name: of the subset.
-            lazy: their features stay on disk, and their order is that on disk.
-            views: all views of each image, one after the other, each with what is known of the image.
+            lazy: leave their features on disk, and order them as on disk.
+            views: all views of each image, one after the other, each with the label, path and group of the image.
 
         Raises:
             BadDataError: there are none, or some have no label or lack a target.
@@ -459,7 +461,7 @@ class FeatureCache:
 
 
 def is_cache(path: str | Path) -> bool:
-    """Whether a path is a cache, as a folder or as one file, rather than a dataset; that it is unfinished, opening it says."""
+    """Whether a path is a cache (a folder or one file) rather than a dataset; opening it fails if it is unfinished."""
     path = Path(path)
     if path.is_file():
         return path.suffix == ".h5"

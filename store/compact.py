@@ -1,4 +1,4 @@
-"""One self-contained HDF5 file of a cache, for MATLAB, HDFView and the archive; and pruning what no sample refers to."""
+"""A cache as one self-contained HDF5 file, for MATLAB, HDFView and archives; and the removal of unused features."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ DTYPES = ("float32", "float16")
 
 
 def write_compact(cache: FeatureCache, out: str | Path, *, dtype: str = "float32", overwrite: bool = False) -> int:
-    """Write a cache as one file; every reading command takes it in place of the folder. Removed images are left out, and all
-    views but the first: row by row, features and labels go together.
+    """Write a cache as one file, which every reading command accepts in place of the folder.
+
+    Removed images are left out, and all views but the first, so that features and labels match row by row.
 
     Args:
-        cache: the cache; it is built in memory, about three times its size in ``dtype``.
+        cache: the cache; the file is built in memory, which takes about three times its size in ``dtype``.
         out: the file.
         dtype: ``float32``, which MATLAB and HDFView read, or ``float16``.
         overwrite: replace an existing file.
@@ -37,7 +38,7 @@ def write_compact(cache: FeatureCache, out: str | Path, *, dtype: str = "float32
 
     Raises:
         OutputExistsError: the file exists, or is a part of the cache.
-        BadDataError: float16 would not hold the values.
+        BadDataError: float16 cannot hold the values.
         CorruptCacheError: the cache's backbone is not the one that made its features.
         LockedError: another run has replaced the cache meanwhile.
         StorageError: it cannot be written.
@@ -59,7 +60,7 @@ def write_compact(cache: FeatureCache, out: str | Path, *, dtype: str = "float32
         message = f"float16 would not hold {int((~fits).sum())} of {len(fits)} rows; use --dtype float32"
         raise BadDataError(message)
     if cache.views > 1:
-        log.info("%s has the first of %d views of each image, the image as it is", out, cache.views)
+        log.info("%s has the first of %d views of each image, the one without augmentation", out, cache.views)
     failed = [row for row in cache.samples.rows if not row.ok]
     whole = "backbone_data" not in cache.meta["facts"]
     onnx = np.frombuffer(cache.read_backbone() if whole else b"", np.uint8)
@@ -83,7 +84,7 @@ def write_compact(cache: FeatureCache, out: str | Path, *, dtype: str = "float32
 def prune(path: Path) -> tuple[int, int]:
     """Remove the features of images that are no longer in the sample table, under the writer's lock.
 
-    New shards are committed before old ones are removed, so a crash in between leaves duplicates and no loss.
+    New shards are committed before old ones are removed, so a crash in between leaves duplicates but loses nothing.
 
     Returns:
         Rows removed, and rows kept.
@@ -94,12 +95,12 @@ def prune(path: Path) -> tuple[int, int]:
     """
     with open_writer(path):
         cache = FeatureCache(path)
-        wanted = {row.sha256 for row in cache.rows()}
+        referenced = {row.sha256 for row in cache.rows()}
         removed = kept = 0
         number = max((int(p.name.partition("-")[0]) for p in shard_paths(path)), default=-1) + 1
         for old, fingerprint in [(s, each.fingerprint) for each in map(cache.with_layer, cache.layers) for s in each.shards]:
             digests = old.digests()
-            keep = np.array([digest in wanted for digest in digests], bool)
+            keep = np.array([digest in referenced for digest in digests], bool)
             kept += int(keep.sum())
             removed += int((~keep).sum())
             if keep.all():

@@ -1,4 +1,4 @@
-"""What changed between two caches, image by image, and why: today's features against last month's."""
+"""Feature drift between two caches, image by image, and its causes: today's features against last month's."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ class Drift:
 
     Attributes:
         common: images whose content is in both.
-        only_a, only_b: contents in one of them only.
+        only_a, only_b: images in one of them only.
         dtype_a, dtype_b: how the features are stored.
-        views_a, views_b: of each image; the first are compared, which are the images as they are.
+        views_a, views_b: per image; only the first ones, without augmentation, are compared.
         fingerprint: fields that differ, with (A, B).
         max_l2, mean_l2, min_cosine: over the common images.
-        bound: largest relative L2 that CONTRACTS 8 allows for two caches like these.
+        bound: largest relative L2 that CONTRACTS 8 allows for these two caches.
         worst: the images that moved most.
         relabelled: common images whose label differs.
         flips: common images for which a given head decides differently; None without a head.
-        causes: the reasons that explain what was found, in words.
+        causes: what explains the differences, in words.
     """
 
     common: int
@@ -85,8 +85,8 @@ class Drift:
         return {**asdict(self), "passed": self.passed}
 
     def rows(self) -> list[tuple[str, str]]:
-        """As a table of facts for people."""
-        found = [
+        """The comparison as a table of names and values."""
+        rows = [
             ("images in both", str(self.common)),
             ("only in the first, only in the second", f"{self.only_a}, {self.only_b}"),
             ("stored as", self.dtype_a if self.dtype_a == self.dtype_b else f"{self.dtype_a} against {self.dtype_b}"),
@@ -95,23 +95,23 @@ class Drift:
             ("other labels", str(self.relabelled)),
         ]
         if max(self.views_a, self.views_b) > 1:
-            found.append(("views of each image", f"{self.views_a}, {self.views_b}; the first are compared"))
+            rows.append(("views of each image", f"{self.views_a}, {self.views_b}; the first are compared"))
         if self.flips is not None:
-            found.append(("decisions that flip", str(self.flips)))
-        found += [(f"fingerprint: {name}", f"{short(a)} against {short(b)}") for name, (a, b) in self.fingerprint.items()]
+            rows.append(("decisions that flip", str(self.flips)))
+        rows += [(f"fingerprint: {name}", f"{short(a)} against {short(b)}") for name, (a, b) in self.fingerprint.items()]
         if self.max_l2 > 0:
-            found += [(f"moved: {i.path}", f"{i.relative_l2:.1e}, cosine {i.cosine:.6f}") for i in self.worst]
-        return found
+            rows += [(f"moved: {i.path}", f"{i.relative_l2:.1e}, cosine {i.cosine:.6f}") for i in self.worst]
+        return rows
 
 
 def compare_caches(a: FeatureCache, b: FeatureCache, *, predict: Predict | None = None, bound: float | None = None) -> Drift:
-    """Compare two caches by content; of views, the first.
+    """Compare two caches by image content; only the first view of each image counts.
 
     Args:
         a: the reference, such as last month's.
         b: what is compared with it.
         predict: class index for each row of features; counts decisions that flip.
-        bound: allowed relative L2 per row; by default what CONTRACTS 8 says of two caches like these.
+        bound: allowed relative L2 per row; by default the bound of CONTRACTS 8 for these two caches.
 
     Raises:
         BadDataError: they have no image in common, or features of different length.
@@ -180,9 +180,9 @@ def _distances(X: NDArray[Any], Y: NDArray[Any]) -> tuple[NDArray[np.float64], N
 
 
 def _bound(a: FeatureCache, b: FeatureCache, differences: dict[str, tuple[Any, Any]]) -> float:
-    half = np.dtype(np.float16) in (a.dtype, b.dtype)
+    fp16 = np.dtype(np.float16) in (a.dtype, b.dtype)
     provider = OTHER_PROVIDER if "provider" in differences else FLOAT32
-    return max(provider, FLOAT16 if half else 0.0)
+    return max(provider, FLOAT16 if fp16 else 0.0)
 
 
 def _fingerprint_causes(differences: dict[str, tuple[Any, Any]]) -> list[str]:
@@ -213,16 +213,16 @@ def _permutation_causes(X: NDArray[Any], Y: NDArray[Any], l2: NDArray[np.float64
     drifted = np.flatnonzero(l2 > bound)[:SEARCHED]
     if len(drifted) < 2:
         return []
-    reference, wanted = X[l2 > bound].astype(np.float32), Y[drifted].astype(np.float32)
+    reference, vectors = X[l2 > bound].astype(np.float32), Y[drifted].astype(np.float32)
     squared = (reference**2).sum(axis=1)
-    found = 0
-    for start in range(0, len(wanted), 256):
-        block = wanted[start : start + 256]
+    matches = 0
+    for start in range(0, len(vectors), 256):
+        block = vectors[start : start + 256]
         nearest = (squared - 2 * block @ reference.T).argmin(axis=1)
-        found += int((_distances(reference[nearest], block)[0] <= SAME).sum())
-    if found < MOSTLY * len(drifted):
+        matches += int((_distances(reference[nearest], block)[0] <= SAME).sum())
+    if matches < MOSTLY * len(drifted):
         return []
-    return [f"permutation: {found} of {len(drifted)} drifted rows are the features of other images; rows were mixed up"]
+    return [f"permutation: {matches} of {len(drifted)} drifted rows are the features of other images; rows were mixed up"]
 
 
 def _nothing_in_common(a: FeatureCache, b: FeatureCache) -> str:
@@ -232,5 +232,5 @@ def _nothing_in_common(a: FeatureCache, b: FeatureCache) -> str:
     example = display(min(paths))
     return (
         f"{a.path} and {b.path} have no image content in common, but {len(paths)} paths (such as {example}): the files were "
-        f"written anew, as by another resolution or compression"
+        f"written again, for example with another resolution or compression"
     )

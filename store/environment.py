@@ -1,6 +1,6 @@
-"""What libraries and child processes are told before they start: libraries read it when they are imported, or never.
+"""Environment variables for libraries and child processes, set before those libraries are imported.
 
-Importing any package of ours imports this module first. What the user has set stays.
+Importing any of penult's packages imports this module first. Variables that the user has set stay.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 
 log = logging.getLogger("penult.store")
 
-# From 1.29 on ONNX Runtime reports to its vendor: as soon as it is imported it looks a host up, and writes a device id and a
-# database of events into the home folder. It takes 1, true, yes, on or y; its function that switches events off comes too late.
+# From 1.29 on ONNX Runtime reports to its vendor: on import it looks up a host, and writes a device id and a database of
+# events into the home folder. The variable accepts 1, true, yes, on or y; the function that switches events off comes too late.
 NO_REPORTS = "ORT_DISABLE_TELEMETRY"
 if "onnxruntime" in sys.modules and NO_REPORTS not in os.environ:
     log.warning(
-        "onnxruntime was imported before penult. From its release 1.29 on it reports to its vendor, and in this process that "
-        "cannot be switched off any more: set %s=1 in the environment, or import penult's packages first",
+        "onnxruntime was imported before penult. From release 1.29 on it reports to its vendor, and this process can no longer "
+        "switch that off: set %s=1 in the environment, or import penult's packages first",
         NO_REPORTS,
     )
 os.environ.setdefault(NO_REPORTS, "1")
@@ -30,7 +30,7 @@ os.environ.setdefault("HDF5_PLUGIN_PRELOAD", "::")
 
 
 def cache_folder() -> Path:
-    """Our one folder below the home folder: ``PENULT_CACHE``, or else ``penult`` in ``XDG_CACHE_HOME`` or ``~/.cache``.
+    """penult's only folder in the home folder: ``PENULT_CACHE``, or else ``penult`` in ``XDG_CACHE_HOME`` or ``~/.cache``.
 
     Raises:
         RuntimeError: there is no home folder.
@@ -40,10 +40,10 @@ def cache_folder() -> Path:
 
 
 def redirect_matplotlib() -> None:
-    """In a process of our own, before matplotlib is imported: its list of fonts goes into our folder, not into two of its own.
+    """Make matplotlib keep its list of fonts in `cache_folder`; for a process of penult's own, before matplotlib is imported.
 
-    Our plots need no font but the one that it brings, so it need not ask fontconfig, which keeps files in the home folder too.
-    A matplotlib that its user has configured is left as it is.
+    Plots use only the font that comes with matplotlib, so fontconfig, which keeps files in the home folder too, is not needed.
+    A matplotlib that the user has configured is left as it is.
     """
     with contextlib.suppress(RuntimeError):  # no home folder, so nothing is written there
         folders = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config", "matplotlib"), Path.home() / ".matplotlib"
@@ -52,14 +52,14 @@ def redirect_matplotlib() -> None:
             return
         os.environ["MPLCONFIGDIR"] = str(cache_folder() / "matplotlib")
         os.environ.setdefault("MPL_IGNORE_SYSTEM_FONTS", "1")
-    # Where it cannot write it takes a temporary folder and warns that it is slow: without the list, by a tenth of a second.
+    # If it cannot write there, it uses a temporary folder and warns that this is slow, which costs a tenth of a second.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 
 def python(code: str, *arguments: object) -> list[str]:
-    """A command that runs ``code`` in a Python of its own; ``sys.argv[1:]`` there are the arguments, as text.
+    """A command that runs ``code`` in a new Python process; ``sys.argv[1:]`` there are the arguments, as text.
 
-    Nothing in the folder that it is started in, and no module beside a script, can take the place of one of ours.
+    No module in its working directory or beside a script can shadow one of penult's.
     """
     start = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); "
     return [sys.executable, "-P", "-c", start + code, json.dumps(sys.path), *map(str, arguments)]

@@ -1,4 +1,4 @@
-"""Every error penult raises on purpose, with the exit code a scheduler sees.
+"""The exceptions that penult raises on purpose, each with the exit code that a scheduler sees.
 
 ::
 
@@ -11,7 +11,7 @@
     |   |-- BudgetExceededError            more failed inputs than allowed
     |   |-- GateError                      a score is below the gate
     |-- InputMissingError (FileNotFoundError)  66
-    |-- DeviceUnavailableError (RuntimeError)  69  the requested device is not really there
+    |-- DeviceUnavailableError (RuntimeError)  69  the requested device is not available
     |-- OutputError (OSError)             73  an output cannot be created
     |   |-- OutputExistsError (FileExistsError)
     |-- StorageError (OSError)                 74  disk full, I/O error
@@ -19,7 +19,7 @@
     |-- JobFileError (ValueError)              78
     |-- InterruptedRunError             128 + signal number; resumable
 
-The codes are those of BSD's ``sysexits.h`` where it has one. Anything else that escapes is a bug and exits 70 with a
+The codes are those of BSD's ``sysexits.h`` if it has one. Anything else that escapes is a bug and exits 70 with a
 traceback.
 """
 
@@ -30,11 +30,11 @@ from typing import Any
 
 
 class PenultError(Exception):
-    """Root of the tree of errors: everything that penult raises on purpose.
+    """Base class of everything that penult raises on purpose.
 
     Attributes:
         exit_code: exit status of the command that raised it.
-        facts: JSON for machines: what the run had found before it ended so.
+        facts: JSON for machines: the results of the run up to the error.
 
     >>> import store
     >>> try:
@@ -108,52 +108,52 @@ class JobFileError(PenultError, ValueError):
 
 
 class InterruptedRunError(PenultError):
-    """A signal ended the run after everything that can be kept was committed; ``then`` is what running it again does."""
+    """A signal ended the run after all finished work was committed; ``then`` is what running the command again does."""
 
     def __init__(self, signum: int, then: str = "to continue") -> None:
         super().__init__(f"interrupted by signal {signum}; run the same command again {then}")
         self.exit_code = 128 + signum
 
 
-def require_format(what: object, found: object, known: int) -> None:
-    """Refuse a file of a newer penult.
+def require_format(what: object, version: object, known: int) -> None:
+    """Refuse a file that a newer penult wrote.
 
     Args:
         what: the file, for the message.
-        found: the version of its format, as the file says it.
-        known: the newest that this penult reads.
+        version: of its format, as recorded in the file.
+        known: the newest version that this penult reads.
 
     Raises:
-        NewerFormatError: it is another one.
+        NewerFormatError: the version is not 1 to ``known``.
     """
-    if not isinstance(found, int) or isinstance(found, bool) or not 1 <= found <= known:
-        message = f"{what} has format version {found}; this penult reads up to {known}. Upgrade penult."
+    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= known:
+        message = f"{what} has format version {version}; this penult reads up to {known}. Upgrade penult."
         raise NewerFormatError(message)
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
-    """The end of a message about an unknown name: the nearest known ones, or what else helps.
+    """The end of a message about an unknown name: the nearest known names, or another hint.
 
     >>> did_you_mean("resnet5O", ["resnet18", "resnet50", "vgg16"])
     "; did you mean 'resnet50' or 'resnet18'?"
     """
-    import difflib  # on the way to an error only
+    import difflib  # needed for error messages only
 
     near = difflib.get_close_matches(name, list(known), n=3)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else otherwise and f"; {otherwise}"
 
 
 def answer_of(error: PenultError) -> dict[str, str]:
-    """An error as a child process answers it, in JSON."""
+    """An error as JSON, as a child process reports it."""
     return {"error": type(error).__name__, "message": str(error)}
 
 
 def raise_answered(answer: Mapping[str, Any], *others: type[PenultError]) -> None:
-    """Raise what a child process has answered, if that is an error.
+    """Raise the error that a child process reported, if it reported one.
 
     Args:
-        answer: of the child.
-        others: kinds of errors that do not stand here.
+        answer: JSON from the child.
+        others: error classes that are not defined in this module.
     """
     if "error" in answer:
         known = {kind.__name__: kind for kind in (*globals().values(), *others) if isinstance(kind, type)}
@@ -162,6 +162,6 @@ def raise_answered(answer: Mapping[str, Any], *others: type[PenultError]) -> Non
 
 
 def display(path: bytes) -> str:
-    """A path for people: bytes that are not UTF-8, and control characters, as ``\\xNN``; safe in a log or a terminal."""
+    """A path as printable text: bytes that are not UTF-8, and control characters, become ``\\xNN``; safe in a terminal."""
     text = path.decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,4 +1,4 @@
-"""The feature contract: everything that decides the numbers in a cache, compared field by field."""
+"""Fingerprints: everything that decides the features in a cache, compared field by field."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 from .errors import CorruptCacheError, FingerprintMismatchError, InputMissingError
 
-VIEWS = "views"  # the field that says how the views of an image were drawn; absent where there is one
-MAX_VIEWS = 64  # decoded images wait in memory, and each has so many
+VIEWS = "views"  # the field with how the views of an image were drawn; absent if there is one view
+MAX_VIEWS = 64  # decoded images wait in memory with all their views
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Fingerprint:
 
     @property
     def canonical(self) -> str:
-        """Its one JSON text: sorted keys, no spaces, as stored in every shard."""
+        """The fields as canonical JSON: sorted keys, no spaces, as stored in every shard."""
         return json.dumps(self.fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
     @property
@@ -44,7 +44,7 @@ class Fingerprint:
 
     @property
     def single(self) -> Fingerprint:
-        """That of the first view alone, which is the image as it is."""
+        """The fingerprint of the first view alone, which is the image without augmentation."""
         return Fingerprint({name: value for name, value in self.fields.items() if name != VIEWS})
 
     @classmethod
@@ -64,7 +64,7 @@ class Fingerprint:
         return cls(fields)
 
     def leaves(self) -> dict[str, Any]:
-        """Every fact under a dotted name, such as ``pixels.crop``."""
+        """Every fact by its dotted name, such as ``pixels.crop``."""
         return dict(_leaves("", self.fields))
 
     def differences(self, other: Fingerprint, ignore: Collection[str] = ()) -> dict[str, tuple[Any, Any]]:
@@ -77,10 +77,10 @@ class Fingerprint:
         }
 
     def require(self, other: Fingerprint, *, mine: str, theirs: str, ignore: Collection[str] = ()) -> None:
-        """Refuse to combine two things that were not made alike.
+        """Refuse to combine two things whose fingerprints differ.
 
         Args:
-            other: what must agree with this one.
+            other: the fingerprint that must agree with this one.
             mine: what this fingerprint belongs to, for the message.
             theirs: what the other belongs to.
             ignore: dotted names that may differ.
@@ -96,7 +96,7 @@ class Fingerprint:
 
 
 def require_same(ours: Sequence[Fingerprint], others: Sequence[Fingerprint], *, mine: str, theirs: str) -> None:
-    """Refuse where the feature sets of two things, in their order, were not made alike.
+    """Refuse to combine two things whose feature sets, in their order, have different fingerprints.
 
     Args:
         ours, others: the fingerprint of each feature set.
@@ -114,7 +114,7 @@ def require_same(ours: Sequence[Fingerprint], others: Sequence[Fingerprint], *, 
 
 
 def file_digest(*paths: Path) -> str:
-    """SHA-256 of a file, hexadecimal; of several, of their digests in this order.
+    """SHA-256 of a file, hexadecimal; of several files, the SHA-256 of their digests in this order.
 
     Raises:
         InputMissingError: one cannot be read.
@@ -131,17 +131,17 @@ def file_digest(*paths: Path) -> str:
 
 
 def short(value: Any) -> str:
-    """A value as it fits a message: digests by their first twelve digits."""
+    """A value shortened for a message: a digest becomes its first twelve digits."""
     text = value if isinstance(value, str) else json.dumps(value)
     is_digest = len(text) == 64 and all(c in "0123456789abcdef" for c in text)
     return f"{text[:12]}.." if is_digest else text
 
 
 def _leaves(prefix: str, node: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
+    pairs: list[tuple[str, Any]] = []
     for name, value in node.items():
         if isinstance(value, Mapping):
-            found += _leaves(f"{prefix}{name}.", value)
+            pairs += _leaves(f"{prefix}{name}.", value)
         else:
-            found.append((prefix + name, value))
-    return found
+            pairs.append((prefix + name, value))
+    return pairs

@@ -1,4 +1,4 @@
-"""How an object shows itself in a notebook: a title and a table, as HTML in which everything is escaped."""
+"""HTML tables that show an object in a notebook: a title and rows, with everything escaped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Splits by hash rank: reproducible, group-aware, and hardly moved by adding or removing files."""
+"""Train, validation and test splits by hash rank: reproducible, group-aware, and stable when files are added or removed."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ SHOWN = 10  # classes in a message; there can be thousands
 
 
 def merge_groups(groups: Sequence[bytes], contents: Sequence[bytes]) -> list[bytes]:
-    """What must stay together: samples of one group, samples of one content, and whatever these two connect.
+    """Join samples that must stay in one split: those of one group, those of one content, and all that these connect.
 
     Args:
         groups: the group of each sample; empty means its content alone.
         contents: the content digest of each sample.
 
     Returns:
-        One name for each connected set: the smallest of its groups, or its content where it has none.
+        One name for each connected set: the smallest of its groups, or its content if it has none.
     """
     if not any(groups):
         return list(contents)
@@ -44,7 +44,7 @@ def merge_groups(groups: Sequence[bytes], contents: Sequence[bytes]) -> list[byt
 
 
 def split_names(*, val: float, test: float) -> list[str]:
-    """The splits that fractions ask for, train first.
+    """The names of the splits that the fractions request, train first.
 
     Raises:
         UsageError: the fractions leave nothing to train on.
@@ -56,7 +56,7 @@ def split_names(*, val: float, test: float) -> list[str]:
 
 
 def require_sizes(groups_per_class: Mapping[str, int], names: Sequence[str]) -> None:
-    """Refuse classes that cannot be in every split.
+    """Refuse classes that are too small to be in every split.
 
     Raises:
         BadDataError: classes have fewer distinct samples or groups than there are splits; names them all.
@@ -64,7 +64,7 @@ def require_sizes(groups_per_class: Mapping[str, int], names: Sequence[str]) -> 
     small = [(label, count) for label, count in sorted(groups_per_class.items()) if count < len(names)]
     if small:
         listed = ", ".join(f"class {label!r} has {count}" for label, count in small[:SHOWN])
-        more = f" and {len(small) - SHOWN} more classes have no more" if len(small) > SHOWN else ""
+        more = f" and {len(small) - SHOWN} more classes have too few" if len(small) > SHOWN else ""
         message = (
             f"{listed} distinct sample(s) or group(s){more}: too few for {', '.join(names)}. "
             f"Add samples, leave the class out, or ask for fewer splits (--val-fraction 0, --test-fraction 0)"
@@ -77,25 +77,25 @@ def hash_rank_split(labels: Sequence[str], groups: Sequence[bytes], *, val: floa
 
     Groups are ordered by SHA-256(seed + group) within the class that most of their samples have. From the front, groups go to
     test until they hold at least ``ceil(test * n)`` samples of the class, the next ones to val likewise, the rest to train. A
-    group is never divided. Adding one file to 20,000 moves at most a few samples; a seeded shuffle moves 7 % of them.
+    group stays in one split. Adding one file to 20,000 moves at most a few samples; a seeded shuffle moves 7 % of them.
 
     Args:
         labels: the class of each sample (n).
-        groups: what must stay together (n); by default its content digest.
+        groups: the group of each sample (n), which stays in one split.
         val: fraction for validation, 0 to leave it out.
         test: fraction held out, 0 to leave it out.
-        seed: another seed is another split.
+        seed: another seed gives another split.
 
     Raises:
         UsageError: the fractions leave nothing to train on.
-        BadDataError: a class has too few groups for the splits asked for, or is missing from one of them; names it.
+        BadDataError: a class has too few groups for the requested splits, or is missing from one of them; names it.
     """
     members: dict[bytes, list[int]] = defaultdict(list)
     for i, group in enumerate(groups):
         members[group].append(i)
     prefix = f"{seed}:".encode()
     names = split_names(val=val, test=test)
-    wanted = [(name, fraction) for name, fraction in (("test", test), ("val", val)) if fraction]
+    fractions = [(name, fraction) for name, fraction in (("test", test), ("val", val)) if fraction]
     owners: dict[str, int] = Counter(label for rows in members.values() for label in {labels[i] for i in rows})
     require_sizes(owners, names)
 
@@ -108,7 +108,7 @@ def hash_rank_split(labels: Sequence[str], groups: Sequence[bytes], *, val: floa
             by_class[labels[rows[0]]].append(group)
             continue
         votes = Counter(labels[i] for i in rows)
-        # a tie goes to either class by hash; to the first in the alphabet, it would always be the same one
+        # a tie is broken by hash; alphabetical order would always favour the same class
         by_class[min(votes, key=lambda label: (-votes[label], rank(group + label.encode())))].append(group)
 
     split = ["train"] * len(labels)
@@ -116,8 +116,8 @@ def hash_rank_split(labels: Sequence[str], groups: Sequence[bytes], *, val: floa
         ranked = sorted(by_class[label], key=lambda group: (rank(group), group))
         total = sum(len(members[group]) for group in ranked)
         position = 0
-        for order, (name, fraction) in enumerate(wanted):
-            quota, reserved = math.ceil(fraction * total), len(wanted) - order  # one group each for those that follow
+        for order, (name, fraction) in enumerate(fractions):
+            quota, reserved = math.ceil(fraction * total), len(fractions) - order  # one group each for those that follow
             taken = 0
             while taken < quota and position < len(ranked) - reserved:
                 for i in members[ranked[position]]:
@@ -128,13 +128,13 @@ def hash_rank_split(labels: Sequence[str], groups: Sequence[bytes], *, val: floa
     for label in sorted(owners):
         missing = [name for name in names if (label, name) not in present]
         if missing:
-            message = f"no group with class {label!r} came into {', '.join(missing)}; try another --seed, or larger fractions"
+            message = f"no group with class {label!r} is in {', '.join(missing)}; try another --seed, or larger fractions"
             raise BadDataError(message)
     return split
 
 
 def rule_text(rule: Mapping[str, Any]) -> str:
-    """How a split came about, for people."""
+    """How a split was made, in words."""
     if rule.get("rule") == "hash-rank":
         return f"by hash rank (val {rule['val']}, test {rule['test']}, seed {rule['seed']})"
     return {"source": "the data's own", "none": "none (no labels)"}.get(str(rule.get("rule")), str(rule.get("rule")))
@@ -144,7 +144,7 @@ def untrained_labels(samples: Iterable[tuple[str | None, str | None]]) -> list[s
     """A sentence for each class that is in ``val`` or ``test`` and not in ``train``.
 
     Args:
-        samples: label and split of each; without splits there is nothing to say.
+        samples: label and split of each; those without a split are ignored.
     """
     counts = Counter((label, split) for label, split in samples if label is not None and split)
     trained = {label for label, split in counts if split == "train"}
@@ -156,12 +156,12 @@ def untrained_labels(samples: Iterable[tuple[str | None, str | None]]) -> list[s
 
 
 def groups_of(rows: Sequence[Row]) -> list[bytes]:
-    """What must not be divided: the group of each row, joined with those that hold a copy of the same image."""
+    """The group of each row, which stays in one split; groups that hold a copy of the same image are joined."""
     return merge_groups([row.group for row in rows], [row.sha256 for row in rows])
 
 
 def assign_splits(rows: Sequence[Row], *, val: float, test: float, seed: int, stratify: bool = True) -> list[str]:
-    """Hash-rank splits of rows, within each class where ``stratify``; groups and exact copies stay together."""
+    """Hash-rank splits of rows, within each class if ``stratify``; groups and exact copies stay together."""
     labels = [row.label or "" for row in rows] if stratify else ["(all samples)"] * len(rows)
     return hash_rank_split(labels, groups_of(rows), val=val, test=test, seed=seed)
 

@@ -1,4 +1,4 @@
-"""What labels are for: one class an image, several labels, or numbers; and everything in which these three differ on disk."""
+"""Prediction tasks: one class per image, several labels, or numbers; and how each reads and stores its labels."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from .errors import BadDataError, UsageError, display
 
-if TYPE_CHECKING:  # settings of commands know the tasks, and import no NumPy
+if TYPE_CHECKING:  # the settings of commands import this module, and must not import NumPy
     from numpy.typing import NDArray
 
 LABEL_SEPARATOR = "|"
-MISSING = math.nan  # one object for all: rows that lack the same target compare equal
+MISSING = math.nan  # one object for all, so that rows that lack the same target compare equal
 
 
 class Labelled(Protocol):
-    """What a task looks at in a row of a sample table."""
+    """The part of a sample table's row that a task reads."""
 
     @property
     def label(self) -> str | None: ...
@@ -51,13 +51,13 @@ def as_text(value: object) -> str:
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """What labels are for: said by the user, recorded with the samples, never guessed. `Task.named` gives one by its name.
+    """A prediction task: chosen by the user, recorded with the samples, never guessed. `Task.named` returns one by its name.
 
     Attributes:
-        name: on the command line, in jobs and in files.
-        targets: of a regression, the numeric columns.
+        name: its name on the command line, in jobs and in files.
+        targets: the numeric columns of a regression.
         stratifies: whether an image has one class, so that every split gets its share of each.
-        lacking: what is said of images that cannot be learnt from.
+        lacking: the phrase for images that cannot be trained on.
     """
 
     targets: tuple[str, ...] = ()
@@ -72,8 +72,8 @@ class Task(ABC):
 
         Args:
             name: one of `TASKS`.
-            targets: of a regression, the numeric columns.
-            spell: what ``task`` and ``targets`` are called where they were said.
+            targets: the numeric columns of a regression.
+            spell: gives ``task`` and ``targets`` the spelling of their source, such as ``--task``.
 
         Raises:
             UsageError: there is none of this name, or the targets do not fit it.
@@ -81,7 +81,7 @@ class Task(ABC):
         message = None
         task, target = (spell("task"), spell("targets")) if spell else ("--task", "--target")
         if name not in TASKS:
-            message = f"{task} {name}: there is {', '.join(TASKS)}"
+            message = f"{task} {name}: expected {', '.join(TASKS)}"
         elif targets and TASKS[name] is not RegressionTask:
             message = f"{target} {targets[0]}: numeric targets are for {task} {RegressionTask.name}, this is {name}"
         elif TASKS[name] is RegressionTask and not targets:
@@ -108,7 +108,7 @@ class Task(ABC):
         """A target as it is stored; `MISSING` for an empty one.
 
         Raises:
-            ValueError: it is no finite number.
+            ValueError: it is not a finite number.
         """
         if value is None or (isinstance(value, str) and not value.strip()):
             return MISSING
@@ -116,27 +116,27 @@ class Task(ABC):
         if isinstance(value, bool) or not isinstance(value, int | float | str) or "_" in str(value):  # float("1_0") is 10
             raise ValueError(message)
         try:
-            found = float(value)
+            target = float(value)
         except (ValueError, OverflowError):
             raise ValueError(message) from None
-        if not math.isfinite(found):
+        if not math.isfinite(target):
             raise ValueError(message)
-        return found
+        return target
 
     def labels_of(self, row: Labelled) -> list[str]:
-        """The labels of a row: none, one, or several where the task has several."""
+        """The labels of a row: none, one, or several if the task allows several."""
         return [] if row.label is None else [row.label]
 
     def can_be_trained_on(self, labels: Sequence[str | None]) -> bool:
-        """Whether samples with these labels can be learnt from, so that a split makes sense."""
+        """Whether samples with these labels can be trained on, so that a split makes sense."""
         return all(label is not None for label in labels)
 
     def outputs(self, classes: Sequence[str]) -> list[str]:
-        """What a head has an output for, given the labels that there are."""
+        """The names of a head's outputs, from the classes in the data."""
         return list(classes)
 
     def incomplete(self, rows: Sequence[R], names: Sequence[str] | None = None) -> list[R]:
-        """The rows that do not say what is to be predicted.
+        """The rows that lack a label or a target.
 
         Args:
             rows: of one table.
@@ -146,15 +146,15 @@ class Task(ABC):
 
     @abstractmethod
     def truth(self, rows: Sequence[Labelled], names: Sequence[str]) -> NDArray[Any]:
-        """What is to be predicted of rows, none of them `incomplete`, with a column for each of the names.
+        """The ground truth of rows, none of them `incomplete`; with several names, a column for each.
 
         Raises:
-            BadDataError: a label is none of the names, or a target is not there; names it.
+            BadDataError: a label is not among the names, or there is no such target; names it.
         """
 
 
 class SingleLabelTask(Task):
-    """One class an image; truth is labels ``(n,)``."""
+    """One class per image; truth is labels ``(n,)``."""
 
     name = "single-label"
     stratifies = True
@@ -166,7 +166,7 @@ class SingleLabelTask(Task):
 
 
 class MultiLabelTask(Task):
-    """Any number of labels an image, none included; truth is which of them each row has, ``(n, k)`` bool."""
+    """Any number of labels per image, including none; truth is which of them each row has, ``(n, k)`` bool."""
 
     name = "multi-label"
 
@@ -192,18 +192,18 @@ class MultiLabelTask(Task):
         import numpy as np
 
         index = {name: i for i, name in enumerate(names)}
-        found = np.zeros((len(rows), len(index)), bool)
+        indicators = np.zeros((len(rows), len(index)), bool)
         for i, row in enumerate(rows):
             for label in self.labels_of(row):
                 if label not in index:
                     message = f"{row.name} has the label {label!r}; expected some of {', '.join(map(repr, index))}"
                     raise BadDataError(message)
-                found[i, index[label]] = True
-        return found
+                indicators[i, index[label]] = True
+        return indicators
 
 
 class RegressionTask(Task):
-    """Numbers of an image; truth is targets ``(n, t)`` float64."""
+    """One or more numbers per image; truth is targets ``(n, t)`` float64."""
 
     name = "regression"
     lacking = "lack a target"
@@ -224,14 +224,14 @@ class RegressionTask(Task):
         places = self._places(names)
         return np.array([[row.targets[i] for i in places] for row in rows], np.float64).reshape(len(rows), len(places))
 
-    def _places(self, wanted: Sequence[str]) -> list[int]:
-        """Which numbers of a row are these targets."""
-        missing = [name for name in wanted if name not in self.targets]
+    def _places(self, names: Sequence[str]) -> list[int]:
+        """The positions of these targets in a row."""
+        missing = [name for name in names if name not in self.targets]
         if missing:
             have = ", ".join(map(repr, self.targets)) or "none"
-            message = f"there is no target {missing[0]!r} in the samples; there is {have}"
+            message = f"the samples have no target {missing[0]!r}; they have {have}"
             raise BadDataError(message)
-        return [self.targets.index(name) for name in wanted]
+        return [self.targets.index(name) for name in names]
 
 
 TASKS: dict[str, type[Task]] = {kind.name: kind for kind in (SingleLabelTask, MultiLabelTask, RegressionTask)}

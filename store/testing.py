@@ -1,4 +1,4 @@
-"""Assertions for regression tests on cached features; import it in your own tests, nothing loads it by itself.
+"""Assertions for regression tests on cached features and on metrics, to import in your own tests.
 
 ::
 
@@ -28,9 +28,9 @@ def assert_features_match(cache: str | Path, golden: str | Path, *, bound: float
     """Fail unless a cache holds the images, labels, storage type and features of a golden one.
 
     Args:
-        cache: what is tested: a cache folder or a compact file.
-        golden: what it must equal.
-        bound: allowed relative L2 per row; by default that of CONTRACTS 8 for two caches like these.
+        cache: the cache under test: a folder or a compact file.
+        golden: the reference.
+        bound: allowed relative L2 per row; by default the bound of CONTRACTS 8 for these two caches.
 
     Raises:
         AssertionError: with the causes and a table of what drifted.
@@ -49,11 +49,11 @@ def assert_features_match(cache: str | Path, golden: str | Path, *, bound: float
 def assert_metrics_match(
     metrics: Mapping[str, Any] | str | Path, golden: Mapping[str, Any] | str | Path, *, tolerance: float = 0.0
 ) -> None:
-    """Fail unless accuracy, macro F1 and log-loss are within a tolerance of the golden ones, on as many images.
+    """Fail unless accuracy, macro F1 and log-loss are within a tolerance of the golden ones, on the same number of images.
 
     Args:
         metrics: an evaluation as JSON (`penult evaluate --json`), a bundle's ``head.json``, or the path of either.
-        golden: what it must equal.
+        golden: the reference.
         tolerance: allowed absolute difference of each score.
 
     Raises:
@@ -62,12 +62,12 @@ def assert_metrics_match(
     >>> from store.testing import assert_metrics_match
     >>> assert_metrics_match("pets.head/head.json", "pets.head/head.json", tolerance=0.005)
     """
-    found, expected = _metrics(metrics), _metrics(golden)
-    wrong = [f"n: {found['n']} against {expected['n']}"] if found["n"] != expected["n"] else []
+    actual, expected = _metrics(metrics), _metrics(golden)
+    wrong = [f"n: {actual['n']} against {expected['n']}"] if actual["n"] != expected["n"] else []
     wrong += [
-        f"{name}: {found[name]:.6f} against {expected[name]:.6f}"
+        f"{name}: {actual[name]:.6f} against {expected[name]:.6f}"
         for name in METRICS
-        if not abs(found[name] - expected[name]) <= tolerance
+        if not abs(actual[name] - expected[name]) <= tolerance
     ]
     if wrong:
         message = f"the scores differ by more than {tolerance}: {'; '.join(wrong)}"
@@ -76,5 +76,5 @@ def assert_metrics_match(
 
 def _metrics(source: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:
     facts = source if isinstance(source, Mapping) else json.loads(Path(source).read_text("utf-8"))
-    found: Mapping[str, Any] = facts.get("metrics", facts)
-    return found
+    metrics: Mapping[str, Any] = facts.get("metrics", facts)
+    return metrics

@@ -1,4 +1,4 @@
-"""Everything that is wrong with a cache: damaged files, another backbone, features that are missing."""
+"""Verification of a cache: damaged files, a changed backbone, missing features."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Finding:
 
 
 def verify_cache(cache: str | Path) -> list[Finding]:
-    """Everything that is wrong with a cache: damaged files, a changed backbone, features that are missing.
+    """List everything that is wrong with a cache: damaged files, a changed backbone, missing features.
 
     Raises:
         InputMissingError: there is no cache.
-        LockedError: another run is just replacing it.
+        LockedError: another run is replacing it.
 
     >>> import store
     >>> store.verify_cache("pets.cache")
@@ -48,7 +48,7 @@ def verify_cache(cache: str | Path) -> list[Finding]:
     try:
         findings = _damaged(cache)
     except (InputMissingError, StorageError, FileNotFoundError) as error:
-        if is_locked(cache):  # what was there a moment ago was removed by whoever holds the lock
+        if is_locked(cache):  # the run that holds the lock has removed a file
             message = f"{cache} is being changed by another run; try again when that has ended"
             raise LockedError(message) from error
         raise
@@ -80,7 +80,7 @@ def _derived(cache: FeatureCache) -> Iterator[Finding]:
 
 def _backbone(cache: FeatureCache) -> Iterator[Finding]:
     if not cache.meta["facts"] and (cache.path / BACKBONE).is_file():
-        return  # cache.json is lost, which is a finding of its own, and nothing says what the file must be
+        return  # cache.json is lost, which is a finding of its own, and the expected digest is unknown
     try:
         cache.require_backbone()
     except (CorruptCacheError, InputMissingError) as error:
@@ -89,8 +89,8 @@ def _backbone(cache: FeatureCache) -> Iterator[Finding]:
 
 def _missing(cache: FeatureCache) -> Iterator[Finding]:
     for layer in cache.layers:
-        there = {digest for s in cache.with_layer(layer).shards for digest in s.digests()}
-        missing = [row for row in cache.rows() if row.sha256 not in there]
+        stored = {digest for s in cache.with_layer(layer).shards for digest in s.digests()}
+        missing = [row for row in cache.rows() if row.sha256 not in stored]
         if missing:
             of_layer = f" of {layer}" if len(cache.layers) > 1 else ""
             yield Finding(

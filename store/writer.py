@@ -1,4 +1,4 @@
-"""Write a cache directory: append shards, replace the sample table, under one lock."""
+"""The writer of a cache directory: appends shards and replaces the sample table, under one lock."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ Block = tuple[NDArray[np.floating[Any]], Sequence[bytes], Sequence[bytes]]  # fe
 
 @dataclass
 class _FeatureSet:
-    """The rows of one fingerprint: what is committed, and what waits, as it will be stored."""
+    """The rows of one fingerprint: the keys of committed rows, and pending rows as they will be stored."""
 
     fingerprint: Fingerprint
     known: set[bytes] = field(default_factory=set)
@@ -62,7 +62,7 @@ class CacheWriter:
 
     Attributes:
         path: the cache directory.
-        known: content digests that have all their features already, once `begin` was called.
+        known: content digests whose features are all stored, after `begin` was called.
         seconds: spent on writing shards so far.
     """
 
@@ -80,16 +80,16 @@ class CacheWriter:
 
     @property
     def fresh(self) -> bool:
-        """Whether there is nothing in it yet."""
+        """Whether the cache is still empty."""
         return not shard_paths(self.path) and not (self.path / "cache.json").exists()
 
     @cached_property
     def meta(self) -> dict[str, Any] | None:
-        """cache.json as it stands; None in a fresh cache."""
+        """The content of cache.json; None in a fresh cache."""
         return None if self.fresh else read_meta(self.path)
 
     def clear(self) -> None:
-        """Empty the cache: only what is ours, and the sample table first, for without it no reader takes the rest."""
+        """Empty the cache of penult's own files, the sample table first, because no reader opens a cache without it."""
         for name in FILES:
             (self.path / name).unlink(missing_ok=True)
         atomic.fsync_directory(self.path)  # else a crash may leave the old table beside the new backbone
@@ -99,18 +99,18 @@ class CacheWriter:
         self.__dict__.pop("samples", None)
 
     def begin(self, *fingerprints: Fingerprint, facts: dict[str, Any]) -> None:
-        """Agree on the fingerprints and load the keys of what is there. Damaged shards are removed, to be done again.
+        """Check the fingerprints and load the stored keys. Damaged shards are removed, to be computed again.
 
         Args:
             fingerprints: of every feature set to come.
-            facts: what is good to know and decides nothing: library versions, where weights came from, batch size.
+            facts: information that does not decide features: library versions, where weights came from, batch size.
 
         Raises:
             FingerprintMismatchError: the cache was made differently; names the fields.
         """
         if self.meta is not None:
-            there = [Fingerprint(fields) for fields in all_fingerprints(self.meta)]
-            require_same(there, fingerprints, mine=str(self.path), theirs="this run")
+            stored = [Fingerprint(fields) for fields in all_fingerprints(self.meta)]
+            require_same(stored, fingerprints, mine=str(self.path), theirs="this run")
         self._sets = [_FeatureSet(each) for each in fingerprints]
         damaged = verify_files(shard_paths(self.path))
         for path in shard_paths(self.path):
@@ -119,10 +119,10 @@ class CacheWriter:
                 log.warning("%s; its images are computed again", damaged[path])
                 path.unlink()
                 continue
-            found = shard.read_shard(path)
+            index = shard.read_shard(path)
             for each in self._sets:
-                if found.fingerprint == each.fingerprint.canonical:
-                    each.known.update(found.digests())
+                if index.fingerprint == each.fingerprint.canonical:
+                    each.known.update(index.digests())
         # with one feature set they are one object: a set of a million digests is not kept twice
         self.known = self._sets[0].known if len(self._sets) == 1 else set.intersection(*(each.known for each in self._sets))
         self.write_meta(facts)
@@ -153,10 +153,10 @@ class CacheWriter:
             new = np.array([digest not in each.known for digest in sha256], bool)
             vectors = X.reshape(-1, X.shape[-1])
             fits = shard.fits_float16(vectors) if each.storage == "auto" else np.zeros(len(vectors), bool)
-            half = fits.reshape(len(X), -1).all(axis=1)
-            if X.ndim == 3 and each.storage == "auto" and not half.all():
-                X = shard.as_stored(vectors, each.storage).reshape(X.shape)  # one view must not change what another is
-            for dtype, chosen in ((np.float16, np.flatnonzero(new & half)), (np.float32, np.flatnonzero(new & ~half))):
+            fp16 = fits.reshape(len(X), -1).all(axis=1)
+            if X.ndim == 3 and each.storage == "auto" and not fp16.all():
+                X = shard.as_stored(vectors, each.storage).reshape(X.shape)  # one view must not change how another is rounded
+            for dtype, chosen in ((np.float16, np.flatnonzero(new & fp16)), (np.float32, np.flatnonzero(new & ~fp16))):
                 if len(chosen):
                     rows: NDArray[np.floating[Any]] = X[chosen].astype(dtype)
                     places = chosen.tolist()
@@ -178,37 +178,37 @@ class CacheWriter:
         return count
 
     def commit_behind(self) -> int:
-        """`commit` while the caller goes on: a slow disk delays nothing but the next commit. `settle` says whether it worked.
+        """`commit` in the background, so that a slow disk delays only the next commit; `settle` raises if it failed.
 
         Raises:
-            StorageError: the commit before has failed.
+            StorageError: the previous commit failed.
         """
         self.settle()
-        taken = [each.pending for each in self._sets]
+        pending = [each.pending for each in self._sets]
         digests = self._appended
         for each in self._sets:
             each.pending = []
         self._appended, self._pending_bytes = [], 0
-        self._writing = self._pool.submit(self._write, taken, digests)
+        self._writing = self._pool.submit(self._write, pending, digests)
         return len(digests)
 
     def settle(self) -> None:
-        """Wait for the commit that is on its way.
+        """Wait for the commit in progress.
 
         Raises:
-            StorageError: it has failed.
+            StorageError: it failed.
         """
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def close(self) -> None:
-        """Let a commit that is on its way end; its failure, if nobody asked for it, is nobody's."""
+        """Wait for a commit in progress; its failure is ignored, `settle` raises it."""
         self._pool.shutdown()
 
-    def _write(self, taken: Sequence[list[Block]], digests: Sequence[bytes]) -> None:
+    def _write(self, pending: Sequence[list[Block]], digests: Sequence[bytes]) -> None:
         begin = time.perf_counter()
-        for each, blocks in zip(self._sets, taken, strict=True):
+        for each, blocks in zip(self._sets, pending, strict=True):
             total = sum(len(block[0]) for block in blocks)
             for dtype in (np.float16, np.float32):
                 self._write_shard(each, [block for block in blocks if block[0].dtype == dtype], dtype, total)
@@ -243,7 +243,7 @@ class CacheWriter:
 
     @cached_property
     def samples(self) -> SampleTable | None:
-        """The sample table as it stands; None where there is none or it is damaged (it can be made again)."""
+        """The current sample table; None if it is missing or damaged (it can be made again)."""
         try:
             return SampleTable.read(self.path / "samples.h5")
         except InputMissingError:
@@ -285,11 +285,11 @@ def open_writer(path: Path) -> Iterator[CacheWriter]:
 
 
 def require_place(path: Path) -> None:
-    """Look, before any work is done, whether a cache may be written in a place.
+    """Check, before any work is done, that a cache may be written at a path.
 
     Raises:
         OutputExistsError: it is taken by something that is not a cache.
-        OutputError: no folder can be made there.
+        OutputError: no folder can be created there.
     """
     if path.exists() and not _is_ours(path):
         message = f"{path} exists and is not a penult cache; choose another name"
@@ -298,20 +298,20 @@ def require_place(path: Path) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a folder is a cache, the beginning of one, or empty: one in which a writer may remove and replace things.
+    """Whether a folder is a cache, an unfinished one, or empty, so that a writer may remove and replace files in it.
 
-    A folder `shards` proves nothing: it is what people call the tar files of a dataset.
+    A folder `shards` proves nothing: datasets use that name for their tar files.
     """
     shards = path / "shards"
     if not path.is_dir() or shards.is_symlink():
         return False
     if _is_description(path / "cache.json") or shard_paths(path):
         return True
-    names, begun = {item.name for item in path.iterdir()}, {".lock", "shards"}  # a run that was killed early left these
-    if {*begun, BACKBONE} <= names:
+    names, unfinished = {item.name for item in path.iterdir()}, {".lock", "shards"}  # a run that was killed early left these
+    if {*unfinished, BACKBONE} <= names:
         return True
     foreign = [item for item in shards.iterdir() if not _is_shard(atomic.final_name(item.name))] if shards.is_dir() else []
-    return (names <= begun or begun <= names) and not foreign
+    return (names <= unfinished or unfinished <= names) and not foreign
 
 
 def _is_description(path: Path) -> bool:
@@ -327,13 +327,13 @@ def _is_shard(name: str) -> bool:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Delete what killed runs left unfinished, but for the backbone's; the writer's lock is held."""
+    """Delete the unfinished files of killed runs, except the backbone's; the writer's lock is held."""
     atomic.remove_leftovers(path, FILES.__contains__)
     atomic.remove_leftovers(path / "shards", _is_shard)
 
 
 def _remove_empty(path: Path) -> None:
-    """Delete a cache that this run made and nothing came of: a mistyped option leaves no empty folder behind."""
+    """Delete a cache that this run created and left empty, so that a mistyped option leaves no folder behind."""
     _remove_leftovers(path)
     if {item.name for item in path.iterdir()} == {".lock", "shards"} and not any((path / "shards").iterdir()):
         (path / "shards").rmdir()

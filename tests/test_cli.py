@@ -116,7 +116,7 @@ def test_a_pixel_path_is_chosen_once_and_everything_after_it_follows(
     assert "pixels.path: pillow-draft-1 against pillow-1" in err
     code, _, err = penult("extract", photos, "-m", file, "-o", cache, "--pixel-path", "pillow-crop")
     assert code == 2
-    assert "says itself" in err
+    assert "describes its own input and features" in err
     assert "leave --pixel-path out" in err
     assert penult("extract", photos, "-m", *network, "-o", tmp_path / "c", "--pixel-path", "opencv")[0] == 2
     assert penult("train", cache, "-o", bundle)[0] == 0

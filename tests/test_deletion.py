@@ -366,12 +366,12 @@ def test_a_bundle_is_replaced_where_it_is_one(tmp_path: Path, bundle: Bundle) ->
     (tmp_path / "folder/predictions.h5").mkdir()
     before = contents(tmp_path)
     for name, reason in {
-        "link.head": r"is a symbolic link, which is not overwritten; name what it points to, .*b\.head",
+        "link.head": r"is a symbolic link, which is not overwritten; give its target instead: .*b\.head",
         "page": "is not a bundle; it is not overwritten",
-        "linked": r"holds what is not a bundle's \(report\.html\)",
-        "data": r"holds what is not a bundle's \(backbone-of-mine\.data\)",
-        "folder": r"holds what is not a bundle's \(predictions\.h5\)",
-        "named": r"holds what is not a bundle's \(backbone-12345678\.data\)",
+        "linked": r"holds items that are not part of a bundle \(report\.html\)",
+        "data": r"holds items that are not part of a bundle \(backbone-of-mine\.data\)",
+        "folder": r"holds items that are not part of a bundle \(predictions\.h5\)",
+        "named": r"holds items that are not part of a bundle \(backbone-12345678\.data\)",
     }.items():
         with pytest.raises(OutputExistsError, match=reason):
             refuse_existing(tmp_path / name, overwrite=True)
@@ -438,7 +438,7 @@ def test_the_demo_replaces_what_it_wrote(tmp_path: Path) -> None:
         (out / change).parent.mkdir(exist_ok=True, parents=True)
         (out / change).symlink_to(out / demo.MARKER) if "0003" in change else (out / change).write_text("mine")
         before = contents(out)
-        with pytest.raises(OutputExistsError, match=r"is not the demo's; move it away|is not a bundle"):
+        with pytest.raises(OutputExistsError, match=r"is not part of the demo; move it away|is not a bundle"):
             demo.make_room(out, overwrite=True)
         assert contents(out) == before
     demo.write_digits(tmp_path / "demo/digits", limit=3)

@@ -273,6 +273,17 @@ def test_no_vague_module_names() -> None:
     assert not [path for path in SOURCES if path.stem in vague]
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_a_variable_is_named_for_what_it_holds(path: Path) -> None:
+    """And not for the fact that it was assigned."""
+    empty = {"found", "given", "seen", "told", "got", "asked", "said"}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            assert node.id not in empty, f"line {node.lineno}: {node.id}"
+        if isinstance(node, ast.arg):
+            assert node.arg not in empty, f"line {node.lineno}: {node.arg}"
+
+
 def tracked() -> list[Path]:
     done = subprocess.run(["git", "ls-files", "-z"], cwd=REPO, capture_output=True, check=False)
     if done.returncode:
@@ -319,7 +330,7 @@ def test_the_table_of_commands_says_the_first_sentence_of_each() -> None:
 
 
 def readme_commands() -> list[str]:
-    text = (REPO / "README.md").read_text() + (REPO / "docs/data.md").read_text()
+    text = "\n".join(page.read_text() for page in [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))])
     blocks = re.findall(r"```(?:console|sh|bash)\n(.*?)```", text, re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line.removeprefix("$ ") for line in lines if line.removeprefix("$ ").startswith("penult ")]
@@ -336,9 +347,23 @@ def test_every_command_in_the_readme_exists_with_its_flags(line: str) -> None:
             assert word in known | {"--help"}, f"{word} in: {line}"
 
 
-def test_the_readme_names_every_command() -> None:
-    text = (REPO / "README.md").read_text()
+def test_the_documents_name_every_command_and_every_page() -> None:
+    text = (REPO / "docs/commands.md").read_text()
     assert [name for name in commands() if f"penult {name}" not in text] == []
+    pages = "\n".join(page.read_text() for page in [REPO / "README.md", *(REPO / "docs").glob("*.md")])
+    names = {page.name for page in (REPO / "docs").glob("*.md")}
+    assert names - set(re.findall(r"([\w-]+\.md)[)#]", pages)) == set()
+
+
+@pytest.mark.parametrize("page", [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))], ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text()):
+        path = (page.parent / target).resolve() if target else page
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+            anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in anchors, f"{target}#{anchor}"
 
 
 def test_a_task_is_an_object_and_is_never_compared_by_its_name() -> None:

@@ -1,8 +1,9 @@
-"""The Python of the README and of docs/data.md runs as it stands."""
+"""The Python of the README and of the documents runs as it stands."""
 
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ REPO = Path(__file__).resolve().parent.parent
 
 
 def test_the_python_blocks_run(
-    dataset: Callable[..., Path],
+    backbone_file: Path,
     make_image: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -20,9 +21,10 @@ def test_the_python_blocks_run(
 ) -> None:
     for i in range(20):
         make_image(tmp_path / "pets" / ("cat" if i % 2 else "dog") / f"{i}.png", seed=i)
+    shutil.copyfile(backbone_file, tmp_path / "squeezenet.onnx")
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    for page in ("README.md", "docs/data.md"):
+    for page in ("README.md", "docs/regression.md", "docs/python.md", "docs/data.md"):
         for block in re.findall(r"```python\n(.*?)```", (REPO / page).read_text(), re.DOTALL):
             exec(compile(block, page, "exec"), names)
     out = capsys.readouterr().out

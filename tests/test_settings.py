@@ -178,7 +178,7 @@ def test_a_flag_a_key_and_an_argument_are_taken_and_refused_alike(folder: Path, 
             flags += [flag_of(model, each), *map(str, value if isinstance(value, list) else [value])]
         command = COMMANDS[case.command]
         own = [argument.name for argument in command.params if isinstance(argument, click.Argument)]
-        needed = {"output": ["-o", "out"], "wanted": ["--backbone", "resnet18"]}
+        needed = {"output": ["-o", "out"], "sources": ["--backbone", "resnet18"]}
         flags += [word for each in command.params for word in needed.get(str(each.name), []) if each.name not in own]
         words = ["words" for each in own if each not in model.model_fields]
         if "backbone" in own:  # an argument of the command
@@ -217,13 +217,13 @@ def test_defaults_are_the_same_everywhere(command: str, folder: Path, monkeypatc
     [
         (Options, {"val_fraction": 0.5, "test_fraction": 0.5}, "<val_fraction> 0.5 and <test_fraction> 0.5 leave nothing"),
         (Options, {"views": 3, "augment": "none"}, "<views> 3 without an augmentation is 3 times the same"),
-        (Options, {"rotation": 5.0}, "an augmentation is drawn for <views> of 2 and more"),
+        (Options, {"rotation": 5.0}, "an augmentation needs <views> of 2 or more"),
         (Options, {"precision": "int8", "device": "cuda"}, "<precision> int8 is for the CPU, not for <device> cuda"),
         (Options, {"precision": "tf32", "device": "cpu"}, "<precision> tf32 is for a GPU"),
         (SweepSettings, {"task": "regression"}, "<task> regression needs <targets>"),
         (SweepSettings, {"targets": ["age"]}, "<targets> age: numeric targets are for <task> regression"),
         (SweepSettings, {"targets": ["a", "a"], "task": "regression"}, "<targets> names a column twice"),
-        (SweepSettings, {"head": "knn", "task": "multi-label"}, "<head> knn: there is logistic, mlp for multi-label"),
+        (SweepSettings, {"head": "knn", "task": "multi-label"}, "<head> knn: expected logistic, mlp for multi-label"),
         (ExtractSettings, {"backbone": "resnt18"}, "no backbone 'resnt18'; did you mean 'resnet18'"),
         (ExtractSettings, {"backbone": "resnet18", "crop": 9, "resize": 8}, "<crop> 9 is larger than <resize> 8"),
         (ExtractSettings, {"backbone": "resnet18", "weights": "random:x"}, "<weights> random:x: the seed must be an integer"),

@@ -1,1 +1,1 @@
-"""A saved head: its folder, what it predicts and how it does on held-out images, and its one-file form."""
+"""Bundles (saved heads): saving and loading, prediction, evaluation on held-out images, and fusing into one ONNX file."""

@@ -1,4 +1,4 @@
-"""A saved head that needs nothing else: ONNX graphs, JSON facts, held-out predictions, a report. Never a pickle.
+"""The bundle: a saved head as a folder of ONNX graphs, JSON facts, held-out predictions and a report, without a pickle.
 
 ::
 
@@ -6,8 +6,8 @@
       backbone.onnx     pixels -> features (frozen, or fine-tuned)
       head.onnx         features -> probabilities; standardisation and temperature inside
       head.json         classes, task, fingerprint, preprocessing, split rule, settings, history, metrics, costs, digests
-      novelty.h5        features of training images: what new images are compared with
-      predictions.h5    held-out predictions per image (what `compare` pairs), and the digests of what was fitted
+      novelty.h5        features of training images, which new images are compared with
+      predictions.h5    held-out predictions per image (used by `compare`), and the digests of fitted images
       report.html
 """
 
@@ -47,22 +47,22 @@ log = logging.getLogger("penult.classifiers")
 
 FORMAT_VERSION = 1
 PREDICTIONS = "penult-predictions"
-BLOCK = 1024  # rows that a head takes at once: a knn head compares each with every training image
+BLOCK = 1024  # rows in one call of a head, because a knn head compares each with every training image
 ALLOWED_DOMAINS = {"", "ai.onnx", "ai.onnx.ml"}
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a head said of held-out images.
+    """Predictions for held-out images.
 
     Attributes:
         sha256: content digest of each image, 32 bytes.
         paths: relative path of each.
-        labels: what is true of each: labels ``(n,)``, or of other tasks what `SampleTable.truth` says ``(n, k)``.
-        probabilities: ``(n, k)`` float32, in the order of the bundle's classes; of a regression, the numbers.
-        split: what they were held out as.
-        novelty: how unlike the training images each is ``(n,)``, see `Novelty`; not saved, and None where the bundle has none.
-        features: what the head saw ``(n, d)``; not saved, and None where they came from no cache.
+        labels: the truth: labels ``(n,)``, or for other tasks `SampleTable.truth` ``(n, k)``.
+        probabilities: ``(n, k)`` float32, in the order of the bundle's classes; for a regression, the numbers.
+        split: the split they were held out as.
+        novelty: novelty scores ``(n,)``, see `Novelty`; not saved, and None if the bundle has none.
+        features: of the images ``(n, d)``; not saved, and None if they are not from a cache.
     """
 
     sha256: Sequence[bytes]
@@ -82,26 +82,26 @@ class Predictions:
 
 @dataclass(frozen=True, repr=False)
 class Bundle:
-    """A head as it is saved and loaded.
+    """A saved head: the facts of its folder, with methods to load its parts.
 
     Attributes:
         path: its folder.
         kind: ``frozen`` or ``fine-tuned``.
         head: one of `registry.rows`, or ``fine-tuned``.
         task: ``single-label``, ``multi-label`` or ``regression``.
-        classes: labels in the order of the outputs; of a regression, the names of its targets.
+        classes: labels in the order of the outputs; for a regression, the names of its targets.
         backbone: facts of ``backbone.onnx``.
-        fingerprint: of the features it takes; with ``views`` where its outputs are averaged over these.
-        split: how the samples were divided: ``fit``, ``chosen_on``, ``reported_on``, ``rule``.
-        hyperparameters, history: what was used and what was tried.
-        metrics: the held-out evaluation as JSON; None where nothing was held out.
+        fingerprint: of the features it needs; with ``views`` if its outputs are averaged over these.
+        split: how the samples were split: ``fit``, ``chosen_on``, ``reported_on``, ``rule``.
+        hyperparameters, history: the settings in use, and each setting tried.
+        metrics: the held-out evaluation as JSON; None if nothing was held out.
         cost: ``train_seconds``, ``extract_seconds``, ``images`` (passed through the backbone), and of both together
-            ``peak_memory`` and ``energy`` (see `machine.Spent`; bundles of old have neither).
-        conformal: which labels belong to the prediction set of an image (see `Conformal`), or how wide the intervals of a
-            regression are (see `regression.Intervals`); None where nothing was out of fold.
-        rounding: cross-validated accuracy on float and on int8 features, where it takes int8 ones (see `int8_check`).
-        made_from: digest of features, samples, labels, splits and settings; equal ones would give the same head again.
-        few_shot: accuracy by number of training images, where that was asked for (see `few_shot`).
+            ``peak_memory`` and ``energy`` (see `machine.Spent`; older bundles have neither).
+        conformal: calibration of prediction sets (see `Conformal`), or of the intervals of a regression (see
+            `regression.Intervals`), as JSON; None if no row was out of fold.
+        rounding: cross-validated accuracy on float and on int8 features, if it needs int8 features (see `int8_check`).
+        made_from: digest of features, samples, labels, splits and settings; equal digests mean the same head.
+        few_shot: accuracy by number of training images, if requested (see `few_shot`).
         files: SHA-256 of the ONNX files, and of ``novelty.h5``.
         versions: of the libraries.
 
@@ -138,13 +138,13 @@ class Bundle:
 
     @property
     def views(self) -> Views | None:
-        """What its outputs for an image are averaged over; None where it looks at the image once."""
+        """The views over which its outputs for an image are averaged; None if it uses the image as it is."""
         drawn = self.fingerprint.fields.get(VIEWS)
         return Views.from_facts(drawn) if drawn else None
 
     @property
     def storage(self) -> str:
-        """How its features are rounded before the head sees them."""
+        """How features are rounded before they are passed to the head."""
         return str(self.fingerprint.fields.get("storage", "float32"))
 
     def __repr__(self) -> str:
@@ -158,7 +158,7 @@ class Bundle:
 
     @classmethod
     def opened(cls, bundle: str | Path | Bundle) -> Bundle:
-        """A bundle as it is, or loaded where it is a path."""
+        """A bundle as it is, or loaded from a path."""
         return bundle if isinstance(bundle, Bundle) else cls.load(bundle)
 
     def to_json(self) -> dict[str, Any]:
@@ -176,7 +176,7 @@ class Bundle:
 
         Raises:
             InputMissingError: there is no bundle.
-            BadDataError: its facts cannot be read, are of a newer format, or a file was changed.
+            BadDataError: its facts cannot be read or have a newer format, or a file was changed.
         """
         path = Path(path)
         if not (path / "head.json").is_file():
@@ -191,11 +191,11 @@ class Bundle:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             if isinstance(error, BadDataError):
                 raise
-            message = f"{path}/head.json is no description of a head: {error}"
+            message = f"{path}/head.json does not describe a head: {error}"
             raise BadDataError(message) from error
         for name in sorted({"backbone.onnx", "head.onnx", *bundle.files}):
             if not (path / name).is_file():
-                message = f"{path} lacks {name}"
+                message = f"{path} has no {name}"
                 raise InputMissingError(message)
             bundle.require_saved(name, _digest(path / name))
         return bundle
@@ -211,7 +211,7 @@ class Bundle:
             raise BadDataError(message)
 
     def predictions(self) -> Predictions:
-        """The held-out predictions.
+        """The saved predictions for held-out images.
 
         Raises:
             BadDataError: nothing was held out.
@@ -236,7 +236,7 @@ class Bundle:
             )
 
     def novelty(self) -> Novelty | None:
-        """What tells images that are unlike the training images; None where there were too few of these."""
+        """The novelty scores of this bundle; None if there were too few training images."""
         if NOVELTY not in self.files:
             return None
         self.require_saved(NOVELTY, _digest(self.path / NOVELTY))
@@ -256,14 +256,14 @@ class Bundle:
         """``head.onnx`` as a function from features ``(n, d)`` to probabilities ``(n, k)``, on the CPU.
 
         Raises:
-            BadDataError: the file is another one than was saved, or asks for what a head does not need.
+            BadDataError: the file is not the one that was saved, or uses what a head does not need.
         """
         data = (self.path / "head.onnx").read_bytes()
         self.require_saved("head.onnx", hashlib.sha256(data).hexdigest())
         return head_function(data, self.path / "head.onnx")
 
     def fitted(self) -> set[bytes]:
-        """Content digests of every image that any choice or fit looked at."""
+        """Content digests of every image that was fitted or chosen on."""
         with hdf5.open_checked(self.path / "predictions.h5", PREDICTIONS) as (datasets, _):
             raw = datasets["fitted"][()].tobytes()
         return {raw[i : i + 32] for i in range(0, len(raw), 32)}
@@ -284,20 +284,20 @@ def save_bundle(
 
     Args:
         bundle: the facts; ``files`` and ``versions`` are filled in here.
-        backbone: the ONNX file, or the cache that has it. The copy must be a network that gives the features of the bundle's
-            fingerprint, and of a cache the very file that made them.
+        backbone: the ONNX file, or the cache that has it. Its copy must give the features of the bundle's fingerprint, and
+            from a cache it must be the same file that made them.
         head: ONNX bytes.
-        predictions: on held-out images; None where there were none.
+        predictions: on held-out images; None if there were none.
         fitted: content digests of everything that was fitted or chosen on.
-        novelty: ``novelty.h5``, where there is one.
-        page: ``report.html``, see `bundle_page.bundle_report`.
+        novelty: content of ``novelty.h5``, if there is one.
+        page: content of ``report.html``, see `bundle_page.bundle_report`.
         overwrite: replace an existing bundle.
 
     Raises:
-        OutputExistsError: the path is taken (by something that is no bundle: also with ``overwrite``).
+        OutputExistsError: the path exists; also with ``overwrite`` if it is not a bundle.
         BadDataError: the backbone is not the one that made the features.
         LockedError: another run has replaced the cache.
-        OutputError: the place cannot be written to.
+        OutputError: the folder cannot be written to.
         StorageError: disk full, I/O error.
     """
     from extractor.pipeline.prepare import library_versions
@@ -360,7 +360,7 @@ def _predictions_file(predictions: Predictions | None, fitted: Sequence[bytes]) 
 
 
 def _with_scores(metrics: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Metrics as they are called now; bundles of old have their scores under ``figures``."""
+    """Metrics with ``scores``, which older bundles call ``figures``."""
     for each in [metrics, *metrics.get("per_output", [])] if metrics else []:
         if each and "figures" in each:
             each["scores"] = each.pop("figures")
@@ -373,14 +373,14 @@ def _digest(path: Path) -> str:
 
 
 def head_function(data: bytes, path: Path) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
-    """The ONNX file of a head as a function from features to probabilities, on the CPU, after a look at what it asks for.
+    """The ONNX file of a head as a function from features to probabilities, on the CPU, after checking what it uses.
 
     Args:
-        data: the file's content.
-        path: of it, for messages.
+        data: content of the file.
+        path: of the file, for messages.
 
     Raises:
-        BadDataError: it is not ONNX, wants operators outside the standard ones, or data from other files.
+        BadDataError: it is not ONNX, or uses non-standard operators or data from other files.
     """
     import onnx
 
@@ -392,7 +392,8 @@ def head_function(data: bytes, path: Path) -> Callable[[NDArray[np.float32]], ND
     domains = {opset.domain for opset in model.opset_import} - ALLOWED_DOMAINS
     external = [tensor.name for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
     if domains or external:
-        message = f"{path} asks for {', '.join(sorted(domains)) or 'data from other files'}; refused"
+        foreign = ", ".join(sorted(domains)) or "data from other files"
+        message = f"{path} uses {foreign}; a head may use only standard operators and its own data"
         raise BadDataError(message)
     session = cpu_session(data, threads=min(os.cpu_count() or 1, 4))
 

@@ -1,4 +1,4 @@
-"""The folder of a bundle: what may be replaced, how a finished one is put in place, what killed runs left."""
+"""The folder of a bundle: when it may be replaced, how a finished one is put in place, and what killed runs left."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ BUNDLE_FILES = {"backbone.onnx", "head.onnx", "head.json", NOVELTY, "predictions
 
 
 def install(finished: Path, target: Path) -> None:
-    """Put a finished bundle folder where another one may be, which is there until the new one is.
+    """Move a finished bundle folder to its place; an existing bundle stays there until the new one is complete.
 
     Raises:
-        OutputExistsError: what is there is not a bundle alone.
+        OutputExistsError: the target is not a bundle, or holds other files.
     """
-    refuse_existing(target, overwrite=True)  # hours may have passed since it was looked at
+    refuse_existing(target, overwrite=True)  # hours may have passed since the first check
     if target.exists():
         old = target.with_name(f".{target.name}.{secrets.token_hex(6)}.old")
         target.rename(old)
@@ -38,13 +38,13 @@ def install(finished: Path, target: Path) -> None:
 
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:
-    """Look before any work is done.
+    """Refuse an output path that exists and may not be replaced, before any work is done.
 
     Raises:
-        OutputExistsError: the path is taken and may not be replaced.
+        OutputExistsError: it may not be replaced; says why.
     """
     if path.is_symlink():
-        message = f"{path} is a symbolic link, which is not overwritten; name what it points to, {path.resolve()}"
+        message = f"{path} is a symbolic link, which is not overwritten; give its target instead: {path.resolve()}"
         raise OutputExistsError(message)
     atomic.require_room(path)
     if not path.exists():
@@ -55,12 +55,12 @@ def refuse_existing(path: Path, *, overwrite: bool) -> None:
         raise OutputExistsError(message)
     foreign = sorted(item.name for item in path.iterdir() if not _is_part(item))
     if foreign:
-        message = f"{path} holds what is not a bundle's ({', '.join(foreign[:3])}); it is not overwritten"
+        message = f"{path} holds items that are not part of a bundle ({', '.join(foreign[:3])}); it is not overwritten"
         raise OutputExistsError(message)
 
 
 def _is_bundle(path: Path) -> bool:
-    """Whether a folder is a bundle, damaged or not: a file called head.json alone does not make one."""
+    """Whether a folder is a bundle, damaged or not; a file named head.json alone is not enough."""
     if not (path / "head.json").is_file():
         return False
     if (path / "head.onnx").is_file() and (path / "backbone.onnx").is_file():
@@ -73,8 +73,10 @@ def _is_bundle(path: Path) -> bool:
 
 
 def _is_part(item: Path) -> bool:
-    """Whether something in a folder is what a bundle has there, complete or not. Weights are those that head.json names, or
-    begin with our mark."""
+    """Whether an item of a folder is part of a bundle, complete or not.
+
+    A weights file is one that head.json names, or that begins with the mark of this program.
+    """
     if item.is_symlink() or not item.is_file():
         return False
     name = atomic.final_name(item.name)
@@ -90,7 +92,7 @@ def _is_part(item: Path) -> bool:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Delete what killed runs left beside a bundle, unless one writes there now; an old bundle only where a new one is."""
+    """Delete what killed runs left beside a bundle, unless another run writes there; an old bundle only if a new one exists."""
     old = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{12}}\.old") if path.is_dir() else None
     with folder_lock(path.parent, alone=True) as alone:
         for left in list(path.parent.iterdir()) if alone else ():
@@ -99,11 +101,11 @@ def remove_leftovers(path: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete the files of a bundle from a folder with a temporary name, a job's bundle inside it, and what is then empty."""
+    """Delete the files of a bundle from a temporary folder, a job's bundle inside it, and the folder if it is then empty."""
     if folder.is_symlink() or not folder.is_dir():
         return
     try:
-        parts = {item: _is_part(item) for item in folder.iterdir()}  # before head.json goes, which names some of them
+        parts = {item: _is_part(item) for item in folder.iterdir()}  # before head.json is deleted, which names some of them
         for item, is_part in parts.items():
             if is_part:
                 item.unlink()
@@ -111,4 +113,4 @@ def remove_folder(folder: Path) -> None:
                 remove_folder(item)
         folder.rmdir()
     except OSError as error:
-        log.warning("%s is left: %s", folder, error.strerror)
+        log.warning("cannot delete %s: %s", folder, error.strerror)

@@ -1,7 +1,7 @@
-"""A bundle as one ONNX file, from decoded pixels to probabilities, and the test that either still gives what it gave.
+"""Fusing a bundle into one ONNX file, from decoded pixels to probabilities, and the self-test of bundles and fused files.
 
-Reading, resizing and cropping stay outside: photos of many sizes make no batch, and ONNX Runtime's Resize (with antialias) gave
-0.3 % of the pixel values of 25 photos otherwise than Pillow's, by up to 5 levels, which is beyond what the features may move.
+Reading, resizing and cropping stay outside: images of many sizes do not form a batch, and on 25 photos 0.3 % of the pixels of
+ONNX Runtime's Resize (with antialias) differed from Pillow's, by up to 5 levels, which is more than features tolerate.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from store.format.shard import MAX_ROUNDING
 
 from .bundle import Bundle, task_of_bundle
 from .bundle_folder import BUNDLE_FILES
-from .fused import GOLDEN, INPUT, LABEL, NO_LABEL, RECIPE, TOLERANCE, Fused, Golden, golden_pictures, is_fused
+from .fused import GOLDEN, INPUT, LABEL, NO_LABEL, RECIPE, TOLERANCE, Fused, Golden, golden_images, is_fused
 from .predictor import Predictor
 
 log = logging.getLogger("penult.classifiers")
@@ -38,19 +38,19 @@ PARITY = 1e-5  # on probabilities, CONTRACTS: "fused ONNX vs head on cached feat
 
 
 def fuse(bundle: str | Path | Bundle, out: str | Path, *, overwrite: bool = False) -> Fused:
-    """Write a bundle as one ONNX file, after comparing it with the bundle on the golden pictures.
+    """Write a bundle as one ONNX file, after comparing the file with the bundle on the golden images.
 
     Args:
-        bundle: what to fuse, loaded or not.
-        out: the file; weights over 2 GB lie in ``<name>-<random>.data`` beside it.
+        bundle: a bundle or its path.
+        out: the file; weights over 2 GB are in ``<name>-<random>.data`` beside it.
         overwrite: replace an existing file.
 
     Returns:
-        What the file says of itself.
+        The description in the file's metadata.
 
     Raises:
-        OutputExistsError: the file exists, or is a part of the bundle.
-        BadDataError: the two parts do not go together, or the file does not give what the bundle gives.
+        OutputExistsError: the file exists, or is part of the bundle.
+        BadDataError: backbone and head cannot be joined, or the file's outputs differ from the bundle's.
         OutputError, StorageError: it cannot be written.
 
     >>> import classifiers
@@ -65,20 +65,20 @@ def fuse(bundle: str | Path | Bundle, out: str | Path, *, overwrite: bool = Fals
     onnx_file.require_writable(out)
     if bundle.views:
         log.warning(
-            "%s averages over %d views of an image and %s looks at it once: the bundle's scores are not its own",
+            "%s averages over %d views of an image, but %s looks at it once: the bundle's scores do not apply to it",
             bundle.name,
             bundle.views.count,
             out,
         )
-    pictures = golden_pictures(bundle.backbone.preprocess.crop)
-    apart = Predictor.of(bundle, device="cpu")
-    expected = apart.probabilities(pictures).astype(np.float64)
+    images = golden_images(bundle.backbone.preprocess.crop)
+    predictor = Predictor.of(bundle, device="cpu")
+    expected = predictor.probabilities(images).astype(np.float64)
     if not np.isfinite(expected).any():
-        message = f"{bundle.path} gives NaN or infinity for each of {GOLDEN} pictures; there is nothing to fuse"
+        message = f"{bundle.path} gives NaN or infinity for each of the {GOLDEN} golden images; its network cannot be used"
         raise BadDataError(message)
     spread = task_of_bundle(bundle).spread(np.nan_to_num(expected))
     model, features = _graph(bundle)
-    image = apart.embedder.metadata.get(backbone_facts.PROBE_IMAGE)
+    probe_image = predictor.embedder.metadata.get(backbone_facts.PROBE_IMAGE)
     fused = Fused(
         classes=bundle.classes,
         task=bundle.task,
@@ -86,84 +86,87 @@ def fuse(bundle: str | Path | Bundle, out: str | Path, *, overwrite: bool = Fals
         head=bundle.head,
         preprocessing=bundle.backbone.preprocess.facts(),
         fingerprint=dict(bundle.fingerprint.single.fields),
-        golden=Golden(RECIPE, _digest(pictures), _numbers(spread * np.round(expected / spread, 7))),
+        golden=Golden(RECIPE, _digest(images), _numbers(spread * np.round(expected / spread, 7))),
         weights_sha256=onnx_file.weights_digest(model, bundle.path),
         conformal=bundle.conformal if task_of_bundle(bundle).intervals else None,
         features=features,
-        probe_image=json.loads(image) if image else None,
+        probe_image=json.loads(probe_image) if probe_image else None,
     )
     for name, value in fused.metadata().items():
         entry = model.metadata_props.add()
         entry.key, entry.value = PREFIX + name, value
     with onnx_file.replacing(out) as new:
         onnx_file.save(model, new)
-        del model  # of a large network, it lies on the disk now
-        moved = _farthest(Predictor.load(new, device="cpu").probabilities(pictures) / spread, expected / spread)
-        if not moved <= PARITY:
+        del model  # may be large, and is on disk now
+        difference = _largest_difference(Predictor.load(new, device="cpu").probabilities(images) / spread, expected / spread)
+        if not difference <= PARITY:
             message = (
-                f"the fused file's {fused.output} are up to {moved:.1e} from those of {bundle.path}; {PARITY} is allowed. "
-                f"Nothing was written; predict with the bundle"
+                f"the fused file's {fused.output} differ by up to {difference:.1e} from those of {bundle.path}; "
+                f"{PARITY} is allowed. Nothing was written; predict with the bundle"
             )
             raise BadDataError(message)
         _require_no_label(new, fused)
-    log.debug("fused and apart, probabilities differ by %.1e at most", moved)
+    log.debug("the fused file differs from the bundle by at most %.1e", difference)
     return fused
 
 
 def selftest(path: Path, **options: Any) -> str:
-    """Check a fused classifier, or a bundle, against its digests, and let it judge the golden pictures.
+    """Check a fused classifier, or a bundle, against its digests, and run it on the golden images.
 
-    A bundle says of no picture what it gave, so there the answers are only looked at for whether they are probabilities.
+    A bundle has no saved outputs for them, so its outputs are only checked for NaN and infinity.
 
     Args:
-        path: of either.
+        path: of the file or the bundle.
         options: of the `Predictor`.
 
     Returns:
-        What was found, for people.
+        The result, as one sentence for users.
 
     Raises:
         BadDataError: it is not what was saved, or computes something else here.
-        DeviceUnavailableError: the device is not really there.
+        DeviceUnavailableError: the device cannot be used.
     """
     if not is_fused(path):
         bundle = Bundle.load(path)
         predictor = Predictor.of(bundle, **options)
         predictor.require_pixels()
         predictor.measure_pixels()
-        found = predictor.probabilities(golden_pictures(bundle.backbone.preprocess.crop))
-        if not np.isfinite(found).any():
-            message = f"{path} gives NaN or infinity for each of {GOLDEN} pictures"
+        outputs = predictor.probabilities(golden_images(bundle.backbone.preprocess.crop))
+        if not np.isfinite(outputs).any():
+            message = f"{path} gives NaN or infinity for each of the {GOLDEN} golden images; its network cannot be used"
             raise BadDataError(message)
-        return f"{path}: all files as saved; {GOLDEN} pictures pass (what they must give is saved by `penult fuse`)"
+        return f"{path}: all files as saved; {GOLDEN} golden images pass (only `penult fuse` saves their expected outputs)"
     fused = Fused.load(path)
     predictor = Predictor.fused(path, fused, **options)
     predictor.require_pixels()
     predictor.measure_pixels()
-    pictures, expected = golden_pictures(fused.preprocess.crop), np.array(fused.golden.probabilities, np.float64)
-    if fused.golden.recipe != RECIPE or fused.golden.pixels_sha256 != _digest(pictures):
-        message = f"{path} has golden vectors of other pictures ({fused.golden.recipe}) than this penult makes ({RECIPE})"
+    images, expected = golden_images(fused.preprocess.crop), np.array(fused.golden.probabilities, np.float64)
+    if fused.golden.recipe != RECIPE or fused.golden.pixels_sha256 != _digest(images):
+        message = (
+            f"{path} has golden vectors of other images ({fused.golden.recipe}) than this version of penult makes ({RECIPE}); "
+            f"fuse the bundle again"
+        )
         raise BadDataError(message)
     spread = predictor.task.spread(np.nan_to_num(expected))
-    moved = _farthest(predictor.probabilities(pictures) / spread, expected / spread)
+    difference = _largest_difference(predictor.probabilities(images) / spread, expected / spread)
     allowed = TOLERANCE.get(fused.precision, TOLERANCE["fp32"])
     provider = predictor.embedder.provider
-    if not moved <= allowed:
+    if not difference <= allowed:
         message = (
-            f"{path} computes something else here: on {provider}, its {fused.output} for the golden pictures are up to "
-            f"{moved:.1e} from the saved ones; {allowed:g} is allowed. Its weights are as saved; try --device cpu, or another "
-            f"version of onnxruntime"
+            f"{path} computes something else here: on {provider}, its {fused.output} for the golden images differ by up to "
+            f"{difference:.1e} from the saved ones; {allowed:g} is allowed. Its weights are as saved; try --device cpu, or "
+            f"another version of onnxruntime"
         )
         raise BadDataError(message)
     _require_no_label(path, fused)
-    return f"{path}: weights and metadata as saved; {GOLDEN} golden vectors agree to {moved:.1e} on {provider}"
+    return f"{path}: weights and metadata as saved; {GOLDEN} golden vectors agree to {difference:.1e} on {provider}"
 
 
 def _require_no_label(path: Path, fused: Fused) -> None:
-    """Give the part of a fused file behind its features some that are no numbers, which no picture may bring about.
+    """Check that features with NaN or infinity give NaN and no label; no image may lead to such features, so they are injected.
 
     Raises:
-        BadDataError: it makes numbers, or a label, of them; or what it says of other images depends on them.
+        BadDataError: they give numbers or a label, or change the outputs of other images.
     """
     from onnx import TensorProto, helper, utils
 
@@ -171,7 +174,7 @@ def _require_no_label(path: Path, fused: Fused) -> None:
         return
     name, width = fused.features["tensor"], fused.features["width"]
     model = onnx_file.read_model(path)
-    for field in ("sparse_initializer", "quantization_annotation"):  # of the backbone; the extractor takes neither
+    for field in ("sparse_initializer", "quantization_annotation"):  # of the backbone; onnx's Extractor supports neither
         model.graph.ClearField(field)
     extractor = utils.Extractor(model)
     extractor.value_infos[name] = helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", width])
@@ -184,15 +187,17 @@ def _require_no_label(path: Path, fused: Fused) -> None:
     with tempfile.TemporaryDirectory(prefix="penult-") as folder:
         onnx_file.save(behind, Path(folder) / "behind.onnx")
         session = cpu_session(Path(folder) / "behind.onnx")
-        sound, found = (dict(zip(outputs, session.run(outputs, {name: each}), strict=True)) for each in (rows, broken))
-    right = np.isnan(found[fused.output][::2]).all() and all((found[each][1::2] == sound[each][1::2]).all() for each in outputs)
-    if not right or (found.get(LABEL, np.array([NO_LABEL]))[::2] != NO_LABEL).any():
-        message = f"{path} makes {' and '.join(outputs)} of features that are no numbers; fuse the bundle again"
+        sound, results = (dict(zip(outputs, session.run(outputs, {name: each}), strict=True)) for each in (rows, broken))
+    right = np.isnan(results[fused.output][::2]).all() and all(
+        (results[each][1::2] == sound[each][1::2]).all() for each in outputs
+    )
+    if not right or (results.get(LABEL, np.array([NO_LABEL]))[::2] != NO_LABEL).any():
+        message = f"{path} gives {' and '.join(outputs)} for features that are not finite; fuse the bundle again"
         raise BadDataError(message)
 
 
 def _graph(bundle: Bundle) -> tuple[Any, dict[str, Any]]:
-    """The whole graph: prologue, backbone, rounding, head, label; and where the features are in it."""
+    """The whole graph: prologue, backbone, rounding, head, label; and the tensor of the features in it."""
     from onnx import TensorProto, compose, helper
 
     model = onnx_file.read_model(bundle.path / "backbone.onnx")
@@ -204,12 +209,12 @@ def _graph(bundle: Bundle) -> tuple[Any, dict[str, Any]]:
     output = head.graph.output[0].name
     compose.add_prefix_graph(head.graph, "head/", inplace=True)
     raw = head.graph.output[0].name
-    features, taken = f"backbone/{bundle.backbone.outputs[0]}", head.graph.input[0].name
+    features, rounded = f"backbone/{bundle.backbone.outputs[0]}", head.graph.input[0].name
     front, pixels = pixel_nodes(model.graph, bundle.backbone.preprocess, INPUT)
     if bundle.storage == "auto":
-        rounding, constants = rounding_nodes(features, taken, bundle.backbone.dim)
+        rounding, constants = rounding_nodes(features, rounded, bundle.backbone.dim)
     else:
-        rounding, constants = [helper.make_node("Identity", [features], [taken])], []
+        rounding, constants = [helper.make_node("Identity", [features], [rounded])], []
     model.graph.initializer.extend([*constants, *head.graph.initializer])
     model.ir_version = max(model.ir_version, head.ir_version)
     ending, zeros = finite_nodes(features, raw, output, bundle.backbone.dim)
@@ -229,10 +234,10 @@ def _opset(model: Any) -> int:
 
 
 def _at_one_opset(model: Any, head: Any) -> tuple[Any, Any]:
-    """A backbone and a head with operators of one opset: the backbone's if the head can be converted to it, else the head's.
+    """A backbone and a head at the same opset: the backbone's if the head can be converted to it, otherwise the head's.
 
-    onnx converts some operators only to newer opsets. Where it converts neither, both are taken as they are, and the comparison
-    on the golden pictures tells.
+    onnx converts some operators only to newer opsets. If it can convert neither, both are kept as they are, and the comparison
+    on the golden images decides.
     """
     from onnx import version_converter
 
@@ -249,14 +254,14 @@ def _at_one_opset(model: Any, head: Any) -> tuple[Any, Any]:
         return model, head
 
 
-def rounding_nodes(given: str, taken: str, dim: int) -> tuple[list[Any], list[Any]]:
-    """What `as_stored` does to features ``(n, dim)``: each row goes through float16 and back unless that loses too much.
+def rounding_nodes(features: str, rounded: str, dim: int) -> tuple[list[Any], list[Any]]:
+    """`as_stored` in ONNX: each row of features ``(n, dim)`` is rounded to float16 unless that loses too much.
 
     A row of tiny values, whose squares vanish, is not below the bound and stays as it is.
 
     Args:
-        given, taken: names of the features before and after.
-        dim: their number.
+        features, rounded: names of the features before and after.
+        dim: number of features.
 
     Returns:
         Nodes and constants.
@@ -266,7 +271,7 @@ def rounding_nodes(given: str, taken: str, dim: int) -> tuple[list[Any], list[An
     constants = {"ones": np.ones((dim, 1), np.float32), "bound": np.array(MAX_ROUNDING**2, np.float32)}
 
     def node(kind: str, inputs: str, output: str, **attributes: Any) -> Any:
-        names = {"features": given, "stored": taken}
+        names = {"features": features, "stored": rounded}
         placed = [names.get(name, f"stored/{name}") for name in (*inputs.split(), output)]
         return helper.make_node(kind, placed[:-1], placed[-1:], name=f"stored/{output}", **attributes)
 
@@ -286,10 +291,10 @@ def rounding_nodes(given: str, taken: str, dim: int) -> tuple[list[Any], list[An
 
 
 def finite_nodes(features: str, raw: str, output: str, dim: int) -> tuple[list[Any], list[Any]]:
-    """A head's outputs as they are, and NaN where a feature is no number: a sigmoid makes 1 of infinity.
+    """A head's outputs, replaced by NaN for rows with a feature that is not finite: a sigmoid turns infinity into 1.
 
     Args:
-        features: of the backbone ``(n, dim)``.
+        features: name of the backbone's features ``(n, dim)``.
         raw, output: names of the head's outputs before and after.
         dim: number of features.
 
@@ -299,7 +304,7 @@ def finite_nodes(features: str, raw: str, output: str, dim: int) -> tuple[list[A
     from onnx import helper, numpy_helper
 
     nodes = [
-        helper.make_node("Mul", [features, "finite/zero"], ["finite/nothing"], name="finite/nothing"),  # NaN where it is none
+        helper.make_node("Mul", [features, "finite/zero"], ["finite/nothing"], name="finite/nothing"),  # NaN or 0
         helper.make_node("MatMul", ["finite/nothing", "finite/ones"], ["finite/added"], name="finite/added"),
         helper.make_node("Add", [raw, "finite/added"], [output], name=f"finite/{output}"),
     ]
@@ -308,9 +313,9 @@ def finite_nodes(features: str, raw: str, output: str, dim: int) -> tuple[list[A
 
 
 def label_nodes(output: str, classes: int) -> tuple[list[Any], list[Any]]:
-    """The index of the most probable class ``(n,)``, and `NO_LABEL` where a probability is no number.
+    """The index of the most probable class ``(n,)``, or `NO_LABEL` for rows with a probability that is not finite.
 
-    Operators of opset 7 that take whole numbers: (best + 1) times whether it is known, less 1.
+    It uses only operators that accept integers at opset 7: (best + 1) times whether it is known, less 1.
     """
     from onnx import TensorProto, helper, numpy_helper
 
@@ -340,17 +345,17 @@ def label_nodes(output: str, classes: int) -> tuple[list[Any], list[Any]]:
     return nodes, [numpy_helper.from_array(value, f"label/{name}") for name, value in constants.items()]
 
 
-def _farthest(found: NDArray[np.floating[Any]], expected: NDArray[np.floating[Any]]) -> float:
-    """Largest difference; infinity where only one of two is a number, or there are other numbers of classes."""
-    if found.shape != expected.shape or (np.isfinite(found) != np.isfinite(expected)).any():
+def _largest_difference(outputs: NDArray[np.floating[Any]], expected: NDArray[np.floating[Any]]) -> float:
+    """Largest absolute difference; infinity if only one of two values is finite, or the shapes differ."""
+    if outputs.shape != expected.shape or (np.isfinite(outputs) != np.isfinite(expected)).any():
         return float("inf")
-    return float(np.abs(found - expected)[np.isfinite(expected)].max(initial=0))
+    return float(np.abs(outputs - expected)[np.isfinite(expected)].max(initial=0))
 
 
 def _numbers(values: NDArray[np.float64]) -> list[list[float | None]]:
-    """As JSON, which has no NaN."""
+    """Rows of numbers as JSON, with None for NaN and infinity."""
     return [[value if np.isfinite(value) else None for value in row] for row in values.tolist()]
 
 
-def _digest(pictures: NDArray[np.uint8]) -> str:
-    return hashlib.sha256(pictures.tobytes()).hexdigest()
+def _digest(images: NDArray[np.uint8]) -> str:
+    return hashlib.sha256(images.tobytes()).hexdigest()

@@ -1,7 +1,7 @@
-"""A fused classifier on disk: one ONNX file from pixels to probabilities that says what it takes, and can prove what it gives.
+"""The file format of a fused classifier: one ONNX file from pixels to probabilities that describes and can test itself.
 
-What it says is in its metadata, as JSON under ``penult.`` names: the fields of `Fused`, the format's version, and a digest of
-all of these, so that a changed class name is noticed like a changed weight.
+The description is in its metadata, as JSON under ``penult.`` names: the fields of `Fused`, the format's version, and a digest
+of all of these, so that a changed class name is noticed like a changed weight.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ FORMAT_VERSION = 1
 INPUT, LABEL = "pixels", "label"
 OPTIONAL = ("conformal", "features", "probe_image")
 NO_LABEL = -1  # of an image for which the network gives NaN or infinity
-GOLDEN = 16  # pictures
+GOLDEN = 16  # images
 RECIPE = "shake-blocks-1"
-# How far a probability (of a regression: a number, as a share of its largest) may be from the saved one, on another machine or
-# device. Sums in another order move features by 1e-6, and now and then one of them to the next float16; int8 and float16
-# networks round at every layer.
+# Largest difference of a probability (for a regression: of a number, as a share of the largest) from the saved one on another
+# machine or device. Sums in another order move features by 1e-6, and sometimes one of them to the next float16; int8 and
+# float16 networks round at every layer.
 TOLERANCE = {"fp32": 1e-3, "int8": 1e-2, "fp16": 2e-2}
 
 
 @dataclass(frozen=True)
 class Golden:
-    """What a classifier gave for `golden_pictures` when it was made, on the CPU.
+    """Outputs of a classifier for `golden_images` when it was made, on the CPU.
 
     Attributes:
-        recipe: how the pictures are made.
+        recipe: name of the method that makes the images.
         pixels_sha256: of their bytes.
-        probabilities: ``(16, k)``, rounded to seven digits; of a regression, its numbers, rounded to a 10^7th of the largest.
-            None for what is no number.
+        probabilities: ``(16, k)``, rounded to seven digits; for a regression, the numbers, rounded to 10^-7 of the largest.
+            None for NaN and infinity.
     """
 
     recipe: str
@@ -55,7 +55,7 @@ class Golden:
 
 @dataclass(frozen=True)
 class Fused:
-    """What a fused classifier says of itself.
+    """The description of a fused classifier, from its metadata.
 
     Attributes:
         classes: labels in the order of the probabilities.
@@ -65,11 +65,11 @@ class Fused:
         preprocessing: from a file to the pixels it takes (resize, crop, interpolation, pixel path), and what the graph then
             does to them (mean, std, input range, channels).
         fingerprint: of the features inside it.
-        golden: what it must give.
-        weights_sha256: `onnx_file.weights_digest` of it.
+        golden: the outputs that it must give.
+        weights_sha256: `onnx_file.weights_digest` of the file.
         conformal: how wide the intervals of a regression are; None, and not in the file, for other tasks.
-        features: ``tensor`` and ``width`` of the features inside, which the self-test replaces; None in files of old.
-        probe_image: what the test image was where the features were made, see `ProbeImage`; None where that is not known.
+        features: ``tensor`` and ``width`` of the features inside, which the self-test replaces; None in older files.
+        probe_image: pixels of the test image on the machine that made the features, see `ProbeImage`; None if unknown.
     """
 
     classes: list[str]
@@ -91,7 +91,7 @@ class Fused:
 
     @property
     def output(self) -> str:
-        """What the graph's output is called."""
+        """The name of the graph's output."""
         return self.bound_task.output
 
     @property
@@ -104,45 +104,45 @@ class Fused:
 
     def metadata(self) -> dict[str, str]:
         """Its entries in the file's metadata, as JSON texts."""
-        given = {name: value for name, value in asdict(self).items() if name not in OPTIONAL or value is not None}
-        entries = {name: json.dumps(value, ensure_ascii=False) for name, value in given.items()}
+        facts = {name: value for name, value in asdict(self).items() if name not in OPTIONAL or value is not None}
+        entries = {name: json.dumps(value, ensure_ascii=False) for name, value in facts.items()}
         entries["format"] = json.dumps(FORMAT_VERSION)
         return {**entries, "facts_sha256": json.dumps(_facts_digest(entries))}
 
     @classmethod
     def load(cls, path: Path) -> Fused:
-        """Read what a file says of itself, after checking that neither that nor a weight was changed; nothing is computed.
+        """Read the description of a file, after checking that neither it nor a weight was changed; nothing is computed.
 
         Raises:
             InputMissingError: there is no such file, or its external data is missing.
-            BadDataError: it is no fused classifier, is of a newer format, asks for operators that are not standard ones, or is
-                not what was saved.
+            BadDataError: it is not a fused classifier, has a newer format, uses operators that are not standard, or is not the
+                file that was saved.
         """
         model = onnx_file.read_model(path)
-        said = {str(entry.key): str(entry.value) for entry in model.metadata_props}
-        entries = {key.removeprefix(PREFIX): value for key, value in said.items() if key.startswith(PREFIX)}
+        metadata = {str(entry.key): str(entry.value) for entry in model.metadata_props}
+        entries = {key.removeprefix(PREFIX): value for key, value in metadata.items() if key.startswith(PREFIX)}
         if "golden" not in entries:
             message = f"{path} is not a fused classifier; `penult fuse BUNDLE -o CLASSIFIER.onnx` makes one"
             raise BadDataError(message)
         require_domains(model, path)
-        onnx_file.data_files(path, model)  # says which is missing, or refuses what lies outside the folder
+        onnx_file.data_files(path, model)  # names a missing file, and refuses files outside the folder
         fused = cls._parse(entries, path)
         if fused.weights_sha256 != onnx_file.weights_digest(model, path.resolve().parent):
             message = f"{path} is not the file that was saved (the digest of its weights differs); fuse the bundle again"
             raise BadDataError(message)
         side, classes = fused.preprocess.crop, len(fused.classes)
         ends = (*model.graph.input, *model.graph.output)[:2]
-        given = [[dim.dim_value for dim in value.type.tensor_type.shape.dim][1:] for value in ends]
-        if given != [[side, side, 3], [classes]]:
-            message = f"{path} says that it makes {classes} {fused.output} of {side} x {side} x 3 pixels; its graph has {given}"
+        shapes = [[dim.dim_value for dim in value.type.tensor_type.shape.dim][1:] for value in ends]
+        if shapes != [[side, side, 3], [classes]]:
+            message = f"{path}: its metadata says {side} x {side} x 3 pixels, {classes} {fused.output}; its graph has {shapes}"
             raise BadDataError(message)
         return fused
 
     def require_loaded(self, path: Path, metadata: Mapping[str, str]) -> None:
-        """Refuse a session that runs another file than this was read from: another run may have replaced it in between.
+        """Refuse a session on a file other than the one described here, which another run may have replaced in between.
 
         Raises:
-            BadDataError: it does.
+            BadDataError: the session runs another file.
         """
         if metadata.get(f"{PREFIX}facts_sha256") != self.metadata()["facts_sha256"]:
             message = f"{path} was replaced while it was opened; run the same command again"
@@ -162,19 +162,19 @@ class Fused:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             if isinstance(error, BadDataError):
                 raise
-            message = f"{path}: what its metadata says of a classifier cannot be read: {error}"
+            message = f"{path}: the description of the classifier in its metadata cannot be read: {error}"
             raise BadDataError(message) from error
         return fused
 
 
 def is_fused(path: Path) -> bool:
-    """Whether a path is meant as a fused classifier: bundles are folders.
+    """Whether a path is a file, as a fused classifier is; bundles are folders.
 
     Raises:
-        InputMissingError: there is nothing.
+        InputMissingError: the path does not exist.
     """
     if not path.exists():
-        message = f"{path} does not exist; expected a bundle, or what `penult fuse` makes of one"
+        message = f"{path} does not exist; expected a bundle, or a file made by `penult fuse`"
         raise InputMissingError(message)
     return path.is_file()
 
@@ -183,10 +183,10 @@ def precision_of(fingerprint: Fingerprint) -> str:
     return str(fingerprint.fields.get("precision", "fp32"))
 
 
-def golden_pictures(side: int) -> NDArray[np.uint8]:
-    """Sixteen pictures of coloured squares, from coarse to fine: ``(16, side, side, 3)``.
+def golden_images(side: int) -> NDArray[np.uint8]:
+    """Sixteen images of coloured squares, from coarse to fine: ``(16, side, side, 3)`` uint8.
 
-    Made of SHAKE-256 and whole numbers, they are the same bytes with every version of every library.
+    They are made from SHAKE-256 with integers, so they are the same bytes with every version of every library.
     """
     return np.stack([(3 * _squares(i, 2 + i, side) + _squares(i, 8 * (2 + i), side)) // 4 for i in range(GOLDEN)]).astype(
         np.uint8

@@ -1,6 +1,8 @@
-"""Which samples may be fitted, which choices are made on, which are reported; and a bundle's scores on the last.
+"""Evaluation of a bundle, or of a fitted head, on held-out images.
 
-- ``test`` present: choose on ``val`` where there is one (else k-fold inside ``train``), refit on both, report on ``test``;
+Training uses the splits like this:
+
+- ``test`` present: choose on ``val`` if there is one (otherwise k-fold inside ``train``), refit on both, report on ``test``;
 - only ``train`` and ``val``: ``val`` is held out and every choice is made by k-fold inside ``train``;
 - nothing held out: everything is fitted, nothing reported.
 """
@@ -36,17 +38,17 @@ from .predictor import Predictor
 
 log = logging.getLogger("penult.classifiers")
 
-ACCEPTED = ("provider",)  # whose difference is said and accepted: CUDA and CPU agree to 1e-4
+ACCEPTED = ("provider",)  # a difference of these is logged and accepted: CUDA and CPU agree to 1e-4
 
 
 def predict_held_out(predictor: Predictor, rows: Sequence[Row], truth: NDArray[Any], files: Files, split: str) -> Predictions:
-    """Pass held-out images through a predictor; ``truth`` is what `SampleTable.truth` says of them.
+    """Predict held-out images; ``truth`` is `SampleTable.truth` of their rows.
 
     Raises:
         InputMissingError: one of them can no longer be read.
         BadDataError: one of them can no longer be decoded.
     """
-    found, novelty = [], []
+    probabilities, novelty = [], []
     for prediction in predictor.predict((row.path for row in rows), files):
         if prediction.code in GONE:
             message = f"cannot read {prediction.name}: {prediction.message}; {MOVED}"
@@ -54,10 +56,11 @@ def predict_held_out(predictor: Predictor, rows: Sequence[Row], truth: NDArray[A
         if prediction.probabilities is None:
             message = f"{prediction.name}: {prediction.code}: {prediction.message}"
             raise BadDataError(message)
-        found.append(prediction.probabilities)
+        probabilities.append(prediction.probabilities)
         novelty.append(prediction.novelty)
-    known = None if None in novelty else np.array(novelty, np.float32)
-    return Predictions([row.sha256 for row in rows], [row.path for row in rows], truth, np.stack(found), split, known)
+    digests, paths = [row.sha256 for row in rows], [row.path for row in rows]
+    scores = None if None in novelty else np.array(novelty, np.float32)
+    return Predictions(digests, paths, truth, np.stack(probabilities), split, scores)
 
 
 def evaluate_bundle(
@@ -70,18 +73,18 @@ def evaluate_bundle(
 ) -> tuple[Evaluation | Measured, Predictions]:
     """A bundle's scores on a cache or a dataset, leaving out every image that was fitted or chosen on.
 
-    Cached features are used where the fingerprint matches; otherwise the images go through the bundle's own backbone.
+    Cached features are used if the fingerprint matches; otherwise the images go through the bundle's own backbone.
 
     Args:
-        bundle: what to evaluate, loaded or not.
-        data: a cache, opened or not, or a dataset as `penult extract` takes it.
-        split: which part; by default the one the bundle was reported on, or everything where there are no splits.
-        root: where the images are, if they moved since they were extracted.
+        bundle: a bundle or its path.
+        data: a cache or its path, or a dataset as for `penult extract`.
+        split: the split to evaluate on; by default the one the bundle was reported on, or everything if there are no splits.
+        root: where the images are, if they were moved since they were extracted.
         predictor_options: ``device``, ``batch_size``, ``workers``, ``accept_pixels``.
 
     Raises:
-        BadDataError: everything asked for was fitted, there is nothing to evaluate, or an output is no number.
-        FingerprintMismatchError: images must be embedded, and this machine makes other pixels than those of the training.
+        BadDataError: all of these images were fitted, there is nothing to evaluate, or an output is not finite.
+        FingerprintMismatchError: images must be embedded, and this machine decodes them to other pixels than in training.
 
     >>> import classifiers
     >>> evaluation, predictions = classifiers.evaluate_bundle("pets.head", "pets.cache")
@@ -109,10 +112,10 @@ def evaluate_bundle(
     else:
         table = survey(source, bundle.backbone.preprocess, Options(val_fraction=0, test_fraction=0))
         if table.facts["budget_exceeded"]:
-            message = f"{_failures(table)} of {data}: more than 1 %, so these scores would not be about this dataset"
+            message = f"{_failures(table)} of {data}: more than 1 %, so scores would not represent this dataset"
             raise BadDataError(message)
         if table.counts["failed"]:
-            log.warning("%s; the scores are without them", _failures(table))
+            log.warning("%s; they are not in the scores", _failures(table))
     if table.task.name != bundle.task:
         message = f"{data} was extracted with --task {table.task.name}, and {bundle.name} is a head for {bundle.task}"
         raise BadDataError(message)
@@ -130,8 +133,8 @@ def evaluate_bundle(
     if cache is not None and predictor is None:
         digests, paths = [row.sha256 for row in fresh], [row.path for row in fresh]
         features, novelty, views = cache.features(digests), bundle.novelty(), bundle.fingerprint.views
-        seen = features if views == 1 else np.asarray(cache.lazy(digests, views=True))
-        probabilities = averaged(bundle.head_function()(seen), views)
+        inputs = features if views == 1 else np.asarray(cache.lazy(digests, views=True))
+        probabilities = averaged(bundle.head_function()(inputs), views)
         scores = novelty.scores(features) if novelty else None
         predictions = Predictions(digests, paths, truth, probabilities, name, scores, features)
     else:
@@ -146,7 +149,7 @@ def evaluate_bundle(
 
 
 def _is_own_data(bundle: Bundle, rows: Sequence[Row]) -> bool:
-    """Whether everything the bundle was fitted on and reported on is here."""
+    """Whether the rows hold every image that the bundle was fitted on and reported on."""
     here = {row.sha256 for row in rows}
     held = set(bundle.predictions().sha256) if bundle.metrics is not None else set()
     return bundle.fitted() | held <= here
@@ -159,7 +162,7 @@ def _failures(table: SampleTable) -> str:
 
 
 def _require_classes(source: Source, bundle: Bundle, split: str | None) -> None:
-    """Refuse labels that the head does not know before an image is opened.
+    """Refuse labels that the head does not know, before any image is opened.
 
     Raises:
         BadDataError: see `HeadTask.require_labels`.
@@ -170,10 +173,10 @@ def _require_classes(source: Source, bundle: Bundle, split: str | None) -> None:
     task_of_bundle(bundle).require_labels(labels, name or "")
 
 
-def _split_of(bundle: Bundle, have: Set[str | None], asked: str | None) -> str | None:
-    """The split to evaluate on: the one that is asked for, or that was held out in training; None for everything."""
+def _split_of(bundle: Bundle, have: Set[str | None], split: str | None) -> str | None:
+    """The split to evaluate on: ``split``, or the one that was held out in training; None for everything."""
     reported = bundle.split.get("reported_on")
-    return asked or (reported if reported in have else None)
+    return split or (reported if reported in have else None)
 
 
 def _rows_of(table: SampleTable, bundle: Bundle, split: str | None) -> tuple[list[Row], str]:
@@ -186,9 +189,7 @@ def _rows_of(table: SampleTable, bundle: Bundle, split: str | None) -> tuple[lis
     if name is not None:
         rows = [row for row in rows if row.split == name]
         if not rows:
-            message = (
-                f"there are no samples in split {name!r}; there is {', '.join(sorted(map(str, have))) or 'no split at all'}"
-            )
+            message = f"there are no samples in split {name!r}; found {', '.join(sorted(map(str, have))) or 'no split at all'}"
             raise BadDataError(message)
     incomplete = table.task.incomplete(rows, bundle.classes)
     if incomplete:
@@ -198,9 +199,9 @@ def _rows_of(table: SampleTable, bundle: Bundle, split: str | None) -> tuple[lis
 
 
 def _same_features(bundle: Bundle, cache: FeatureCache) -> bool:
-    there = cache.fingerprint if bundle.views else cache.fingerprint.single
-    differences = bundle.fingerprint.differences(there, ignore=ACCEPTED)
-    for name, (mine, theirs) in bundle.fingerprint.differences(there).items():
+    fingerprint = cache.fingerprint if bundle.views else cache.fingerprint.single
+    differences = bundle.fingerprint.differences(fingerprint, ignore=ACCEPTED)
+    for name, (mine, theirs) in bundle.fingerprint.differences(fingerprint).items():
         if not differences:
             log.warning("%s differs: %s was trained with %s, %s holds %s", name, bundle.name, mine, cache.path, theirs)
     if differences:
@@ -214,7 +215,7 @@ def evaluate(head: Any, subset: Subset) -> Evaluation:
     """Evaluate a fitted head (``classes_`` and ``predict_proba``) on cached features.
 
     Raises:
-        UsageError: it is a head for several labels or for numbers; `HeadTask.score` takes the outputs of these.
+        UsageError: the head is for several labels or for numbers; for these, use `HeadTask.score`.
 
     >>> import classifiers, store
     >>> train, test = store.FeatureCache("pets.cache").split(test=0.25)

@@ -1,7 +1,7 @@
-"""How unlike the training images an image is: its distance to their features, against what is usual among them.
+"""Novelty scores: how far an image is from the training images, relative to the usual distance among these.
 
 The distance is one minus the cosine to the fifth nearest training image (Sun et al. 2022, "Out-of-distribution detection with
-deep nearest neighbors"). docs/metrics.md has what it found on real photos, and what Mahalanobis' distance did.
+deep nearest neighbors"). docs/metrics.md has its results on real photos, and those of the Mahalanobis distance.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ ENCODING_TYPE = "penult-novelty"
 REFERENCE = 2048  # training images that are kept at most: 8 MB of 2,048 features
 NEIGHBOUR = 5
 FALSE_ALARMS = 0.05
-FEWEST = 20  # with fewer training images of other groups than one's own, one in twenty means nothing
+FEWEST = 20  # with fewer training images of other groups, a share of one in twenty means nothing
 
 
 @dataclass(frozen=True)
 class Novelty:
-    """What is usual among training images.
+    """Reference features of training images, and the usual distance among these.
 
     Attributes:
         reference: features of some of them, scaled to length 1, ``(m, d)`` float32; saved as float16.
-        usual: the distance that all but ``FALSE_ALARMS`` of training images keep to the others; the unit of scores.
+        usual: the distance that only a share ``FALSE_ALARMS`` of training images exceed; the unit of scores.
     """
 
     reference: NDArray[np.float32]
@@ -42,11 +42,13 @@ class Novelty:
 
     @classmethod
     def fit(cls, fitted: Sequence[Subset], seed: int = 0) -> Self | None:
-        """Learn from everything that was fitted, comparing each image with those of other groups: more pictures of the same
-        thing are no sign of what is usual. Where there are more than ``REFERENCE`` images, others are compared with these.
+        """Learn the usual distance from everything that was fitted.
+
+        Each image is compared with those of other groups only, because images of the same thing do not show what is usual. If
+        there are more than ``REFERENCE`` images, the others are compared with these.
 
         Returns:
-            None where there are too few images, or all are the same.
+            None if there are too few images, or all are the same.
         """
         chosen = np.random.default_rng(seed).permutation(sum(map(len, fitted)))[: 2 * REFERENCE]
         X = np.empty((len(chosen), fitted[0].X.shape[1]), np.float32)
@@ -63,19 +65,19 @@ class Novelty:
         distances[owners[judged][:, None] == owners[:REFERENCE]] = np.inf
         if (np.isfinite(distances).sum(axis=1) < FEWEST).any():
             return None
-        found = np.sort(np.partition(distances, NEIGHBOUR - 1, axis=1)[:, NEIGHBOUR - 1])
-        usual = float(found[min(math.ceil((len(found) + 1) * (1 - FALSE_ALARMS)), len(found)) - 1])
+        radii = np.sort(np.partition(distances, NEIGHBOUR - 1, axis=1)[:, NEIGHBOUR - 1])
+        usual = float(radii[min(math.ceil((len(radii) + 1) * (1 - FALSE_ALARMS)), len(radii)) - 1])
         return cls(reference, usual) if usual > 0 else None
 
     def scores(self, X: NDArray[np.floating[Any]] | LazyFeatures) -> NDArray[np.float32]:
-        """Distance of features ``(n, d)`` in units of what is usual, ``(n,)``; above 1 it is unlike the training images."""
+        """Distances ``(n,)`` of features ``(n, d)`` in units of ``usual``; above 1 an image is unlike the training images."""
         if isinstance(X, LazyFeatures):
             return np.concatenate([self.scores(rows) for _, rows in X.blocks()])
         cosines, _ = nearest(X, self.reference, NEIGHBOUR)
         return np.asarray((1 - cosines[:, -1]) / np.float32(self.usual))
 
     def to_bytes(self) -> bytes:
-        """As ``novelty.h5``."""
+        """The content of ``novelty.h5``."""
         datasets = {"reference": self.reference.astype(np.float16), "usual": np.array([self.usual])}
         return hdf5.build(ENCODING_TYPE, datasets, {"rows": len(self.reference)})[0]
 
@@ -91,6 +93,6 @@ class Novelty:
 
 
 def novel_share(scores: NDArray[np.float32]) -> dict[str, Any]:
-    """How many of some images are unlike the training images, as JSON: ``novel``, ``share``, ``interval``, ``expected``."""
+    """The share of images that are unlike the training images, as JSON: ``novel``, ``share``, ``interval``, ``expected``."""
     novel = int((scores > 1).sum())
     return {"novel": novel, "share": novel / len(scores), "interval": wilson(novel, len(scores)), "expected": FALSE_ALARMS}

@@ -1,4 +1,4 @@
-"""Images to labels: decode, backbone, head, in a stream with bounded memory."""
+"""Prediction from images: decoder, backbone and head, as a stream with bounded memory."""
 
 from __future__ import annotations
 
@@ -45,27 +45,27 @@ from .novelty import Novelty
 log = logging.getLogger("penult.classifiers")
 
 NOT_FINITE = "the network gives NaN or infinity for this image"
-FIRST = 16  # images that a difference of pixels is measured on
+FIRST = 16  # number of images on which a difference of pixels is measured
 
-_Read = tuple[bytes, NDArray[np.uint8] | ImageError]  # a path, and what came of it: its views (views, crop, crop, 3)
+_Read = tuple[bytes, NDArray[np.uint8] | ImageError]  # a path, and its views (views, crop, crop, 3) or the error
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A network and a head, and all else that decides what they say of an image.
+    """A backbone and a head, and everything else that determines their prediction for an image.
 
     Attributes:
         backbone: the ONNX file from pixels to features.
-        preprocess: what its input must have gone through.
+        preprocess: the preprocessing of its input.
         head: features ``(n, d)`` float32 to outputs ``(n, k)``.
-        task: what the columns of these are, and how one decides by them.
+        task: names the columns of the outputs and decides on a label from them.
         storage: how features were rounded in the cache that the head was trained on.
-        output: of the backbone's graph, where it has several.
-        tf32: whether a GPU rounds the products of float32; as it did for the cache.
-        novelty: what tells images that are unlike the training images.
-        views: what the head's outputs for an image are averaged over; None for the image as it is.
-        origin: what its pixels must be like; None where nothing was made of such before.
-        require: looks at the metadata of the network that was loaded, and refuses one that the head is not for.
+        output: output of the backbone's graph, if it has several.
+        tf32: whether a GPU rounds float32 products to TF32, as it did for the cache.
+        novelty: measures how unlike the training images an image is.
+        views: augmentations over which the head's outputs are averaged; None for the image as it is.
+        origin: the pixels of training that this machine's pixels must match; None if nothing was trained on such pixels.
+        require: checks the metadata of the loaded network, and refuses one that the head is not for.
     """
 
     backbone: Path
@@ -82,16 +82,16 @@ class Recipe:
 
 
 class Predictor:
-    """A network and a head, ready to predict.
+    """A backbone and a head, ready to predict.
 
     Args:
-        recipe: what they are.
+        recipe: backbone, head and preprocessing.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
         batch_size: images per call of the backbone; None for the device's default.
-        workers: decoding threads; None for as many as are needed.
+        workers: number of decode workers; None for as many as are needed.
 
     Attributes:
-        pixel_drift: how far its pixels are from those of the training, where that was accepted and measured.
+        pixel_drift: how far this machine's pixels are from those of training, if a difference was accepted and measured.
 
     >>> from classifiers import Predictor
     >>> for prediction in Predictor.load("pets.head", device="cpu").predict(["pets/cat/000.png", "pets/dog/000.png"]):
@@ -111,8 +111,8 @@ class Predictor:
     def load(cls, path: str | Path, **options: Any) -> Self:
         """Open a bundle or a fused classifier; see `Bundle.load` and `Fused.load` for what is refused.
 
-        Options are ``device``, ``batch_size``, ``workers``, and ``accept_pixels``: go on where this machine makes other pixels
-        than those of the training, and measure the difference.
+        Options are ``device``, ``batch_size``, ``workers``, and ``accept_pixels``: go on if this machine decodes images to
+        other pixels than in training, and measure the difference.
         """
         path = Path(path)
         return cls.fused(path, Fused.load(path), **options) if is_fused(path) else cls.of(Bundle.load(path), **options)
@@ -136,12 +136,12 @@ class Predictor:
 
     @classmethod
     def of(cls, bundle: Bundle, *, accept_pixels: bool = False, **options: Any) -> Self:
-        """The predictor of a bundle that was loaded before."""
+        """The predictor of a loaded bundle."""
 
         def require(metadata: Mapping[str, str]) -> None:
             facts, file = facts_of(metadata), bundle.path / "backbone.onnx"
             if facts is None:
-                message = f"{file} does not say what it is; it is not the network that {bundle.name} was trained with"
+                message = f"{file} has no metadata of penult, so it is not the network that {bundle.name} was trained with"
                 raise BadDataError(message)
             require_features(facts, bundle.fingerprint, mine=str(file), theirs=f"the head of {bundle.name}")
 
@@ -162,24 +162,24 @@ class Predictor:
 
     @property
     def task(self) -> HeadTask:
-        """What the columns of its outputs are."""
+        """The task, with the names of the outputs."""
         return self.recipe.task
 
     def predict(self, paths: Iterable[str | bytes | Path], files: Files | None = None) -> Iterator[Prediction]:
-        """One prediction per file, in order; a bad file costs its own prediction and no other.
+        """One prediction per file, in order; a bad file does not affect the predictions of others.
 
         Args:
-            paths: what to read.
-            files: what it is read from; by default the file system.
+            paths: the files.
+            files: where they are read from; by default the file system.
 
         Raises:
-            FingerprintMismatchError: this machine makes other pixels than those of the training; at once, before any is read.
+            FingerprintMismatchError: this machine decodes images to other pixels than in training; before any file is read.
         """
         self.require_pixels()
         return self._predictions(map(os.fsencode, paths), files or FolderFiles())
 
     def require_pixels(self) -> None:
-        """Refuse to go on where this machine makes other pixels than those of the training, unless that is accepted.
+        """Refuse to go on if this machine decodes images to other pixels than in training, unless that is accepted.
 
         Raises:
             FingerprintMismatchError: says what differs and what to do.
@@ -188,7 +188,7 @@ class Predictor:
             origin.require(self.recipe.preprocess, self._image_then())
 
     def measure_pixels(self, first: Sequence[bytes] = (), files: Files | None = None) -> None:
-        """Say how far this machine's pixels are from those of the training, where they differ; see `pixel_drift`.
+        """Measure and log how far this machine's pixels are from those of training, if they differ; see `pixel_drift`.
 
         Args:
             first: images to measure it on, beside the test image.
@@ -200,7 +200,7 @@ class Predictor:
 
     @property
     def _other_pixels(self) -> PixelOrigin | None:
-        """What the pixels of the training were, if this machine makes others."""
+        """The pixels of training, if this machine's pixels differ."""
         origin = self.recipe.origin
         return origin if origin is not None and origin.differs(self.recipe.preprocess) else None
 
@@ -226,8 +226,11 @@ class Predictor:
         return self._outputs(self.embedder.embed(pixels)[0])[0]
 
     def _outputs(self, features: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """What the head says of features ``(n, d)``, and these as it sees them. A row that is not finite gives NaN, also where
-        the head would make a number of it, as a sigmoid of infinity is 1; the other rows are what they are without it."""
+        """The head's outputs for features ``(n, d)``, and the features as rounded for the head.
+
+        A row that is not finite gives NaN, even if the head would give a number, as a sigmoid of infinity is 1; the other rows
+        do not depend on it.
+        """
         stored = as_stored(features, self.recipe.storage)
         finite = np.asarray(np.isfinite(stored).all(axis=1))
         if finite.all():
@@ -255,18 +258,20 @@ class Predictor:
         return zip(averaged(outputs, self._count), novelty, strict=True)
 
     def _changed(self, outputs: NDArray[np.float32], others: NDArray[np.float32]) -> int | None:
-        """How many images get another label by other outputs; None of none, and where a task has no labels."""
+        """How many images get another label from other outputs; None if there are no images, or the task has no labels."""
         labels, before = ([self.task.decide(row)[0] for row in rows] for rows in (outputs, others))
         return None if not labels or None in labels else sum(a != b for a, b in zip(labels, before, strict=True))
 
     def _image_then(self) -> ProbeImage | None:
-        """The test image as it was when the network was made, if the network says."""
+        """The pixels of the test image when the network was made, if its metadata has them."""
         assert self.recipe.origin is not None
         return ProbeImage.parse(self.embedder.metadata.get(PROBE_IMAGE), self.recipe.origin.probe)
 
     def _measured(self, first: Sequence[bytes], files: Files) -> PixelDrift:
-        """How far pixels are from those of the training: on the test image, and on the first images, whose pixels of then
-        nobody knows, if they moved as the test image did."""
+        """How far pixels are from those of training, on the test image and on the first images.
+
+        The pixels of the first images in training are unknown; they are assumed to differ as those of the test image do.
+        """
         then, now = self._image_then(), ProbeImage.here(self.recipe.preprocess)
         if then is None:
             return PixelDrift({}, libraries())
@@ -280,7 +285,7 @@ class Predictor:
         pixels = np.stack([now.pixels[0], *good])
         before = np.stack([then.pixels[0], *(np.clip(image - shift, 0, 255).astype(np.uint8) for image in good)])
         (features, outputs), (features_then, outputs_then) = (
-            (found, self._outputs(found)[0]) for found in (self.embedder.embed(each)[0] for each in (pixels, before))
+            (rows, self._outputs(rows)[0]) for rows in (self.embedder.embed(each)[0] for each in (pixels, before))
         )
         differences = np.abs(outputs.astype(np.float64) - outputs_then).max(axis=1)
         sound = [i for i in range(1, len(pixels)) if np.isfinite(differences[i])]
@@ -303,7 +308,7 @@ class Predictor:
 
     @property
     def classes(self) -> Sequence[str]:
-        """What the columns of its probabilities are called."""
+        """The names of the columns of its probabilities."""
         return self.task.names
 
     @cached_property
@@ -311,7 +316,7 @@ class Predictor:
         """The backbone's session, opened on first use.
 
         Raises:
-            BadDataError: what was loaded is not the network that the head is for.
+            BadDataError: the loaded network is not the one that the head is for.
         """
         opened = Embedder(
             self.recipe.backbone,
@@ -339,19 +344,19 @@ class Predictor:
 
 
 def _on_its_device(fingerprint: Fingerprint, options: dict[str, Any]) -> dict[str, Any]:
-    """The options; int8 was calibrated for the CPU, and a GPU computes such a graph in float."""
-    chosen_for = precision_of(fingerprint) == "int8" and options.get("device", "auto") == "auto"
-    return {**options, "device": "cpu"} if chosen_for else options
+    """The options, with the CPU for int8: it was calibrated for the CPU, and a GPU computes such a graph in float."""
+    needs_cpu = precision_of(fingerprint) == "int8" and options.get("device", "auto") == "auto"
+    return {**options, "device": "cpu"} if needs_cpu else options
 
 
 def list_images(inputs: Sequence[str | Path]) -> Iterator[bytes]:
-    """The files that the arguments of `penult predict` mean: files as they are, folders with everything below them.
+    """The files for the arguments of `penult predict`: files as they are, folders with everything below them.
 
-    Folders are read as they are reached, so that no list of millions of names is ever held.
+    Folders are read one after the other, so that no list of millions of names is held in memory.
 
     Raises:
-        InputMissingError: none of them exists, a folder is empty, or one cannot be read. A file that is missing is a prediction
-            with a code.
+        InputMissingError: none of them exists, a folder is empty, or one cannot be read. A single missing file becomes a
+            prediction with a code.
         UsageError: one is a tar archive, a cache or a bundle.
     """
     paths = list(map(Path, inputs))

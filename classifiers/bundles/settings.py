@@ -1,4 +1,4 @@
-"""The settings of using a bundle: predicting, evaluating, and the gates of a result."""
+"""Settings models for using a bundle: prediction, evaluation, and gates."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import create_model
 
-from classifiers.evaluation.gates import GATES, Gate, require_gates, wanted_gates
+from classifiers.evaluation.gates import GATES, Gate, requested_gates, require_gates
 from extractor.pipeline.settings import DeviceSettings
 from extractor.settings import PLACE, FilePath, Settings, setting
 
@@ -29,30 +29,30 @@ _GATE_FIELDS: Any = {
 
 
 class GateSettings(HeldOutSettings, create_model("GateSettings", __base__=_Gates, **_GATE_FIELDS)):  # type: ignore[misc]
-    """What a result must reach: a job's section ``[gate]``."""
+    """The limits that a result must meet: the section ``[gate]`` of a job."""
 
-    def wanted(self, task: str) -> dict[Gate, float]:
-        """The gates that are asked for.
+    def gates(self, task: str) -> dict[Gate, float]:
+        """The gates that are set, with their limits.
 
         Raises:
-            UsageError: one is on a metric that a task does not have.
+            UsageError: a gate is for a metric that the task does not have.
         """
-        gates, place = wanted_gates({gate.name: getattr(self, gate.name) for gate in GATES}), PLACE.get()
+        gates, place = requested_gates({gate.name: getattr(self, gate.name) for gate in GATES}), PLACE.get()
         require_gates(gates, task, lambda gate: place.spell(type(self), gate.name))
         return gates
 
 
 class PredictSettings(DeviceSettings):
-    """What `penult predict` takes."""
+    """The settings of `penult predict`."""
 
     heading: ClassVar[str] = "Where and how fast"
 
     accept_pixels: bool = setting(
-        False, "Go on where this machine decodes images otherwise than the training did, and say how much that changes."
+        False, "Continue if this machine decodes images differently than the training did, and measure the difference."
     )
 
     def runtime(self) -> dict[str, Any]:
-        """As a `Predictor` takes it."""
+        """These settings as keyword arguments of a `Predictor`."""
         return {name: getattr(self, name) for name in PredictSettings.model_fields}
 
 
@@ -63,4 +63,4 @@ class RootSettings(Settings):
 
 
 class EvaluateSettings(GateSettings, RootSettings, PredictSettings):
-    """What `penult evaluate` takes."""
+    """The settings of `penult evaluate`."""

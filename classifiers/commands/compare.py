@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -14,7 +13,7 @@ from extractor.commands.console import FOLDER, Command, json_option, overwrite_o
 @click.command(cls=Command)
 @click.argument("bundles", nargs=-1, required=True, type=FOLDER)
 @click.option("-o", "--output", type=FOLDER, help="Also write an HTML report.")
-@click.option("--against", metavar="NAME", help="The bundle to compare with; the first frozen one given by default.")
+@click.option("--against", metavar="NAME", help="The bundle to compare with; by default the first frozen one.")
 @click.option(
     "--worthwhile",
     type=click.FloatRange(0, 100, min_open=True),
@@ -25,10 +24,19 @@ from extractor.commands.console import FOLDER, Command, json_option, overwrite_o
 @click.option("--curve", type=FOLDER, metavar="CACHE", help="Also refit the frozen head on 10, 25, 50 and 100 % of its images.")
 @overwrite_option
 @json_option
-def compare(bundles: Sequence[Path], output: Path | None, *, overwrite: bool, as_json: bool, **given: Any) -> None:
+def compare(
+    bundles: Sequence[Path],
+    output: Path | None,
+    against: str | None,
+    worthwhile: float,
+    curve: Path | None,
+    *,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
     """Compare bundles on the same held-out images.
 
-    Differences with intervals, what each costs, and whether that is worth it.
+    Shows differences with intervals, what each bundle costs, and whether that is worth it.
 
     Example: penult compare photos.head photos-finetuned.head -o report.html
     """
@@ -41,11 +49,11 @@ def compare(bundles: Sequence[Path], output: Path | None, *, overwrite: bool, as
 
     if output:
         require_free(output, overwrite=overwrite)
-    curve = FeatureCache(given["curve"]) if given["curve"] else None
+    cache = FeatureCache(curve) if curve else None
     loaded = [Bundle.load(path) for path in bundles]
-    found = compare_bundles(loaded, against=given["against"], worthwhile=given["worthwhile"], curve=curve)
+    comparison = compare_bundles(loaded, against=against, worthwhile=worthwhile, curve=cache)
     if output:
-        write_output(output, comparison_report(found).encode(), overwrite=overwrite)
+        write_output(output, comparison_report(comparison).encode(), overwrite=overwrite)
     if as_json:
-        return print_json(found.to_json())
-    return click.echo(comparison_text(found, width=table_width()))
+        return print_json(comparison.to_json())
+    return click.echo(comparison_text(comparison, width=table_width()))

@@ -1,4 +1,4 @@
-"""How the commands about heads print a bundle and an evaluation."""
+"""Printing of bundles and evaluations, for the commands about heads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command ``penult demo``: the whole way on handwritten digits."""
+"""The command ``penult demo``: every step on handwritten digits."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from .console import print_evaluation
 
 
 @click.command(cls=Command)
-@click.option("-o", "--output", type=FOLDER, default=Path("penult-demo"), show_default=True, help="Folder for all of it.")
-@click.option("--weights", metavar="NAME|FILE.pth|random", help="Of resnet18; torchvision's if they can be had, else random.")
-@click.option("--epochs", type=click.IntRange(1), default=3, show_default=True, help="Of fine-tuning.")
+@click.option("-o", "--output", type=FOLDER, default=Path("penult-demo"), show_default=True, help="Folder for all files.")
+@click.option(
+    "--weights", metavar="NAME|FILE.pth|random", help="Of resnet18; by default torchvision's if available, else random."
+)
+@click.option("--epochs", type=click.IntRange(1), default=3, show_default=True, help="Epochs of fine-tuning.")
 @overwrite_option
 def demo(output: Path, weights: str | None, epochs: int, *, overwrite: bool) -> None:
-    """Show the whole way on handwritten digits, in two minutes.
+    """Show every step on handwritten digits, in two minutes.
 
     Nothing is downloaded.
 

@@ -1,4 +1,4 @@
-"""The commands that say what a bundle is worth: ``penult evaluate`` and ``penult report``."""
+"""The commands that evaluate a bundle and make its report: ``penult evaluate`` and ``penult report``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 def evaluate(bundle: Path, data: Path, settings: EvaluateSettings, plot: Path | None, *, as_json: bool, overwrite: bool) -> int:
     """Evaluate a bundle on a cache or a dataset, with intervals.
 
-    Every score with its interval, per class, and the confusion matrix.
+    Shows every score with its interval, the scores per class, and the confusion matrix.
 
     Example: penult evaluate photos.head photos.cache --split test
     """
@@ -49,7 +49,7 @@ def evaluate(bundle: Path, data: Path, settings: EvaluateSettings, plot: Path | 
         require_plot(plot, overwrite=overwrite)
     loaded = Bundle.load(bundle)
     with FLAGS.here():
-        gates = settings.wanted(loaded.task)
+        gates = settings.gates(loaded.task)
     if plot:
         need_single_label(loaded.task, "--plot")
     result, _ = evaluate_bundle(loaded, data, split=settings.split, root=settings.root, **settings.runtime())
@@ -70,7 +70,7 @@ def evaluate(bundle: Path, data: Path, settings: EvaluateSettings, plot: Path | 
 @output_option("The page, an .html file.")
 @overwrite_option
 def report(bundle: Path, data: Path | None, settings: ReportSettings, output: Path, *, overwrite: bool) -> None:
-    """Make the page of a bundle anew, or one about other images.
+    """Make the report page of a bundle again, or for other images.
 
     Without DATA, a cache or a dataset, the page has no images and no map of features.
 
@@ -83,7 +83,7 @@ def report(bundle: Path, data: Path | None, settings: ReportSettings, output: Pa
 
     require_free(output, overwrite=overwrite)
     if data is None and (settings.split or settings.root):
-        message = "--split and --root are about images, and there is no DATA"
+        message = "--split and --root need DATA; name a cache or a dataset"
         raise click.UsageError(message)
     html = report_again(Bundle.load(bundle), data, settings)
     write_output(output, html.encode(), overwrite=overwrite)

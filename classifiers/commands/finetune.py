@@ -1,4 +1,4 @@
-"""The command ``penult finetune``: backbone and head trained together."""
+"""The command ``penult finetune``: backbone and head trained end to end."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 def finetune(data: Path, settings: FineTuneSettings, output: Path, *, as_json: bool, overwrite: bool) -> None:
     """Fine-tune a backbone end to end on the same split.
 
-    DATA is a cache, whose samples and split are taken over, or a dataset as `penult extract` takes it. Interrupted, the same
-    command goes on after the last finished epoch. docs/finetune.md says what the flags do.
+    DATA is a cache, whose samples and split are used, or a dataset as for `penult extract`. After an interruption, the same
+    command continues after the last finished epoch. docs/finetune.md explains the flags.
 
     Example: penult finetune photos.cache -m resnet50 -o photos-finetuned.head
     """
@@ -35,10 +35,10 @@ def finetune(data: Path, settings: FineTuneSettings, output: Path, *, as_json: b
 
     refuse_existing(output, overwrite=overwrite)
     if is_cache(data):
-        unused = settings.given().keys() & {"val_fraction", "test_fraction", "group_by", "limit"}
+        unused = settings.explicit().keys() & {"val_fraction", "test_fraction", "group_by", "limit"}
         if unused:
             flags = ", ".join(sorted(flag_of(type(settings), name) for name in unused))
-            message = f"{flags}: {data} is a cache, and fine-tuning takes its samples and its split over"
+            message = f"{flags}: {data} is a cache, and fine-tuning uses its samples and its split"
             raise click.UsageError(message)
     bundle = finetune_network(data, output, settings.replace(quiet=is_quiet()), overwrite=overwrite)
     print_bundle(bundle, as_json=as_json)

@@ -1,9 +1,8 @@
-"""The commands of a scheduler: ``penult run`` and ``penult runs``."""
+"""The commands for job files: ``penult run`` and ``penult runs``."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -25,10 +24,10 @@ from .console import print_evaluation
 @click.argument("job", type=FOLDER)
 @observing_options
 @json_option
-def run(job: Path, *, as_json: bool, **given: Any) -> int:
+def run(job: Path, log_json: Path | None, metrics: Path | None, *, dry_run: bool, as_json: bool) -> int:
     """Run a job file, as a scheduler does.
 
-    Extract, train if anything changed, evaluate, and hold the result against its gates.
+    Extract, train if anything changed, evaluate, and check the result against the gates.
 
     Example: penult run nightly.toml --log-json nightly.jsonl --metrics nightly.prom
     """
@@ -36,12 +35,12 @@ def run(job: Path, *, as_json: bool, **given: Any) -> int:
     from extractor.progress import observed
     from store.errors import GateError
 
-    if given["dry_run"]:
-        would = preview_job(job)
-        print_preview({**would["extract"], "train": would["train"]}, as_json=as_json)
+    if dry_run:
+        preview = preview_job(job)
+        print_preview({**preview["extract"], "train": preview["train"]}, as_json=as_json)
         return 0
-    with observed(log_json=given["log_json"], metrics=given["metrics"]) as seen:
-        result = run_job(job, quiet=is_quiet(), record=seen)
+    with observed(log_json=log_json, metrics=metrics) as record:
+        result = run_job(job, quiet=is_quiet(), record=record)
     if as_json:
         print_json(result.to_json())
     else:
@@ -54,12 +53,12 @@ def run(job: Path, *, as_json: bool, **given: Any) -> int:
 
 @click.command(cls=Command)
 @click.argument("job", type=FOLDER)
-@click.option("-n", "--last", type=click.IntRange(1), default=20, show_default=True, help="How many.")
+@click.option("-n", "--last", type=click.IntRange(1), default=20, show_default=True, help="How many runs.")
 @json_option
 def runs(job: Path, last: int, *, as_json: bool) -> None:
     """Show the history of a job.
 
-    When it ran, how it ended, what it computed, what came out.
+    Shows when each run started, how it ended, what it computed, and its score.
 
     Example: penult runs nightly.toml
     """

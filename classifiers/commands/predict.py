@@ -1,4 +1,4 @@
-"""The commands that put a bundle to work: ``penult predict`` and ``penult fuse``."""
+"""The commands that use a bundle: ``penult predict`` and ``penult fuse``."""
 
 from __future__ import annotations
 
@@ -21,14 +21,19 @@ if TYPE_CHECKING:
 @click.argument("bundle", metavar="BUNDLE|CLASSIFIER.onnx", type=FOLDER)
 @click.argument("images", nargs=-1, type=FOLDER)
 @click.option(
-    "--format", "form", type=click.Choice(["table", "csv", "jsonl"]), default="table", show_default=True, help="Of predictions."
+    "--format",
+    "form",
+    type=click.Choice(["table", "csv", "jsonl"]),
+    default="table",
+    show_default=True,
+    help="Format of the predictions.",
 )
-@click.option("--selftest", "testing", is_flag=True, help="First check its weights, and what it gives for golden pictures.")
+@click.option("--selftest", "testing", is_flag=True, help="First check its weights, and its outputs for golden images.")
 def predict(bundle: Path, images: Sequence[Path], settings: PredictSettings, form: str, *, testing: bool) -> int:
     """Predict label and probability of images, or of folders.
 
-    A novelty above 1 is unlike the training images. With --selftest, exit 65 if a weight was changed, or if it computes
-    something else here than where it was made.
+    An image with a novelty above 1 is unlike the training images. With --selftest, exit 65 if a weight was changed, or if
+    the outputs here differ from those on the machine where it was made.
 
     Example: penult predict photos.head new/ --format csv > predictions.csv
     """
@@ -36,7 +41,7 @@ def predict(bundle: Path, images: Sequence[Path], settings: PredictSettings, for
     from classifiers.bundles.predictor import Predictor, list_images
 
     if not (images or testing):
-        message = "which images? Name files or folders, or pass --selftest"
+        message = "no images: name files or folders, or pass --selftest"
         raise click.UsageError(message)
     listed = list_images(images) if images else []
     if testing:
@@ -86,8 +91,8 @@ def predict(bundle: Path, images: Sequence[Path], settings: PredictSettings, for
 def fuse(bundle: Path, output: Path, *, overwrite: bool) -> None:
     """Make one ONNX file of a bundle, for any program.
 
-    From decoded pixels to probabilities, in ONNX Runtime. `penult predict CLASSIFIER.onnx` takes it like the bundle; --selftest
-    there shows that it still gives what it gave.
+    It maps decoded pixels to probabilities, in ONNX Runtime. `penult predict CLASSIFIER.onnx` takes it like a bundle, and
+    with --selftest checks that its outputs are still the same.
 
     Example: penult fuse photos.head -o photos.onnx
     """

@@ -26,8 +26,8 @@ def check(
 ) -> None:
     """Regression test on cached features: exit 65 on a change.
 
-    CACHE must hold what the golden cache holds: images, labels, storage type, fingerprint and features; only CPU and GPU may
-    differ.
+    CACHE must hold what the golden cache holds: images, labels, storage type, fingerprint and features; only the device (CPU
+    or GPU) may differ.
 
     Example: penult check today.cache --against golden.h5 --head photos.head
     """
@@ -36,17 +36,17 @@ def check(
     from store.drift import compare_caches
     from store.errors import BadDataError
 
-    found = FeatureCache(cache, layer)
+    current = FeatureCache(cache, layer)
     if update and not against.exists():
-        rows = write_compact(found, against, dtype=str(found.dtype))
+        rows = write_compact(current, against, dtype=str(current.dtype))
         if as_json:
             return print_json({"new": str(against), "rows": rows})
         return click.echo(f"{against}: new, {rows} rows")
     golden = FeatureCache(against, layer)
-    drift = compare_caches(golden, found, predict=decisions(head, golden), bound=tolerance)
+    drift = compare_caches(golden, current, predict=decisions(head, golden), bound=tolerance)
     print_drift(drift, as_json=as_json)
     if update:
-        write_compact(found, against, dtype=str(found.dtype), overwrite=True)
+        write_compact(current, against, dtype=str(current.dtype), overwrite=True)
         click.echo(f"{against} is replaced", err=True)
     elif not drift.passed:
         message = f"{cache} does not match {against}: {'; '.join(drift.causes) or 'see the table'}"
@@ -74,7 +74,7 @@ def diff(first: Path, second: Path, head: Path | None, layer: str | None, *, as_
 
 
 def decisions(bundle: Path | None, cache: FeatureCache) -> Any:
-    """The class that a bundle's head decides for, as a function of features such as a cache holds; None without a bundle."""
+    """The decisions of a bundle's head, as a function from features to class indices; None without a bundle."""
     if bundle is None:
         return None
     from classifiers.bundles.bundle import Bundle

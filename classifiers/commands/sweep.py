@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 @click.option(
     "-m",
     "--backbone",
-    "wanted",
+    "sources",
     required=True,
     multiple=True,
     metavar="NAME[=WEIGHTS][@LAYER]...,...",
     help="Networks, or FILE.onnx; each with @LAYER for features of other layers. See docs/sweep.md.",
 )
 @output_option("Folder of the caches and of sweep.html.")
-@click.option("--overwrite", is_flag=True, help="Extract anew.")
+@click.option("--overwrite", is_flag=True, help="Extract again.")
 @json_option
-def sweep(data: Path, wanted: Sequence[str], settings: SweepSettings, output: Path, *, as_json: bool, overwrite: bool) -> int:
+def sweep(data: Path, sources: Sequence[str], settings: SweepSettings, output: Path, *, as_json: bool, overwrite: bool) -> int:
     """Extract with several backbones, and rank them.
 
-    The same images and the same split count for all. LogME and the H-score say, without training, how good features will be.
+    All use the same images and the same split. LogME and the H-score estimate, without training, how good features are.
 
     Example: penult sweep photos/ -m resnet18,resnet50,resnet50@layer3,theirs.onnx -o photos.sweep
     """
@@ -39,21 +39,21 @@ def sweep(data: Path, wanted: Sequence[str], settings: SweepSettings, output: Pa
     from classifiers.comparison.sweep import PAGE, parse_sources, require_ready, run_sweep
     from extractor.pipeline.settings import Options
 
-    backbones = parse_sources(wanted, settings.network())
+    backbones = parse_sources(sources, settings.network())
     options = settings.part(Options).replace(overwrite=overwrite, quiet=is_quiet())
     require_ready(backbones, output, options)
     source = settings.source(data)
-    found = run_sweep(source, backbones, output, options, head=settings.head, seed=settings.seed, data=str(data))
+    ranking = run_sweep(source, backbones, output, options, head=settings.head, seed=settings.seed, data=str(data))
     if as_json:
-        print_json(found.to_json())
-        return found.exit_code
-    print_table(found.columns, found.rows(), left=2)
-    for each in found.failed:
+        print_json(ranking.to_json())
+        return ranking.exit_code
+    print_table(ranking.columns, ranking.rows(), left=2)
+    for each in ranking.failed:
         click.echo(f"\nNo features of {each.source}: {each.error}")
     click.echo()
-    for note in found.notes():
+    for note in ranking.notes():
         click.echo(note)
-    click.echo(f"\nRank correlation of the scores with the {found.metric} of trained heads, {len(found.lines)} sources")
-    print_table(AGREEMENT_COLUMNS, [each.cells() for each in found.agreements()])
-    click.echo(f"\nPage: {output / PAGE}\nNext: {found.advice()}")
-    return found.exit_code
+    click.echo(f"\nRank correlation of the scores with the {ranking.metric} of trained heads, {len(ranking.lines)} sources")
+    print_table(AGREEMENT_COLUMNS, [each.cells() for each in ranking.agreements()])
+    click.echo(f"\nPage: {output / PAGE}\nNext: {ranking.advice()}")
+    return ranking.exit_code

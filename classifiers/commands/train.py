@@ -1,4 +1,4 @@
-"""The command ``penult train``: a head from cached features."""
+"""The command ``penult train``: a head trained on cached features."""
 
 from __future__ import annotations
 

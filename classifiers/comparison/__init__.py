@@ -1,1 +1,1 @@
-"""Bundles, backbones and numbers of labels side by side, with differences that can be trusted."""
+"""Comparisons of bundles, of backbones and of numbers of labels, with confidence intervals."""

@@ -1,4 +1,4 @@
-"""Heads side by side on the same held-out images: what each is worth, with an interval, what it cost, and whether that pays."""
+"""Comparison of bundles on the same held-out images: accuracy with paired intervals, costs, and whether a cost pays off."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FINE_TUNED = "fine-tuned"
 
 @dataclass(frozen=True)
 class Entrant:
-    """What takes part in a comparison.
+    """A head with its predictions, as it enters a comparison.
 
     Attributes:
         name, kind, classes, cost, history, split: as in `Bundle`.
@@ -46,7 +46,7 @@ class Entrant:
 
     @classmethod
     def of(cls, bundle: Bundle) -> Entrant:
-        """A bundle.
+        """The entrant of a bundle.
 
         Raises:
             UsageError: it is for another task.
@@ -58,7 +58,7 @@ class Entrant:
 
     @property
     def seconds(self) -> float:
-        """From images to a head, wall time."""
+        """Wall time of extraction and training."""
         return float(self.cost["train_seconds"] + self.cost["extract_seconds"])
 
 
@@ -67,13 +67,13 @@ class Compared:
     """One head of a comparison.
 
     Attributes:
-        name, kind: of the bundle.
-        accuracy, accuracy_interval: with the 95 % Wilson interval.
+        name, kind: those of the bundle.
+        accuracy, accuracy_interval: accuracy, and its 95 % Wilson interval.
         scores: by name, see docs/metrics.md; among them ``f1_macro``, ``log_loss``, ``brier`` and ``ece``.
-        seconds: from images to a head, extraction included.
+        seconds: wall time of extraction and training.
         cost: as in `Bundle`. ``images`` counts passes through the backbone: each image once for cached features, once an epoch
             when fine-tuning.
-        change, verdict: against the baseline; None of the baseline itself.
+        change, verdict: against the baseline; None for the baseline itself.
         history: as in `Bundle`.
         probabilities: ``(n, k)``, in the order of the comparison's classes; not in JSON.
     """
@@ -92,7 +92,7 @@ class Compared:
 
     @property
     def difference(self) -> str:
-        """Of accuracy, from the baseline, as text; empty of the baseline itself."""
+        """Difference of accuracy from the baseline, as text; empty for the baseline itself."""
         if self.change is None:
             return ""
         score = self.change.scores["accuracy"]
@@ -105,12 +105,12 @@ class Comparison:
 
     Attributes:
         baseline: the name of the head that the others are compared with.
-        split, n: what they were measured on, and how many images that is.
-        classes: all that any head or image has.
+        split, n: the split they were measured on, and its number of images.
+        classes: all classes of the heads and images.
         worthwhile: the smallest difference of accuracy that matters, as a share.
         resamples: of the bootstrap.
-        lines: the baseline first, then the best first.
-        curve: by number of labelled images, where it was asked for.
+        lines: the baseline first, then the others, best first.
+        curve: accuracy by number of labelled images; None without one.
         truth: class index of each image ``(n,)``; not in JSON.
     """
 
@@ -136,7 +136,7 @@ class Comparison:
         return html_table(title, rows, ("bundle", "kind", "accuracy", "difference"))
 
     def to_json(self) -> dict[str, Any]:
-        """As it reads back from a file: lists, no tuples."""
+        """As read back from a JSON file: lists, no tuples."""
         lines = [asdict(replace(line, probabilities=np.empty(0))) for line in self.lines]
         for line in lines:
             del line["probabilities"], line["history"]
@@ -156,7 +156,7 @@ def compare(
 
     Args:
         bundles: two or more, loaded or not.
-        against: name or path of the baseline; by default the first frozen one, or the first: no choice by the held-out images.
+        against: name or path of the baseline; by default the first frozen one, or the first one (not chosen by its score).
         worthwhile: the smallest difference of accuracy that matters, percentage points.
         curve: the cache that a frozen bundle was trained from (the baseline, or the first one); its head is refitted on shares
             of the training images, see `label_curve`.
@@ -173,7 +173,7 @@ def compare(
     places = [bundle.path.resolve() for bundle in opened]
     twice = next((bundle.path for bundle, place in zip(opened, places, strict=True) if places.count(place) > 1), None)
     if twice is not None or len(opened) < 2:
-        message = f"{twice} is given twice" if twice else f"there is one bundle, {opened[0].path}, and nothing beside it"
+        message = f"{twice} is given twice" if twice else f"there is only one bundle, {opened[0].path}"
         message += "; name two or more different ones, such as those of `penult train` and `penult finetune`"
         raise UsageError(message)
     entrants = [Entrant.of(bundle) for bundle in opened]
@@ -181,16 +181,16 @@ def compare(
     if len(set(names)) < len(names):
         entrants = [replace(entrant, name=str(bundle.path)) for entrant, bundle in zip(entrants, opened, strict=True)]
     baseline = _baseline(opened, against)
-    found = compare_entrants(entrants, baseline=baseline, worthwhile=worthwhile)
+    comparison = compare_entrants(entrants, baseline=baseline, worthwhile=worthwhile)
     if curve is None:
-        return found
+        return comparison
     frozen = next((bundle for bundle in (opened[baseline], *opened) if bundle.kind == "frozen"), None)
     if frozen is None:
         message = (
             "--curve refits a head on cached features, and all of these are fine-tuned; name a bundle of `penult train` too"
         )
         raise UsageError(message)
-    return replace(found, curve=label_curve(frozen, curve, worthwhile=worthwhile / 100))
+    return replace(comparison, curve=label_curve(frozen, curve, worthwhile=worthwhile / 100))
 
 
 def _baseline(bundles: Sequence[Bundle], against: str | None) -> int:
@@ -205,7 +205,7 @@ def _baseline(bundles: Sequence[Bundle], against: str | None) -> int:
 
 
 def compare_entrants(entrants: Sequence[Entrant], *, baseline: int = 0, worthwhile: float = WORTHWHILE) -> Comparison:
-    """As `compare`, for what need not be saved; ``baseline`` is its place.
+    """Compare heads that need not be saved; ``baseline`` is an index, else as `compare`.
 
     Raises:
         BadDataError: they were not evaluated on the same images with the same labels.
@@ -256,7 +256,7 @@ def compare_entrants(entrants: Sequence[Entrant], *, baseline: int = 0, worthwhi
 
 
 def _order(predictions: Predictions) -> list[int]:
-    """Rows in the same order whatever order they were saved in."""
+    """Row indices that bring predictions into the same order, whatever order they were saved in."""
     keys = list(zip(predictions.sha256, map(str, predictions.labels.tolist()), strict=True))
     return sorted(range(len(keys)), key=keys.__getitem__)
 
@@ -279,14 +279,14 @@ def _need_same_images(entrants: Sequence[Entrant]) -> None:
             continue
         if sorted(theirs.sha256) == sorted(mine.sha256):
             message = (
-                f"{first.name} and {other.name} were evaluated on the same {len(mine.sha256)} images, but some have another "
-                f"label since: train both from the cache as it is now"
+                f"{first.name} and {other.name} were evaluated on the same {len(mine.sha256)} images, but some labels "
+                f"have changed since: train both again from the current cache"
             )
             raise BadDataError(message)
         shared = len(set(theirs.sha256) & set(mine.sha256))
         message = (
             f"{first.name} was evaluated on {len(mine.sha256)} images ({mine.split}) and {other.name} on "
-            f"{len(theirs.sha256)} ({theirs.split}), {shared} of them the same: there is nothing to compare. "
+            f"{len(theirs.sha256)} ({theirs.split}), {shared} of them the same, so they cannot be compared. "
             f"{_remedy(first, other)}"
         )
         raise BadDataError(message)
@@ -299,6 +299,6 @@ def _remedy(*entrants: Entrant) -> str:
     flags = " ".join(f"--{name} {own[0].split[key]}" for name, key in SPLIT_FLAGS)
     return (
         f"{' and '.join(entrant.name for entrant in own)} was trained with --val-fraction or --test-fraction, on a split of "
-        f"its own that no other command takes over. Train it again without them; or, to have that split everywhere, run the "
+        f"its own that no other command uses. Train it again without them; or, to use that split everywhere, run the "
         f"same `penult extract` with {flags} (nothing is computed again) and train both from the cache"
     )

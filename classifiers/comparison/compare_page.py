@@ -1,4 +1,4 @@
-"""A comparison as text for a terminal, and as a page."""
+"""A comparison of bundles as text for a terminal, and as an HTML page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PAIRS = 6  # heads whose reliability is drawn
 
 
 def accuracy_cells(line: Compared) -> tuple[str, ...]:
-    """A line of the first table, in the order of `ACCURACY_COLUMNS`."""
+    """A row of the accuracy table, in the order of `ACCURACY_COLUMNS`."""
     low, high = line.accuracy_interval
     accuracy = f"{100 * line.accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
     if line.change is None:
@@ -34,8 +34,8 @@ def accuracy_cells(line: Compared) -> tuple[str, ...]:
 
 def _difference(line: Compared) -> str:
     assert line.change is not None
-    found = line.change.scores["accuracy"]
-    return f"{signed(found['value'])} {bounds(found['interval'])}"
+    score = line.change.scores["accuracy"]
+    return f"{signed(score['value'])} {bounds(score['interval'])}"
 
 
 def _p(value: float) -> str:
@@ -47,12 +47,12 @@ def _seconds(value: float) -> str:
 
 
 def _short(value: float, unit: str) -> str:
-    """In few characters: ten columns shall stand side by side."""
+    """A number in few characters, so that ten columns fit side by side."""
     return f"{value:.1f} {unit}" if value < 99.95 else f"{value:.0f} {unit}"
 
 
 def cost_table(lines: Sequence[Compared]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the second table: the other scores, and what each head cost."""
+    """Columns and rows of the table of the other scores and the cost of each head."""
     energy = any(line.cost.get("energy") is not None for line in lines)
     columns = ["bundle", *SCORES.values(), "extract", "train", "images", "memory", *(["energy"] if energy else [])]
     rows = []
@@ -70,23 +70,24 @@ def _joules(energy: float | None) -> str:
     return "-" if energy is None else _short(energy / 1000, "kJ")
 
 
-def _tests(found: Comparison) -> str:
-    """What the columns of the first table are."""
-    others = len(found.lines) - 1
+def _tests(comparison: Comparison) -> str:
+    """The images, intervals and tests of the accuracy table, in words."""
+    others = len(comparison.lines) - 1
     holm = "" if others == 1 else f", by Holm's method for {others} comparisons"
-    return f"{found.n} images of {found.split!r}; difference with its paired 95 % interval; p of McNemar's exact test{holm}"
+    images = f"{comparison.n} images of {comparison.split!r}"
+    return f"{images}; difference with its paired 95 % interval; p of McNemar's exact test{holm}"
 
 
-def comparison_text(found: Comparison, *, width: int | None = None) -> str:
-    """The tables, the learning curve and the verdicts; ``width`` in characters, None asks the terminal."""
+def comparison_text(comparison: Comparison, *, width: int | None = None) -> str:
+    """The tables, the learning curve and the verdicts; ``width`` in characters, None for that of the terminal."""
     parts = [
-        table(ACCURACY_COLUMNS, [accuracy_cells(line) for line in found.lines], left=2, width=width),
-        _tests(found),
-        table(*cost_table(found.lines), width=width),
+        table(ACCURACY_COLUMNS, [accuracy_cells(line) for line in comparison.lines], left=2, width=width),
+        _tests(comparison),
+        table(*cost_table(comparison.lines), width=width),
     ]
-    if found.curve:
-        parts += [table(CURVE_COLUMNS, _curve_rows(found.curve), left=0, width=width), found.curve.sentence]
-    parts += [line.verdict.sentence for line in found.lines if line.verdict]
+    if comparison.curve:
+        parts += [table(CURVE_COLUMNS, _curve_rows(comparison.curve), left=0, width=width), comparison.curve.sentence]
+    parts += [line.verdict.sentence for line in comparison.lines if line.verdict]
     return "\n\n".join(parts)
 
 
@@ -97,11 +98,11 @@ def _curve_rows(curve: LabelCurve) -> list[tuple[str, ...]]:
     ]
 
 
-def comparison_report(found: Comparison, *, notes: Sequence[str] = (), title: str = "Comparison") -> str:
-    """The comparison as a page."""
-    others = [line for line in found.lines if line.change]
-    lead = f"{len(found.lines)} heads on the same {found.n} held-out images; the others are compared with {found.baseline}"
-    baseline = found.lines[0]
+def comparison_report(comparison: Comparison, *, notes: Sequence[str] = (), title: str = "Comparison") -> str:
+    """The comparison as an HTML page."""
+    others = [line for line in comparison.lines if line.change]
+    lead = f"{len(comparison.lines)} heads on the same {comparison.n} held-out images, compared with {comparison.baseline}"
+    baseline = comparison.lines[0]
     cards: list[Card] = [
         (baseline.name, percent(baseline.accuracy), f"accuracy, 95 % interval {interval(baseline.accuracy_interval)}")
     ]
@@ -109,19 +110,21 @@ def comparison_report(found: Comparison, *, notes: Sequence[str] = (), title: st
         value, between = _difference(line).split(" ", 1)
         cards.append((line.name, f"{value} points", f"of accuracy, 95 % interval {between}"))
     words = [(line.name, line.verdict.sentence) for line in others if line.verdict]
-    rule = f"The smallest difference of accuracy that counts here is {points(found.worthwhile)}."
-    cost_columns, cost_rows = cost_table(found.lines)
+    rule = f"The smallest difference of accuracy that counts here is {points(comparison.worthwhile)}."
+    cost_columns, cost_rows = cost_table(comparison.lines)
     sections = [
         Section("Is it worth it?", rule, rows=words),
-        Section("Differences", _forest_text(found), plot=_forest(found, others), half=True),
-        Section("Accuracy and cost", "Seconds of extraction and training.", plot=_cost_plot(found), half=True),
-        Section("Accuracy", _tests(found), columns=ACCURACY_COLUMNS, rows=[accuracy_cells(line) for line in found.lines]),
+        Section("Differences", _forest_text(comparison), plot=_forest(comparison, others), half=True),
+        Section("Accuracy and cost", "Seconds of extraction and training.", plot=_cost_plot(comparison), half=True),
+        Section(
+            "Accuracy", _tests(comparison), columns=ACCURACY_COLUMNS, rows=[accuracy_cells(line) for line in comparison.lines]
+        ),
         Section("Other scores and cost", _cost_text(), columns=cost_columns, rows=cost_rows),
         Section("Differences of all scores", columns=("bundle", *_DIFFERENT.values()), rows=_difference_rows(others)),
-        *_reliability(found),
-        *_training(found),
-        *_curve(found.curve),
-        *_per_class(found, others),
+        *_reliability(comparison),
+        *_training(comparison),
+        *_curve(comparison.curve),
+        *_per_class(comparison, others),
     ]
     return page(title, lead, sections, cards=cards, notes=notes)
 
@@ -144,22 +147,25 @@ def _cell(line: Compared, name: str) -> str:
 
 def _cost_text() -> str:
     return (
-        "Images: passes through the backbone. Memory: the most that the process had used until then. "
+        "Images: passes through the backbone. Memory: the peak of the process until then. "
         "Log-loss, Brier and ECE: lower is better."
     )
 
 
-def _colour(found: Comparison, line: Compared) -> str:
-    return plots.COLOURS[found.lines.index(line) % len(plots.COLOURS)]
+def _colour(comparison: Comparison, line: Compared) -> str:
+    return plots.COLOURS[comparison.lines.index(line) % len(plots.COLOURS)]
 
 
-def _forest_text(found: Comparison) -> str:
-    return f"Accuracy less that of {found.baseline}, with its paired 95 % interval; within the grey band it would not matter."
+def _forest_text(comparison: Comparison) -> str:
+    return (
+        f"Accuracy minus that of {comparison.baseline}, with its paired 95 % interval; "
+        f"differences inside the grey band do not matter."
+    )
 
 
-def _forest(found: Comparison, others: Sequence[Compared]) -> str:
+def _forest(comparison: Comparison, others: Sequence[Compared]) -> str:
     def draw(axes: Any) -> None:
-        band = 100 * found.worthwhile
+        band = 100 * comparison.worthwhile
         axes.axvspan(-band, band, color=plots.GREY, alpha=0.4, lw=0)
         axes.axvline(0, color=plots.INK, lw=0.8)
         for place, line in enumerate(reversed(others)):
@@ -179,14 +185,14 @@ def _mark(axes: Any, place: float, score: dict[str, Any], colour: str, label: st
     axes.errorbar([value], [place], xerr=spread, fmt="o", color=colour, ms=4, capsize=3, label=label)
 
 
-def _cost_plot(found: Comparison) -> str:
+def _cost_plot(comparison: Comparison) -> str:
     def draw(axes: Any) -> None:
         seconds: list[float] = []
-        for line in found.lines:
+        for line in comparison.lines:
             low, high = line.accuracy_interval
             spread = [[line.accuracy - low], [high - line.accuracy]]
             seconds.append(max(line.seconds, 1e-3))
-            name, colour = plots.shorten(line.name), _colour(found, line)
+            name, colour = plots.shorten(line.name), _colour(comparison, line)
             axes.errorbar(seconds[-1:], [line.accuracy], yerr=spread, fmt="o", color=colour, capsize=3, label=name)
         plots.plain_log(axes, seconds)
         axes.yaxis.set_major_formatter("{x:.1%}")
@@ -201,22 +207,22 @@ def _legend(axes: Any) -> None:
     axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, handletextpad=0.4, columnspacing=1.2)
 
 
-def _reliability(found: Comparison) -> list[Section]:
-    """One plot for each head, side by side."""
+def _reliability(comparison: Comparison) -> list[Section]:
+    """A reliability plot of each head, side by side."""
     return [
         Section(
             f"Reliability of {line.name}",
-            f"Accuracy by confidence; on the dashed line the two agree. ECE {line.scores['ece']:.3f}.",
-            plot=plots.reliability_svg(found.truth, line.probabilities, None),
+            f"Accuracy by confidence; on the dashed line the two are equal. ECE {line.scores['ece']:.3f}.",
+            plot=plots.reliability_svg(comparison.truth, line.probabilities, None),
             half=True,
         )
-        for line in found.lines[:PAIRS]
+        for line in comparison.lines[:PAIRS]
     ]
 
 
-def _training(found: Comparison) -> list[Section]:
-    """Validation scores by epoch of what was fine-tuned."""
-    tuned = [line for line in found.lines if line.kind == FINE_TUNED and line.history]
+def _training(comparison: Comparison) -> list[Section]:
+    """Validation scores by epoch of the fine-tuned heads."""
+    tuned = [line for line in comparison.lines if line.kind == FINE_TUNED and line.history]
     if not tuned:
         return []
 
@@ -224,7 +230,9 @@ def _training(found: Comparison) -> list[Section]:
         def draw(axes: Any) -> None:
             for line in tuned:
                 known = [(row["epoch"], row[key]) for row in line.history if row.get(key) is not None]
-                axes.plot(*zip(*known, strict=True), "o-", color=_colour(found, line), ms=3, label=plots.shorten(line.name))
+                axes.plot(
+                    *zip(*known, strict=True), "o-", color=_colour(comparison, line), ms=3, label=plots.shorten(line.name)
+                )
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.set_xlabel("epoch")
             axes.set_ylabel(label)
@@ -234,7 +242,7 @@ def _training(found: Comparison) -> list[Section]:
 
         return plots.svg(draw, (plots.WIDTH, 3.2))
 
-    text = "On the images that the best epoch was chosen on."
+    text = "On the validation images, by which the best epoch was chosen."
     return [
         Section("Loss by epoch", text, plot=plot("val_loss", "validation loss"), half=True),
         Section("Accuracy by epoch", text, plot=plot("val_accuracy", "validation accuracy"), half=True),
@@ -249,9 +257,9 @@ def _curve(curve: LabelCurve | None) -> list[Section]:
     return [Section("Would more labels help?", text, drawn, columns=CURVE_COLUMNS, rows=_curve_rows(curve), half=True)]
 
 
-def _per_class(found: Comparison, others: Sequence[Compared]) -> list[Section]:
-    text = f"Recall less that of {found.baseline}, points. Each interval is for its class alone: of many, one in twenty misses."
-    drawn = _class_plot(found, others)
+def _per_class(comparison: Comparison, others: Sequence[Compared]) -> list[Section]:
+    text = f"Recall minus that of {comparison.baseline}, points. Each interval is for one class: of many, one in twenty misses."
+    drawn = _class_plot(comparison, others)
     sections = [Section("Classes", text, plot=drawn, half=True)] if drawn else []
     names = [line.name for line in others]
     columns = ["class", "images", *(word for name in names for word in (name, "won, lost"))]
@@ -263,13 +271,13 @@ def _per_class(found: Comparison, others: Sequence[Compared]) -> list[Section]:
             row += [f"{signed(entry['value'])} {bounds(entry['interval'])}", f"{entry['wins']}, {entry['losses']}"]
         rows.append(row)
     text = (
-        "Difference of the recall, with its 95 % interval; images that only this head, and only the baseline, classifies right."
+        "Difference of recall, with its 95 % interval; images that only this head, and only the baseline, classifies correctly."
     )
     return [*sections, Section("Per class", text, columns=columns, rows=rows, folded=len(rows) > LONG)]
 
 
-def _class_plot(found: Comparison, others: Sequence[Compared]) -> str:
-    """Differences of the classes on which any two heads disagree, the largest where there are too many; empty without any."""
+def _class_plot(comparison: Comparison, others: Sequence[Compared]) -> str:
+    """Differences of the classes on which any two heads disagree, the largest if there are too many; empty without any."""
     entries = [line.change.per_class for line in others if line.change]
     disputed = [each for each in zip(*entries, strict=True) if any(entry["wins"] + entry["losses"] for entry in each)]
     disputed = sorted(disputed, key=lambda each: -max(abs(entry["value"]) for entry in each))[: plots.MANY_BARS]
@@ -282,7 +290,7 @@ def _class_plot(found: Comparison, others: Sequence[Compared]) -> str:
         for place, each in enumerate(reversed(disputed)):
             for line, entry, offset in zip(others, each, offsets, strict=True):
                 label = plots.shorten(line.name) if place == 0 else ""
-                _mark(axes, place + offset, entry, _colour(found, line), label)
+                _mark(axes, place + offset, entry, _colour(comparison, line), label)
         names = [f"{plots.shorten(each[0]['label'])} ({each[0]['n']})" for each in reversed(disputed)]
         axes.set_yticks(range(len(disputed)), names)
         axes.tick_params(axis="y", length=0)

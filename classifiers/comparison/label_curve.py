@@ -1,4 +1,4 @@
-"""Would more labels help? A kind of head, refitted on shares of its training images and measured on the same held-out ones."""
+"""Learning curve of a bundle: its head refitted on shares of the training images, to see whether more labels would help."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class LabelCurve:
         head: the bundle whose head was refitted.
         points: for each share: ``share``, ``images`` (on average), ``accuracy`` (mean of the draws), ``accuracy_interval`` and
             the ``accuracies`` of the draws; of all images there is one draw.
-        gain: ``value`` and ``interval`` of what the second half of the images brought.
-        sentence: what that says of yet more images.
+        gain: ``value`` and ``interval`` of the gain in accuracy from the second half of the images.
+        sentence: whether more labels would help, in words.
     """
 
     head: str
@@ -48,14 +48,14 @@ class LabelCurve:
 
 
 def label_curve(bundle: Bundle, cache: FeatureCache, *, worthwhile: float, repeats: int = REPEATS, seed: int = 0) -> LabelCurve:
-    """Refit a frozen bundle's kind of head, with the settings it was asked for, on shares of the images it was trained on.
+    """Refit the head of a frozen bundle, with the settings it was trained with, on shares of its training images.
 
-    Whatever the head chooses, it chooses by folds inside the draw. Draws take the same share of each class and divide no
-    group; the larger ones hold the smaller ones. Intervals are of a bootstrap over held-out images and draws alike (Owen 2007).
+    The head chooses its settings by folds inside the draw. Draws take the same share of each class and split no group;
+    larger draws contain the smaller ones. Intervals are of a bootstrap over both held-out images and draws (Owen 2007).
 
     Args:
-        bundle: the frozen one.
-        cache: what it was trained from.
+        bundle: the frozen bundle.
+        cache: the cache it was trained from.
         worthwhile: the smallest difference of accuracy that matters, as a share.
         repeats: draws of each share.
         seed: of the draws.
@@ -66,7 +66,9 @@ def label_curve(bundle: Bundle, cache: FeatureCache, *, worthwhile: float, repea
     """
     train, held_out = _samples(bundle, cache)
     if "asked" not in bundle.hyperparameters:
-        log.warning("%s does not say with which settings it was trained; the curve takes those of today", bundle.name)
+        log.warning(
+            "%s does not record the settings it was trained with; the learning curve uses the current defaults", bundle.name
+        )
     head = make_head(bundle.head, bundle.task, **bundle.hyperparameters.get("asked", {}))
     rng = np.random.default_rng(seed)
     draws = [_ranked_groups(train, rng) for _ in range(repeats)]
@@ -81,27 +83,27 @@ def label_curve(bundle: Bundle, cache: FeatureCache, *, worthwhile: float, repea
     points = []
     for share, count, each, values in zip(SHARES, images, right, drawn, strict=True):
         accuracy = float(each.mean())
-        found = bootstrap_interval(accuracy, values) or wilson(round(accuracy * len(held_out)), len(held_out))
+        interval = bootstrap_interval(accuracy, values) or wilson(round(accuracy * len(held_out)), len(held_out))
         accuracies = each.mean(axis=1).tolist()
         points.append(
-            {"share": share, "images": count, "accuracy": accuracy, "accuracy_interval": found, "accuracies": accuracies}
+            {"share": share, "images": count, "accuracy": accuracy, "accuracy_interval": interval, "accuracies": accuracies}
         )
     value = points[-1]["accuracy"] - points[-2]["accuracy"]
     gained = right[-1].mean(axis=0) - right[-2].mean(axis=0)  # by each image
     disputed = float(gained[gained > 0].sum()), float(-gained[gained < 0].sum())
-    found = difference_interval(value, drawn[-1] - drawn[-2], *disputed, len(held_out))
-    sentence = _sentence(points, value, found, len(held_out), worthwhile)
-    return LabelCurve(bundle.name, points, {"value": value, "interval": found}, sentence)
+    interval = difference_interval(value, drawn[-1] - drawn[-2], *disputed, len(held_out))
+    sentence = _sentence(points, value, interval, len(held_out), worthwhile)
+    return LabelCurve(bundle.name, points, {"value": value, "interval": interval}, sentence)
 
 
 def _samples(bundle: Bundle, cache: FeatureCache) -> tuple[Subset, Subset]:
-    """What the bundle was fitted or chosen on, and what it was held out."""
+    """The images that the bundle was fitted or chosen on, and its held-out images."""
     if bundle.backbone.layer in cache.layers:
         cache = cache.with_layer(bundle.backbone.layer)
-    differences = bundle.fingerprint.single.differences(cache.fingerprint.single, ignore=ACCEPTED)  # it fits images as they are
+    differences = bundle.fingerprint.single.differences(cache.fingerprint.single, ignore=ACCEPTED)  # one view is fitted
     if differences:
-        found = ", ".join(differences)
-        message = f"{cache.path} holds other features than {bundle.name} takes ({found}); name the cache it was trained from"
+        listing = ", ".join(differences)
+        message = f"{cache.path} holds other features than {bundle.name} takes ({listing}); name the cache it was trained from"
         raise FingerprintMismatchError(message)
     fitted, held = bundle.fitted(), bundle.predictions()
     rows = [row for row in cache.rows() if row.sha256 in fitted]
@@ -116,7 +118,7 @@ def _samples(bundle: Bundle, cache: FeatureCache) -> tuple[Subset, Subset]:
 
 
 def _ranked_groups(train: Subset, rng: np.random.Generator) -> list[list[bytes]]:
-    """The groups in random order, for each class those that are mostly of it."""
+    """Groups in random order for each class; a group belongs to its most frequent class."""
     labels: dict[bytes, Counter[str]] = defaultdict(Counter)
     for group, label in zip(train.groups, train.y.tolist(), strict=True):
         labels[group][label] += 1
@@ -132,7 +134,7 @@ def _rows(train: Subset, ranked: Sequence[Sequence[bytes]], share: float) -> NDA
 
 
 def _refit(head: Any, train: Subset, rows: NDArray[np.intp], held_out: Subset) -> NDArray[np.bool_]:
-    """Which held-out images ``(n,)`` a head that was fitted on some rows classifies right."""
+    """Which held-out images ``(n,)`` a head fitted on some rows classifies correctly."""
     from sklearn.base import clone
 
     fitted = clone(head).fit(train.X[rows], train.y[rows], groups=[train.groups[i] for i in rows])
@@ -140,15 +142,15 @@ def _refit(head: Any, train: Subset, rows: NDArray[np.intp], held_out: Subset) -
 
 
 def _resampled_accuracies(labels: NDArray[np.str_], right: Sequence[NDArray[np.bool_]], seed: int) -> list[NDArray[np.float64]]:
-    """Mean accuracy ``(b,)`` of each share where images and draws are both drawn with replacement, alike for all shares."""
+    """Mean accuracy ``(b,)`` of each share, with images and draws resampled alike for all shares."""
     strata = np.unique(labels, return_inverse=True)[1]
     rng = np.random.default_rng(seed)
     blocks = []
     for weights in resampled(strata, resamples_for(len(labels), int(strata.max()) + 1)):
         repeats = max(map(len, right))
         times = rng.multinomial(repeats, np.full(repeats, 1 / repeats), size=weights.shape[1]).T / repeats
-        found = [each.astype(np.float32) @ weights / len(labels) for each in right]  # (draws, b)
-        blocks.append([(each * (times if len(each) > 1 else 1)).sum(axis=0) for each in found])
+        accuracies = [each.astype(np.float32) @ weights / len(labels) for each in right]  # (draws, b)
+        blocks.append([(each * (times if len(each) > 1 else 1)).sum(axis=0) for each in accuracies])
     return [np.concatenate(parts).astype(np.float64) for parts in zip(*blocks, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""Feature sources in order: accuracy with what it costs, what scores without training say, and whether these agree."""
+"""A ranking of feature sources: accuracy, cost, transferability scores, and whether these scores agree with the accuracy."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from classifiers.evaluation.registry import KINDS
 from store.errors import PenultError
 
 SCORES = {"logme": "LogME", "h_score": "H-score, not shrunk", "h_score_shrunk": "H-score"}
-SHOWN = ("logme", "h_score_shrunk")  # without shrinkage it is the same for all where features outnumber images
-FEW = 5  # sources: of four, even the right order comes up by chance in one of twelve cases, it or its reverse
+SHOWN = ("logme", "h_score_shrunk")  # without shrinkage, the H-score is the same for all if features outnumber images
+FEW = 5  # sources: with four, the right order or its reverse comes up by chance in one of twelve cases
 UNLIKELY = 0.05
 WITH_FAILURES = 3
 
 
 @dataclass(frozen=True)
 class Headline:
-    """The score of a head that says most, on ``n`` images, and its 95 % interval where there is one."""
+    """The main score of a head on ``n`` images, with its 95 % interval if there is one."""
 
     value: float
     interval: Interval | None
@@ -33,21 +33,21 @@ class Headline:
 
 @dataclass(frozen=True)
 class Line:
-    """One feature source.
+    """One feature source of a ranking.
 
     Attributes:
-        source: as it is asked for by ``-m``, with file names for paths.
-        cache, layer: where its features are, and the layer as the cache names it.
+        source: as written after ``-m``, with file names instead of paths.
+        cache, layer: the path of its features, and the layer as the cache names it.
         dim: length of a feature vector.
-        images: distinct ones in the cache.
-        extract_seconds: that these took, in all runs; of the whole pass where a backbone has several layers.
+        images: distinct images in the cache.
+        extract_seconds: time of their extraction, over all runs; of the whole pass if a backbone has several layers.
         computed: images that went through the backbone in this run.
-        choice: of the head on images that it was not fitted on, out of fold or on validation; what sources are ranked by.
-        held_out: of the head on held-out images, which nothing was chosen by; None where there are none.
+        choice: score of the head out of fold or on validation images; sources are ranked by it.
+        held_out: score of the head on held-out images, by which nothing was chosen; None if there are none.
         scores: see `transferability.transferability`.
-        train_seconds, score_seconds: of the head with all its choices; of the scores.
-        right: which images it was right on, of those that ``choice`` counts, in one order for all sources; None where a
-            score does not count single images.
+        train_seconds, score_seconds: time of training the head, with its search; time of the scores.
+        right: which images of ``choice`` it classifies correctly, in one order for all sources; None if the score does
+            not count single images.
     """
 
     source: str
@@ -73,7 +73,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Failure:
-    """A feature source that there are no features of, and why."""
+    """A feature source without features, and the reason."""
 
     source: str
     error: str
@@ -82,7 +82,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Rank correlation of a score with the metric that sources are ranked by; None where it is not defined."""
+    """Rank correlation of a score with the metric that sources are ranked by; None if it is not defined."""
 
     score: str
     n: int
@@ -92,31 +92,31 @@ class Agreement:
 
     @property
     def so(self) -> str:
-        """What it allows to conclude."""
+        """The conclusion that it allows, in words."""
         if self.n < FEW or self.kendall_p is None:
             return "too few to conclude" if self.n < FEW else "the same for all"
         return "hardly by chance" if self.kendall_p < UNLIKELY else "may be chance"
 
     def cells(self) -> tuple[str, ...]:
-        """In the order of `AGREEMENT_COLUMNS`."""
+        """The agreement as text, in the order of `AGREEMENT_COLUMNS`."""
         shown = [("-" if each is None else f"{each:.2f}") for each in (self.kendall_tau, self.spearman_rho)]
         p = "-" if self.kendall_p is None else f"{self.kendall_p:.2g}"
         return (SCORES[self.score], *shown, p, self.so)
 
 
-AGREEMENT_COLUMNS = ("score", "Kendall's tau", "Spearman's rho", "p", "so")
+AGREEMENT_COLUMNS = ("score", "Kendall's tau", "Spearman's rho", "p", "conclusion")
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """What a sweep found.
+    """The result of a sweep.
 
     Attributes:
-        data: what was swept over.
+        data: name of the data.
         task: one of ``store.tasks.TASKS``.
-        head: what was trained on each source.
-        chosen_on, reported_on: what ``choice`` and ``held_out`` of the lines were measured on; None for nothing held out.
-        lines: the best first; of equal ones the quickest.
+        head: the head that was trained on each source.
+        chosen_on, reported_on: what ``choice`` and ``held_out`` of the lines were measured on; None if nothing is held out.
+        lines: best first; of equal ones, the fastest first.
         failed: sources without features.
         unusable: images that could not be used, in any of the caches.
     """
@@ -136,7 +136,7 @@ class Ranking:
 
     @property
     def metric(self) -> str:
-        """What the sources are ranked by."""
+        """The metric by which the sources are ranked."""
         return KINDS[self.task].ranked_by
 
     @property
@@ -151,7 +151,7 @@ class Ranking:
         return [name for name in SHOWN if self.lines[0].scores[name] is not None]
 
     def front(self) -> list[bool]:
-        """Of each line, whether no other source is at least as good in no more time, and better in one of both."""
+        """Whether each line is on the Pareto front: no other source is as good and as fast, and better in one of both."""
         return [
             not any(
                 other.choice.value >= line.choice.value
@@ -167,7 +167,7 @@ class Ranking:
         return [
             (
                 str(rank),
-                line.source.replace("@", " @"),  # a place to fold it at
+                line.source.replace("@", " @"),  # so that it can wrap
                 str(line.dim),
                 line.cost,
                 self.text(line.choice),
@@ -185,31 +185,34 @@ class Ranking:
         return f"{scale * score.value:.{digits}f}{unit}" + (f" [{bounds}]" if bounds else "")
 
     def agreements(self) -> list[Agreement]:
-        """Of every score that there is for this task."""
+        """The agreement of each score that this task has."""
         achieved = [line.choice.value for line in self.lines]
         names = [name for name, value in self.lines[0].scores.items() if value is not None]
         return [agreement(name, [line.scores[name] or 0.0 for line in self.lines], achieved) for name in names]
 
     def against_best(self) -> list[float | None]:
-        """The p-value of the exact test of McNemar (1947) of each line against the first; None where it cannot be made."""
+        """The p-value of the exact test of McNemar (1947) of each line against the first; None if not possible."""
         best = self.lines[0].right
-        found: list[float | None] = []
+        p_values: list[float | None] = []
         for right in (line.right for line in self.lines):
             if best is None or right is None:
-                found.append(None)
+                p_values.append(None)
             else:
-                found.append(mcnemar(int((right & ~best).sum()), int((best & ~right).sum())))
-        return found
+                p_values.append(mcnemar(int((right & ~best).sum()), int((best & ~right).sum())))
+        return p_values
 
     def notes(self) -> list[str]:
-        """What to know before one reads the table."""
+        """Notes on how to read the table."""
         n = self.lines[0].choice.n
-        held = "nothing is held out" if self.reported_on is None else f"{self.reported_on!r} was not looked at for it"
+        held = "nothing is held out" if self.reported_on is None else f"{self.reported_on!r} was not used for it"
         notes = [f"Ranked by {self.metric} on {n} images, by heads fitted without them ({self.chosen_on}); {held}."]
         p = self.against_best()
         tied = [str(rank) for rank, each in enumerate(p, 1) if rank > 1 and each is not None and each >= UNLIKELY]
         if tied:
-            notes.append(f"These images do not tell {', '.join(tied)} from 1 (exact McNemar test, p >= {UNLIKELY} each).")
+            notes.append(
+                f"No significant difference from 1 on these images: {', '.join(tied)} "
+                f"(exact McNemar test, p >= {UNLIKELY} each)."
+            )
         if len({line.cache for line in self.lines}) < len(self.lines):
             notes.append("Layers of one backbone come from one pass, and each has the time of all of it.")
         heads, scores = (sum(getattr(line, name) for line in self.lines) for name in ("train_seconds", "score_seconds"))
@@ -217,7 +220,7 @@ class Ranking:
         return notes
 
     def advice(self) -> str:
-        """The command that makes a bundle of the best features."""
+        """The command that trains a bundle on the best features."""
         best = self.lines[0]
         several = sum(line.cache == best.cache for line in self.lines) > 1
         layer = f" --layer {shlex.quote(best.layer)}" if several else ""
@@ -236,12 +239,12 @@ class Ranking:
 
 
 def ranked(lines: Sequence[Line]) -> list[Line]:
-    """The best first; of equal ones the quickest."""
+    """Lines in order, best first; of equal ones, the fastest first."""
     return sorted(lines, key=lambda line: (-line.choice.value, line.extract_seconds, line.source))
 
 
 def failure(source: str, error: PenultError) -> Failure:
-    """One source's error, with what it says to do."""
+    """The error of a source, with its advice."""
     return Failure(source, "; ".join([str(error), *getattr(error, "__notes__", ())]), error.exit_code)
 
 
@@ -249,7 +252,7 @@ def agreement(score: str, scores: Sequence[float], achieved: Sequence[float]) ->
     """Whether a score orders sources as the heads do: Kendall's tau-b with its p-value, and Spearman's rho."""
     from scipy.stats import kendalltau, spearmanr
 
-    n, scores = len(scores), [float(f"{value:.9g}") for value in scores]  # rounding makes no order
+    n, scores = len(scores), [float(f"{value:.9g}") for value in scores]  # rounding errors must not make an order
     if n < 3 or len(set(scores)) == 1 or len(set(achieved)) == 1:
         return Agreement(score, n, None, None, None)
     tau = kendalltau(scores, achieved)

@@ -1,4 +1,4 @@
-"""The page of a sweep: backbones in order, with plots of cost and of scores."""
+"""The HTML page of a sweep: backbones in order, with plots of cost and of scores."""
 
 from __future__ import annotations
 
@@ -20,55 +20,56 @@ MEANINGS = {
 }
 
 
-def ranking_page(found: Ranking) -> str:
-    """The sweep as a page."""
-    best, agreements = found.lines[0], found.agreements()
-    lead = f"{len(found.lines)} feature sources on {found.data}, a {found.head} head on each. First: {best.source}"
+def ranking_page(ranking: Ranking) -> str:
+    """The ranking of a sweep as an HTML page."""
+    best, agreements = ranking.lines[0], ranking.agreements()
+    lead = f"{len(ranking.lines)} feature sources on {ranking.data}, a {ranking.head} head on each. First: {best.source}"
     cards: list[Card] = []
-    for score, where in ((best.choice, found.chosen_on), (best.held_out, f"{found.reported_on}, held out")):
+    for score, where in ((best.choice, ranking.chosen_on), (best.held_out, f"{ranking.reported_on}, held out")):
         if score is not None:
-            value, _, bounds = found.text(score).partition(" [")
-            cards.append((f"{found.metric} of the first", value, f"95 % [{bounds or ']'}, {score.n} images: {where}"))
+            value, _, bounds = ranking.text(score).partition(" [")
+            cards.append((f"{ranking.metric} of the first", value, f"95 % [{bounds or ']'}, {score.n} images: {where}"))
     cards.append(("its extraction", f"{best.extract_seconds:.1f} s", f"{best.dim} features, {best.images} images"))
     logme = agreements[0]
     tau = "-" if logme.kendall_tau is None else f"{logme.kendall_tau:.2f}"
     cards.append(("LogME against trained heads", tau, f"Kendall's tau, {logme.n} sources: {logme.so}"))
     text = "Sources by their rank. Grey is dominated: another is as good in less time, or better in the same."
-    agree = f"Rank correlation of the scores with the {found.metric} of trained heads, {logme.n} sources."
+    agree = f"Rank correlation of the scores with the {ranking.metric} of trained heads, {logme.n} sources."
     sections = [
-        Section("What it costs", text=text, plot=_cost_svg(found), half=True),
-        *(_score_section(found, name) for name in found.shown),
+        Section("What it costs", text=text, plot=_cost_svg(ranking), half=True),
+        *(_score_section(ranking, name) for name in ranking.shown),
         Section("Do the scores agree?", agree, columns=AGREEMENT_COLUMNS, rows=[a.cells() for a in agreements], half=True),
-        Section("Ranking", " ".join(found.notes()), columns=found.columns[1:], rows=[row[1:] for row in _numbered(found)]),
+        Section(
+            "Ranking", " ".join(ranking.notes()), columns=ranking.columns[1:], rows=[row[1:] for row in _numbered(ranking)]
+        ),
     ]
-    missing = [f"No features of {each.source}: {each.error}" for each in found.failed]
+    missing = [f"No features of {each.source}: {each.error}" for each in ranking.failed]
     return page("Which backbone?", lead, sections, cards=cards, notes=missing)
 
 
-def _numbered(found: Ranking) -> list[tuple[str, ...]]:
-    """Rows whose source begins with its rank, for the first column of a page is the one that is text."""
-    return [(row[0], f"{row[0]}  {row[1]}", *row[2:]) for row in found.rows()]
+def _numbered(ranking: Ranking) -> list[tuple[str, ...]]:
+    """Rows whose source begins with its rank, because only the first column of a page is text."""
+    return [(row[0], f"{row[0]}  {row[1]}", *row[2:]) for row in ranking.rows()]
 
 
-def _score_section(found: Ranking, name: str) -> Section:
-    values = [line.scores[name] or 0.0 for line in found.lines]
-    title = f"{SCORES[name]} and {found.metric}"
-    return Section(title, MEANINGS[name], plot=_score_svg(found, values, SCORES[name]), half=True)
+def _score_section(ranking: Ranking, name: str) -> Section:
+    values = [line.scores[name] or 0.0 for line in ranking.lines]
+    title = f"{SCORES[name]} and {ranking.metric}"
+    return Section(title, MEANINGS[name], plot=_score_svg(ranking, values, SCORES[name]), half=True)
 
 
-def _cost_svg(found: Ranking) -> str:
-    """Score, with its interval, by extraction time; sources of one pass stand side by side."""
-
-    seen: dict[float, int] = {}
+def _cost_svg(ranking: Ranking) -> str:
+    """Score, with its interval, by extraction time; sources of one pass are side by side."""
+    sources_at: dict[float, int] = {}
     places = []
-    for line in found.lines:
+    for line in ranking.lines:
         x = max(line.extract_seconds, 1e-3)
-        places.append(x * 1.012 ** seen.get(x, 0))
-        seen[x] = seen.get(x, 0) + 1
-    best = np.array(found.front())
+        places.append(x * 1.012 ** sources_at.get(x, 0))
+        sources_at[x] = sources_at.get(x, 0) + 1
+    best = np.array(ranking.front())
 
     def draw(axes: Any) -> None:
-        values = _draw_sources(axes, found, places, best)
+        values = _draw_sources(axes, ranking, places, best)
         order = [i for i in np.argsort(places) if best[i]]
         axes.step([places[i] for i in order], [values[i] for i in order], where="post", color=BLUE, lw=1, ls=":")
         plain_log(axes, places)
@@ -77,18 +78,18 @@ def _cost_svg(found: Ranking) -> str:
     return svg(draw, (WIDTH, 3.6))
 
 
-def _score_svg(found: Ranking, scores: Sequence[float], name: str) -> str:
+def _score_svg(ranking: Ranking, scores: Sequence[float], name: str) -> str:
     def draw(axes: Any) -> None:
-        _draw_sources(axes, found, scores, np.array(found.front()))
+        _draw_sources(axes, ranking, scores, np.array(ranking.front()))
         axes.set_xlabel(name)
 
     return svg(draw, (WIDTH, 3.6))
 
 
-def _draw_sources(axes: Any, found: Ranking, x: Sequence[float], best: NDArray[np.bool_]) -> NDArray[np.float64]:
+def _draw_sources(axes: Any, ranking: Ranking, x: Sequence[float], best: NDArray[np.bool_]) -> NDArray[np.float64]:
     """Every source's score with interval and rank, at its x; returns the scores."""
-    values = np.array([line.choice.value for line in found.lines])
-    for i, line in enumerate(found.lines):
+    values = np.array([line.choice.value for line in ranking.lines])
+    for i, line in enumerate(ranking.lines):
         colour = BLUE if best[i] else "#8a94a6"
         low, high = line.choice.interval or (values[i], values[i])
         spread = [[max(values[i] - low, 0)], [max(high - values[i], 0)]]
@@ -96,7 +97,7 @@ def _draw_sources(axes: Any, found: Ranking, x: Sequence[float], best: NDArray[n
             [x[i]], [values[i]], yerr=spread, fmt="o", color=colour, ecolor=BLUE if best[i] else GREY, ms=5, capsize=3
         )
         axes.annotate(str(i + 1), (x[i], values[i]), xytext=(5, 4), textcoords="offset points", color=INK)
-    if KINDS[found.task].in_percent:
+    if KINDS[ranking.task].in_percent:
         axes.yaxis.set_major_formatter("{x:.0%}")
-    axes.set_ylabel(found.metric)
+    axes.set_ylabel(ranking.metric)
     return values

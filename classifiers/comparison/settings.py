@@ -25,10 +25,10 @@ class SweepSettings(
     BudgetSettings,
     HeadSettings,
 ):
-    """What `penult sweep` takes, beside its backbones."""
+    """The settings of `penult sweep`, without its backbones."""
 
     def network(self) -> Backbone:
-        """What is said of all backbones alike."""
+        """The settings that all backbones share."""
         return backbone_of(self)
 
     @rule

@@ -1,4 +1,4 @@
-"""Several backbones on one dataset: each cached, a head on each, all on the same images and the same split."""
+"""A sweep over backbones: features cached and a head trained for each, on the same images and the same split."""
 
 from __future__ import annotations
 
@@ -55,64 +55,64 @@ FOLDS = 5
 LONGEST = 100  # characters of a cache's name
 OF_FILES = ("mean", "std", "input_range", "interpolation", "channels", "squash", "layout")
 _WEIGHTS = "|".join(map(re.escape, WEIGHTS_SUFFIXES))
-SOURCE = re.compile(  # a path may have any character in it, for it ends at its suffix
+SOURCE = re.compile(  # a path may have any character, because it ends at its suffix
     rf"(?P<name>.+\.onnx|[^=@]+)(?:=(?P<weights>.+(?:{_WEIGHTS})|[^@]+))?(?P<layers>(?:@[^@]+)*)", re.IGNORECASE
 )
 
 
-def parse_sources(texts: Sequence[str], stated: Backbone) -> list[Backbone]:
-    """What ``-m`` means: ``NAME``, ``NAME=WEIGHTS`` or ``FILE.onnx``, each with ``@LAYER`` as often as wanted.
+def parse_sources(texts: Sequence[str], shared: Backbone) -> list[Backbone]:
+    """What ``-m`` means: ``NAME``, ``NAME=WEIGHTS`` or ``FILE.onnx``, each with any number of ``@LAYER``.
 
     Args:
-        texts: several sources in one are separated by commas, as fields of a CSV line (quoted where a path has a comma).
-        stated: what the flags say of pixels and pooling; each backbone takes what is meant for its kind.
+        texts: several sources in one text are separated by commas, as fields of a CSV line (quoted if a path has a comma).
+        shared: the settings of pixels and pooling; each backbone takes those for its kind.
 
     Returns:
         One backbone for each network with its weights, in the order in which they are named first, with all of its layers:
         they come from one pass.
 
     Raises:
-        UsageError: one cannot be understood, or a flag is meant for none of them.
+        UsageError: a source cannot be parsed, or a flag is for none of them.
     """
     layers: dict[tuple[str, str | None], set[str]] = {}
     for text in texts:
         for item in map(str.strip, next(csv.reader([text], skipinitialspace=True)) or [""]):
-            found = SOURCE.fullmatch(item)
-            if not found:
+            match = SOURCE.fullmatch(item)
+            if not match:
                 message = f"-m {item!r}: expected NAME, NAME=WEIGHTS or FILE.onnx, with @LAYER after it for other layers"
                 raise UsageError(message)
-            wanted = found["layers"].split("@")[1:] or [PENULTIMATE]
-            layers.setdefault((found["name"], found["weights"]), set()).update(wanted)
+            names = match["layers"].split("@")[1:] or [PENULTIMATE]
+            layers.setdefault((match["name"], match["weights"]), set()).update(names)
     backbones = []
-    for (name, weights), wanted in layers.items():
-        one = replace(stated, name=name, weights=weights, layers=() if wanted == {PENULTIMATE} else tuple(sorted(wanted)))
-        others: dict[str, Any] = dict.fromkeys(() if one.is_file else OF_FILES)
-        if one.is_file or one.weights_file is None:
+    for (name, weights), names in layers.items():
+        backbone = replace(shared, name=name, weights=weights, layers=() if names == {PENULTIMATE} else tuple(sorted(names)))
+        others: dict[str, Any] = dict.fromkeys(() if backbone.is_file else OF_FILES)
+        if backbone.is_file or backbone.weights_file is None:
             others["preset"] = None
-        backbones.append(replace(one, **others))
-    _refuse_unused(stated, backbones)
+        backbones.append(replace(backbone, **others))
+    _refuse_unused(shared, backbones)
     return backbones
 
 
-def _refuse_unused(stated: Backbone, backbones: Sequence[Backbone]) -> None:
+def _refuse_unused(shared: Backbone, backbones: Sequence[Backbone]) -> None:
     for name in ("preset", *OF_FILES):
-        if getattr(stated, name) is not None and all(getattr(each, name) is None for each in backbones):
+        if getattr(shared, name) is not None and all(getattr(each, name) is None for each in backbones):
             kind = "a .pth file" if name == "preset" else "an ONNX file"
             message = f"--{name.replace('_', '-')} is for {kind}, and -m names none; leave it out"
             raise UsageError(message)
 
 
 def label_of(backbone: Backbone) -> str:
-    """A backbone as it is asked for, without folders."""
+    """A backbone as written after ``-m``, without folders."""
     weights = backbone.weights_file.name if backbone.weights_file else backbone.weights
     return (Path(backbone.name).name if backbone.is_file else backbone.name) + (f"={weights}" if weights else "")
 
 
 def cache_paths(backbones: Sequence[Backbone], folder: Path) -> list[Path]:
-    """Where each backbone's features are kept: the same name for the same request in every run.
+    """The cache of each backbone: the same name for the same request in every run.
 
     Raises:
-        UsageError: two of them would have one name.
+        UsageError: two of them would have the same name.
     """
     paths: list[Path] = []
     for backbone in backbones:
@@ -140,19 +140,19 @@ class _Extracted:
 
 
 def require_ready(backbones: Sequence[Backbone], folder: Path, options: Options) -> None:
-    """Look, before the data are, for what is misspelt or not there. A file that is missing is listed with its error later.
+    """Check names, folder and device before the data are read; a missing file is listed with its error later.
 
     Raises:
-        UsageError: no such backbone or weights.
-        OutputExistsError: the folder holds something else than a sweep.
-        DeviceUnavailableError: the device is not there.
+        UsageError: there are no such backbone or weights.
+        OutputExistsError: the folder holds something other than a sweep.
+        DeviceUnavailableError: the device is not available.
     """
     for backbone in backbones:
         with suppress(InputMissingError):
             check_request(backbone)
     ours = folder.is_dir() and all(item.name == PAGE or item.suffix == ".cache" for item in folder.iterdir())
     if is_cache(folder) or (folder.exists() and not ours):
-        message = f"{folder} is not a folder of caches alone; name a new one"
+        message = f"{folder} holds other files than the caches of a sweep; name a new folder"
         raise OutputExistsError(message)
     resolve_devices("cpu" if options.precision == "int8" else options.device)
 
@@ -169,23 +169,23 @@ def run_sweep(
 ) -> Ranking:
     """Extract with each backbone, train a head on each feature set, rank them, and write ``sweep.html``.
 
-    What can be done is done: a backbone that cannot be had is listed with its error, and the others are ranked.
+    A backbone that fails is listed with its error, and the others are ranked.
 
     Args:
         source: the images.
         backbones: see `parse_sources`.
-        folder: of the caches, which are continued, and of the page, which is replaced.
+        folder: for the caches, which are continued, and the page, which is replaced.
         options: of the extractions.
         head: see `make_head`.
         seed: of heads and folds.
-        data: what the images are called on the page.
+        data: name of the images on the page.
 
     Raises:
         InterruptedRunError: a signal came; the same call continues.
         StorageError, OutputError: the folder cannot be written to.
-        PenultError: no backbone could be had (the error of the first), or the samples cannot be learnt from.
+        PenultError: every backbone failed (the error of the first), or no head can be trained on the samples.
     """
-    make_head(head, source.task.name, seed=seed)  # what is misspelt shows before the work
+    make_head(head, source.task.name, seed=seed)  # a misspelt name is refused before the work
     require_ready(backbones, folder, options)
     list_samples(source, options)
     extracted, failed, unusable = _extract(source, backbones, folder, options)
@@ -200,7 +200,7 @@ def run_sweep(
         fitted = make_head(head, table.task.name, seed=seed)
         lines.append(bench.line(each, fitted))
         log.info("%s: %s %.4f", each.source, task.ranked_by, lines[-1].choice.value)
-    found = Ranking(
+    ranking = Ranking(
         data or str(source.root),
         table.task.name,
         name_of(fitted),
@@ -210,14 +210,14 @@ def run_sweep(
         failed,
         unusable,
     )
-    write_output(folder / PAGE, ranking_page(found).encode(), overwrite=True)
-    return found
+    write_output(folder / PAGE, ranking_page(ranking).encode(), overwrite=True)
+    return ranking
 
 
 def _extract(
     source: Source, backbones: Sequence[Backbone], folder: Path, options: Options
 ) -> tuple[list[_Extracted], list[Failure], int]:
-    """The feature sets that could be had, those that could not, and how many images failed at most."""
+    """The feature sets that were extracted, those that failed, and the largest number of failed images."""
     extracted: list[_Extracted] = []
     failed: list[Failure] = []
     errors: list[PenultError] = []
@@ -236,8 +236,8 @@ def _extract(
             errors.append(error)
             continue
         unusable = max(unusable, summary.failed)
-        asked = backbone.layers or cache.layers
-        for layer, name in zip(cache.layers, asked, strict=True):
+        names = backbone.layers or cache.layers
+        for layer, name in zip(cache.layers, names, strict=True):
             shown = label if len(cache.layers) == 1 and not backbone.layers else f"{label}@{name}"
             extracted.append(_Extracted(shown, cache.with_layer(layer), summary.computed))
     if not extracted:
@@ -246,7 +246,7 @@ def _extract(
 
 
 def common_samples(tables: Sequence[SampleTable]) -> SampleTable:
-    """The samples that every table has, in the same split: an image may be too small for one backbone, or change meanwhile."""
+    """The samples that every table has in the same split: an image may be too small for one backbone, or have changed."""
 
     def key(row: Row) -> tuple[bytes, bytes, str | None]:
         return row.path, row.sha256, row.split
@@ -254,18 +254,18 @@ def common_samples(tables: Sequence[SampleTable]) -> SampleTable:
     usable = [{key(row) for row in table.rows if row.ok} for table in tables]
     shared = set.intersection(*usable)
     if lost := max(map(len, usable)) - len(shared):
-        log.warning("%d images do not count, because not every source has them in the same split", lost)
+        log.warning("%d images are left out, because not every source has them in the same split", lost)
     first = tables[0]
     return SampleTable([row for row in first.rows if row.ok and key(row) in shared], first.facts, first.target_names)
 
 
 class _Bench:
-    """The same images in the same roles for every source.
+    """Trains and measures heads on the same images in the same roles for every source.
 
     Args:
-        table: of the samples.
-        roles: of these.
-        task: what the head is for.
+        table: the samples.
+        roles: their roles.
+        task: the task of the head.
         seed: of the folds.
     """
 
@@ -274,13 +274,13 @@ class _Bench:
         self._rows = [*roles.fit, *roles.choose]
         self._digests = [row.sha256 for row in self._rows]
         self._truth = table.truth(self._rows)
-        self._distinct = list({digest: i for i, digest in enumerate(self._digests)}.values())  # copies prove nothing
+        self._distinct = list({digest: i for i, digest in enumerate(self._digests)}.values())  # copies add no evidence
         self._held_out = table.truth(roles.report) if roles.report else None
         self._groups = groups_of(roles.fit)
-        self._folds = self._divide(seed)
+        self._folds = self._make_folds(seed)
 
-    def _divide(self, seed: int) -> list[Fold]:
-        """Rows to fit on and rows to judge on: those for choices where there are some, else folds."""
+    def _make_folds(self, seed: int) -> list[Fold]:
+        """Rows to fit on and rows to judge on: the validation images if there are any, else folds."""
         n, total = len(self._roles.fit), len(self._rows)
         if self._roles.choose:
             return [(np.arange(n), np.arange(n, total))]
@@ -289,7 +289,9 @@ class _Bench:
         else:
             folds = group_folds(n, self._groups, FOLDS, seed)
         if not folds:
-            message = "a class has a single training image or group: there is nothing to rank by. Give it more, or leave it out"
+            message = (
+                "a class has a single training image or group: there is nothing to rank by. Add images, or remove the class"
+            )
             raise BadDataError(message)
         return folds
 
@@ -307,8 +309,8 @@ class _Bench:
         choice, right = self._headline(head, truth, outputs)
         held_out = None
         if self._held_out is not None:
-            seen = cache.features([row.sha256 for row in self._roles.report])
-            held_out, _ = self._headline(head, self._held_out, head.fitted_.probabilities(seen))
+            features = cache.features([row.sha256 for row in self._roles.report])
+            held_out, _ = self._headline(head, self._held_out, head.fitted_.probabilities(features))
         return Line(
             source=extracted.source,
             cache=str(cache.path),
@@ -331,10 +333,10 @@ class _Bench:
         for train, test in self._folds:
             refitted = head.refit(X[train], self._truth[train])
             outputs = refitted.probabilities(X[test])
-            if self._task.exclusive:  # a group may take a whole class with it
-                found = np.zeros((len(test), len(head.classes_)), outputs.dtype)
-                found[:, np.searchsorted(head.classes_, refitted.classes)] = outputs
-                outputs = found
+            if self._task.exclusive:  # leaving out a group may leave out a whole class
+                columns = np.zeros((len(test), len(head.classes_)), outputs.dtype)
+                columns[:, np.searchsorted(head.classes_, refitted.classes)] = outputs
+                outputs = columns
             parts.append(outputs)
         rows = np.concatenate([test for _, test in self._folds])
         return self._truth[rows], np.concatenate(parts)
@@ -342,13 +344,13 @@ class _Bench:
     def _headline(
         self, head: Any, truth: NDArray[Any], outputs: NDArray[np.float32]
     ) -> tuple[Headline, NDArray[np.bool_] | None]:
-        """The headline score of outputs ``(n, k)``, and which rows are right where that is the metric."""
+        """The headline score of outputs ``(n, k)``, and which rows are correct if that is the metric."""
         if self._task.exclusive:
             require_finite(outputs)
             right = head.classes_[outputs.argmax(axis=1)] == truth
             count = int(right.sum())
             return Headline(count / len(right), wilson(count, len(right)), len(right)), right
-        found = self._task.score(truth, outputs, "")
-        assert not isinstance(found, Evaluation)
-        score = found.scores[self._task.metric]
+        measured = self._task.score(truth, outputs, "")
+        assert not isinstance(measured, Evaluation)
+        score = measured.scores[self._task.metric]
         return Headline(float(score["value"] or 0.0), score["interval"], len(truth)), None

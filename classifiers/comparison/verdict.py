@@ -1,4 +1,4 @@
-"""Is a head worth what it costs more? One sentence, by a rule that docs/compare.md states."""
+"""The verdict of a comparison: whether a head is worth its extra cost, in one sentence, by the rule in docs/compare.md."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from classifiers.evaluation.intervals import bounds, points, signed, wilson
 from classifiers.evaluation.paired_tests import Change, needed_images
 
 SIGNIFICANT = 0.05
-ALIKE = 1.5  # costs up to so many times as much, or as little, are about the same
+ALIKE = 1.5  # costs within this factor are about the same
 WORTH, NOT_WORTH, UNKNOWN = "worth it", "not worth it", "cannot be told"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What follows from a comparison with the baseline.
+    """The conclusion from a comparison with the baseline.
 
     Attributes:
-        decision: ``worth it``, ``not worth it`` or ``cannot be told``: the higher cost, or where it costs less, the saving.
-        cost_ratio: seconds over those of the baseline, extraction included; None where one of them is not known.
-        needed: how many held-out images would tell, where it cannot be told and more images would.
-        sentence: all of it in words.
+        decision: ``worth it``, ``not worth it`` or ``cannot be told``: the higher cost or, if it costs less, the saving.
+        cost_ratio: seconds divided by those of the baseline, extraction included; None if one of them is not known.
+        needed: how many held-out images would decide it, if more images can.
+        sentence: the verdict in words.
     """
 
     decision: str
@@ -31,16 +31,16 @@ class Verdict:
 
 
 def judge(change: Change, n: int, *, subject: str, cost_ratio: float | None, worthwhile: float) -> Verdict:
-    """Weigh a difference of accuracy against its price.
+    """Weigh a difference of accuracy against its cost.
 
-    What costs more is worth it if its gain is at least ``worthwhile`` and is proven: the paired interval and McNemar's test
-    (Holm) exclude zero. It is not if the interval excludes a gain of ``worthwhile``. What costs less is judged from the other
-    side: the saving is worth it where the baseline's gain over it is not worth the baseline's price.
+    A more expensive head is worth it if its gain is at least ``worthwhile`` and is proven: the paired interval and McNemar's
+    test (Holm) exclude zero. It is not if the interval excludes a gain of ``worthwhile``. A cheaper head is judged from the
+    other side: the saving is worth it if the gain of the baseline over it is not worth the cost of the baseline.
 
     Args:
         change: from the baseline.
         n: number of held-out images.
-        subject: what is judged, as the sentence begins.
+        subject: what is judged; the sentence begins with it.
         cost_ratio: as in `Verdict`.
         worthwhile: the smallest difference of accuracy that matters, as a share.
     """
@@ -60,7 +60,7 @@ def judge(change: Change, n: int, *, subject: str, cost_ratio: float | None, wor
     price = "" if cost_ratio is None else f" and {_price(cost_ratio)}"
     what = "the saving is " if saving else ""
     if decision == UNKNOWN:
-        more = f"about {_rounded(needed)} would be needed" if needed else f"for it is too close to {points(worthwhile)}"
+        more = f"about {_rounded(needed)} would be needed" if needed else f"because it is too close to {points(worthwhile)}"
         ending = f"whether {what or 'it is '}worth it cannot be told with {n} images, {more}"
     else:
         ending = f"{what}{decision} on this data"
@@ -69,7 +69,7 @@ def judge(change: Change, n: int, *, subject: str, cost_ratio: float | None, wor
 
 
 def _discordant(change: Change, n: int) -> float:
-    """The share of images that the two disagree on: the middle of its Wilson interval, for few of them do not mean none."""
+    """Share of images that the two disagree on: the middle of its Wilson interval, because zero of few is no proof of none."""
     return sum(wilson(change.wins + change.losses, n)) / 2
 
 
@@ -86,6 +86,6 @@ def _times(ratio: float) -> str:
 
 
 def _rounded(count: int) -> str:
-    """A number up to its second digit: more would claim too much."""
+    """A number rounded up to two significant digits."""
     unit = 10 ** max(len(str(count)) - 2, 0)
     return f"{math.ceil(count / unit) * unit:,}"

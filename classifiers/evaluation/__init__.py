@@ -1,1 +1,1 @@
-"""What predictions are worth: scores, intervals, tests, and what differs between the three tasks."""
+"""Evaluation of predictions: scores, confidence intervals, paired tests, and the three tasks (one label, several, numbers)."""

@@ -1,4 +1,4 @@
-"""Sets of labels that hold the true one as often as was promised: split-conformal prediction, and when to abstain."""
+"""Split-conformal prediction sets, and abstention where a set is not exactly one label."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ KINDS = ("marginal", "per_class")
 
 @dataclass(frozen=True)
 class Conformal:
-    """Least probabilities at which a label belongs to the set of an image (Sadinle, Lei & Wasserman 2019; "LAC").
+    """The probability thresholds of prediction sets (Sadinle, Lei & Wasserman 2019; "LAC").
 
     Attributes:
-        coverage: how often the set shall hold the true label.
+        coverage: share of images whose set should contain the true label.
         n: number of images it was calibrated on.
-        marginal: the least probability, for ``coverage`` over all images.
-        per_class: the least probability of each class, for ``coverage`` within each class; 0, hence always in the set, where a
-            class had too few images to promise anything (with 90 %: fewer than nine).
+        marginal: the threshold for ``coverage`` over all images.
+        per_class: the threshold of each class, for ``coverage`` within each class; 0, so always in the set, if a class had too
+            few images to guarantee the coverage (at 90 %: fewer than nine).
     """
 
     coverage: float
@@ -41,7 +41,7 @@ class Conformal:
 
     @classmethod
     def from_json(cls, facts: dict[str, Any] | None) -> Self | None:
-        """As `to_json` made it; None stays None."""
+        """The inverse of `to_json`; None stays None."""
         return cls(**facts) if facts else None
 
     def to_json(self) -> dict[str, Any]:
@@ -52,19 +52,19 @@ class Conformal:
         return np.asarray(probabilities >= np.array(getattr(self, kind)))
 
     def measured(self, probabilities: NDArray[np.floating[Any]], truth: NDArray[np.intp]) -> dict[str, Any]:
-        """What the sets are worth on other images, as JSON.
+        """Coverage and size of the sets on other images, as JSON.
 
         Returns:
             ``target``, ``calibrated_on``; for each kind (``marginal``, ``per_class``): ``coverage`` with ``coverage_interval``,
-            ``mean_size``, ``decided`` (images whose set is one label; on others the head abstains), ``decided_right`` of these,
+            ``mean_size``, ``decided`` (images whose set is one label; it abstains on the others), ``decided_right`` of these,
             and ``coverage_by_class`` (None for a class without images here).
         """
-        found: dict[str, Any] = {"target": self.coverage, "calibrated_on": self.n}
+        facts: dict[str, Any] = {"target": self.coverage, "calibrated_on": self.n}
         rows = np.arange(len(truth))
         for kind in KINDS:
             sets = self.sets(probabilities, kind)
             covered, one = sets[rows, truth], sets.sum(axis=1) == 1
-            found[kind] = {
+            facts[kind] = {
                 "coverage": float(covered.mean()),
                 "coverage_interval": wilson(int(covered.sum()), len(truth)),
                 "mean_size": float(sets.sum(axis=1).mean()),
@@ -74,10 +74,10 @@ class Conformal:
                     float(covered[truth == k].mean()) if (truth == k).any() else None for k in range(sets.shape[1])
                 ],
             }
-        return found
+        return facts
 
 
 def _least(own: NDArray[np.float64], coverage: float) -> float:
-    """The probability that all but a share of ``1 - coverage`` of the true labels reach, with the correction for finite n."""
+    """The threshold that a share ``coverage`` of the true labels reaches, corrected for finite n."""
     beaten = len(own) - math.ceil((len(own) + 1) * coverage)
     return float(np.sort(own)[beaten]) if beaten >= 0 else 0.0

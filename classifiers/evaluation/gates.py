@@ -1,6 +1,6 @@
-"""What a result must reach: the one list behind ``penult evaluate --min-...`` and the ``[gate]`` of a job.
+"""Gates: limits that the scores of an evaluation must meet, for ``penult evaluate --min-...`` and a job's section ``[gate]``.
 
-A gate on a score alone is passed by a handful of lucky images; one on the bound of its 95 % interval is not.
+A handful of lucky images can pass a gate on a score, but not one on the bound of its 95 % interval.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from store.tasks import ONE_LABEL, MultiLabelTask, RegressionTask
 
 @dataclass(frozen=True)
 class Gate:
-    """One condition.
+    """One limit for one score.
 
     Attributes:
-        name: the key of a job, and with dashes the flag.
-        task: whose metric it is.
-        metric: as in an evaluation's ``scores``, or where it has none of this name, in those of each of its outputs.
-        what: the metric, for people.
-        most: the largest value that makes sense; None for any.
-        least: the smallest; None for any.
-        error: of what is better the smaller it is: it must not be above the gate.
-        bound: whether the far end of the score's 95 % interval counts, instead of the score.
+        name: the key in a job; with dashes, the flag.
+        task: the task that has the metric.
+        metric: key in an evaluation's ``scores``, or, if it is not there, in the scores of each output.
+        what: the metric, as shown to users.
+        least: the smallest limit that makes sense; None for any.
+        most: the largest; None for any.
+        error: whether smaller is better, so that the score must not be above the limit.
+        bound: whether the worse end of the score's 95 % interval is compared, instead of the score.
     """
 
     name: str
@@ -39,33 +39,33 @@ class Gate:
 
     @property
     def help(self) -> str:
-        """One sentence."""
+        """The help text of its flag, one sentence."""
         end = f"{'upper' if self.error else 'lower'} end of the 95 % interval of " if self.bound else ""
         return f"{self.task}: the {'largest' if self.error else 'smallest'} {end}{self.what}."
 
-    def missed(self, metrics: Mapping[str, Any], wanted: float, spelled: str) -> str | None:
-        """Why an evaluation, as JSON, does not pass, in words; None where it does.
+    def missed(self, metrics: Mapping[str, Any], limit: float, spelled: str) -> str | None:
+        """Why an evaluation, as JSON, does not pass; None if it passes.
 
-        A score that is undefined does not pass. A share that resampling shows no spread of, such as one without an error, has
-        the Wilson interval of as many images.
+        An undefined score does not pass. If resampling shows no spread, as for a share without errors, the Wilson interval of
+        that many images is used.
         """
         from .intervals import wilson
 
         if self.metric in metrics["scores"]:
-            found = [(self.what, metrics["scores"][self.metric])]
+            scores = [(self.what, metrics["scores"][self.metric])]
         else:
-            found = [(f"{self.what} of {each['name']!r}", each["scores"][self.metric]) for each in metrics["per_output"]]
-        for what, score in found:
+            scores = [(f"{self.what} of {each['name']!r}", each["scores"][self.metric]) for each in metrics["per_output"]]
+        for what, score in scores:
             value, interval = score["value"], score["interval"]
             if interval is None and value is not None and (self.least, self.most) == (0, 1):
                 interval = wilson(value * metrics["n"], metrics["n"])
-            counts = value if not self.bound else interval and interval[1 if self.error else 0]
-            if counts is not None and (counts <= wanted if self.error else counts >= wanted):
+            compared = value if not self.bound else interval and interval[1 if self.error else 0]
+            if compared is not None and (compared <= limit if self.error else compared >= limit):
                 continue
             shown = "undefined" if value is None else f"{value:.4f}"
             shown += f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""
             where = f"on {metrics['n']} images of {metrics['split']!r}"
-            return f"{what} {shown} {where} is {'above' if self.error else 'below'} {spelled} {wanted}"
+            return f"{what} {shown} {where} is {'above' if self.error else 'below'} {spelled} {limit}"
         return None
 
 
@@ -83,30 +83,30 @@ GATES = (
 )
 
 
-def wanted_gates(given: Mapping[str, Any]) -> dict[Gate, float]:
-    """The gates that are asked for, by their names in a mapping that may hold more."""
-    return {gate: float(given[gate.name]) for gate in GATES if given.get(gate.name) is not None}
+def requested_gates(settings: Mapping[str, Any]) -> dict[Gate, float]:
+    """The gates that are set, with their limits, in a mapping by name that may hold more."""
+    return {gate: float(settings[gate.name]) for gate in GATES if settings.get(gate.name) is not None}
 
 
-def require_gates(wanted: Mapping[Gate, float], task: str, spell: Callable[[Gate], str]) -> None:
+def require_gates(limits: Mapping[Gate, float], task: str, spell: Callable[[Gate], str]) -> None:
     """Refuse a gate on a metric that a task does not have.
 
     Args:
-        wanted: as `wanted_gates` gives them.
+        limits: what `requested_gates` returns.
         task: of the samples.
-        spell: how the gate was asked for.
+        spell: returns the flag or the key of a gate.
 
     Raises:
-        UsageError: names it, and the gates that there are.
+        UsageError: names the gate, and those that the task has.
     """
-    for gate in wanted:
+    for gate in limits:
         if gate.task != task:
-            there = ", ".join(spell(each) for each in GATES if each.task == task)
-            message = f"{spell(gate)} is for {gate.task}, and this is {task}; there is {there}"
+            available = ", ".join(spell(each) for each in GATES if each.task == task)
+            message = f"{spell(gate)} is for {gate.task}, and this is {task}; expected {available}"
             raise UsageError(message)
 
 
-def missed_gates(wanted: Mapping[Gate, float], metrics: Mapping[str, Any], spell: Callable[[Gate], str]) -> str | None:
-    """Which gates an evaluation, as JSON, does not pass, in words; None where it passes all."""
-    reasons = [reason for gate, value in wanted.items() if (reason := gate.missed(metrics, value, spell(gate)))]
+def missed_gates(limits: Mapping[Gate, float], metrics: Mapping[str, Any], spell: Callable[[Gate], str]) -> str | None:
+    """Which gates an evaluation, as JSON, does not pass, and why; None if it passes all."""
+    reasons = [reason for gate, value in limits.items() if (reason := gate.missed(metrics, value, spell(gate)))]
     return f"gate not met: {'; '.join(reasons)}" if reasons else None

@@ -1,4 +1,4 @@
-"""How far a score can be trusted: Wilson intervals for proportions, a stratified bootstrap for everything else."""
+"""Confidence intervals of scores: Wilson's for proportions, a stratified bootstrap for everything else."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ BLOCK = 10**7  # numbers in one block of weights: 40 MB
 
 
 def wilson(successes: float, n: int) -> Interval:
-    """The 95 % score interval of a proportion (Wilson 1927). Unlike the normal one it is honest at 0 and at n.
+    """The 95 % score interval of a proportion (Wilson 1927). Unlike the normal one it is valid at 0 and at n.
 
-    ``successes`` is a fraction where it is a mean of several counts.
+    ``successes`` is a fraction if it is a mean of several counts.
     """
     if n == 0:
         return 0.0, 1.0
@@ -31,17 +31,17 @@ def wilson(successes: float, n: int) -> Interval:
 
 
 def resamples_for(n: int, classes: int) -> int:
-    """How often to resample so many images of so many classes."""
+    """Number of bootstrap resamples for ``n`` images of so many classes."""
     return int(np.clip(WORK // (n * (classes + 100)), FEWEST_RESAMPLES, RESAMPLES))
 
 
 def resampled(strata: NDArray[np.intp], count: int, seed: int = 0) -> Iterator[NDArray[np.float32]]:
-    """Bootstrap samples that keep the size of each stratum, as how often each row was drawn.
+    """Bootstrap samples that keep the size of each stratum, as counts of how often each row was drawn.
 
     Args:
         strata: the stratum of each row ``(n,)``.
         count: number of samples.
-        seed: of the draws.
+        seed: of the random draws.
 
     Yields:
         Weights ``(n, b)``, whole numbers, one sample a column; ``count`` columns in all.
@@ -66,7 +66,7 @@ def bootstrap_interval(estimate: float, values: NDArray[np.float64]) -> Interval
         values: the score on each resample ``(b,)``.
 
     Returns:
-        None where all values are the same: without an error to draw, resampling knows nothing of errors.
+        None if all values are the same: without an error to draw, resampling shows nothing about errors.
     """
     from scipy.special import ndtr, ndtri
 
@@ -84,11 +84,11 @@ def _no_spread(values: NDArray[np.float64]) -> bool:
 
 
 def distance_interval(estimate: float, values: NDArray[np.float64], chance: NDArray[np.float64]) -> Interval | None:
-    """For a score that is zero at best and that noise only makes larger, as a sum of distances is: a cautious interval.
+    """A cautious interval for a score that is 0 at best and that noise only makes larger, such as a sum of distances.
 
-    Each resample adds as much noise again as the sample did, which percentiles mirrored at the estimate take off (Davison &
-    Hinkley 1997, section 5.2). The lower bound is the mirrored one, or 0 where chance alone explains the estimate; the upper
-    one is the larger of the mirrored and the plain one.
+    Each resample adds as much noise again as the sample did; percentiles mirrored at the estimate remove it (Davison & Hinkley
+    1997, section 5.2). The lower bound is the mirrored one, or 0 if chance alone explains the estimate; the upper bound is the
+    larger of the mirrored and the plain one.
 
     Args:
         estimate, values: as in `bootstrap_interval`.
@@ -102,15 +102,17 @@ def distance_interval(estimate: float, values: NDArray[np.float64], chance: NDAr
 
 
 def percent(value: float) -> str:
+    """A share in percent, as text."""
     return f"{100 * value:.1f} %"
 
 
 def interval(bounds: Sequence[float]) -> str:
+    """An interval of shares in percent, as text."""
     return f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f} %"
 
 
 def points(share: float) -> str:
-    """A share as percentage points, as short as it can be."""
+    """A share in percentage points, as short as possible."""
     return f"{100 * share:.4g} point" + ("" if round(100 * share, 4) == 1 else "s")
 
 
@@ -120,5 +122,5 @@ def signed(share: float) -> str:
 
 
 def bounds(interval: Sequence[float]) -> str:
-    """An interval of such differences."""
+    """An interval of differences of shares, in percentage points."""
     return f"[{signed(interval[0])}, {signed(interval[1])}]"

@@ -1,4 +1,4 @@
-"""Several labels an image: each is decided by itself, by a probability of its own."""
+"""Multi-label classification: scores of labels that are decided independently, each by its own probability."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .intervals import resampled, resamples_for
 from .scores import Values, Weights, average_precision, ratio, require_finite
 from .task import FEW, HeadTask, Measured, Outputs, Prediction, bootstrapped, headline_of, proportion
 
-THRESHOLD = 0.5  # from which probability on an image has a label
+THRESHOLD = 0.5  # an image has a label if its probability is at least this
 
 
 class MultiLabel(HeadTask):
-    """Which of several labels an image has; it may be all of them, or none."""
+    """The task of predicting which of several labels an image has; it may be all of them, or none."""
 
     name, singular, plural = MultiLabelTask.name, "label", "labels"
     metric, ranked_by = "mean_average_precision", "mean average precision"
@@ -74,7 +74,7 @@ def weighted_scores(
         weights: how often each image counts ``(n, b)``.
 
     Returns:
-        Scores over all labels ``(b,)``, and of each label ``(k, b)``; average precision is NaN where no image has the label,
+        Scores over all labels ``(b,)``, and of each label ``(k, b)``; average precision is NaN if no image has the label,
         and its mean is over the others.
     """
     guess = probabilities >= THRESHOLD
@@ -99,7 +99,7 @@ def measure(truth: NDArray[np.bool_], probabilities: Outputs, names: Sequence[st
     """Compare probabilities ``(n, k)`` with the labels that images have ``(n, k)``; see docs/metrics.md.
 
     Raises:
-        BadDataError: there are no images, or an output is no number.
+        BadDataError: there are no images, or an output is not finite.
     """
     n, k = truth.shape
     if not n:

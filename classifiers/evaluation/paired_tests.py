@@ -1,4 +1,4 @@
-"""Two heads on the same images: how much they differ, and how far that can be trusted.
+"""Paired comparison of heads on the same images: differences of scores with intervals, and McNemar's test.
 
 All heads are resampled on the same images, so that what makes an image hard for all of them cancels out.
 """
@@ -16,20 +16,25 @@ from numpy.typing import NDArray
 from .intervals import Z95, Interval, bootstrap_interval, resampled, resamples_for, wilson
 from .scores import Probabilities, Values, ratio, weighted_scores
 
-COMPARED = ("accuracy", "f1_macro", "log_loss", "brier")  # scores whose differences are given; noise only makes an ECE larger
+COMPARED = (
+    "accuracy",
+    "f1_macro",
+    "log_loss",
+    "brier",
+)  # scores that are compared; noise only makes an ECE larger
 Z80 = 0.8416212335729143  # 80 % quantile of the normal distribution: the power of `needed_images`
 
 
 @dataclass(frozen=True)
 class Change:
-    """What one head does differently from another.
+    """The differences of one head from another on the same images.
 
     Attributes:
-        scores: by name ``value``, the difference of the scores, and its paired 95 % ``interval`` (None where resampling shows
+        scores: by name ``value``, the difference of the scores, and its paired 95 % ``interval`` (None if resampling shows
             no spread).
         wins, losses: images that only this head classifies right, and only the other one.
-        p: of McNemar's exact test that both are right equally often.
-        p_adjusted: the same, by Holm's method for all heads that are compared with the other one.
+        p: p value of McNemar's exact test that both are right equally often.
+        p_adjusted: the same, adjusted by Holm's method for all heads that are compared with the other one.
         per_class: label, ``n``, ``wins``, ``losses``, and ``value`` and ``interval`` of the difference of the recalls.
     """
 
@@ -43,7 +48,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Standing:
-    """One head among others: its own scores, and its `Change` from the baseline (None of the baseline itself)."""
+    """One head among others: its own scores, and its `Change` from the baseline (None for the baseline itself)."""
 
     scores: dict[str, float]
     change: Change | None
@@ -52,16 +57,16 @@ class Standing:
 def paired(
     truth: NDArray[np.intp], outputs: Sequence[Probabilities], classes: Sequence[str], baseline: int = 0
 ) -> tuple[list[Standing], int]:
-    """Compare heads with one of them.
+    """Compare each head with the baseline, on the same images.
 
     Args:
         truth: class index of each image ``(n,)``.
-        outputs: what each head gives for the same images, ``(n, k)``.
+        outputs: probabilities of each head for these images, ``(n, k)``.
         classes: label of each column.
-        baseline: which of the heads the others are compared with.
+        baseline: index of the head that the others are compared with.
 
     Returns:
-        One for each head, and the number of resamples.
+        A `Standing` for each head, and the number of resamples.
     """
     n, resamples = len(truth), resamples_for(len(truth), len(classes))
     right = np.stack([probabilities.argmax(axis=1) == truth for probabilities in outputs])
@@ -88,8 +93,8 @@ def paired(
         for name in COMPARED:
             value = own[name] - float(once[baseline][name][0])
             draws = _all(drawn[i], name) - _all(drawn[baseline], name)
-            found = difference_interval(value, draws, *counts, n) if name == "accuracy" else bootstrap_interval(value, draws)
-            scores[name] = {"value": value, "interval": found}
+            interval = difference_interval(value, draws, *counts, n) if name == "accuracy" else bootstrap_interval(value, draws)
+            scores[name] = {"value": value, "interval": interval}
         per_class = list(_class_changes(truth, changes[i], classes, np.concatenate(recalls[i], axis=1)))
         standings.append(Standing(own, Change(scores, *counts, p[i], adjusted[i], per_class)))
     return standings, resamples
@@ -101,7 +106,7 @@ def _scores(truth: NDArray[np.intp], probabilities: Probabilities, weights: NDAr
 
 
 def _recall_changes(truth: NDArray[np.intp], change: NDArray[np.int8], k: int, weights: NDArray[np.float32]) -> Values:
-    """Difference of the recall of each class ``(k, b)``; 0 of a class that no image has."""
+    """Difference of the recall of each class ``(k, b)``; 0 for a class that no image has."""
     from scipy.sparse import csr_array
 
     (rows,) = np.nonzero(change)
@@ -120,22 +125,24 @@ def _class_changes(
         own = change[truth == k]
         n, wins, losses = len(own), int((own > 0).sum()), int((own < 0).sum())
         value = (wins - losses) / n
-        found = difference_interval(value, drawn[k], wins, losses, n)
-        yield {"label": classes[k], "n": n, "wins": wins, "losses": losses, "value": value, "interval": found}
+        interval = difference_interval(value, drawn[k], wins, losses, n)
+        yield {"label": classes[k], "n": n, "wins": wins, "losses": losses, "value": value, "interval": interval}
 
 
 def difference_interval(value: float, drawn: Values, wins: float, losses: float, n: int) -> Interval:
-    """The paired bootstrap interval of ``value = (wins - losses) / n``, or as far as `score_interval` where that is wider:
-    with few images that two heads disagree on, resampling shows too little of what might have been.
+    """The paired bootstrap interval of ``value = (wins - losses) / n``, extended to `score_interval` if that is wider.
+
+    If two heads disagree on few images, resampling shows too little spread.
     """
     low, high = score_interval(wins, losses, n)
-    found = bootstrap_interval(value, drawn) or (low, high)
-    return min(low, found[0]), max(high, found[1])
+    resampled_low, resampled_high = bootstrap_interval(value, drawn) or (low, high)
+    return min(low, resampled_low), max(high, resampled_high)
 
 
 def score_interval(wins: float, losses: float, n: int) -> Interval:
-    """The 95 % interval of ``(wins - losses) / n`` from the Wilson intervals of both shares (Zou & Donner 2008): an image is at
-    most one of both, so that one share is the lower for the other.
+    """The 95 % interval of ``(wins - losses) / n`` from the Wilson intervals of both shares (Zou & Donner 2008).
+
+    An image is a win, a loss or neither, so the two shares are negatively correlated.
     """
     (low, high), (low_lost, high_lost) = wilson(wins, n), wilson(losses, n)
     won, lost = wins / n, losses / n
@@ -148,14 +155,14 @@ def score_interval(wins: float, losses: float, n: int) -> Interval:
 
 
 def mcnemar(wins: int, losses: int) -> float:
-    """The two-sided p of McNemar's exact test: as many wins as losses among the images that two heads disagree on."""
+    """The two-sided p value of McNemar's exact test of equally many wins and losses among the images two heads disagree on."""
     from scipy.stats import binomtest
 
     return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """p values that hold for all comparisons together (Holm 1979)."""
+    """p values adjusted for all comparisons together (Holm 1979)."""
     adjusted, least = [0.0] * len(p), 0.0
     for place, i in enumerate(np.argsort(p, kind="stable").tolist()):
         least = max(least, min(1.0, (len(p) - place) * p[i]))
@@ -164,10 +171,10 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def needed_images(discordant: float, difference: float) -> int:
-    """How many images show a difference of two accuracies to McNemar's test at 5 %, with a power of 80 %.
+    """How many images McNemar's test needs to show a difference of two accuracies at the 5 % level, with a power of 80 %.
 
     Args:
-        discordant: share of images on which one of both is right and the other wrong.
+        discordant: share of images on which one head is right and the other wrong.
         difference: of the accuracies, positive. (Connor 1987.)
     """
     share = max(discordant, difference)

@@ -1,4 +1,4 @@
-"""Logits to probabilities, their log-loss, and the temperature that makes them honest."""
+"""Softmax and sigmoid of logits, log-loss, and temperature scaling."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Float32 = NDArray[np.float32]
 
 
 def averaged(outputs: NDArray[np.float32], views: int) -> NDArray[np.float32]:
-    """The mean output ``(n, k)`` of each image, of ``(n * views, k)``."""
+    """The mean over its views of each image's outputs: ``(n * views, k)`` to ``(n, k)``."""
     return outputs if views == 1 else outputs.reshape(-1, views, outputs.shape[1]).mean(axis=1)
 
 
@@ -31,7 +31,7 @@ def sigmoid(logits: NDArray[np.floating[Any]]) -> Float32:
 
 
 def log_loss(logits: NDArray[np.floating[Any]], targets: NDArray[np.intp], weights: NDArray[np.float64] | None = None) -> float:
-    """Mean, weighted where rows have weights, negative log-likelihood of ``(n, k)`` logits, in float64, without clipping."""
+    """Mean negative log-likelihood of ``(n, k)`` logits, weighted if rows have weights, in float64, without clipping."""
     wide = logits.astype(np.float64)
     top = wide.max(axis=1)
     total = top + np.log(np.exp(wide - top[:, None]).sum(axis=1))
@@ -45,15 +45,17 @@ def fit_temperature(
     weights: NDArray[np.float64] | None = None,
     unscaled: bool = False,
 ) -> float:
-    """The temperature in [0.05, 20] with the least log-loss. Without a single error it would run to the lower end, where
-    every probability is 1; a data set that small proves no such certainty, so there the temperature stays at 1 or above.
+    """The temperature in [0.05, 20] with the least log-loss.
+
+    Without a single error it would run to the lower end, where every probability is 1; a dataset that small does not prove such
+    certainty, so the temperature then stays at 1 or above.
 
     Args:
         logits: ``(n, k)``.
         targets: ``(n,)`` class indices.
         weights: of the rows ``(n,)``; None is 1 for each.
-        unscaled: the logits are scores such as cosines, whose size says nothing: the range is [0.01, 1000], and instead of
-            the bound at 1, one more sample counts that belongs to every class alike (Laplace's rule of succession).
+        unscaled: the logits are scores of arbitrary scale, such as cosines: the range is [0.01, 1000], and instead of the
+            bound at 1, one more sample is counted that belongs equally to every class (Laplace's rule of succession).
     """
     from scipy.optimize import minimize_scalar
 
@@ -65,15 +67,15 @@ def fit_temperature(
         scaled = 1 / float(np.exp(log_t))
         return log_loss(logits * scaled, targets, weights) + share * margin * scaled
 
-    found = minimize_scalar(loss, bounds=(np.log(least), np.log(most)), method="bounded")
-    temperature = float(np.exp(found.x))
+    result = minimize_scalar(loss, bounds=(np.log(least), np.log(most)), method="bounded")
+    temperature = float(np.exp(result.x))
     if not unscaled and (logits.argmax(axis=1) == targets).all():
         return max(temperature, 1.0)
     return temperature
 
 
 def untempered(probabilities: Probabilities, temperature: float) -> Probabilities:
-    """What probabilities ``(n, k)`` were before their logits were divided by a temperature."""
+    """Probabilities ``(n, k)`` as they were before their logits were divided by a temperature."""
     with np.errstate(divide="ignore"):
         logits = temperature * np.log(probabilities.astype(np.float64))
     powers = np.exp(logits - logits.max(axis=1, keepdims=True))

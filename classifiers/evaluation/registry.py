@@ -1,4 +1,4 @@
-"""The tasks by name."""
+"""The registry of tasks by name."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ KINDS: dict[str, type[HeadTask]] = {kind.name: kind for kind in (SingleLabel, Mu
 def task_of(
     name: str, names: Sequence[str], conformal: dict[str, Any] | None = None, temperature: float | None = None
 ) -> HeadTask:
-    """A task by name; the arguments are its attributes.
+    """A task by name; the other arguments are its attributes.
 
     Raises:
-        BadDataError: there is none of this name.
+        BadDataError: there is no such task.
     """
     if name not in KINDS:
-        message = f"the task {name!r} is none of {', '.join(KINDS)}; a newer penult may know it"
+        message = f"unknown task {name!r}; expected one of {', '.join(KINDS)}. A newer version of penult may know it"
         raise BadDataError(message)
     return KINDS[name](names, conformal, temperature)

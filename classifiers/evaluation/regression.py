@@ -1,4 +1,4 @@
-"""Numbers to predict: their scores, and intervals that hold the true number as often as was promised."""
+"""Regression: scores of predicted numbers, and split-conformal prediction intervals."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from .task import FEW, HeadTask, Measured, Outputs, Prediction, bootstrapped, he
 
 @dataclass(frozen=True)
 class Intervals:
-    """Split-conformal prediction intervals (Vovk et al. 2005; Lei et al. 2018): a number, give or take a constant.
+    """Split-conformal prediction intervals of constant width (Vovk et al. 2005; Lei et al. 2018).
 
     Attributes:
-        coverage: how often an interval shall hold the true number.
+        coverage: share of images whose interval should contain the true number.
         n: number of images it was calibrated on.
-        half_width: for each target, in its unit; None where there were too few images to promise anything.
+        half_width: for each target, in its unit; None if there were too few images to guarantee the coverage.
     """
 
     coverage: float
@@ -36,7 +36,7 @@ class Intervals:
 
     @classmethod
     def fit(cls, residuals: NDArray[np.floating[Any]], coverage: float = COVERAGE) -> Self:
-        """Calibrate on what predictions ``(n, t)`` of images that the head was not fitted on were wrong by."""
+        """Calibrate on the residuals ``(n, t)`` of images that the head was not fitted on."""
         n = len(residuals)
         place = math.ceil((n + 1) * coverage)  # one more than n for the image to come
         far = np.sort(np.abs(residuals), axis=0)
@@ -44,7 +44,7 @@ class Intervals:
 
     @classmethod
     def from_json(cls, facts: dict[str, Any] | None) -> Self | None:
-        """As `to_json` made it; None stays None."""
+        """The inverse of `to_json`; None stays None."""
         return cls(**facts) if facts else None
 
     def to_json(self) -> dict[str, Any]:
@@ -52,7 +52,7 @@ class Intervals:
 
 
 class Regression(HeadTask):
-    """One number an image, or several."""
+    """The task of predicting one number an image, or several."""
 
     name, singular, plural = RegressionTask.name, "target", "targets"
     output, metric, ranked_by, intervals = "values", "r2", "R2", True
@@ -67,9 +67,9 @@ class Regression(HeadTask):
 
     @property
     def half_widths(self) -> list[float | None]:
-        """Of each target's interval."""
-        found = Intervals.from_json(self.conformal)
-        return found.half_width if found else [None] * len(self.names)
+        """Half-width of each target's interval."""
+        intervals = Intervals.from_json(self.conformal)
+        return intervals.half_width if intervals else [None] * len(self.names)
 
     def require(self, table: SampleTable, parts: Sequence[tuple[Sequence[Row], str]]) -> None:
         for name, column in zip(table.outputs, table.truth(parts[0][0]).T, strict=True):
@@ -81,7 +81,7 @@ class Regression(HeadTask):
         return measure(np.asarray(truth, np.float64), outputs, self.names, split, self.half_widths)
 
     def require_labels(self, labels: Sequence[str], split: str) -> None:
-        """Numbers have none."""
+        """Regression has no labels to check."""
 
     def headline(self, metrics: dict[str, Any]) -> str:
         return headline_of(metrics["scores"]["r2"], "R2" if len(self.names) == 1 else "mean R2")
@@ -106,24 +106,24 @@ class Regression(HeadTask):
         return {"values": {} if outputs is None else self._values(outputs)}
 
     def _values(self, outputs: NDArray[np.float32]) -> dict[str, dict[str, Any]]:
-        found = {}
+        facts = {}
         for name, value, half in zip(self.names, outputs.tolist(), self.half_widths, strict=True):
             bounds = None if half is None else [_short(value - half), _short(value + half)]
-            found[name] = {"value": _short(value), "interval": bounds}
-        return found
+            facts[name] = {"value": _short(value), "interval": bounds}
+        return facts
 
     def spread(self, expected: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.asarray(np.maximum(np.abs(expected).max(axis=0), np.finfo(np.float32).tiny))
 
 
 def _short(value: float) -> float:
-    """As many digits as a float32 has."""
+    """A number rounded to the digits that a float32 has."""
     return float(f"{value:.8g}")
 
 
 def weighted_scores(truth: NDArray[np.float64], values: Outputs, weights: Weights) -> dict[str, Values]:
     """R2, MAE and RMSE ``(t, b)`` of numbers ``(n, t)`` for each column of weights ``(n, b)``, as scikit-learn's with
-    ``sample_weight``; R2 is NaN where all true numbers are one.
+    ``sample_weight``; R2 is NaN if all true numbers are the same.
     """
     wide, total = weights.astype(np.float64), weights.sum(axis=0, dtype=np.float64)
     wrong, centred = values - truth, truth - truth.mean(axis=0)
@@ -141,16 +141,16 @@ def measure(
     split: str = "",
     half_widths: Sequence[float | None] = (),
 ) -> Measured:
-    """Compare numbers ``(n, t)`` with the true ones; see docs/metrics.md.
+    """Compare predicted numbers ``(n, t)`` with the true ones; see docs/metrics.md.
 
     Args:
         truth, values: ``(n, t)``.
         names: of the targets.
-        split: name for the report.
+        split: name of the split, for the report.
         half_widths: of the prediction intervals, see `Intervals`.
 
     Raises:
-        BadDataError: there are no images, or an output is no number.
+        BadDataError: there are no images, or an output is not finite.
     """
     n, t = truth.shape
     if not n:
@@ -163,11 +163,11 @@ def measure(
     drawn = {name: np.concatenate([block[name] for block in blocks], axis=1) for name in once}
     per_output = []
     for j, name in enumerate(names):
-        own = {score: bootstrapped(float(found[j, 0]), drawn[score][j]) for score, found in once.items()}
+        own = {score: bootstrapped(float(estimates[j, 0]), drawn[score][j]) for score, estimates in once.items()}
         half = half_widths[j] if half_widths else None
         if half is not None:
-            held = int((np.abs(values[:, j] - truth[:, j]) <= half).sum())
-            own["coverage"] = proportion(held, n)
+            inside = int((np.abs(values[:, j] - truth[:, j]) <= half).sum())
+            own["coverage"] = proportion(inside, n)
             own["half_width"] = {"value": half, "interval": None, "method": None}
         per_output.append({"name": name, "n": n, "scores": own})
     scores = {"r2": bootstrapped(float(once["r2"][:, 0].mean()), drawn["r2"].mean(axis=0))}

@@ -1,7 +1,7 @@
-"""Scores of probabilistic predictions for many weightings of the same images at once: what a bootstrap needs.
+"""Scores of predicted probabilities for many weightings of the same images at once, as a bootstrap needs.
 
-Each is scikit-learn's of the same name with ``sample_weight``, and the tests compare them. Scikit-learn takes one weighting at
-a time: minutes for a thousand resamples of 10,000 images of 100 classes, where these take about two seconds.
+Each equals scikit-learn's score of the same name with ``sample_weight``; the tests compare them. Scikit-learn takes one
+weighting at a time: minutes for a thousand resamples of 10,000 images of 100 classes; these take about two seconds.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ BINS = 15  # of confidence, for the calibration error: the number of Guo et al. 
 
 
 def require_finite(outputs: Probabilities, what: str = "the head") -> None:
-    """Refuse outputs ``(n, k)`` that are no numbers: the largest of a row with a NaN is the NaN, so it would count as a class.
+    """Refuse outputs ``(n, k)`` that are not finite: ``argmax`` of a row with a NaN is the NaN, which would count as a class.
 
     Args:
         outputs: of n images.
-        what: gave them, for the message.
+        what: their source, for the message.
 
     Raises:
-        BadDataError: how many rows hold NaN or infinity.
+        BadDataError: says how many rows hold NaN or infinity.
     """
     bad = np.asarray(~np.isfinite(outputs).all(axis=1))
     if bad.any():
         message = (
             f"{what} gives NaN or infinity for {int(bad.sum())} of {len(bad)} images, the first of which is number "
-            f"{int(bad.argmax()) + 1}; no score of these would mean anything"
+            f"{int(bad.argmax()) + 1}; such outputs cannot be scored"
         )
         raise BadDataError(message)
 
@@ -42,16 +42,16 @@ def require_finite(outputs: Probabilities, what: str = "the head") -> None:
 def weighted_scores(
     truth: NDArray[np.intp], probabilities: Probabilities, weights: Weights, before: Probabilities | None = None
 ) -> dict[str, Values]:
-    """Every score that is no plain proportion, for each column of weights.
+    """Every score that is not a plain proportion, for each column of weights.
 
     Args:
         truth: class index of each image ``(n,)``.
         probabilities: ``(n, k)``.
-        weights: how often each image counts, whole numbers, ``(n, b)``; no true class may be left without.
+        weights: how often each image counts, whole numbers, ``(n, b)``; every true class must keep some weight.
         before: probabilities ``(n, k)`` before temperature scaling, for ``log_loss_before`` and ``ece_before``.
 
     Returns:
-        ``(b,)`` by name. ROC-AUC and PR-AUC are missing where all images are of one class.
+        Scores ``(b,)`` by name. ROC-AUC and PR-AUC are missing if all images are of one class.
     """
     scores = _decisions(truth, probabilities.argmax(axis=1), probabilities.shape[1], weights)
     scores |= _areas(truth, probabilities, weights)
@@ -67,14 +67,14 @@ def weighted_scores(
 
 
 def ranks(truth: NDArray[np.intp], probabilities: Probabilities) -> NDArray[np.intp]:
-    """How many classes are put before the true one ``(n,)``; of equals the first one wins, as in ``argmax``."""
+    """How many classes rank before the true one ``(n,)``; in a tie the first one wins, as in ``argmax``."""
     own = probabilities[np.arange(len(truth)), truth][:, None]
     earlier = np.arange(probabilities.shape[1]) < truth[:, None]
     return np.asarray((probabilities > own).sum(axis=1) + ((probabilities == own) & earlier).sum(axis=1))
 
 
 def _sums(groups: NDArray[np.intp], count: int, rows: NDArray[np.intp], weights: Weights) -> Weights:
-    """Sum of the weights of the rows of each group: ``(count, b)``, exact as long as it is below 2**24."""
+    """Sum of the weights of the rows of each group ``(count, b)``, exact below 2**24."""
     from scipy.sparse import csr_array
 
     pick = csr_array((np.ones(len(rows), np.float32), (groups, rows)), shape=(count, len(weights)))
@@ -82,7 +82,7 @@ def _sums(groups: NDArray[np.intp], count: int, rows: NDArray[np.intp], weights:
 
 
 def ratio(part: NDArray[Any], whole: NDArray[Any]) -> Values:
-    """Quotients in float64; 0 where there is nothing to divide by."""
+    """Quotients in float64; 0 where the divisor is 0."""
     return np.asarray(np.divide(part, whole, out=np.zeros(whole.shape), where=whole > 0, dtype=np.float64))
 
 
@@ -110,22 +110,22 @@ def _decisions(truth: NDArray[np.intp], guess: NDArray[np.intp], k: int, weights
 
 
 def _areas(truth: NDArray[np.intp], probabilities: Probabilities, weights: Weights) -> dict[str, Values]:
-    """ROC-AUC and PR-AUC: of the second of two classes, else the mean over the true classes of each against the rest."""
+    """ROC-AUC and PR-AUC: of the second of two classes, otherwise the mean over the true classes, each against the rest."""
     classes = np.unique(truth)
     if len(classes) < 2:
         return {}
     if probabilities.shape[1] == 2:
         classes = classes[1:]
-    found = [_area(truth == c, probabilities[:, c], weights) for c in classes]
-    roc, pr = (np.mean(values, axis=0) for values in zip(*found, strict=True))
+    areas = [_area(truth == c, probabilities[:, c], weights) for c in classes]
+    roc, pr = (np.mean(values, axis=0) for values in zip(*areas, strict=True))
     return {"roc_auc": roc, "pr_auc": pr}
 
 
 def _area(positive: NDArray[np.bool_], scores: Probabilities, weights: Weights) -> tuple[Values, Values]:
     """Area under the ROC curve (Mann and Whitney's statistic), and average precision, of one class against the rest.
 
-    Both curves only have corners at the scores of positives: it is enough to know how much of the rest lies between these, and
-    how much on them.
+    Both curves have corners only at the scores of positives, so it is enough to know how much of the rest lies between these
+    scores, and how much on them.
     """
     corners = np.unique(scores[positive])
     m, rows = len(corners), np.arange(len(scores))
@@ -142,7 +142,7 @@ def _area(positive: NDArray[np.bool_], scores: Probabilities, weights: Weights) 
 
 
 def average_precision(positive: NDArray[np.bool_], scores: Probabilities, weights: Weights) -> Values:
-    """Of one label, for each column of weights ``(b,)``; NaN where no row with the label has a weight."""
+    """Average precision of one label, for each column of weights ``(b,)``; NaN if no row with the label has a weight."""
     if not positive.any():
         return np.full(weights.shape[1], np.nan)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -155,7 +155,7 @@ def _surprise(truth: NDArray[np.intp], probabilities: Probabilities) -> Values:
 
 
 def _squared_error(truth: NDArray[np.intp], probabilities: Probabilities) -> Values:
-    """Brier's score of each image: 0 to 2, and 0 to 1 with two classes, where both columns say the same."""
+    """Brier's score of each image: 0 to 2, or 0 to 1 with two classes, whose two columns hold the same information."""
     own = probabilities[np.arange(len(truth)), truth].astype(np.float64)
     total = np.square(probabilities, dtype=np.float64).sum(axis=1) - own**2 + (1 - own) ** 2
     return np.asarray(total / 2 if probabilities.shape[1] == 2 else total)
@@ -170,8 +170,9 @@ def _calibration_error(truth: NDArray[np.intp], probabilities: Probabilities, we
 
 
 def chance_calibration_errors(probabilities: Probabilities, count: int, seed: int = 0) -> Values:
-    """What calibration errors ``(count,)`` would be found if each confidence were exactly the chance to be right: "consistency
-    resampling" of Bröcker & Smith 2007. On few images it is far from zero.
+    """Simulated calibration errors ``(count,)`` of a perfectly calibrated head with the same confidences.
+
+    This is the "consistency resampling" of Bröcker & Smith 2007. On few images they are far from zero.
     """
     confidence, bins = confidence_bins(probabilities)
     rng, n = np.random.default_rng(seed), len(confidence)
@@ -180,6 +181,6 @@ def chance_calibration_errors(probabilities: Probabilities, count: int, seed: in
 
 
 def confidence_bins(probabilities: Probabilities) -> tuple[Values, NDArray[np.intp]]:
-    """Probability of the winning class ``(n,)``, and the bin it falls in."""
+    """Probability of the winning class ``(n,)``, and its bin."""
     confidence = probabilities.max(axis=1).astype(np.float64)
     return confidence, np.clip(np.ceil(confidence * BINS).astype(np.intp) - 1, 0, BINS - 1)

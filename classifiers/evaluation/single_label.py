@@ -1,4 +1,4 @@
-"""Metrics with intervals, per class and confused with what; a number without an interval decides nothing."""
+"""Single-label classification: scores with confidence intervals, per-class scores and the confusion matrix."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from .probabilities import untempered
 from .scores import chance_calibration_errors, ranks, require_finite, weighted_scores
 from .task import FEW, Evaluation, HeadTask, Outputs, Prediction
 
-WIDE = 0.10  # an accuracy interval wider than ten points does not tell good from mediocre
-TOPS = (3, 5)  # top-k is given for these k, where there are more classes
+WIDE = 0.10  # an accuracy interval wider than ten points does not separate good from mediocre
+TOPS = (3, 5)  # top-k accuracy is computed for these k, if there are more classes
 
 
 def require_known(labels: Sequence[str], classes: Sequence[str], split: str = "") -> None:
     """Refuse labels that a head was not trained on.
 
     Raises:
-        BadDataError: there are some; names and counts them.
+        BadDataError: there are such labels; names and counts them.
     """
     trained = set(classes)
     unknown = Counter(label for label in labels if label not in trained)
@@ -51,18 +51,18 @@ def score(
     temperature: float | None = None,
     conformal: Conformal | None = None,
 ) -> Evaluation:
-    """Compare predictions with the truth.
+    """Compare predicted probabilities with the true labels.
 
     Args:
         labels: true label of each image ``(n,)``.
         probabilities: ``(n, k)``.
         classes: label of each column.
-        split: name for the report.
-        temperature: that the logits behind the probabilities were divided by.
-        conformal: what says which labels are in a prediction set.
+        split: name of the split, for the report.
+        temperature: what the logits behind the probabilities were divided by.
+        conformal: decides which labels are in a prediction set.
 
     Raises:
-        BadDataError: there are no images, one has a class that the head does not know, or a probability is no number.
+        BadDataError: there are no images, one has a class that the head does not know, or a probability is not finite.
     """
     if not len(labels):
         message = "no images to evaluate on"
@@ -112,12 +112,12 @@ def score(
 
 
 def _proportions(truth: NDArray[np.intp], probabilities: NDArray[np.floating[Any]]) -> dict[str, dict[str, Any]]:
-    """Accuracy under all its names, and top-k."""
+    """Accuracy under all its names, and top-k accuracy."""
     n, k, places = len(truth), probabilities.shape[1], ranks(truth, probabilities)
 
     def within(top: int) -> dict[str, Any]:
-        found = int((places < top).sum())
-        return {"value": found / n, "interval": wilson(found, n), "method": "wilson"}
+        hits = int((places < top).sum())
+        return {"value": hits / n, "interval": wilson(hits, n), "method": "wilson"}
 
     names = ("accuracy", "precision_micro", "recall_micro", "f1_micro", "recall_weighted")  # with one label an image
     return {name: within(1) for name in names} | {f"top_{top}": within(top) for top in TOPS if k > top}
@@ -132,14 +132,14 @@ def _bootstrapped(
     scores: dict[str, dict[str, Any]] = {}
     for name, (value,) in once.items():
         values = np.concatenate([block[name] for block in blocks])
-        found: Interval | None
+        interval: Interval | None
         if name.startswith("ece"):
             chance = chance_calibration_errors(probabilities if name == "ece" or before is None else before, resamples)
             scores[f"{name}_by_chance"] = {"value": float(chance.mean()), "interval": None, "method": None}
-            found = distance_interval(float(value), values, chance)
+            interval = distance_interval(float(value), values, chance)
         else:
-            found = bootstrap_interval(float(value), values)
-        scores[name] = {"value": float(value), "interval": found, "method": "bootstrap"}
+            interval = bootstrap_interval(float(value), values)
+        scores[name] = {"value": float(value), "interval": interval, "method": "bootstrap"}
     return scores
 
 
@@ -158,7 +158,7 @@ def _notes(correct: int, n: int, support: list[tuple[str, int]]) -> list[str]:
 
 
 class SingleLabel(HeadTask):
-    """One label an image; two classes are a case of this, with two probabilities."""
+    """The task of predicting one label an image; two classes are a case of this, with two probabilities."""
 
     name, singular, plural = ONE_LABEL.name, "class", "classes"
     ranked_by, in_percent, exclusive = "accuracy", True, True

@@ -1,7 +1,7 @@
-"""What a head is for, whatever that is: what differs between one label an image, several labels, and numbers.
+"""The interface of a task (one label an image, several labels, or numbers), and the results of prediction and evaluation.
 
-A task knows what the columns of a head's output are called, and says how they are judged, decided on, and shown. `registry` has
-them by name; training, bundles, prediction and fusing are the same for all.
+A task names the columns of a head's output and defines how they are scored, decided on, and shown. `registry` finds a task by
+name; training, bundles, prediction and fusing are the same for all tasks.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from .intervals import bootstrap_interval, wilson
 
 Outputs = NDArray[np.floating[Any]]
 SCORE_COLUMNS = ("metric", "value", "95 % interval")
-FEW = 10  # with fewer images a score says nothing
+FEW = 10  # with fewer images a score says little
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a bundle says of one file.
+    """A bundle's prediction for one file.
 
     Attributes:
-        path: as it was given.
-        label, probability: of the most probable class; None where the file cannot be used. Several labels have ``|`` between
-            them and no probability in common; of a regression both are None.
-        probabilities: ``(k,)`` in the order of the bundle's classes; of a regression, its numbers.
+        path: as passed to the predictor.
+        label, probability: of the most probable class; None if the file cannot be used. Several labels are joined with ``|``
+            and have no common probability; for a regression both are None.
+        probabilities: ``(k,)`` in the order of the bundle's classes; for a regression, the numbers.
         code, message: why the file cannot be used.
-        novelty: how unlike the training images it is; above 1 it is so. None where the bundle cannot tell.
+        novelty: how unlike the training images it is; above 1 it is unusual. None if the bundle cannot tell.
     """
 
     path: bytes
@@ -54,14 +54,14 @@ class Prediction:
 
 
 class _Shown:
-    """What was measured on one set of images, in a file and in a notebook."""
+    """Scores on one set of images, with their JSON and notebook forms."""
 
     split: str
     n: int
     scores: dict[str, dict[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
-        """As it reads back from a file: lists, no tuples."""
+        """As read back from a JSON file: lists, no tuples."""
         return dict(json.loads(json.dumps(vars(self))))
 
     def __repr__(self) -> str:
@@ -77,24 +77,24 @@ class Evaluation(_Shown):
     """Scores on one set of images.
 
     Attributes:
-        split: what it was measured on.
+        split: the split it was measured on.
         n: number of images.
-        correct: of these, classified right.
+        correct: how many of them were classified right.
         accuracy, accuracy_interval: with the 95 % Wilson interval.
         macro_f1: mean of the per-class F1.
         log_loss: mean negative log-likelihood, nats.
         per_class: label, n, precision, recall, recall_interval, f1.
-        confusion: ``confusion[i][j]`` images of class i were taken for class j.
+        confusion: ``confusion[i][j]`` images of class i were classified as class j.
         classes: labels in the order of the matrix.
-        notes: what keeps these scores from being conclusive.
-        failed: inputs that could not be used and are in no score.
-        scores: by name (docs/metrics.md has them all) ``value``, its 95 % ``interval`` (None where resampling shows no
-            spread) and the ``method`` of that.
-        resamples: of the bootstrap.
-        temperature: of the head; scores called ``..._before`` are without it. None where it has none.
-        sets: what the head's prediction sets are worth here, see `Conformal.measured`; None where it has none.
-        novelty: how many images are unlike the training images, see `novel_share`; None where the bundle cannot tell.
-        pixel_drift: as JSON, where pixels that differ from those of the training were accepted, see `PixelDrift`.
+        notes: why these scores may not be conclusive.
+        failed: number of inputs that could not be used and are in no score.
+        scores: by name (docs/metrics.md has them all) ``value``, its 95 % ``interval`` (None if resampling shows no
+            spread) and the ``method`` of the interval.
+        resamples: number of bootstrap resamples.
+        temperature: of the head; scores called ``..._before`` are without it. None if it has none.
+        sets: coverage and size of the head's prediction sets here, see `Conformal.measured`; None if it has none.
+        novelty: how many images are unlike the training images, see `novel_share`; None if the bundle cannot tell.
+        pixel_drift: as JSON, if pixels that differ from those of training were accepted, see `PixelDrift`.
     """
 
     split: str
@@ -119,17 +119,17 @@ class Evaluation(_Shown):
 
 @dataclass(frozen=True, repr=False)
 class Measured(_Shown):
-    """Scores of a head with several outputs that are judged one by one, on one set of images.
+    """Scores of a head with several outputs that are scored one by one, on one set of images.
 
     Attributes:
         task: ``multi-label`` or ``regression``.
-        split: what it was measured on.
+        split: the split it was measured on.
         n: number of images.
-        scores: over all outputs, by name (docs/metrics.md has them all): ``value``, its 95 % ``interval`` (None where there is
-            no spread) and the ``method`` of that; a value is None where it is not defined.
+        scores: over all outputs, by name (docs/metrics.md has them all): ``value``, its 95 % ``interval`` (None if there is
+            no spread) and the ``method`` of the interval; a value is None if it is not defined.
         per_output: for each label or target: ``name``, ``n`` (the images that count for it) and its own ``scores``.
-        resamples: of the bootstrap.
-        notes: what keeps these scores from being conclusive.
+        resamples: number of bootstrap resamples.
+        notes: why these scores may not be conclusive.
         failed, novelty, pixel_drift: as in `Evaluation`.
     """
 
@@ -147,12 +147,12 @@ class Measured(_Shown):
 
 @dataclass(frozen=True)
 class HeadTask(ABC):
-    """One task, with the names of the outputs of one head.
+    """One task, bound to the names of the outputs of one head.
 
     Attributes:
-        names: of the outputs: labels, or targets.
-        conformal: what the head keeps to say how sure it is, as JSON; see `Conformal` and `regression.Intervals`.
-        temperature: of the head, where it has one.
+        names: names of the outputs: labels, or targets.
+        conformal: calibration of prediction sets or intervals, as JSON; see `Conformal` and `regression.Intervals`.
+        temperature: of the head, if it has one.
     """
 
     names: Sequence[str]
@@ -162,85 +162,85 @@ class HeadTask(ABC):
     name = ""
     singular, plural = "", ""  # what the outputs are
     output = "probabilities"  # what they are called in ONNX
-    metric = "accuracy"  # of an evaluation's ``scores``, the one that says most
+    metric = "accuracy"  # the main one of an evaluation's ``scores``
     ranked_by, in_percent = "", False  # that metric in a ranking
     exclusive = False  # whether an image has one label, so that there are mistakes to show and a confusion matrix
     intervals = False  # whether outputs have intervals, which a fused file keeps
 
     @property
     def targets(self) -> Sequence[str]:
-        """Numeric columns that samples to judge on must have."""
+        """Numeric columns that the samples to evaluate on must have."""
         return ()
 
     @abstractmethod
     def require(self, table: SampleTable, parts: Sequence[tuple[Sequence[Row], str]]) -> None:
-        """Refuse samples that cannot be learnt from.
+        """Refuse samples that a head cannot learn from.
 
         Args:
-            table: of the samples.
-            parts: what is fitted, then what choices are made on, then what is held out, each with its name.
+            table: the sample table.
+            parts: rows to fit on, then to choose on, then held-out rows, each with the name of the split.
 
         Raises:
-            BadDataError: says which.
+            BadDataError: names the label or target that is the reason.
         """
 
     @abstractmethod
     def score(self, truth: NDArray[Any], outputs: Outputs, split: str) -> Evaluation | Measured:
-        """Compare a head's outputs ``(n, k)`` with what `SampleTable.truth` says of the same images.
+        """Compare a head's outputs ``(n, k)`` with the truth of the same images, from `SampleTable.truth`.
 
         Raises:
-            BadDataError: there are none, or an output is no number.
+            BadDataError: there are no images, or an output is not finite.
         """
 
     @abstractmethod
     def headline(self, metrics: dict[str, Any]) -> str:
-        """The score that says most, with its interval, of an evaluation as JSON."""
+        """The main score of an evaluation, as JSON, with its interval, as text."""
 
     @abstractmethod
     def decide(self, outputs: NDArray[np.float32]) -> tuple[str | None, float | None]:
-        """The label of one image by the outputs ``(k,)``, and its probability; None where there is no such thing."""
+        """The label of one image from its outputs ``(k,)``, and its probability; None if the task has no such thing."""
 
     @abstractmethod
     def text(self, prediction: Prediction) -> str:
-        """What is predicted, on one line."""
+        """A prediction as one line of text."""
 
     @abstractmethod
     def require_labels(self, labels: Sequence[str], split: str) -> None:
-        """Refuse labels of samples that no output is for, as far as labels alone show that.
+        """Refuse labels that the head has no output for, as far as the labels alone show that.
 
         Raises:
-            BadDataError: names them.
+            BadDataError: names the labels.
         """
 
     def indicators(self, truth: NDArray[Any]) -> NDArray[Any]:
-        """Truth as columns ``(n, k)`` to regress features on."""
+        """Truth as numeric columns ``(n, k)``, for a regression on features."""
         return truth
 
     def columns(self) -> list[str]:
-        """Of a CSV file of predictions, after path, label, probability, code, message and novelty."""
+        """The last columns of a CSV file of predictions, after path, label, probability, code, message and novelty."""
         return list(self.names)
 
     def cells(self, outputs: NDArray[np.float32]) -> list[float]:
-        """Of one image, in the order of `columns`."""
+        """The values of one image, in the order of `columns`."""
         return [round(float(value), 6) for value in outputs]
 
     def facts(self, outputs: NDArray[np.float32] | None) -> dict[str, Any]:
-        """What JSON lines say of one image beyond label and probability."""
+        """What a JSON line of predictions holds for one image beside label and probability."""
         return {"probabilities": {} if outputs is None else dict(zip(self.names, self.cells(outputs), strict=True))}
 
     def spread(self, expected: NDArray[np.float64]) -> NDArray[np.float64]:
-        """What differences to expected outputs ``(n, k)`` are to be divided by, to be like those of probabilities."""
+        """Divisors ``(k,)`` that bring differences from expected outputs ``(n, k)`` to the scale of probabilities."""
         return np.ones(expected.shape[1])
 
 
 def need_single_label(task: str, what: str) -> None:
-    """Refuse another task, where only one label an image makes sense.
+    """Refuse a task other than one label an image.
 
     Raises:
-        UsageError: names what asked.
+        UsageError: says what needs one label an image.
     """
     if not TASKS[task].stratifies:
-        message = f"{what} is for one label an image; this is --task {task}. See docs/heads.md for what there is for it"
+        message = f"{what} is for one label an image; this is --task {task}. See docs/heads.md for what supports it"
         raise UsageError(message)
 
 
@@ -259,7 +259,7 @@ def score_cells(scores: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]
 
 
 def bootstrapped(value: float, drawn: NDArray[np.float64]) -> dict[str, Any]:
-    """A score with its interval, by its values on resamples. NaN is what is not defined; such resamples say nothing."""
+    """A score with its interval, from its values on resamples; NaN is undefined, and resamples with NaN are left out."""
     known = drawn[~np.isnan(drawn)]
     if np.isnan(value) or not len(known):
         return {"value": None, "interval": None, "method": None}
@@ -267,7 +267,7 @@ def bootstrapped(value: float, drawn: NDArray[np.float64]) -> dict[str, Any]:
 
 
 def proportion(part: int, whole: int) -> dict[str, Any]:
-    """A share with its interval; undefined of nothing."""
+    """A proportion with its Wilson interval; undefined if ``whole`` is 0."""
     if not whole:
         return {"value": None, "interval": None, "method": None}
     return {"value": part / whole, "interval": wilson(part, whole), "method": "wilson"}

@@ -1,1 +1,1 @@
-"""Backbone and head trained together, on the same split and with the same scores as heads."""
+"""Fine-tuning: backbone and head trained end to end, on the same split and scores as heads on cached features."""

@@ -1,7 +1,7 @@
-"""The last finished epoch of a fine-tuning in one file, so that a killed one goes on where it was.
+"""Checkpoints of fine-tuning: the last finished epoch in one file, from which a killed run continues.
 
 The file holds everything: weights, optimiser, schedules, random numbers, the history and the best epoch's weights. It is
-replaced whole, and read with ``weights_only``, which executes nothing.
+replaced atomically, and read with ``weights_only``, which executes nothing.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ FAILURE = "failure.json"  # which error ended one of several processes, see `ran
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Where the state of an unfinished fine-tuning is kept.
+    """The place of the state of an unfinished fine-tuning.
 
     Attributes:
-        folder: a folder of its own.
-        out: what is being made, for messages.
+        folder: a folder for the checkpoint alone.
+        out: the result being made, for messages.
         images: digest of the training and validation images and their labels.
         overwrite: whether the state of another run may be thrown away.
     """
@@ -46,13 +46,13 @@ class Checkpoints:
 
     @classmethod
     def beside(cls, out: Path, images: str, *, overwrite: bool) -> Self:
-        """Of a bundle to be: a hidden folder beside it."""
+        """Checkpoints in a hidden folder beside the bundle being made."""
         return cls(out.with_name(f".{out.name}.unfinished"), str(out), images, overwrite)
 
     @classmethod
     @contextmanager
     def passing(cls) -> Iterator[Self]:
-        """For the time of one run alone."""
+        """Checkpoints in a temporary folder, for one run."""
         with tempfile.TemporaryDirectory(prefix="penult-") as folder:
             yield cls(Path(folder))
 
@@ -62,7 +62,7 @@ class Checkpoints:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Make the folder and keep others out of it; it stays where an epoch was finished.
+        """Make the folder and lock it; it stays if an epoch was finished.
 
         Raises:
             LockedError: another run works here.
@@ -76,7 +76,7 @@ class Checkpoints:
                     self.remove()
 
     def remove(self) -> None:
-        """Delete what was kept, and the folder if nothing else lies in it."""
+        """Delete the checkpoint, and the folder if nothing else is in it."""
         with suppress(OSError):
             atomic.remove_leftovers(self.folder, LAST.__eq__)
             for name in (LAST, FAILURE, ".lock"):
@@ -84,7 +84,7 @@ class Checkpoints:
             self.folder.rmdir()
 
     def read(self) -> dict[str, Any] | None:
-        """The state of the last finished epoch; None where there is none that can be read."""
+        """The state of the last finished epoch; None if there is none that can be read."""
         import torch
 
         if not self.file.exists():
@@ -97,39 +97,39 @@ class Checkpoints:
             return None
         return state
 
-    def resume(self, decided: dict[str, Any]) -> dict[str, Any] | None:
-        """The state to go on from; None to start.
+    def resume(self, facts: dict[str, Any]) -> dict[str, Any] | None:
+        """The state to continue from; None to start.
 
         Args:
-            decided: everything that decides the result, as JSON.
+            facts: everything that decides the result, as JSON.
 
         Raises:
-            OutputExistsError: what lies here is of a run that was decided otherwise, and may not be thrown away.
+            OutputExistsError: the checkpoint is of a run with other facts, and may not be thrown away.
         """
         state = self.read()
         if state is None:
             return None
-        differences = Fingerprint(json.loads(state["run"]["decided"])).differences(Fingerprint(_plain(decided)))
+        differences = Fingerprint(json.loads(state["run"]["decided"])).differences(Fingerprint(_plain(facts)))
         epoch = state["training"]["history"][-1]["epoch"]
         if not differences:
-            log.info("going on after epoch %d of an unfinished run (%s)", epoch, self.folder)
+            log.info("continuing after epoch %d of an unfinished run (%s)", epoch, self.folder)
             return state
         listing = "; ".join(f"{name}: {short(then)}, now {short(now)}" for name, (then, now) in differences.items())
         if not self.overwrite:
             message = (
                 f"{self.out} has an unfinished run of {epoch} epoch(s) with other settings ({listing}). "
-                f"The command of then continues it; --overwrite throws it away"
+                f"The command that began it continues it; --overwrite throws it away"
             )
             raise OutputExistsError(message)
         log.warning("an unfinished run of %d epoch(s) is thrown away (%s)", epoch, listing)
         self.file.unlink()
         return None
 
-    def keeper(self, decided: dict[str, Any], *, earlier: float) -> Any:
-        """The Lightning callback that writes the file after every epoch, and takes the random numbers up again.
+    def keeper(self, facts: dict[str, Any], *, earlier: float) -> Any:
+        """The Lightning callback that writes the file after every epoch, and restores the random state on resuming.
 
         Args:
-            decided: as for `resume`.
+            facts: as for `resume`.
             earlier: seconds that earlier runs took.
         """
         import torch
@@ -137,7 +137,7 @@ class Checkpoints:
 
         begin, file = time.perf_counter(), self.file
 
-        class Keeper(Checkpoint):  # of this base, so that it comes after early stopping
+        class Keeper(Checkpoint):  # with this base class it runs after early stopping
             generators: dict[str, Any] | None = None
 
             def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -146,7 +146,7 @@ class Checkpoints:
             def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
                 on_gpu = pl_module.device.type == "cuda"
                 checkpoint["run"] = {
-                    "decided": json.dumps(_plain(decided)),
+                    "decided": json.dumps(_plain(facts)),
                     "finished": trainer.should_stop or trainer.current_epoch + 1 >= trainer.max_epochs,
                     "seconds": earlier + time.perf_counter() - begin,
                     "cpu": torch.get_rng_state(),
@@ -157,7 +157,7 @@ class Checkpoints:
                 self.generators = checkpoint["run"]
 
             def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-                if self.generators is not None:  # not before: whatever was drawn until now was drawn once already
+                if self.generators is not None:  # not earlier: starting up draws random numbers again
                     torch.set_rng_state(self.generators["cpu"])
                     if self.generators["cuda"] is not None:
                         torch.cuda.set_rng_state(self.generators["cuda"], pl_module.device)
@@ -166,7 +166,7 @@ class Checkpoints:
 
 
 def checkpoint_io() -> Any:
-    """How Lightning writes and reads checkpoints here: whole or not at all, and executing nothing."""
+    """The Lightning plugin that writes checkpoints atomically, and reads them without executing anything."""
     import torch
     from lightning.pytorch.plugins.io import CheckpointIO
 
@@ -187,6 +187,6 @@ def checkpoint_io() -> Any:
 
 
 def _plain(facts: dict[str, Any]) -> dict[str, Any]:
-    """What JSON makes of them."""
+    """The facts after a round trip through JSON."""
     plain: dict[str, Any] = json.loads(json.dumps(facts, default=str))
     return plain

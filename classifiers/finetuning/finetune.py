@@ -1,6 +1,6 @@
-"""The end-to-end mode: backbone and head are trained together in torch, to compare with frozen features.
+"""Fine-tuning: backbone and head are trained end to end in torch, for comparison with frozen features.
 
-The last layer is not replaced. The head reads the same tensor that `extractor.backbones.export` cuts at, the input of the last
+The last layer is not replaced. The head reads the tensor at which `extractor.backbones.export` cuts, the input of the last
 classification layer, so a fine-tuned network is exported, cached and fused like any other backbone.
 """
 
@@ -67,15 +67,15 @@ class FineTuned:
     """A fine-tuned network and its head, as of the epoch with the lowest validation loss.
 
     Attributes:
-        loaded: on the CPU, in eval mode, shaped as torchvision's (its own classifier is still there, and untrained).
+        loaded: on the CPU, in eval mode, with torchvision's architecture (its own classifier is still there, not trained).
         weight, bias: the head on penultimate features, ``(k, d)`` and ``(k,)`` float32; logits = features @ weight.T + bias.
-        history: per epoch, after epoch 0, which is validation before any training: epoch, train_loss (of augmented images,
+        history: a row for each epoch; epoch 0 is validation before any training: epoch, train_loss (of augmented images,
             with label smoothing), val_loss, val_accuracy, lr (of the transferred layers, at its beginning), head_lr, seconds.
-        best_epoch: the one with the lowest validation loss of those that trained.
-        seconds: wall time, loading and decoding included, of interrupted runs up to their last finished epoch.
+        best_epoch: the one with the lowest validation loss, epoch 0 excluded.
+        seconds: wall time with loading and decoding; of interrupted runs, up to their last finished epoch.
         images: images passed through the network, training and validation.
-        trained_parameters: how many numbers were trained, the head's included.
-        head_lr_factor: as it was used.
+        trained_parameters: number of trained parameters, those of the head included.
+        head_lr_factor: the factor that was used.
     """
 
     loaded: Loaded
@@ -104,16 +104,16 @@ def train_network(
 
     Args:
         train, validation: paths and labels, 0 to n_classes - 1.
-        start: the head to begin with; zeros where there is none.
-        checkpoints: where finished epochs are kept; a run that finds some of its own there goes on after them.
-        log_dir: a folder for the history as it grows, see `history`.
+        start: the head to start from; None for zeros.
+        checkpoints: where finished epochs are kept; a run that finds its own there continues after them.
+        log_dir: a folder for the history, written after every epoch, see `history`.
 
     Raises:
         UsageError: options that do not fit the network; an unknown ``freeze_until`` is answered with the nearest names.
         BadDataError: labels that do not fit, an image that cannot be decoded, a loss that is not finite.
         FingerprintMismatchError: ``start`` takes other features.
         InputMissingError: an image or the weights cannot be read.
-        DeviceUnavailableError: torch does not have the device.
+        DeviceUnavailableError: torch cannot use the device.
         OutputExistsError: the checkpoints are of a run with other settings.
         LockedError: another run writes these checkpoints.
         InterruptedRunError: SIGINT or SIGTERM; with checkpoints the finished epochs are kept.
@@ -137,11 +137,11 @@ def train_network(
             with isolated(devices, options.seed):
                 tuned = _fit(plan, stop)
         except BaseException as error:
-            # Lightning makes exceptions of its own of a signal, one of them a SystemExit.
+            # Lightning turns a signal into exceptions of its own, one of them a SystemExit.
             if stop:
                 raise InterruptedRunError(stop.signum, _then(checkpoints)) from None
             if isinstance(error, DivergedError):
-                kept.remove()  # going on would end there again
+                kept.remove()  # a resumed run would diverge again
             if "out of memory" in str(error) and devices[0] != "cpu":
                 message = (
                     f"--device {options.device}: out of memory with {options.batch_size} images at a time; use a smaller "
@@ -186,7 +186,7 @@ def devices_of(options: FineTuneOptions) -> list[str]:
     """The devices to train on.
 
     Raises:
-        DeviceUnavailableError: torch does not have one of them.
+        DeviceUnavailableError: torch cannot use one of them.
         UsageError: the precision needs a GPU, and there is none.
     """
     devices = [_device(device) for device in parse_devices(options.device)]
@@ -197,10 +197,10 @@ def devices_of(options: FineTuneOptions) -> list[str]:
 
 
 def _device(device: str) -> str:
-    """``auto`` to ``cuda`` where torch computes on a card, else to ``cpu``, and the log says why; others as they are.
+    """Resolve ``auto``: ``cuda`` if torch can use a GPU, else ``cpu``, and the log says why; other names stay.
 
     Raises:
-        DeviceUnavailableError: torch does not have it; says why.
+        DeviceUnavailableError: torch cannot use it; says why.
     """
     if device not in ("auto", "cpu") and not nvidia_driver_present():
         message = f"--device {device}: this machine has no NVIDIA driver. Install it, or pass --device cpu"
@@ -209,7 +209,7 @@ def _device(device: str) -> str:
 
     cuda: Any = torch.cuda
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a driver that is too old: that is said below
+        warnings.simplefilter("ignore")  # about a driver that is too old: the log has it below
         count = cuda.device_count() if cuda.is_available() else 0
     if device == "cpu" or number_of(device) < count:
         return "cuda" if device == "auto" else device
@@ -227,10 +227,10 @@ def _device(device: str) -> str:
 
 
 def _fit(plan: Plan, stop: StopFlag) -> FineTuned:
-    """`finetune`, with ``seconds`` of earlier runs alone."""
+    """Train by a plan; ``seconds`` is that of earlier runs only."""
     options, checkpoints = plan.options, plan.checkpoints
     loaded = networks.load(plan.backbone)
-    decided = {
+    facts = {
         **{name: value for name, value in options.model_dump().items() if name not in ("workers", "quiet")},
         "device": [device.partition(":")[0] for device in plan.devices],
         "network": plan.backbone.name,
@@ -240,16 +240,16 @@ def _fit(plan: Plan, stop: StopFlag) -> FineTuned:
         "images": checkpoints.images or [len(plan.train), len(plan.validation)],
         "versions": {name: version(name) for name in ("torch", "lightning")},
     }
-    state = checkpoints.resume(decided)
+    state = checkpoints.resume(facts)
     earlier = float(state["run"]["seconds"]) if state else 0.0
     model = end_to_end(loaded, plan.counts, options, plan.start)
     if not (state and state["run"]["finished"]):
         if len(plan.devices) > 1:
-            run_on_all(plan, decided, stop)
+            run_on_all(plan, facts, stop)
         else:
-            run_epochs(plan, loaded, model, decided, stop)
+            run_epochs(plan, loaded, model, facts, stop)
         state = checkpoints.read()
-    assert state is not None  # there is one after every epoch
+    assert state is not None  # every epoch writes one
     training = state["training"]
     model.hook.remove()
     model.cpu().load_state_dict(training["best_state"])
@@ -278,14 +278,14 @@ def finetune(
 ) -> Bundle:
     """Train backbone and head end to end on the same split, and save them as a bundle like any other.
 
-    Finished epochs are kept beside the bundle until it is there; the same call goes on after them.
+    Finished epochs are kept beside the bundle until it is complete; the same call continues after them.
 
     Args:
-        data: a cache, opened or not, whose sample table, root and failures are taken over (so that comparisons are paired), or
-            a dataset as `open_source` takes or returns it.
+        data: a cache, opened or not, whose sample table, root and failures are used (so that comparisons are paired), or a
+            dataset as `open_source` takes or returns it.
         bundle: the folder of the bundle.
-        settings: the network, how to train, and the split where ``data`` is a dataset without one; see `init_head` and
-            `history` for what ``init_head`` and ``log_dir`` are about.
+        settings: the network, how to train, and the split if ``data`` is a dataset without one; for ``init_head`` and
+            ``log_dir`` see the modules `init_head` and `history`.
         overwrite: replace an existing bundle, or an unfinished one with other settings.
 
     Raises:
@@ -310,8 +310,8 @@ def finetune(
     images = _prepare_images(data, settings)
     init_head = Bundle.load(settings.init_head) if settings.init_head else None
     start = start_from(init_head, images.classes, [row.sha256 for row in images.roles.report]) if init_head else None
-    seen = [[(row.sha256.hex(), row.label) for row in rows] for rows in (images.roles.fit, images.roles.choose)]
-    checkpoints = Checkpoints.beside(out, hashlib.sha256(json.dumps(seen).encode()).hexdigest(), overwrite=overwrite)
+    pairs = [[(row.sha256.hex(), row.label) for row in rows] for rows in (images.roles.fit, images.roles.choose)]
+    checkpoints = Checkpoints.beside(out, hashlib.sha256(json.dumps(pairs).encode()).hexdigest(), overwrite=overwrite)
     meter = Meter(*options.device.split(","))
     tuned = train_network(
         _labelled(images.roles.fit, images),
@@ -326,9 +326,9 @@ def finetune(
     spent = meter.read()
     with tempfile.TemporaryDirectory(prefix="penult-") as temporary:
         judged = _judge_finetuned(tuned, images, settings, Path(temporary) / "backbone.onnx")
-        said = {"init_head": start and start.name}
         cost = {**judged.bundle.cost, **spent.facts()}
-        facts = replace(judged.bundle, cost=cost, hyperparameters={**judged.bundle.hyperparameters, **said})
+        hyperparameters = {**judged.bundle.hyperparameters, "init_head": start and start.name}
+        facts = replace(judged.bundle, cost=cost, hyperparameters=hyperparameters)
         saved = save(replace(judged, bundle=facts), out, overwrite=overwrite)
     checkpoints.remove()
     return saved
@@ -336,7 +336,7 @@ def finetune(
 
 @dataclass(frozen=True)
 class _Images:
-    """Images in their roles, where they are read from, and their classes."""
+    """Images by role, the files they are read from, and their classes."""
 
     table: SampleTable
     roles: Roles
@@ -364,12 +364,12 @@ def _prepare_images(data: FeatureCache | Source, settings: FineTuneSettings) -> 
 
 
 def _judge_finetuned(tuned: FineTuned, images: _Images, settings: FineTuneSettings, network: Path) -> Judged:
-    """The network as ONNX, its predictions for what is held out, and its facts."""
+    """Export the network to ONNX, evaluate it on the held-out images, and collect what goes into the bundle."""
     zeros, ones = np.zeros(tuned.weight.shape[1], np.float32), np.ones(tuned.weight.shape[1], np.float32)
     head = DenseHead(zeros, ones, [(tuned.weight, tuned.bias)], images.classes)
     backbone, roles, classes = settings.network(), images.roles, images.classes
     facts = to_onnx(tuned.loaded, backbone.name, network)
-    storage = "float32"  # its features are never cached, hence never rounded
+    storage = "float32"  # its features are never cached, so never rounded
     device = settings.device.partition(",")[0]
     task = task_of(images.table.task.name, classes)
     predictor = Predictor(Recipe(network, facts.preprocess, head.probabilities, task, storage), device=device)

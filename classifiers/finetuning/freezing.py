@@ -1,4 +1,4 @@
-"""Which parameters of a network a fine-tuning trains."""
+"""The parameters of a network that fine-tuning trains, and the layers that it freezes."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ if TYPE_CHECKING:
 
 
 def modules_before(network: Any, example: Any, freeze_until: str, last: str) -> list[Any]:
-    """The modules of a network that begin to run before a layer; what each holds directly is what is frozen.
+    """The modules of a network that start before a layer; the parameters that each holds directly are frozen.
 
-    So a module around that layer counts, for its own parameters (the class token of a ViT), and its children count by
-    themselves. A module that is never called (the projection of an attention) goes with the one around it.
+    So a module around that layer counts for its own parameters (the class token of a ViT), and its children count
+    separately. A module that is never called (the projection of an attention) is treated as the one around it.
 
     Args:
         freeze_until: name of the layer.
-        last: name of the last classification layer, for which ``head`` and ``penultimate`` stand.
+        last: name of the last classification layer; ``head`` and ``penultimate`` mean this layer.
 
     Raises:
-        UsageError: no such layer, or it does not run.
+        UsageError: there is no such layer, or it does not run.
     """
     import torch
 
     modules = dict(network.named_modules())
-    began: list[str] = []
-    hooks = [m.register_forward_pre_hook(lambda *_, name=n: began.append(name)) for n, m in modules.items()]
+    call_order: list[str] = []
+    hooks = [m.register_forward_pre_hook(lambda *_, name=n: call_order.append(name)) for n, m in modules.items()]
     with torch.inference_mode():
         network(example)
     for hook in hooks:
         hook.remove()
     until = last if freeze_until in ("head", PENULTIMATE) else freeze_until
-    if not until or until not in began:
-        stages = ", ".join(name for name, _ in network.named_children() if name in began)
-        what = "does not run in this network" if until in modules else "is no layer of this network"
-        hint = did_you_mean(until, [*filter(None, began), "head"], f"it has {stages}, and head")
-        message = f"--freeze-until {freeze_until!r} {what}{hint}"
+    if not until or until not in call_order:
+        stages = ", ".join(name for name, _ in network.named_children() if name in call_order)
+        problem = "does not run in this network" if until in modules else "is no layer of this network"
+        hint = did_you_mean(until, [*filter(None, call_order), "head"], f"it has {stages}, and head")
+        message = f"--freeze-until {freeze_until!r} {problem}{hint}"
         raise UsageError(message)
-    called, before = set(began), set(began[: began.index(until)])
+    called, before = set(call_order), set(call_order[: call_order.index(until)])
 
     def caller(name: str) -> str:
         while name not in called:
@@ -51,7 +51,7 @@ def modules_before(network: Any, example: Any, freeze_until: str, last: str) -> 
 
 
 def parameter_groups(features: Any, network: Any, head: Any, options: FineTuneOptions) -> list[dict[str, Any]]:
-    """What the optimiser trains: the transferred parameters that ``features`` depend on, and the head, faster.
+    """Parameter groups for the optimiser: the transferred ones that ``features`` depend on, and the head with a higher rate.
 
     All others get ``requires_grad`` False, the network's own classification layer among them.
     """

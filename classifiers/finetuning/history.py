@@ -1,4 +1,4 @@
-"""The history of a fine-tuning while it grows: ``metrics.csv``, and TensorBoard's events where tensorboard is installed."""
+"""The history of fine-tuning, written after every epoch: ``metrics.csv``, and TensorBoard events if it is installed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from store.format import atomic
 log = logging.getLogger("penult.classifiers")
 
 METRICS = "metrics.csv"
-SCALARS = {  # of a row of the history, by the name of the chart
+SCALARS = {  # name of the chart in TensorBoard: key of a row of the history
     "loss/train": "train_loss",
     "loss/validation": "val_loss",
     "accuracy/validation": "val_accuracy",
@@ -23,8 +23,8 @@ SCALARS = {  # of a row of the history, by the name of the chart
 }
 
 
-def curve_writer(folder: Path) -> Any:
-    """A Lightning callback that writes the module's history after every validation; a resumed run goes on with it."""
+def history_writer(folder: Path) -> Any:
+    """A Lightning callback that writes the module's history after every validation; a resumed run continues it."""
     from lightning.pytorch.callbacks import Callback
 
     class HistoryWriter(Callback):
@@ -33,11 +33,11 @@ def curve_writer(folder: Path) -> Any:
         def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
             atomic.make_directory(folder)
             if find_spec("tensorboard") is None:
-                log.info("%s gets %s alone: tensorboard is not installed", folder, METRICS)
+                log.info("%s gets only %s: tensorboard is not installed", folder, METRICS)
                 return
             from torch.utils.tensorboard import SummaryWriter
 
-            self.events = SummaryWriter(str(folder), purge_step=len(pl_module.history))  # of an epoch that is done again
+            self.events = SummaryWriter(str(folder), purge_step=len(pl_module.history))  # drops events of a repeated epoch
 
         def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
             text = io.StringIO(newline="")

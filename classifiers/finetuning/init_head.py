@@ -1,7 +1,7 @@
-"""A head trained on cached features as the start of fine-tuning: linear probing first, then all layers.
+"""The init head of fine-tuning: a head trained on cached features to start from (linear probing, then all layers).
 
-Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution": from a head that already
-fits, the first steps do not pull the features about.
+Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution": with a head that already
+fits, the first steps do not distort the features.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from extractor.pixels.preprocess import probe
 from store.errors import BadDataError, FingerprintMismatchError, UsageError
 from store.fingerprint import short
 
-# What `DenseHead.to_onnx` makes of a head of one layer: standardise, multiply and add, divide by the temperature.
+# The operators that `DenseHead.to_onnx` writes for one layer: standardise, multiply and add, divide by the temperature.
 AFFINE = ["Sub", "Div", "Gemm", "Div", "Softmax"]
 AFFINE_HEADS = "logistic or ridge"
 
@@ -36,8 +36,8 @@ class AffineHead:
         classes: labels in the order of the outputs.
         name: the bundle it came from.
         sha256: of that bundle's ``head.onnx``.
-        backbone: whose features it takes.
-        probe: digest of the test image that these were made with, as in a fingerprint.
+        backbone: the backbone whose features it takes.
+        probe: digest of the test image under the pixel path of those features, as in a fingerprint.
     """
 
     weight: NDArray[np.float32]
@@ -53,8 +53,8 @@ class AffineHead:
         """Fold standardisation and temperature of a bundle's head into one matrix.
 
         Raises:
-            UsageError: the head is none that one matrix can be, or is for another task.
-            BadDataError: it wants data from other files.
+            UsageError: one matrix cannot represent the head, or it is for another task.
+            BadDataError: it refers to data in other files.
         """
         from onnx import numpy_helper
 
@@ -63,12 +63,12 @@ class AffineHead:
             raise UsageError(message)
         model = read_model(bundle.path / "head.onnx")
         if external_files(model):
-            message = f"{bundle.path}/head.onnx asks for data from other files; refused"
+            message = f"{bundle.path}/head.onnx refers to data in other files, which is refused"
             raise BadDataError(message)
         graph = model.graph
         if [node.op_type for node in graph.node] != AFFINE:
             message = (
-                f"--init-head {bundle.path} is a {bundle.head} head, which no single layer can start from; "
+                f"--init-head {bundle.path} is a {bundle.head} head, which no single layer can represent; "
                 f"train one with --head {AFFINE_HEADS}"
             )
             raise UsageError(message)
@@ -87,7 +87,7 @@ class AffineHead:
         )
 
     def require_features(self, loaded: Loaded, layer: str) -> None:
-        """Refuse to start with a head for other features than those of a network's layer.
+        """Refuse a head that takes other features than those of a network's layer.
 
         Raises:
             FingerprintMismatchError: names what differs.
@@ -100,20 +100,20 @@ class AffineHead:
         wrong = [f"{name}: {short(a)} against {short(b)}" for name, (a, b) in pairs.items() if a != b]
         if wrong:
             message = (
-                f"--init-head {self.name} takes other features than those this network begins with; {'; '.join(wrong)}. "
+                f"--init-head {self.name} takes other features than this network starts with; {'; '.join(wrong)}. "
                 f"Its cache must be extracted with the same -m NAME, --weights and sizes"
             )
             raise FingerprintMismatchError(message)
         if self.probe != probe(loaded.preprocess):
             message = (
                 f"--init-head {self.name} takes features of other pixels than this machine makes: the built-in test image "
-                f"comes out otherwise ({then_and_now({}, libraries())}). Extract its cache again here, and train it again"
+                f"is decoded differently ({then_and_now({}, libraries())}). Extract its cache and train the head again here"
             )
             raise FingerprintMismatchError(message)
 
 
 def start_from(bundle: Bundle, classes: Sequence[str], held_out: Iterable[bytes]) -> AffineHead:
-    """The head of a bundle as the start of a fine-tuning on the same samples.
+    """Load the head of a bundle to start fine-tuning from, on the same samples.
 
     Args:
         classes: of the samples, in order.
@@ -128,10 +128,10 @@ def start_from(bundle: Bundle, classes: Sequence[str], held_out: Iterable[bytes]
         odd = sorted(set(head.classes) ^ set(classes))
         message = f"--init-head {bundle.path} has other classes than these samples: {', '.join(odd[:5])} in only one of them"
         raise BadDataError(message)
-    seen = len(bundle.fitted() & set(held_out))
-    if seen:
+    overlap = len(bundle.fitted() & set(held_out))
+    if overlap:
         message = (
-            f"--init-head {bundle.path} was fitted on {seen} of the images that are held out here, so the scores would be "
+            f"--init-head {bundle.path} was fitted on {overlap} of the images that are held out here, so the scores would be "
             f"too good; train the head on the same split"
         )
         raise BadDataError(message)

@@ -1,4 +1,4 @@
-"""Training images as batches: decoded once, augmented with one generator per image and epoch, prepared a few ahead."""
+"""Training batches for fine-tuning: decoded once, augmented per epoch, and prepared ahead by threads."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 Item = tuple[Path | Located, int]
 
-MAX_HELD = 2**29  # bytes of decoded images kept in memory; what does not fit is decoded again in every epoch
+MAX_HELD = 2**29  # bytes of decoded images kept in memory; the others are decoded again in every epoch
 
 
 class Batches:
-    """Batches of normalised pixels ``(n, 3, crop, crop)`` and labels, made a few ahead where there are workers.
+    """Batches of normalised pixels ``(n, 3, crop, crop)`` and labels, prepared ahead by threads.
 
     A last batch of one image joins the one before it: batch normalisation has no statistics of one. The decoder must not crop.
-    Of several processes each takes its ``share`` of every batch: which of how many it is.
+    With several processes, each takes its ``share`` of every batch: its rank, and the number of processes.
     """
 
     def __init__(
@@ -53,14 +53,14 @@ class Batches:
         if 0 < len(items) % options.batch_size < 2 * share[1] and len(self._starts) > 1:
             self._starts.pop()
         self._epoch = 0
-        self._held: dict[int, Image.Image] = {}
+        self._images: dict[int, Image.Image] = {}
         self._free, self._lock = MAX_HELD, Lock()
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def skip(self, epochs: int) -> None:
-        """Go on as after so many epochs."""
+        """Continue as after this many epochs."""
         self._epoch = epochs
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
@@ -90,15 +90,15 @@ class Batches:
 
     def _image(self, index: int) -> Image.Image:
         """The image at the size it has before cropping; `Preprocess.pixels` of it and of the original are the same."""
-        held = self._held.get(index)
-        if held is None:
-            held = read_resized(self._items[index][0], self._decoder)
-            size = held.width * held.height * 3
+        image = self._images.get(index)
+        if image is None:
+            image = read_resized(self._items[index][0], self._decoder)
+            size = image.width * image.height * 3
             with self._lock:
                 if size <= self._free:
                     self._free -= size
-                    self._held[index] = held
-        return held
+                    self._images[index] = image
+        return image
 
 
 def read_resized(path: Path | Located, decoder: Decoder) -> Image.Image:

@@ -1,4 +1,4 @@
-"""What Lightning trains: a network with a head on the input of its last classification layer, and its learning rates."""
+"""The Lightning module of fine-tuning: a network, a head on the input of its last layer, and the learning rates."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("penult.classifiers")
 
-# What is counted of training and validation: images, what they weigh in the loss, loss, right decisions.
+# Sums over training and validation images: their number, weight in the loss, loss, and correct predictions.
 SUMS = {part: [part, f"{part}_mass", f"{part}_loss", f"{part}_right"] for part in ("train", "val")}
-DROP = 0.1  # what `step` and `plateau` multiply a rate by
+DROP = 0.1  # factor by which `step` and `plateau` lower a rate
 
 
 class DivergedError(BadDataError):
@@ -35,7 +35,7 @@ class DivergedError(BadDataError):
 
 
 def optimizer_of(groups: list[dict[str, Any]], options: FineTuneOptions) -> Any:
-    """The torch optimiser; each group has a learning rate of its own."""
+    """The torch optimiser; each parameter group has its own learning rate."""
     import torch
 
     if options.optimizer == "sgd":
@@ -45,10 +45,10 @@ def optimizer_of(groups: list[dict[str, Any]], options: FineTuneOptions) -> Any:
 
 
 def share_of_rate(options: FineTuneOptions, steps: int) -> Callable[[int], float]:
-    """What every learning rate is multiplied by at a step, counted from 0, where that is known beforehand.
+    """The factor of every learning rate by step, counted from 0, for schedules that do not depend on the loss.
 
     Args:
-        steps: of one epoch.
+        steps: the steps of one epoch.
     """
     warm, total = round(options.warmup * steps), options.epochs * steps
 
@@ -64,7 +64,7 @@ def share_of_rate(options: FineTuneOptions, steps: int) -> Callable[[int], float
 
 
 def schedules_of(optimizer: Any, options: FineTuneOptions, steps: int) -> list[dict[str, Any]]:
-    """The schedulers as Lightning takes them; ``steps`` are those of one epoch."""
+    """The learning-rate schedulers as Lightning takes them; ``steps`` is the steps of one epoch."""
     from torch.optim import lr_scheduler as torch_schedules
 
     if options.schedule != "plateau":
@@ -78,24 +78,24 @@ def schedules_of(optimizer: Any, options: FineTuneOptions, steps: int) -> list[d
         threshold=options.min_delta,
         threshold_mode="abs",
     )
-    # By the step, once an epoch: Lightning steps those of an epoch after the checkpoint, which would lack it.
+    # By step, once an epoch: Lightning runs schedulers by epoch after the checkpoint, which would miss the change.
     plateau = {"scheduler": falling, "interval": "step", "frequency": steps, "monitor": "val_loss", "reduce_on_plateau": True}
     return [{"scheduler": rising, "interval": "step"}, plateau]
 
 
 def class_weights(counts: NDArray[np.intp], options: FineTuneOptions) -> NDArray[np.float32] | None:
-    """What an image counts by its class in the losses, or None where all count the same."""
+    """Weight of an image in the losses by its class; None if all count the same."""
     if options.class_weight is None:
         return None
     return np.asarray(counts.sum() / (len(counts) * counts), np.float32)
 
 
 def end_to_end(loaded: Loaded, counts: NDArray[np.intp], options: FineTuneOptions, start: AffineHead | None) -> Any:
-    """A LightningModule of the network and a head on the input of its last classification layer.
+    """A LightningModule of a network and a head on the input of its last classification layer.
 
     Args:
         counts: training images of each class.
-        start: the head to begin with; zeros where there is none.
+        start: the head to start from; None for zeros.
     """
     import torch
     from lightning.pytorch import LightningModule
@@ -122,7 +122,7 @@ def end_to_end(loaded: Loaded, counts: NDArray[np.intp], options: FineTuneOption
             self.dropout = torch.nn.Dropout(options.dropout)
             self.head = torch.nn.Linear(features.shape[1], len(counts))
             with torch.no_grad():
-                # From zero, the first steps move the head and spare the network.
+                # From zero, the first steps change the head and hardly the network.
                 self.head.weight.copy_(torch.from_numpy(start.weight) if start else torch.zeros(()))
                 self.head.bias.copy_(torch.from_numpy(start.bias) if start else torch.zeros(()))
             self.groups = parameter_groups(features, network, self.head, options)
@@ -130,21 +130,21 @@ def end_to_end(loaded: Loaded, counts: NDArray[np.intp], options: FineTuneOption
             self.history: list[dict[str, Any]] = []
             self.best: dict[str, Any] = {"epoch": 0, "val_loss": math.inf}
             self.best_state: dict[str, Any] = {}
-            self.images, self.began = 0, 0.0
+            self.images, self.epoch_start = 0, 0.0
             self.rates: list[float | None] = [None, None]
             self.sums: Counter[str] = Counter()
 
         def watch(self, progress: Progress, stop: StopFlag) -> None:
-            """Advance one by every image, and end the training where the other is set."""
+            """Advance ``progress`` by every image, and end the training when ``stop`` is set."""
             self.progress, self.stop = progress, stop
 
         def catch(self, _module: Any, inputs: tuple[Any, ...]) -> None:
-            self.caught = inputs[0]
+            self.penultimate = inputs[0]
 
         def features(self, pixels: Any) -> Any:
             self.network(pixels)
-            caught, self.caught = self.caught, None
-            return caught.mean(dim=(2, 3)) if caught.ndim == 4 else caught
+            tensor, self.penultimate = self.penultimate, None
+            return tensor.mean(dim=(2, 3)) if tensor.ndim == 4 else tensor
 
         def configure_optimizers(self) -> Any:
             optimizer = optimizer_of(self.groups, options)
@@ -152,12 +152,12 @@ def end_to_end(loaded: Loaded, counts: NDArray[np.intp], options: FineTuneOption
             return [optimizer], schedules_of(optimizer, options, steps)
 
         def on_train_epoch_start(self) -> None:
-            self.began, self.sums = time.perf_counter(), Counter()
+            self.epoch_start, self.sums = time.perf_counter(), Counter()
             self.rates = [group["lr"] for group in self.trainer.optimizers[0].param_groups]
 
         def on_validation_epoch_start(self) -> None:
-            if self.trainer.sanity_checking:  # that is epoch 0: validation before any training
-                self.began, self.sums = time.perf_counter(), Counter()
+            if self.trainer.sanity_checking:  # epoch 0: validation before any training
+                self.epoch_start, self.sums = time.perf_counter(), Counter()
 
         def training_step(self, batch: tuple[Any, Any], _index: int) -> Any:
             return self.step("train", batch, options.label_smoothing)
@@ -195,7 +195,7 @@ def end_to_end(loaded: Loaded, counts: NDArray[np.intp], options: FineTuneOption
                 "val_accuracy": self.sums["val_right"] / self.sums["val"],
                 "lr": self.rates[0],
                 "head_lr": self.rates[1],
-                "seconds": round(time.perf_counter() - self.began, 3),
+                "seconds": round(time.perf_counter() - self.epoch_start, 3),
             }
             self.history.append(row)
             if trained:
@@ -207,7 +207,7 @@ def end_to_end(loaded: Loaded, counts: NDArray[np.intp], options: FineTuneOption
 
         def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
             if self.best is self.history[-1]:
-                # Where weights are averaged, Lightning's callback has put the average here, which is what was validated.
+                # If weights are averaged, Lightning's callback has put the average here; it is what was validated.
                 state = checkpoint["state_dict"]
                 self.best_state = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
             names = ("history", "best", "best_state", "images")
@@ -220,5 +220,5 @@ def end_to_end(loaded: Loaded, counts: NDArray[np.intp], options: FineTuneOption
     model = EndToEnd().train()
     statistics = () if options.batch_statistics else torch.nn.modules.batchnorm._BatchNorm
     for module in (*frozen, *(module for module in network.modules() if isinstance(module, statistics))):
-        module.training = False  # Lightning leaves the modes alone, and restores each one after validation
+        module.training = False  # Lightning keeps these modes, and restores them after validation
     return model

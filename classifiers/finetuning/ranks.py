@@ -1,6 +1,6 @@
-"""Several devices, a process each, that train one network: torch's DistributedDataParallel through Lightning.
+"""Fine-tuning on several devices, one process each: torch's DistributedDataParallel through Lightning.
 
-All that comes back is the checkpoint that the first process writes after every epoch; so they may be killed at any time.
+Their only result is the checkpoint that the first process writes after every epoch, so they may be killed at any time.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from .trainer import Plan, isolated, run_epochs
 LOOK = 0.5  # seconds between looks at the stop flag
 
 
-def run_on_all(plan: Plan, decided: dict[str, Any], stop: StopFlag) -> None:
-    """`run_epochs` on all devices of a plan.
+def run_on_all(plan: Plan, facts: dict[str, Any], stop: StopFlag) -> None:
+    """Call `run_epochs` on all devices of a plan.
 
     Raises:
-        PenultError: what the first process to fail raised.
+        PenultError: the error of the first process that failed.
         InterruptedRunError: the flag was set.
     """
     from torch.multiprocessing.spawn import ProcessException, start_processes
@@ -41,7 +41,7 @@ def run_on_all(plan: Plan, decided: dict[str, Any], stop: StopFlag) -> None:
     count = len(plan.devices)
     start: Any = start_processes
     with tempfile.TemporaryDirectory(prefix="penult-") as folder:
-        context = start(_run, (plan, decided, Path(folder, "rendezvous")), count, join=False, start_method="spawn")
+        context = start(_run, (plan, facts, Path(folder, "rendezvous")), count, join=False, start_method="spawn")
         try:
             while not context.join(timeout=LOOK):
                 if stop:
@@ -56,17 +56,17 @@ def run_on_all(plan: Plan, decided: dict[str, Any], stop: StopFlag) -> None:
                 process.join()
 
 
-def _run(rank: int, plan: Plan, decided: dict[str, Any], rendezvous: Path) -> None:
-    """One of the processes."""
+def _run(rank: int, plan: Plan, facts: dict[str, Any], rendezvous: Path) -> None:
+    """The work of one process."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # who started it ends it
+        signal.signal(number, signal.SIG_IGN)  # the parent ends it
     os.environ |= {"NODE_RANK": "0", "LOCAL_RANK": str(rank)}  # with these set, Lightning starts no processes of its own
     with _group(rank, plan.devices, rendezvous):
         try:
             with isolated([plan.devices[rank]], plan.options.seed):
                 loaded = networks.load(plan.backbone)
                 model = end_to_end(loaded, plan.counts, plan.options, plan.start)
-                run_epochs(plan, loaded, model, decided, StopFlag(), rank)
+                run_epochs(plan, loaded, model, facts, StopFlag(), rank)
         except PenultError as error:
             Path(plan.checkpoints.folder / FAILURE).write_text(json.dumps(answer_of(error)), "utf-8")
             raise
@@ -74,14 +74,14 @@ def _run(rank: int, plan: Plan, decided: dict[str, Any], rendezvous: Path) -> No
 
 @contextmanager
 def _group(rank: int, devices: Sequence[str], rendezvous: Path) -> Iterator[None]:
-    """The process group of all devices, which Lightning takes as it is; ``rendezvous`` is a file that is not there yet.
+    """The process group of all devices, which Lightning then uses; ``rendezvous`` is the path of a new file.
 
-    Lightning's own meets at 127.0.0.1, where torch listens on every interface and asks the name server for the name of that.
+    Lightning's own group meets at 127.0.0.1: torch then listens on every interface and looks that address up by DNS.
     """
     import torch.distributed
 
     on_cpu = devices[rank] == "cpu"
-    if on_cpu:  # or gloo would ask for the address of this machine's name; the first interface is the loopback
+    if on_cpu:  # else gloo would look up this machine's name; the first interface is the loopback
         os.environ.setdefault("GLOO_SOCKET_IFNAME", socket.if_nameindex()[0][1])
     torch.distributed.init_process_group(
         "gloo" if on_cpu else "nccl",

@@ -20,16 +20,16 @@ from extractor.pipeline.settings import (
 from extractor.settings import FilePath, Settings, rule, seed_setting, setting
 from store.errors import InputMissingError
 
-HEAD_FACTOR = 10.0  # of the learning rate, for a head that begins at zero
+HEAD_FACTOR = 10.0  # of the learning rate, for a head that starts at zero
 
 
 class FineTuneOptions(AugmentSettings, DeviceSettings):
-    """How to fine-tune: what `finetune.finetune` takes."""
+    """How to fine-tune: the options of `finetune.train_network`."""
 
     section: ClassVar[str] = "finetune"
     heading: ClassVar[str] = "Training (docs/finetune.md)"
 
-    epochs: int = setting(5, "At most so many.", ge=1, metavar="N")
+    epochs: int = setting(5, "At most this many epochs.", ge=1, metavar="N")
     batch_size: Annotated[int, BeforeValidator(lambda value: 16 if value == "auto" else value)] = setting(
         16,
         "Images per step; batch normalisation has no statistics of one.",
@@ -41,27 +41,32 @@ class FineTuneOptions(AugmentSettings, DeviceSettings):
     )
     lr: float = setting(1e-4, "Learning rate of the transferred layers.", gt=0, le=1e30, metavar="RATE")
     head_lr_factor: float | None = setting(
-        None, "The head learns so many times faster.", gt=0, le=1e6, metavar="X", shown="10; 1 for a trained head"
+        None,
+        "Learning rate of the head, as a multiple of that of the other layers.",
+        gt=0,
+        le=1e6,
+        metavar="X",
+        shown="10; 1 for a trained head",
     )
     schedule: Literal["constant", "cosine", "step", "plateau"] = setting("cosine", "How the learning rates fall.")
-    warmup: float = setting(0.0, "First let them rise for so many epochs.", ge=0, metavar="EPOCHS")
-    optimizer: Literal["sgd", "adamw"] = setting("sgd", "Which optimiser; sgd is with Nesterov's momentum.")
-    momentum: float = setting(0.9, "Of sgd.", ge=0, lt=1, metavar="X")
-    weight_decay: float = setting(1e-4, "Of the optimiser.", ge=0, le=1e6, metavar="X")
-    dropout: float = setting(0.0, "Of the features that the head sees.", ge=0, lt=1, metavar="P")
-    label_smoothing: float = setting(0.0, "In the training loss.", ge=0, lt=1, metavar="X")
-    class_weight: Literal["balanced"] | None = setting(None, "As if every class had as many images.")
+    warmup: float = setting(0.0, "First let the rates rise for this many epochs.", ge=0, metavar="EPOCHS")
+    optimizer: Literal["sgd", "adamw"] = setting("sgd", "The optimiser; sgd uses Nesterov's momentum.")
+    momentum: float = setting(0.9, "Momentum of sgd.", ge=0, lt=1, metavar="X")
+    weight_decay: float = setting(1e-4, "Weight decay of the optimiser.", ge=0, le=1e6, metavar="X")
+    dropout: float = setting(0.0, "Dropout on the features, before the head.", ge=0, lt=1, metavar="P")
+    label_smoothing: float = setting(0.0, "Label smoothing in the training loss.", ge=0, lt=1, metavar="X")
+    class_weight: Literal["balanced"] | None = setting(None, "Weigh images as if all classes had the same number.")
     ema: float | None = setting(
         None, "Validate and keep an average of the weights, with this decay per batch.", gt=0, lt=1, metavar="DECAY"
     )
-    precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", "Compute in it what torch finds safe; fp16 on a GPU.")
+    precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", "bf16 and fp16: mixed precision of torch; fp16 needs a GPU.")
     freeze_until: str | None = setting(
         None, "Freeze what runs before this layer (`penult backbones NAME --layers`); head: everything.", metavar="LAYER"
     )
-    batch_statistics: bool = setting(False, "Let batch normalisation follow the new images where not frozen.")
+    batch_statistics: bool = setting(False, "Update the statistics of batch normalisation in layers that are not frozen.")
     patience: int = setting(3, "Epochs without improvement before it stops.", ge=1, metavar="N")
     min_delta: float = setting(0.0, "What counts as an improvement of the validation loss.", ge=0, only="python")
-    seed: int = seed_setting("Of the training, and of the split of DATA without one.")
+    seed: int = seed_setting("Seed of the training, and of the split of DATA without one.")
     quiet: bool = setting(False, "No progress line.", only="python")
 
     @rule
@@ -83,7 +88,7 @@ class StartSettings(Settings):
 
     init_head: FilePath = setting(None, "Start from this head, trained on cached features of the same split.", metavar="BUNDLE")
     log_dir: FilePath = setting(
-        None, "Folder for metrics.csv, and TensorBoard's events where it is installed.", metavar="FOLDER"
+        None, "Folder for metrics.csv, and for TensorBoard's events if it is installed.", metavar="FOLDER"
     )
 
     @rule
@@ -96,7 +101,7 @@ class StartSettings(Settings):
 class FineTuneSettings(
     NetworkSettings, SourceSettings, LimitSettings, FineTuneOptions, StartSettings, SplitSettings, ThumbnailSettings
 ):
-    """What `penult finetune` takes.
+    """The settings of `penult finetune`.
 
     >>> from classifiers import FineTuneSettings
     >>> FineTuneSettings(backbone="resnet18", epochs=3, freeze_until="layer4").lr
@@ -111,5 +116,5 @@ class FineTuneSettings(
 
     @property
     def survey(self) -> Options:
-        """How a dataset that is no cache is read and split."""
-        return Options(**self.part(SplitSettings).given(), limit=self.limit)
+        """How a dataset that is not a cache is read and split."""
+        return Options(**self.part(SplitSettings).explicit(), limit=self.limit)

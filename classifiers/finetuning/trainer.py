@@ -1,4 +1,4 @@
-"""Runs the epochs of a fine-tuning on one device, or as one of several processes that share every batch."""
+"""The training loop of fine-tuning, on one device or as one of several processes that share every batch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from extractor.progress import Progress, StopFlag
 from extractor.runtime.cuda import number_of
 
 from .checkpoints import Checkpoints, checkpoint_io
-from .history import curve_writer
+from .history import history_writer
 from .loader import Batches, Item
 
 if TYPE_CHECKING:
@@ -34,11 +34,11 @@ PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "
 
 @dataclass(frozen=True)
 class Plan:
-    """What `finetune` was asked for, checked and resolved.
+    """The checked and resolved arguments of a fine-tuning.
 
     Attributes:
         devices: of torch; each takes its share of every batch.
-        others: as the arguments of `finetune`.
+        others: as the arguments of `train_network`.
     """
 
     train: Sequence[Item]
@@ -59,14 +59,14 @@ class Plan:
 
 @contextmanager
 def isolated(devices: Sequence[str], seed: int) -> Iterator[None]:
-    """Seed torch and let Lightning set its flags, speak and warn; afterwards everything is as it was."""
+    """Seed torch and contain the flags, logs and warnings of Lightning; afterwards everything is as before."""
     import torch
 
     with warnings.catch_warnings(), mock.patch.dict(os.environ):
         import lightning.pytorch  # noqa: F401 - it sets levels and filters when it is first imported
 
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)  # Lightning 2.6, torch 2.15
-        warnings.filterwarnings("ignore", "Found .* in eval mode at the start of training")  # they are the frozen ones
+        warnings.filterwarnings("ignore", "Found .* in eval mode at the start of training")  # the frozen modules
         warnings.filterwarnings("ignore", ".*does not have a deterministic implementation")
         loggers = {logger: logger.level for logger in map(logging.getLogger, ("lightning.pytorch", "lightning.fabric"))}
         strict, benchmark = torch.get_deterministic_debug_mode(), torch.backends.cudnn.benchmark
@@ -85,13 +85,13 @@ def isolated(devices: Sequence[str], seed: int) -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def run_epochs(plan: Plan, loaded: Loaded, model: Any, decided: dict[str, Any], stop: StopFlag, rank: int = 0) -> None:
+def run_epochs(plan: Plan, loaded: Loaded, model: Any, facts: dict[str, Any], stop: StopFlag, rank: int = 0) -> None:
     """Train a module of `end_to_end` from the plan's last checkpoint, or from the start, to the end.
 
     Args:
-        decided: what `Checkpoints.resume` compares.
+        facts: what `Checkpoints.resume` compares.
         stop: ends the training at the next batch.
-        rank: which of the plan's devices this process has.
+        rank: index of this process's device in the plan.
     """
     options, state = plan.options, plan.checkpoints.read()
     epochs, validated = options.epochs, len(plan.validation)
@@ -106,7 +106,7 @@ def run_epochs(plan: Plan, loaded: Loaded, model: Any, decided: dict[str, Any], 
         ]
         batches[0].skip(state["training"]["history"][-1]["epoch"] if state else 0)
         model.watch(progress, stop)
-        keeper = plan.checkpoints.keeper(decided, earlier=state["run"]["seconds"] if state else 0.0)
+        keeper = plan.checkpoints.keeper(facts, earlier=state["run"]["seconds"] if state else 0.0)
         path = plan.checkpoints.file if state else None
         _trainer(plan, keeper, rank, resumed=state is not None).fit(model, *batches, ckpt_path=path, weights_only=True)
 
@@ -120,12 +120,11 @@ def _trainer(plan: Plan, keeper: Any, rank: int, *, resumed: bool) -> Any:
     options, device = plan.options, plan.devices[rank]
     callbacks = [EarlyStopping("val_loss", min_delta=options.min_delta, patience=options.patience), keeper]
     if options.ema is not None:
-        # Its average of equal numbers is exactly that number, so that what is frozen stays as it is. Statistics are averages
-        # already.
+        # Its average of equal numbers is exactly that number, so frozen weights do not change. Statistics are averages already.
         average: Any = get_ema_multi_avg_fn(options.ema)  # type: ignore[no-untyped-call]
         callbacks.append(WeightAveraging(device=device, use_buffers=False, multi_avg_fn=average))
     if plan.log_dir is not None and rank == 0:
-        callbacks.append(curve_writer(plan.log_dir))
+        callbacks.append(history_writer(plan.log_dir))
     return Trainer(
         accelerator="cpu" if device == "cpu" else "gpu",
         devices=len(plan.devices) if device == "cpu" else [number_of(each) for each in plan.devices],
@@ -134,8 +133,8 @@ def _trainer(plan: Plan, keeper: Any, rank: int, *, resumed: bool) -> Any:
         max_epochs=options.epochs,
         callbacks=callbacks,
         deterministic="warn",  # not every operation has a deterministic CUDA kernel
-        plugins=[LightningEnvironment(), checkpoint_io()],  # within SLURM Lightning would take the job's tasks for its own
-        num_sanity_val_steps=0 if resumed else -1,  # -1 is all of validation, before any training: epoch 0
+        plugins=[LightningEnvironment(), checkpoint_io()],  # within SLURM, Lightning would take the job's tasks for its own
+        num_sanity_val_steps=0 if resumed else -1,  # -1: validate on everything before training, as epoch 0
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -1,1 +1,1 @@
-"""Heads: small estimators on features, each of which becomes arrays and an ONNX graph."""
+"""Heads: small scikit-learn estimators on cached features; once fitted, each is a set of arrays and an ONNX graph."""

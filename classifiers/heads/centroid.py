@@ -1,4 +1,4 @@
-"""The nearest class mean by cosine: the head for a handful of images a class."""
+"""The centroid head: the nearest class mean by cosine, for a handful of images a class."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .search import SearchHead
 
 
 class CentroidHead(SearchHead):
-    """Nearest class mean, of features at length 1 that are centred and brought to length 1 again.
+    """Nearest class mean of features that are scaled to length 1, centred, and scaled to length 1 again.
 
-    That is the classifier of Wang et al. 2019, "SimpleShot" (its CL2N), where the centre is the mean of the class means.
-    Features after a ReLU all point the same way; without a centre, their cosines may differ in the third digit only. The
+    This is the classifier CL2N of Wang et al. 2019, "SimpleShot"; here the centre is the mean of the class means. Features
+    after a ReLU all point in a similar direction; without centring, their cosines may differ only in the third digit. The
     logits are cosines over a temperature, which is fitted out of fold or on validation; nothing else is chosen.
 
     Args:
-        cv, seed: folds where no validation set is given.
+        cv, seed: folds, if there is no validation set.
 
     Attributes:
         classes_, history_, fitted_, temperature_: as in `SearchHead`.
@@ -35,7 +35,7 @@ class CentroidHead(SearchHead):
     ['cat', 'dog']
     """
 
-    uncalibrated = 0.2  # what real data sets were seen to end up near
+    uncalibrated = 0.2  # near what is fitted on real datasets
 
     name = "centroid"
 

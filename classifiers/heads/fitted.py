@@ -1,7 +1,6 @@
-"""What every trained head is in the end: logits of features, a temperature, softmax (or sigmoids, or the numbers themselves).
-In NumPy and in ONNX.
+"""Fitted heads in NumPy and in ONNX: logits of features, a temperature, then softmax, sigmoids, or the numbers themselves.
 
-Most are a `DenseHead`: standardise, a few dense layers. `knn.NeighbourHead` is the other kind.
+Most are a `DenseHead`: standardisation and a few dense layers. `knn.NeighbourHead` is the other kind.
 """
 
 from __future__ import annotations
@@ -24,12 +23,14 @@ OPSET = 20
 
 
 class FittedHead(ABC):
-    """A trained head as arrays. A kind of head says how logits come about, here and as a graph; the rest is the same for all.
+    """A fitted head as arrays.
+
+    A subclass defines how logits are computed, in NumPy and as an ONNX graph; the rest is the same for all.
 
     Attributes:
         classes: labels in the order of the outputs.
         temperature: logits are divided by it (Guo et al. 2017, "On Calibration of Modern Neural Networks").
-        activation: from logits to outputs: ``Softmax``, or ``Sigmoid`` of each (several labels), or ``Identity`` (regression).
+        activation: from logits to outputs: ``Softmax``, ``Sigmoid`` of each (several labels) or ``Identity`` (regression).
     """
 
     classes: Sequence[str]
@@ -42,17 +43,17 @@ class FittedHead(ABC):
 
     @abstractmethod
     def graph(self) -> tuple[int, list[Any], dict[str, NDArray[Any]], str]:
-        """`logits` in ONNX: d, nodes that begin with ``features``, the constants by name, and the name of the result."""
+        """`logits` in ONNX: d, nodes whose input is ``features``, the constants by name, and the name of the result."""
 
     @abstractmethod
     def with_temperature(self, temperature: float) -> Self: ...
 
     def probabilities(self, X: ArrayLike) -> Float32:
-        """``(n, d)`` features to ``(n, k)`` float32 probabilities; of a regression, to the numbers."""
+        """``(n, d)`` features to ``(n, k)`` float32 probabilities; for a regression, to the numbers."""
         return ACTIVATIONS[self.activation](self.logits(X) / np.float32(self.temperature))
 
     def to_onnx(self) -> bytes:
-        """The ONNX file: ``features`` (n, d) float32 to ``probabilities`` (or ``values``, of a regression) (n, k) float32."""
+        """The ONNX file: ``features`` (n, d) float32 to ``probabilities`` (``values`` for a regression) (n, k) float32."""
         from onnx import TensorProto, checker, helper, numpy_helper
 
         width, nodes, arrays, name = self.graph()
@@ -98,13 +99,13 @@ class FittedHead(ABC):
 
 @dataclass(frozen=True)
 class DenseHead(FittedHead):
-    """A head of dense layers; ReLU stands between them.
+    """A head of dense layers with ReLU between them.
 
     Attributes:
         mean, scale: ``(d,)`` float32, subtracted and divided by.
         layers: weight ``(out, in)`` and bias ``(out,)`` of each layer, float32; the last one has one output per class.
         classes, temperature, activation: as in `FittedHead`.
-        unit: whether rows are brought to length 1 before and after that, so that the first layer computes cosines.
+        unit: whether rows are scaled to length 1 before and after standardisation, so that the first layer computes cosines.
     """
 
     mean: Float32
@@ -159,7 +160,7 @@ UNIT_CONSTANTS: dict[str, NDArray[Any]] = {"rows": np.array([1], np.int64), "sho
 
 
 def unit_nodes(name: str, result: str) -> list[Any]:
-    """`unit_rows` in ONNX, from one tensor to another; takes `UNIT_CONSTANTS`."""
+    """`unit_rows` in ONNX, from one tensor to another; needs `UNIT_CONSTANTS`."""
     from onnx import helper
 
     return [
@@ -189,7 +190,7 @@ def calibrate(
 ) -> tuple[H, Conformal]:
     """A head with its temperature, and its prediction sets, both from logits ``(n, k)`` of samples it was not fitted on.
 
-    Weights of the rows count for the temperature; coverage is promised for images as they come.
+    Row weights count for the temperature only; the coverage of the sets is for unweighted images.
     """
     calibrated = head.calibrated(logits, targets, weights=weights, unscaled=unscaled)
     return calibrated, Conformal.fit(softmax(logits / np.float32(calibrated.temperature)), targets)

@@ -1,4 +1,4 @@
-"""Folds that hold every class and divide no group."""
+"""Cross-validation folds: every class is in each training part, and no group is divided."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ Fold = tuple[NDArray[np.intp], NDArray[np.intp]]  # row numbers to fit on, and t
 
 
 def stratified_folds(targets: NDArray[np.intp], groups: Sequence[bytes] | None, most: int, seed: int) -> list[Fold]:
-    """Divide rows, each class alike.
+    """Folds with about the same share of each class.
 
     Args:
         targets: class indices ``(n,)``, each from 0 to the last at least once.
-        groups: what must not be divided, one per row; None where each row is its own.
-        most: number of folds; fewer where a class has fewer groups.
+        groups: the group of each row, which is never divided; None if each row is its own group.
+        most: number of folds; fewer if a class has fewer groups.
         seed: of the shuffling.
 
     Returns:
-        Folds; none where a class has a single group, for what is fitted without it could not know it.
+        Folds; none if a class has a single group, since a fit without that group could not know the class.
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
@@ -35,13 +35,13 @@ def stratified_folds(targets: NDArray[np.intp], groups: Sequence[bytes] | None, 
     if n_splits < 2:
         return []
     splitter = StratifiedGroupKFold(n_splits=n_splits, shuffle=True, random_state=seed)
-    # Where groups span classes, a fold may take all of one class.
-    found = splitter.split(targets[:, None], targets, owners)
-    return [(train, test) for train, test in found if len(np.unique(targets[train])) == len(classes)]
+    # If groups span classes, a fold may take all of one class.
+    folds = splitter.split(targets[:, None], targets, owners)
+    return [(train, test) for train, test in folds if len(np.unique(targets[train])) == len(classes)]
 
 
 def group_folds(n: int, groups: Sequence[bytes] | None, count: int, seed: int) -> list[Fold]:
-    """Folds for rows that have no single class to balance; a group is never divided. No folds where there is one group."""
+    """Folds for rows without a single class to balance; no group is divided. No folds if there is only one group."""
     from sklearn.model_selection import GroupKFold
 
     owners = _owners(n, groups)
@@ -52,7 +52,7 @@ def group_folds(n: int, groups: Sequence[bytes] | None, count: int, seed: int) -
 
 
 def on_first_views(folds: Sequence[Fold], views: int) -> list[Fold]:
-    """The same folds, judged on the first of every ``views`` rows: what images will come as, and not what was made of them."""
+    """The same folds, with only the first of every ``views`` rows to judge on: the image itself, not its augmentations."""
     return [(train, test[test % views == 0]) if views > 1 else (train, test) for train, test in folds]
 
 
@@ -65,7 +65,7 @@ def class_indices(y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.intp]]:
     """The distinct labels, sorted, and the index of each row's label.
 
     Raises:
-        ValueError: there is only one class (scikit-learn's law asks for this type).
+        ValueError: there is only one class (scikit-learn requires this type).
     """
     classes, targets = np.unique(y, return_inverse=True)
     if len(classes) < 2:
@@ -77,7 +77,7 @@ def class_indices(y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.intp]]:
 def with_validation(
     X: Float32, targets: NDArray[np.intp], validation: tuple[ArrayLike, ArrayLike], classes: NDArray[Any]
 ) -> tuple[Float32, NDArray[np.intp], list[Fold]]:
-    """Training and validation rows one after the other, and the single fold that tells them apart.
+    """Training rows followed by validation rows, and the single fold that separates them.
 
     Raises:
         BadDataError: validation has a class that training lacks.
@@ -91,7 +91,7 @@ def validation_targets(y: ArrayLike, classes: NDArray[Any]) -> NDArray[np.intp]:
     """The index of each label among the classes of training.
 
     Raises:
-        BadDataError: one is not there.
+        BadDataError: a label is not among them.
     """
     labels = np.asarray(y)
     unknown = sorted(set(labels.tolist()) - set(classes.tolist()))
@@ -108,7 +108,7 @@ def lazy_with_validation(
     classes: NDArray[Any],
     views: int = 1,
 ) -> tuple[LazyFeatures, NDArray[np.intp], list[Fold]]:
-    """As `with_validation`, in the order on disk; the views of an image stay together."""
+    """`with_validation` for lazy features, in the order on disk; the views of an image stay together."""
     held, labels = validation
     every = X.joined(held)
     order = every.order_of_runs(views)

@@ -1,4 +1,4 @@
-"""k nearest neighbours by cosine, with weighted votes: no training, and a head that keeps its training features."""
+"""The knn head: k nearest neighbours by cosine with weighted votes, which keeps its training features."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from .search import SearchHead
 
 KS = (1, 3, 5, 10, 20, 50, 100, 200)
 TAUS = (0.02, 0.05, 0.07, 0.1, 0.2)
-DEFAULT_K, DEFAULT_TAU = 5, 0.07  # where nothing can be chosen; 0.07 as in Wu et al. and DINO
-DOUBT = 0.05  # of the nearest neighbour's weight, shared by all classes: without it a class without votes is impossible
+DEFAULT_K, DEFAULT_TAU = 5, 0.07  # if nothing can be chosen; 0.07 as in Wu et al. and DINO
+DOUBT = 0.05  # of the nearest neighbour's weight, shared by all classes: no class then has probability 0
 LARGE = 2**22  # numbers; more of them are kept in float16, which moves a cosine by 1e-5
-MOST = 1.9e9  # bytes of references; an ONNX file ends at 2 GiB
+MOST = 1.9e9  # bytes of references; an ONNX file is limited to 2 GiB
 
 
 @dataclass(frozen=True)
 class NeighbourHead(FittedHead):
-    """Training features as a head.
+    """A fitted head that holds its training features and votes among the nearest.
 
-    The weight of the i-th of k neighbours is exp(s_i / tau) - exp(s_(k+1) / tau), where s is the cosine. That is the vote of Wu
-    et al. 2018, "Unsupervised feature learning via non-parametric instance discrimination", less what the first one without a
-    vote would have had (as in Dudani 1976): where two neighbours change places, nothing jumps, and probabilities do
-    not depend on the last digit of a product.
+    The weight of the i-th of k neighbours is exp(s_i / tau) - exp(s_(k+1) / tau), where s is the cosine. This is the vote of Wu
+    et al. 2018, "Unsupervised feature learning via non-parametric instance discrimination", less the weight that the first
+    neighbour without a vote would have (as in Dudani 1976): if two neighbours change places, nothing jumps, and probabilities
+    do not depend on the last digit of a product.
 
     Attributes:
-        centre: ``(d,)``, subtracted from rows at length 1, which are then brought to length 1 again: features after a ReLU all
-            point the same way (Wang et al. 2019, "SimpleShot").
-        references: ``(n, d)`` after that, float32 or float16.
+        centre: ``(d,)``, subtracted from rows at length 1, which are then scaled to length 1 again: features after a ReLU all
+            point in a similar direction (Wang et al. 2019, "SimpleShot").
+        references: training features ``(n, d)`` after that, float32 or float16.
         labels: ``(n,)`` int64, class indices.
         k, tau: see above.
         classes, temperature: as in `FittedHead`.
@@ -52,8 +52,8 @@ class NeighbourHead(FittedHead):
     temperature: float = 1.0
 
     def logits(self, X: ArrayLike) -> Float32:
-        found = nearest(unit_rows(np.asarray(X, np.float32)) - self.centre, self.references, self.k + 1)
-        return vote(found, self.labels, self.k, self.tau, len(self.classes))
+        neighbours = nearest(unit_rows(np.asarray(X, np.float32)) - self.centre, self.references, self.k + 1)
+        return vote(neighbours, self.labels, self.k, self.tau, len(self.classes))
 
     def graph(self) -> tuple[int, list[Any], dict[str, NDArray[Any]], str]:
         from onnx import TensorProto, helper
@@ -109,7 +109,7 @@ def _weight_nodes(name: str, result: str) -> list[Any]:
 
 
 def distinct(X: Float32, targets: NDArray[np.intp]) -> NDArray[np.intp]:
-    """Rows without exact copies that have the same label. More copies than k would leave no one with a vote."""
+    """Indices of rows without exact copies of the same label, because more than k copies would leave no votes."""
     keys = (hashlib.sha256(row.tobytes() + int(k).to_bytes(8)).digest() for row, k in zip(X, targets, strict=True))
     return np.array(list({key: i for i, key in enumerate(keys)}.values()))
 
@@ -121,9 +121,9 @@ def _references(X: Float32) -> tuple[NDArray[Any], Float32]:
     return unit_rows(units - centre), centre
 
 
-def vote(found: Nearest, labels: NDArray[np.integer[Any]], k: int, tau: float, classes: int) -> Float32:
-    """Logarithms of each class's share of the votes of the first ``k``, ``(n, classes)``."""
-    cosines, which = found[0][:, : k + 1], found[1][:, :k]
+def vote(neighbours: Nearest, labels: NDArray[np.integer[Any]], k: int, tau: float, classes: int) -> Float32:
+    """Logarithm of each class's share of the votes of the nearest ``k``, ``(n, classes)``."""
+    cosines, which = neighbours[0][:, : k + 1], neighbours[1][:, :k]
     weights = np.exp((cosines - cosines[:, :1]) / np.float32(tau))
     votes = weights[:, :k] - weights[:, k:]
     place = np.arange(len(cosines))[:, None] * classes + labels[which]
@@ -136,9 +136,9 @@ class KnnHead(SearchHead):
     """k nearest neighbours; k and tau are chosen by log-loss out of fold or on validation.
 
     Args:
-        k: how many neighbours vote, and all but one of the rows where there are fewer; None chooses it.
+        k: number of neighbours that vote, at most all rows but one; None chooses it.
         ks, taus: the values to choose from.
-        cv, seed: folds where no validation set is given.
+        cv, seed: folds, if there is no validation set.
 
     Attributes:
         classes_, history_, fitted_, temperature_: as in `SearchHead`; ``setting_`` has ``k`` and ``tau``.
@@ -181,9 +181,9 @@ class KnnHead(SearchHead):
         rows = distinct(X, targets)
         ks = [min(setting["k"], len(rows) - 1) for setting in settings]
         references, centre = _references(X[rows])
-        found = nearest(unit_rows(held) - centre, references, max(ks) + 1)
+        neighbours = nearest(unit_rows(held) - centre, references, max(ks) + 1)
         classes = len(self.classes_)
-        return [vote(found, targets[rows], k, setting["tau"], classes) for k, setting in zip(ks, settings, strict=True)]
+        return [vote(neighbours, targets[rows], k, setting["tau"], classes) for k, setting in zip(ks, settings, strict=True)]
 
     def _fitted(self, X: Float32, targets: NDArray[np.intp], classes: list[str], setting: dict[str, Any]) -> FittedHead:
         rows = distinct(X, targets)
@@ -193,7 +193,7 @@ class KnnHead(SearchHead):
         if references.nbytes > MOST:
             message = (
                 f"the knn head keeps its {len(rows)} training features, {references.nbytes / 2**30:.1f} GiB in float16, and an "
-                f"ONNX file cannot hold so much; take --head logistic or ridge, which keep none"
+                f"ONNX file cannot hold so much; use --head logistic or ridge, which keep none"
             )
             raise BadDataError(message)
         k = min(setting["k"], len(rows) - 1)
@@ -201,7 +201,7 @@ class KnnHead(SearchHead):
 
     @property
     def hyperparameters_(self) -> dict[str, Any]:
-        """What was used, as JSON, and the size of what is kept."""
+        """The settings in use and the size of the references, as JSON."""
         head: Any = self.fitted_
         kept = head.references
         return {

@@ -1,7 +1,7 @@
-"""Regularised multinomial logistic regression on standardised features, its regularisation chosen on validation.
+"""The logistic head: regularised multinomial logistic regression on standardised features, with C chosen on validation.
 
-The protocol is that of Kornblith et al. 2019 and SimCLR (Appendix B.8): L-BFGS, no augmentation, 45 values over eleven
-decades, chosen on validation and refitted on everything. C = 1 / lambda with summed losses, as in scikit-learn.
+The protocol is that of Kornblith et al. 2019 and SimCLR (Appendix B.8): L-BFGS, no augmentation, 45 values of C over eleven
+decades, chosen on validation, then a refit on everything. C = 1 / lambda with summed losses, as in scikit-learn.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ log = logging.getLogger("penult.classifiers")
 Features = Float32 | LazyFeatures
 
 CS = tuple(float(C) for C in np.logspace(-5, 6, 45))
-NET = CS[::4]  # for an elastic net, whose fits cannot share anything
-WORSE = 99.0  # results get better and then worse along the path: beyond so many times the best C, the rest cannot win
+NET = CS[::4]  # for an elastic net, whose fits share no work
+WORSE = 99.0  # results get better and then worse along the path: beyond this many times the best C, none can win
 SELECT = ("log-loss", "accuracy")
 
 
@@ -62,26 +62,26 @@ class _Problem:
         )
 
     def heads(self, Cs: Sequence[float]) -> Iterator[tuple[DenseHead, Optimum]]:
-        """A head for each C, in rising order, and how it was found."""
-        for found in self._path.optima(Cs, self._max_iter):
-            yield self._head(found), found
+        """A head for each C, in rising order, and its optimum."""
+        for optimum in self._path.optima(Cs, self._max_iter):
+            yield self._head(optimum), optimum
 
-    def _head(self, found: Optimum) -> DenseHead:
-        weight, bias = found.weight, found.bias
+    def _head(self, optimum: Optimum) -> DenseHead:
+        weight, bias = optimum.weight, optimum.bias
         if len(weight) == 1:  # two classes: one logit z; softmax([0, z]) is its sigmoid
             weight, bias = np.concatenate([0 * weight, weight]), np.concatenate([0 * bias, bias])
         return DenseHead(self._mean, self._scale, [(weight, bias)], self._classes)
 
     def fit(self, C: float, start: DenseHead | None = None) -> tuple[DenseHead, Optimum]:
-        """The one head that is kept, as exactly as can be told; ``start`` is one that was fitted on some of these rows."""
+        """The final head, fitted as exactly as the solver allows; ``start`` is a head that was fitted on some of these rows."""
         if isinstance(self._path, SoftmaxPath):
-            found = next(self._path.optima([C], self._max_iter, 0.0, None if start is None else self._place(start)))
+            optimum = next(self._path.optima([C], self._max_iter, 0.0, None if start is None else self._place(start)))
         else:
-            found = next(self._path.optima([C], self._max_iter))
-        return self._head(found), found
+            optimum = next(self._path.optima([C], self._max_iter))
+        return self._head(optimum), optimum
 
     def _place(self, head: DenseHead) -> tuple[Float64, Float64]:
-        """Weights and biases of a head that standardises otherwise."""
+        """Weights and biases of a head that standardises differently, for the standardisation of this problem."""
         ((weight, bias),) = head.layers
         w = weight.astype(np.float64) / head.scale
         b = bias - w @ head.mean + w @ self._mean
@@ -90,28 +90,28 @@ class _Problem:
 
 
 def enough(Cs: Sequence[float], ranks: Sequence[tuple[float, float]]) -> bool:
-    """Whether what comes after the values of C that have a rank yet cannot win; the least rank is the best."""
+    """Whether no C after those that are ranked so far can win; the least rank is the best."""
     return Cs[len(ranks) - 1] > WORSE * Cs[ranks.index(min(ranks))]
 
 
 def _class_weights(
-    wanted: str | Mapping[Any, float] | None, targets: NDArray[np.intp], classes: list[str], rows: Float64 | None
+    class_weight: str | Mapping[Any, float] | None, targets: NDArray[np.intp], classes: list[str], rows: Float64 | None
 ) -> Float64 | None:
-    """What each row counts ``(n,)``, its own weight included; None is 1 for each.
+    """The weight of each row ``(n,)``, its own included; None is 1 for each.
 
     Raises:
-        ValueError: a weight is for no class, or neither ``"balanced"`` nor a dict was given.
+        ValueError: ``class_weight`` is neither ``"balanced"`` nor a dict.
     """
-    if wanted is None:
+    if class_weight is None:
         return rows
-    if wanted == "balanced":
+    if class_weight == "balanced":
         counts = np.bincount(targets, rows, minlength=len(classes))
         each = counts.sum() / (len(classes) * np.maximum(counts, 1e-300))
-    elif isinstance(wanted, Mapping):
-        known = {str(label): float(weight) for label, weight in wanted.items()}
+    elif isinstance(class_weight, Mapping):
+        known = {str(label): float(weight) for label, weight in class_weight.items()}
         each = np.array([known.get(label, 1.0) for label in classes])
     else:
-        message = f"class_weight is {wanted!r}; expected 'balanced', a dict of weights by label, or None"
+        message = f"class_weight is {class_weight!r}; expected 'balanced', a dict of weights by label, or None"
         raise ValueError(message)
     weights: Float64 = each[targets]
     return weights if rows is None else weights * rows
@@ -119,10 +119,10 @@ def _class_weights(
 
 @dataclass(frozen=True)
 class _Point:
-    """What one value of C gave on the held-out rows of one fold: sums over their weights, for logits would fill the memory."""
+    """Results of one value of C on the held-out rows of one fold: weighted sums, because logits would fill the memory."""
 
     head: DenseHead
-    found: Optimum
+    optimum: Optimum
     loss: float
     right: float
     weight: float
@@ -130,7 +130,7 @@ class _Point:
 
 
 def _scores(points: Sequence[_Point]) -> dict[str, float]:
-    """Of one C, over the folds."""
+    """Mean log-loss and accuracy of one C over the folds."""
     total = sum(point.weight for point in points)
     return {
         "log_loss": sum(point.loss for point in points) / total,
@@ -145,17 +145,17 @@ def _as_json(class_weight: str | Mapping[Any, float] | None) -> str | dict[str, 
 
 
 class LogisticHead(ClassifierHead):
-    """Logistic regression.
+    """Multinomial logistic regression with an L2 or elastic net penalty.
 
     Args:
         C: inverse regularisation strength; None chooses it.
         Cs: the values to choose from; None is 45 over eleven decades, and every fourth of them for an elastic net.
         class_weight: None, ``"balanced"``, or a dict of weights by label, 1 for those it lacks.
         l1_ratio: share of absolute values in the penalty; more than 0 is an elastic net, fitted by scikit-learn's SAGA.
-        select: what C is chosen by: the least ``"log-loss"``, or the best ``"accuracy"`` (of equal ones the least log-loss).
-        cv: number of folds where no validation set is given, or the folds themselves as pairs of row numbers.
+        select: what C is chosen by: the least ``"log-loss"``, or the best ``"accuracy"`` (in a tie, the least log-loss).
+        cv: number of folds, if there is no validation set, or the folds themselves as pairs of arrays of row numbers.
         max_iter: limit of evaluations of the objective for each value.
-        device: ``cpu``, ``cuda``, or ``auto``: a GPU where torch finds one and it is worth it; see `row_sums.gpu_for`.
+        device: ``cpu``, ``cuda``, or ``auto``: a GPU if torch finds one and it is worth it; see `row_sums.gpu_for`.
         seed: of the folds.
 
     Attributes:
@@ -165,7 +165,7 @@ class LogisticHead(ClassifierHead):
             fit (see `softmax.Optimum`, the worst of the folds); evaluations, seconds, converged.
         fitted_: the fitted head as arrays, temperature included.
         temperature_: fitted on the out-of-fold or validation logits of the chosen value.
-        conformal_: prediction sets, calibrated on the same logits; None where nothing was out of fold.
+        conformal_: prediction sets, calibrated on the same logits; None if there were none out of fold.
 
     >>> from classifiers import LogisticHead
     >>> from store import FeatureCache
@@ -213,16 +213,16 @@ class LogisticHead(ClassifierHead):
         """Choose C and fit.
 
         Args:
-            X: features ``(n, d)``; those that stay on disk are read from there for each step of the fit.
+            X: features ``(n, d)``; lazy features are read from disk at each step of the fit.
             y: labels ``(n,)``.
-            sample_weight: how many times each row counts ``(n,)``, in everything; None is once.
+            sample_weight: how many times each row counts ``(n,)``, in fitting, choosing and calibrating; None is once.
             validation: ``(X, y)`` to choose on, each row once; the final fit uses both. Without it, k-fold inside ``X``.
-            groups: what must not be divided between folds, one per row of ``X``.
-            views: rows come in runs of so many views of an image, all of one group. All are fitted; what is chosen and
-                calibrated is judged on the first of each.
+            groups: the group of each row of ``X``; folds never divide a group.
+            views: number of consecutive rows that are views of one image, all of one group. All are fitted; choosing and
+                calibrating use the first of each.
 
         Raises:
-            ValueError: a setting, a label or a weight cannot be used; says which.
+            ValueError: names the setting, label or weight that cannot be used.
         """
         features: Features
         if isinstance(X, LazyFeatures):
@@ -275,16 +275,16 @@ class LogisticHead(ClassifierHead):
         self.history_ = self.path_
         best = min(self.path_, key=self._rank, default=None)
         self.C_ = float(best["C"]) if best else float(self.C or 1.0)
-        dense, found = self._problem(features, targets, weights).fit(self.C_, heads[self.C_][0] if best else None)
-        self.converged_, self.n_iter_ = found.converged, found.evaluations
+        fitted, optimum = self._problem(features, targets, weights).fit(self.C_, heads[self.C_][0] if best else None)
+        self.converged_, self.n_iter_ = optimum.converged, optimum.evaluations
         self.conformal_: Conformal | None = None
         if best:
             rows = np.concatenate([test for _, test in folds])
-            given = None if weights is None else weights[rows]
-            held_out = [head.logits(features[test]) for head, (_, test) in zip(heads[self.C_], folds, strict=True)]
-            dense, self.conformal_ = calibrate(dense, np.concatenate(held_out), targets[rows], weights=given)
-        self.fitted_ = dense
-        self.temperature_ = dense.temperature
+            row_weights = None if weights is None else weights[rows]
+            logits = [head.logits(features[test]) for head, (_, test) in zip(heads[self.C_], folds, strict=True)]
+            fitted, self.conformal_ = calibrate(fitted, np.concatenate(logits), targets[rows], weights=row_weights)
+        self.fitted_ = fitted
+        self.temperature_ = fitted.temperature
 
     def _with_validation(
         self, features: Features, targets: NDArray[np.intp], validation: tuple[ArrayLike, ArrayLike], views: int
@@ -295,7 +295,7 @@ class LogisticHead(ClassifierHead):
         return with_validation(np.asarray(features), targets, validation, self.classes_)
 
     def _rank(self, point: Mapping[str, float | bool]) -> tuple[float, float]:
-        """Of a point of the path: the least is chosen."""
+        """The rank of a point of the path; the least is chosen."""
         return (-float(point["accuracy"]) if self.select == "accuracy" else 0.0, float(point["log_loss"]))
 
     def _folds(self, targets: NDArray[np.intp], groups: Sequence[bytes] | None) -> list[Fold]:
@@ -303,7 +303,7 @@ class LogisticHead(ClassifierHead):
             return list(self.cv)
         folds = stratified_folds(targets, groups, self.cv, self.seed)
         if not folds and self.C is None:
-            log.warning("a class has a single training sample or group: C cannot be chosen and is 1, without calibration")
+            log.warning("a class has a single training sample or group, so C cannot be chosen and is 1, without calibration")
         return folds
 
     def _path(
@@ -315,7 +315,7 @@ class LogisticHead(ClassifierHead):
         grid = (NET if self.l1_ratio else CS) if self.Cs is None else self.Cs
         Cs = sorted({float(C) for C in (grid if self.C is None else [self.C])})
         tried: list[list[_Point]] = []
-        for fold in folds:  # one standardised copy at a time; each goes at least as far as those before
+        for fold in folds:  # one standardised copy at a time; each fold goes at least as far as those before
             tried.append(self._path_of_fold(X, targets, weights, fold, Cs, max(map(len, tried), default=0)))
         for fold, points in zip(folds, tried, strict=True):
             missing = Cs[len(points) : len(tried[-1])]
@@ -323,17 +323,17 @@ class LogisticHead(ClassifierHead):
         path: list[dict[str, float | bool]] = []
         heads: dict[float, list[DenseHead]] = {}
         for each_fold in zip(*tried, strict=True):
-            found = [point.found for point in each_fold]
-            C = found[0].C
+            optima = [point.optimum for point in each_fold]
+            C = optima[0].C
             heads[C] = [point.head for point in each_fold]
             path.append(
                 {
                     "C": float(C),
                     **_scores(each_fold),
-                    "gradient": max(each.gradient for each in found),
-                    "evaluations": sum(each.evaluations for each in found),
+                    "gradient": max(optimum.gradient for optimum in optima),
+                    "evaluations": sum(optimum.evaluations for optimum in optima),
                     "seconds": round(sum(point.seconds for point in each_fold), 4),
-                    "converged": all(each.converged for each in found),
+                    "converged": all(optimum.converged for optimum in optima),
                 }
             )
         return path, heads
@@ -347,7 +347,7 @@ class LogisticHead(ClassifierHead):
         Cs: Sequence[float],
         least: int,
     ) -> list[_Point]:
-        """As many points as may win, but at least so many."""
+        """Points along the path until no further C can win, but at least ``least``."""
         train, test = fold
         problem = self._problem(X[train], targets[train], None if weights is None else weights[train])
         points: list[_Point] = []
@@ -356,10 +356,10 @@ class LogisticHead(ClassifierHead):
         counts = np.ones(len(test)) if weights is None else weights[test]
         total = float(counts.sum())
         begin = time.perf_counter()
-        for dense, found in problem.heads(Cs):
-            logits = dense.logits(held)
+        for head, optimum in problem.heads(Cs):
+            logits = head.logits(held)
             loss, right = log_loss(logits, truth, counts) * total, float(counts @ (logits.argmax(axis=1) == truth))
-            points.append(_Point(dense, found, loss, right, total, time.perf_counter() - begin))
+            points.append(_Point(head, optimum, loss, right, total, time.perf_counter() - begin))
             ranks.append(self._rank(_scores(points[-1:])))
             begin = time.perf_counter()
             if len(points) >= least and enough(Cs, ranks):
@@ -381,12 +381,12 @@ class LogisticHead(ClassifierHead):
 
     @property
     def streams(self) -> bool:  # type: ignore[override]
-        """Whether it can be fitted to features that stay on disk."""
+        """Whether it can be fitted on lazy features."""
         return not self.l1_ratio
 
     @property
     def hyperparameters_(self) -> dict[str, Any]:
-        """What was used, as JSON."""
+        """The settings in use, as JSON."""
         return {
             "C": self.C_,
             "chosen": self.C is None and bool(self.path_),

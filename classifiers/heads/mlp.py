@@ -1,4 +1,4 @@
-"""A small multi-layer perceptron in torch, with scikit-learn's manners."""
+"""The mlp head: a small multi-layer perceptron in torch that is a scikit-learn estimator."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from .search import ClassifierHead
 
 log = logging.getLogger("penult.classifiers")
 
-SMALL_BATCH = 2**20  # numbers; a smaller batch is done before a second thread has woken up
-GRID: dict[str, tuple[Any, ...]] = {  # what is tried where a setting is left open: every combination, the first ones first
+SMALL_BATCH = 2**20  # numbers; a smaller batch is done before a second thread has started
+GRID: dict[str, tuple[Any, ...]] = {  # tried for each setting that is None: every combination, in this order
     "hidden": ((128,), (512,)),
     "dropout": (0.3,),
     "weight_decay": (1e-2,),
@@ -41,7 +41,7 @@ SCHEDULES = ("constant", "cosine")
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
-    """Torch with so many threads, for a while; None leaves it as it is."""
+    """A context in which torch has ``count`` threads; None leaves it as it is."""
     import torch
 
     before = torch.get_num_threads()
@@ -54,7 +54,7 @@ def _threads(count: int | None) -> Iterator[None]:
 
 @dataclass
 class _Run:
-    """One setting, trained: the head of its best epoch, and how it came there."""
+    """One training run with one setting: the head of its best epoch, and its history."""
 
     setting: dict[str, Any]
     head: DenseHead
@@ -86,7 +86,7 @@ def _arrays(network: Any) -> list[tuple[NDArray[np.float32], NDArray[np.float32]
 
 
 class MlpHead(ClassifierHead):
-    """Dense layers with ReLU and dropout, AdamW, early stopping, then a refit on everything for the best number of epochs.
+    """Dense layers with ReLU and dropout: AdamW, early stopping, then a refit on everything for the best number of epochs.
 
     Settings that are None are chosen by the validation loss, from `GRID`.
 
@@ -97,17 +97,17 @@ class MlpHead(ClassifierHead):
         lr: learning rate at the start.
         schedule: of the learning rate: ``constant``, or ``cosine`` down to 0 at ``max_epochs``.
         batch_size: rows per step.
-        max_epochs: limit.
+        max_epochs: largest number of epochs.
         patience: epochs without a better validation loss (by more than ``min_delta``) before it stops.
-        min_delta: what counts as better.
-        validation_fraction: share of the training rows to stop on where no validation set is given; whole groups, by hash rank.
+        min_delta: smallest improvement that counts.
+        validation_fraction: share of the training rows to stop on if there is no validation set; whole groups, by hash rank.
         seed: of initial weights, order and dropout.
-        device: ``cpu``, ``cuda``, or ``auto``: a GPU where torch finds one. The head itself is the same kind of file.
+        device: ``cpu``, ``cuda``, or ``auto``: a GPU if torch finds one. The saved head is the same kind of file.
 
     Attributes:
         classes_, fitted_, temperature_, conformal_: as in `LogisticHead`.
-        setting_: what was used of `GRID`.
-        tried_: for each setting tried: what it is, its best epoch, and val_loss and val_accuracy there.
+        setting_: the chosen setting of `GRID`.
+        tried_: for each setting tried: the setting, its best epoch, and val_loss and val_accuracy there.
         best_epoch_: number of epochs of the final fit.
         history_: for each epoch of the chosen setting: epoch, train_loss, val_loss, val_accuracy.
 
@@ -180,7 +180,7 @@ class MlpHead(ClassifierHead):
     def _search(
         self, X: NDArray[np.float32], targets: NDArray[Any], train: NDArray[np.intp], held: NDArray[np.intp]
     ) -> tuple[DenseHead, DenseHead | None]:
-        """The head on all rows, and the one without the held-out rows that said which setting and how many epochs are best."""
+        """The head on all rows, and the one without the held-out rows on which setting and number of epochs were chosen."""
         classes = [str(label) for label in self.classes_]
         if not len(held):  # too few to hold any out
             self.setting_, self.history_, self.tried_ = self._settings()[0], [], []
@@ -194,7 +194,7 @@ class MlpHead(ClassifierHead):
         return self._train(X, targets, None, self.best_epoch_, classes, self.setting_).head, best.head
 
     def _settings(self) -> list[dict[str, Any]]:
-        """Every combination to try; one where all is given."""
+        """Every combination to try; a single one if no setting is None."""
         choices = {name: grid if getattr(self, name) is None else (getattr(self, name),) for name, grid in GRID.items()}
         return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 
@@ -203,7 +203,7 @@ class MlpHead(ClassifierHead):
         try:
             names = hash_rank_split([str(label) for label in y], owners, val=self.validation_fraction, test=0.0, seed=self.seed)
         except BadDataError as error:
-            log.warning("nothing to stop early on (%s): all %d epochs are trained", error, self.max_epochs)
+            log.warning("no rows for early stopping (%s): training all %d epochs", error, self.max_epochs)
             return np.arange(len(X)), np.empty(0, np.intp)
         inner = np.array(names) == "val"
         return np.flatnonzero(~inner), np.flatnonzero(inner)
@@ -217,9 +217,9 @@ class MlpHead(ClassifierHead):
         classes: list[str],
         setting: dict[str, Any],
     ) -> _Run:
-        """Train for so many epochs, or with held-out rows until they get no better; then the best epoch is what returns.
+        """Train for ``epochs`` epochs, or with held-out rows until their loss stops improving, and return the best epoch.
 
-        Targets are class indices ``(n,)``, or of several labels ``(n, k)`` float32, 1 for those that a row has.
+        Targets are class indices ``(n,)``, or for several labels ``(n, k)`` float32, 1 for those that a row has.
         """
         import torch
         from torch import nn
@@ -277,13 +277,13 @@ class MlpHead(ClassifierHead):
 
     @property
     def hyperparameters_(self) -> dict[str, Any]:
-        """What was used, as JSON."""
+        """The settings in use, as JSON."""
         chosen = {**self.setting_, "hidden": list(self.setting_["hidden"])}
         return {**self.get_params(), **chosen, "epochs": self.best_epoch_, "tried": self.tried_}
 
 
 class MultiLabelMlpHead(MlpHead):
-    """The same for several labels an image: y is a label indicator ``(n, k)``, and each label has a sigmoid.
+    """`MlpHead` for several labels an image: y is a label indicator ``(n, k)``, and each label has a sigmoid.
 
     Attributes:
         classes_: the columns of y, by number.
@@ -310,8 +310,8 @@ class MultiLabelMlpHead(MlpHead):
         groups: Sequence[bytes] | None = None,
         views: int = 1,
     ) -> Self:
-        features, given = map(np.asarray, validate_data(self, X, y, dtype=np.float32, multi_output=True))
-        truth = given.reshape(len(given), -1).astype(np.float32)
+        features, indicators = map(np.asarray, validate_data(self, X, y, dtype=np.float32, multi_output=True))
+        truth = indicators.reshape(len(indicators), -1).astype(np.float32)
         self.classes_ = np.arange(truth.shape[1])
         if validation is not None:
             held, labels = np.asarray(validation[0], np.float32), np.asarray(validation[1], np.float32)
@@ -328,5 +328,5 @@ class MultiLabelMlpHead(MlpHead):
         return self._refit(np.asarray(X, np.float32), truth, [str(k) for k in range(truth.shape[1])])
 
     def predict(self, X: ArrayLike) -> NDArray[np.intp]:
-        """Which labels each row has ``(n, k)``: those more probable than not."""
+        """Which labels each row has ``(n, k)``: those with a probability of at least 0.5."""
         return (self.predict_proba(X) >= 0.5).astype(np.intp)

@@ -1,4 +1,4 @@
-"""Logistic regression for several labels an image: one sigmoid for each, all of them fitted at once."""
+"""The logistic head for several labels an image: one sigmoid for each label, all fitted at once."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from .search import Head
 log = logging.getLogger("penult.classifiers")
 
 CS = tuple(float(C) for C in np.logspace(-5, 3, 17))
-WORSE = 4  # a log-loss falls and then rises along the path: after so many values above the best of every label, none can win
+WORSE = 4  # a log-loss falls and then rises along the path: this many values past the best of every label, none can win
 
 
 @dataclass(frozen=True)
 class _Point:
-    """What one value of C gave on the held-out rows of one fold."""
+    """Results of one value of C on the held-out rows of one fold."""
 
     C: float
     losses: Float64
@@ -40,7 +40,7 @@ class _Point:
 
 
 def _fit(problem: SigmoidProblem, C: float | Float64) -> tuple[DenseHead, bool]:
-    """The head of one C, or of one for each label, and whether that converged."""
+    """The head for one C, or for one C per label, and whether the fit converged."""
     weight, bias, converged = problem.fit(C)
     names = [str(k) for k in range(len(weight))]
     return DenseHead(problem.mean, problem.scale, [(weight, bias)], names, activation="Sigmoid"), converged
@@ -50,9 +50,9 @@ class MultiLabelLogisticHead(ClassifierMixin, Head):  # type: ignore[misc]
     """L2 logistic regression for several labels an image: y is a label indicator ``(n, k)``.
 
     Args:
-        C: inverse regularisation strength of all labels; None chooses one for each.
+        C: inverse regularisation strength for all labels; None chooses one for each.
         Cs: the values to choose from.
-        cv: number of folds where no validation set is given.
+        cv: number of folds, if there is no validation set.
         max_iter: limit of L-BFGS iterations for each fit.
         seed: of the folds.
 
@@ -91,9 +91,9 @@ class MultiLabelLogisticHead(ClassifierMixin, Head):  # type: ignore[misc]
         groups: Sequence[bytes] | None = None,
         views: int = 1,
     ) -> Self:
-        """Choose C by the log-loss, for each label its own, and fit."""
-        features, given = map(np.asarray, validate_data(self, X, y, dtype=np.float32, multi_output=True))
-        truth = given.reshape(len(given), -1).astype(bool)
+        """Choose C for each label by its log-loss, and fit."""
+        features, indicators = map(np.asarray, validate_data(self, X, y, dtype=np.float32, multi_output=True))
+        truth = indicators.reshape(len(indicators), -1).astype(bool)
         self.classes_ = np.arange(truth.shape[1])
         if validation is None:
             folds = group_folds(len(features), groups, self.cv, self.seed)
@@ -109,7 +109,7 @@ class MultiLabelLogisticHead(ClassifierMixin, Head):  # type: ignore[misc]
             else:
                 self.C_ = np.full(truth.shape[1], self.C or 1.0)
                 if self.C is None:
-                    log.warning("there is a single training sample or group: C cannot be chosen and is 1")
+                    log.warning("there is a single training sample or group, so C cannot be chosen and is 1")
             self.fitted_, self.converged_ = _fit(SigmoidProblem(features, truth, self.max_iter), self.C_)
         return self
 
@@ -156,12 +156,12 @@ class MultiLabelLogisticHead(ClassifierMixin, Head):  # type: ignore[misc]
         return self.fitted_.probabilities(validate_data(self, X, dtype=np.float32, reset=False))
 
     def predict(self, X: ArrayLike) -> NDArray[np.intp]:
-        """Which labels each row has ``(n, k)``: those more probable than not."""
+        """Which labels each row has ``(n, k)``: those with a probability of at least 0.5."""
         return (self.predict_proba(X) >= 0.5).astype(np.intp)
 
     @property
     def hyperparameters_(self) -> dict[str, Any]:
-        """What was used, as JSON."""
+        """The settings in use, as JSON."""
         return {
             "C": self.C_.tolist(),
             "chosen": self.C is None and bool(self.path_),

@@ -1,6 +1,6 @@
-"""Heads by name: our own, a row and a group of settings each; and any scikit-learn classifier, which cannot be saved.
+"""The registry of heads: a row with name, task and settings for each, and any scikit-learn classifier by its dotted name.
 
-Nothing here imports NumPy: the command line and job files read the rows before there is anything to compute.
+Nothing here imports NumPy, because the command line and job files read the rows before anything is computed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from store.tasks import ONE_LABEL, MultiLabelTask, RegressionTask
 
 
 class PenaltySettings(Settings):
-    """Of every logistic head."""
+    """The settings of every logistic head."""
 
     section: ClassVar[str] = "train"
     heading: ClassVar[str] = "Head: logistic"
@@ -30,7 +30,7 @@ class PenaltySettings(Settings):
 
 
 class LogisticSettings(PenaltySettings):
-    class_weight: Literal["balanced"] | None = setting(None, "As if every class had as many images.")
+    class_weight: Literal["balanced"] | None = setting(None, "Weigh images as if all classes had the same number.")
     select: Literal["log-loss", "accuracy"] = setting("log-loss", "What C is chosen by.")
     l1_ratio: float = setting(0.0, "Elastic net (slow): the share of |w| in its penalty.", ge=0, le=1, metavar="SHARE")
 
@@ -67,13 +67,13 @@ class KnnSettings(Settings):
 
 @dataclass(frozen=True)
 class Search:
-    """What the history of a head is a search of, for its report.
+    """The search over one setting that the history of a head records, for its report.
 
     Attributes:
-        setting: what was varied.
-        label: that, on the axis of a plot.
-        loss: what is least at the best one.
-        text: one sentence, given the hyperparameters.
+        setting: the setting that was varied.
+        label: its label on the axis of a plot.
+        loss: the key of the history that is least at the best value.
+        text: makes one sentence about the search from the hyperparameters.
     """
 
     setting: str
@@ -103,14 +103,14 @@ def _by_neighbours(chosen: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class HeadRow:
-    """One head.
+    """One head of the registry.
 
     Attributes:
         name: on the command line, in jobs and in bundles.
-        task: what it is for; the first of a task is its default.
-        settings: those that are its own.
-        place: ``module:class``, a `search.Head`.
-        search: what its history is a search of; None where it is epochs, or nothing.
+        task: its task; the first row of a task is its default.
+        settings: the settings of this head only.
+        place: ``module:class``, a subclass of `search.Head`.
+        search: the search that its history records; None if the history is of epochs, or empty.
     """
 
     name: str
@@ -120,7 +120,7 @@ class HeadRow:
     search: Search | None = None
 
     def make(self) -> Any:
-        """An unfitted one with its defaults."""
+        """The unfitted head with its defaults."""
         module, _, kind = self.place.partition(":")
         return getattr(importlib.import_module(module), kind)()
 
@@ -143,17 +143,17 @@ ROWS = (
     HeadRow("mlp", MultiLabelTask.name, MlpSettings, "classifiers.heads.mlp:MultiLabelMlpHead"),
     HeadRow("ridge", RegressionTask.name, RidgeSettings, "classifiers.heads.ridge:RidgeRegressionHead", LAMBDA),
 )
-ENTRY_POINTS = "penult.heads"  # where an installed package names a `HeadRow` of its own
+ENTRY_POINTS = "penult.heads"  # where an installed package registers a `HeadRow` of its own
 
 
 @cache
 def rows() -> tuple[HeadRow, ...]:
-    """Every head that there is: our own, and those of installed packages."""
+    """Every head: those of this package, and those of other installed packages."""
     return (*ROWS, *(each.load() for each in entry_points(group=ENTRY_POINTS)))
 
 
 def head_names() -> tuple[str, ...]:
-    """What ``--head`` can be."""
+    """The possible values of ``--head``."""
     return tuple(dict.fromkeys(row.name for row in rows()))
 
 
@@ -161,13 +161,13 @@ def row_of(name: str | None, task: str, flag: str = "--head") -> HeadRow:
     """The row of a head; None is the task's default.
 
     Raises:
-        UsageError: the task has no such head; names those it has.
+        UsageError: the task has no such head; names those that it has.
     """
-    there = [row for row in rows() if row.task == task]
-    for row in there:
+    candidates = [row for row in rows() if row.task == task]
+    for row in candidates:
         if name in (None, row.name):
             return row
-    message = f"{flag} {name}: there is {', '.join(row.name for row in there)} for {task}"
+    message = f"{flag} {name}: expected {', '.join(row.name for row in candidates)} for {task}"
     raise UsageError(message)
 
 
@@ -176,35 +176,35 @@ def make_head(name: str | None, task: str = ONE_LABEL.name, **settings: Any) -> 
 
     Args:
         name: one of `head_names` (None is the task's default), or the dotted name of a scikit-learn classifier in an installed
-            package, such as ``sklearn.svm.SVC``. That one is imported, fitted and evaluated like the others, and cannot be
+            package, such as ``sklearn.svm.SVC``. Such a classifier is fitted and evaluated like the others, but cannot be
             saved.
-        task: what the samples were extracted for.
-        settings: what its ``__init__`` takes; ``seed`` is left out for one that draws nothing.
+        task: the task that the samples were extracted for.
+        settings: arguments of its ``__init__``; ``seed`` is left out for a head that is not random.
 
     Raises:
-        UsageError: no such head, or a setting that it does not have.
+        UsageError: there is no such head, or it has no such setting.
     """
-    given = {key: value for key, value in settings.items() if value is not None}
+    chosen = {key: value for key, value in settings.items() if value is not None}
     if name is not None and "." in name:
-        return _estimator(name, given)
+        return _estimator(name, chosen)
     row = row_of(name, task)
     head = row.make()
-    unknown = sorted(set(given) - set(head.get_params()) - {"seed"})
+    unknown = sorted(set(chosen) - set(head.get_params()) - {"seed"})
     if unknown:
         message = f"the {row.name} head has no setting {', '.join(unknown)}"
         raise UsageError(message)
-    return head.set_params(**{key: value for key, value in given.items() if key in head.get_params()})
+    return head.set_params(**{key: value for key, value in chosen.items() if key in head.get_params()})
 
 
 def name_of(head: Any) -> str:
-    """What a head is called in a bundle."""
+    """The name of a head in a bundle."""
     from .search import Head
 
     return head.name if isinstance(head, Head) else type(head).__name__.lower()
 
 
 def settings_of(head: Any) -> dict[str, Any]:
-    """What a head was told beyond its defaults, as JSON and as `make_head` takes it: what a refit on other rows begins with."""
+    """The settings of a head that differ from its defaults, as JSON and as arguments of `make_head`."""
     plain = {name: value for name, value in head.get_params().items() if isinstance(value, (str, int, float, list, tuple))}
     defaults = type(head)().get_params()
     return {name: value for name, value in plain.items() if value != defaults[name]}
@@ -218,32 +218,32 @@ def _estimator(name: str, settings: dict[str, Any]) -> Any:
         message = f"{name}: no installed package has the module {module.partition('.')[0]!r}; install it, or correct the name"
         raise UsageError(message)
     try:
-        found = getattr(importlib.import_module(module), kind)
+        estimator = getattr(importlib.import_module(module), kind)
     except (ImportError, AttributeError) as error:
         message = f"{name}: {error}; expected a module and a class, such as sklearn.svm.SVC"
         raise UsageError(message) from error
-    if not (inspect.isclass(found) and issubclass(found, BaseEstimator)):
-        message = f"{name} is no scikit-learn estimator; expected a class, such as sklearn.svm.SVC"
+    if not (inspect.isclass(estimator) and issubclass(estimator, BaseEstimator)):
+        message = f"{name} is not a scikit-learn estimator; expected a class, such as sklearn.svm.SVC"
         raise UsageError(message)
     try:
-        head = found(**settings)
+        head = estimator(**settings)
     except TypeError as error:
         message = f"{name}: {error}"
         raise UsageError(message) from error
     if not is_classifier(head) or not hasattr(head, "predict_proba"):
         message = (
-            f"{name} is no classifier with predict_proba, and a head must give probabilities; "
-            f"sklearn.calibration.CalibratedClassifierCV(estimator=...) adds them to one that has none"
+            f"{name} is not a classifier with predict_proba, and a head must give probabilities; "
+            f"sklearn.calibration.CalibratedClassifierCV(estimator=...) adds them to a classifier without"
         )
         raise UsageError(message)
     return head
 
 
 def need_task(head: Any, task: str) -> None:
-    """Refuse a head for other targets than the samples have.
+    """Refuse a head for another task than that of the samples.
 
     Raises:
-        UsageError: it is one.
+        UsageError: the head is for another task; names the heads for this one.
     """
     from .search import Head
 
@@ -251,22 +251,22 @@ def need_task(head: Any, task: str) -> None:
     if made_for != task:
         message = (
             f"{type(head).__name__} is a head for {made_for}, and these samples were extracted with --task {task}; "
-            f"take --head {', '.join(row.name for row in rows() if row.task == task)}, or make_head(None, {task!r})"
+            f"use --head {', '.join(row.name for row in rows() if row.task == task)}, or make_head(None, {task!r})"
         )
         raise UsageError(message)
 
 
 def need_saveable(head: Any) -> None:
-    """Refuse what could only be saved as a pickle.
+    """Refuse a head that could only be saved as a pickle.
 
     Raises:
-        UsageError: it is none of our own heads.
+        UsageError: it is not a `search.Head`.
     """
     from .search import Head
 
     if not isinstance(head, Head):
         message = (
-            f"{type(head).__name__} cannot be saved: a bundle holds ONNX and JSON and never a pickle. Evaluate it here with "
+            f"{type(head).__name__} cannot be saved: a bundle holds ONNX and JSON, never a pickle. Evaluate it here with "
             f"classifiers.evaluate(head, subset), or train one of {', '.join(head_names())}"
         )
         raise UsageError(message)

@@ -1,4 +1,4 @@
-"""Ridge regression, of numbers or as a classifier on +-1: every lambda from one decomposition, in seconds."""
+"""The ridge heads: ridge regression of numbers, or as a classifier on targets of +1 and -1."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ def _head(spectrum: Spectrum, alpha: float, classes: list[str]) -> DenseHead:
 
 
 class RidgeHead(SearchHead):
-    """Ridge regression: one output for each class, 1 where a row is of it and -1 where not.
+    """Ridge regression as a classifier: the target of each class is 1 for its own rows and -1 for all others.
 
-    Lambda (scikit-learn calls it alpha) is chosen by the squared error that it minimises, as `RidgeClassifierCV` does: by
-    leave-one-out, which needs no other fit, or by folds where groups must not be divided, or on validation. Probabilities are
-    a softmax of the decision values over a temperature, which is fitted on the same out-of-fold values.
+    Lambda (alpha in scikit-learn) is chosen by the squared error, as `RidgeClassifierCV` does: by leave-one-out, which needs no
+    other fit, or by folds if rows form groups, or on validation. Probabilities are a softmax of the decision values over a
+    temperature, which is fitted on the same out-of-fold values.
 
     Args:
         alpha: regularisation strength on standardised features; None chooses it.
         alphas: the values to choose from.
-        cv, seed: folds where rows form groups and no validation set is given.
+        cv, seed: folds, if rows form groups and there is no validation set.
 
     Attributes:
         alpha_: the value in use.
@@ -104,19 +104,19 @@ class RidgeHead(SearchHead):
 class RidgeRegressionHead(RegressorMixin, Head):  # type: ignore[misc]
     """Ridge regression of one number or several: y is ``(n,)`` or ``(n, t)``.
 
-    Features and numbers are standardised. One lambda serves all columns; it has the least mean squared error, by leave-one-out,
-    which needs no other fit, or by folds where groups must not be divided, or on validation. The prediction intervals come from
-    the same left-out predictions.
+    Features and numbers are standardised. One lambda serves all columns: that with the least mean squared error, by
+    leave-one-out, which needs no other fit, or by folds if rows form groups, or on validation. The prediction intervals come
+    from the same predictions.
 
     Args:
         alpha, alphas, cv, seed: as in `RidgeHead`.
 
     Attributes:
         alpha_: the value in use.
-        chosen_by_: ``leave-one-out``, ``folds`` or ``validation``; None where nothing could be chosen.
-        history_: for each value tried: alpha and squared_error, of standardised numbers, mean over columns.
+        chosen_by_: ``leave-one-out``, ``folds`` or ``validation``; None if nothing could be chosen.
+        history_: for each value tried: alpha, and squared_error of the standardised numbers, mean over columns.
         fitted_: the fitted head as arrays; its outputs are in the units of y.
-        conformal_: prediction intervals; None where nothing was out of fold.
+        conformal_: prediction intervals; None if no row was out of fold.
 
     >>> import numpy as np
     >>> from classifiers import RidgeRegressionHead
@@ -143,9 +143,9 @@ class RidgeRegressionHead(RegressorMixin, Head):  # type: ignore[misc]
         views: int = 1,
     ) -> Self:
         """Choose lambda and fit; without a validation set, on left-out rows."""
-        features, given = map(np.asarray, validate_data(self, X, y, dtype=np.float32, multi_output=True, y_numeric=True))
-        self.n_outputs_ = None if given.ndim == 1 else given.shape[1]
-        numbers = given.reshape(len(given), -1).astype(np.float64)
+        features, targets = map(np.asarray, validate_data(self, X, y, dtype=np.float32, multi_output=True, y_numeric=True))
+        self.n_outputs_ = None if targets.ndim == 1 else targets.shape[1]
+        numbers = targets.reshape(len(targets), -1).astype(np.float64)
         held = None
         if validation is not None:
             held = np.asarray(validation[0], np.float32), np.asarray(validation[1], np.float64).reshape(-1, numbers.shape[1])
@@ -165,42 +165,42 @@ class RidgeRegressionHead(RegressorMixin, Head):  # type: ignore[misc]
         if held is not None:
             X, numbers = np.concatenate([X, held[0]]), np.concatenate([numbers, held[1]])
         centre, unit = standardisation(numbers)
-        wanted = (numbers - centre) / unit
+        targets = (numbers - centre) / unit
         alphas = [float(alpha) for alpha in ([self.alpha] if self.alpha is not None else sorted(self.alphas))]
         self.alpha_ = float(self.alpha or DEFAULT_ALPHA)
         self.chosen_by_: str | None = None
         self.conformal_: Intervals | None = None
         self.history_: list[dict[str, float]] = []
         if held is None and views == 1 and n > 2 and (groups is None or len(set(groups)) == n):
-            whole, by = Spectrum(X, wanted), "leave-one-out"
+            whole, by = Spectrum(X, targets), "leave-one-out"
             rows = np.sort(np.random.default_rng(self.seed).permutation(n)[:JUDGED])
-            self._choose(by, alphas, list(whole.left_out(rows, alphas)), wanted[rows], unit)
+            self._choose(by, alphas, list(whole.left_out(rows, alphas)), targets[rows], unit)
         elif folds := group_folds(n, groups, self.cv, self.seed) if held is None else [(np.arange(n), np.arange(n, len(X)))]:
             by = "folds" if held is None else "validation"
             folds = on_first_views(folds, views)
-            spectra = (Spectrum(X[train], wanted[train]) for train, _ in folds)
+            spectra = (Spectrum(X[train], targets[train]) for train, _ in folds)
             parts = [
                 [_head(spectrum, alpha, []).logits(X[test]) for alpha in alphas]
                 for spectrum, (_, test) in zip(spectra, folds, strict=True)
             ]
             rows = np.concatenate([test for _, test in folds])
-            self._choose(by, alphas, [np.concatenate(each) for each in zip(*parts, strict=True)], wanted[rows], unit)
+            self._choose(by, alphas, [np.concatenate(each) for each in zip(*parts, strict=True)], targets[rows], unit)
         elif self.alpha is None:
-            log.warning("there is a single training sample or group: lambda cannot be chosen and is %g", self.alpha_)
-        self.fitted_ = self._fitted(whole or Spectrum(X, wanted), centre, unit)
+            log.warning("there is a single training sample or group, so lambda cannot be chosen and is %g", self.alpha_)
+        self.fitted_ = self._fitted(whole or Spectrum(X, targets), centre, unit)
 
     def _choose(
-        self, by: str, alphas: Sequence[float], tried: Sequence[Float32], wanted: NDArray[np.float64], unit: Float32
+        self, by: str, alphas: Sequence[float], predictions: Sequence[Float32], targets: NDArray[np.float64], unit: Float32
     ) -> None:
-        """By predictions ``(m, t)`` of rows that were left out, for each lambda."""
-        errors = [float(np.mean((values - wanted) ** 2)) for values in tried]
+        """Choose lambda and calibrate intervals, by predictions ``(m, t)`` of left-out rows for each lambda."""
+        errors = [float(np.mean((values - targets) ** 2)) for values in predictions]
         best = int(np.argmin(errors))
         self.chosen_by_, self.alpha_ = by, alphas[best]
         self.history_ = [{"alpha": alpha, "squared_error": error} for alpha, error in zip(alphas, errors, strict=True)]
-        self.conformal_ = Intervals.fit((tried[best] - wanted) * unit)
+        self.conformal_ = Intervals.fit((predictions[best] - targets) * unit)
 
     def _fitted(self, spectrum: Spectrum, centre: Float32, unit: Float32) -> DenseHead:
-        """With outputs in their units."""
+        """The fitted head, with outputs in the units of y."""
         weight, bias = spectrum.solution(self.alpha_)
         layers = [(weight * unit[:, None], bias * unit + centre)]
         return DenseHead(spectrum.mean, spectrum.scale, layers, [str(j) for j in range(len(unit))], activation="Identity")
@@ -216,13 +216,13 @@ class RidgeRegressionHead(RegressorMixin, Head):  # type: ignore[misc]
         return tags
 
     def predict(self, X: ArrayLike) -> NDArray[np.float64]:
-        """The numbers, in the shape of y."""
+        """The predicted numbers, in the shape of y."""
         check_is_fitted(self)
         values = self.fitted_.probabilities(validate_data(self, X, dtype=np.float32, reset=False)).astype(np.float64)
         return values[:, 0] if self.n_outputs_ is None else values
 
     @property
     def hyperparameters_(self) -> dict[str, Any]:
-        """What was used, as JSON."""
+        """The settings in use, as JSON."""
         tried = {"tried": len(self.history_), "chosen_by": self.chosen_by_}
         return {"alpha": self.alpha_, **tried, "cv": self.cv, "seed": self.seed}

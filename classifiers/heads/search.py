@@ -1,4 +1,4 @@
-"""What all heads have in common; and what ridge, knn and centroid share: settings tried out of fold, a fit with the best."""
+"""Base classes of heads: `Head`, and `SearchHead`, which tries settings out of fold and fits with the best one."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from .folds import Fold, class_indices, on_first_views, stratified_folds, with_v
 
 log = logging.getLogger("penult.classifiers")
 
-JUDGED = 10_000  # rows that settings are judged on, drawn where there are more: an accuracy to half a point
-LOGITS = 2**22  # numbers; and not more than that many for one setting, where there are many classes
+JUDGED = 10_000  # rows that settings are judged on, drawn at random if there are more: an accuracy to half a point
+LOGITS = 2**22  # numbers; at most this many for one setting, if there are many classes
 
 
 @dataclass(frozen=True)
 class Tried:
-    """Settings, and what they gave on rows that they were not fitted on.
+    """Settings, and their logits on rows that they were not fitted on.
 
     Attributes:
         settings: in the order they were tried.
-        logits: ``(m, k)`` of each.
-        targets: of the m rows.
-        by: how those rows were kept apart: ``folds``, ``validation`` or ``leave-one-out``.
-        fit: makes the head on all rows from one setting, where trying them has done most of that work.
+        logits: ``(m, k)`` for each setting.
+        targets: class indices of the m rows ``(m,)``.
+        by: how these rows were held out: ``folds``, ``validation`` or ``leave-one-out``.
+        fit: fits the head on all rows with one setting, if trying them has done most of that work.
     """
 
     settings: Sequence[dict[str, Any]]
@@ -48,18 +48,18 @@ class Tried:
 
 
 class Head(BaseEstimator, ABC):  # type: ignore[misc]
-    """A head is a scikit-learn estimator on features that becomes a `FittedHead`, which is saved, fused and predicted with.
+    """A scikit-learn estimator on features whose fit gives a `FittedHead`, which is saved, fused and used for prediction.
 
-    A new one is a class of this kind and a row of `registry.ROWS`. `fit` chooses its settings, on a validation set or by folds.
+    A new head is a subclass and a row of `registry.ROWS`. `fit` chooses its settings, on a validation set or by folds.
 
     Attributes:
-        name, task: as in its row.
-        streams: whether it can be fitted to features that stay on disk.
+        name, task: as in its row of the registry.
+        streams: whether it can be fitted on lazy features.
         device: where it is fitted.
         fitted_: the head as arrays, temperature included.
-        temperature_: fitted on what was out of fold or in the validation set; None where it has none.
-        conformal_: what says how sure it is, calibrated on the same rows: `conformal.Conformal` or `regression.Intervals`.
-        history_: what was tried, or each epoch, as JSON.
+        temperature_: fitted on rows out of fold or of the validation set; None if it has none.
+        conformal_: prediction sets or intervals, calibrated on the same rows: `conformal.Conformal` or `regression.Intervals`.
+        history_: each setting tried, or each epoch, as JSON.
     """
 
     name: ClassVar[str] = ""
@@ -74,7 +74,7 @@ class Head(BaseEstimator, ABC):  # type: ignore[misc]
     @property
     @abstractmethod
     def hyperparameters_(self) -> dict[str, Any]:
-        """What was used, as JSON."""
+        """The settings in use, as JSON."""
 
     @abstractmethod
     def fit(
@@ -90,20 +90,20 @@ class Head(BaseEstimator, ABC):  # type: ignore[misc]
 
         Args:
             X: features ``(n, d)``.
-            y: what `Task.truth` gives: labels ``(n,)``, indicators ``(n, k)`` or numbers ``(n, t)``.
+            y: as `Task.truth` returns it: labels ``(n,)``, indicators ``(n, k)`` or numbers ``(n, t)``.
             validation: ``(X, y)`` to choose on; the final fit uses both. Without it, folds inside ``X``.
-            groups: what must not be divided between folds, one per row of ``X``.
-            views: rows come in runs of so many views of an image, all of one group. All are fitted; what is chosen and
-                calibrated is judged on the first of each.
+            groups: the group of each row of ``X``; folds never divide a group.
+            views: number of consecutive rows that are views of one image, all of one group. All are fitted; choosing and
+                calibrating use the first of each.
         """
 
     @abstractmethod
     def refit(self, X: ArrayLike, y: ArrayLike) -> FittedHead:
-        """A head on other rows with what was chosen in `fit`, without choosing or calibrating again.
+        """A head on other rows with the settings chosen in `fit`, without choosing or calibrating again.
 
         Args:
             X: features ``(n, d)``.
-            y: as for `fit`; of labels, those that are there are the outputs, in their order.
+            y: as for `fit`; the distinct labels, sorted, are the outputs.
         """
 
 
@@ -122,7 +122,7 @@ class ClassifierHead(ClassifierMixin, Head):  # type: ignore[misc]
 
     @abstractmethod
     def _refit(self, X: Float32, targets: NDArray[np.intp], classes: list[str]) -> FittedHead:
-        """`refit` by the indices of labels."""
+        """`refit` with class indices."""
 
     def predict_proba(self, X: ArrayLike) -> Float32:
         """Probabilities ``(n, k)``, temperature included."""
@@ -138,13 +138,13 @@ class ClassifierHead(ClassifierMixin, Head):  # type: ignore[misc]
 class SearchHead(ClassifierHead):
     """A head whose settings are chosen from a short list.
 
-    A kind of head says what its settings are, what each gives on held-out rows, and how it is fitted with one of them.
-    Its ``__init__`` has ``cv``, the number of folds where no validation set is given, and ``seed``, of the folds.
+    A subclass lists its settings, computes the logits of each on held-out rows, and fits with one of them. Its ``__init__`` has
+    ``cv``, the number of folds if there is no validation set, and ``seed``, of the folds.
 
     Attributes:
-        setting_: what was chosen.
-        chosen_by_: ``folds``, ``validation`` or ``leave-one-out``; None where nothing could be chosen.
-        history_: for each setting tried: what it is, the criterion and accuracy, out of fold or on validation.
+        setting_: the chosen setting.
+        chosen_by_: ``folds``, ``validation`` or ``leave-one-out``; None if nothing could be chosen.
+        history_: for each setting tried: the setting, the criterion and accuracy, out of fold or on validation.
         fitted_, temperature_, conformal_: as in `Head`.
     """
 
@@ -152,7 +152,7 @@ class SearchHead(ClassifierHead):
     seed: int
     criterion = "log_loss"  # of history_, the least of which is chosen
     unscaled = True  # whether the temperature also gives the logits their scale
-    uncalibrated = 1.0  # the temperature where there are too few samples to fit one
+    uncalibrated = 1.0  # the temperature if there are too few samples to fit one
 
     def fit(
         self,
@@ -177,11 +177,11 @@ class SearchHead(ClassifierHead):
 
     @abstractmethod
     def _settings(self, n: int) -> list[dict[str, Any]]:
-        """What to choose from with ``n`` training rows."""
+        """The settings to choose from with ``n`` training rows."""
 
     @abstractmethod
     def _unchosen(self, n: int) -> dict[str, Any]:
-        """The setting where a class is too small to choose one."""
+        """The setting if a class is too small to choose one."""
 
     @abstractmethod
     def _judge(
@@ -191,14 +191,14 @@ class SearchHead(ClassifierHead):
 
     @abstractmethod
     def _fitted(self, X: Float32, targets: NDArray[np.intp], classes: list[str], setting: dict[str, Any]) -> FittedHead:
-        """The head on these rows with one setting."""
+        """The head fitted on these rows with one setting."""
 
     def _score(self, logits: Float32, targets: NDArray[np.intp]) -> dict[str, float]:
-        """What one setting is worth, by its logits on held-out rows."""
+        """The criterion of one setting, from its logits on held-out rows."""
         return {"log_loss": log_loss(logits, targets)}
 
     def _by_folds(self, X: Float32, targets: NDArray[np.intp], groups: Sequence[bytes] | None, views: int) -> Tried | None:
-        """Every setting on rows it was not fitted on; None where a class is too small for that."""
+        """Try every setting on rows it was not fitted on; None if a class is too small for that."""
         folds = on_first_views(stratified_folds(targets, groups, self.cv, self.seed), views)
         return self._by(folds, X, targets) if folds else None
 
@@ -211,7 +211,7 @@ class SearchHead(ClassifierHead):
         return Tried(settings, logits, targets[np.concatenate([test for _, test in drawn])])
 
     def _drawing(self, total: int) -> Callable[[NDArray[np.intp]], NDArray[np.intp]]:
-        """What draws, of any part of ``total`` held-out rows, those that settings are judged on."""
+        """A function that draws, from any part of ``total`` held-out rows, those that settings are judged on."""
         share = min(1.0, JUDGED / total, LOGITS / len(self.classes_) / total)
         rng = np.random.default_rng(self.seed)
         return lambda rows: rows if share == 1 else np.sort(rng.choice(rows, max(round(share * len(rows)), 1), replace=False))
@@ -223,9 +223,9 @@ class SearchHead(ClassifierHead):
         if tried is None:
             self.setting_, self.history_ = self._unchosen(len(X)), []
             log.warning(
-                "a class has a single training sample or group: nothing can be chosen or calibrated, and the %s head takes %s",
+                "a class has a single training sample or group, so nothing can be chosen or calibrated; the %s head uses %s",
                 self.name,
-                ", ".join(f"{key} {value:.4g}" for key, value in self.setting_.items()) or "no setting",
+                ", ".join(f"{key} {value:.4g}" for key, value in self.setting_.items()) or "its defaults",
             )
             self.fitted_ = self._fitted(X, targets, classes, self.setting_).with_temperature(self.uncalibrated)
         else:
@@ -250,7 +250,7 @@ class SearchHead(ClassifierHead):
 
     @property
     def hyperparameters_(self) -> dict[str, Any]:
-        """What was used, as JSON."""
+        """The settings in use, as JSON."""
         tried = {"tried": len(self.history_), "chosen_by": self.chosen_by_}
         return {**self.setting_, **tried, "cv": self.cv, "seed": self.seed}
 
@@ -259,10 +259,10 @@ class SavedHead(BaseEstimator):  # type: ignore[misc]
     """The head of a bundle as a fitted estimator on features; see `Bundle.as_estimator`.
 
     Args:
-        bundle: the `Bundle` it is of; features must be of its fingerprint.
+        bundle: the `Bundle` of the head; features must match its fingerprint.
 
     Attributes:
-        n_features_in_: d.
+        n_features_in_: number of features, d.
         outputs_: classes, labels or targets, in the order of the outputs.
     """
 
@@ -281,7 +281,7 @@ class SavedHead(BaseEstimator):  # type: ignore[misc]
         return np.array(self.bundle.classes)
 
     def fit(self, X: ArrayLike, y: ArrayLike | None = None) -> Self:
-        """It is what was saved, and stays so."""
+        """Return the saved head unchanged."""
         return self
 
     def _outputs(self, X: ArrayLike) -> Float32:
@@ -290,11 +290,11 @@ class SavedHead(BaseEstimator):  # type: ignore[misc]
 
 
 class SavedClassifier(ClassifierMixin, SavedHead):  # type: ignore[misc]
-    """Of one label an image, or several."""
+    """The head of a bundle for one label an image, or several, as a fitted classifier."""
 
     @property
     def classes_(self) -> NDArray[Any]:
-        """Classes; of several labels an image their numbers, as scikit-learn has them."""
+        """Classes; for several labels an image, the column numbers, as in scikit-learn."""
         return self.outputs_ if TASKS[self.bundle.task].stratifies else np.arange(len(self.bundle.classes))
 
     def predict_proba(self, X: ArrayLike) -> Float32:
@@ -302,15 +302,15 @@ class SavedClassifier(ClassifierMixin, SavedHead):  # type: ignore[misc]
         return self._outputs(X)
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
-        """The most probable class ``(n,)``; of several labels which of them each row has, ``(n, k)``."""
-        found = self._outputs(X)
-        return self.classes_[found.argmax(axis=1)] if TASKS[self.bundle.task].stratifies else (found >= 0.5).astype(np.intp)
+        """The most probable class ``(n,)``; for several labels, which of them each row has ``(n, k)``."""
+        outputs = self._outputs(X)
+        return self.classes_[outputs.argmax(axis=1)] if TASKS[self.bundle.task].stratifies else (outputs >= 0.5).astype(np.intp)
 
 
 class SavedRegressor(RegressorMixin, SavedHead):  # type: ignore[misc]
-    """Of numbers."""
+    """The head of a bundle for numbers, as a fitted regressor."""
 
     def predict(self, X: ArrayLike) -> NDArray[np.float64]:
-        """The numbers: ``(n,)`` of one target, ``(n, t)`` of several."""
+        """The predicted numbers: ``(n,)`` for one target, ``(n, t)`` for several."""
         values = self._outputs(X).astype(np.float64)
         return values[:, 0] if values.shape[1] == 1 else values

@@ -1,4 +1,4 @@
-"""The history of a job: one line of JSON a run, beside the job file."""
+"""The history of a job: one line of JSON per run, in a file beside the job file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = logging.getLogger("penult.classifiers")
 
 
 def runs_file(job: Path) -> Path:
-    """Where the records of a job's runs are kept: one JSON object per line, beside the job file."""
+    """The file with the records of a job's runs: one JSON object per line, beside the job file."""
     return job.with_name(f"{job.stem}.runs.jsonl")
 
 
@@ -26,15 +26,15 @@ def append_run(path: Path, record: dict[str, Any]) -> None:
             file.write(json_text.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:  # the run itself is done; its record must not turn that around
+    except OSError as error:  # the run is done; a record that cannot be written must not make it fail
         log.warning("cannot write %s: %s", path, error.strerror)
 
 
 def read_runs(job: Path) -> list[dict[str, Any]]:
-    """The records of a job's runs, the oldest first; a line cut by a crash is left out.
+    """The records of a job's runs, oldest first; a line cut off by a crash is left out.
 
     Raises:
-        InputMissingError: it never ran.
+        InputMissingError: there are no records.
     """
     path = runs_file(job)
     try:
@@ -53,7 +53,7 @@ RUN_COLUMNS = ("started", "exit", "seconds", "inputs", "failed", "computed", "tr
 
 
 def run_cells(record: dict[str, Any]) -> tuple[str, ...]:
-    """One record as text, in the order of `RUN_COLUMNS`; what a run did not get to is a dash."""
+    """One record as text, in the order of `RUN_COLUMNS`; a dash for what a run did not reach."""
     extract = record.get("extract", {})
     return (
         record["started"],
@@ -68,7 +68,7 @@ def run_cells(record: dict[str, Any]) -> tuple[str, ...]:
 def _score_cells(evaluation: dict[str, Any] | None) -> tuple[str, str, str]:
     if not evaluation:
         return "-", "-", "-"
-    metric = evaluation.get("metric") or evaluation.get("score", "accuracy")  # all that there was in records of old
+    metric = evaluation.get("metric") or evaluation.get("score", "accuracy")  # for older records
     value = evaluation.get("value", evaluation.get("accuracy"))
     bounds = evaluation.get("interval", evaluation.get("accuracy_interval"))
     shown = f"{bounds[0]:.4f} to {bounds[1]:.4f}" if bounds else "-"

@@ -16,13 +16,13 @@ from extractor.pipeline.settings import ExtractSettings
 from extractor.settings import Place, ResultPath, Settings, groups, key_of, setting
 from store.errors import InputMissingError, JobFileError, UsageError, did_you_mean
 
-RETIRED = {"extract.tf32": 'written precision = "tf32" now'}
+RETIRED = {"extract.tf32": 'now precision = "tf32"'}
 
 
 class Paths(Settings):
-    """Where a job's data are, and where its results go."""
+    """The paths of a job: its data and its results."""
 
-    data: str = setting(..., "What `penult extract` takes (docs/data.md).")
+    data: str = setting(..., "The dataset, as for `penult extract` (docs/data.md).")
     cache: ResultPath = setting(..., "The cache; made, or brought up to date.")
     bundle: ResultPath = setting(..., "The head; replaced by a new one that meets the gates.")
 
@@ -32,13 +32,13 @@ class Job:
     """A job file, read and checked.
 
     Attributes:
-        folder: where it lies; its paths are relative to that.
+        folder: the folder it is in; its paths are relative to it.
         paths: its keys without a section.
         extract: its sections ``[backbone]`` and ``[extract]``.
         train: its section ``[train]``.
-        head: of ``train``, not yet fitted.
+        head: the unfitted head of ``train``.
         gate: its section ``[gate]``.
-        gates: of ``gate``.
+        gates: the gates of ``gate``, with their bounds.
     """
 
     folder: Path
@@ -54,12 +54,12 @@ class Job:
 
 
 def models() -> dict[str, type[Settings]]:
-    """The settings of each section of a job file; those without one are called ""."""
+    """The settings model of each section of a job file; keys outside a section belong to ""."""
     return {"": Paths, "backbone": ExtractSettings, "extract": ExtractSettings, "train": train_settings(), "gate": GateSettings}
 
 
 def keys_of(section: str) -> dict[str, str]:
-    """The names of the settings that a section of a job file has, by their keys."""
+    """The names of the settings in a section of a job file, by key."""
     model = models()[section]
     names = [name for group, own in groups(model, "job") if group.section == section for name in own]
     return {key_of(model, name).removeprefix(f"{section}."): name for name in names}
@@ -70,7 +70,7 @@ def read_job(path: Path) -> Job:
 
     Raises:
         InputMissingError: it cannot be read.
-        JobFileError: it is not TOML, or a key is unknown, missing, twice there or of the wrong type; names it.
+        JobFileError: it is not TOML, or a key is unknown, missing, repeated or of the wrong type; names it.
     """
     try:
         data = path.read_bytes()
@@ -85,7 +85,7 @@ def read_job(path: Path) -> Job:
     folder = path.absolute().parent
     place = Place(key_of, JobFileError, folder)
     problems: list[str] = []
-    given: dict[type[Settings], dict[str, Any]] = {model: {} for model in models().values()}
+    values_of: dict[type[Settings], dict[str, Any]] = {model: {} for model in models().values()}
     sections = {name: document.pop(name) for name in list(models()) if name in document}
     for section, values in {"": document, **sections}.items():
         if not isinstance(values, dict):
@@ -94,11 +94,11 @@ def read_job(path: Path) -> Job:
         keys = keys_of(section)
         for key, value in values.items():
             if key in keys:
-                given[models()[section]][keys[key]] = value
+                values_of[models()[section]][keys[key]] = value
             else:
                 problems.append(_unknown(section, key))
     read: dict[type[Settings], Any] = {}
-    for model, values in given.items():
+    for model, values in values_of.items():
         try:
             read[model] = model.read(values, place)
         except JobFileError as error:
@@ -110,7 +110,7 @@ def read_job(path: Path) -> Job:
     try:
         with place.here():
             _require_together(paths, extract, train)
-            return Job(folder, paths, extract, train, train.make(extract.task), gate, gate.wanted(extract.task))
+            return Job(folder, paths, extract, train, train.make(extract.task), gate, gate.gates(extract.task))
     except (UsageError, JobFileError) as error:
         message = f"{path}: {error}"
         raise JobFileError(message) from error
@@ -123,11 +123,11 @@ def _require_together(paths: Paths, extract: ExtractSettings, train: TrainSettin
         JobFileError: names the keys.
     """
     problems = {
-        "train.average_views without views: ask for extract.views too": train.average_views and extract.views == 1,
+        "train.average_views without views: set extract.views too": train.average_views and extract.views == 1,
         f"train.layer {train.layer!r} is none of backbone.layers": train.layer not in (None, *extract.layers),
-        "cache and bundle are one place": paths.cache.absolute() == paths.bundle.absolute(),
+        "cache and bundle are the same path": paths.cache.absolute() == paths.bundle.absolute(),
     }
-    if message := "; ".join(problem for problem, found in problems.items() if found):
+    if message := "; ".join(problem for problem, applies in problems.items() if applies):
         raise JobFileError(message)
 
 
@@ -138,7 +138,7 @@ def _unknown(section: str, key: str) -> str:
     known = [*keys_of(section), *([] if section else [other for other in models() if other])]
     elsewhere = [f"[{other}]" for other in models() if other not in ("", section) and key in keys_of(other)]
     near = did_you_mean(key, known)
-    if key in keys_of(section).values():  # as it is called in Python
+    if key in keys_of(section).values():  # the name in Python
         near = f"; it is {next(each for each, field in keys_of(section).items() if field == key)!r} here"
     belongs = f"; there is one in {' and '.join(elsewhere)}" if elsewhere else ""
     listed = f"; known are {', '.join(known)}"

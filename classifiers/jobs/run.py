@@ -1,4 +1,4 @@
-"""What a scheduler calls: one TOML file that says extract, train, evaluate, and when the result is good enough."""
+"""The run of a job: extract, train if anything changed, evaluate, and check the result against its gates."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ log = logging.getLogger("penult.classifiers")
 
 @dataclass(frozen=True)
 class JobResult:
-    """What a run did and found.
+    """The result of a run.
 
     Attributes:
         extract: the summary of the extraction.
-        trained: False where features, samples and settings are those that the bundle was made from.
+        trained: False if features, samples and settings are those that the bundle was made from.
         evaluation: on the held-out images.
-        bundle: where the head is: the job's bundle, or ``<bundle>.rejected`` where a new head missed the gate.
-        gate_missed: why the gate is not met, in words; None where it is.
+        bundle: path of the head: the job's bundle, or ``<bundle>.rejected`` if a new head missed a gate.
+        gate_missed: which gates are not met, in words; None if all are.
     """
 
     extract: Summary
@@ -56,7 +56,7 @@ class JobResult:
 
     @property
     def exit_code(self) -> int:
-        """0, 3 where inputs failed inside the budget, 65 where the gate is not met."""
+        """0, 3 if inputs failed inside the budget, 65 if a gate is not met."""
         if self.gate_missed:
             return GateError.exit_code
         return 3 if self.extract.failed else 0
@@ -87,7 +87,7 @@ def preview_job(path: Path) -> dict[str, Any]:
 
 
 def _made_already(job: Job) -> Bundle | None:
-    """The bundle that training would give again, if it is there and sound: the one that is served, or the rejected one."""
+    """The bundle that training would make again, if it exists and is intact: the one in use, or the rejected one."""
     for place in (job.paths.bundle, _rejected(job)):
         with suppress(InputMissingError, BadDataError):
             bundle = Bundle.load(place)
@@ -97,7 +97,7 @@ def _made_already(job: Job) -> Bundle | None:
 
 
 def _rejected(job: Job) -> Path:
-    """Where a head that misses the gate is kept."""
+    """The path of a head that misses a gate."""
     return job.paths.bundle.with_name(f"{job.paths.bundle.name}.rejected")
 
 
@@ -106,14 +106,14 @@ def _features(job: Job) -> FeatureCache:
 
 
 def run_job(path: str | Path, *, quiet: bool = False, record: dict[str, Any] | None = None) -> JobResult:
-    """Extract, train if anything changed, evaluate, and hold the result against the gate; one record per run is kept.
+    """Extract, train if anything changed, evaluate, and check the result against the gates; each run is recorded.
 
     Args:
         path: the job file.
         quiet: no progress line.
-        record: filled in as the run goes on, with what also goes into `runs_file`; complete even where this raises.
+        record: filled in during the run with what `runs_file` records; complete even if this raises.
 
-    A head that misses the gate never takes the place of one that met it: it is kept beside it as ``<bundle>.rejected``.
+    A head that misses a gate never replaces one that met it: it is kept beside it as ``<bundle>.rejected``.
 
     Raises:
         LockedError: this job is running already.
@@ -147,7 +147,7 @@ def run_job(path: str | Path, *, quiet: bool = False, record: dict[str, Any] | N
 
 @contextmanager
 def _in_words_of(path: Path) -> Iterator[None]:
-    """What is wrong with a setting is wrong with the job file, and named as it stands there."""
+    """Turn errors about settings into errors about the job file, with the names of its keys."""
     try:
         yield
     except PenultError as error:
@@ -184,7 +184,7 @@ def _run(job: Job, record: dict[str, Any], *, quiet: bool) -> JobResult:
             target = rejected if missed and bundle.path != served else served
             if missed and target == rejected:
                 missed += f"; the new head is kept as {target.name}"
-            if bundle.path != target:  # a rejected one may have got a gate that it meets
+            if bundle.path != target:  # a rejected one may meet gates that were changed
                 install(bundle.path, target)
         finally:
             remove_folder(staging)
@@ -194,8 +194,8 @@ def _run(job: Job, record: dict[str, Any], *, quiet: bool) -> JobResult:
 
 
 def _in_short(metrics: dict[str, Any], metric: str) -> dict[str, Any]:
-    """What the record of a run keeps of an evaluation: above all the metric that says most, with its interval."""
+    """The part of an evaluation that the record of a run keeps: above all the main metric, with its interval."""
     names = ("split", "n", "accuracy", "accuracy_interval", "macro_f1")
-    found = metrics["scores"][metric]
+    score = metrics["scores"][metric]
     kept = {name: value for name, value in metrics.items() if name in names}
-    return {**kept, "metric": metric, "value": found["value"], "interval": found["interval"]}
+    return {**kept, "metric": metric, "value": score["value"], "interval": score["interval"]}

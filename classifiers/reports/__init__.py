@@ -1,1 +1,1 @@
-"""Pages, plots and tables, for a browser and for a terminal."""
+"""Reports: HTML pages, plots and tables, for a browser and for a terminal."""

@@ -1,4 +1,4 @@
-"""The page about a bundle, and a confusion matrix as a file of its own."""
+"""The HTML report of a bundle: its scores, plots, tables and mistakes on one page."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ SMALL = 6  # classes whose confusion matrix leaves room for a plot beside it
 
 
 def bundle_report(bundle: Bundle, predictions: Predictions | None = None, shown: Illustrations | None = None) -> str:
-    """The page about a bundle.
+    """Render the HTML report of a bundle.
 
     Args:
         bundle: its facts.
-        predictions: what its metrics were measured on.
-        shown: what is to be seen of these images.
+        predictions: those its metrics were measured on.
+        shown: mistakes and map of the same images.
     """
     metrics, cost, task = bundle.metrics, bundle.cost, task_of_bundle(bundle)
     lead = f"{bundle.head} head on {bundle.backbone.name} ({bundle.backbone.weights}), {len(bundle.classes)} {task.plural}"
@@ -62,8 +62,8 @@ def bundle_report(bundle: Bundle, predictions: Predictions | None = None, shown:
             sections += _classes(bundle, metrics, predictions, shown, training)
         else:
             cards = _output_cards(metrics)
-            columns, lines = output_table(metrics)
-            sections += [*training, Section(f"The {task.plural}", columns=columns, rows=lines)]
+            columns, output_rows = output_table(metrics)
+            sections += [*training, Section(f"The {task.plural}", columns=columns, rows=output_rows)]
     cards.append(("images through the backbone", f"{cost['images']}", f"training took {cost['train_seconds']:.1f} s"))
     sections += [
         Section("Split", rows=[(key.replace("_", " "), str(value)) for key, value in bundle.split.items()], half=True),
@@ -80,11 +80,11 @@ def _classes(
     shown: Illustrations | None,
     training: Sequence[Section],
 ) -> list[Section]:
-    """What there is to say of images that have one label each."""
+    """Sections for a task with one label an image."""
     sections = [Section("Confusion matrix", plot=plots.confusion_svg(metrics), half=len(metrics["classes"]) <= SMALL)]
     if predictions:
         sections.append(_reliability(bundle, metrics, predictions))
-    text = "How many images of each class were found."
+    text = "Recall: the share of the images of each class that are predicted right."
     sections += [*training, Section("Classes", text=text, plot=plots.recall_svg(metrics), half=True)]
     if bundle.few_shot:
         sections.append(_few_shot(bundle.few_shot))
@@ -94,7 +94,7 @@ def _classes(
 
 
 def _output_cards(metrics: dict[str, Any]) -> list[Card]:
-    """The scores over all labels, or all targets."""
+    """Cards of the scores over all labels, or all targets."""
     cards = [
         (what.partition(":")[0], value, "" if bounds == "-" else f"95 % interval {bounds}")
         for what, value, bounds in whole_rows(metrics)
@@ -103,7 +103,7 @@ def _output_cards(metrics: dict[str, Any]) -> list[Card]:
 
 
 def _cards(metrics: dict[str, Any]) -> list[Card]:
-    """What one wants to know first."""
+    """Cards of the main scores, for one label an image."""
     n, scores, sets, novelty = metrics["n"], metrics.get("scores", {}), metrics.get("sets"), metrics.get("novelty")
     f1 = scores.get("f1_macro", {}).get("interval")
     cards = [
@@ -112,9 +112,9 @@ def _cards(metrics: dict[str, Any]) -> list[Card]:
         ("held-out images", str(n), f"split {metrics['split']!r}, {n - metrics['correct']} errors"),
     ]
     if sets:
-        found = sets["marginal"]
-        right = f", right on {percent(found['decided_right'] / found['decided'])}" if found["decided"] else ""
-        cards.append(("sure of", percent(found["decided"] / n), f"one label in the {100 * sets['target']:.0f} % set{right}"))
+        marginal = sets["marginal"]
+        right = f", right on {percent(marginal['decided_right'] / marginal['decided'])}" if marginal["decided"] else ""
+        cards.append(("sure of", percent(marginal["decided"] / n), f"one label in the {100 * sets['target']:.0f} % set{right}"))
     if novelty:
         expected = f"{100 * novelty['expected']:.0f} % are expected"
         cards.append(("unlike the training images", percent(novelty["share"]), f"{expected} of the same kind"))
@@ -126,7 +126,7 @@ def _reliability(bundle: Bundle, metrics: dict[str, Any], predictions: Predictio
     before = None if temperature is None else untempered(predictions.probabilities, temperature)
     plot = plots.reliability_svg(_truth(bundle, predictions), predictions.probabilities, before)
     ece = {name: score["value"] for name, score in metrics.get("scores", {}).items() if name.startswith("ece")}
-    text = "How often the head is right where it claims so much confidence; on the dashed line the two agree."
+    text = "Accuracy of the predictions by their confidence; on the dashed line the two are equal."
     if "ece" in ece:
         scaled = "" if temperature is None else f" ({ece['ece_before']:.3f} before temperature scaling, T = {temperature:.2f})"
         text += f" ECE {ece['ece']:.3f}{scaled}; perfect confidence would show about {ece['ece_by_chance']:.3f} here."
@@ -140,21 +140,21 @@ def _few_shot(curve: Sequence[dict[str, Any]]) -> Section:
 
 
 def _images(bundle: Bundle, metrics: dict[str, Any], predictions: Predictions, shown: Illustrations) -> list[Section]:
-    """The map, and the mistakes."""
+    """Sections with the map of the features and the mistakes."""
     sections = []
     if shown.map is not None:
         truth, guess = _truth(bundle, predictions), predictions.probabilities.argmax(axis=1)
         drawn = len(shown.map.rows)
         which = f"The {drawn} held-out images" if drawn == metrics["n"] else f"{drawn} of the {metrics['n']} held-out images"
-        text = f"{which} by their features ({shown.map.method}): close together is what the backbone finds alike."
+        text = f"{which} by their features ({shown.map.method}): images with similar features are close together."
         few = len(bundle.classes) <= len(plots.COLOURS)
         sections.append(Section("Map of the features", text, plots.map_svg(shown.map, truth, guess, bundle.classes), half=few))
     errors = metrics["n"] - metrics["correct"]
     text = f"The most confident of {errors}, the worst first." if errors else f"None in {metrics['n']} images."
     if any(mistake.neighbours for mistake in shown.mistakes):
-        text += " Beside each are the training images that the backbone finds most like it."
-    if shown.mistakes and shown.pictures:
-        text += f" {shown.pictures}"
+        text += " Beside each are the training images with the most similar features."
+    if shown.mistakes and shown.note:
+        text += f" {shown.note}"
     return [*sections, Section("Mistakes", text, mistakes=shown.mistakes)]
 
 
@@ -165,12 +165,12 @@ def _tables(metrics: dict[str, Any]) -> list[Section]:
     return [*scores, Section("Per class", columns=CLASS_COLUMNS, rows=classes, folded=len(classes) > LONG)]
 
 
-def _settings(used: dict[str, Any]) -> list[Section]:
-    """What was used, and a table of what else was tried."""
-    tried = used.get("tried")
-    if not isinstance(tried, list):  # most heads only count; their history has all of it
+def _settings(hyperparameters: dict[str, Any]) -> list[Section]:
+    """The settings used, and a table of the settings tried."""
+    tried = hyperparameters.get("tried")
+    if not isinstance(tried, list):  # most heads store the number of trials; their history has all of them
         tried = []
-    facts = [(key, json.dumps(value)) for key, value in used.items() if not (tried and key == "tried")]
+    facts = [(key, json.dumps(value)) for key, value in hyperparameters.items() if not (tried and key == "tried")]
     sections = [Section("Settings", rows=facts, half=True)]
     if tried:
         rows = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in each.values()] for each in tried]
@@ -186,7 +186,7 @@ def _truth(bundle: Bundle, predictions: Predictions) -> Any:
 
 
 def _search(bundle: Bundle) -> Search | None:
-    """What the history of a bundle is a search of; None where it is epochs."""
+    """The search that the history of a bundle records; None if it records epochs."""
     row = next((row for row in rows() if (row.name, row.task) == (bundle.head, bundle.task)), None)
     return row.search if row and row.search and row.search.setting in bundle.history[0] else None
 
@@ -196,12 +196,11 @@ def report_again(
     data: str | Path | None = None,
     settings: ReportSettings | None = None,
 ) -> str:
-    """The page of a bundle, anew: of its own held-out images, or evaluated on a cache or a dataset.
+    """Make the report page of a bundle again: for its own held-out images, or evaluated on a cache or a dataset.
 
     Args:
-        bundle: what it is about.
-        data: a cache, or a dataset. Without it neither the images nor their features are at hand, and the page has scores and
-            names alone.
+        bundle: the bundle.
+        data: a cache, or a dataset. Without it the page has scores and file names, but neither images nor a map.
         settings: as for `evaluate_bundle`, and whether thumbnails are shown.
 
     Raises:
@@ -213,7 +212,7 @@ def report_again(
         shown = illustrate(held, bundle.classes) if held and task_of_bundle(bundle).exclusive else None
         return bundle_report(bundle, held, shown)
     root = settings.root
-    cache = FeatureCache(data) if is_cache(data) else None  # opened once: scores and neighbours are of the same features
+    cache = FeatureCache(data) if is_cache(data) else None  # opened once, so that scores and neighbours use the same features
     evaluation, predictions = evaluate_bundle(bundle, cache or data, split=settings.split, root=root, **settings.runtime())
     if evaluation.pixel_drift:
         note = PixelDrift(**evaluation.pixel_drift).text(bundle.name)
@@ -224,13 +223,13 @@ def report_again(
     if cache is not None:
         files = files_or_none(cache.samples, root)
         if predictions.features is not None:
-            seen, cache = bundle.fitted(), cache.with_layer(bundle.backbone.layer)
-            rows = [row for row in cache.rows() if row.sha256 in seen and row.label is not None]
+            digests, cache = bundle.fitted(), cache.with_layer(bundle.backbone.layer)
+            rows = [row for row in cache.rows() if row.sha256 in digests and row.label is not None]
             fitted = [cache.of_rows(rows, "train")] if rows else []
     else:
         files = open_source(data, root=root).files
-    found = illustrate(
+    shown = illustrate(
         predictions, bundle.classes, X=predictions.features, fitted=fitted, files=files if settings.thumbnails else None
     )
     own = bundle.metrics is not None and not evaluation.pixel_drift and bundle.predictions().ids == predictions.ids
-    return bundle_report(bundle if own else replace(bundle, metrics=evaluation.to_json()), predictions, found)
+    return bundle_report(bundle if own else replace(bundle, metrics=evaluation.to_json()), predictions, shown)

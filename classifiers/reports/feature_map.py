@@ -1,4 +1,4 @@
-"""A flat map of features: images that the network finds alike lie close together."""
+"""A two-dimensional map of features (t-SNE, or principal axes), on which similar images lie close together."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from store.format.lazy_features import LazyFeatures
 POINTS = 1000  # more images take seconds and show no more
 FEWEST = 3
 NEIGHBOURHOODS = 60  # images below which t-SNE has no neighbourhoods to keep, and principal axes are shown
-AXES = 50  # that t-SNE is given, as van der Maaten & Hinton 2008 do
+AXES = 50  # principal axes that t-SNE takes, as in van der Maaten & Hinton 2008
 ITERATIONS = 500  # half of scikit-learn's default, which takes 3 s for 1,000 images and looks the same
 
 
 @dataclass(frozen=True)
 class FeatureMap:
-    """Where some images lie.
+    """Positions of images on a map.
 
     Attributes:
-        rows: which of the images these are, rising ``(m,)``.
+        rows: which of the images are on it, rising ``(m,)``.
         points: ``(m, 2)``.
-        method: for people, such as ``t-SNE``.
+        method: its name for people, such as ``t-SNE``.
     """
 
     rows: NDArray[np.intp]
@@ -34,10 +34,10 @@ class FeatureMap:
 
 
 def feature_map(X: NDArray[np.floating[Any]] | LazyFeatures, seed: int = 0) -> FeatureMap | None:
-    """Put features ``(n, d)``, scaled to length 1, on a plane; of many images a seeded draw of `POINTS`.
+    """Map features ``(n, d)``, scaled to length 1, to a plane; of many images, a seeded draw of `POINTS`.
 
     Returns:
-        None where there are too few images, or all are the same.
+        None if there are too few images, or all are the same.
     """
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE

@@ -1,4 +1,4 @@
-"""What a report shows of the images themselves: a map of their features, and the mistakes beside what they were taken for."""
+"""The images in a report: a map of their features, and the worst mistakes beside their nearest training images."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from .thumbnails import thumbnails
 MISTAKES = 12
 NEIGHBOURS = 4
 REPORT_FINDS_THEM = "If the images moved, `penult report BUNDLE DATA --root FOLDER -o FILE.html` finds them."
-WITHOUT = "This page was made without pictures; `penult report BUNDLE DATA -o FILE.html` makes one that has them."
-BLOCK = 4096  # training images that mistakes are compared with at once
+WITHOUT = "This page was made without images; `penult report BUNDLE DATA -o FILE.html` makes one with them."
+BLOCK = 4096  # training images that are compared with the mistakes at once
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One image of a page: its name and label, and a data URI, which is empty where it is not shown."""
+class Thumbnail:
+    """One image of a page: its name and label, and a data URI, which is empty if it is not shown."""
 
     name: str
     label: str
@@ -42,32 +42,32 @@ class Picture:
 
 @dataclass(frozen=True)
 class Mistake:
-    """An image that was taken for another class.
+    """A misclassified image.
 
     Attributes:
         image: with its true label.
-        guess, probability: what it was taken for.
-        neighbours: the training images whose features are nearest (cosine), the nearest first.
+        guess, probability: the predicted label, and its probability.
+        neighbours: the training images whose features are nearest (cosine), nearest first.
     """
 
-    image: Picture
+    image: Thumbnail
     guess: str
     probability: float
-    neighbours: list[Picture] = field(default_factory=list)
+    neighbours: list[Thumbnail] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Illustrations:
-    """What a page can show beside scores.
+    """What a page shows beside scores.
 
     Attributes:
-        mistakes: the most confident ones, the most confident first.
-        pictures: why pictures are missing, in words; empty where all are there.
-        map: of the features; None where there are none, or too few.
+        mistakes: the most confident ones, most confident first.
+        note: why thumbnails are missing, in words; empty if all are there.
+        map: of the features; None if there are none, or too few.
     """
 
     mistakes: list[Mistake] = field(default_factory=list)
-    pictures: str = ""
+    note: str = ""
     map: FeatureMap | None = None
 
 
@@ -79,13 +79,13 @@ def illustrate(
     fitted: Sequence[Subset] = (),
     files: Files | None = None,
 ) -> Illustrations:
-    """Find what is worth showing.
+    """Pick the most confident mistakes and their nearest training images, and map the features.
 
     Args:
         predictions: on held-out images.
         classes: labels of their columns.
-        X: features of the same images ``(n, d)``; without them there is neither map nor neighbours.
-        fitted: training images, where neighbours are looked for.
+        X: features of the same images ``(n, d)``; without them there are no map and no neighbours.
+        fitted: training images, among which neighbours are searched.
         files: where the images are; None shows none of them.
     """
     guess = np.array(classes, dtype=str)[predictions.probabilities.argmax(axis=1)]
@@ -94,28 +94,28 @@ def illustrate(
     wrong = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES]
     worst: list[int] = wrong.tolist()
     near = _nearest(np.asarray(X[wrong], np.float32), fitted) if X is not None and fitted and len(wrong) else [[]] * len(wrong)
-    wanted = {predictions.sha256[i]: predictions.paths[i] for i in worst}
-    wanted |= {subset.sha256[j]: subset.paths[j] for each in near for subset, j in each}
-    with ThreadPoolExecutor(1, "penult-pictures") as pool:  # they are decoded in other processes
-        pictures = pool.submit(thumbnails, wanted, files) if files is not None else None
-        found = feature_map(X) if X is not None else None
-    shown, missing = pictures.result() if pictures is not None else ({}, {})
+    paths = {predictions.sha256[i]: predictions.paths[i] for i in worst}
+    paths |= {subset.sha256[j]: subset.paths[j] for each in near for subset, j in each}
+    with ThreadPoolExecutor(1, "penult-illustrations") as pool:  # thumbnails are decoded in other processes
+        loading = pool.submit(thumbnails, paths, files) if files is not None else None
+        layout = feature_map(X) if X is not None else None
+    shown, missing = loading.result() if loading is not None else ({}, {})
 
-    def picture(digest: bytes, path: bytes, label: str) -> Picture:
-        return Picture(display(path), label, shown.get(digest, ""))
+    def thumbnail(digest: bytes, path: bytes, label: str) -> Thumbnail:
+        return Thumbnail(display(path), label, shown.get(digest, ""))
 
     return Illustrations(
         mistakes=[
             Mistake(
-                picture(predictions.sha256[i], predictions.paths[i], str(predictions.labels[i])),
+                thumbnail(predictions.sha256[i], predictions.paths[i], str(predictions.labels[i])),
                 str(guess[i]),
                 float(confidence[i]),
-                [picture(subset.sha256[j], subset.paths[j], str(subset.y[j])) for subset, j in each],
+                [thumbnail(subset.sha256[j], subset.paths[j], str(subset.y[j])) for subset, j in each],
             )
             for i, each in zip(worst, near, strict=True)
         ],
-        pictures=_missing(missing, len(wanted)) if files is not None else WITHOUT,
-        map=found,
+        note=_missing(missing, len(paths)) if files is not None else WITHOUT,
+        map=layout,
     )
 
 
@@ -135,11 +135,11 @@ def _missing(missing: dict[bytes, str], count: int) -> str:
     if not missing:
         return ""
     reasons = ", ".join(f"{why}: {n}" for why, n in sorted(Counter(missing.values()).items()))
-    return f"{len(missing)} of {count} pictures could not be read any more ({reasons}). {REPORT_FINDS_THEM}"
+    return f"{len(missing)} of {count} images could not be read any more ({reasons}). {REPORT_FINDS_THEM}"
 
 
 def files_or_none(table: SampleTable, root: Path | None = None) -> Files | None:
-    """Where the images of a table are; None where that cannot be opened any more."""
+    """The files of a sample table; None if they cannot be opened any more."""
     try:
         return files_of(table, root)
     except PenultError:

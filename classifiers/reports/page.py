@@ -1,4 +1,4 @@
-"""Pages that load nothing, from sections; and output files that are written whole."""
+"""Self-contained HTML pages, rendered from sections; and output files, written atomically."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from store.format import atomic
 
 from .illustrations import Mistake
 
-LONG = 25  # lines of a table that are shown at once; longer ones are folded
-Card = tuple[str, str, str]  # of a number: what it is, its value, what to know of it
+LONG = 25  # rows of a table that are shown at once; longer tables are folded
+Card = tuple[str, str, str]  # label, value and detail of a number
 
 
 @dataclass(frozen=True)
 class Section:
-    """One part of a page: a heading with text, and a plot, mistakes or a table; one without ``columns`` is a list of facts.
+    """One part of a page: a heading with text, and a plot, mistakes or a table; a table without ``columns`` is a list of facts.
 
     Attributes:
-        half: two such sections stand side by side where there is room.
-        folded: the table is shown when it is asked for.
+        half: two such sections stand side by side if there is room.
+        folded: the table is shown on a click.
     """
 
     heading: str
@@ -60,7 +60,7 @@ def _template() -> Any:
 
 
 def write_output(path: Path, data: bytes, *, overwrite: bool) -> None:
-    """Write one output file whole.
+    """Write one output file atomically.
 
     Raises:
         OutputExistsError: it exists and may not be replaced.

@@ -1,4 +1,4 @@
-"""Plots, as inline SVG for pages and as files: drawn by matplotlib without a display, equal bytes for equal numbers."""
+"""Plots as inline SVG for pages, or as files: drawn by matplotlib without a display, equal bytes for equal numbers."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ GREEN = "#2f855a"
 GREY = "#c9d1dc"
 INK = "#1d2430"
 COLOURS = ("#2b6cb0", "#dd8a1d", "#2f855a", "#b83280", "#6b46c1", "#0f9bb3", "#a0522d", "#7a8599", "#b7a313", "#e05252")
-WIDTH = 4.6  # inches: two plots stand side by side on a wide screen, and the letters of one can be read on a telephone
-MANY_CLASSES = 40  # more do not fit a matrix that can be read; the most confused ones are shown
+WIDTH = 4.6  # inches: two plots stand side by side on a wide screen, and the text of one can be read on a telephone
+MANY_CLASSES = 40  # more do not fit a readable matrix; those with the most errors are shown
 MANY_BARS = 24
 NUMBERED = 25  # a matrix of more classes has no room for counts
 
 
 def plain_log(axes: Any, values: Sequence[float]) -> None:
-    """A logarithmic horizontal axis for these values, with as many plain numbers below it as there is room for."""
+    """Make the horizontal axis logarithmic for these values, with as many plain numbers below it as there is room for."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     least, most = min(values) / 1.25, max(values) * 1.25
@@ -53,18 +53,18 @@ def plain_log(axes: Any, values: Sequence[float]) -> None:
 
 
 def history_svg(history: Sequence[dict[str, Any]], chosen: dict[str, Any], search: Search | None = None) -> str:
-    """The loss by what was searched, with the accuracies where they are known, or the losses by epoch.
+    """The loss by the searched setting, with the accuracy if it is known; or the losses by epoch.
 
     Args:
         history: as in `Bundle`; not empty.
         chosen: the hyperparameters.
-        search: what the history is a search of; None where it is epochs.
+        search: the search that the history records; None if it records epochs.
     """
 
     def draw(axes: Any) -> None:
         if search:
             key, loss = search.setting, search.loss
-            line = [p for p in history if p.get("tau") == chosen.get("tau")]  # of knn's lines, the one of the chosen tau
+            line = [p for p in history if p.get("tau") == chosen.get("tau")]  # knn has one for each tau
             axes.semilogx([p[key] for p in line], [p[loss] for p in line], "o-", color=BLUE, ms=4)
             axes.minorticks_off()
             for value in chosen[key] if isinstance(chosen[key], list) else [chosen[key]]:  # one for each label
@@ -110,7 +110,7 @@ def few_shot_svg(curve: Sequence[dict[str, Any]], axis: str = "training images o
 
 
 def recall_svg(metrics: dict[str, Any]) -> str:
-    """Recall of each class with its interval, the worst at the top where there are too many for all."""
+    """Recall of each class with its interval; if there are too many classes, the worst ones."""
     entries = [entry for entry in metrics["per_class"] if entry["n"]]
     title = ""
     if len(entries) > MANY_BARS:
@@ -139,7 +139,7 @@ def recall_svg(metrics: dict[str, Any]) -> str:
 def reliability_svg(
     truth: NDArray[np.intp], probabilities: NDArray[np.floating[Any]], before: NDArray[np.floating[Any]] | None
 ) -> str:
-    """Accuracy by confidence, in the bins of the ECE; ``before`` are probabilities without temperature scaling."""
+    """Accuracy by confidence, in the bins of the ECE; ``before`` is probabilities without temperature scaling."""
 
     def draw(axes: Any) -> None:
         axes.plot([0, 1], [0, 1], ls="--", lw=1, color="#8a94a6")
@@ -174,9 +174,9 @@ def _calibration(truth: NDArray[np.intp], probabilities: NDArray[np.floating[Any
     return tuple(np.array(rows).T)
 
 
-def map_svg(found: FeatureMap, truth: NDArray[np.intp], guess: NDArray[np.intp], classes: Sequence[str]) -> str:
-    """Images as points, coloured by true class; a ring around those that were taken for another one."""
-    truth, guess, points = truth[found.rows], guess[found.rows], found.points
+def map_svg(layout: FeatureMap, truth: NDArray[np.intp], guess: NDArray[np.intp], classes: Sequence[str]) -> str:
+    """Images as points, coloured by true class; a ring around the misclassified ones."""
+    truth, guess, points = truth[layout.rows], guess[layout.rows], layout.points
     present = np.unique(truth)
     few = len(present) <= len(COLOURS)
 
@@ -192,7 +192,7 @@ def map_svg(found: FeatureMap, truth: NDArray[np.intp], guess: NDArray[np.intp],
         else:
             axes.scatter(*points.T, c=hues[place], **dots)
         wrong = points[truth != guess]
-        axes.scatter(*wrong.T, s=34, facecolors="none", edgecolors=INK, linewidths=0.9, label="taken for another class")
+        axes.scatter(*wrong.T, s=34, facecolors="none", edgecolors=INK, linewidths=0.9, label="misclassified")
         axes.set_xticks([])
         axes.set_yticks([])
         axes.spines[:].set_visible(False)
@@ -231,9 +231,9 @@ def draw_confusion(axes: Any, metrics: dict[str, Any]) -> None:
 
 
 def shorten(label: str) -> str:
-    """A label as matplotlib may draw it: not too long, and no formula."""
+    """A label as matplotlib can draw it: not too long, and no formula."""
     text = label if len(label) <= 18 else label[:17] + "…"
-    return ("\N{ZERO WIDTH SPACE}" if text.startswith("_") else "") + text.replace("$", r"\$")  # a legend leaves _names out
+    return ("\N{ZERO WIDTH SPACE}" if text.startswith("_") else "") + text.replace("$", r"\$")  # a legend omits _names
 
 
 def confusion_size(metrics: dict[str, Any]) -> tuple[float, float]:
@@ -261,16 +261,16 @@ def render(draw: Callable[[Any], None], size: tuple[float, float], kind: str) ->
 
     # Not pyplot: no global state, no display. A fixed salt makes equal plots equal bytes.
     with matplotlib.rc_context({"svg.hashsalt": "penult", "svg.fonttype": "none", "font.size": 9}), warnings.catch_warnings():
-        # An SVG keeps its text as text: who looks at it has the letters that are missing here, where only sizes are guessed.
+        # An SVG keeps its text as text: the reader's fonts have the letters that are missing here, only sizes are estimated.
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from|Matplotlib currently does not support")
-        drawn = Figure(figsize=size, layout="constrained")
-        FigureCanvasAgg(drawn)
-        axes = drawn.add_subplot()
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
         draw(axes)
         buffer = io.BytesIO()
-        drawn.savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+        figure.savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
     return buffer.getvalue()
 
 
@@ -278,7 +278,7 @@ log = logging.getLogger("penult.classifiers")
 
 
 def require_plot(path: Path, *, overwrite: bool) -> None:
-    """Look, before any work is done, whether a plot may be written in a place.
+    """Check, before any work is done, that a plot can be written to a path.
 
     Raises:
         UsageError: its name does not end in one of `plots.PLOT_FORMATS`.
@@ -291,17 +291,17 @@ def require_plot(path: Path, *, overwrite: bool) -> None:
 
 
 def save_confusion(metrics: dict[str, Any], path: Path, *, overwrite: bool = False) -> None:
-    """The confusion matrix as a file: PNG, SVG or PDF by the name's ending.
+    """Write the confusion matrix as PNG, SVG or PDF, by the suffix of the file name.
 
     Raises:
         UsageError, OutputError: see `require_plot`.
     """
     require_plot(path, overwrite=overwrite)
     kind = path.suffix.lower().lstrip(".")
-    if kind != "svg":  # there the reader's fonts draw the text
+    if kind != "svg":  # the reader's fonts draw the text of an SVG
         names = [label if _drawable(label) else f"class {i + 1}" for i, label in enumerate(metrics["classes"])]
         if names != metrics["classes"]:
-            log.warning("%s: its font lacks letters of some labels, which are numbered as in the per-class table", path)
+            log.warning("%s: its font lacks letters of some labels; these are numbered as in the per-class table", path)
         metrics = {**metrics, "classes": names}
     write_output(
         path,
@@ -311,7 +311,7 @@ def save_confusion(metrics: dict[str, Any], path: Path, *, overwrite: bool = Fal
 
 
 def _drawable(label: str) -> bool:
-    """Whether matplotlib's font has every letter; others would be drawn as empty boxes."""
+    """Whether matplotlib's font has every letter; missing ones would be drawn as empty boxes."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     letters = get_font(findfont(FontProperties())).get_charmap()

@@ -1,4 +1,4 @@
-"""The settings of a report."""
+"""The settings of the HTML report."""
 
 from __future__ import annotations
 
@@ -16,4 +16,4 @@ class ThumbnailSettings(Settings):
 
 
 class ReportSettings(HeldOutSettings, RootSettings, ThumbnailSettings, PredictSettings):
-    """What `penult report` takes."""
+    """The settings of `penult report`."""

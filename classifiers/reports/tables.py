@@ -1,4 +1,4 @@
-"""Rows and columns of the tables that a page and a terminal both show, as text."""
+"""Columns and rows, as text, of the tables that both HTML pages and the terminal show."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from classifiers.evaluation.intervals import interval, percent
 from classifiers.evaluation.registry import KINDS
 
-WORDS = {  # for the scores over all outputs, and what is said of each output
+WORDS = {  # for the scores over all outputs; those of each output are SHORT
     "mean_average_precision": "mean average precision: order by probability; the share of a label is chance",
     "f1_micro": "F1 of all decisions on all labels",
     "f1_macro": "F1, mean over the labels",
@@ -37,7 +37,7 @@ SCALES = {
     "precision_macro": "precision, mean over the classes",
     "f1_macro": "F1, mean over the classes",
     "roc_auc": "ROC-AUC: order by probability; 0.5 is chance",
-    "pr_auc": "PR-AUC: the same, stricter where a class is rare",
+    "pr_auc": "PR-AUC: the same, stricter if a class is rare",
     "log_loss": "log-loss: lower is better",
     "brier": "Brier score: lower is better",
     "ece": "ECE: how far confidence is from accuracy",
@@ -90,7 +90,7 @@ def class_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def score_rows(scores: dict[str, dict[str, Any]], classes: Sequence[str]) -> list[tuple[str, str, str]]:
-    """What each score is called, its value and its interval, as text."""
+    """Name, value and interval of each score, as text."""
     scales = SCALES | ({"pr_auc": f"PR-AUC: the same, for {classes[1]}"} if len(classes) == 2 else {})
     rows = [
         (text, percent(score["value"]), interval(score["interval"]) if score["interval"] else "-")
@@ -105,7 +105,7 @@ def score_rows(scores: dict[str, dict[str, Any]], classes: Sequence[str]) -> lis
 
 
 def shot_cells(point: dict[str, Any]) -> tuple[str, ...]:
-    """A line of the table, in the order of `SHOT_COLUMNS`."""
+    """A row of the few-shot table, in the order of `SHOT_COLUMNS`."""
     each = point["accuracies"]
     spread = interval([min(each), max(each)])
     return str(point["shots"]), percent(point["accuracy"]), interval(point["accuracy_interval"]), spread, str(len(each))

@@ -1,4 +1,4 @@
-"""Scores as plain text for a terminal or a pipe; returns strings, prints nothing."""
+"""Scores as plain text for a terminal or a pipe: strings, nothing is printed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MATRIX_CLASSES = 20  # a wider confusion matrix does not fit a terminal; `--plot
 
 
 def evaluation_text(result: Evaluation | Measured, *, width: int | None = None) -> str:
-    """Accuracy with its interval, the other scores, the per-class table, and the confusion matrix where it fits."""
+    """Accuracy with its interval, the other scores, the per-class table, and the confusion matrix if it fits."""
     if isinstance(result, Measured):
         return _measured_text(result, width)
     low, high = result.accuracy_interval
@@ -47,7 +47,7 @@ def _measured_text(result: Measured, width: int | None) -> str:
 
 
 def _confidence(result: Evaluation) -> list[str]:
-    """How to read the calibration error, and what the temperature did for it."""
+    """How to read the calibration error, and what temperature scaling changed."""
     scores = {name: score["value"] for name, score in result.scores.items()}
     if "ece" not in scores:
         return []
@@ -61,30 +61,31 @@ def _confidence(result: Evaluation) -> list[str]:
 
 
 def _abstention(sets: dict[str, Any] | None, n: int) -> list[str]:
-    """What the prediction sets promise, and what they kept."""
+    """How many images the prediction sets decide, and their coverage."""
     if sets is None:
         return []
-    found = sets["marginal"]
-    decided, right = found["decided"], found["decided_right"]
-    where = f" and right on {right} of these ({percent(right / decided)})" if decided else ""
+    marginal = sets["marginal"]
+    decided, right = marginal["decided"], marginal["decided_right"]
+    accuracy = f" and right on {right} of these ({percent(right / decided)})" if decided else ""
     return [
-        f"Allowed to abstain, it is sure of {decided} of {n} images{where}: those with one label in their prediction set.\n"
-        f"Sets made to hold the true label for {100 * sets['target']:.0f} % of images do for {percent(found['coverage'])} "
-        f"({interval(found['coverage_interval'])}), with {found['mean_size']:.2f} labels on average."
+        f"Allowed to abstain, it is sure of {decided} of {n} images{accuracy}: those with one label in their prediction set.\n"
+        f"Prediction sets for a coverage of {100 * sets['target']:.0f} % hold the true label of "
+        f"{percent(marginal['coverage'])} of images ({interval(marginal['coverage_interval'])}), "
+        f"with {marginal['mean_size']:.2f} labels on average."
     ]
 
 
-def _novelty(found: dict[str, Any] | None, n: int) -> list[str]:
-    if found is None:
+def _novelty(novelty: dict[str, Any] | None, n: int) -> list[str]:
+    if novelty is None:
         return []
     return [
-        f"Unlike the training images: {found['novel']} of {n} ({percent(found['share'])}, {interval(found['interval'])}); "
-        f"of images of the same kind {100 * found['expected']:.0f} % are expected."
+        f"Unlike the training images: {novelty['novel']} of {n} ({percent(novelty['share'])}, {interval(novelty['interval'])}"
+        f"); {100 * novelty['expected']:.0f} % are expected for images of the same kind."
     ]
 
 
 def confusion_text(result: Evaluation, *, width: int | None = None) -> str:
-    """The confusion matrix; its columns have numbers instead of labels where these would not fit."""
+    """The confusion matrix; its columns have numbers instead of labels if these do not fit."""
     from rich.console import Console
 
     available = Console(width=width).width

@@ -1,4 +1,4 @@
-"""Small pictures of images, as data URIs that a page can hold: read where the images are now, by the decoder of extraction."""
+"""Thumbnails of images, as data URIs for a page: read from where the images are now, by the decoder of extraction."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from store.errors import PenultError
 
 SIDE = 160  # pixels: sharp at half that size on a screen of double density
 QUALITY = 80  # of the JPEG; 5 KB each
-WORKERS = 2  # a page has a few dozen pictures; more processes would take longer to start than they save
+WORKERS = 2  # a page has a few dozen thumbnails; more processes would take longer to start than they save
 SQUARE = Preprocess(SIDE, SIDE, "bilinear", (0.0,) * 3, (1.0,) * 3, pixel_path="pillow-draft")
 
 
-def thumbnails(wanted: Mapping[bytes, bytes], files: Files) -> tuple[dict[bytes, str], dict[bytes, str]]:
-    """Squares from the middle of images, upright.
+def thumbnails(paths: Mapping[bytes, bytes], files: Files) -> tuple[dict[bytes, str], dict[bytes, str]]:
+    """Upright square thumbnails of the middle of images.
 
     Args:
-        wanted: path of each image by the SHA-256 of its content; what has other content by now is not shown.
+        paths: path of each image by the SHA-256 of its content; an image whose content changed is left out.
         files: where they are.
 
     Returns:
-        Data URIs, and reasons why there is none, both by SHA-256.
+        Data URIs, and the reason for each missing one, both by SHA-256.
     """
-    if not wanted:
+    if not paths:
         return {}, {}
     with Decoder(SQUARE) as decoder, ThreadPoolExecutor(WORKERS, "penult-thumbnail") as pool:
 
@@ -50,8 +50,8 @@ def thumbnails(wanted: Mapping[bytes, bytes], files: Files) -> tuple[dict[bytes,
             except (PenultError, OSError) as error:
                 return "", str(error)
 
-        found = dict(zip(wanted, pool.map(one, wanted.items()), strict=True))
-    return {key: uri for key, (uri, _) in found.items() if uri}, {key: why for key, (uri, why) in found.items() if not uri}
+        results = dict(zip(paths, pool.map(one, paths.items()), strict=True))
+    return {key: uri for key, (uri, _) in results.items() if uri}, {key: why for key, (uri, why) in results.items() if not uri}
 
 
 def _data_uri(pixels: NDArray[np.uint8]) -> str:

@@ -1,1 +1,1 @@
-"""From a cache to a bundle: who may look at what, fit, judge, save."""
+"""Training heads on a cache: the role of each sample, fit, judge, save as a bundle."""

@@ -1,4 +1,4 @@
-"""How good a head is with few training images: seeded draws from the training split, measured on what is held out."""
+"""Learning curves: the accuracy of a head with few training images, from seeded draws of the training split."""
 
 from __future__ import annotations
 
@@ -30,31 +30,31 @@ def learning_curve(
     """Accuracy by number of training images.
 
     In each draw the classes are shuffled, and n shots are the first n of each: the draws of 5 images contain those of 1. No two
-    images of a draw are of one group. Everything that a head chooses, it chooses inside the draw.
+    images of a draw are of one group. A head chooses its settings inside the draw.
 
     Args:
         head: unfitted; clones of it are fitted.
-        train: what is drawn from.
-        held_out: what is measured on, whole, every time.
+        train: the images that are drawn from.
+        held_out: the images that every draw is measured on.
         shots: numbers of images of each class.
         repeats: draws for each number.
         seed: of the draws.
-        views: all views of what is drawn from, in the same order, where those of a drawn image are fitted.
+        views: all views of ``train`` in the same order, if all those of a drawn image are fitted.
 
     Returns:
         For each number, in rising order: ``shots``; ``accuracy``, the mean over the draws; ``accuracy_interval``, its 95 %
-        interval over draws (Student's t; what the number of held-out images leaves open comes on top); ``accuracies`` of all
+        interval over draws (Student's t, without the uncertainty from the number of held-out images); ``accuracies`` of all
         draws; ``n``, the number of held-out images.
 
     Raises:
         UsageError: nothing is held out, or there are fewer than two draws.
-        BadDataError: a class has fewer training images, or groups, than that; names it.
+        BadDataError: a class has fewer training images, or groups, than a draw needs; names it.
     """
     from sklearn.base import clone
 
     if held_out is None or repeats < 2:
-        found = "nothing is held out" if held_out is None else f"there is {repeats} draw"
-        message = f"a few-shot curve needs held-out images and two draws or more to show an interval; {found}"
+        problem = "nothing is held out" if held_out is None else f"there is {repeats} draw"
+        message = f"a few-shot curve needs held-out images and two draws or more to show an interval; {problem}"
         raise UsageError(message)
     most = max(shots)
     members = _members(train)
@@ -63,7 +63,7 @@ def learning_curve(
             message = f"--few-shot {most}: class {label!r} has {len(groups)} training image(s) or group(s); ask for fewer"
             raise BadDataError(message)
     every = views or train
-    each = len(every) // len(train)
+    n_views = len(every) // len(train)
     rng = np.random.default_rng(seed)
     draws = [_draw(members, most, rng) for _ in range(repeats)]
     curve = []
@@ -72,9 +72,9 @@ def learning_curve(
         with each_warning_once():
             for draw in draws:
                 images = np.concatenate([order[:n] for order in draw])
-                rows = (images[:, None] * each + np.arange(each)).ravel()
+                rows = (images[:, None] * n_views + np.arange(n_views)).ravel()
                 owners = [every.groups[i] for i in rows.tolist()]
-                fitted = clone(head).fit(every.X[rows], every.y[rows], groups=owners, views=each)
+                fitted = clone(head).fit(every.X[rows], every.y[rows], groups=owners, views=n_views)
                 accuracies.append(float(np.mean(fitted.predict(held_out.X) == held_out.y)))
         curve.append(_point(n, accuracies, len(held_out)))
     return curve
@@ -89,7 +89,7 @@ def _members(train: Subset) -> dict[str, list[NDArray[np.intp]]]:
 
 
 def _draw(members: dict[str, list[NDArray[np.intp]]], most: int, rng: np.random.Generator) -> list[NDArray[np.intp]]:
-    """Of each class so many rows in random order, from different groups."""
+    """``most`` rows of each class in random order, from different groups."""
     return [
         np.array([rng.choice(groups[i]) for i in rng.choice(len(groups), most, replace=False)]) for groups in members.values()
     ]
@@ -106,13 +106,13 @@ def _point(shots: int, accuracies: list[float], n: int) -> dict[str, Any]:
 
 @contextmanager
 def each_warning_once() -> Iterator[None]:
-    """What a head says of one draw it would say of all."""
-    said: set[str] = set()
+    """Log each message once: a head warns about every draw alike."""
+    messages: set[str] = set()
 
     def once(record: logging.LogRecord) -> bool:
         text = record.getMessage()
-        new = text not in said
-        said.add(text)
+        new = text not in messages
+        messages.add(text)
         return new
 
     log.addFilter(once)

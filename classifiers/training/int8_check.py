@@ -1,4 +1,4 @@
-"""Whether a head loses accuracy by the int8 features that it was trained on: CONTRACTS 8, "int8 vs fp32"."""
+"""A check of the accuracy that int8 features cost a head, against float features (CONTRACTS 8, "int8 vs fp32")."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("penult.classifiers")
 
 FOLDS = 5
-FEWEST = 20  # images; of fewer, one is worth too many points to judge anything
+FEWEST = 20  # images; with fewer, one error weighs too much to judge anything
 MAX_LOSS = 0.005  # of accuracy; one image is always allowed
 
 
@@ -32,10 +32,10 @@ def judge_rounding(cache: FeatureCache, head: Head, fitted: Sequence[Row]) -> di
     Args:
         cache: the features; only an int8 cache is judged.
         head: a fitted one of `registry.rows`.
-        fitted: the rows it was fitted on; those that int8 was calibrated and judged on count.
+        fitted: the rows it was fitted on; only those that int8 was calibrated and judged on are used.
 
     Returns:
-        ``fp32`` and ``int8`` accuracy and ``n``, the number of images; None where there is nothing to judge.
+        ``fp32`` and ``int8`` accuracy and ``n``, the number of images; None if there is nothing to judge.
 
     Raises:
         BadDataError: int8 costs more than half a point and more than one image.
@@ -43,22 +43,22 @@ def judge_rounding(cache: FeatureCache, head: Head, fitted: Sequence[Row]) -> di
     if cache.fingerprint.fields.get("precision") != "int8":
         return None
     if not cache.samples.task.stratifies:
-        log.warning("what int8 costs this head is not judged: that is done for one label an image only")
+        log.warning("the accuracy that int8 costs is not measured: that needs a head for one label an image")
         return None
     try:
         kept = read_calibration(cache.path)
         if kept.calibration != cache.fingerprint.fields.get("calibration") or cache.layer not in kept.layers:
-            message = f"{cache.path}/calibration.h5 is of another calibration"
+            message = f"{cache.path}/calibration.h5 belongs to another calibration"
             raise BadDataError(message)
     except PenultError as error:
-        log.warning("what int8 costs this head cannot be judged: %s", error)
+        log.warning("the accuracy that int8 costs cannot be measured: %s", error)
         return None
     place = {digest: i for i, digest in enumerate(kept.sha256)}
     rows = list({row.sha256: row for row in fitted if row.sha256 in place}.values())
     several = {label for label, count in Counter(row.label for row in rows).items() if count > 1}
     rows = [row for row in rows if row.label in several]
     if len(several) < 2 or len(rows) < FEWEST:
-        log.warning("what int8 costs this head cannot be judged: only %d of its training images were kept in float", len(rows))
+        log.warning("the accuracy that int8 costs cannot be measured: only %d training images have float features", len(rows))
         return None
     classes, targets = np.unique([str(row.label) for row in rows], return_inverse=True)
     owners = np.unique(np.array(groups_of(rows), dtype=object), return_inverse=True)[1]
@@ -68,7 +68,7 @@ def judge_rounding(cache: FeatureCache, head: Head, fitted: Sequence[Row]) -> di
         name: _correct(head, features[layer][places], targets, owners, classes)
         for name, features in (("fp32", kept.exact), ("int8", kept.rounded))
     }
-    found = {**{name: round(count / len(rows), 6) for name, count in right.items()}, "n": len(rows)}
+    scores = {**{name: round(count / len(rows), 6) for name, count in right.items()}, "n": len(rows)}
     lost = right["fp32"] - right["int8"]
     if lost > 1 and lost > MAX_LOSS * len(rows):
         message = (
@@ -76,21 +76,21 @@ def judge_rounding(cache: FeatureCache, head: Head, fitted: Sequence[Row]) -> di
             f"with int8 features and on {right['fp32']} with float ones. Extract with --precision fp32 into another cache"
         )
         raise BadDataError(message)
-    log.info("on %(n)d training images, cross-validated: accuracy %(int8).4f with int8 features, %(fp32).4f with float", found)
-    return found
+    log.info("on %(n)d training images, cross-validated: accuracy %(int8).4f with int8 features, %(fp32).4f with float", scores)
+    return scores
 
 
 def _correct(
     head: Head, X: NDArray[np.float32], targets: NDArray[np.intp], owners: NDArray[np.intp], classes: NDArray[Any]
 ) -> int:
-    """How many rows are classified rightly by heads that were fitted without their fold."""
+    """How many rows are classified correctly by heads that were fitted without their fold."""
     from sklearn.model_selection import StratifiedGroupKFold
 
     fewest = min(len(np.unique(owners[targets == k])) for k in range(len(classes)))
     splitter = StratifiedGroupKFold(n_splits=max(min(FOLDS, fewest), 2), shuffle=True, random_state=0)
     right = 0
     for train, test in splitter.split(X, targets, owners):
-        present = np.unique(targets[train])  # a group may take a whole class with it
+        present = np.unique(targets[train])  # leaving out a group may leave out a whole class
         if len(present) > 1:
             logits = head.refit(X[train], classes[targets[train]]).logits(X[test])
             right += int((present[logits.argmax(axis=1)] == targets[test]).sum())

@@ -1,4 +1,4 @@
-"""Images that stand on both sides of a split, and images with two labels, found from the cache before anything is trained."""
+"""A search of a cache, before training, for images on both sides of the split and images with two labels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger("penult.classifiers")
 MODES = ("warn", "refuse", "allow")
 NEIGHBOURS = 10
 NEAR = 0.65  # unrelated photos with MobileNetV2: 0.73 and above; docs/leaks.md has the table
-MOST_PRODUCTS = 4e12  # multiplications, about a minute on two cores; beyond, only exact copies are looked for
+MOST_PRODUCTS = 4e12  # multiplications, about a minute on two cores; beyond, only exact copies are searched
 SHOWN = 5
 
 
@@ -41,13 +41,13 @@ class Leak:
 
 @dataclass(frozen=True)
 class LeakReport:
-    """What was found.
+    """Leaks and contradictions among the samples.
 
     Attributes:
-        copies: held-out images (and images that choices are made on) whose very bytes were fitted; they are left out.
+        copies: held-out (and validation) images whose exact bytes are among the fitted ones; they are left out.
         near: held-out images that look like fitted ones: recompressed, resized, cropped or mirrored, or taken in a burst.
-        conflicts: images whose bytes stand under more than one label.
-        searched: False where there were too many images to look for near ones.
+        conflicts: images whose bytes have more than one label.
+        searched: False if there were too many images to search for near copies.
     """
 
     copies: list[str] = field(default_factory=list)
@@ -62,20 +62,20 @@ class LeakReport:
         return asdict(self)
 
     def sentences(self) -> list[str]:
-        """For people, one finding each."""
-        found = []
+        """The findings in words, one sentence each."""
+        sentences = []
         if self.copies:
             what = "held-out image(s) are exact copies of fitted ones and are left out"
-            found.append(f"{len(self.copies)} {what}: {_few(self.copies)}")
+            sentences.append(f"{len(self.copies)} {what}: {_few(self.copies)}")
         if self.near:
             pairs = [f"{leak.path} ~ {leak.fitted}" for leak in self.near]
-            found.append(f"{len(self.near)} held-out image(s) look like copies of fitted ones: {_few(pairs)}")
+            sentences.append(f"{len(self.near)} held-out image(s) look like copies of fitted ones: {_few(pairs)}")
         if self.conflicts:
             same = [" = ".join(paths) for paths in self.conflicts]
-            found.append(f"{len(same)} image(s) stand under more than one label: {_few(same)}")
+            sentences.append(f"{len(same)} image(s) have more than one label: {_few(same)}")
         if not self.searched:
-            found.append("too many images to look for near copies between fitted and held-out ones")
-        return found
+            sentences.append("too many images to look for near copies between fitted and held-out ones")
+        return sentences
 
 
 def _few(items: Sequence[str]) -> str:
@@ -89,10 +89,10 @@ def conflicting_labels(table: SampleTable) -> list[list[str]]:
         if row.ok:
             by_content[row.sha256].append(row)
 
-    def said(rows: Sequence[Row]) -> set[Any]:
+    def labellings(rows: Sequence[Row]) -> set[Any]:
         return {(frozenset(table.task.labels_of(row)), row.targets) for row in rows}
 
-    return [[row.name for row in same] for same in by_content.values() if len(said(same)) > 1]
+    return [[row.name for row in same] for same in by_content.values() if len(labellings(same)) > 1]
 
 
 def near_copies(fitted: Subset, held_out: Subset) -> tuple[list[Leak], bool]:
@@ -103,7 +103,7 @@ def near_copies(fitted: Subset, held_out: Subset) -> tuple[list[Leak], bool]:
     for each backbone, as a bound on the cosine would: untrained and ReLU features have cosines near 1 for any pair.
 
     Returns:
-        The leaks, the most suspicious first, and whether it was looked for at all (`MOST_PRODUCTS`, and features in memory).
+        The leaks, the most suspicious first, and whether they were searched at all (`MOST_PRODUCTS`, and features in memory).
     """
     n, m = len(fitted), len(held_out)
     if n < 3 or m == 0:
@@ -123,14 +123,14 @@ def near_copies(fitted: Subset, held_out: Subset) -> tuple[list[Leak], bool]:
 
 
 def guard(report: LeakReport, mode: str) -> None:
-    """Say or refuse what was found.
+    """Warn about leaks, or refuse to go on.
 
     Args:
-        report: what was found.
+        report: the leaks.
         mode: ``warn``, ``refuse`` or ``allow`` (silence).
 
     Raises:
-        BadDataError: mode is ``refuse`` and there is something.
+        BadDataError: mode is ``refuse`` and the report is not empty.
     """
     if mode == "refuse" and report:
         message = "; ".join(report.sentences()) + " (--leaks refuse)"

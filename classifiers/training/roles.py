@@ -1,4 +1,4 @@
-"""Which samples are fitted, which choices are made on, and which are reported."""
+"""The role of each sample: fitted, used for choices, or reported on."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Roles:
 
     Attributes:
         fit: what is fitted.
-        choose: what choices are made on; empty means k-fold inside ``fit``.
+        choose: what choices are made on; if empty, k-fold inside ``fit``.
         report: what is held out; may be empty.
         facts: JSON for the bundle: split names and the rule they came from.
-        copies: what was left out of ``choose`` and ``report``, because its very bytes stand among what is fitted.
+        copies: what was left out of ``choose`` and ``report``, because its exact bytes are fitted.
     """
 
     fit: list[Row]
@@ -32,7 +32,7 @@ class Roles:
 
 
 def assign_roles(table: SampleTable, *, val: float | None = None, test: float | None = None, seed: int = 0) -> Roles:
-    """Roles from the stored splits, or from new ones where fractions are given.
+    """Assign roles from the stored splits, or from a new split if there are fractions.
 
     Raises:
         BadDataError: more inputs failed than the extraction allowed; samples without a label or a target; a class is too small.
@@ -58,21 +58,21 @@ def assign_roles(table: SampleTable, *, val: float | None = None, test: float | 
     chosen_on = "val" if reported_on == "test" and "val" in by_name else None
     fit = by_name.get("train", [])
     if not fit:
-        message = f"there is no split 'train' to fit on; there is {', '.join(by_name)}"
+        message = f"there is no split 'train' to fit on, only {', '.join(by_name)}"
         raise BadDataError(message)
     choose, report = by_name.get(chosen_on or "", []), by_name.get(reported_on or "", [])
-    seen = {row.sha256 for row in fit}
-    copies = [row for row in choose if row.sha256 in seen]
-    choose = [row for row in choose if row.sha256 not in seen]
-    seen |= {row.sha256 for row in choose}
-    copies += [row for row in report if row.sha256 in seen]
-    report = [row for row in report if row.sha256 not in seen]
+    digests = {row.sha256 for row in fit}
+    copies = [row for row in choose if row.sha256 in digests]
+    choose = [row for row in choose if row.sha256 not in digests]
+    digests |= {row.sha256 for row in choose}
+    copies += [row for row in report if row.sha256 in digests]
+    report = [row for row in report if row.sha256 not in digests]
     facts = {"fit": "train", "chosen_on": chosen_on or "folds of train", "reported_on": reported_on, **rule}
     return Roles(fit, choose, report, facts, copies)
 
 
 def inner_validation(rows: Sequence[Row], *, fraction: float = 0.2, seed: int = 0) -> tuple[list[Row], list[Row]]:
-    """Training rows divided once more by hash rank, for what cannot do k-fold: (fit, choose)."""
+    """Split training rows once more by hash rank, for training that cannot do k-fold: (fit, choose)."""
     names = assign_splits(rows, val=fraction, test=0.0, seed=seed)
     fit = [row for row, name in zip(rows, names, strict=True) if name == "train"]
     return fit, [row for row, name in zip(rows, names, strict=True) if name == "val"]

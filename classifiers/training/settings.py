@@ -1,4 +1,4 @@
-"""The settings of training, fine-tuning and judging; see `extractor.settings` for what a setting is."""
+"""The settings of training a head; see `extractor.settings` for what a setting is."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_SHOTS = 10**6  # images of a class
 
 
 def _head(value: str) -> str:
-    """One of ours; in Python also a scikit-learn class by its dotted name."""
+    """A head of the registry; in Python also a scikit-learn class by its dotted name."""
     if value not in head_names() and not ("." in value and PLACE.get() is ARGUMENTS):
         message = ", ".join(head_names())
         raise ValueError(message)
@@ -24,7 +24,7 @@ def _head(value: str) -> str:
 
 
 class TrainOptions(ThumbnailSettings):
-    """How a head is trained and judged: what `train.train` takes beside the head.
+    """How a head is trained and judged: the options of `train.train`.
 
     >>> from classifiers import TrainOptions
     >>> TrainOptions(few_shot=(1, 5), seed=7).repeats
@@ -36,12 +36,16 @@ class TrainOptions(ThumbnailSettings):
 
     leaks: Literal["warn", "refuse", "allow"] = setting("warn", "Images on both sides of the split, or under two labels.")
     few_shot: Annotated[tuple[Annotated[int, Field(ge=1, le=MAX_SHOTS)], ...], BeforeValidator(as_tuple)] = setting(
-        (), "Learning curve: the head fitted on so many training images of each class.", metavar="N,N"
+        (), "Learning curve: fit the head on this many training images of each class.", metavar="N,N"
     )
-    repeats: int = setting(20, "Of the learning curve: draws for each number of images.", ge=2, metavar="N")
-    average_views: bool = setting(False, "Predict the mean over the views of an image, which are fitted anyway.")
+    repeats: int = setting(20, "Draws of the learning curve for each number of images.", ge=2, metavar="N")
+    average_views: bool = setting(False, "Predict the mean over the views of an image; all views are fitted anyway.")
     max_memory: ByteSize | None = setting(
-        None, "Of this process; features that do not fit stay on disk.", ge=1, metavar="SIZE", shown="half of what is free"
+        None,
+        "Memory of the process; features that do not fit stay on disk.",
+        ge=1,
+        metavar="SIZE",
+        shown="half of what is free",
     )
     val_fraction: float | None = setting(
         None, "Share for validation, in another split.", ge=0, lt=1, metavar="SHARE", shown="the cache's split"
@@ -49,19 +53,19 @@ class TrainOptions(ThumbnailSettings):
     test_fraction: float | None = setting(
         None, "Share held out, in another split.", ge=0, lt=1, metavar="SHARE", shown="the cache's split"
     )
-    seed: int = seed_setting("Of the training, and of a split of its own.")
+    seed: int = seed_setting("Seed of the training, and of a split of its own.")
 
     @rule
     def _something_is_left(self) -> None:
-        given = (self.val_fraction, self.test_fraction)
-        val, test = (FRACTION if each is None else each for each in given)
-        if given != (None, None) and val + test >= 1:
+        fractions = (self.val_fraction, self.test_fraction)
+        val, test = (FRACTION if each is None else each for each in fractions)
+        if fractions != (None, None) and val + test >= 1:
             message = f"<val_fraction> {val} and <test_fraction> {test} leave nothing to train on"
             raise ValueError(message)
 
     @property
     def own_split(self) -> dict[str, Any]:
-        """Of another split than the stored one, as a digest of a bundle's origin has it."""
+        """The fractions and seed of a split other than the stored one, as they enter the digest of a bundle's origin."""
         own = (self.val_fraction, self.test_fraction) != (None, None)
         return {"val": self.val_fraction, "test": self.test_fraction, "split_seed": self.seed if own else 0}
 
@@ -76,9 +80,9 @@ class HeadSettings(Settings):
 
 
 class TrainSettings(HeadSettings, TrainOptions):
-    """What `penult train` takes, and a job in its section ``[train]``; `train_settings` has the settings of the heads, too."""
+    """The settings of `penult train`, and of section ``[train]`` of a job; `train_settings` adds those of the heads."""
 
-    layer: str | None = setting(None, "Which feature set, where the cache has several.", metavar="NAME", shown="the first")
+    layer: str | None = setting(None, "Which feature set, if the cache has several.", metavar="NAME", shown="the first")
 
     @rule
     def _heads_have_their_own_settings(self) -> None:
@@ -98,7 +102,7 @@ class TrainSettings(HeadSettings, TrainOptions):
         """The head for a task, not yet fitted.
 
         Raises:
-            UsageError: there is none of this name for the task, or it lacks a setting that was given.
+            UsageError: the task has no head of this name, or the head lacks one of the settings.
         """
         place = PLACE.get()
         if self.head and "." in self.head:
@@ -113,7 +117,7 @@ class TrainSettings(HeadSettings, TrainOptions):
 
 @cache
 def train_settings() -> type[TrainSettings]:
-    """`TrainSettings` with the settings of every head there is."""
+    """`TrainSettings` with the settings of every head."""
     groups = tuple(dict.fromkeys(row.settings for row in rows() if row.settings is not Settings))
     specific = [each for each in groups if not any(each is not other and issubclass(other, each) for other in groups)]
     return cast("type[TrainSettings]", create_model("TrainSettings", __base__=(TrainSettings, *specific)))

@@ -1,4 +1,4 @@
-"""From a cache to a bundle in four steps: prepare, fit, judge, save. Fine-tuning joins at the last (see `finetune`)."""
+"""Training of a head on a cache in four steps: prepare, fit, judge, save. Fine-tuning shares the last (see `finetune`)."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ INNER = "a fifth of train, by hash rank"
 
 @dataclass(frozen=True)
 class Prepared:
-    """What there is to fit and to judge by.
+    """The data that a head is fitted and judged on.
 
     Attributes:
         cache: of the features.
         options: how a head is trained.
         split: facts about it.
-        fitted: everything that is fitted or chosen on, the images as they are.
+        fitted: everything that is fitted or chosen on, one view of each image.
         held_out: what is reported on; None for nothing.
-        seen: what a head is fitted on: the first of ``fitted``, in all views.
+        train_views: what a head is fitted on: the first of ``fitted``, in all views.
         rows: of these images.
-        chosen_on: what choices are made on, in all views; None for folds of ``seen``.
-        views: what the fingerprint says of them and whether outputs are ``averaged``; None where there is one of each image.
-        leaks: what was found on both sides of the split; None where nobody looked.
-        origin: what `made_from` says, if a later run shall recognise this one.
+        chosen_on: what choices are made on, in all views; None for folds of ``train_views``.
+        views: their part of the fingerprint, and whether outputs are ``averaged``; None if each image has one view.
+        leaks: images on both sides of the split; None if they were not searched.
+        origin: the digest of `made_from`, by which a later run recognises this one.
     """
 
     cache: FeatureCache
@@ -65,7 +65,7 @@ class Prepared:
     split: dict[str, Any]
     fitted: Sequence[Subset]
     held_out: Subset | None
-    seen: Subset
+    train_views: Subset
     rows: Sequence[Row] = ()
     chosen_on: Subset | None = None
     views: dict[str, Any] | None = None
@@ -78,10 +78,10 @@ class Fitted:
     """A fitted head.
 
     Attributes:
-        head: it.
-        spent: on training.
-        rounding: what `judge_rounding` found, of an int8 cache.
-        few_shot: what `learning_curve` found.
+        head: the head.
+        spent: time and memory of training.
+        rounding: the result of `judge_rounding`, for an int8 cache.
+        few_shot: the result of `learning_curve`.
     """
 
     head: Head
@@ -92,16 +92,16 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Judged:
-    """All that goes into a bundle.
+    """Everything that goes into a bundle.
 
     Attributes:
         bundle: its facts.
         backbone: the network, or the cache that has it.
         head: ONNX bytes.
         fitted: content digests of everything that was fitted or chosen on.
-        predictions: for what is held out.
-        shown: of these images.
-        novelty: what tells images that are unlike the fitted ones.
+        predictions: for the held-out images.
+        shown: mistakes and map of these images.
+        novelty: the detector of images that are unlike the fitted ones.
     """
 
     bundle: Bundle
@@ -150,7 +150,7 @@ def train(
 
 
 def prepare(cache: FeatureCache, head: Head, options: TrainOptions) -> Prepared:
-    """The rows of a cache in their roles, once they are known to be of use for a head.
+    """Collect the rows of a cache by role, after checking that the head can be trained on them.
 
     Raises:
         BadDataError, UsageError, LockedError: as `train`.
@@ -170,40 +170,40 @@ def prepare(cache: FeatureCache, head: Head, options: TrainOptions) -> Prepared:
     lazy = must_stream(head, rows * cache.views, cache.dim, cache.dtype.itemsize, options.max_memory)
     if lazy:
         roles = _for_streaming(roles, options.few_shot, seed=options.seed)
-    seen = fit = cache.of_rows(roles.fit, "train", lazy=lazy)
+    train_views = fit = cache.of_rows(roles.fit, "train", lazy=lazy)
     chosen_on = choose = cache.of_rows(roles.choose, "val", lazy=lazy) if roles.choose else None
     held_out = cache.of_rows(roles.report, str(roles.facts["reported_on"]), lazy=lazy) if roles.report else None
     fitted, views = [fit, *([choose] if choose else [])], None
     leaks = _look_for_leaks(cache, roles, fitted, held_out)
     guard(leaks, options.leaks)
-    if cache.views > 1:  # of what is fitted; all else is about the images as they are
+    if cache.views > 1:  # only for fitting and choosing; everything else uses the first view
         log.info("all %d views of each training image are fitted; choices are judged on the first", cache.views)
-        seen = cache.of_rows(roles.fit, "train", lazy=lazy, views=True)
+        train_views = cache.of_rows(roles.fit, "train", lazy=lazy, views=True)
         chosen_on = cache.of_rows(roles.choose, "val", lazy=lazy, views=True) if roles.choose else None
         views = {**cache.fingerprint.fields[VIEWS], "averaged": options.average_views}
-    return Prepared(cache, options, roles.facts, fitted, held_out, seen, roles.fit, chosen_on, views, leaks, origin)
+    return Prepared(cache, options, roles.facts, fitted, held_out, train_views, roles.fit, chosen_on, views, leaks, origin)
 
 
 def fit(head: Head, prepared: Prepared) -> Fitted:
-    """Choose a head's settings and fit it; measure its learning curve before, and what int8 costs it after.
+    """Search a head's settings and fit it; the learning curve is measured before, and the cost of int8 after.
 
     Raises:
         BadDataError: int8 features cost too much accuracy, or a class has too few images for the curve.
     """
-    options, seen, chosen_on = prepared.options, prepared.seen, prepared.chosen_on
+    options, train_views, chosen_on = prepared.options, prepared.train_views, prepared.chosen_on
     curve = None
     if options.few_shot:
-        how = options.few_shot, options.repeats
-        curve = learning_curve(head, prepared.fitted[0], prepared.held_out, *how, seed=options.seed, views=seen)
+        sizes = options.few_shot, options.repeats
+        curve = learning_curve(head, prepared.fitted[0], prepared.held_out, *sizes, seed=options.seed, views=train_views)
     meter = Meter(head.device)
     validation = (chosen_on.X, chosen_on.y) if chosen_on else None
-    head.fit(seen.X, seen.y, validation=validation, groups=seen.groups, views=prepared.cache.views)
+    head.fit(train_views.X, train_views.y, validation=validation, groups=train_views.groups, views=prepared.cache.views)
     spent = meter.read()
     return Fitted(head, spent, judge_rounding(prepared.cache, head, prepared.rows), curve)
 
 
 def judge(fitted: Fitted, prepared: Prepared) -> Judged:
-    """A fitted head on what is held out, and all that is worth keeping of both."""
+    """Evaluate a fitted head on the held-out images, and collect what goes into the bundle."""
     from extractor.graphs.backbone_facts import read_facts
 
     cache, head, held_out, views = prepared.cache, fitted.head, prepared.held_out, prepared.views
@@ -213,11 +213,11 @@ def judge(fitted: Fitted, prepared: Prepared) -> Judged:
     names = list(head.fitted_.classes) if cache.samples.task.stratifies else cache.samples.outputs
     conformal = head.conformal_ and head.conformal_.to_json()
     averaging = bool(views and views["averaged"])
-    temperature = None if averaging else head.temperature_  # a mean of probabilities is of no one temperature
+    temperature = None if averaging else head.temperature_  # a mean of probabilities has no single temperature
     task = task_of(cache.samples.task.name, names, conformal, temperature)
     if held_out is not None:
-        looked_at = cache.lazy(held_out.sha256, views=True) if averaging else held_out.X
-        probabilities = averaged(head.fitted_.probabilities(looked_at), cache.views if averaging else 1)
+        X = cache.lazy(held_out.sha256, views=True) if averaging else held_out.X
+        probabilities = averaged(head.fitted_.probabilities(X), cache.views if averaging else 1)
         predictions = Predictions(held_out.sha256, held_out.paths, held_out.y, probabilities, held_out.name)
         evaluation = task.score(held_out.y, probabilities, held_out.name)
         novel = novel_share(novelty.scores(held_out.X)) if novelty else None
@@ -228,7 +228,7 @@ def judge(fitted: Fitted, prepared: Prepared) -> Judged:
         if prepared.leaks is not None:
             _with_leaks(metrics, prepared.leaks, held_out, probabilities, task)
     else:
-        log.warning("nothing is held out, so nothing can be said about how good this head is")
+        log.warning("nothing is held out, so this head gets no scores")
     spent = fitted.spent
     bundle = Bundle(
         path=Path(),
@@ -263,7 +263,7 @@ def judge(fitted: Fitted, prepared: Prepared) -> Judged:
 
 
 def save(judged: Judged, out: str | Path, *, overwrite: bool = False) -> Bundle:
-    """Write the bundle, with its page.
+    """Write the bundle, with its report.
 
     Raises:
         OutputExistsError: it exists, or something else does.
@@ -315,13 +315,13 @@ def save_head(
 
 
 def _for_streaming(roles: Roles, few_shot: Sequence[int], *, seed: int) -> Roles:
-    """One choice instead of one in each fold, for every pass over the features takes its time.
+    """Choose on one validation part instead of folds, because every pass over the features takes time.
 
     Raises:
-        UsageError: a learning curve was asked for.
+        UsageError: a learning curve is among the options.
     """
     if few_shot:
-        message = "--few-shot needs all features in memory, and they do not fit; raise --max-memory, or leave it out"
+        message = "--few-shot needs all features in memory, and they do not fit; raise --max-memory, or omit --few-shot"
         raise UsageError(message)
     if roles.choose:
         return roles
@@ -335,7 +335,7 @@ def _look_for_leaks(cache: FeatureCache, roles: Roles, fitted: Sequence[Subset],
     for subset in fitted if held_out else []:
         more, looked = near_copies(subset, held_out) if held_out else ([], True)
         near, searched = near + more, searched and looked
-    best = {leak.path: leak for leak in sorted(near, key=lambda leak: -leak.ratio)}  # the most suspicious of each image
+    best = {leak.path: leak for leak in sorted(near, key=lambda leak: -leak.ratio)}  # the most suspicious one of each image
     return LeakReport(
         copies=[row.name for row in roles.copies],
         near=sorted(best.values(), key=lambda leak: leak.ratio),
@@ -345,7 +345,7 @@ def _look_for_leaks(cache: FeatureCache, roles: Roles, fitted: Sequence[Subset],
 
 
 def _with_leaks(metrics: dict[str, Any], leaks: LeakReport, held_out: Subset, probabilities: Any, task: HeadTask) -> None:
-    """Put what was found into the metrics, with the score without the images that look like fitted ones."""
+    """Add the leaks to the metrics, and the score without the images that look like fitted ones."""
     metrics["leaks"] = leaks.to_json()
     suspicious = {leak.path for leak in leaks.near}
     keep = np.array([display(path) not in suspicious for path in held_out.paths])
@@ -361,7 +361,7 @@ def _with_leaks(metrics: dict[str, Any], leaks: LeakReport, held_out: Subset, pr
 
 
 def made_from(cache: FeatureCache, head: Any, options: TrainOptions) -> str:
-    """Digest of everything that decides what `train` makes, hexadecimal; what it is made of must not change."""
+    """Hexadecimal digest of everything that decides what `train` makes; its ingredients must not change."""
     rows = [(row.sha256.hex(), row.label, row.split, row.group.hex(), *row.targets) for row in cache.rows()]
     facts = [
         cache.fingerprint.fields,
@@ -378,6 +378,6 @@ def made_from(cache: FeatureCache, head: Any, options: TrainOptions) -> str:
 
 
 def require_roles(table: SampleTable, roles: Roles) -> None:
-    """Refuse samples that cannot be learnt from; see `HeadTask.require`."""
+    """Refuse samples that no head can be trained on; see `HeadTask.require`."""
     parts = [(roles.fit, "train"), (roles.choose, roles.facts["chosen_on"]), (roles.report, roles.facts["reported_on"])]
     task_of(table.task.name, table.outputs).require(table, [(rows, str(name)) for rows, name in parts])

@@ -1,1 +1,1 @@
-"""Networks: their names, weights and layers, and how each becomes an ONNX file of features."""
+"""Backbones: the registry of networks, their weights and layers, and their export to ONNX files of features."""

@@ -1,8 +1,8 @@
-"""Somebody's own ONNX file as a backbone: what its input takes, where its features are, and a graph in penult's form.
+"""Import of a custom ONNX file as a backbone: find its input and its features, and rewrite its graph in penult's form.
 
 Whatever the file looks like (NCHW or NHWC, float or uint8, fixed batch), the result takes normalised float32 pixels
-``(batch, 3, s, s)`` and gives ``(batch, d)``. It is compared with the file itself before anyone uses it. What the file does not
-say must be stated, by flags or in a TOML file of its name: a guess would cost accuracy silently.
+``(batch, 3, s, s)`` and gives ``(batch, d)``. It is compared with the custom file before it is used. What the file does not
+say must be given by flags or in a TOML file of its name: a guess would silently cost accuracy.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from .registry import Backbone
 
 log = logging.getLogger("penult.extractor")
 
-DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")  # what ONNX Runtime computes without anybody's own code
+DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")  # operators that ONNX Runtime computes without custom code
 BATCH = 3
-HALF = 2e-3  # relative L2 per row, for networks that compute in float16: fusing two operations rounds once less
+PARITY_FLOAT16 = 2e-3  # relative L2 per row, for networks that compute in float16: fusing two operations rounds once less
 
 
 def is_own(file: Path) -> bool:
-    """Whether penult made an ONNX file, which then says everything itself.
+    """Whether penult made an ONNX file, whose metadata then holds all facts.
 
     Raises:
         InputMissingError, BadDataError: as `onnx_file.read_model`.
@@ -45,11 +45,11 @@ def is_own(file: Path) -> bool:
 
 
 def import_onnx(backbone: Backbone, target: Path) -> BackboneFacts:
-    """Make a backbone file of somebody's ONNX file; one of penult's own is taken as it is.
+    """Make a backbone file from a custom ONNX file; one that penult made is taken as it is.
 
     Raises:
-        UsageError: what is stated is missing, superfluous or unknown; says what to state.
-        BadDataError: the file is damaged, or no network from one image to features.
+        UsageError: a setting of the ONNX input is missing, superfluous or unknown; says which to give.
+        BadDataError: the file is damaged, or not a network from one image to features.
         InputMissingError: the file, or its external data, is not there.
     """
     file = Path(backbone.name)
@@ -59,15 +59,15 @@ def import_onnx(backbone: Backbone, target: Path) -> BackboneFacts:
     if facts is not None:
         return _own(backbone, facts, model, digest, target)
     require_domains(model, file)
-    beside = read_sidecar(file)
-    if beside:
+    sidecar = read_sidecar(file)
+    if sidecar:
         log.info("%s says how %s is used", file.with_suffix(".toml"), file.name)
-    stated = {**beside, **backbone.onnx_input}
-    layers = list(backbone.layers) or stated.pop("layer", [])
-    pooling = backbone.pooling or stated.pop("pooling", "average")
+    settings = {**sidecar, **backbone.onnx_input}
+    layers = list(backbone.layers) or settings.pop("layer", [])
+    pooling = backbone.pooling or settings.pop("pooling", "average")
     load_data(model, file)
-    begin = image_input(model, file, stated.get("layout"))
-    preprocess = preprocessing(begin, stated, file)
+    begin = image_input(model, file, settings.get("layout"))
+    preprocess = preprocessing(begin, settings, file)
     graph = Graph(model)
     tensors = choose_tensors(graph, layers, file)
     pixels = np.random.default_rng(0).uniform(-1, 1, (BATCH, 3, preprocess.crop, preprocess.crop)).astype(np.float32)
@@ -75,29 +75,29 @@ def import_onnx(backbone: Backbone, target: Path) -> BackboneFacts:
         pixels = np.rint((pixels + 1) * 127.5)
     expected = run_whole(model, tensors, begin, pixels, file)
     opset = max((each.version for each in model.opset_import if each.domain in ("", "ai.onnx")), default=1)
-    ends, found = [], []
+    ends, feature_sets = [], []
     outputs = backbone_facts.name_outputs(len(tensors))
     prefix = _free_names(model, outputs)
     begin = replace(begin, name=prefix + begin.name)
     for tensor, values, output in zip(tensors, expected, outputs, strict=True):
         nodes, kind, dim = pooling_nodes(prefix + tensor, values.shape, pooling, f"{output}_raw", opset)
         if not 0 < dim <= MAX_DIM:
-            message = f"{file}: {tensor!r} gives {dim} features; expected at most {MAX_DIM}. Say another tensor by --layer"
+            message = f"{file}: {tensor!r} gives {dim} features; expected at most {MAX_DIM}. Choose another with --layer"
             raise BadDataError(message)
         ends.append(([*nodes, _cast(f"{output}_raw", output, "float32")], output, dim))
-        found.append(Layer(tensor, kind, dim, output))
-    facts = BackboneFacts("onnx", file.name, digest, tuple(found), preprocess, source=f"from {file.name}")
+        feature_sets.append(Layer(tensor, kind, dim, output))
+    facts = BackboneFacts("onnx", file.name, digest, tuple(feature_sets), preprocess, source=f"from {file.name}")
     with onnx_file.replacing(target) as new:
         return _write(model, begin, ends, facts, pixels, expected, new)
 
 
 def _free_names(model: Any, outputs: Sequence[str]) -> str:
-    """Give the graph's tensors a prefix where they have our names, as ``features`` is in what people export; return it."""
+    """Prefix the graph's tensors if one has a name that penult uses, such as ``features``; return the prefix."""
     from onnx.compose import add_prefix_graph
 
-    theirs = {name for node in model.graph.node for name in (*node.input, *node.output)}
-    ours = {"pixels", *outputs, *(f"{output}_raw" for output in outputs)}
-    if not ours & theirs and not any(name.startswith("penult_") for name in theirs):
+    used = {name for node in model.graph.node for name in (*node.input, *node.output)}
+    needed = {"pixels", *outputs, *(f"{output}_raw" for output in outputs)}
+    if not needed & used and not any(name.startswith("penult_") for name in used):
         return ""
     prefix = "their_"
     add_prefix_graph(model.graph, prefix, inplace=True)
@@ -113,12 +113,12 @@ def _write(
     expected: Sequence[NDArray[Any]],
     new: Path,
 ) -> BackboneFacts:
-    """Cut, save, compare: with a free batch size where the graph allows it, else with its own."""
+    """Cut, save, compare: with a free batch size if the graph allows it, else with its own."""
     import onnx
     from onnx import TensorProto, helper
 
     kinds = {TensorProto.FLOAT16 if begin.dtype == "float16" else None, *(each.data_type for each in model.graph.initializer)}
-    side, limit = facts.preprocess.crop, HALF if TensorProto.FLOAT16 in kinds else PARITY
+    side, limit = facts.preprocess.crop, PARITY_FLOAT16 if TensorProto.FLOAT16 in kinds else PARITY
     front = _front(begin)
     cut(model, ends, front, [helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["batch", 3, side, side])])
     for batch in (None, begin.batch) if begin.batch else (None,):
@@ -135,13 +135,13 @@ def _write(
         onnx_file.save(model, new)
         try:
             onnx.checker.check_model(str(new))
-            found = _run_new(new, pixels, facts)
+            features = _run_new(new, pixels, facts)
             worst = max(
                 float(relative_l2(a, _pooled(b, layer)).max())
-                for a, b, layer in zip(found, expected, facts.layers, strict=True)
+                for a, b, layer in zip(features, expected, facts.layers, strict=True)
             )
             alone = _run_new(new, pixels[:1], facts)  # in training mode, a normalisation mixes the images of a batch
-            mixed = max(float(relative_l2(a, b[:1]).max()) for a, b in zip(alone, found, strict=True))
+            mixed = max(float(relative_l2(a, b[:1]).max()) for a, b in zip(alone, features, strict=True))
         except Exception as error:  # onnxruntime's exceptions have no common public base
             worst, reason = np.inf, str(error).strip().splitlines()[0]
         else:
@@ -156,7 +156,7 @@ def _write(
 
 
 def _pooled(values: NDArray[Any], layer: Layer) -> NDArray[np.float64]:
-    """What the pooling nodes must give, computed by NumPy."""
+    """The expected output of the pooling nodes, computed with NumPy."""
     exact = values.astype(np.float64)
     if layer.pooling == "none":
         return exact
@@ -173,21 +173,21 @@ def _run_new(path: Path, pixels: NDArray[np.float32], facts: BackboneFacts) -> l
     for start in range(0, len(pixels), step):
         part = pixels[start : start + step]
         padded = np.concatenate([part, np.zeros((step - len(part), *part.shape[1:]), np.float32)])
-        found = session.run(facts.outputs, {"pixels": padded})
-        parts.append([_rows(output, step, name)[: len(part)] for output, name in zip(found, facts.outputs, strict=True)])
+        outputs = session.run(facts.outputs, {"pixels": padded})
+        parts.append([_rows(output, step, name)[: len(part)] for output, name in zip(outputs, facts.outputs, strict=True)])
     return [np.concatenate(columns) for columns in zip(*parts, strict=True)]
 
 
 def _own(backbone: Backbone, facts: BackboneFacts, model: Any, digest: str, target: Path) -> BackboneFacts:
-    """A file of penult's own says everything itself."""
+    """Take a file that penult made; its metadata holds all facts."""
     file = Path(backbone.name)
     superfluous = [f"--{name.replace('_', '-')}" for name in backbone.onnx_input]
     superfluous += ["--layer"] if backbone.layers else []
     superfluous += ["--pooling"] if backbone.pooling else []
     if superfluous:
-        message = f"{file} says itself what its input and its features are: leave {', '.join(superfluous)} out"
+        message = f"{file} describes its own input and features: leave {', '.join(superfluous)} out"
         raise UsageError(message)
-    facts = replace(facts, weights_sha256=digest)  # what its metadata says of its weights, anybody may have written
+    facts = replace(facts, weights_sha256=digest)  # the digest in its metadata may be forged
     load_data(model, file)
     del model.metadata_props[:]
     backbone_facts.write_facts(model, facts)
@@ -197,14 +197,14 @@ def _own(backbone: Backbone, facts: BackboneFacts, model: Any, digest: str, targ
 
 
 def require_domains(model: Any, file: Path) -> None:
-    """Refuse a file with operators that are not standard ones, or ONNX Runtime's own.
+    """Refuse a file with operators that are neither standard nor ONNX Runtime's own.
 
     Raises:
-        BadDataError: names whose they are.
+        BadDataError: names their domains.
     """
     foreign = sorted({node.domain for node in model.graph.node} - set(DOMAINS) - {each.domain for each in model.functions})
     if foreign:
-        message = f"{file} needs operators of {', '.join(foreign)}, which run somebody's own code; export it with standard ones"
+        message = f"{file} needs operators of {', '.join(foreign)}, which run custom code; export it with standard operators"
         raise BadDataError(message)
 
 
@@ -212,7 +212,7 @@ def load_data(model: Any, file: Path) -> None:
     """Read a model's external data into memory.
 
     Raises:
-        BadDataError: it does not hold what the model says.
+        BadDataError: it is missing or does not fit the model.
     """
     from onnx.external_data_helper import load_external_data_for_model
 
@@ -224,17 +224,17 @@ def load_data(model: Any, file: Path) -> None:
 
 
 def choose_tensors(graph: Graph, layers: Sequence[str], file: Path) -> list[str]:
-    """The tensors that are the features: those asked for, or the penultimate one.
+    """Names of the tensors that are the features: the requested ones, or the penultimate one.
 
     Raises:
         UsageError: unknown names, with the nearest; several outputs and none chosen.
-        BadDataError: it cannot be told whether there is a classification layer.
+        BadDataError: it is unclear whether there is a classification layer.
     """
     known = graph.tensors()
     if "penultimate" in layers and "penultimate" not in known:
         layers = [choose_tensors(graph, (), file)[0] if layer == "penultimate" else layer for layer in layers]
     if len(set(layers)) != len(layers):
-        message = f"--layer {' --layer '.join(layers)}: one of them stands there twice"
+        message = f"--layer {' --layer '.join(layers)}: one of them is named twice"
         raise UsageError(message)
     for layer in layers:
         if layer not in known:
@@ -246,7 +246,7 @@ def choose_tensors(graph: Graph, layers: Sequence[str], file: Path) -> list[str]
     outputs = [value.name for value in graph.graph.output]
     if len(outputs) != 1:
         listing = ", ".join(outputs)
-        message = f"{file} has {len(outputs)} outputs ({listing}). State which are the features, such as --layer {outputs[0]}"
+        message = f"{file} has {len(outputs)} outputs ({listing}). Choose the features, such as --layer {outputs[0]}"
         raise UsageError(message)
     tensor = graph.classifier_input(outputs[0])
     if tensor is None:
@@ -259,10 +259,10 @@ def choose_tensors(graph: Graph, layers: Sequence[str], file: Path) -> list[str]
 def run_whole(
     model: Any, tensors: Sequence[str], begin: Input, pixels: NDArray[np.float32], file: Path
 ) -> list[NDArray[np.float32]]:
-    """The values of tensors, from the file's own graph, on normalised pixels ``(n, 3, s, s)``.
+    """The values of tensors in the custom file's own graph, for normalised pixels ``(n, 3, s, s)``.
 
     Raises:
-        BadDataError: ONNX Runtime cannot run it, or it gives no numbers.
+        BadDataError: ONNX Runtime cannot run it, or a value is not a finite float.
     """
     from onnx import ModelProto, ValueInfoProto
 
@@ -291,7 +291,7 @@ def run_whole(
     values = [np.concatenate(columns) for columns in zip(*parts, strict=True)]
     for tensor, value in zip(tensors, values, strict=True):
         if value.dtype.kind != "f":
-            message = f"{file}: {tensor!r} is {value.dtype} of shape {value.shape}, not features; say another tensor by --layer"
+            message = f"{file}: {tensor!r} is {value.dtype} of shape {value.shape}, not features; choose another with --layer"
             raise BadDataError(message)
         if not np.isfinite(value).all():
             message = f"{file} gives NaN or infinity in {tensor!r} for ordinary pixels; it is damaged, or takes another range"
@@ -300,7 +300,7 @@ def run_whole(
 
 
 def _rows(values: NDArray[Any], images: int, tensor: str) -> NDArray[Any]:
-    """What a tensor is for a batch, which must have one row for each image."""
+    """The values of a tensor for a batch, which must have one row per image."""
     if values.ndim == 0 or len(values) != images:
         message = f"{tensor!r} has shape {values.shape} for {images} images, not features of each"
         raise BadDataError(message)

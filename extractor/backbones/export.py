@@ -1,6 +1,6 @@
-"""torch -> ONNX without the classifier, checked against torch before anyone uses it.
+"""Export of torch networks to ONNX without the classification layer, checked against torch before use.
 
-Runs in a child process: torch and torchvision are a gigabyte and seconds that the extracting process need not carry.
+It runs in a child process: torch and torchvision cost a gigabyte and seconds that the extracting process does not need.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ log = logging.getLogger("penult.extractor")
 PARITY_BATCHES = (1, 7)
 OPSET = 20
 POLL_SECONDS = 0.2
-PATIENCE = 25  # polls in which a child may tidy up
+PATIENCE = 25  # polls that a child has to clean up
 
 
 def export(backbone: str | Backbone, path: str | Path, stop: StopFlag | None = None) -> BackboneFacts:
-    """Write a network as an ONNX file of features; a child process does it, and compares it with torch.
+    """Export a backbone to an ONNX file of features, in a child process that compares it with torch.
 
     Args:
-        backbone: what to export: a torchvision network, or somebody's ONNX file, by name or as a `Backbone`.
+        backbone: a torchvision network or a custom ONNX file, by name or as a `Backbone`.
         path: the ONNX file; an existing one is replaced when the new one is complete.
         stop: ends the export when it is set.
 
     Returns:
-        What the file says of itself.
+        The facts that the file records.
 
     Raises:
         OutputError: there is no such folder.
@@ -60,7 +60,7 @@ def export(backbone: str | Backbone, path: str | Path, stop: StopFlag | None = N
     (16, 'last')
     """
     backbone, path = Backbone(backbone) if isinstance(backbone, str) else backbone, Path(path)
-    if backbone.is_file and is_own(Path(backbone.name)):  # nothing of it is computed
+    if backbone.is_file and is_own(Path(backbone.name)):  # it is only copied
         return import_onnx(backbone, path)
     onnx_file.require_writable(path)
     request = json.dumps({"backbone": backbone.facts(), "path": str(path.absolute())})
@@ -89,15 +89,15 @@ def _run_child(command: list[str], request: str, stop: StopFlag | None) -> tuple
     """Exit status, stdout and stderr of a child that is ended when ``stop`` is set: an export may take minutes."""
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
-        given: str | None = request
+        unsent: str | None = request
         polls = 0
         try:
             while True:
                 try:
-                    out, err = process.communicate(given, timeout=POLL_SECONDS)
+                    out, err = process.communicate(unsent, timeout=POLL_SECONDS)
                     return process.returncode, out, err
                 except subprocess.TimeoutExpired:
-                    given = None  # it is on its way
+                    unsent = None  # it is under way
                     if stop:
                         polls += 1
                         process.terminate() if polls < PATIENCE else process.kill()
@@ -110,7 +110,7 @@ def _child() -> None:
     request = json.load(sys.stdin)
     # Exporters print; the answer must be the only thing on stdout.
     answer_to, sys.stdout = sys.stdout, sys.stderr
-    signal.signal(signal.SIGTERM, _leave)  # so that a download at hand removes what it has of its file
+    signal.signal(signal.SIGTERM, _leave)  # so that a download under way removes its partial file
     messages: list[tuple[int, str]] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append((record.levelno, record.getMessage()))  # type: ignore[method-assign]
@@ -136,17 +136,17 @@ def _leave(signum: int, _frame: FrameType | None) -> None:
 
 
 def to_onnx(loaded: Loaded, name: str, path: Path, *, layers: Sequence[str] = (), pooling: str = "average") -> BackboneFacts:
-    """Export a loaded network up to the layers asked for.
+    """Export a loaded network up to the requested layers.
 
-    The penultimate layer is found twice: in the exported graph, which is cut there (`Graph.penultimate`), and in torch, by a
+    The penultimate layer is located twice: in the exported graph, which is cut there (`Graph.penultimate`), and in torch, by a
     hook on the last Linear or Conv2d that runs. Both must agree at batch 1 and 7, as must every other layer.
 
     Args:
         loaded: the network.
         name: of the architecture.
-        path: the ONNX file; beyond `onnx_file.MAX_INLINE` its weights lie in a second one, see `onnx_file.save`.
+        path: the ONNX file; beyond `onnx_file.MAX_INLINE` its weights go into a second one, see `onnx_file.save`.
         layers: module names, or ``penultimate``, which is the default.
-        pooling: ``average``, ``max`` or ``token``, for layers that are no vectors.
+        pooling: ``average``, ``max`` or ``token``, for layers that are not vectors.
 
     Raises:
         UsageError: no such layer.
@@ -163,7 +163,7 @@ def to_onnx(loaded: Loaded, name: str, path: Path, *, layers: Sequence[str] = ()
     batches = [torch.randn(n, 3, side, side, generator=generator) for n in PARITY_BATCHES]
     try:
         last = last_weighted(loaded.network, batches[0])
-    except (AssertionError, RuntimeError) as error:  # a transformer has a parameter for every place in its image
+    except (AssertionError, RuntimeError) as error:  # a transformer has a parameter for every position in its image
         message = f"{name} with these weights does not take {side} x {side} pixels: {str(error).strip().splitlines()[0]}"
         raise UsageError(message) from error
     shapes = shapes_of(loaded.network, layers, last, batches[0])
@@ -174,7 +174,7 @@ def to_onnx(loaded: Loaded, name: str, path: Path, *, layers: Sequence[str] = ()
             )
             raise UsageError(message)
         if len(shapes[layer]) != 2:
-            spatial_axes(shapes[layer], layer, pooling)  # raised inside of torch's export, it would be torch's error
+            spatial_axes(shapes[layer], layer, pooling)  # before torch's export, which would turn it into an error of its own
     network = tapped(loaded.network, layers, last, pooling)
     program = torch.onnx.export(
         network,
@@ -191,7 +191,7 @@ def to_onnx(loaded: Loaded, name: str, path: Path, *, layers: Sequence[str] = ()
         raise BadDataError(message)
     model = program.model_proto
     del program
-    ends, found = [], []
+    ends, feature_sets = [], []
     for i, (layer, output) in enumerate(zip(layers, backbone_facts.name_outputs(len(layers)), strict=True)):
         if layer == PENULTIMATE:
             tensor = Graph(model).penultimate("logits")
@@ -201,10 +201,10 @@ def to_onnx(loaded: Loaded, name: str, path: Path, *, layers: Sequence[str] = ()
             dim = shape[1] if len(shape) == 2 else spatial_axes(shape, layer, pooling)[1]
             nodes, kind = [onnx.helper.make_node("Identity", [f"tapped_{i}"], [output])], "none" if len(shape) == 2 else pooling
         ends.append((nodes, output, dim))
-        found.append(Layer(f"input of {last}" if layer == PENULTIMATE else layer, kind, dim, output))
+        feature_sets.append(Layer(f"input of {last}" if layer == PENULTIMATE else layer, kind, dim, output))
     cut(model, ends)
     facts = BackboneFacts(
-        name, loaded.weights_name, loaded.weights_digest, tuple(found), loaded.preprocess, source=loaded.source
+        name, loaded.weights_name, loaded.weights_digest, tuple(feature_sets), loaded.preprocess, source=loaded.source
     )
     backbone_facts.write_facts(model, facts)
     with onnx_file.replacing(path) as new:
@@ -212,6 +212,6 @@ def to_onnx(loaded: Loaded, name: str, path: Path, *, layers: Sequence[str] = ()
         del model
         onnx.checker.check_model(str(new))
         with torch.inference_mode():
-            expected = [[np.asarray(found) for found in network(batch)[1:]] for batch in batches]
+            expected = [[np.asarray(features) for features in network(batch)[1:]] for batch in batches]
         check_parity(new, [batch.numpy() for batch in batches], expected, name)
     return facts

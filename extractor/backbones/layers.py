@@ -1,4 +1,4 @@
-"""The layers of a torch network whose features can be asked for, listed and tapped without looking at any graph."""
+"""Layers of a torch network: their list and shapes, and forward hooks that return their features."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from store.errors import BadDataError, UsageError, did_you_mean
 from .networks import on_meta, untrained
 from .registry import choose_weights
 
-INERT = ("Dropout", "StochasticDepth", "Identity", "Permute")  # what they give, the layer before them gives
+INERT = ("Dropout", "StochasticDepth", "Identity", "Permute")  # their output is that of the layer before them
 
 
 def torch_penultimate(network: Any, example: Any) -> tuple[str, Callable[[NDArray[np.float32]], NDArray[np.float32]]]:
-    """The penultimate features of a torch network, averaged where they are spatial.
+    """A function that computes a torch network's penultimate features, averaged if they are spatial.
 
     Returns:
         The name of the last Linear or Conv2d that runs, and a function from ``(n, 3, h, w)`` to its input ``(n, d)``.
@@ -31,8 +31,8 @@ def torch_penultimate(network: Any, example: Any) -> tuple[str, Callable[[NDArra
 
     def features(batch: NDArray[np.float32]) -> NDArray[np.float32]:
         with torch.inference_mode():
-            (found,) = tapped(network, [PENULTIMATE], last, "average")(torch.from_numpy(batch))[1:]
-        return np.asarray(found.numpy(), np.float32)
+            (penultimate,) = tapped(network, [PENULTIMATE], last, "average")(torch.from_numpy(batch))[1:]
+        return np.asarray(penultimate.numpy(), np.float32)
 
     return last, features
 
@@ -54,7 +54,7 @@ def last_weighted(network: Any, example: Any) -> str:
 
 
 def shapes_of(network: Any, layers: Sequence[str], last: str, pixels: Any) -> dict[str, tuple[int, ...]]:
-    """The shapes that layers have for some pixels, in one pass; those that do not run, or give no tensor, are left out."""
+    """The output shapes of layers for some pixels, in one pass; without layers that do not run or give no tensor."""
     import torch
 
     shapes: dict[str, tuple[int, ...]] = {}
@@ -83,7 +83,7 @@ def shapes_of(network: Any, layers: Sequence[str], last: str, pixels: Any) -> di
 
 
 def tapped(network: Any, layers: Sequence[str], last: str, pooling: str) -> Any:
-    """A module that returns the network's output and, pooled to ``(n, d)``, the layers asked for.
+    """A module that returns the network's output and, pooled to ``(n, d)``, the requested layers.
 
     A layer is the output of the last call of the module of that name; `PENULTIMATE` is the input of ``last``. It is copied
     when it appears, because what follows may work in place.
@@ -121,7 +121,7 @@ def tapped(network: Any, layers: Sequence[str], last: str, pooling: str) -> Any:
 
 
 def pool(tensor: Any, name: str, pooling: str) -> Any:
-    """A torch tensor as ``(n, d)``, as `graph.pooling_nodes` does it."""
+    """Pool a torch tensor to ``(n, d)``, as `graph.pooling_nodes` does."""
     if tensor.ndim == 2:
         return tensor
     axes, _ = spatial_axes(tensor.shape, name, pooling)
@@ -131,7 +131,7 @@ def pool(tensor: Any, name: str, pooling: str) -> Any:
 
 
 def list_layers(name: str) -> list[dict[str, Any]]:
-    """The layers of a torchvision network that can be asked for, in the order of its modules, found without weights.
+    """The layers of a torchvision network that can give features, in the order of its modules; needs no weights.
 
     Returns:
         JSON for each: ``layer``, ``module`` (its class), ``shape`` (of one image), ``dim``, and ``pooling`` (``none`` or the
@@ -146,14 +146,14 @@ def list_layers(name: str) -> list[dict[str, Any]]:
     side = entry.transforms().crop_size[0]
     with on_meta(), torch.inference_mode():
         network = untrained(name, side).eval()
-        pixels = torch.empty(2, 3, side, side)  # two, because what does not keep the batch is no feature of an image
+        pixels = torch.empty(2, 3, side, side)  # two images: a layer that changes the batch size gives no features of an image
         last = last_weighted(network, pixels)
-        asked = [layer for layer, module in network.named_modules() if layer and type(module).__name__ not in INERT]
-        seen = shapes_of(network, [PENULTIMATE, *asked], last, pixels)
-    shapes = {layer: shape for layer, shape in seen.items() if shape[0] == 2}
+        candidates = [layer for layer, module in network.named_modules() if layer and type(module).__name__ not in INERT]
+        all_shapes = shapes_of(network, [PENULTIMATE, *candidates], last, pixels)
+    shapes = {layer: shape for layer, shape in all_shapes.items() if shape[0] == 2}
     kinds = {layer: type(module).__name__ for layer, module in network.named_modules()}
     kinds[PENULTIMATE] = f"input of {last}"
-    found = []
+    rows = []
     for layer in (PENULTIMATE, *(each for each in kinds if each != PENULTIMATE)):
         try:
             shape = shapes[layer]
@@ -161,12 +161,12 @@ def list_layers(name: str) -> list[dict[str, Any]]:
         except (KeyError, BadDataError):  # it does not run, gives no tensor, or works on windows rather than on images
             continue
         pooling = "none" if len(shape) == 2 else "average"
-        found.append({"layer": layer, "module": kinds[layer], "shape": list(shape[1:]), "dim": int(dim), "pooling": pooling})
-    return found
+        rows.append({"layer": layer, "module": kinds[layer], "shape": list(shape[1:]), "dim": int(dim), "pooling": pooling})
+    return rows
 
 
 def require_layers(network: Any, layers: Sequence[str], pooling: str) -> None:
-    """Refuse what cannot be tapped, before minutes of export.
+    """Refuse layers that cannot be exported, before minutes of export.
 
     Raises:
         UsageError: no such layer, with the nearest names; a layer twice; an unknown pooling.
@@ -178,7 +178,7 @@ def require_layers(network: Any, layers: Sequence[str], pooling: str) -> None:
             message = f"--layer {layer}: there is no such layer{hint} (`penult backbones NAME --layers` lists them)"
             raise UsageError(message)
     if len(set(layers)) != len(layers):
-        message = f"--layer {' --layer '.join(layers)}: one of them stands there twice"
+        message = f"--layer {' --layer '.join(layers)}: one of them is named twice"
         raise UsageError(message)
     if pooling not in POOLINGS:
         message = f"--pooling {pooling}: expected {', '.join(POOLINGS)}"

@@ -1,4 +1,4 @@
-"""torchvision's networks, built and filled with weights; and what a state dict is of."""
+"""torchvision's networks: built, loaded with weights and described; and digests of state dicts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .weights import WeightsFile, read_state
 
 @contextmanager
 def on_meta() -> Iterator[None]:
-    """Build networks as shapes alone, in no time and memory."""
+    """Build networks on torch's meta device: shapes without values, at almost no cost."""
     import torch
     from torchvision.models.regnet import BlockParams
 
@@ -38,7 +38,7 @@ def on_meta() -> Iterator[None]:
 
 @contextmanager
 def _loading(state: Mapping[str, Any]) -> Iterator[None]:
-    """Let torchvision's builders load this state dict where they would download one.
+    """Let torchvision's builders load this state dict instead of downloading one.
 
     So the network is built exactly as torchvision builds it for these weights: GoogLeNet and Inception then transform their
     input and drop their auxiliary heads, without a table of such cases here.
@@ -55,7 +55,7 @@ class Loaded:
 
     Attributes:
         network: ``torch.nn.Module`` in eval mode, float32, on the CPU.
-        preprocess: what its input must have gone through.
+        preprocess: how images become its input.
         weights_name: ``IMAGENET1K_V1``, a file's name, or ``random:0``.
         weights_digest: `digest` of its state dict.
         source: where the weights came from, for people.
@@ -114,12 +114,12 @@ def _build(name: str, entry: Any, state: Mapping[str, Any], file: str) -> Any:
 
 
 def import_weights(path: Path) -> tuple[WeightsFile, Path, bool]:
-    """Take one of torchvision's files, brought from elsewhere, to where `load` finds it.
+    """Copy one of torchvision's weight files from elsewhere to where `load` looks for it.
 
-    Nothing is copied before it was recognised by its digest, loaded safely and found to fit its network.
+    It is copied only after its digest is recognised, it is loaded safely, and it fits its network.
 
     Returns:
-        Which file it is, where it is now, and whether it was copied (False where a sound one was there).
+        Which file it is, where it is now, and whether it was copied (False if a sound one was there).
 
     Raises:
         PenultError: see `weights.recognise`, `weights.read_state` and `weights.install`.
@@ -140,10 +140,10 @@ def _preset_name(backbone: Backbone) -> str | None:
     for name, entry in entries.items():
         if sha256.startswith(WeightsFile(backbone.name, entry).prefix):
             return name
-    weight_files.refuse_other_formats(file)  # what cannot be used at all needs no preset first
+    weight_files.refuse_other_formats(file)  # an unusable file is refused before a preset is required
     message = (
         f"{file.name} is not one of torchvision's files for {backbone.name}, so its preprocessing is unknown. "
-        f"State it with --preset {'|'.join(entries)}"
+        f"Pass --preset {'|'.join(entries)}"
     )
     raise UsageError(message)
 
@@ -157,11 +157,11 @@ def _random(name: str, seed: int, side: int) -> Any:
 
 
 def untrained(name: str, side: int | None = None) -> Any:
-    """A network as its constructor initialises it, without the warnings that some give about future defaults.
+    """An untrained network, as its constructor initialises it, without warnings about future defaults.
 
     Args:
         name: of a torchvision classification network.
-        side: of its input, pixels, for those that have a parameter for every place in it.
+        side: of its input, pixels, for networks with a parameter for every position in it.
     """
     import torchvision
 
@@ -178,17 +178,17 @@ def skeleton(name: str) -> Any:
 
 
 def with_classifier(name: str, state: Mapping[str, Any]) -> dict[str, Any]:
-    """The state dict with the last layer as the network expects it.
+    """A state dict whose last layer has the shapes that the network expects.
 
-    The classifier is cut off anyway, so a checkpoint fine-tuned on other classes, or saved without its head, is as good.
+    The classifier is cut off anyway, so a checkpoint fine-tuned on other classes, or saved without its head, works as well.
     """
     import torch
 
     expected = skeleton(name).state_dict()
     fixed = dict(state)
     for key in _classifier_keys(expected):
-        found = state.get(key)
-        if found is None or found.shape != expected[key].shape:
+        tensor = state.get(key)
+        if tensor is None or tensor.shape != expected[key].shape:
             fixed[key] = torch.zeros(expected[key].shape)
     return fixed
 
@@ -200,7 +200,7 @@ def _classifier_keys(state: Mapping[str, Any]) -> set[str]:
 
 
 def digest(state: Mapping[str, Any]) -> str:
-    """SHA-256 over the named tensors of a network but its last layer, hexadecimal; independent of the file they came from."""
+    """SHA-256 over the named tensors of a network except its last layer, hexadecimal; independent of their file."""
     sha = hashlib.sha256()
     for name in sorted(set(state) - _classifier_keys(state)):
         array = state[name].detach().cpu().contiguous().numpy()

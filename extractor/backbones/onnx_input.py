@@ -1,4 +1,4 @@
-"""What the input of somebody's ONNX file takes: what it says, what a flag or a TOML file beside it states, what is missing."""
+"""The image input of a custom ONNX file, read from the file and completed by flags or a TOML file beside it."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ RESIZE_OVER_CROP = 256 / 224  # the usual ratio of torchvision's presets
 
 @dataclass(frozen=True)
 class Input:
-    """The image input of a foreign graph.
+    """The image input of a custom ONNX file.
 
     Attributes:
         name: of the tensor.
         dtype: ``float32``, ``float16`` or ``uint8``.
         layout: ``nchw`` or ``nhwc``.
-        side: height and width, pixels; None where it is dynamic.
-        batch: images per call; None where it is dynamic.
+        side: height and width, pixels; None if it is dynamic.
+        batch: images per call; None if it is dynamic.
     """
 
     name: str
@@ -40,16 +40,16 @@ class Input:
     batch: int | None
 
     def of(self, pixels: NDArray[np.float32]) -> NDArray[Any]:
-        """Normalised ``(n, 3, s, s)`` float32 as this input wants it."""
+        """Normalised ``(n, 3, s, s)`` float32 in the type and layout of this input."""
         values = np.rint(pixels) if self.dtype == "uint8" else pixels
         return np.ascontiguousarray((values.transpose(0, 2, 3, 1) if self.layout == "nhwc" else values).astype(self.dtype))
 
 
 def read_sidecar(file: Path) -> dict[str, Any]:
-    """What ``FILE.toml`` beside ``FILE.onnx`` states; nothing where there is none.
+    """The settings in ``FILE.toml`` beside ``FILE.onnx``; empty if there is no such file.
 
     Raises:
-        UsageError: it is no TOML, or has a key or a value that does not belong there; names it.
+        UsageError: it is not TOML, or has an unknown key or a wrong value; names it.
     """
     path = file.with_suffix(".toml")
     if not path.is_file():
@@ -62,27 +62,27 @@ def read_sidecar(file: Path) -> dict[str, Any]:
         document = tomllib.loads(path.read_text())
         if isinstance(document.get("layer"), str):
             document["layer"] = [document["layer"]]
-        given = {"layers" if key == "layer" else key: value for key, value in document.items()}
-        stated = SidecarSettings.read(given, Place(lambda _, name: "layer" if name == "layers" else name)).given()
+        fields = {"layers" if key == "layer" else key: value for key, value in document.items()}
+        settings = SidecarSettings.read(fields, Place(lambda _, name: "layer" if name == "layers" else name)).explicit()
     except (OSError, ValueError) as error:  # of the file, of TOML, or of a setting
         message = f"{path}: {error}"
         raise UsageError(message) from error
-    if layers := stated.pop("layers", ()):
-        stated["layer"] = list(layers)
-    return stated
+    if layers := settings.pop("layers", ()):
+        settings["layer"] = list(layers)
+    return settings
 
 
 def image_input(model: Any, file: Path, layout: str | None) -> Input:
     """The one input of a graph, which must be images.
 
     Raises:
-        BadDataError: there are other inputs, or this one is no batch of RGB images.
-        UsageError: its layout must be stated.
+        BadDataError: there are other inputs, or this one is not a batch of RGB images.
+        UsageError: its layout must be given by a flag or a TOML file.
     """
     from onnx import TensorProto
 
-    given = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in given]
+    weights = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in weights]
     if len(inputs) != 1:
         names = ", ".join(value.name for value in inputs) or "none"
         message = f"{file} takes {len(inputs)} inputs ({names}); a backbone takes images alone"
@@ -101,75 +101,75 @@ def image_input(model: Any, file: Path, layout: str | None) -> Input:
         raise BadDataError(message)
     can = {"nchw": dims[1] in (3, None), "nhwc": dims[3] in (3, None)}
     certain = {"nchw": dims[1] == 3 and dims[3] != 3, "nhwc": dims[3] == 3 and dims[1] != 3}
-    found = layout or next((name for name, sure in certain.items() if sure), None)
-    if not any(can.values()) or (found and not can[found]):
+    axes = layout or next((name for name, sure in certain.items() if sure), None)
+    if not any(can.values()) or (axes and not can[axes]):
         message = f"{file} takes {inputs[0].name} of shape {shown}: not three channels (RGB){' in ' + layout if layout else ''}"
         raise BadDataError(message)
-    if found is None:
-        message = f"{file} takes {inputs[0].name} of shape {shown}. State --layout nchw or --layout nhwc"
+    if axes is None:
+        message = f"{file} takes {inputs[0].name} of shape {shown}. Pass --layout nchw or --layout nhwc"
         raise UsageError(message)
-    height, width = dims[2:] if found == "nchw" else dims[1:3]
+    height, width = dims[2:] if axes == "nchw" else dims[1:3]
     if height != width:
         message = f"{file} takes images of {height or '?'} x {width or '?'} pixels; only square inputs can be used"
         raise BadDataError(message)
-    return Input(inputs[0].name, kinds[tensor.elem_type], found, height, dims[0])
+    return Input(inputs[0].name, kinds[tensor.elem_type], axes, height, dims[0])
 
 
-def preprocessing(begin: Input, stated: dict[str, Any], file: Path) -> Preprocess:
-    """What images must go through before this input.
+def preprocessing(begin: Input, settings: dict[str, Any], file: Path) -> Preprocess:
+    """The preprocessing of images for this input.
 
     Raises:
-        UsageError: something that must be stated is missing, or contradicts the file.
+        UsageError: a required setting is missing, or one contradicts the file.
     """
     if begin.dtype == "uint8":
         for name in ("mean", "std", "input_range"):
-            if name in stated:
+            if name in settings:
                 message = f"{file} takes raw bytes: leave --{name.replace('_', '-')} out"
                 raise UsageError(message)
-        stated = {**stated, "input_range": 255.0}
-    input_range = float(stated.get("input_range", 1.0))
+        settings = {**settings, "input_range": 255.0}
+    input_range = float(settings.get("input_range", 1.0))
     if input_range not in (1.0, 255.0):
         message = f"--input-range {input_range:g}: expected 1 (pixels / 255) or 255 (raw values)"
         raise UsageError(message)
-    if "mean" not in stated and "std" not in stated and input_range == 255:
-        stated = {"mean": (0.0,), "std": (1.0,), **stated}
-    if "mean" not in stated or "std" not in stated:
+    if "mean" not in settings and "std" not in settings and input_range == 255:
+        settings = {"mean": (0.0,), "std": (1.0,), **settings}
+    if "mean" not in settings or "std" not in settings:
         message = (
             f"{file} takes float pixels and does not say how they were normalised; a guess would cost accuracy silently. "
-            f"State --mean and --std, of pixels in 0..1: --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 (torchvision "
+            f"Pass --mean and --std, of pixels in 0..1: --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 (torchvision "
             f"and most of timm), --mean 0.5 --std 0.5 (-1..1), --mean 0 --std 1 (0..1), or --input-range 255 for raw values; "
             f"or write them into {file.with_suffix('.toml').name} beside it"
         )
         raise UsageError(message)
-    mean, std = (_three(stated[name], f"--{name}") for name in ("mean", "std"))
+    mean, std = (_three(settings[name], f"--{name}") for name in ("mean", "std"))
     _require_normalisation(mean, std, input_range)
-    crop = begin.side or stated.get("crop")
+    crop = begin.side or settings.get("crop")
     if crop is None:
-        message = f"{file} takes images of any size. State the one it was trained on, such as --crop 224"
+        message = f"{file} takes images of any size. Pass the size it was trained on, such as --crop 224"
         raise UsageError(message)
-    if stated.get("crop") not in (None, crop):
-        message = f"--crop {stated['crop']}: {file} takes {crop} x {crop} pixels"
+    if settings.get("crop") not in (None, crop):
+        message = f"--crop {settings['crop']}: {file} takes {crop} x {crop} pixels"
         raise UsageError(message)
-    squash = bool(stated.get("squash"))
-    if squash and stated.get("resize") not in (None, crop):
+    squash = bool(settings.get("squash"))
+    if squash and settings.get("resize") not in (None, crop):
         message = f"--squash resizes to the square of {crop} pixels itself: leave --resize out"
         raise UsageError(message)
-    resize = crop if squash else int(stated.get("resize", round(crop * RESIZE_OVER_CROP)))
+    resize = crop if squash else int(settings.get("resize", round(crop * RESIZE_OVER_CROP)))
     require_sizes(resize, crop)
-    interpolation = str(stated.get("interpolation", "bilinear"))
+    interpolation = str(settings.get("interpolation", "bilinear"))
     if interpolation not in FILTERS:
         message = f"--interpolation {interpolation}: expected {', '.join(FILTERS)}"
         raise UsageError(message)
-    assumed = [f"--resize {resize}"] if not squash and "resize" not in stated else []
-    assumed += ["--interpolation bilinear"] if "interpolation" not in stated else []
+    assumed = [f"--resize {resize}"] if not squash and "resize" not in settings else []
+    assumed += ["--interpolation bilinear"] if "interpolation" not in settings else []
     if assumed:
-        log.warning("%s does not say, so as usual: %s", file.name, " ".join(assumed))
-    channels, path = str(stated.get("channels", "rgb")), str(stated.get("pixel_path", "pillow"))
+        log.warning("%s does not say how images are resized; using the usual %s", file.name, " ".join(assumed))
+    channels, path = str(settings.get("channels", "rgb")), str(settings.get("pixel_path", "pillow"))
     return Preprocess(resize, crop, interpolation, mean, std, input_range, channels, squash, path)
 
 
 def _require_normalisation(mean: Sequence[float], std: Sequence[float], input_range: float) -> None:
-    """Refuse values that no network was trained with, above all those of the other input range."""
+    """Refuse values that no network was trained with, above all those for the other input range."""
     shown = {name: ",".join(f"{value:g}" for value in values) for name, values in (("--mean", mean), ("--std", std))}
     if not all(value > 0 and math.isfinite(value) for value in std):
         message = f"--std {shown['--std']}: it divides, so all must be numbers above 0"
@@ -180,7 +180,7 @@ def _require_normalisation(mean: Sequence[float], std: Sequence[float], input_ra
     if input_range == 1 and max(map(abs, mean)) > 1:
         message = (
             f"--mean {shown['--mean']} is of pixels in 0..255, and without --input-range 255 pixels are in 0..1. "
-            f"State --input-range 255, or --mean and --std divided by 255"
+            f"Pass --input-range 255, or --mean and --std divided by 255"
         )
         raise UsageError(message)
     if input_range == 255 and all(0 < value < 1 for value in (*mean, *std)):

@@ -27,20 +27,20 @@ FILE_SUFFIXES = (".onnx", *WEIGHTS_SUFFIXES)
 
 @dataclass(frozen=True)
 class Backbone:
-    """What to extract with; cheap to make, nothing is loaded.
+    """The choice of a backbone: network, weights, layers and preprocessing. Nothing is loaded.
 
     Attributes:
-        name: a torchvision classification network (``resnet50``), or the path of an ONNX file made by ``penult export``.
+        name: a torchvision classification network (``resnet50``), or the path of an ONNX file.
         weights: None (torchvision's default), a torchvision weights name (``IMAGENET1K_V2``), the path of a ``.pth`` file
             with a state dict, or ``random``, ``random:SEED``.
-        preset: the torchvision weights whose preprocessing a ``.pth`` file goes with. Needed where its content is not known:
+        preset: the torchvision weights whose preprocessing a ``.pth`` file needs. Required if the file is not torchvision's:
             V1 and V2 presets differ by points of accuracy.
         resize, crop: replace the preset's sizes, pixels.
         layers: module names of a torchvision network (`layers.list_layers`), or tensor names of an ONNX file; the penultimate
-            layer where there are none.
-        pooling: ``average`` (the default), ``max`` or ``token``, for layers that are no vectors.
-        mean, std, input_range, interpolation, channels, squash, layout: what somebody's ONNX file takes, see `onnx_input`.
-        pixel_path: how files become pixels, one of `preprocess.PIXEL_PATHS`; the reference where it is None.
+            layer if empty.
+        pooling: ``average`` (the default), ``max`` or ``token``, for layers that are not vectors.
+        mean, std, input_range, interpolation, channels, squash, layout: the input of a custom ONNX file, see `onnx_input`.
+        pixel_path: how files become pixels, one of `preprocess.PIXEL_PATHS`; None for the reference.
 
     >>> from extractor import Backbone
     >>> Backbone("resnet50", weights="IMAGENET1K_V1", layers=("layer3", "penultimate")).is_file
@@ -69,18 +69,18 @@ class Backbone:
 
     @property
     def weights_file(self) -> Path | None:
-        """The ``.pth`` file, where weights is one."""
+        """The ``.pth`` file, if ``weights`` is one."""
         return Path(self.weights) if self.weights and self.weights.endswith(WEIGHTS_SUFFIXES) else None
 
     @property
     def seed(self) -> int | None:
-        """The seed of random weights; None where they are not random."""
-        found = RANDOM.fullmatch(self.weights or "")
-        return int(found[1] or 0) if found else None
+        """The seed of random weights; None if they are not random."""
+        match = RANDOM.fullmatch(self.weights or "")
+        return int(match[1] or 0) if match else None
 
     @property
     def onnx_input(self) -> dict[str, Any]:
-        """What is said about pixels, all of which an ONNX file may need."""
+        """The fields about pixels that are set; a custom ONNX file may need all of them."""
         names = ("resize", "crop", "mean", "std", "input_range", "interpolation", "channels", "squash", "layout", "pixel_path")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
@@ -90,8 +90,8 @@ class Backbone:
 
     @classmethod
     def from_facts(cls, facts: dict[str, Any]) -> Backbone:
-        given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
-        return cls(**given)
+        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
+        return cls(**values)
 
 
 BACKBONE_FIELDS = [each.name for each in fields(Backbone)]
@@ -101,18 +101,18 @@ BACKBONE_FIELDS = [each.name for each in fields(Backbone)]
 def listed() -> dict[str, list[str]]:
     """All torchvision classification networks with the names of their weights, the default first.
 
-    Read from torchvision's source, for importing it takes seconds: a misspelt name is to be answered at once.
+    Read from torchvision's source, because importing it takes seconds and a misspelt name should be refused at once.
     """
     package: Any = find_spec("torchvision")
     folders = [Path(place, "models") for place in package.submodule_search_locations]
     sources = [path.read_text("utf-8") for folder in folders for path in folder.glob("*.py")]
     enums = {name: MEMBER.findall(body) for source in sources for name, body in ENUM.findall(source)}
     networks = {name: enums[enum] for source in sources for name, enum in NETWORK.findall(source)}
-    found = {}
+    weights = {}
     for network, members in networks.items():
         default = [alias for name, alias in members if name == "DEFAULT"]
-        found[network] = [*default, *(name for name, alias in members if not alias and name not in default)]
-    return dict(sorted(found.items()))
+        weights[network] = [*default, *(name for name, alias in members if not alias and name not in default)]
+    return dict(sorted(weights.items()))
 
 
 def names() -> list[str]:
@@ -120,29 +120,29 @@ def names() -> list[str]:
     return list(listed())
 
 
-def choose_name(name: str, wanted: str | None, flag: str) -> str:
-    """The name of one weights entry of a network; its default where nothing is asked for.
+def choose_name(name: str, weights: str | None, flag: str) -> str:
+    """The name of one weights entry of a network; its default if ``weights`` is None.
 
     Raises:
-        UsageError: no such network, or no such weights; names the nearest, or those there are.
+        UsageError: no such network, or no such weights; names the nearest, or all there are.
     """
     if name not in listed():
         hint = did_you_mean(name.lower().replace("-", ""), listed())
         message = f"no backbone {name!r}{hint} (`penult backbones` lists them all)"
         raise UsageError(message)
     entries = listed()[name]
-    if wanted in (None, "DEFAULT"):
+    if weights in (None, "DEFAULT"):
         return entries[0]
-    for key in (wanted, f"IMAGENET1K_{wanted}"):  # V2 is short for IMAGENET1K_V2
+    for key in (weights, f"IMAGENET1K_{weights}"):  # V2 is short for IMAGENET1K_V2
         if key in entries:
             return key
-    message = f"{flag} {wanted}: {name} has {', '.join(entries)}"
+    message = f"{flag} {weights}: {name} has {', '.join(entries)}"
     raise UsageError(message)
 
 
-def choose_weights(name: str, wanted: str | None, flag: str) -> Any:
+def choose_weights(name: str, weights: str | None, flag: str) -> Any:
     """Torchvision's entry for `choose_name`. Imports torchvision (seconds)."""
-    return weights_of(name)[choose_name(name, wanted, flag)]
+    return weights_of(name)[choose_name(name, weights, flag)]
 
 
 def weights_of(name: str) -> dict[str, Any]:
@@ -159,16 +159,16 @@ def weights_of(name: str) -> dict[str, Any]:
 
 
 def as_flag(name: str) -> str:
-    """A field of `Backbone` as the command line has it."""
+    """The flag that sets a field of `Backbone`."""
     return {"name": "--backbone", "layers": "--layer"}.get(name, f"--{name.replace('_', '-')}")
 
 
 def check_request(backbone: Backbone, spell: Callable[[str], str] = as_flag) -> None:
-    """Refuse what cannot be had, without opening a file: names, weights, presets, sizes, and what does not go together.
+    """Refuse a backbone that does not exist, without opening a file: names, weights, presets, sizes, contradictions.
 
     Args:
-        backbone: what is asked for.
-        spell: what one of its fields is called where it was written.
+        backbone: the request.
+        spell: gives the name of a field for messages: its flag, or its key.
 
     Raises:
         UsageError: names what is wrong.

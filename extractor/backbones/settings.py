@@ -1,4 +1,4 @@
-"""The settings of a backbone: which network, which weights, which layer, and what somebody's ONNX file takes."""
+"""Settings of a backbone: network, weights, layers, and the input of a custom ONNX file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _range(value: float) -> float:
 
 
 def _name_or_file(value: Any) -> Any:
-    """A file lies where the job file says; a name is a name, whatever else is called so."""
+    """Resolve a file relative to the folder of the job file; keep a name."""
     from .registry import FILE_SUFFIXES
 
     if isinstance(value, Path) or (isinstance(value, str) and value.lower().endswith(FILE_SUFFIXES)):
@@ -61,7 +61,7 @@ class PixelSettings(SizeSettings):
 
 
 def backbone_of(settings: Settings, name: str = "") -> Backbone:
-    """A backbone of what settings say about one."""
+    """The `Backbone` that settings describe."""
     from .registry import BACKBONE_FIELDS, Backbone
 
     return Backbone(name, **{each: getattr(settings, each) for each in BACKBONE_FIELDS if each in type(settings).model_fields})
@@ -74,7 +74,7 @@ class NetworkSettings(PixelSettings):
     weights: NameOrFile | None = setting(None, "Which weights.", metavar="NAME|FILE.pth|random[:SEED]", shown="torchvision's")
 
     def network(self) -> Backbone:
-        """The backbone that is asked for."""
+        """The requested backbone."""
         return backbone_of(self, self.backbone)
 
     @rule
@@ -86,7 +86,7 @@ class NetworkSettings(PixelSettings):
 
 class PoolingSettings(BackboneSettings):
     pooling: Literal["average", "max", "token"] | None = setting(
-        None, "How a layer that is no vector becomes one; token is a transformer's class token.", shown="average"
+        None, "How a layer that is not a vector becomes one; token is a transformer's class token.", shown="average"
     )
 
 
@@ -107,24 +107,24 @@ class LayerSettings(PoolingSettings):
 
 
 class OnnxInputSettings(BackboneSettings):
-    heading: ClassVar[str] = "Input of somebody's ONNX file (docs/backbones.md)"
+    heading: ClassVar[str] = "Input of a custom ONNX file (docs/backbones.md)"
 
     mean: Channels = setting(None, "Subtracted from pixels of 0 to the input range; one number or three.", metavar="R[,G,B]")
     std: Channels = setting(None, "What they are then divided by; one number or three.", metavar="R[,G,B]")
     input_range: Annotated[float, AfterValidator(_range)] | None = setting(
-        None, "What pixels go up to before that: 1, or 255 for raw values.", metavar="1|255", shown="1"
+        None, "The largest pixel value before that: 1, or 255 for raw values.", metavar="1|255", shown="1"
     )
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box"] | None = setting(
         None, "How images are resized.", shown="bilinear"
     )
-    channels: Literal["rgb", "bgr"] | None = setting(None, "Their order.", shown="rgb")
-    squash: bool | None = setting(None, "Resize to the square itself, without a crop.")
-    layout: Literal["nchw", "nhwc"] | None = setting(None, "Order of its axes.", shown="as its shape tells")
+    channels: Literal["rgb", "bgr"] | None = setting(None, "Order of the channels.", shown="rgb")
+    squash: bool | None = setting(None, "Resize to the square, without a crop.")
+    layout: Literal["nchw", "nhwc"] | None = setting(None, "Order of the axes.", shown="from its shape")
 
 
 class SidecarSettings(OnnxInputSettings, LayerSettings, SizeSettings):
-    """What a file ``net.toml`` beside ``net.onnx`` may state, where a layer is called ``layer``."""
+    """Settings in ``net.toml`` beside ``net.onnx``; there the key for layers is ``layer``."""
 
 
 class ExportSettings(NetworkSettings, LayerSettings, OnnxInputSettings):
-    """What `penult export` takes."""
+    """Settings of `penult export`."""

@@ -1,7 +1,7 @@
-"""Files of weights: torchvision's own, fetched, brought and checked by the digest in their names; and anybody's state dict.
+"""Weight files: torchvision's, downloaded or imported and checked by the digest in their names; and custom state dicts.
 
-Torchvision names a file after the beginning of its SHA-256, as in ``resnet50-11ad3fa6.pth``; that is what every check here
-rests on, whatever way the file came and whatever it is called now.
+Torchvision names a file after the beginning of its SHA-256, as in ``resnet50-11ad3fa6.pth``. Every check here relies on that,
+wherever the file comes from and whatever its name is now.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SHOWN = 3  # names of tensors in a message; there can be hundreds
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """One of torchvision's files; cheap to make, nothing is opened.
+    """One of torchvision's weight files. Nothing is opened.
 
     Attributes:
         network: the classification network it is for.
@@ -49,7 +49,7 @@ class WeightsFile:
 
     @property
     def prefix(self) -> str:
-        """The beginning of its SHA-256, hexadecimal, as its name has it (8 digits, sometimes more)."""
+        """The beginning of its SHA-256, hexadecimal, from its name (8 digits, sometimes more)."""
         return Path(self.name).stem.rpartition("-")[2]
 
     @property
@@ -86,21 +86,21 @@ def all_files() -> list[WeightsFile]:
 
 
 def fetch(file: WeightsFile, folder: Path | None = None, *, progress: bool = False) -> tuple[Path, str, bool]:
-    """Download one of torchvision's files, unless it is there and sound; a damaged one is replaced.
+    """Download one of torchvision's files, unless a sound one is there; a damaged one is replaced.
 
     The final name appears only when the content is complete and its digest is right.
 
     Args:
-        file: which one.
-        folder: where to; None for `checkpoints`.
+        file: the one to download.
+        folder: of the result; None for `checkpoints`.
         progress: show torch's progress bar on stderr.
 
     Returns:
         Where it is, its SHA-256, and whether it was downloaded now.
 
     Raises:
-        InputMissingError: the network does not give it.
-        BadDataError: something else came.
+        InputMissingError: it cannot be downloaded.
+        BadDataError: the download is not this file.
         OutputError, StorageError: it cannot be written.
     """
     import torch
@@ -129,7 +129,7 @@ def fetch(file: WeightsFile, folder: Path | None = None, *, progress: bool = Fal
         raise atomic.write_error(error)(message) from error
     except RuntimeError as error:  # torch's answer to a wrong digest
         message = (
-            f"what came from {file.entry.url} is not {file.name}: its SHA-256 does not begin with {file.prefix}. The transfer "
+            f"the download of {file.entry.url} is not {file.name}: its SHA-256 does not begin with {file.prefix}. The transfer "
             f"was cut short, or a proxy answered in the server's place; nothing was kept, try again"
         )
         raise BadDataError(message) from error
@@ -163,8 +163,8 @@ def torchvision_state(file: WeightsFile) -> tuple[dict[str, Any], str]:
     except InputMissingError as error:
         message = (
             f"{error}. On a machine with internet run `{file.fetch_command}`, bring the file here and run `penult weights "
-            f"import {file.name}`. Without penult there: get that address by hand ({file.size}; its SHA-256 begins with "
-            f"{file.prefix}) and put the file into {path.parent}. Or pass --weights FILE.pth; --weights random goes on without"
+            f"import {file.name}`. Without penult there, download that address by hand ({file.size}; its SHA-256 begins "
+            f"with {file.prefix}) and put the file into {path.parent}. Or pass --weights FILE.pth or --weights random"
         )
         raise InputMissingError(message) from error
     if not digest.startswith(file.prefix):
@@ -181,7 +181,7 @@ def recognise(path: Path) -> WeightsFile:
 
     Raises:
         InputMissingError: it cannot be read.
-        BadDataError: it is none of them, or it was one and is damaged; says which.
+        BadDataError: it is none of them, or a damaged one; says which.
     """
     digest, known = file_digest(path), all_files()
     for file in known:
@@ -192,7 +192,7 @@ def recognise(path: Path) -> WeightsFile:
     if meant is None:
         message = (
             f"{path} (SHA-256 {digest[:8]}..) is none of torchvision's files for classification, so its digest is not known; "
-            f"use it where it lies, with --weights {path} --preset NAME"
+            f"use it where it is, with --weights {path} --preset NAME"
         )
         raise BadDataError(message)
     size = path.stat().st_size / 2**20
@@ -204,14 +204,14 @@ def recognise(path: Path) -> WeightsFile:
 
 
 def install(path: Path, file: WeightsFile) -> tuple[Path, bool]:
-    """Copy one of torchvision's files to where torch looks for it; what is copied is checked once more.
+    """Copy one of torchvision's files to where torch looks for it, and check it again while it is copied.
 
     Returns:
-        Where it is now, and whether it was copied (False where a sound one was there).
+        Where it is now, and whether it was copied (False if a sound one was there).
 
     Raises:
         BadDataError: it changed since it was recognised.
-        OutputError, StorageError: it cannot be written; nothing half-written remains.
+        OutputError, StorageError: it cannot be written; no partial file remains.
     """
     target = file.place
     _make_folder(target)
@@ -240,20 +240,20 @@ def _checked(path: Path, prefix: str) -> Iterator[bytes]:
 
 
 def survey_files() -> list[dict[str, Any]]:
-    """What lies in torch's folder of what torchvision has for us, as JSON: file, network, weights, bytes, state.
+    """The weight files of torchvision's networks in torch's folder, as JSON: file, network, weights, bytes, state.
 
     ``state`` is ``sound``, ``damaged``, or ``incomplete`` for what a killed download left behind.
     """
-    found = []
+    rows = []
     for file in all_files():
         path = file.place
         facts = {"network": file.network, "weights": file.entry.name}
         if path.is_file():
             sound = file_digest(path).startswith(file.prefix)
-            found.append({"file": str(path), **facts, "bytes": path.stat().st_size, "state": "sound" if sound else "damaged"})
+            rows.append({"file": str(path), **facts, "bytes": path.stat().st_size, "state": "sound" if sound else "damaged"})
         left = sorted([*path.parent.glob(f"{path.name}.*.partial"), *path.parent.glob(f".{path.name}.*")])
-        found += [{"file": str(part), **facts, "bytes": part.stat().st_size, "state": "incomplete"} for part in left]
-    return found
+        rows += [{"file": str(part), **facts, "bytes": part.stat().st_size, "state": "incomplete"} for part in left]
+    return rows
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -261,7 +261,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
     Raises:
         InputMissingError: no such file.
-        BadDataError: it is not a state dict; says what it is, and how to make one of it.
+        BadDataError: it is not a state dict; says what it is, and how to make one.
     """
     import torch
 
@@ -283,7 +283,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def refuse_other_formats(path: Path) -> None:
-    """Look at the beginning of a file for what is often taken for a ``.pth`` file.
+    """Refuse files that are often mistaken for a ``.pth`` file, by their first bytes.
 
     Raises:
         BadDataError: it is a safetensors file, a web page or a pointer of Git LFS; says what to do.
@@ -321,12 +321,12 @@ def _unloadable(path: Path, reason: str) -> str:
     first = reason.strip().splitlines()[0][:120]
     return (
         f"{path} is not a state dict that can be loaded safely: it is damaged, cut short, or no file of torch.save ({first}). "
-        f"Compare its size and SHA-256 with where it came from, and bring it again"
+        f"Compare its size and SHA-256 with the original, and bring it again"
     )
 
 
 def misfit(error: RuntimeError) -> str:
-    """What ``load_state_dict`` complains about, with a few names of each kind instead of all of them."""
+    """The reasons that ``load_state_dict`` gives, with a few names of each kind instead of all of them."""
     parts, shapes = [], []
     for line in map(str.strip, str(error).splitlines()[1:]):
         kind, _, listing = line.partition(": ")

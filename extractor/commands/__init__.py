@@ -1,1 +1,1 @@
-"""The commands about images and features: each parses, calls and prints."""
+"""Commands for features, caches, backbones and weights: each parses its arguments, calls one function and prints."""

@@ -1,4 +1,4 @@
-"""The commands about networks: ``penult backbones`` and ``penult export``."""
+"""The commands ``penult backbones`` and ``penult export``: list backbones, and write one as an ONNX file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=Command)
 @click.argument("name", required=False)
-@click.option("--layers", "with_layers", is_flag=True, help="List the layers of this backbone that can be asked for.")
+@click.option("--layers", "with_layers", is_flag=True, help="List the layers of this backbone that can give features.")
 @json_option
 def backbones(name: str | None, *, with_layers: bool, as_json: bool) -> None:
     """List the backbones, or show one.
@@ -36,7 +36,7 @@ def backbones(name: str | None, *, with_layers: bool, as_json: bool) -> None:
 
     if name is None:
         if with_layers:
-            message = "--layers: of which backbone? as in: penult backbones resnet50 --layers"
+            message = "--layers needs a backbone, as in: penult backbones resnet50 --layers"
             raise click.UsageError(message)
         listing = list(rows())
         if as_json:
@@ -84,8 +84,8 @@ def backbones(name: str | None, *, with_layers: bool, as_json: bool) -> None:
 def export(settings: ExportSettings, output: Path, *, overwrite: bool) -> None:
     """Export a backbone to ONNX at its penultimate layer.
 
-    It is checked against torch. BACKBONE is a torchvision network, or somebody's ONNX file, which becomes one that says itself
-    what it takes.
+    It is checked against torch. BACKBONE is a torchvision network, or a custom ONNX file; the result then contains the settings
+    of its input.
 
     Example: penult export resnet50 -o resnet50.onnx
     """

@@ -1,4 +1,4 @@
-"""The commands about a finished cache: ``penult info``, ``verify`` and ``compact``."""
+"""The commands ``penult info``, ``verify`` and ``compact``: show, check and compact a finished cache."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def verify(cache: Path, *, as_json: bool) -> None:
     for finding in [] if as_json else findings:
         click.echo(f"{finding.file}\t{finding.problem}")
     if findings:
-        message = f"{cache}: {len(findings)} finding(s); the extract command that made it repairs it"
+        message = f"{cache}: {len(findings)} finding(s); run the extract command that made it again to repair it"
         raise CorruptCacheError(message)
     if not as_json:
         click.echo(f"{cache}: sound")
@@ -111,10 +111,12 @@ def compact(cache: Path, output: Path | None, dtype: str, layer: str | None, *, 
         click.echo(f"{output}: {rows} rows, {output.stat().st_size / 2**20:.1f} MiB")
 
 
-def calibration_text(found: dict[str, Any]) -> str:
-    if "moved" in found:
-        return f"float16, {len(found['float_layers'])} layer(s) in float32; features moved by {found['moved']:.1e} at most"
+def calibration_text(calibration: dict[str, Any]) -> str:
+    floats = len(calibration["float_layers"])
+    if "moved" in calibration:
+        return f"float16, {floats} layer(s) in float32; features moved by {calibration['moved']:.1e} at most"
     return (
-        f"int8 by {found['method']}, {len(found['float_layers'])} layer(s) in float, calibrated on {found['images']} training "
-        f"images; cosine to float on {found['judged']} others: {found['min']:.4f} at worst, {found['mean']:.4f} on average"
+        f"int8 by {calibration['method']}, {floats} layer(s) in float, calibrated on {calibration['images']} training images; "
+        f"cosine to float on {calibration['judged']} others: {calibration['min']:.4f} at worst, "
+        f"{calibration['mean']:.4f} on average"
     )

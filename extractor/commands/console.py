@@ -1,4 +1,4 @@
-"""What all commands share: options made from settings, ``-q`` and ``-v``, and how results are printed.
+"""Shared parts of all commands: click options made from settings, ``-q`` and ``-v``, and printing of results.
 
 Importing pydantic takes a twentieth of a second, so a command names its model as text, and only the command that runs, or whose
 help is shown, imports it.
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from extractor.settings import Settings
 
 F = TypeVar("F", bound=Callable[..., Any])
-FOLDER = click.Path(path_type=Path, readable=False)  # what cannot be read is said by the command, with its own code
+FOLDER = click.Path(path_type=Path, readable=False)  # the command itself reports what cannot be read, with its own exit code
 WITH_FAILURES = 3
-OUTPUT, MESSAGES = "Output", "Messages"  # headings of options that are no settings
+OUTPUT, MESSAGES = "Output", "Messages"  # headings of options that are not settings
 HEADINGS = dict.fromkeys(("--log-json", "--metrics", "--quiet", "--verbose", "--help"), MESSAGES) | {"--backbone": "Backbone"}
 
 
@@ -43,7 +43,7 @@ observing_options = options(
     click.option("--metrics", type=FOLDER, help="Write a Prometheus textfile (.prom), replaced whole."),
     click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing."),
 )
-one_layer_option = click.option("--layer", metavar="NAME", help="Which feature set, where the cache has several.")
+one_layer_option = click.option("--layer", metavar="NAME", help="Which feature set, if the cache has several.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 
@@ -108,7 +108,7 @@ class SettingsCommand(Command):
     """A command with options in sections; those of its model come first, and the function gets them as ``settings``.
 
     Args:
-        model: ``module:name`` of a class of settings, or of a function that gives one.
+        model: ``module:name`` of a class of settings, or of a function that returns one.
         leave: settings that are arguments of the command instead.
     """
 
@@ -119,17 +119,17 @@ class SettingsCommand(Command):
     @property
     def model(self) -> type[Settings]:
         module, _, name = self._model.partition(":")
-        found: Any = getattr(importlib.import_module(module), name)
-        return found if isinstance(found, type) else found()
+        target: Any = getattr(importlib.import_module(module), name)
+        return target if isinstance(target, type) else target()
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         return [*options_of(self.model, self._leave), *super().get_params(ctx)]
 
     def settings(self, ctx: click.Context) -> Settings:
-        """What was typed, taken out of the parameters of a context.
+        """The typed settings, removed from the parameters of a context and validated.
 
         Raises:
-            UsageError: it is wrong; names the flags.
+            UsageError: a value is wrong; names the flags.
         """
         from extractor.settings import FLAGS
 
@@ -154,13 +154,13 @@ class SettingsCommand(Command):
 
 
 def options_of(model: type[Settings], leave: Sequence[str] = ()) -> list[SettingsOption]:
-    """The settings of a model as options of click, in sections."""
+    """The settings of a model as click options, in sections."""
     from extractor.settings import groups
 
     sections: dict[str, list[SettingsOption]] = {}
     for group, names in groups(model, "cli"):
-        found = [_option(model, name, group.heading) for name in names if name not in leave]
-        sections.setdefault(group.heading, []).extend(found)
+        group_options = [_option(model, name, group.heading) for name in names if name not in leave]
+        sections.setdefault(group.heading, []).extend(group_options)
     return [option for each in sections.values() for option in each]
 
 
@@ -168,7 +168,7 @@ def _option(model: type[Settings], name: str, heading: str) -> SettingsOption:
     from extractor.settings import choices_of, face, flag_of, from_text, is_list, kinds_of
 
     field, look, flag = model.model_fields[name], face(model, name), flag_of(model, name)
-    plain = field.default is None or isinstance(field.default, bool | tuple)  # nothing that needs saying
+    plain = field.default is None or isinstance(field.default, bool | tuple)  # there is no default to show
     shown = look.get("shown") or (
         "" if plain else f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
     )
@@ -180,7 +180,7 @@ def _option(model: type[Settings], name: str, heading: str) -> SettingsOption:
     many = is_list(model, name) and bool(look.get("repeat"))
 
     class Text(click.ParamType[Any]):
-        """What was typed, with numbers as numbers; the model refuses what is wrong."""
+        """The typed text, with numbers as numbers; the model validates it."""
 
         name = "text"
 
@@ -213,7 +213,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: 
 
 
 def print_preview(would: dict[str, Any], *, as_json: bool) -> None:
-    """What a run would do."""
+    """Print what a run would do."""
     if as_json:
         return print_json(would)
     click.echo(f"{would['inputs']} inputs: {would['unchanged']} unchanged, {would['to_read']} to read (dry run, nothing done)")

@@ -1,4 +1,4 @@
-"""The command ``penult extract``: images through a backbone once, features into a cache."""
+"""The command ``penult extract``: pass images through a backbone once, and write their features into a cache."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @observing_options
 @overwrite_option
 @json_option
-def extract(data: Path, settings: ExtractSettings, output: Path, *, as_json: bool, overwrite: bool, **given: Any) -> int:
+def extract(data: Path, settings: ExtractSettings, output: Path, *, as_json: bool, overwrite: bool, **observing: Any) -> int:
     """Pass images through a backbone once; cache the features.
 
     Run it again to resume or to update. DATA is a folder per class, train|val|test folders of these, a flat folder, a CSV or
@@ -45,13 +45,13 @@ def extract(data: Path, settings: ExtractSettings, output: Path, *, as_json: boo
 
     source, backbone = settings.source(data), settings.network()
     chosen = settings.part(Options).replace(overwrite=overwrite, quiet=is_quiet())
-    if given["dry_run"]:
+    if observing["dry_run"]:
         print_preview(preview(source, backbone, output, chosen), as_json=as_json)
         return 0
-    with observed(log_json=given["log_json"], metrics=given["metrics"]) as seen:
+    with observed(log_json=observing["log_json"], metrics=observing["metrics"]) as record:
         summary = run_extract(source, backbone, output, chosen)
         code = WITH_FAILURES if summary.failed else 0
-        seen |= {"exit_code": code, "extract": summary.to_json()}
+        record |= {"exit_code": code, "extract": summary.to_json()}
     if as_json:
         print_json(summary.to_json())
     else:

@@ -1,4 +1,4 @@
-"""The commands about files of weights: ``penult weights fetch``, ``import`` and ``list``."""
+"""The commands ``penult weights fetch``, ``import`` and ``list``: download, copy and list weight files."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def weights() -> None:
 
 @weights.command("fetch")
 @click.argument("name", metavar="BACKBONE")
-@click.option("--weights", "wanted", metavar="NAME", help="Which (V1, V2, ...); torchvision's default where not given.")
-@click.option("-o", "--output", type=FOLDER, help="Folder for the file; by default where torch, and penult, look for it.")
+@click.option("--weights", "weights_name", metavar="NAME", help="Which (V1, V2, ...); by default torchvision's.")
+@click.option("-o", "--output", type=FOLDER, help="Folder for the file; by default where torch and penult look for it.")
 @json_option
-def weights_fetch(name: str, wanted: str | None, output: Path | None, *, as_json: bool) -> None:
+def weights_fetch(name: str, weights_name: str | None, output: Path | None, *, as_json: bool) -> None:
     """Download the weights of a backbone, unless they are there.
 
     The file is checked against the digest in its name.
@@ -34,7 +34,7 @@ def weights_fetch(name: str, wanted: str | None, output: Path | None, *, as_json
     from extractor.backbones.registry import choose_weights
     from extractor.backbones.weights import WeightsFile, fetch
 
-    file = WeightsFile(name, choose_weights(name, wanted, "--weights"))
+    file = WeightsFile(name, choose_weights(name, weights_name, "--weights"))
     path, digest, new = fetch(file, output, progress=sys.stderr.isatty() and not is_quiet())
     if as_json:
         facts = {"network": name, "weights": file.entry.name, "licence": file.licence, "source": file.entry.url}
@@ -78,8 +78,8 @@ def weights_list(*, as_json: bool) -> None:
     """
     from extractor.backbones.weights import survey_files
 
-    found = survey_files()
+    files = survey_files()
     if as_json:
-        return print_json(found)
-    rows = [(Path(f["file"]).name, f["network"], f["weights"], f"{f['bytes'] / 2**20:.1f} MiB", f["state"]) for f in found]
+        return print_json(files)
+    rows = [(Path(f["file"]).name, f["network"], f["weights"], f"{f['bytes'] / 2**20:.1f} MiB", f["state"]) for f in files]
     return print_table(("file", "backbone", "weights", "size", "state"), rows, left=3)

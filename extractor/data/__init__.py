@@ -1,1 +1,1 @@
-"""What DATA means: where images are, what they are called, and how their bytes are read."""
+"""Datasets: folders, manifests, tar shards and torchvision's datasets, listed as samples and read as bytes."""

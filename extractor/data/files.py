@@ -1,4 +1,4 @@
-"""What a dataset's bytes are read from; paths are raw bytes, relative, with ``/``."""
+"""Access to the files of a dataset by relative path: raw bytes, with ``/``."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Protocol
 from extractor.pixels.images import MAX_BYTES, ImageError
 from store.errors import display
 
-GONE = ("not_found", "unreadable")  # codes of what cannot be read, as opposed to decoded
-MOVED = "is it gone since the features were extracted? If the images moved, --root says where they are"
+GONE = ("not_found", "unreadable")  # codes of files that cannot be read, as opposed to decoded
+MOVED = "was it removed since the features were extracted? If the images moved, --root says where they are"
 
-Stat = tuple[int, int, int]  # size, mtime_ns, inode: what tells an unchanged file without reading it
+Stat = tuple[int, int, int]  # size, mtime_ns, inode: an unchanged file has the same, so it need not be read
 
 
 class Files(Protocol):
-    """What a dataset's bytes are read from."""
+    """Access to the bytes of a dataset's samples."""
 
     def stat(self, path: bytes) -> Stat | None:
-        """What tells whether a sample changed since it was read; None where it is not there."""
+        """Facts that differ if a sample changed since it was read; None if it does not exist."""
         ...
 
     def read(self, path: bytes) -> tuple[bytes, Stat]:
@@ -34,24 +34,24 @@ class Files(Protocol):
 
 
 class FolderFiles:
-    """Files below a folder, or, without one, wherever their paths say.
+    """Files below a folder; without a folder, paths are used as they are.
 
     Args:
         root: the folder.
-        confined: refuse what symbolic links bring in from outside the folder.
+        confined: refuse files outside the folder that symbolic links lead to.
     """
 
     def __init__(self, root: Path | None = None, *, confined: bool = False) -> None:
         self._base = b"" if root is None else os.fsencode(root) + b"/"
         self._real = os.path.realpath(self._base) if confined else None
-        self._inside: dict[bytes, bool] = {}  # by folder, so that a file costs one look
+        self._inside: dict[bytes, bool] = {}  # by folder, which is resolved once
 
     def stat(self, path: bytes) -> Stat | None:
         try:
-            found = os.stat(self._base + path)  # noqa: PTH116 - a Path cannot hold every name
+            stat = os.stat(self._base + path)  # noqa: PTH116 - a Path cannot hold every name
         except OSError:
             return None
-        return found.st_size, found.st_mtime_ns, found.st_ino
+        return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
     def read(self, path: bytes) -> tuple[bytes, Stat]:
         if self._real is not None and not self._is_inside(self._base + path):
@@ -71,7 +71,7 @@ class FolderFiles:
 
 @dataclass(frozen=True)
 class Located:
-    """One sample and what it is read from; what is handed around where a `Path` would be."""
+    """One sample and the files it is read from; used in place of a `Path`."""
 
     files: Files
     path: bytes
@@ -88,7 +88,7 @@ def read_file(path: bytes | str) -> tuple[bytes, Stat]:
     """Content and (size, mtime_ns, inode) of a regular file.
 
     Raises:
-        ImageError: code ``not_found``, ``unreadable``, or ``too_large`` for what no decoder takes.
+        ImageError: code ``not_found``, ``unreadable``, or ``too_large`` for more than a decoder accepts.
     """
     try:
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
@@ -96,7 +96,7 @@ def read_file(path: bytes | str) -> tuple[bytes, Stat]:
             if not S_ISREG(stat.st_mode):  # a pipe or a device may give nothing, or never end
                 raise ImageError(code="unreadable", message="not a regular file")
             if stat.st_size > MAX_BYTES:
-                message = f"{stat.st_size / 2**20:.0f} MiB; a file may have {MAX_BYTES // 2**20}"
+                message = f"{stat.st_size / 2**20:.0f} MiB; the limit is {MAX_BYTES // 2**20} MiB"
                 raise ImageError(code="too_large", message=message)
             return file.read(), (stat.st_size, stat.st_mtime_ns, stat.st_ino)
     except FileNotFoundError as error:

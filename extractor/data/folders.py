@@ -1,4 +1,4 @@
-"""Folders of images: one per class, split folders of these, or a flat one."""
+"""Image folders: one folder per class, split folders of these, or a flat folder."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ class ImageFolder:
         links = [0]
         top_files, folders = _scan(base, follow=self.follow_symlinks, links=links)
         splits = self._split_folders(base, folders)
-        found: list[Sample] = []
+        samples: list[Sample] = []
         if not folders:
-            found = [Sample(name) for name in top_files]
+            samples = [Sample(name) for name in top_files]
         elif top_files:
             log.warning("%d file(s) beside the class folders of %s are not samples", len(top_files), root)
         for folder in folders:
             split = SPLITS[os.fsdecode(folder).lower()] if splits else None
-            before = len(found)
+            before = len(samples)
             names: dict[bytes, str] = {}
             for path in self._walk(base, folder, folders, links):
                 parts = path.split(b"/")
@@ -75,17 +75,17 @@ class ImageFolder:
                     raise BadDataError(message)
                 if label not in names:
                     names[label] = display(label)
-                found.append(Sample(path, names[label], split))
-            if len(found) == before:
+                samples.append(Sample(path, names[label], split))
+            if len(samples) == before:
                 log.warning("the folder %s in %s is empty", display(folder), root)
         if links[0]:
             log.warning("%d symbolic link(s) in %s were not followed (--follow-symlinks follows them)", links[0], root)
-        return finished(found, root, self.group_by)
+        return finished(samples, root, self.group_by)
 
     def _split_folders(self, base: bytes, folders: list[bytes]) -> bool:
         """Whether the top folders are splits: they have such names, and hold folders.
 
-        A class may be called ``train``, of a set of vehicles; so it is what is inside that decides.
+        A class may be called ``train``, in a dataset of vehicles, so what is inside the folders decides.
 
         Raises:
             BadDataError: some look like splits and others do not; names them.
@@ -107,7 +107,7 @@ class ImageFolder:
         return bool(splits)
 
     def everything(self) -> Iterator[bytes]:
-        """Relative paths of all files below the root, whatever the folders mean; found as they are asked for."""
+        """List the relative paths of all files below the root, lazily, without regard to classes and splits."""
         base, links = os.fsencode(self.root), [0]
         files, folders = _scan(base, follow=self.follow_symlinks, links=links)
         yield from files
@@ -117,7 +117,7 @@ class ImageFolder:
     def _walk(self, base: bytes, top: bytes, tops: list[bytes], links: list[int]) -> Iterator[bytes]:
         """Relative paths of the regular files below a folder; with links followed, each real folder is visited once."""
         # A link back to the root, or to another class, must not bring that class's files in under this label.
-        pending, seen = [top], {os.path.realpath(base), *(os.path.realpath(base + b"/" + folder) for folder in tops)}
+        pending, visited = [top], {os.path.realpath(base), *(os.path.realpath(base + b"/" + folder) for folder in tops)}
         while pending:
             folder = pending.pop()
             files, folders = _scan(base + b"/" + folder, follow=self.follow_symlinks, links=links)
@@ -126,14 +126,14 @@ class ImageFolder:
             below = []
             for name in folders:
                 real = os.path.realpath(b"/".join((base, folder, name)))
-                if real not in seen:
-                    seen.add(real)
+                if real not in visited:
+                    visited.add(real)
                     below.append(folder + b"/" + name)
             pending += reversed(below)  # the last one is taken first
 
 
 def _scan(folder: bytes, *, follow: bool, links: list[int]) -> tuple[list[bytes], list[bytes]]:
-    """Names of the regular files and of the folders in a folder, sorted; links are counted where they are not followed."""
+    """Names of the regular files and of the folders in a folder, sorted; links are counted if they are not followed."""
     files, folders = [], []
     try:
         with os.scandir(folder) as entries:

@@ -1,4 +1,4 @@
-"""A list of images as a table: CSV, TSV or Parquet."""
+"""Manifests: lists of images as CSV, TSV or Parquet tables."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ Record = tuple[int, Sequence[Any]]  # line or row, from 1, and its fields
 class Manifest:
     """A CSV or Parquet file with columns ``path``, and optionally ``label``, ``split``, ``group`` and numeric targets.
 
-    Other columns are left alone. Text is UTF-8, with or without a byte-order mark, or UTF-16 with one; bytes that are not
+    Other columns are ignored. Text is UTF-8, with or without a byte-order mark, or UTF-16 with one; bytes that are not
     UTF-8 survive in paths. A Parquet column of paths may be binary.
 
     Args:
         path: the file.
-        root: the folder that paths are relative to; by default the one the manifest lies in.
+        root: the folder that paths are relative to; by default the folder of the manifest.
         group_by: a column, or a regular expression over the path.
-        follow_symlinks: read images that symbolic links bring in from outside the root.
+        follow_symlinks: read images outside the root that symbolic links lead to.
         task: what labels mean, and which columns are numeric targets.
     """
 
@@ -57,7 +57,7 @@ class Manifest:
         if not Path(self.root).is_dir():
             message = f"the root {self.root} is not a folder"
             raise InputMissingError(message)
-        found: list[Sample] = []
+        samples: list[Sample] = []
         unit = "row" if parquet else "line"
         lines: dict[bytes, int] = {}
         read = self._reader(header)
@@ -70,9 +70,9 @@ class Manifest:
                 self._refuse(f"{unit} {line}", str(error))
             first = lines.setdefault(sample.path, line)
             if first != line:
-                self._refuse(f"{unit} {line}", f"{display(sample.path)} stands in {unit} {first} already")
-            found.append(sample)
-        return finished(found, self.path, None if self.group_by in header else self.group_by)
+                self._refuse(f"{unit} {line}", f"{display(sample.path)} is already in {unit} {first}")
+            samples.append(sample)
+        return finished(samples, self.path, None if self.group_by in header else self.group_by)
 
     def _refuse(self, place: str, what: str) -> NoReturn:
         message = f"{self.path}, {place}: {what}"
@@ -157,7 +157,7 @@ class Manifest:
             try:
                 return data.decode("utf-16")
             except UnicodeDecodeError as error:
-                message = f"{self.path} begins like UTF-16 and is none ({error.reason}); save it as UTF-8"
+                message = f"{self.path} begins like UTF-16 but is not valid ({error.reason}); save it as UTF-8"
                 raise BadDataError(message) from error
         if wide or b"\0" in data[:4]:
             message = f"{self.path} looks like UTF-32, or like UTF-16 without a byte-order mark; save it as UTF-8"
@@ -171,8 +171,8 @@ class Manifest:
 
         try:
             with pyarrow.parquet.ParquetFile(self.path) as file:
-                wanted = {*COLUMNS, *self.task.targets, self.group_by}
-                header = [name for name in file.schema_arrow.names if name in wanted]
+                known = {*COLUMNS, *self.task.targets, self.group_by}
+                header = [name for name in file.schema_arrow.names if name in known]
                 if "path" not in header:
                     return list(file.schema_arrow.names), []
                 columns = [file.read(columns=[name]).column(0).to_pylist() for name in header]
@@ -180,7 +180,7 @@ class Manifest:
             message = f"cannot read {self.path}: {error.strerror or error}"
             raise (BadDataError if error.errno is None else InputMissingError)(message) from error
         except (pyarrow.ArrowException, ValueError) as error:
-            message = f"{self.path} is not a sound Parquet file: {error}"
+            message = f"{self.path} is not a valid Parquet file: {error}"
             raise BadDataError(message) from error
         return header, enumerate(zip(*columns, strict=True), start=1)
 

@@ -1,6 +1,6 @@
-"""From samples to decoded pixels: read, hash, decode, a bounded number ahead of whoever consumes them.
+"""The reader of samples: reads, hashes and decodes images in threads, a bounded number ahead of the consumer.
 
-Threads read and hash; the decoding is done by the children of `decoder`.
+Threads read and hash; the child processes of `decoder` decode.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from store.format.samples import Row
 from .files import Files
 from .samples import Sample
 
-AHEAD = 8  # decoded images per worker that wait at most
-WINDOW = 1.0  # seconds over which a pool looks whether it is too small ..
+AHEAD = 8  # most decoded images that wait, per worker
+WINDOW = 1.0  # seconds after which a pool checks whether it is too small ..
 STARVED = 0.2  # .. which it is when the consumer waited for this share of them
 
 
@@ -44,23 +44,23 @@ R = TypeVar("R")
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of one file that had to be read; pixels are ``(crop, crop, 3)``, or of views ``(views, crop, crop, 3)``."""
+    """The outcome of one file that had to be read; pixels are ``(crop, crop, 3)``, or of views ``(views, crop, crop, 3)``."""
 
     index: int
     row: Row
-    pixels: NDArray[np.uint8] | None = None  # taken away once they are on their way
+    pixels: NDArray[np.uint8] | None = None  # removed once they are passed on
     decoded: bool = False
 
 
 class Reader:
-    """Reads, hashes and decodes samples in a few threads, a bounded number ahead, in the order asked for.
+    """Reads, hashes and decodes samples in a few threads, a bounded number ahead, in order.
 
     Args:
         files: where the samples are.
         preprocess: what happens to their pixels.
         known: content digests that need no decoding.
         workers: the threads, each with a decode worker of its own.
-        ahead: how many images may wait, where that is more than `AHEAD` for each worker.
+        ahead: how many images may wait, if that is more than `AHEAD` for each worker.
         views: drawn of each image in the threads: a decode worker has neither the memory nor the time to import torchvision.
     """
 
@@ -81,8 +81,10 @@ class Reader:
     def stream(
         self, todo: Sequence[tuple[int, Sample]], stop: StopFlag, decoder: Decoder | None = None
     ) -> Generator[Outcome, None, None]:
-        """Outcomes in the order of ``todo``; ends early when ``stop`` is set. The decoder is closed then, also a given one,
-        which must not crop where there are views."""
+        """Outcomes in the order of ``todo``; ends early when ``stop`` is set.
+
+        The decoder is closed at the end, also one from the caller, which must not crop if there are views.
+        """
         decoder = decoder or Decoder(self._preprocess, crop=self._views is None, stop=stop)
         return ahead(lambda item: self._read(*item, decoder), todo, self._workers, stop, decoder, self._ahead)
 
@@ -105,7 +107,7 @@ class Reader:
             self.seconds["read+decode"] += time.perf_counter() - begin
 
     def _claim(self, digest: bytes) -> bool:
-        """Whether this content is new; whoever asks first embeds it."""
+        """Whether this content is new; the first caller embeds it."""
         with self._lock:
             new = digest not in self._claimed
             self._claimed.add(digest)
@@ -120,9 +122,9 @@ def ahead(
     The decoder that ``function`` uses is closed at the end, before the threads are waited for: one may hang in it.
     """
     with ThreadPoolExecutor(workers.most, "penult-decode") as pool, decoder, suppress(InterruptedRunError):
-        begun = (pool.submit(workers.work, function, item) for item in takewhile(lambda _: not stop, items))
+        futures = (pool.submit(workers.work, function, item) for item in takewhile(lambda _: not stop, items))
         try:
-            for future in in_flight(begun, max(workers.most * AHEAD, at_least) - 1):
+            for future in in_flight(futures, max(workers.most * AHEAD, at_least) - 1):
                 if stop:
                     return
                 yield workers.wait(future)
@@ -132,15 +134,15 @@ def ahead(
 
 
 class WorkerPool:
-    """How many threads may work: all that were asked for, or, where the number is left open, as many as the consumer needs.
+    """Limits how many threads work: a fixed number, or as many as the consumer needs.
 
     More decode workers than are needed take time from the backbone on the same cores, and each costs half a second to start.
-    So on a CPU half of the cores decode at first, and their number doubles when the consumer waits for them. Beside a GPU
-    all do at once.
+    So on a CPU half of the cores decode at first, and their number doubles when the consumer waits for them. With a GPU all
+    of them decode from the beginning.
 
     Args:
-        workers: how many; None for what is needed, up to one per core.
-        provider: ``cpu`` where the backbone shares the cores.
+        workers: how many; None for as many as needed, up to one per core.
+        provider: ``cpu`` if the backbone shares the cores.
     """
 
     def __init__(self, workers: int | None = None, provider: str = "cpu") -> None:
@@ -154,7 +156,7 @@ class WorkerPool:
             return function(item)
 
     def wait(self, future: Future[R]) -> R:
-        """The result, and more workers if too much time was spent waiting for such."""
+        """The result of a future; adds workers if too much time was spent waiting."""
         begin = time.perf_counter()
         result = future.result()
         now = time.perf_counter()
@@ -173,5 +175,5 @@ class WorkerPool:
         self.size = size
 
     def close(self) -> None:
-        """Let all go who wait for their turn."""
+        """Release all threads that wait for their turn."""
         self._gate.release(self.most)

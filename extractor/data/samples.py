@@ -1,4 +1,4 @@
-"""One input as a data set declares it, and what every kind of data set checks."""
+"""Samples: one input as a dataset declares it, and the checks that all kinds of datasets share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from store.errors import BadDataError, InputMissingError, UsageError, display
 from store.tasks import as_text
 
-SPLITS = {  # what a split may be called, as a folder, in a column or at the beginning of a shard's name
+SPLITS = {  # names of the splits, as a folder, in a column or at the beginning of a shard's name
     **{"train": "train", "training": "train", "test": "test", "testing": "test"},
     **{"val": "val", "valid": "val", "validation": "val"},
 }
@@ -22,7 +22,7 @@ SPLITS = {  # what a split may be called, as a folder, in a column or at the beg
 class Sample:
     """One input as the dataset declares it; ``path`` is relative to the root, as raw bytes, with ``/``.
 
-    ``targets`` has one number for each of its `store.format.samples.Task.targets`, `MISSING` where there is none.
+    ``targets`` has one number for each of `store.tasks.Task.targets`, `MISSING` if there is none.
     """
 
     path: bytes
@@ -46,17 +46,17 @@ def as_split(value: object) -> str | None:
 
 
 def leaves_root(path: bytes) -> bool:
-    """Whether a path is not one below the root."""
+    """Whether a path leads out of the root."""
     return path.startswith(b"/") or b"\0" in path or b".." in path.split(b"/")
 
 
 def finished(samples: list[Sample], origin: Path, group_by: str | None) -> list[Sample]:
-    """The samples in order of path, with groups from a pattern where there is one.
+    """Check samples, order them by path, and assign groups by a pattern if there is one.
 
     Raises:
         InputMissingError: there are none.
-        BadDataError: two have one path, or only some have a split.
-        UsageError: the pattern is none, or does not match a path.
+        BadDataError: two have the same path, or only some have a split.
+        UsageError: the pattern is invalid, or does not match a path.
     """
     if not samples:
         message = f"no files in {origin}"

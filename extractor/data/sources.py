@@ -1,4 +1,4 @@
-"""What DATA on the command line means, and how the images of a cache are found again."""
+"""Data sources: the dataset that DATA on the command line names, and the images of an existing cache."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ __all__ = ["ImageFolder", "Manifest", "Sample", "Source", "TarShards", "Task", "
 
 
 class Source(Protocol):
-    """Anything that can list samples below one root folder."""
+    """A dataset: anything that can list samples below one root folder."""
 
     @property
     def root(self) -> Path:
-        """What the samples' paths are relative to."""
+        """The folder that the samples' paths are relative to."""
         ...
 
     @property
     def files(self) -> Files:
-        """What the samples' bytes are read from."""
+        """Access to the samples' bytes."""
         ...
 
     @property
     def task(self) -> Task:
-        """What the labels are for."""
+        """The prediction task of the labels."""
         ...
 
     @property
@@ -61,7 +61,7 @@ def open_source(
     task: str = ONE_LABEL.name,
     targets: Sequence[str] = (),
 ) -> Source:
-    """The source that ``DATA`` on the command line means.
+    """Open the dataset that ``DATA`` on the command line names.
 
     Args:
         data: a folder, a manifest, a ``.tar`` file or ``torchvision:NAME@DIR``.
@@ -80,42 +80,42 @@ def open_source(
     >>> [(sample.label, sample.path) for sample in source.samples()][:2]
     [('cat', b'cat/000.png'), ('cat', b'cat/001.png')]
     """
-    wanted = Task.named(task, targets)
-    found: Source
+    labelling = Task.named(task, targets)
+    source: Source
     if str(data).startswith(PREFIX):
         name, folder = parse(str(data))
-        found = TorchvisionDataset(name, base / folder, group_by)
+        source = TorchvisionDataset(name, base / folder, group_by)
     else:
         path = base / data
         refuse_ours(path)
         suffix = path.suffix.lower()
         if path.is_dir():
             if find_shards(path, follow_symlinks=follow_symlinks):
-                found = TarShards(path, group_by, follow_symlinks, wanted)
+                source = TarShards(path, group_by, follow_symlinks, labelling)
             else:
-                found = ImageFolder(path, follow_symlinks=follow_symlinks, group_by=group_by)
+                source = ImageFolder(path, follow_symlinks=follow_symlinks, group_by=group_by)
         elif not path.exists():
             message = f"{path} does not exist"
             raise InputMissingError(message)
         elif suffix == ".tar":
-            found = TarShards(path, group_by, follow_symlinks, wanted)
+            source = TarShards(path, group_by, follow_symlinks, labelling)
         elif suffix in SUFFIXES:
-            found = Manifest(path, root or path.parent, group_by, follow_symlinks, wanted)
+            source = Manifest(path, root or path.parent, group_by, follow_symlinks, labelling)
         else:
             hint = "; decompress it first, and name the .tar" if COMPRESSED.search(path.name) else ""
             message = f"{path} is neither a folder nor a CSV manifest, Parquet manifest or .tar file{hint}"
             raise UsageError(message)
-    if root is not None and not isinstance(found, Manifest):
-        message = f"--root {root} is for a manifest; {data} says itself where its images are"
+    if root is not None and not isinstance(source, Manifest):
+        message = f"--root {root} is only for a manifest; {data} needs none"
         raise UsageError(message)
-    if found.task != wanted:
+    if source.task != labelling:
         message = f"--task {task}: {data} has one label for each image; list the images in a CSV with the columns you need"
         raise UsageError(message)
-    return found
+    return source
 
 
 def files_of(table: SampleTable, root: Path | None = None) -> Files:
-    """What the samples of a table are read from, now.
+    """Access to the bytes of a table's samples.
 
     Args:
         table: of a cache, or of a survey.
@@ -141,7 +141,7 @@ def files_of(table: SampleTable, root: Path | None = None) -> Files:
 
 
 def refuse_ours(path: Path) -> None:
-    """A cache or a bundle is no dataset: its ONNX and HDF5 files would each be a failed image.
+    """Refuse a cache or a bundle as a dataset: each of its ONNX and HDF5 files would be a failed image.
 
     Raises:
         UsageError: the path is one.

@@ -1,4 +1,4 @@
-"""Tar shards as WebDataset has them: images and their ``.cls`` or ``.json``, read where they lie, never unpacked."""
+"""Tar shards in WebDataset's layout: images with their ``.cls`` or ``.json``, read in place, never unpacked."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ log = logging.getLogger("penult.extractor")
 ORIGIN = "tar"
 KEY = re.compile(rb"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)  # WebDataset's rule: up to the first dot of the base name
 IMAGES = {b"jpg", b"jpeg", b"png", b"webp", b"gif", b"bmp", b"tif", b"tiff", b"ppm", b"pgm", b"pbm", b"pnm", b"avif"}
-IGNORED = {b"txt", b"cls", b"json"}  # beside an image: read for it, or, as .txt, a caption
+IGNORED = {b"txt", b"cls", b"json"}  # beside an image: its labels, or, as .txt, a caption
 INSIDE = re.compile(rb"(.*?\.tar)/(.*)", re.DOTALL | re.IGNORECASE)
 COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 SPLIT_NAME = re.compile(rf"({'|'.join(sorted(SPLITS, reverse=True))})(?![a-z])", re.IGNORECASE)
-LABELS = (None, "label", "class", "cls")  # the first of them that is given; None: the .cls
+LABELS = (None, "label", "class", "cls")  # the first of them that is present; None: the .cls
 MAX_FACTS = 2**20  # bytes of a .cls or .json; a few dozen are usual
 
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """Where the regular files of one shard are: name to (offset, size), as long as its own stat is ``stamp``."""
+    """The regular files of one shard: name to (offset, size), valid while the stat of the shard is ``stamp``."""
 
     stamp: Stat
     members: dict[bytes, tuple[int, int]]
@@ -50,7 +50,7 @@ def read_index(shard: Path) -> Index:
 
     Raises:
         InputMissingError: it cannot be read.
-        BadDataError: it is damaged, cut, compressed, or a name in it leaves it.
+        BadDataError: it is damaged, cut, compressed, or has a name that leaves the archive.
     """
 
     def refuse(what: str, cause: Exception | None = None) -> NoReturn:
@@ -70,7 +70,7 @@ def read_index(shard: Path) -> Index:
                 while (member := tar.next()) is not None:
                     tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header
                     name = member.name.encode("utf-8", "surrogateescape").removeprefix(b"./")
-                    if member.offset <= end or member.size < 0:  # a header that points back, to be read for ever
+                    if member.offset <= end or member.size < 0:  # a header that points back would be read for ever
                         refuse(f"is damaged at {display(name)}")
                     end = member.offset
                     if leaves_root(name):
@@ -81,20 +81,20 @@ def read_index(shard: Path) -> Index:
                     if name in members:
                         refuse(f"holds {display(name)} twice")
                     members[name] = (member.offset_data, member.size)
-                # tarfile takes a header that it cannot read for the end
+                # tarfile takes a header that it cannot read as the end
                 rest = os.pread(file.fileno(), 2**20, tar.offset)
     except tarfile.TarError as error:
-        refuse(f"is no sound tar file: {error}", error)
+        refuse(f"is not a valid tar file: {error}", error)
     except OSError as error:
         message = f"cannot read {shard}: {error.strerror or error}"
         raise InputMissingError(message) from error
     if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):
-        refuse("does not end as a tar file does: it was cut, damaged, or joined from several. Make it again")
+        refuse("does not end as a tar file does: it was cut, damaged, or joined from several. Create it again")
     return Index(stamp, members, others)
 
 
 class TarFiles:
-    """Members of the shards in a folder; a path is that of the shard, then that of the member in it."""
+    """Members of the shards in a folder; a path is the path of the shard, then the name of the member."""
 
     def __init__(self, root: Path) -> None:
         self._base = os.fsencode(root) + b"/"
@@ -118,7 +118,7 @@ class TarFiles:
     def read(self, path: bytes) -> tuple[bytes, Stat]:
         name, (offset, size) = self._place(path)
         if size > MAX_BYTES:
-            message = f"{size / 2**20:.0f} MiB; a file may have {MAX_BYTES // 2**20}"
+            message = f"{size / 2**20:.0f} MiB; the limit is {MAX_BYTES // 2**20} MiB"
             raise ImageError(code="too_large", message=message)
         try:
             file = os.open(self._base + name, os.O_RDONLY | os.O_CLOEXEC)
@@ -138,7 +138,7 @@ class TarFiles:
     def _place(self, path: bytes) -> tuple[bytes, tuple[int, int]]:
         inside = INSIDE.fullmatch(path)
         if inside is None:
-            raise ImageError(code="not_found", message="no path into a .tar file")
+            raise ImageError(code="not_found", message="not a path into a .tar file")
         try:
             place = self.shard(inside[1]).members.get(inside[2])
         except InputMissingError as error:
@@ -150,11 +150,11 @@ class TarFiles:
 
 @dataclass(frozen=True)
 class TarShards:
-    """A ``.tar`` file, or a folder of them, each holding ``key.jpg`` and what belongs to it.
+    """A ``.tar`` file, or a folder of them, each holding images ``key.jpg`` with files of the same key.
 
-    A key ends at the first dot of the base name, as WebDataset has it; where that gives no image, at the last one.
+    A key ends at the first dot of the base name, as in WebDataset; if that gives no image, at the last one.
     The label is the text of ``key.cls``, else ``label``, ``class`` or ``cls`` of ``key.json``; ``split``, ``group`` and
-    numeric targets stand in the ``.json``. Without a ``split`` the folder of the shard counts, or the beginning of its name
+    numeric targets are in the ``.json``. Without a ``split`` the folder of the shard counts, or the beginning of its name
     (``train-0001.tar``).
 
     Args:
@@ -187,24 +187,24 @@ class TarShards:
 
     def samples(self) -> list[Sample]:
         names = find_shards(self.path, follow_symlinks=self.follow_symlinks) if self.path.is_dir() else [self.path.name]
-        found: list[Sample] = []
+        samples: list[Sample] = []
         left_out: Counter[bytes] = Counter()
         for name in names:
             try:
-                found += self._shard(os.fsencode(name), left_out)
+                samples += self._shard(os.fsencode(name), left_out)
             except BadDataError:
                 raise
             except ValueError as error:
                 message = f"{self.path}: {error}"
                 raise BadDataError(message) from error
-        self._say(found, left_out)
+        self._warn(samples, left_out)
         for i, name in enumerate(self.task.targets):
-            if found and all(sample.targets[i] != sample.targets[i] for sample in found):
+            if samples and all(sample.targets[i] != sample.targets[i] for sample in samples):
                 message = f"{self.path}: no .json has a number {name!r} for --target"
                 raise BadDataError(message)
-        return finished(found, self.path, self.group_by)
+        return finished(samples, self.path, self.group_by)
 
-    def _say(self, found: list[Sample], left_out: Counter[bytes]) -> None:
+    def _warn(self, samples: list[Sample], left_out: Counter[bytes]) -> None:
         if left_out:
             example = display(next(iter(left_out)))
             log.warning(
@@ -214,9 +214,11 @@ class TarShards:
                 self.path,
                 example,
             )
-        unlabelled = sum(sample.label is None for sample in found)
+        unlabelled = sum(sample.label is None for sample in samples)
         if unlabelled and not self.task.targets:
-            log.warning("%d of %d images in %s have no label: no .cls, and none in a .json", unlabelled, len(found), self.path)
+            log.warning(
+                "%d of %d images in %s have no label: no .cls, and none in a .json", unlabelled, len(samples), self.path
+            )
 
     def _shard(self, shard: bytes, left_out: Counter[bytes]) -> Iterator[Sample]:
         index = self._tar.shard(shard)
@@ -248,7 +250,7 @@ class TarShards:
                 try:
                     yield self._sample(path, facts, split)
                 except ValueError as error:
-                    message = f"what is said of {display(path)}: {error}"
+                    message = f"the labels of {display(path)}: {error}"
                     raise ValueError(message) from error
 
     def _sample(self, path: bytes, facts: dict[str | None, Any], split: str | None) -> Sample:
@@ -262,7 +264,7 @@ class TarShards:
         )
 
     def _facts(self, shard: bytes, members: dict[bytes, bytes]) -> dict[str | None, Any]:
-        """What is said of an image: its ``.json``, and its ``.cls`` under a key that no ``.json`` has."""
+        """The labels of an image: its ``.json``, and its ``.cls`` under a key that no ``.json`` has."""
         facts: dict[str | None, Any] = {}
         for extension in (b"json", b"cls"):
             if extension not in members:
@@ -273,21 +275,21 @@ class TarShards:
                     message = f"it is larger than {MAX_FACTS} bytes"
                     raise ValueError(message)
                 text = self._tar.read(path)[0].decode("utf-8-sig")
-                found = {None: text.strip()} if extension == b"cls" else json.loads(text)
-                if not isinstance(found, dict):
-                    message = f"expected an object, found {found!r:.40}"
+                content = {None: text.strip()} if extension == b"cls" else json.loads(text)
+                if not isinstance(content, dict):
+                    message = f"expected an object, found {content!r:.40}"
                     raise ValueError(message)
             except (ImageError, ValueError, RecursionError) as error:
-                message = f"{display(path)} is no {'JSON' if extension == b'json' else 'UTF-8'} text of use: {error}"
+                message = f"{display(path)} is not usable {'JSON' if extension == b'json' else 'UTF-8'} text: {error}"
                 raise ValueError(message) from error
-            facts |= found
+            facts |= content
         return facts
 
 
 def find_shards(folder: Path, *, follow_symlinks: bool = False) -> list[str]:
-    """The shards of a folder that is a tar dataset, relative to it; none where it is something else.
+    """The shards of a folder that is a tar dataset, relative to it; empty for any other folder.
 
-    That is a folder with ``.tar`` files and no folders, or with nothing but split folders of that kind.
+    A tar dataset is a folder with ``.tar`` files and no folders, or with nothing but split folders of that kind.
 
     Raises:
         BadDataError: there are images beside them, or they are compressed.
@@ -321,7 +323,7 @@ def find_shards(folder: Path, *, follow_symlinks: bool = False) -> list[str]:
         if shards or any(name.lower() not in SPLITS for name in folders):
             return []
         nested = {name: below(folder / name) for name in folders}
-    except OSError:  # whoever reads it as a folder of images says so
+    except OSError:  # reading it as a folder of images reports it
         return []
     return [f"{name}/{shard}" for name in folders for shard in nested[name]] if all(nested.values()) else []
 
@@ -343,7 +345,7 @@ def _stamp(stat: os.stat_result) -> Stat:
 
 
 def _pread(file: int, size: int, offset: int) -> bytes:
-    """All of ``size`` bytes, however many come at a time; fewer at the end of the file."""
+    """Read ``size`` bytes at an offset; fewer only at the end of the file."""
     parts = []
     while size and (part := os.pread(file, size, offset)):
         parts.append(part)

@@ -1,4 +1,4 @@
-"""Torchvision's own datasets where their files are on disk: ``torchvision:CIFAR10@DIR``. Nothing is ever downloaded."""
+"""Torchvision's datasets, read from files on disk (``torchvision:CIFAR10@DIR``); nothing is ever downloaded."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PREFIX = "torchvision:"
 CANDIDATES = {"train": ("train", "trainval", "train-standard"), "val": ("val", "valid"), "test": ("test",)}
 PATH_ATTRIBUTES = ("_images", "_image_files", "_samples", "samples", "imgs", "data")
 LABEL_ATTRIBUTES = ("targets", "labels", "_labels")
-BELONGS = {  # where below DIR torchvision looks for it
+BELONGS = {  # where torchvision looks for it below DIR
     **{name: f"{name}/raw" for name in ("MNIST", "FashionMNIST", "KMNIST")},
     **{"CIFAR10": "cifar-10-batches-py", "CIFAR100": "cifar-100-python", "STL10": "stl10_binary", "SVHN": "train_32x32.mat"},
     **{"OxfordIIITPet": "oxford-iiit-pet", "Flowers102": "flowers-102", "Food101": "food-101", "DTD": "dtd/dtd"},
@@ -61,7 +61,7 @@ def parse(data: str) -> tuple[str, Path]:
 
 
 def load(name: str, root: Path) -> list[Part]:
-    """The splits that are on disk.
+    """Load the splits of a dataset that are on disk.
 
     Raises:
         UsageError: torchvision has no such dataset, or it is not one of labelled images.
@@ -74,31 +74,31 @@ def load(name: str, root: Path) -> list[Part]:
     for split, variants in _variants(name, kind).items():
         for arguments in variants:
             try:
-                found = kind(str(root), **arguments)
+                dataset = kind(str(root), **arguments)
             except ValueError as error:
                 if not arguments or "argument split" not in str(error):
                     raise _damaged(name, root, error) from error
                 continue  # this dataset has no split of that name
             except (RuntimeError, OSError) as error:
                 problems.append(error)
-            except Exception as error:  # whatever its parser raises
+            except Exception as error:  # its parser may raise anything
                 raise _damaged(name, root, error) from error
             else:
-                parts.append(_part(name, root, split, found))
+                parts.append(_part(name, root, split, dataset))
             break
     if not parts and not problems:
-        message = f"{PREFIX}{name}: its splits are not train, val or test; write a CSV manifest for what you want of it"
+        message = f"{PREFIX}{name}: its splits are not train, val or test; write a CSV manifest for the images you need"
         raise UsageError(message)
     if not parts:
         place = root / BELONGS.get(name, "")
         message = (
-            f"{name} is not, or not completely, in {root} ({problems[0]}). penult downloads nothing: its files belong into "
-            f"{place}, as torchvision.datasets.{name}({str(root)!r}, download=True) lays them out where it may download"
+            f"{name} is not, or not completely, in {root} ({problems[0]}). penult downloads nothing: its files belong in "
+            f"{place}, as torchvision.datasets.{name}({str(root)!r}, download=True) lays them out"
         )
         raise InputMissingError(message) from problems[0]
     if problems:
         have = ", ".join(str(part.split) for part in parts)
-        log.warning("of %s only %s is in %s (%s)", name, have, root, problems[0])
+        log.warning("%s: only %s is in %s (%s)", name, have, root, problems[0])
     return parts
 
 
@@ -145,7 +145,7 @@ def _part(name: str, root: Path, split: str | None, dataset: Any) -> Part:
 
 
 def _paths(root: Path, dataset: Any) -> list[bytes] | None:
-    """The image files of a dataset, relative to the root, where it is one of files."""
+    """The image files of a dataset, relative to the root; None for a dataset of arrays."""
     for attribute in PATH_ATTRIBUTES:
         entries = getattr(dataset, attribute, None)
         if not isinstance(entries, list) or not entries or len(entries) != len(dataset):
@@ -171,10 +171,10 @@ def _pixels(name: str, data: Any) -> NDArray[np.uint8]:
 
 
 def _labels(name: str, dataset: Any, count: int) -> list[str | None]:
-    found = next((value for a in LABEL_ATTRIBUTES if (value := getattr(dataset, a, None)) is not None), None)
-    if found is None:
-        found = [pair[1] for pair in getattr(dataset, "_samples", ()) if isinstance(pair, tuple)]
-    targets = np.asarray(found)
+    labels = next((value for a in LABEL_ATTRIBUTES if (value := getattr(dataset, a, None)) is not None), None)
+    if labels is None:
+        labels = [pair[1] for pair in getattr(dataset, "_samples", ()) if isinstance(pair, tuple)]
+    targets = np.asarray(labels)
     if targets.shape != (count,) or targets.dtype.kind not in "iu":
         message = f"{PREFIX}{name}: {count} images, and labels of shape {targets.shape}; expected one class for each image"
         raise UsageError(message)
@@ -188,13 +188,13 @@ def _class_names(classes: Any) -> list[str]:
 
 
 class ArrayFiles:
-    """Images that a dataset holds as arrays, each as the bytes of a netpbm file: the same whatever library writes them."""
+    """Images that a dataset holds as arrays, each as the bytes of a netpbm file, which do not depend on a library."""
 
     def __init__(self, name: str, parts: Sequence[Part]) -> None:
         self._arrays = {prefix(name, part).encode(): part.images for part in parts}
 
     def stat(self, path: bytes) -> Stat | None:
-        # There is no file whose time would tell: the beginning of the digest does.
+        # There is no file with a modification time: the beginning of the digest takes its place.
         try:
             return self.read(path)[1]
         except ImageError:
@@ -212,7 +212,7 @@ class ArrayFiles:
 
 
 def prefix(name: str, part: Part) -> str:
-    """What the path of an image in an array begins with."""
+    """The beginning of the path of an image in an array."""
     return f"{name}/{part.split}" if part.split else name
 
 
@@ -232,7 +232,7 @@ class TorchvisionDataset:
 
     Args:
         name: as in ``torchvision.datasets``.
-        root: what torchvision calls so.
+        root: the ``root`` of torchvision's constructor.
         group_by: a regular expression over the path.
     """
 
@@ -247,7 +247,7 @@ class TorchvisionDataset:
     @cached_property
     def _parts(self) -> list[Part]:
         if not self.root.is_dir():
-            message = f"{self.root} is not a folder; {self.name} belongs into {self.root / BELONGS.get(self.name, '')}"
+            message = f"{self.root} is not a folder; {self.name} belongs in {self.root / BELONGS.get(self.name, '')}"
             _class(self.name)
             raise InputMissingError(message)
         return load(self.name, self.root)
@@ -261,15 +261,15 @@ class TorchvisionDataset:
         return FolderFiles(self.root) if self.origin is None else ArrayFiles(self.name, self._parts)
 
     def samples(self) -> list[Sample]:
-        found = []
+        samples = []
         for part in self._parts:
             paths = part.images if isinstance(part.images, list) else self._numbered(part)
-            found += [Sample(path, label, part.split) for path, label in zip(paths, part.labels, strict=True)]
-        outside = next((sample.path for sample in found if sample.path.startswith(b"../")), None)
+            samples += [Sample(path, label, part.split) for path, label in zip(paths, part.labels, strict=True)]
+        outside = next((sample.path for sample in samples if sample.path.startswith(b"../")), None)
         if outside is not None:
             message = f"{self.name}: {display(outside)} lies outside {self.root}"
             raise BadDataError(message)
-        return finished(found, self.root, self.group_by)
+        return finished(samples, self.root, self.group_by)
 
     def _numbered(self, part: Part) -> list[bytes]:
         return [f"{prefix(self.name, part)}/{i:05d}".encode() for i in range(len(part.images))]

@@ -1,1 +1,1 @@
-"""ONNX graphs: as files, as what they say of themselves, and as nodes that are cut and put in."""
+"""ONNX graphs of backbones: files, metadata, edits of nodes, CPU sessions and parity checks."""

@@ -1,4 +1,4 @@
-"""What a backbone file says of itself: its network, weights, layers and preprocessing, in the metadata of the ONNX file."""
+"""Facts about a backbone (network, weights, layers, preprocessing), stored in the metadata of its ONNX file."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ POOLINGS = ("average", "max", "token")
 
 @dataclass(frozen=True)
 class Layer:
-    """One feature set that a backbone gives.
+    """One feature set of a backbone: the output of a layer, pooled to a vector.
 
     Attributes:
         layer: what the features are, such as ``input of fc`` or ``layer3``.
-        pooling: ``none`` where the layer is a vector, else ``average`` or ``max`` over space or tokens, or ``token`` (the
+        pooling: ``none`` if the layer is a vector, else ``average`` or ``max`` over space or tokens, or ``token`` (the
             first, which is the class token of a vision transformer).
         dim: length of a feature vector.
         output: name of the graph's output ``(n, dim)``.
@@ -40,19 +40,19 @@ class Layer:
 
 @dataclass(frozen=True)
 class BackboneFacts:
-    """What a backbone file says of itself.
+    """The facts about a backbone that its ONNX file records.
 
     Attributes:
-        name: the architecture; ``onnx`` for a file that somebody else made.
+        name: the architecture; ``onnx`` for a custom ONNX file.
         weights: name of the weights, for people.
-        weights_sha256: digest of the tensors, or of the file where the architecture is not ours.
-        layers: the feature sets, in the order asked for; the penultimate layer alone by default.
-        preprocess: what its input must have gone through.
-        batch: images per call, where the graph has that number fixed.
+        weights_sha256: digest of the tensors, or of the ONNX file that the backbone was made from.
+        layers: the feature sets, in the order of the request; by default the penultimate layer alone.
+        preprocess: how images become its input.
+        batch: images per call, if the graph fixes that number.
         source: where the weights came from, for people.
-        precision: ``fp32``, ``int8`` where `int8` made it, or ``fp16`` where `float16` did.
-        calibration: how it was converted: ``sha256`` of what decided the numbers, layers kept in float, what was measured. For
-            int8 also method, number of images and digest of their pixels, all that was tried. Empty for fp32.
+        precision: ``fp32``, ``int8`` (made by `int8`) or ``fp16`` (made by `float16`).
+        calibration: how it was converted: ``sha256`` of what decided the numbers, layers kept in float, measurements. For int8
+            also method, number of images, digest of their pixels, and every candidate that was tried. Empty for fp32.
     """
 
     name: str
@@ -83,18 +83,18 @@ class BackboneFacts:
         return [layer.output for layer in self.layers]
 
     def only(self, layer: str) -> BackboneFacts:
-        """The same with one of its feature sets.
+        """The facts with only one of the feature sets.
 
         Raises:
-            UsageError: it gives no such layer; names those it gives.
+            UsageError: no such layer; names those there are.
         """
-        found = [each for each in self.layers if each.layer == layer]
-        if not found:
+        matches = [each for each in self.layers if each.layer == layer]
+        if not matches:
             message = (
-                f"no features of layer {layer!r}; there are those of {', '.join(repr(each.layer) for each in self.layers)}"
+                f"the backbone has no features of layer {layer!r}; it has {', '.join(repr(each.layer) for each in self.layers)}"
             )
             raise UsageError(message)
-        return replace(self, layers=(found[0],))
+        return replace(self, layers=(matches[0],))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -106,34 +106,35 @@ class BackboneFacts:
         return cls(**{**facts, "layers": layers, "preprocess": Preprocess.from_facts(facts["preprocess"])})
 
     def fingerprints(self) -> list[dict[str, Any]]:
-        """Its part of the fingerprint of each feature set; the weights' name is for people and decides nothing."""
+        """The backbone's part of the fingerprint of each feature set; the weights' name is for people and left out."""
         shared = {"backbone": self.name, "weights": self.weights_sha256, "pixels": self.preprocess.fingerprint()}
-        if self.precision != "fp32":  # those of another calibration are other features
+        if self.precision != "fp32":  # another calibration gives other features
             shared |= {"precision": self.precision, "calibration": self.calibration["sha256"]}
         return [{**shared, "layer": each.layer, "pooling": each.pooling} for each in self.layers]
 
 
 def require_features(facts: BackboneFacts, fingerprint: Fingerprint, *, mine: str, theirs: str) -> None:
-    """Refuse a network that does not give the features that a fingerprint is of. Their pixels are compared where pixels are
-    made (`pixel_drift`), so what this machine makes of the test image does not count here.
+    """Refuse a network that does not give the features that a fingerprint describes.
+
+    Pixels are compared elsewhere (`pixel_drift`), so the test image as this machine decodes it does not count here.
 
     Args:
-        facts: what the network says of itself.
+        facts: of the network.
         fingerprint: of the features.
-        mine: the network, for the message.
-        theirs: what has the fingerprint.
+        mine: name of the network, for the message.
+        theirs: name of what has the fingerprint.
 
     Raises:
         FingerprintMismatchError: names every field that differs.
     """
-    given = next((each for each in facts.fingerprints() if each["layer"] == fingerprint.fields.get("layer")), {})
-    given = given or facts.fingerprints()[0]
-    asked = Fingerprint({name: fingerprint.fields.get(name) for name in given})
-    Fingerprint(given).require(asked, mine=mine, theirs=theirs, ignore=("pixels.probe",))
+    fields = next((each for each in facts.fingerprints() if each["layer"] == fingerprint.fields.get("layer")), {})
+    fields = fields or facts.fingerprints()[0]
+    expected = Fingerprint({name: fingerprint.fields.get(name) for name in fields})
+    Fingerprint(fields).require(expected, mine=mine, theirs=theirs, ignore=("pixels.probe",))
 
 
 def write_facts(model: Any, facts: BackboneFacts) -> None:
-    """Put the facts into the model's metadata, one entry per field, and what the test image is on this machine."""
+    """Write the facts into a model's metadata, one entry per field, with the test image as this machine decodes it."""
     entries = {PREFIX + name: value for name, value in json.loads(facts.to_json()).items()}
     entries[PROBE_IMAGE] = ProbeImage.here(facts.preprocess).to_json()
     for name, value in entries.items():
@@ -147,7 +148,7 @@ def entries_in(model: Any) -> dict[str, str]:
 
 
 def facts_of(entries: Mapping[str, str]) -> BackboneFacts | None:
-    """The facts in the metadata of a model, or of the session that runs it; None where penult did not write them.
+    """The facts in the metadata of a model, or of the session that runs it; None if penult did not write any.
 
     Raises:
         BadDataError: they are damaged.
@@ -168,11 +169,11 @@ def facts_in(model: Any) -> BackboneFacts | None:
 
 
 def read_facts(path: Path, data: bytes | None = None) -> BackboneFacts:
-    """What a backbone file says of itself, without reading external data.
+    """The facts in a backbone file, without reading its external data.
 
     Args:
         path: of the file.
-        data: its content, where it has been read.
+        data: its content, if it has been read.
 
     Raises:
         InputMissingError: no such file.
@@ -186,5 +187,5 @@ def read_facts(path: Path, data: bytes | None = None) -> BackboneFacts:
 
 
 def name_outputs(count: int) -> Sequence[str]:
-    """Names of the outputs of a backbone with so many feature sets."""
+    """Names for the outputs of a backbone with ``count`` feature sets."""
     return ["features", *(f"features_{i}" for i in range(1, count))]

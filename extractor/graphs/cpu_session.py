@@ -1,4 +1,4 @@
-"""A quiet session of ONNX Runtime on the CPU."""
+"""ONNX Runtime sessions on the CPU, with threads that do not spin and exact int8 kernels."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import numpy as np
 
 
 def cpu_session(model: Path | bytes, *, threads: int = 0, optimised: bool = True, **attributes: Any) -> Any:
-    """Open a network, from a file or from its bytes, to compute on the CPU.
+    """Open an ONNX Runtime session on the CPU, from a file or its bytes.
 
-    Its threads do not spin: they would steal the cores that decode (+60 % end to end), and torch's are at work as well.
+    Its threads do not spin: spinning takes cores from decoding (without it +60 % end to end) and from torch.
 
     Args:
-        model: the ONNX file.
+        model: the ONNX file, or its content.
         threads: inside an operator; 0 for one per core.
-        optimised: let ONNX Runtime fuse nodes and leave some out.
+        optimised: let ONNX Runtime fuse and remove nodes.
         attributes: of ``onnxruntime.SessionOptions``.
 
     Raises:
-        Exception: as ONNX Runtime's exceptions are; they have no common public base.
+        Exception: whatever ONNX Runtime raises; its exceptions have no common public base.
     """
     import onnxruntime
 
@@ -29,7 +29,7 @@ def cpu_session(model: Path | bytes, *, threads: int = 0, optimised: bool = True
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if _int8_saturates():  # exact kernels for int8 networks, which elsewhere would cost more than half of their speed
+    if _int8_saturates():  # exact int8 kernels; on other CPUs they would cost more than half of the speed
         options.add_session_config_entry("session.x64quantprecision", "1")
     if not optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -41,13 +41,13 @@ def cpu_session(model: Path | bytes, *, threads: int = 0, optimised: bool = True
 def _open(model: bytes | str, options: Any) -> Any:
     import onnxruntime
 
-    # its own fall-back, from the CPU to the CPU, would print
+    # ONNX Runtime's own fallback, from the CPU to the CPU, would print
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
 
 
 @cache
 def _int8_saturates() -> bool:
-    """Whether this CPU's sums of two 8-bit products overflow 16 bits, as on x86 without VNNI; asked of ONNX Runtime itself."""
+    """Whether this CPU's sums of two 8-bit products overflow 16 bits, as on x86 without VNNI; measured with ONNX Runtime."""
     import onnxruntime
     from onnx import TensorProto, helper
 
@@ -59,5 +59,5 @@ def _int8_saturates() -> bool:
     model = helper.make_model(helper.make_graph([node], "saturation", [a, b], [c]), ir_version=10)
     model.opset_import[0].version = 13
     session = _open(model.SerializeToString(), onnxruntime.SessionOptions())
-    given = {"a": np.full((1, terms), 255, np.uint8), "b": np.full((terms, 16), 127, np.int8)}
-    return bool((session.run(None, given)[0] != 255 * 127 * terms).any())
+    inputs = {"a": np.full((1, terms), 255, np.uint8), "b": np.full((terms, 16), 127, np.int8)}
+    return bool((session.run(None, inputs)[0] != 255 * 127 * terms).any())

@@ -1,4 +1,4 @@
-"""ONNX graphs: where the classification layer begins, and a graph that ends before it."""
+"""Analysis and editing of ONNX graphs: find the classification layer, cut before it, pool a layer to vectors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PASS_THROUGH = ("Identity", "Transpose", "Cast", "DequantizeLinear", "Reshape", 
 WEIGHTED = ("Gemm", "MatMul", "Conv")
 # What may stand between a classification layer and the output: probabilities, biases, temperatures, shapes, pooling.
 TAIL = (*PASS_THROUGH, "Softmax", "LogSoftmax", "Sigmoid", "Flatten", "Add", "Sub", "Mul", "Div", "QuantizeLinear", "Dropout")
-# What has weights inside that are not looked at: quantised layers, layers of ONNX Runtime's own, branches.
+# Operators whose weights are not inspected: quantised layers, ONNX Runtime's own layers, branches.
 QUANTISED = ("QGemm", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "ConvInteger", "MatMulNBits")
 OPAQUE = (*QUANTISED, "FusedMatMul", "FusedGemm", "FusedConv", "Einsum", "If", "Loop", "Scan")
 POOLING = ("GlobalAveragePool", "AveragePool", "ReduceMean")
@@ -23,7 +23,7 @@ ACTIVATIONS = ("Relu", "Clip", "LeakyRelu", "PRelu", "Elu", "Gelu", "HardSwish",
 
 
 class Graph:
-    """A model's graph, looked at from its outputs."""
+    """A model's graph, searched backwards from its outputs."""
 
     def __init__(self, model: Any) -> None:
         self.graph = model.graph
@@ -49,12 +49,12 @@ class Graph:
         Raises:
             BadDataError: there is no such layer.
         """
-        pending, seen = deque([output]), set()
+        pending, visited = deque([output]), set()
         while pending:
             node = self.made_by.get(pending.popleft())
-            if node is None or id(node) in seen:
+            if node is None or id(node) in visited:
                 continue
-            seen.add(id(node))
+            visited.add(id(node))
             if self.is_weighted(node):
                 return str(node.input[0])
             pending.extend(node.input)
@@ -62,13 +62,13 @@ class Graph:
         raise BadDataError(message)
 
     def classifier_input(self, output: str) -> str | None:
-        """The tensor that feeds the classification layer before an output; None where there is none: the output is features.
+        """The tensor that feeds the classification layer before an output; None if the output is the features.
 
-        A classification layer is a Gemm, a MatMul or a 1x1 Conv with nothing behind it but `TAIL`. What has been through an
-        activation, a residual sum or a normalisation is features already.
+        A classification layer is a Gemm, a MatMul or a 1x1 Conv followed by nothing but `TAIL`. The result of an
+        activation, a residual sum or a normalisation is already features.
 
         Raises:
-            BadDataError: it looks like either, as SqueezeNet's classifier and a headless MobileNet do.
+            BadDataError: it may be either, as in SqueezeNet's classifier and a headless MobileNet.
         """
         name, activated, pooled = output, False, False
         while (node := self.made_by.get(name)) is not None:
@@ -79,16 +79,16 @@ class Graph:
                     return str(node.input[0])
                 if node.op_type == "Conv" and pooled:
                     message = (
-                        f"the last layer before the output {output!r} is a 1x1 convolution with an activation and a pooling "
-                        f"behind it, which may be a classification layer or features. State --layer {output} to use the "
+                        f"the last layer before the output {output!r} is a 1x1 convolution followed by an activation and a "
+                        f"pooling, which may be a classification layer or features. Pass --layer {output} to use the "
                         f"output as it is, or --layer {node.input[0]} for the input of that layer"
                     )
                     raise BadDataError(message)
                 return None
             if node.op_type in OPAQUE or node.op_type.startswith("QLinear"):
                 message = (
-                    f"before the output {output!r} stands {node.op_type}, which may be a classification layer (quantised, in a "
-                    f"branch). State --layer NAME for the tensor with the features, or --layer {output} to use the output"
+                    f"{node.op_type} stands before the output {output!r} and may be a classification layer (quantised, or in a "
+                    f"branch). Pass --layer NAME for the tensor with the features, or --layer {output} to use the output"
                 )
                 raise BadDataError(message)
             data = [each for each in node.input if each and not self.is_constant(each)]
@@ -109,20 +109,20 @@ def _kernel(node: Any) -> list[int]:
 
 
 def pooling_nodes(tensor: str, shape: Sequence[int], pooling: str, output: str, opset: int) -> tuple[list[Any], str, int]:
-    """The nodes that make a vector of a tensor.
+    """The nodes that pool a tensor to one vector per image.
 
     Args:
         tensor: its name.
         shape: of one run with any batch: (n, d), (n, tokens, d), (n, d, h, w) or (n, h, w, d).
-        pooling: ``average``, ``max`` or ``token`` where it is no vector.
+        pooling: ``average``, ``max`` or ``token``, if it is not a vector.
         output: name of the result ``(n, d)``.
-        opset: of the model; until 17, reductions have their axes as an attribute.
+        opset: of the model; up to 17, the axes of a reduction are an attribute.
 
     Returns:
         Nodes, the pooling as the facts name it, and d.
 
     Raises:
-        BadDataError: a tensor of this shape cannot be pooled so.
+        BadDataError: a tensor of this shape cannot be pooled this way.
     """
     from onnx import helper
 
@@ -155,7 +155,7 @@ def pooling_nodes(tensor: str, shape: Sequence[int], pooling: str, output: str, 
 def spatial_axes(shape: Sequence[int], name: str, pooling: str) -> tuple[list[int], int]:
     """The axes to pool over, and the number of features.
 
-    Square inputs make square feature maps, which tells channels first from channels last.
+    Square inputs give square feature maps, which distinguishes channels first from channels last.
 
     Raises:
         BadDataError: it is neither tokens nor a square map, or has no class token.
@@ -167,19 +167,21 @@ def spatial_axes(shape: Sequence[int], name: str, pooling: str) -> tuple[list[in
             return [2, 3], int(shape[1])
         if shape[1] == shape[2]:
             return [1, 2], int(shape[3])
-    wanted = "tokens (n, t, d)" if pooling == "token" else "(n, d), (n, t, d), (n, d, h, h) or (n, h, h, d)"
-    message = f"the layer {name!r} has shape {tuple(shape)}; expected {wanted}"
+    expected = "tokens (n, t, d)" if pooling == "token" else "(n, d), (n, t, d), (n, d, h, h) or (n, h, h, d)"
+    message = f"the layer {name!r} has shape {tuple(shape)}; expected {expected}"
     raise BadDataError(message)
 
 
 def cut(model: Any, ends: Sequence[tuple[list[Any], str, int]], front: Sequence[Any] = (), inputs: Sequence[Any] = ()) -> None:
-    """Make a model end where some nodes do, in place: its weights may be gigabytes. What they do not need goes.
+    """Cut a model so that it ends with the given nodes; nodes and weights that they do not need are removed.
+
+    In place, because the weights may be gigabytes.
 
     Args:
         model: ``onnx.ModelProto``.
         ends: for each output, the nodes that make it (`pooling_nodes`), its name and its width.
         front: nodes before the graph.
-        inputs: the new graph's inputs; the old ones where not given.
+        inputs: the new graph's inputs; by default the old ones.
     """
     from onnx import NodeProto, TensorProto, helper
 
@@ -212,7 +214,7 @@ def cut(model: Any, ends: Sequence[tuple[list[Any], str, int]], front: Sequence[
 
 
 def name_nodes(graph: Any) -> None:
-    """Give every node a name, by which it can be spoken of; ONNX Runtime takes no name twice."""
+    """Give every node without a name a unique one, as ONNX Runtime requires."""
     taken = {node.name for node in graph.node}
     free = (name for name in map("penult_node_{}".format, count()) if name not in taken)
     for node in graph.node:
@@ -229,18 +231,18 @@ def in_float16(graph: Any) -> bool:
 
 
 def of_pixels(graph: Any) -> set[str]:
-    """Names of the nodes that compute with what the graph is given, rather than with its shape or with constants."""
-    moved = {value.name for value in graph.input} - {tensor.name for tensor in graph.initializer}
-    found = set()
+    """Names of the nodes that compute with the graph's input, rather than with its shape or with constants."""
+    tensors = {value.name for value in graph.input} - {tensor.name for tensor in graph.initializer}
+    names = set()
     for node in graph.node:
-        if node.op_type not in ("Shape", "Size") and moved.intersection([*node.input, *free_names(node)]):
-            found.add(node.name)
-            moved.update(node.output)
-    return found
+        if node.op_type not in ("Shape", "Size") and tensors.intersection([*node.input, *free_names(node)]):
+            names.add(node.name)
+            tensors.update(node.output)
+    return names
 
 
 def in_order(nodes: Sequence[Any]) -> list[Any]:
-    """Nodes after those they need, as ONNX wants it and converters to float16 forget; else in the order they have."""
+    """Nodes in topological order, which ONNX requires and float16 converters break; otherwise their order is kept."""
     place = {name: i for i, node in enumerate(nodes) for name in node.output if name}
     needs = {i: {place[name] for name in (*node.input, *free_names(node)) if name in place} for i, node in enumerate(nodes)}
     sorter = TopologicalSorter(needs)
@@ -264,7 +266,7 @@ def _copy(new: Any, old: Any) -> Any:
 
 
 def free_names(node: Any) -> list[str]:
-    """What the subgraphs of a node (If, Loop) use from outside."""
+    """Names of the outer tensors that the subgraphs of a node (If, Loop) use."""
     names = []
     for attribute in node.attribute:
         for graph in [attribute.g] if attribute.HasField("g") else attribute.graphs:

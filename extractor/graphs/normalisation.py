@@ -1,4 +1,4 @@
-"""Normalisation as the first nodes of a graph: a session then takes pixels as they are decoded, a quarter of the bytes."""
+"""Normalisation as the first nodes of an ONNX graph, so that a session takes uint8 pixels: a quarter of the bytes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ INPUT = "penult_pixels"
 
 
 def takes_pixels(path: Path, preprocess: Preprocess) -> bytes | None:
-    """A backbone, serialised, with an input of ``(n, h, w, 3)`` uint8 pixels before the one it has.
+    """A backbone, serialised, that takes ``(n, h, w, 3)`` uint8 pixels and normalises them itself.
 
     Returns:
-        None where weights lie in a second file, which a graph in memory cannot refer to, or where it takes pixels already.
+        None if weights are in a second file, to which a graph in memory cannot refer, or if it takes uint8 pixels already.
 
     Raises:
         BadDataError, InputMissingError: not an ONNX file.
@@ -42,16 +42,16 @@ def takes_pixels(path: Path, preprocess: Preprocess) -> bytes | None:
 
 
 def _float_input(graph: Any) -> Any:
-    """The input of a backbone's graph that is no weight."""
+    """The input of a backbone's graph that is not a weight."""
     weights = {tensor.name for tensor in graph.initializer}
     return next(value for value in graph.input if value.name not in weights)
 
 
 def pixel_nodes(graph: Any, preprocess: Preprocess, name: str) -> tuple[list[Any], Any]:
-    """The nodes from pixels to the input of a backbone's graph, which gets their constants, and what declares the pixels.
+    """The nodes from uint8 pixels to the input of a backbone's graph, and the declaration of the pixel input.
 
-    The operations and their order are those of `Preprocess.normalise`, so the features are the same bits; multiplying by
-    1/std instead would save half of the time and move them by 3e-7.
+    Their constants are added to the graph. The operations and their order are those of `Preprocess.normalise`, so the
+    features are the same bits; multiplying by 1/std instead would save half of the time and change them by 3e-7.
     """
     from onnx import TensorProto, helper, numpy_helper
 

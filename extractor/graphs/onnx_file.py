@@ -1,4 +1,4 @@
-"""ONNX files on disk: the facts about a backbone in their metadata, external data, digests."""
+"""ONNX files on disk: reading, writing, replacing and copying models with their external data, and digests."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from store.format.lock import folder_lock
 
 log = logging.getLogger("penult.extractor")
 
-MAX_INLINE = 2_000_000_000  # bytes; protobuf refuses messages of 2 GiB, so larger weights lie in a file beside
+MAX_INLINE = 2_000_000_000  # bytes; protobuf refuses messages of 2 GiB, so larger weights go into a second file
 DATA_NAME = re.compile(r"[^/\0]*-[0-9a-f]{8}\.data")
-MARKER = b"penult external data\n".ljust(64, b"\0")  # its file begins so, or it is not ours; the length keeps tensors aligned
+MARKER = b"penult external data\n".ljust(64, b"\0")  # the beginning of penult's external data; its length keeps tensors aligned
 IR_VERSION = b"\x08"  # an ONNX file begins with this field
 BLOCK = 1 << 20
 SHOWN = 3  # names in a message; a hostile file can have any number
@@ -56,7 +56,7 @@ def read_model(path: Path, data: bytes | None = None) -> Any:
 
 
 def external_files(model: Any) -> list[str]:
-    """The files beside it in which a model keeps tensors, as it names them, sorted."""
+    """Names of the files in which a model keeps external data, sorted."""
     from onnx import TensorProto
 
     held = [tensor.external_data for tensor in _tensors(model.graph) if tensor.data_location == TensorProto.EXTERNAL]
@@ -76,18 +76,18 @@ def _tensors(graph: Any) -> Iterator[Any]:
 
 
 def _weight_bytes(model: Any) -> int:
-    """Size of the constants; protobuf's own ByteSize fails where a message is too large."""
+    """Size of the constants; protobuf's own ByteSize fails if a message is too large."""
     return sum(len(tensor.raw_data) or 8 * math.prod(tensor.dims) for tensor in _tensors(model.graph))
 
 
 def data_files(path: Path, model: Any | None = None) -> list[Path]:
-    """The files with external data of a model.
+    """Paths of the files with a model's external data.
 
     Raises:
         BadDataError: one lies outside the model's folder.
         InputMissingError: one is missing; names it.
     """
-    found = []
+    files = []
     folder = path.resolve().parent  # beside the file itself, if this is a link to it
     for name in external_files(model if model is not None else read_model(path)):
         file = folder / name
@@ -97,8 +97,8 @@ def data_files(path: Path, model: Any | None = None) -> list[Path]:
         if not file.is_file():
             message = f"{path} keeps weights in {name}, which is not beside it; copy it there too (`cp -L` follows links)"
             raise InputMissingError(message)
-        found.append(file)
-    return found
+        files.append(file)
+    return files
 
 
 def digest(path: Path) -> str:
@@ -124,21 +124,21 @@ def weights_digest(model: Any, folder: Path) -> str:
     """
     from onnx import TensorProto, numpy_helper
 
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     try:
         for tensor in sorted(_tensors(model.graph), key=lambda each: str(each.name)):
-            found.update(json.dumps([tensor.name, tensor.data_type, list(tensor.dims)]).encode())
+            sha.update(json.dumps([tensor.name, tensor.data_type, list(tensor.dims)]).encode())
             texts = tensor.data_type == TensorProto.STRING
             values = b"\0".join(tensor.string_data) if texts else numpy_helper.to_array(tensor, str(folder)).tobytes()
-            found.update(values)
-    except Exception as error:  # onnx's ValidationError, and whatever NumPy says of bytes that do not fit their shape
+            sha.update(values)
+    except Exception as error:  # onnx's ValidationError, and what NumPy raises for bytes that do not fit their shape
         message = f"the weights cannot be read: {error}"
         raise BadDataError(message) from error
-    return found.hexdigest()
+    return sha.hexdigest()
 
 
 def require_writable(target: Path) -> None:
-    """Find out before minutes of work whether a file can be made there.
+    """Check before minutes of work that a file can be created there.
 
     Raises:
         OutputError, StorageError: it cannot.
@@ -153,10 +153,10 @@ def require_writable(target: Path) -> None:
 
 
 def save(model: Any, path: Path) -> None:
-    """Write a model; where its weights are too large for one file, they lie in ``<name>-<random>.data`` beside it.
+    """Write a model; weights that are too large for one file go into ``<name>-<random>.data`` beside it.
 
-    The random part lets two models be in one folder while one takes the place of the other; ``path`` may be temporary. The
-    weights of a large model have left memory then, and ``model`` refers to the file. It begins with `MARKER`.
+    The random part lets an old and a new model share a folder during a replacement; ``path`` may be temporary. Afterwards
+    the weights of a large model are no longer in memory: ``model`` refers to the data file, which begins with `MARKER`.
 
     Raises:
         StorageError: it cannot be written.
@@ -168,23 +168,23 @@ def save(model: Any, path: Path) -> None:
         return
     while os.path.lexists(data := path.with_name(f"{_stem(path)}-{secrets.token_hex(4)}.data")):
         pass
-    begun = atomic.temporary(data)
-    external_data_helper.convert_model_to_external_data(model, location=begun.name)
+    partial = atomic.temporary(data)
+    external_data_helper.convert_model_to_external_data(model, location=partial.name)
     try:
-        with begun.open("xb") as file:
+        with partial.open("xb") as file:
             file.write(MARKER)
         try:
             external_data_helper.write_external_data_tensors(model, str(path.parent))  # appends
-            with begun.open("rb") as file:
+            with partial.open("rb") as file:
                 os.fsync(file.fileno())
             for entry in [entry for tensor in _tensors(model.graph) for entry in tensor.external_data]:
                 if entry.key == "location":
                     entry.value = data.name
-            atomic.commit(path, model.SerializeToString())  # before the data has its name: there is always something that tells
-            begun.rename(data)  # whose it is
+            atomic.commit(path, model.SerializeToString())  # before the rename, so that a model always names the data file
+            partial.rename(data)
             atomic.fsync_directory(path.parent)
         except BaseException:
-            begun.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
             raise
     except OSError as error:
         if isinstance(error, PenultError):
@@ -194,13 +194,13 @@ def save(model: Any, path: Path) -> None:
 
 
 def _stem(path: Path) -> str:
-    """What the name of a model's external data begins with."""
+    """How the name of a model's external data begins."""
     return atomic.final_name(path.name).partition(".onnx")[0]
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside a model: what is there when the block ends takes its place, unless an exception ends it."""
+    """A temporary path beside a model; the file there replaces the model when the block ends without an exception."""
     atomic.require_replaceable(path)
     remove_unfinished(path)
     new = atomic.temporary(path)
@@ -214,28 +214,28 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_unfinished(path: Path) -> None:
-    """Delete what processes that were killed in the middle of `replacing` this model have left, unless one is at it now."""
-    folder, model, begun = path.parent, atomic.final_name(path.name), f"{_stem(path)}-"
+    """Delete the leftovers of processes that were killed while `replacing` this model, unless one is replacing it now."""
+    folder, model, prefix = path.parent, atomic.final_name(path.name), f"{_stem(path)}-"
     with folder_lock(folder, alone=True) as alone:
         if alone:
             models = atomic.leftovers(folder, model.__eq__)
             for name in {name for left in models for name in _named_data(left)}:
                 _discard(folder, name, models)
-            ours = lambda name: name == model or (name.startswith(begun) and DATA_NAME.fullmatch(name))  # noqa: E731
-            atomic.remove_leftovers(folder, ours)
+            is_leftover = lambda name: name == model or (name.startswith(prefix) and DATA_NAME.fullmatch(name))  # noqa: E731
+            atomic.remove_leftovers(folder, is_leftover)
 
 
 def remove(path: Path) -> None:
-    """Delete a model that was written here, if it is there, and its external data."""
+    """Delete a model that penult wrote, if it exists, and its external data."""
     for name in _named_data(path):
         _discard(path.parent, name, [path])
     path.unlink(missing_ok=True)
 
 
 def install(new: Path, target: Path) -> None:
-    """Give a model of the same folder its final name, delete the external data of the one that had it, and say what is left.
+    """Give a new model its final name in the same folder, and delete the external data of the old one.
 
-    Anybody may have written what that one names, and two models may share a file: what goes is ours and no other model's.
+    Only files that penult wrote and that no other model names are deleted; the others are left and named in a warning.
 
     Raises:
         StorageError: it cannot be written.
@@ -276,7 +276,7 @@ def is_marked(path: Path) -> bool:
 
 
 def _discard(folder: Path, name: str, models: Collection[Path]) -> bool:
-    """Delete a file if it is external data that penult wrote and only these models of its folder name; tell whether."""
+    """Delete a file if it is external data that penult wrote and only these models of its folder name; return whether."""
     if not DATA_NAME.fullmatch(name):
         return False
     data = folder / name
@@ -295,21 +295,21 @@ def _discard(folder: Path, name: str, models: Collection[Path]) -> bool:
 
 
 def _names(file: Path, data: bytes) -> bool:
-    """Whether a model names a file: it is searched, not parsed. What begins as ONNX does is one, whatever it is called."""
+    """Whether a file is a model that names a data file: it is searched, not parsed. Any file that begins like ONNX counts."""
     with file.open("rb") as opened:
-        seen = opened.read(BLOCK)
-        if not seen.startswith(IR_VERSION) and ".onnx" not in file.name.lower():
+        window = opened.read(BLOCK)
+        if not window.startswith(IR_VERSION) and ".onnx" not in file.name.lower():
             return False
-        while data not in seen:
+        while data not in window:
             block = opened.read(BLOCK)
             if not block:
                 return False
-            seen = seen[-len(data) :] + block
+            window = window[-len(data) :] + block
     return True
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy one of penult's own files, with its external data.
+    """Copy a model that penult wrote, with its external data.
 
     Raises:
         StorageError: it cannot be written.

@@ -1,4 +1,4 @@
-"""Whether an ONNX file gives what it was made from gave."""
+"""Parity of features: ONNX Runtime against torch on the same input, and distances between rows."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def check_parity(
     """
     session = cpu_session(model)
     largest = 0.0
-    for batch, wanted in zip(batches, expected, strict=True):
+    for batch, references in zip(batches, expected, strict=True):
         outputs = session.run(None, {session.get_inputs()[0].name: batch})
-        worst = max(float(relative_l2(found, right).max()) for found, right in zip(outputs, wanted, strict=True))
+        worst = max(float(relative_l2(*pair).max()) for pair in zip(outputs, references, strict=True))
         log.debug("%s: ONNX Runtime against torch at batch %d: %.1e", name, len(batch), worst)
         if not worst <= PARITY:
             message = f"the exported {name} differs from torch by {worst:.1e} at batch {len(batch)}; the limit is {PARITY}"
@@ -49,22 +49,24 @@ def check_parity(
     return largest
 
 
-def relative_l2(found: NDArray[np.floating[Any]], expected: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-    """Per row of ``(n, d)``: norm of the difference over norm of the expected row; 0 where both are zero, and infinity where
-    there is no number: `max` passes over a NaN."""
+def relative_l2(rows: NDArray[np.floating[Any]], expected: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """Relative L2 distance of each row of ``(n, d)``: norm of the difference over norm of the expected row.
+
+    It is 0 if both are zero, and infinity instead of NaN, because `max` may ignore a NaN.
+    """
     with np.errstate(invalid="ignore"):
-        difference = np.linalg.norm(found.astype(np.float64) - expected, axis=1)
+        difference = np.linalg.norm(rows.astype(np.float64) - expected, axis=1)
     norm = np.linalg.norm(expected.astype(np.float64), axis=1)
     distance = np.divide(difference, norm, out=np.where(difference == 0, 0.0, np.inf), where=norm > 0)
     return np.asarray(np.where(np.isnan(distance), np.inf, distance))
 
 
 def cosines(exact: Sequence[NDArray[np.float32]], rounded: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
-    """The cosine between two features of each image ``(n,)``; of several feature sets the least."""
-    found = []
+    """The cosine between two features of each image ``(n,)``; over several feature sets the smallest."""
+    by_set = []
     for first, second in zip(exact, rounded, strict=True):
         a, b = first.astype(np.float64), second.astype(np.float64)
         norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-        same = (a == b).all(axis=1)  # also where both are zero
-        found.append(np.where(same, 1.0, (a * b).sum(axis=1) / np.where(norms > 0, norms, np.inf)))
-    return np.asarray(np.min(found, axis=0))
+        same = (a == b).all(axis=1)  # also if both are zero
+        by_set.append(np.where(same, 1.0, (a * b).sum(axis=1) / np.where(norms > 0, norms, np.inf)))
+    return np.asarray(np.min(by_set, axis=0))

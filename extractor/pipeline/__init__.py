@@ -1,1 +1,1 @@
-"""The run over a dataset: what must be done, images to features, features to a cache."""
+"""Extraction of a dataset: plan the work, turn images into features, and write them to a cache."""

@@ -1,4 +1,4 @@
-"""Decoded images to features in batches, and batches to shards: the loop that an extraction spends its time in."""
+"""The main loop of an extraction: decoded images to features in batches, and batches to shards."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ from extractor.runtime.session import Embedder
 from store.format.samples import Row
 from store.writer import CacheWriter
 
-AHEAD = 2  # batches per lane on their way at most: results are taken in order, and a slow one must not idle the other lanes
+AHEAD = 2  # batches under way per lane at most: results are taken in order, and a slow one must not idle the other lanes
 
 
 @dataclass
 class Embedded:
-    """Outcomes in the order of the stream, and the features of those of them that have pixels, ``(n, d)`` each, or of their
-    views ``(n, views, d)``."""
+    """Outcomes in the order of the stream, and features of those that have pixels.
+
+    Each feature set is ``(n, d)``, or ``(n, views, d)`` if images have several views.
+    """
 
     outcomes: list[Outcome]
     features: list[NDArray[np.float32]] = field(default_factory=list)
@@ -46,24 +48,24 @@ def embedded(
     views: int = 1,
     fail_fast: bool = False,
 ) -> Iterator[Embedded]:
-    """Pass what a stream decodes through the backbone, batch after batch; while the lanes compute, the next is gathered.
+    """Pass decoded images through the backbone in batches; while the lanes compute, the next batch is gathered.
 
-    A batch has as many pictures with views as without, so the views of an image may be in several: it is yielded with the last.
+    Every view counts in the size of a batch, so the views of an image may be in several batches: it is yielded with the last.
     With ``fail_fast`` it ends at the first failed input, which is then the last outcome.
     """
-    gathered: deque[tuple[Outcome, int]] = deque()  # each with the number of pictures that came until its last view
+    gathered: deque[tuple[Outcome, int]] = deque()  # each with the number of views up to its last one
     waiting: deque[NDArray[np.uint8]] = deque()
     came = sent = 0
-    begun: list[NDArray[np.float32]] = []  # features of an image whose other views are on their way
+    unfinished: list[NDArray[np.float32]] = []  # features of an image whose other views are under way
 
     def launch(size: int) -> tuple[list[Outcome], Future[list[NDArray[np.float32]]]]:
         nonlocal sent
-        pictures = np.stack([waiting.popleft() for _ in range(size)])
+        batch = np.stack([waiting.popleft() for _ in range(size)])
         sent += size
         complete = []
         while gathered and gathered[0][1] <= sent:
             complete.append(gathered.popleft()[0])
-        future = embedder.submit(pictures)
+        future = embedder.submit(batch)
         pace.begin()
         return complete, future
 
@@ -88,14 +90,14 @@ def embedded(
             yield launch(len(waiting))
 
     def land(outcomes: list[Outcome], future: Future[list[NDArray[np.float32]]]) -> Embedded:
-        nonlocal begun
+        nonlocal unfinished
         with timed(clock, "embed"):
             features = future.result()
         if views == 1:
             return Embedded(outcomes, features)
-        rows = [np.concatenate(parts) for parts in zip(begun, features, strict=True)] if begun else features
+        rows = [np.concatenate(parts) for parts in zip(unfinished, features, strict=True)] if unfinished else features
         whole = len(rows[0]) // views * views
-        begun = [each[whole:] for each in rows]
+        unfinished = [each[whole:] for each in rows]
         return Embedded(outcomes, [each[:whole].reshape(-1, views, each.shape[1]) for each in rows])
 
     for outcomes, future in in_flight(launched(), AHEAD * embedder.lanes - 1):
@@ -106,7 +108,7 @@ def embedded(
 
 @dataclass
 class ShardResult:
-    """What one call of `run_shard` finished."""
+    """The outcomes that one call of `run_shard` finished, and how many images were computed."""
 
     outcomes: list[Outcome]
     computed: int

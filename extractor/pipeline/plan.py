@@ -1,4 +1,4 @@
-"""What an extraction will do: everything that is cheap to check, the samples, and which of them must be read."""
+"""Planning of an extraction: cheap checks, the list of samples, and which of them must be read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .split_rule import check_splits_possible
 
 
 def limited(samples: list[Sample], limit: int | None) -> list[Sample]:
-    """The first so many samples by hash rank of their paths, in order of path: some of every class and split."""
+    """The first ``limit`` samples by hash rank of their paths, in order of path: a mix of classes and splits."""
     if limit is None or limit >= len(samples):
         return samples
     ranked = sorted(samples, key=lambda sample: hashlib.sha256(sample.path).digest())[:limit]
@@ -30,7 +30,7 @@ def limited(samples: list[Sample], limit: int | None) -> list[Sample]:
 
 
 def list_samples(source: Source, options: Options) -> list[Sample]:
-    """What a run is about, by name and label alone.
+    """The samples of a run, by name and label alone.
 
     Raises:
         BadDataError: classes that are too small for the split.
@@ -41,7 +41,7 @@ def list_samples(source: Source, options: Options) -> list[Sample]:
 
 
 def check_cheaply(backbone: Backbone, cache: Path, options: Options) -> list[str]:
-    """Find what is misspelt or missing before a file is opened or a network built.
+    """Check names, paths and devices before a file is opened or a network built.
 
     Returns:
         The devices to compute on.
@@ -49,8 +49,8 @@ def check_cheaply(backbone: Backbone, cache: Path, options: Options) -> list[str
     Raises:
         UsageError: no such backbone, weights or preset, or they do not fit each other.
         InputMissingError: a file of weights or a network is not there.
-        OutputExistsError: the place of the cache is taken.
-        DeviceUnavailableError: the device is not there.
+        OutputExistsError: there is something else in place of the cache.
+        DeviceUnavailableError: the device cannot be used.
     """
     check_request(backbone)
     if options.views > 1:
@@ -62,7 +62,7 @@ def check_cheaply(backbone: Backbone, cache: Path, options: Options) -> list[str
 
 
 def check_for_gpu(precision: str, device: str) -> None:
-    """Refuse on a CPU what only a GPU gains from: there float16 is float32 with a cast before and after, and TF32 nothing."""
+    """Refuse fp16 and tf32 on a CPU: there float16 is float32 with a cast before and after, and TF32 does nothing."""
     if precision in ("fp16", "tf32") and device == "cpu":
         message = f"--precision {precision} is for a GPU, and this is the CPU: leave it out, or pass --device cuda"
         raise UsageError(message)
@@ -71,20 +71,20 @@ def check_for_gpu(precision: str, device: str) -> None:
 def plan(
     samples: Sequence[Sample], before: SampleTable | None, cached: Set[bytes], files: Files, options: Options
 ) -> tuple[list[Row | None], list[tuple[int, Sample]]]:
-    """What is known already and what must be read.
+    """The rows that are known already, and the samples that must be read.
 
-    A file with the size, time and inode of the last run is not opened: its outcome then is its outcome now, provided its
-    features are there. Labels, splits and groups are always the source's.
+    A file with the size, time and inode of the last run is not opened: it keeps its outcome, provided its features are
+    cached. Labels, splits and groups are always the source's.
 
     Args:
         samples: what the source has now.
         before: the sample table of the last run.
         cached: content digests that have features.
         files: where samples are.
-        options: ``retry_failed`` and ``verify_content`` count.
+        options: ``retry_failed`` and ``verify_content`` are used.
 
     Returns:
-        One row per sample (None where it must be read), and the samples to read with their places.
+        One row per sample (None if it must be read), and the samples to read with their indices.
     """
     known = {row.path: row for row in before.rows} if before and not options.verify_content else {}
     rows: list[Row | None] = []
@@ -103,7 +103,7 @@ def plan(
 
 
 def preview(source: Source, backbone: Backbone, cache: Path, options: Options) -> dict[str, int]:
-    """What `run_extract` would have to do, without doing any of it or writing anything.
+    """Count what `run_extract` would do, without doing or writing anything.
 
     Returns:
         ``inputs``; ``unchanged``, which would not be opened; ``to_read``, of which those with unknown content are computed.

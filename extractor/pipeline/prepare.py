@@ -1,4 +1,4 @@
-"""Put a backbone into a cache, and say everything that decides its numbers."""
+"""Preparation of a cache's backbone: export, conversion, notes for the next run, and the fingerprints of its features."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from extractor.graphs.onnx_file import data_files, digest, install, remove, remo
 from extractor.pixels.pixel_drift import libraries
 from extractor.pixels.views import Views
 from extractor.precision.calibration import without
-from extractor.precision.float16 import halve
+from extractor.precision.float16 import to_float16
 from extractor.progress import StopFlag
 from store.errors import PenultError
 from store.fingerprint import Fingerprint, file_digest, require_same
@@ -40,20 +40,20 @@ def prepare_backbone(
     overwrite: bool = False,
     stop: StopFlag | None = None,
     quantise: Quantise | None = None,
-    half: bool = False,
+    fp16: bool = False,
 ) -> tuple[BackboneFacts, dict[str, Any]]:
-    """Put ``backbone.onnx`` into a cache, or recognise that the one there is what is asked for, without importing torch.
+    """Put ``backbone.onnx`` into a cache; keep the one there, without importing torch, if it matches the request.
 
     Args:
         writer: of the cache.
-        backbone: what is asked for.
-        overwrite: whatever is there goes.
+        backbone: the request.
+        overwrite: replace the backbone and features that are there.
         stop: ends an export.
-        quantise: makes the int8 form of a float file (`calibration.Calibrator`); asked for once in the life of a cache.
-        half: convert the float file to float16.
+        quantise: converts a float file to int8 (`calibration.Calibrator`); called once in the life of a cache.
+        fp16: convert the float file to float16.
 
     Returns:
-        What the file says of itself, and notes for cache.json by which the next run recognises the request.
+        The facts that the file records, and notes for cache.json by which the next run recognises the request.
     """
     path = writer.path / BACKBONE
     remove_unfinished(path)
@@ -61,12 +61,12 @@ def prepare_backbone(
     file = Path(backbone.name) if backbone.is_file else backbone.weights_file
     if file is not None:
         request["file_sha256"] = digest(file) if backbone.is_file else file_digest(file)
-        request["weights"] = None  # the content counts, not where it lies
+        request["weights"] = None  # the content counts, not the path
         if backbone.is_file:
             request |= {"name": "onnx", "sidecar": read_sidecar(file)}
     elif backbone.seed is None:
         request["torchvision"] = version("torchvision")  # it decides what the default weights are
-    if quantise or half:
+    if quantise or fp16:
         request["precision"] = "int8" if quantise else "fp16"
     request = json.loads(json.dumps(request))
     before = {} if overwrite else (writer.meta or {}).get("facts", {})
@@ -77,13 +77,13 @@ def prepare_backbone(
         log.warning(
             "RANDOM WEIGHTS (seed %d): %s is untrained, its features are a random projection", backbone.seed, backbone.name
         )
-    # A cache keeps its file, and its features, until the new file is there and known to match or meant to replace them.
+    # A cache keeps its file and its features until the new file is complete, and matches them or is meant to replace them.
     new, int8 = atomic.temporary(path), atomic.temporary(path)
     calibration: Calibration | None = None
     try:
         facts = export(backbone, new, stop)
-        if half and facts.precision == "fp32":
-            facts = halve(new, new, facts)
+        if fp16 and facts.precision == "fp32":
+            facts = to_float16(new, new, facts)
         frozen = None if overwrite or not quantise else _frozen(path, before, facts)
         if quantise and not frozen and facts.precision == "fp32":
             _require_int8(writer, overwrite=overwrite)
@@ -120,27 +120,27 @@ def prepare_backbone(
 
 
 def _recorded_digest(path: Path, notes: dict[str, Any]) -> str | None:
-    """`digest` of a cache's backbone, without looking into the file for the names of its external data."""
+    """`digest` of a cache's backbone; the names of its external data come from the notes, not from the file."""
     try:
         return file_digest(path, *(path.with_name(name) for name in notes.get("backbone_data", [])))
-    except PenultError:  # its external data is gone: it is made again
+    except PenultError:  # its external data is missing: the backbone is exported again
         return None
 
 
 def _frozen(path: Path, notes: dict[str, Any], facts: BackboneFacts) -> BackboneFacts | None:
-    """The facts of the int8 file that is there, if it was made of this float one: it is calibrated once."""
+    """The facts of the cache's int8 file, if it was made from this float file: it is calibrated only once."""
     if not path.is_file() or notes.get("backbone_sha256") not in (None, _recorded_digest(path, notes)):
         return None
     try:
-        there = read_facts(path)
+        facts_before = read_facts(path)
     except PenultError:  # damaged
         return None
-    same = there.precision == "int8" and without(there).fingerprints() == facts.fingerprints()
-    return there if same else None
+    same = facts_before.precision == "int8" and without(facts_before).fingerprints() == facts.fingerprints()
+    return facts_before if same else None
 
 
 def _require_int8(writer: CacheWriter, *, overwrite: bool) -> None:
-    """Refuse another precision before the minute that a calibration takes.
+    """Refuse a cache of another precision before a calibration, which takes a minute.
 
     Raises:
         FingerprintMismatchError: the cache holds float features.
@@ -148,15 +148,15 @@ def _require_int8(writer: CacheWriter, *, overwrite: bool) -> None:
     if writer.meta is not None and not overwrite:
         there = Fingerprint(writer.meta["fingerprint"])
         if there.fields.get("precision") != "int8":
-            asked = Fingerprint({**there.fields, "precision": "int8"})
-            require_same([there], [asked], mine=str(writer.path), theirs="this run")
+            int8 = Fingerprint({**there.fields, "precision": "int8"})
+            require_same([there], [int8], mine=str(writer.path), theirs="this run")
 
 
 def _require_match(writer: CacheWriter, facts: BackboneFacts) -> None:
-    """Look before a new file goes into a cache that has features.
+    """Refuse a backbone that does not give the features in the cache.
 
     Raises:
-        FingerprintMismatchError: it gives other ones; the cache stays as it was.
+        FingerprintMismatchError: it gives other features; the cache stays as it was.
     """
     if writer.meta is not None:
         there = [Fingerprint(fields) for fields in all_fingerprints(writer.meta)]
@@ -168,18 +168,18 @@ def _require_match(writer: CacheWriter, facts: BackboneFacts) -> None:
 def fingerprints(
     facts: BackboneFacts, provider: str, storage: str, *, tf32: bool = False, views: Views | None = None
 ) -> list[Fingerprint]:
-    """Everything that decides the numbers, for each feature set."""
+    """The fingerprint of each feature set: everything that decides its numbers."""
     decided: dict[str, Any] = {"precision": "fp32", "provider": provider, "tf32": tf32, "storage": storage}
     decided |= {"views": views.fingerprint(facts.preprocess)} if views else {}
     return [Fingerprint({**decided, **fields}) for fields in facts.fingerprints()]
 
 
 def library_versions() -> dict[str, str]:
-    """The versions that made something, for its record."""
-    found = {}
+    """Versions of the libraries that decide the numbers."""
+    versions = {}
     for name in LIBRARIES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:  # onnxruntime has one of two names
             continue
-    return {**found, **libraries()}
+    return {**versions, **libraries()}

@@ -1,8 +1,8 @@
-"""Plan, run shard after shard, finalize: from a source to a finished cache.
+"""The extraction run: from a source of images to a finished cache, shard by shard.
 
 Decoding, the backbone and the disk work at the same time: `Reader` decodes ahead, `embedded` keeps every lane of the backbone
 busy, and `run_shard` is the unit: it takes batches of features, commits one shard and returns its counts. A run that dies
-between two of them has lost only what was not committed, and the next one continues from the shards.
+loses only what was not committed, and the next one continues from the shards.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def extract(
         options: device, split, views and more, see docs/options.md.
 
     Returns:
-        The cache, opened: features ``(n, d)``, float16 where these hold the values, else float32.
+        The cache, opened: features ``(n, d)``, float16 if the values fit, else float32.
 
     Raises:
         BudgetExceededError: more images failed than ``max_failures`` allows; what succeeded is kept.
@@ -79,7 +79,7 @@ def extract(
 
 @dataclass(frozen=True)
 class _Request:
-    """What a run is about, once all that is cheap to check is known to be right."""
+    """The request of a run, after the cheap checks."""
 
     source: Source
     backbone: Backbone
@@ -91,12 +91,12 @@ class _Request:
 
 @dataclass(frozen=True)
 class _Opened:
-    """A backbone in the cache, proven on its device, and what turns files into pixels for it.
+    """A backbone in the cache, with its session and the decoder of its images.
 
     Attributes:
         facts: of the backbone.
         decoder, embedder: started.
-        before: the sample table of the last run; None where there was none.
+        before: the sample table of the last run; None if there was none.
     """
 
     facts: BackboneFacts
@@ -107,7 +107,7 @@ class _Opened:
 
 @dataclass(frozen=True)
 class _Streamed:
-    """Every input with its outcome, how many were computed, and what that took.
+    """The outcome of every input, and the number and time of the computed ones.
 
     Attributes:
         rows: of all inputs, unless the run stopped.
@@ -178,19 +178,19 @@ def _open(request: _Request, writer: CacheWriter, stop: StopFlag) -> Iterator[_O
     options, drawn, tf32 = request.options, request.options.drawn, request.options.precision == "tf32"
     calibrator = None
     if options.precision == "int8":
-        division = (options.val_fraction, options.test_fraction, options.seed)
-        calibrator = Calibrator(request.source, request.samples, *division, options.workers, stop)
-    half = options.precision == "fp16"
+        split = (options.val_fraction, options.test_fraction, options.seed)
+        calibrator = Calibrator(request.source, request.samples, *split, options.workers, stop)
+    fp16 = options.precision == "fp16"
     facts, notes = prepare_backbone(
-        writer, request.backbone, overwrite=options.overwrite, stop=stop, quantise=calibrator, half=half
+        writer, request.backbone, overwrite=options.overwrite, stop=stop, quantise=calibrator, fp16=fp16
     )
     if drawn:
-        require_reference(facts.preprocess.pixel_path)  # an ONNX file may say it
+        require_reference(facts.preprocess.pixel_path)  # an ONNX file may have another one
     with ExitStack() as stack:
         decoder = stack.enter_context(Decoder(facts.preprocess, crop=drawn is None, stop=stop))
-        decoder.start()  # beside the session, which takes as long
-        # The session proves the device before any image is read.
-        check_for_gpu(facts.precision, request.devices[0])  # the file may say so itself
+        decoder.start()  # while the session opens, which takes as long
+        # The session checks the device before any image is read.
+        check_for_gpu(facts.precision, request.devices[0])  # an ONNX file may be float16 itself
         model = request.cache / BACKBONE
         size = options.batch_size
         embedder = open_embedder(request.devices, model, facts.preprocess, batch_size=size, outputs=facts.outputs, tf32=tf32)
@@ -203,7 +203,7 @@ def _open(request: _Request, writer: CacheWriter, stop: StopFlag) -> Iterator[_O
 
 
 def _stream(request: _Request, writer: CacheWriter, opened: _Opened, stop: StopFlag) -> _Streamed:
-    """Read, decode, embed and write what is not known yet.
+    """Read, decode, embed and write what is not cached yet.
 
     Raises:
         InterruptedRunError: a signal came; what was embedded until then is committed.
@@ -245,7 +245,7 @@ def _stream(request: _Request, writer: CacheWriter, opened: _Opened, stop: StopF
 def _finish(
     request: _Request, writer: CacheWriter, opened: _Opened, streamed: _Streamed, meter: Meter
 ) -> tuple[SampleTable, bool]:
-    """Divide the samples into splits and replace the sample table; whether it changed."""
+    """Split the samples and replace the sample table; return it, and whether it changed."""
     source, options, before, computed = request.source, request.options, opened.before, streamed.computed
     rows, rule = resolve_splits(streamed.rows, options, source.task)
     say_splits(before, rows, rule, source.task)
@@ -284,7 +284,7 @@ def _check_disk(cache: Path, needed: int) -> None:
 
 
 def _fail_copies(rows: list[Row], known: set[bytes]) -> list[Row]:
-    """Give the copies of a file that failed its failure: only the first of them was decoded."""
+    """Mark the duplicates of a failed file as failed too: only the first of them was decoded."""
     failures = {row.sha256: row for row in rows if not row.ok and row.sha256}
     return [
         replace(row, code=failures[row.sha256].code, message=failures[row.sha256].message)

@@ -1,4 +1,4 @@
-"""The settings of an extraction, in groups that commands share; nothing here imports NumPy before it is asked to compute."""
+"""Settings of an extraction, in groups that commands share; NumPy is imported only by the properties that need it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from extractor.pixels.augment import Augmentation
     from extractor.pixels.views import Views
 
-MAX_BATCH, MAX_WORKERS = 4096, 256  # beyond these a number is a slip: decoded images of a batch alone would fill the memory
+MAX_BATCH, MAX_WORKERS = 4096, 256  # a larger number is a mistake: decoded images of a batch alone would fill the memory
 MIN_BUDGET = 3
-FRACTION = 0.2  # of the images, for validation and for the held-out part, where nothing else is said
+FRACTION = 0.2  # default share of the images, for validation and for held-out
 
 
 def _auto(value: Any) -> Any:
@@ -86,11 +86,11 @@ class LimitSettings(Settings):
 
 class SplitSettings(Settings):
     section: ClassVar[str] = "extract"
-    heading: ClassVar[str] = "Split, where the data has none"
+    heading: ClassVar[str] = "Split, if the data has none"
 
     val_fraction: float = setting(FRACTION, "Share for validation.", ge=0, lt=1, metavar="SHARE")
     test_fraction: float = setting(FRACTION, "Share held out.", ge=0, lt=1, metavar="SHARE")
-    seed: int = seed_setting("Of the split, and of all else that is drawn.")
+    seed: int = seed_setting("Seed of the split, and of everything else that is random.")
 
     @rule
     def _something_is_left(self) -> None:
@@ -110,7 +110,7 @@ class AugmentSettings(Settings):
         None, "Least share of an image in a random crop.", gt=0, le=1, metavar="SHARE", shown="0.35"
     )
     flip: Literal["none", "horizontal", "vertical", "both"] | None = setting(
-        None, "Mirror images: none where left and right mean something, as in text.", shown="horizontal"
+        None, "Mirror images: none if left and right differ in meaning, as in text.", shown="horizontal"
     )
     rotation: float = setting(0.0, "At most so far, either way.", ge=0, le=180, metavar="DEGREES")
     translation: float = setting(0.0, "At most so far, either way, share of the side.", ge=0, le=1, metavar="SHARE")
@@ -121,7 +121,7 @@ class AugmentSettings(Settings):
 
     @property
     def augmentation(self) -> Augmentation:
-        """What is drawn, and from which range."""
+        """The random changes and their ranges."""
         from dataclasses import replace
 
         from extractor.pixels.augment import Augmentation
@@ -138,7 +138,7 @@ class AugmentSettings(Settings):
 
 class ViewSettings(AugmentSettings):
     views: int = setting(
-        1, "How many of each image: itself, and others that are drawn (docs/views.md).", ge=1, le=MAX_VIEWS, metavar="N"
+        1, "Views of each image: itself, and random changes of it (docs/views.md).", ge=1, le=MAX_VIEWS, metavar="N"
     )
 
     @rule
@@ -148,11 +148,11 @@ class ViewSettings(AugmentSettings):
             message = f"<views> {self.views} without an augmentation is {self.views} times the same; leave one of them out"
             raise ValueError(message)
         if self.views == 1 and changes and AugmentSettings.model_fields.keys() & self.model_fields_set - self._usual():
-            message = "an augmentation is drawn for <views> of 2 and more; say how many, or leave it out"
+            message = "an augmentation needs <views> of 2 or more; give <views>, or leave the augmentation out"
             raise ValueError(message)
 
     def _usual(self) -> set[str]:
-        """What was said, and is the default."""
+        """Names of the settings that were set to their default."""
         return {name for name in self.model_fields_set if getattr(self, name) == type(self).model_fields[name].default}
 
 
@@ -193,7 +193,7 @@ class FailureSettings(BudgetSettings):
 
 
 class Options(LimitSettings, SplitSettings, ViewSettings, DeviceSettings, FailureSettings):
-    """How the images of a source go through a backbone: what `run.run_extract` takes.
+    """Options of an extraction: split, views, device, precision, and what happens to files that fail.
 
     >>> from extractor import Options
     >>> Options(device="cpu", views=4, val_fraction=0.1).test_fraction
@@ -205,15 +205,15 @@ class Options(LimitSettings, SplitSettings, ViewSettings, DeviceSettings, Failur
 
     precision: Literal["fp32", "tf32", "fp16", "int8"] = setting(
         "fp32",
-        "int8 is faster on a CPU (calibrated once, on training images), fp16 and tf32 on a GPU; refused where too coarse.",
+        "int8 is faster on a CPU (calibrated once, on training images), fp16 and tf32 on a GPU; refused if too coarse.",
     )
-    storage: Literal["auto", "float32"] = setting("auto", "float16 where the values fit, or float32 always.")
+    storage: Literal["auto", "float32"] = setting("auto", "float16 if the values fit, or always float32.")
     overwrite: bool = setting(False, "Start a new cache in place of an old one.", only="python")
     quiet: bool = setting(False, "No progress line.", only="python")
 
     @property
     def drawn(self) -> Views | None:
-        """How views are drawn; None where there is one of each image."""
+        """How random views are made; None if there is one view of each image."""
         from extractor.pixels.views import Views
 
         return Views(self.views, self.seed, self.augmentation) if self.views > 1 else None
@@ -230,7 +230,7 @@ class Options(LimitSettings, SplitSettings, ViewSettings, DeviceSettings, Failur
 
 
 class ExtractSettings(NetworkSettings, LayerSettings, OnnxInputSettings, DataSettings, Options):
-    """What `penult extract` takes, and a job in its sections ``[backbone]`` and ``[extract]``."""
+    """Settings of `penult extract`, and of the sections ``[backbone]`` and ``[extract]`` of a job."""
 
     @rule
     def _views_need_whole_images(self) -> None:

@@ -1,4 +1,4 @@
-"""Which split every sample of a run belongs to, and what is said about it."""
+"""The split of every sample of a run, from the source or by hash rank, and warnings about it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ log = logging.getLogger("penult.extractor")
 
 
 def resolve_splits(rows: Sequence[Row], options: Options, task: Task) -> tuple[list[Row], dict[str, Any]]:
-    """The stored split of every row, and how it came about.
+    """The rows with their split, and the rule that decided it.
 
-    Splits of the source win. Otherwise, where there are labels or numeric targets, the ok rows are divided by hash rank,
-    within each class where a sample has one. A class that became too small because its files failed is an error that names it.
+    Splits of the source win. Otherwise, if there are labels or numeric targets, the ok rows are split by hash rank, within
+    each class if a sample has one. A class that became too small because its files failed is an error that names it.
     """
     if any(row.split for row in rows):
         return list(rows), {"rule": "source"}
@@ -36,12 +36,12 @@ def resolve_splits(rows: Sequence[Row], options: Options, task: Task) -> tuple[l
 
 
 def say_splits(before: SampleTable | None, rows: Sequence[Row], rule: dict[str, Any], task: Task) -> None:
-    """Say where the split or the task of a finished cache changes, and which classes nothing can be trained of."""
-    had = before.facts.get("split") if before else None
-    if before and had and had != rule:
+    """Warn if the split or the task of a finished cache changes, and about classes that cannot be trained."""
+    previous = before.facts.get("split") if before else None
+    if before and previous and previous != rule:
         old = {row.path: row.split for row in before.rows}
         moved = sum(row.path in old and old[row.path] != row.split for row in rows)
-        log.warning("the split was %s, it is %s now: %d samples changed sides", rule_text(had), rule_text(rule), moved)
+        log.warning("the split was %s, it is %s now: %d samples changed split", rule_text(previous), rule_text(rule), moved)
     recorded = before.facts.get("task", task.name) if before else task.name
     if recorded != task.name:
         log.warning("the samples were recorded with --task %s, they are %s now", recorded, task.name)
@@ -51,12 +51,12 @@ def say_splits(before: SampleTable | None, rows: Sequence[Row], rule: dict[str, 
 
 
 def check_splits_possible(samples: Sequence[Sample], options: Options, task: Task) -> None:
-    """Refuse before computing what `resolve_splits` would refuse after hours."""
+    """Refuse before the extraction what `resolve_splits` would refuse hours later."""
     if any(s.split for s in samples) or not task.can_be_trained_on([s.label for s in samples]):
         return
     if task.stratifies and not any(sample.group for sample in samples):
         names = split_names(val=options.val_fraction, test=options.test_fraction)
         require_sizes(Counter(sample.label or "" for sample in samples), names)
         return
-    rows = [Row(s.path, s.label, None, s.group, sha256=s.path) for s in samples]  # as if no two were copies
+    rows = [Row(s.path, s.label, None, s.group, sha256=s.path) for s in samples]  # as if there were no duplicates
     assign_splits(rows, val=options.val_fraction, test=options.test_fraction, seed=options.seed, stratify=task.stratifies)

@@ -1,4 +1,4 @@
-"""What an extraction says of itself: what it did, how fast, and what held it up."""
+"""Summary of an extraction: counts, speed, and the bottleneck."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from extractor.machine import Clock
 
 @dataclass
 class Summary:
-    """What a run did; ok + duplicates + failed = inputs.
+    """Counts and times of a run; ok + duplicates + failed = inputs.
 
     Attributes:
         inputs, ok, duplicates, failed: outcome of every input; ok counts distinct contents.
         computed: images that went through the backbone in this run.
         inference_calls: calls of the backbone in this run.
-        images_per_second: computed images over the time spent on them; 0 where there were none.
+        images_per_second: computed images over the time spent on them; 0 if there were none.
         cache_bytes: size of all shards.
         batch_size, lanes, workers: as used.
         views: of each image.
@@ -48,7 +48,7 @@ class Summary:
         return asdict(self)
 
     def text(self) -> str:
-        """For people: one line that reconciles, one that says what the run did, and where it was long, why it took so long."""
+        """The summary for people: a line of counts, a line about what was computed, and the bottleneck of a long run."""
         codes = f" ({', '.join(f'{code} {count}' for code, count in sorted(self.codes.items()))})" if self.codes else ""
         lines = [f"{self.inputs} inputs = {self.ok} ok + {self.duplicates} duplicates + {self.failed} failed{codes}"]
         total = self.seconds["total"]
@@ -67,7 +67,7 @@ class Summary:
         return "\n".join(lines)
 
 
-ADVICE_SECONDS = 20.0  # nobody minds what took less
+ADVICE_SECONDS = 20.0  # shorter runs need no advice
 ADVICE = {
     ("decoding", "cpu"): "more cores, smaller photos, or another --pixel-path would help",
     ("decoding", "gpu"): "the GPU waited for images; more cores, smaller photos, or another --pixel-path would help",
@@ -81,8 +81,8 @@ ADVICE = {
 def bottleneck(seconds: Clock, provider: str) -> str:
     """The stage that decided the speed.
 
-    On a GPU it is what the consumer waited for. On a CPU decoding and backbone share the cores, so it is the larger share of
-    the work; unless the consumer waited for the disk.
+    On a GPU it is the stage that the consumer waited for. On a CPU decoding and backbone share the cores, so it is the one
+    with the larger share of the work, unless the consumer waited for the disk.
     """
     waits = {"decoding": seconds["wait"], "backbone": seconds["embed"], "writing": seconds["settle"]}
     if provider == "cpu" and max(waits, key=waits.__getitem__) != "writing":

@@ -1,1 +1,1 @@
-"""From the bytes of a file to the pixels that a network takes."""
+"""The pixel path: from the bytes of an image file to the pixels that a network takes."""

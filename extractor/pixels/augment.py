@@ -1,7 +1,7 @@
-"""Random changes of an image that do not change what it shows: crops, flips, one affine map, light, torchvision's policies.
+"""Data augmentation: random crops, flips, affine maps, brightness, contrast, and torchvision's policies.
 
-Every number is drawn from the generator that is given, so the same generator gives the same pixels in any thread and in any
-order. Fine-tuning draws anew in every epoch; a cache may hold several views of each image (see `views`).
+Every number is drawn from the generator of the caller, so the same generator gives the same pixels in any thread and in any
+order. Fine-tuning draws again in every epoch; a cache may hold several views of each image (see `views`).
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from store.errors import UsageError
 
 from .preprocess import FILTERS, Preprocess
 
-POLICIES = {  # what torchvision.transforms.v2 calls them
+POLICIES = {  # their names in torchvision.transforms.v2
     "trivialaugment": "TrivialAugmentWide",
     "randaugment": "RandAugment",
     "autoaugment": "AutoAugment",
     "augmix": "AugMix",
 }
 NAMES = ("standard", *POLICIES, "none")
-SMOOTH = ("bicubic", "lanczos")  # an affine map knows no better filter than bicubic
+SMOOTH = ("bicubic", "lanczos")  # bicubic is the best filter of Pillow's affine maps
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is drawn, and from which range; the default is a random crop and a horizontal flip.
+    """The random changes and their ranges; the default is a random crop and a horizontal flip.
 
     Attributes:
         area: least and largest share of the image in a random crop (torchvision's recipe begins at 0.08, which is for training
-            from nothing); None for the network's own centred crop.
+            from scratch); None for the network's own centred crop.
         ratio: narrowest and widest aspect of the random crop.
         flip, vertical_flip: probability of a mirror image, left to right and upside down.
         rotation: degrees, either way.
@@ -44,10 +44,10 @@ class Augmentation:
         shear: degrees, in both directions.
         zoom: 0.25 is from 1/1.25 to 1.25 times the size.
         brightness, contrast: 0.2 is a factor from 0.8 to 1.2.
-        policy: one of `POLICIES`, after all that.
+        policy: one of `POLICIES`, applied last.
 
     Raises:
-        UsageError: a number that cannot be meant, or an unknown policy.
+        UsageError: a number is out of range, or the policy is unknown.
     """
 
     area: tuple[float, float] | None = (0.35, 1.0)
@@ -87,7 +87,7 @@ class Augmentation:
         """``standard`` (crops and flips), the same with one of `POLICIES` after it, or ``none``.
 
         Raises:
-            UsageError: none of these.
+            UsageError: it is none of these.
         """
         if name not in NAMES:
             message = f"no augmentation {name!r}; expected {', '.join(NAMES)}"
@@ -99,11 +99,11 @@ class Augmentation:
         return replace(self, ratio=NONE.ratio) != NONE
 
     def facts(self) -> dict[str, Any]:
-        """As JSON: what differs from no augmentation at all."""
+        """As JSON: the fields that differ from no augmentation at all."""
         none = asdict(NONE)
-        found = {name: value for name, value in asdict(self).items() if value != none[name]}
-        found |= {} if self.area is None else {"ratio": self.ratio}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+        changes = {name: value for name, value in asdict(self).items() if value != none[name]}
+        changes |= {} if self.area is None else {"ratio": self.ratio}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in changes.items()}
 
     @classmethod
     def from_facts(cls, facts: dict[str, Any]) -> Augmentation:
@@ -112,7 +112,7 @@ class Augmentation:
         return replace(NONE, **fields)
 
     def pixels(self, image: Image.Image, rng: np.random.Generator, preprocess: Preprocess) -> NDArray[np.uint8]:
-        """A random version of an image at the size it has before cropping (`Preprocess.scaled`): ``(crop, crop, 3)`` uint8."""
+        """A random version of an image that is resized but not cropped (`Preprocess.scaled`): ``(crop, crop, 3)`` uint8."""
         side = preprocess.crop
         box = random_box(image.width, image.height, rng, self.area, self.ratio) if self.area else None
         flipped, upended = self._happens(self.flip, rng), self._happens(self.vertical_flip, rng)
@@ -136,8 +136,10 @@ class Augmentation:
     def _mapped(
         self, image: Image.Image, box: tuple[int, int, int, int] | None, rng: np.random.Generator, preprocess: Preprocess
     ) -> Image.Image:
-        """Crop, zoom, shear, rotation and translation as one map, hence one interpolation; what lies beside the crop comes
-        into view before the neutral colour does."""
+        """Crop, zoom, shear, rotation and translation as one map, hence one interpolation.
+
+        Pixels beside the crop come into view before the neutral colour does.
+        """
         side = preprocess.crop
         left, top, right, bottom = box or _centred(image.size, side)
         angle, *shears = np.radians(rng.uniform(-1, 1, 3) * (self.rotation, self.shear, self.shear))
@@ -145,7 +147,7 @@ class Augmentation:
         factor = (1 + self.zoom) ** rng.uniform(-1, 1)
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
         lean = np.array([[1, np.tan(shears[0])], [np.tan(shears[1]), 1 + np.tan(shears[0]) * np.tan(shears[1])]])
-        # Pillow asks where each pixel of the result comes from: the inverse, about the middle of both.
+        # Pillow needs the inverse map, from the pixels of the result to those of the image, about the middle of both.
         back = np.diag([(right - left) / side, (bottom - top) / side]) @ np.linalg.inv(factor * turn @ lean)
         offset = np.array([(left + right) / 2, (top + bottom) / 2]) - back @ (shift + side / 2)
         resample = Image.Resampling.BICUBIC if preprocess.interpolation in SMOOTH else Image.Resampling.BILINEAR
@@ -184,15 +186,18 @@ def _centred(size: tuple[int, int], side: int) -> tuple[int, int, int, int]:
 
 
 def neutral(preprocess: Preprocess) -> tuple[int, ...]:
-    """The RGB colour that the network sees as zero, for what lies outside of the image."""
+    """The RGB colour that the network sees as zero, for pixels outside of the image."""
     mean = (preprocess.mean * 3)[:3]  # one number may stand for all channels
     mean = mean[::-1] if preprocess.channels == "bgr" else mean
     return tuple(min(max(round(255 * value / preprocess.input_range), 0), 255) for value in mean)
 
 
 def _by_policy(name: str, image: Image.Image, fill: tuple[int, ...], rng: np.random.Generator) -> Image.Image:
-    """One of torchvision's policies, which draw from torch's global generator: dropout and the other threads would change what
-    they draw, and they what these do. So their draws are given a generator of their own; the mode is of this thread alone."""
+    """Apply one of torchvision's policies.
+
+    They draw from torch's global generator, as dropout and other threads do, and would influence each other. So their draws
+    get a generator of their own; the mode that does this is active in this thread alone.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(int(rng.integers(2**63)))

@@ -1,7 +1,7 @@
-"""Bytes to pixels in child processes: a picture that kills its decoder, or hangs it, costs one file and not the run.
+"""Image decoding in child processes, so that an image that kills or hangs its decoder costs one file, not the run.
 
-Decoders are C libraries that are fed with whatever a camera, a web server or an attacker wrote. Each thread that decodes
-has a decode worker of its own, which may use `MEMORY` bytes and be silent for `TIMEOUT` seconds. Over two pipes go
+Decoders are C libraries, and read files from cameras, web servers or attackers. Each thread that decodes has a decode worker
+of its own, which may use `MEMORY` bytes and be silent for `TIMEOUT` seconds. Two pipes carry
 
 - to the worker: length, then the file's bytes;
 - back: kind, height and width, then the pixels; or kind, 0 and a length, then code and message as JSON.
@@ -34,13 +34,13 @@ from store.errors import InterruptedRunError, PenultError
 from .images import MAX_BYTES, MEMORY, ImageError
 from .preprocess import Preprocess
 
-if TYPE_CHECKING:  # a worker need not import what this imports
+if TYPE_CHECKING:  # a worker need not import it
     from extractor.progress import StopFlag
 
 TIMEOUT = 60.0  # seconds that a worker may be silent
 START_TIMEOUT = 60.0  # seconds until it first answers
-PIPE_BYTES = 2**20  # what Linux lets anybody have
-SLICE = 0.25  # seconds; so soon a run that is to stop gives up a worker that is busy
+PIPE_BYTES = 2**20  # the most that Linux allows to any user
+SLICE = 0.25  # seconds after which a run that is to stop gives up a busy worker
 
 START = "from extractor.pixels.decoder import serve; serve()"
 SINGLE_THREADED = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")} | {"VECLIB_MAXIMUM_THREADS": "1"}
@@ -53,7 +53,7 @@ READY, PIXELS, REFUSED = range(3)
 class Decoder:
     """Decodes, resizes and crops in worker processes; any number of threads may call it, and each then has its own worker.
 
-    A worker starts when it is first needed, or at `start`. Leaving the context ends all of them, also those that are busy.
+    A worker starts when it is first needed, or at `start`. Leaving the context ends all of them, busy ones too.
 
     Args:
         preprocess: what happens to the pixels.
@@ -70,15 +70,15 @@ class Decoder:
         self._closed, self._lock = False, Lock()
 
     def __call__(self, data: bytes) -> NDArray[np.uint8]:
-        """Pixels of a file's content: ``(height, width, 3)`` uint8, the same bits as if they were decoded here.
+        """Pixels of a file's content: ``(height, width, 3)`` uint8, the same bits as if decoded in this process.
 
         Raises:
-            ImageError: with one of the ledger's codes; ``decoder_crash`` or ``timeout`` where the worker had to be replaced.
-            InterruptedRunError: the run is to stop, and the worker was busy.
+            ImageError: with one of the ledger's codes; ``decoder_crash`` or ``timeout`` if the worker had to be replaced.
+            InterruptedRunError: the run is to stop and the worker was busy.
             PenultError: no worker can be started.
         """
         if len(data) > MAX_BYTES:
-            message = f"{len(data) / 2**20:.0f} MiB; a file may have {MAX_BYTES // 2**20}"
+            message = f"{len(data) / 2**20:.0f} MiB; the limit is {MAX_BYTES // 2**20} MiB"
             raise ImageError(code="too_large", message=message)
         worker = self._take()
         try:
@@ -99,7 +99,7 @@ class Decoder:
                 worker = self._idle.pop()
                 if worker.lives():
                     return worker
-                self._workers.discard(worker)  # killed while it had nothing to do: no file's fault
+                self._workers.discard(worker)  # killed while idle, so no file is to blame
                 worker.close()
             worker = _Worker(self._settings, self._stop)
             self._workers.add(worker)
@@ -114,7 +114,7 @@ class Decoder:
         worker.close()
 
     def close(self) -> None:
-        """End all workers. The thread of one that is busy gets an exception soon, and must be waited for by its owner."""
+        """End all workers. The thread of a busy one soon gets an exception, and its owner must wait for it."""
         with self._lock:
             self._closed = True
             for worker in self._workers:
@@ -136,7 +136,7 @@ class _Worker:
     def __init__(self, settings: bytes, stop: StopFlag | None) -> None:
         self._settings, self._stop = settings, stop
         self.alive, self._ready = True, False
-        # The child inherits what is blocked here: Ctrl-C and SIGTERM are for the parent alone, which ends its children.
+        # The child inherits the blocked signals: Ctrl-C and SIGTERM are for the parent alone, which ends its children.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
             self._process = subprocess.Popen(
@@ -145,7 +145,7 @@ class _Worker:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 bufsize=0,
-                process_group=0,  # Ctrl-Z in the terminal leaves it alone too: it would count as silence
+                process_group=0,  # so Ctrl-Z in the terminal does not stop it, which would count as silence
                 env=os.environ | SINGLE_THREADED,
             )
         except OSError as error:
@@ -182,7 +182,7 @@ class _Worker:
         raise ImageError(code=answer["code"], message=answer["message"])
 
     def _begin(self) -> None:
-        """Settings, and the first answer. What goes wrong until then is no picture's fault, and would be the same for all."""
+        """Send the settings and read the first answer. An error until then has nothing to do with the image."""
         try:
             self._send(LENGTH.pack(len(self._settings)))
             self._send(self._settings)
@@ -200,7 +200,7 @@ class _Worker:
 
     def _send(self, data: bytes) -> None:
         left = memoryview(data)
-        with suppress(BrokenPipeError):  # it is dead, and the answer is missing
+        with suppress(BrokenPipeError):  # it is dead, so the answer will be missing
             while left:
                 try:
                     left = left[os.write(self._to, left) :]
@@ -232,7 +232,7 @@ class _Worker:
     def _died_of(self) -> str:
         try:
             status = self._process.wait(SLICE)
-        except subprocess.TimeoutExpired:  # it has closed its end of the pipe, and lives
+        except subprocess.TimeoutExpired:  # it has closed its end of the pipe but still runs
             self._process.kill()
             status = self._process.wait()
         return f"signal {-status} ({signal.strsignal(-status)})" if status < 0 else f"exit status {status}"
@@ -244,22 +244,22 @@ class _Worker:
         self._process.kill()
 
     def close(self) -> None:
-        """End the process, and forget it."""
+        """End the process and close its pipes."""
         self.alive = False
         with self._process:  # waits, and closes the pipes
             self._process.kill()
 
 
 def _widen(pipe: int) -> None:
-    """Room for a whole answer in a pipe: with the usual 64 KiB both sides wake each other up three times an image."""
+    """Make room for a whole answer in a pipe: with the usual 64 KiB both sides wake each other up three times per image."""
     with suppress(AttributeError, OSError):  # macOS has no such call; a user may have used up the kernel's allowance
         fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
 
 def serve() -> None:
-    """What a decode worker does until its standard input ends: answer one file after the other."""
+    """The main loop of a decode worker: answer one file after the other until standard input ends."""
     questions, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    warnings.simplefilter("ignore")  # about metadata; what is wrong with pixels has a code
+    warnings.simplefilter("ignore")  # they are about metadata; damaged pixels have a code
     settings = json.loads(_question(questions) or b"{}")
     preprocess, crop = Preprocess.from_facts(settings["preprocess"]), settings["crop"]
     _restrict()
@@ -269,7 +269,7 @@ def serve() -> None:
     answers.write(ANSWER.pack(READY, 0, 0))
     answers.flush()
     while (data := _question(questions)) is not None:
-        # The parent kills a worker that hangs; where it was killed itself, this does.
+        # The parent kills a worker that hangs; if the parent was killed, this alarm does.
         signal.alarm(math.ceil(settings["timeout"]) + 5)
         answer = _answer(data, preprocess, crop=crop)
         if isinstance(answer, bytes):
@@ -282,7 +282,7 @@ def serve() -> None:
 
 
 def _question(pipe: BinaryIO) -> bytes | None:
-    """The next length and as many bytes; None where the parent closed the pipe or died."""
+    """The content of the next file; None if the parent closed the pipe or died."""
     head = pipe.read(LENGTH.size)
     if len(head) < LENGTH.size:
         return None

@@ -1,14 +1,14 @@
-"""Bytes to upright RGB pixels, within limits; whatever cannot be decoded faithfully is refused with a code.
+"""Image decoding: file bytes to upright RGB pixels, within limits; other files are refused with an error code.
 
-What is done to what cameras, scanners and the web produce, on every pixel path:
+On every pixel path:
 
-- the format is found from the content, never from the name, and only among `FORMATS`;
+- the format is detected from the content, never from the name, and only among `FORMATS`;
 - EXIF orientation is applied; a broken tag is ignored;
 - transparency is composited on white; palette, CMYK and YCbCr are converted by Pillow without a colour profile;
 - 16-bit grey is scaled to 8 bits (value / 257), not clipped; 32-bit integer and float images are refused;
-- of animations and multi-page files the first frame is taken.
+- the first frame of animations and multi-page files is used.
 
-docs/images.md has the whole table. Extraction, prediction and fine-tuning decode in the children of `decoder`.
+docs/images.md has the whole table. Extraction, prediction and fine-tuning decode in the child processes of `decoder`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs, 0.7 GB in its memory
 MEMORY = 2**30  # bytes of address space that a decode worker may use
-MAX_BYTES = MEMORY // 2  # of a file, which lies there beside its pixels
+MAX_BYTES = MEMORY // 2  # of a file, which is in memory beside its pixels
 HUNGRIEST = 12  # bytes per pixel that libjpeg (progressive) and libwebp use beside Pillow's own, at most
 # Begins a segment: neither stuffing nor restart. It begins with one byte (\xff, not \xff+), which `re` finds 20 times as fast.
 JPEG_MARKER = re.compile(rb"\xff([\x02-\xcf\xd9-\xfe])", re.DOTALL)
-BEGUN = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|....ftypavi[fs]", re.DOTALL)  # was a picture once
+IMAGE_START = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|....ftypavi[fs]", re.DOTALL)
 CONVERT = "convert it to JPEG or PNG first"
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heif", b"mif1", b"msf1")
-OTHERS = {  # formats that are pictures to their owners, by how they begin
+OTHERS = {  # image formats that are not decoded, by their first bytes
     "JPEG XL": (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n"),
     "JPEG 2000": (b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  \r\n\x87\n"),
     "Photoshop (PSD)": (b"8BPS",),
@@ -63,8 +63,8 @@ class Decoded(NamedTuple):
     Attributes:
         image: of mode RGB, upright.
         size: width and height of the file's own pixels, upright; the image may have fewer.
-        box: what of the image these are: left, top, right, bottom. Where libjpeg made the image smaller, the last column and
-            row stand for parts of a pixel, and turning may have brought them to the front.
+        box: the part of the image that these are: left, top, right, bottom. If libjpeg made the image smaller, its last
+            column and row stand for parts of a pixel, and turning it may have brought them to the front.
     """
 
     image: Image.Image
@@ -73,21 +73,21 @@ class Decoded(NamedTuple):
 
 
 def decode(data: bytes) -> Image.Image:
-    """An image of mode RGB, upright.
+    """Decode an image to mode RGB, upright.
 
     Raises:
         ImageError: with code ``not_an_image``, ``truncated``, ``unsupported_format``, ``unsupported_mode`` or ``too_large``.
-        MemoryError: there is not enough.
+        MemoryError: there is not enough memory.
     """
     return decode_at_least(data, None).image
 
 
 def decode_at_least(data: bytes, needed: Callable[[int, int], tuple[int, int]] | None) -> Decoded:
-    """`decode`, where a JPEG may come out at 1/2, 1/4 or 1/8 of its size, which costs libjpeg less.
+    """As `decode`, but a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, which costs libjpeg less.
 
     Args:
         data: of the file.
-        needed: least width and height, given those of the file (either way round); None for all there is.
+        needed: least width and height, from those of the file (either way round); None for full size.
 
     Raises:
         ImageError, MemoryError: as `decode`, and what ``needed`` raises.
@@ -109,11 +109,11 @@ def decode_at_least(data: bytes, needed: Callable[[int, int], tuple[int, int]] |
         message = f"{type(error).__name__}: {error}"
         if "truncated" in str(error).lower() or "not enough" in str(error):
             raise ImageError(code="truncated", message=message) from error
-        if image.width * image.height * HUNGRIEST > MEMORY:  # a decoder without memory says no more than that it failed
+        if image.width * image.height * HUNGRIEST > MEMORY:  # a decoder without memory reports only that it failed
             message = f"{image.width} x {image.height} pixels probably need more than 1 GiB to decode ({message})"
             raise ImageError(code="too_large", message=message) from error
         raise ImageError(code="not_an_image", message=message) from error
-    # Pillow widens 16-bit portable maps to 32-bit integers, and scales them to 65535 whatever their own maximum is.
+    # Pillow widens 16-bit portable maps to 32-bit integers, and scales them to 65535 regardless of their own maximum.
     rgb = _from_16_bits(upright) if (image.format, upright.mode) == ("PPM", "I") else to_rgb(upright)
     orientation = 1 if upright is image else image.getexif()[ExifTags.Base.Orientation]
     if orientation >= 5:
@@ -132,10 +132,10 @@ def _open(data: bytes) -> Image.Image:
         raise ImageError(code="too_large", message=str(error)) from error
     except MemoryError:
         raise
-    except Exception as error:  # UnidentifiedImageError, or whatever a plugin raises on a damaged header
+    except Exception as error:  # UnidentifiedImageError, or anything that a plugin raises on a damaged header
         if hint := _unsupported(data):
             raise ImageError(code="unsupported_format", message=hint) from error
-        if BEGUN.match(data):
+        if IMAGE_START.match(data):
             message = f"cut or damaged in its header, or gigantic; {len(data)} bytes"
             raise ImageError(code="truncated", message=message) from error
         if not isinstance(error, UnidentifiedImageError):
@@ -144,7 +144,7 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _unsupported(data: bytes) -> str:
-    """What a format that is not decoded is called, and what to do; empty where it is none that is known."""
+    """The name of a known format that is not decoded, and what to do; empty for other data."""
     if data[4:8] == b"ftyp":
         brand = data[8:12]
         if brand in (b"avif", b"avis") and not features.check("avif"):
@@ -157,16 +157,16 @@ def _unsupported(data: bytes) -> str:
 
 
 def _damage(image_format: str, data: bytes) -> str:
-    """What decoders forgive, painting grey or noise: the end marker is missing, or the checksum of a PNG's pixels is wrong.
+    """Damage that decoders fill with grey or noise: a missing end marker, or a wrong checksum of a PNG's pixels.
 
-    JPEG is walked segment by segment: a thumbnail inside one has an end marker of its own, and phones append films.
+    JPEG is walked segment by segment: a thumbnail in it has an end marker of its own, and phones append videos.
     """
     if image_format in ("JPEG", "MPO"):
         at = 2
-        while found := JPEG_MARKER.search(data, at):
-            if found[1] == b"\xd9":
+        while marker := JPEG_MARKER.search(data, at):
+            if marker[1] == b"\xd9":
                 return ""
-            at = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
+            at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2])
         return "has no end marker"
     if image_format == "PNG":
         at, view = 8, memoryview(data)
@@ -183,7 +183,7 @@ def _damage(image_format: str, data: bytes) -> str:
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        # What is upright already would be copied, which takes a fifth as long as decoding it.
+        # An upright image would be copied, which takes a fifth as long as decoding it.
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
         return ImageOps.exif_transpose(image) if turned else image
     except Exception:  # a broken tag says nothing about the pixels, which did load
@@ -191,7 +191,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to RGB as the module docstring says.
+    """Convert any mode to RGB as the module docstring describes.
 
     Raises:
         ImageError: code ``unsupported_mode`` for 32-bit integer and float samples, and what Pillow cannot convert.

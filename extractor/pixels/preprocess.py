@@ -1,4 +1,4 @@
-"""From RGB pixels to the network's input, bit for bit as torchvision's presets for Pillow images do it."""
+"""Preprocessing from RGB pixels to the network's input, bit for bit as in torchvision's presets for Pillow images."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
     "box": Image.Resampling.BOX,
 }
-PIXEL_PATHS = {  # by name, what a fingerprint calls them: a number higher where the same name gives other pixels
+PIXEL_PATHS = {  # by name, their names in a fingerprint: the number rises if a name gives other pixels
     "pillow": "pillow-1",
     "pillow-crop": "pillow-crop-1",
     "pillow-draft": "pillow-draft-1",
 }
 WIDEST = 3  # pixels of the result to each side of its place that a filter looks at, at most (lanczos)
-DRAFT_OVER_RESIZED = 2  # a JPEG keeps so many times the pixels needed: libjpeg's own reduction is coarse
-UNUSUAL = {"input_range": 1.0, "channels": "rgb", "squash": False}  # named in a fingerprint only where they differ from this
+DRAFT_OVER_RESIZED = 2  # a JPEG keeps this multiple of the needed size: libjpeg's own reduction is coarse
+UNUSUAL = {"input_range": 1.0, "channels": "rgb", "squash": False}  # in a fingerprint only if they differ from this
 MAX_SIDE = 4096  # pixels of --resize and --crop; no network takes a tenth of that many
 MAX_RESIZED_PIXELS = 2**25  # a 1 x 20000 image of 157 bytes would become 256 x 5120000 pixels, 4.7 GB
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """What happens between decoding and the network.
+    """The steps between decoding and the network: resize, crop, normalise.
 
     Attributes:
         resize: length of the shorter side after resizing, pixels.
@@ -46,7 +46,7 @@ class Preprocess:
         mean, std: per channel, of values in [0, input_range].
         input_range: 1 (pixels / 255, as torch has it) or 255 (raw pixel values, as some Keras networks take them).
         channels: ``rgb``, or ``bgr`` for networks that were trained on OpenCV's or Caffe's order.
-        squash: resize to the square itself, whatever the aspect, instead of the shorter side and a crop.
+        squash: resize to the square, ignoring the aspect, instead of resizing the shorter side and cropping.
         pixel_path: one of `PIXEL_PATHS`. ``pillow`` is the reference, torchvision's own order; ``pillow-crop`` resizes only
             what the crop keeps; ``pillow-draft`` does so after decoding large JPEGs at a fraction of their size.
 
@@ -73,7 +73,7 @@ class Preprocess:
         """Size after resizing, rounded down as torchvision does.
 
         Raises:
-            ImageError: code ``bad_aspect`` where the longer side would explode.
+            ImageError: code ``bad_aspect`` if the longer side would become far too long.
         """
         if self.squash:
             return self.crop, self.crop
@@ -86,7 +86,7 @@ class Preprocess:
         return (self.resize, scaled) if width <= height else (scaled, self.resize)
 
     def read(self, data: bytes, *, crop: bool = True) -> NDArray[np.uint8]:
-        """Pixels of a file's content on the path that is named: ``(height, width, 3)`` uint8, contiguous.
+        """Pixels of a file's content on `pixel_path`: ``(height, width, 3)`` uint8, contiguous.
 
         Without the crop, for training that crops at random, every path resizes the whole image as the reference does.
 
@@ -131,8 +131,8 @@ class Preprocess:
     def _crop_first(self, decoded: Decoded, size: tuple[int, int]) -> Image.Image:
         """The crop of an image resized to ``size``, resizing no more than the crop: rows first, then columns.
 
-        Pillow 13 chooses that order by the shape, and a crop has another than its image; in one call, one photo in ten had a
-        fifth of its values off by one. So it is 1 in 600, from weights that Pillow computes from a box of float32.
+        Pillow 13 chooses that order by the shape, which differs between a crop and its image: with one call, one photo in ten
+        had a fifth of its values off by one. With two it is 1 in 600, from weights that Pillow computes from a box of float32.
         """
         image, (left, top, right, bottom) = decoded.image, decoded.box
         resample = FILTERS[self.interpolation]
@@ -185,11 +185,11 @@ class Preprocess:
 
 
 def require_sizes(resize: int | None, crop: int | None, spell: Callable[[str], str] = "--{}".format) -> None:
-    """Refuse sizes that somebody stated and that make no sense; None is not stated.
+    """Refuse sizes that make no sense; None is a size that is not set.
 
     Args:
         resize, crop: pixels.
-        spell: what each is called where it was written.
+        spell: returns the name of each as it was written.
 
     Raises:
         UsageError: beyond the limits, or a crop with black borders around the image.
@@ -201,7 +201,7 @@ def require_sizes(resize: int | None, crop: int | None, spell: Callable[[str], s
     if crop and resize and crop > resize:
         message = (
             f"{spell('crop')} {crop} is larger than {spell('resize')} {resize}: every image would get black borders. "
-            f"State a {spell('resize')} of at least {crop}"
+            f"Use a {spell('resize')} of at least {crop}"
         )
         raise UsageError(message)
 
@@ -217,7 +217,7 @@ def probe(preprocess: Preprocess) -> str:
 
 
 def probe_pixels(preprocess: Preprocess) -> tuple[NDArray[np.uint8], ...]:
-    """The preprocessed pixels of the built-in test image ``(crop, crop, 3)``; a second time, small, where that tells more."""
+    """The preprocessed pixels of the built-in test image ``(crop, crop, 3)``, for ``pillow-draft`` also small ones."""
     data = _probe_data()
     small = replace(preprocess, resize=32, crop=28)
     variants = (preprocess, small) if preprocess.pixel_path == "pillow-draft" else (preprocess,)  # draft needs a larger image

@@ -1,4 +1,4 @@
-"""Cached views: each image as it is, and some seeded augmentations of it, so that heads see more than one crop of an image."""
+"""Cached views: each image and some seeded augmentations of it, so that heads are fitted on more than one crop."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROBES = 16  # draws for the probe: a policy makes one or two of its changes in 
 
 @dataclass(frozen=True)
 class Views:
-    """How many views, and how they are drawn.
+    """The number of views of an image, and how they are drawn.
 
     Attributes:
         count: of each image; the first one is the image as it is.
@@ -36,7 +36,7 @@ class Views:
     def pixels(self, image: Image.Image, digest: bytes, preprocess: Preprocess) -> NDArray[np.uint8]:
         """All views of an image: ``(count, crop, crop, 3)`` uint8.
 
-        Each has a generator of its own, of seed, content and number: they do not depend on what else is drawn, or when.
+        Each has a generator of its own, from seed, content and number, so that it does not depend on other draws.
 
         Args:
             image: at the size it has before cropping; of the reference pixel path (see `require_reference`).
@@ -48,7 +48,7 @@ class Views:
         return np.stack([preprocess.pixels(image), *(self.augmentation.pixels(image, rng, preprocess) for rng in rngs)])
 
     def fingerprint(self, preprocess: Preprocess) -> dict[str, Any]:
-        """What decides them, with a probe: another version of Pillow or torchvision may draw or compute something else."""
+        """What decides the views, with a probe: another version of Pillow or torchvision may draw or compute differently."""
         image = preprocess.scaled(probe_image())
         probed = Views(PROBES, self.seed, self.augmentation).pixels(image, b"", preprocess)
         return {**self.facts(), "probe": hashlib.sha256(probed.tobytes()).hexdigest()}
@@ -59,10 +59,10 @@ class Views:
 
     @classmethod
     def from_facts(cls, facts: dict[str, Any]) -> Views:
-        """Inverse of `facts`; the probe is left alone.
+        """Inverse of `facts`; the probe is ignored.
 
         Raises:
-            BadDataError: of a file that asks for more views than there can be.
+            BadDataError: the number of views is out of range.
         """
         if facts["count"] not in range(2, MAX_VIEWS + 1):
             message = f"{facts['count']!r} views of an image; expected 2 to {MAX_VIEWS}"
@@ -71,8 +71,9 @@ class Views:
 
 
 def require_reference(pixel_path: str | None) -> None:
-    """Refuse the faster pixel paths, which decode and resize no more than their crop needs: the first view has to have the bits
-    of an ordinary cache, and the others need all of the image.
+    """Refuse the faster pixel paths, which decode and resize no more than their crop needs.
+
+    The first view must have the bits of a cache without views, and the others need the whole image.
 
     Raises:
         UsageError: it is one of these.

@@ -1,1 +1,1 @@
-"""Backbones in fewer bits: int8 for the CPU, float16 for GPUs, each proven near to float32 or refused."""
+"""Backbones in lower precision: int8 for the CPU and float16 for GPUs, refused if their features are not close to float32."""

@@ -1,4 +1,4 @@
-"""Which images an int8 backbone is calibrated and judged on: training images only, a few hundred, always the same."""
+"""Calibration of an int8 backbone on a few hundred training images, always the same ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ log = logging.getLogger("penult.extractor")
 
 CALIBRATED, JUDGED = 128, 256  # images that give the ranges, and others that judge them; 512 would not give better ranges
 FEWEST = 8
-MAX_PIXEL_BYTES = 2**29  # of large crops, fewer images are taken
+MAX_PIXEL_BYTES = 2**29  # with large crops, fewer images are taken
 CLEARANCE = 0.5  # of the training images: those whose rank is nearest to another split are not taken
 
 
@@ -39,8 +39,8 @@ class Calibrator:
     """Makes the int8 form of a backbone from the training images of a source.
 
     Attributes:
-        source, samples: the data, and what of it is extracted.
-        val, test, seed: the split that `extract` will make, where the source has none.
+        source, samples: the data, and the samples of it that are extracted.
+        val, test, seed: the split that `extract` will make, if the source has none.
         workers: decoding threads; None for the number of cores.
         stop: ends it with an exception.
     """
@@ -54,7 +54,7 @@ class Calibrator:
     stop: StopFlag
 
     def __call__(self, float_file: Path, out: Path, facts: BackboneFacts) -> tuple[BackboneFacts, Calibration]:
-        """Write the int8 file, and return its facts with both kinds of features of the images that were looked at.
+        """Write the int8 file; return its facts, and the float and int8 features of the images that were used.
 
         Raises:
             BadDataError: int8 is too coarse for this network, or there are too few images.
@@ -71,13 +71,14 @@ class Calibrator:
         count = min(CALIBRATED, len(digests) // 2)
         log.info("calibrating int8 on %d training images, judging it on %d others", count, len(digests) - count)
         made = quantise(float_file, out, facts, pixels[:count], pixels[count:], self._check)
-        found = made.facts.calibration
+        calibration = made.facts.calibration
         log.info(
             "int8 by %s, %d layer(s) in float: cosine to float %.4f at worst, %.4f on average",
-            *(found["method"], len(found["float_layers"]), found["min"], found["mean"]),
+            *(calibration["method"], len(calibration["float_layers"]), calibration["min"], calibration["mean"]),
         )
         order = [*digests[count:], *digests[:count]]
-        return made.facts, Calibration(found["sha256"], [each.layer for each in facts.layers], order, made.exact, made.rounded)
+        layers = [each.layer for each in facts.layers]
+        return made.facts, Calibration(calibration["sha256"], layers, order, made.exact, made.rounded)
 
     def _check(self) -> None:
         if self.stop:
@@ -99,10 +100,10 @@ class Calibrator:
         return digests, np.stack(pixels) if pixels else np.empty((0, side, side, 3), np.uint8)
 
     def _candidates(self, workers: int) -> list[Sample]:
-        """The training samples in an order that depends on nothing but their paths, or where they are hashed, their content.
+        """The training samples, ordered by the hash of their paths, or of their content if `extract` will split them.
 
-        Where `extract` will divide the samples by hash rank, that depends on the content of them all, and on which of them turn
-        out to be damaged: so those whose rank is near another split are left out.
+        That split is by hash rank: it depends on the content of all samples, and on which of them turn out to be damaged. So
+        samples whose rank is near another split are left out.
         """
         targets = self.source.task.targets
         if any(sample.split for sample in self.samples):
@@ -143,14 +144,14 @@ class Calibrator:
 
 
 def without(facts: BackboneFacts) -> BackboneFacts:
-    """Facts of an int8 file as those of the float file that it came from."""
+    """The facts of an int8 file, turned into those of its float file."""
     return replace(facts, precision="fp32", calibration={})
 
 
 def count_moved(cache: Path, rows: Sequence[Row]) -> int:
-    """How many images of a cache's calibration are held out or chosen on now: files that come or go may move others."""
+    """How many calibration images of a cache are in validation or held out now: added or deleted files may move others."""
     try:
-        looked_at = set(read_calibration(cache).sha256)
+        calibrated = set(read_calibration(cache).sha256)
     except PenultError:  # nothing depends on it; `verify` says what is wrong with it
         return 0
-    return len({row.sha256 for row in rows if row.ok and row.split in ("val", "test") and row.sha256 in looked_at})
+    return len({row.sha256 for row in rows if row.ok and row.split in ("val", "test") and row.sha256 in calibrated})

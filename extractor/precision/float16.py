@@ -1,10 +1,10 @@
-"""A backbone in float16, for tensor cores: half the bytes, and several times the speed on a GPU that has them.
+"""Conversion of a backbone to float16, for tensor cores: half the bytes, and several times the speed on a GPU that has them.
 
-Inputs and outputs stay float32, and pixels are normalised in float32 before. The loss is that of rounding weights and what
-flows between layers; sums are float32 inside cuDNN and cuBLAS. Some networks have weights at their input that do not bear it
-(a depthwise layer with a scale of 56 moved the features of one MobileNetV2 by 3 %): as many layers there stay in float32 as
-it takes. That is decided on the CPU and frozen in the file. There ONNX Runtime computes float16 in float32 and often does not
-round between layers, where a card gives infinity beyond 65504; so what is judged is a float32 graph that rounds where it does.
+Inputs and outputs stay float32, and pixels are normalised in float32 before. The error comes from rounding weights and
+activations; sums are float32 inside cuDNN and cuBLAS. In some networks the first layers do not tolerate this (a depthwise
+layer with a scale of 56 moved the features of one MobileNetV2 by 3 %): there, as many layers as necessary stay in float32.
+This is decided on the CPU and fixed in the file. On a CPU, ONNX Runtime computes float16 in float32 and often does not round
+between layers, while a GPU gives infinity beyond 65504; so the graph that is judged is float32 and rounds where a GPU does.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from store.errors import BadDataError
 log = logging.getLogger("penult.extractor")
 
 BOUND, COSINE = 1e-2, 0.9995  # CONTRACTS, "CUDA fp16 vs CPU fp32": relative L2 and cosine of every row
-ENOUGH = 6e-3  # photos do worse than the pictures here, and a GPU sums in another order
+ENOUGH = 6e-3  # photos do worse than the noise images here, and a GPU sums in another order
 FLOAT_LAYERS = (0, 1, 2, 4, 8, 16)  # numbers of layers at the input that are tried in float32
-PICTURES, BATCH = 16, 4
+IMAGES, BATCH = 16, 4
 
 
-def halve(source: Path, out: Path, facts: BackboneFacts) -> BackboneFacts:
-    """Write the float16 form of a float32 backbone, after measuring how far it moves the features.
+def to_float16(source: Path, out: Path, facts: BackboneFacts) -> BackboneFacts:
+    """Convert a float32 backbone to float16, after measuring how far that moves its features.
 
     Args:
         source: the ONNX file.
@@ -61,13 +61,13 @@ def halve(source: Path, out: Path, facts: BackboneFacts) -> BackboneFacts:
     nodes = in_order(model.graph.node)
     places = [i for i, node in enumerate(nodes) if node.op_type in WEIGHTED]
     layers = [nodes[i].name for i in places]
-    pixels = pictures(facts.preprocess)
+    pixels = noise_images(facts.preprocess)
     exact = Embedder(source, facts.preprocess, outputs=facts.outputs).embed(pixels)
     worst, cosine = np.inf, -1.0
     for count in sorted({min(count, len(layers)) for count in FLOAT_LAYERS}):
         front = nodes[: places[count]] if count < len(places) else nodes  # activations too: they may overflow
-        halved = _convert(model, [node.name for node in front] if count else [])
-        worst, cosine = compare(as_on_a_card(halved, facts, pixels), exact)
+        converted = _convert(model, [node.name for node in front] if count else [])
+        worst, cosine = compare(embed_as_on_a_gpu(converted, facts, pixels), exact)
         log.debug("float16 with %d layers in float32: features move by %.1e, cosine %.6f", count, worst, cosine)
         if worst <= ENOUGH:
             break
@@ -77,8 +77,8 @@ def halve(source: Path, out: Path, facts: BackboneFacts) -> BackboneFacts:
             f"float32; {BOUND} and {COSINE} are allowed. Use --precision fp32"
         )
         raise BadDataError(message)
-    left = f"{count} of {len(layers)} layers stay in float32" + (", so tensor cores stay off" if count else "")
-    log.info("float16: %s; features move by %.1e at most", left, worst)
+    kept_text = f"{count} of {len(layers)} layers stay in float32" + (", so tensor cores stay off" if count else "")
+    log.info("float16: %s; features move by %.1e at most", kept_text, worst)
     kept = layers[:count]
     calibration = {
         "sha256": hashlib.sha256(json.dumps(kept).encode()).hexdigest(),
@@ -87,67 +87,67 @@ def halve(source: Path, out: Path, facts: BackboneFacts) -> BackboneFacts:
         "cosine": round(cosine, 6),
     }
     facts = replace(facts, precision="fp16", calibration=calibration)
-    del halved.metadata_props[:]
-    for entry in model.metadata_props:  # what is not ours
+    del converted.metadata_props[:]
+    for entry in model.metadata_props:  # entries that penult did not write
         if not entry.key.startswith(backbone_facts.PREFIX):
-            halved.metadata_props.add().CopyFrom(entry)
-    backbone_facts.write_facts(halved, facts)
-    onnx_file.save(halved, out)
+            converted.metadata_props.add().CopyFrom(entry)
+    backbone_facts.write_facts(converted, facts)
+    onnx_file.save(converted, out)
     return facts
 
 
-def compare(found: Sequence[NDArray[np.float32]], exact: Sequence[NDArray[np.float32]]) -> tuple[float, float]:
-    """Largest relative L2 and smallest cosine of a row, over all feature sets; infinity and -1 where there is no number."""
-    if not all(np.isfinite(rows).all() for rows in found):
+def compare(rounded: Sequence[NDArray[np.float32]], exact: Sequence[NDArray[np.float32]]) -> tuple[float, float]:
+    """Largest relative L2 and smallest cosine of a row, over all feature sets; infinity and -1 if a value is not finite."""
+    if not all(np.isfinite(rows).all() for rows in rounded):
         return float("inf"), -1.0
-    distances = [relative_l2(a, b).max() for a, b in zip(found, exact, strict=True)]
-    return float(max(distances)), float(cosines(exact, found).min())
+    distances = [relative_l2(a, b).max() for a, b in zip(rounded, exact, strict=True)]
+    return float(max(distances)), float(cosines(exact, rounded).min())
 
 
-def pictures(preprocess: Preprocess) -> NDArray[np.uint8]:
+def noise_images(preprocess: Preprocess) -> NDArray[np.uint8]:
     """Coloured noise ``(n, h, w, 3)``, from coarse to fine: shapes and textures of many sizes, the same each time."""
     from PIL import Image
 
     side, rng = preprocess.crop, np.random.default_rng(0)
-    found = []
-    for i in range(PICTURES):
+    images = []
+    for i in range(IMAGES):
         levels = [
             np.asarray(Image.fromarray(rng.integers(0, 256, (cells, cells, 3), np.uint8)).resize((side, side), 3), np.float64)
             for cells in (2, 4, 8, 16, 32, side)
         ]
-        weights = np.array([2.0 ** (-k * i / PICTURES) for k in range(len(levels))])
+        weights = np.array([2.0 ** (-k * i / IMAGES) for k in range(len(levels))])
         mixed = np.tensordot(weights / weights.sum(), levels, 1)
         spread = (mixed - mixed.mean()) * (60 / max(mixed.std(), 1e-9)) + rng.uniform(90, 150)
-        found.append(np.clip(spread, 0, 255).astype(np.uint8))
-    return np.stack(found)
+        images.append(np.clip(spread, 0, 255).astype(np.uint8))
+    return np.stack(images)
 
 
-def as_on_a_card(halved: Any, facts: BackboneFacts, pixels: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
-    """What a float16 graph gives where every float16 tensor is one, ``(n, d)`` of each feature set.
+def embed_as_on_a_gpu(model: Any, facts: BackboneFacts, pixels: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+    """Features of a float16 graph as a GPU computes them, with every float16 tensor rounded; ``(n, d)`` for each feature set.
 
     Raises:
-        BadDataError: it cannot be computed so.
+        BadDataError: they cannot be computed.
     """
     size = facts.batch or BATCH
     try:
-        session = cpu_session(_rounding(halved).SerializeToString(), optimised=False)
+        session = cpu_session(_rounding(model).SerializeToString(), optimised=False)
         name = session.get_inputs()[0].name
-        found = []
+        outputs = []
         for begin in range(0, len(pixels), size):
             batch = pixels[np.arange(begin, begin + size) % len(pixels)]
-            found.append(session.run(facts.outputs, {name: facts.preprocess.normalise(batch)}))
+            outputs.append(session.run(facts.outputs, {name: facts.preprocess.normalise(batch)}))
     except Exception as error:  # onnxruntime's exceptions have no common public base
         message = f"{facts.name} cannot be judged in float16: {reason(error)}; use --precision fp32"
         raise BadDataError(message) from error
-    return [np.concatenate(parts)[: len(pixels)] for parts in zip(*found, strict=True)]
+    return [np.concatenate(parts)[: len(pixels)] for parts in zip(*outputs, strict=True)]
 
 
-def _rounding(halved: Any) -> Any:
-    """The same graph in float32, where every tensor that was float16 is rounded to it: cast there and back."""
+def _rounding(source: Any) -> Any:
+    """The same graph in float32, in which every tensor that was float16 is rounded to it: cast there and back."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
-    model = onnx.shape_inference.infer_shapes(halved)
+    model = onnx.shape_inference.infer_shapes(source)
     graph = model.graph
     kinds = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.output)}
     kinds |= {tensor.name: tensor.data_type for tensor in graph.initializer}
@@ -168,7 +168,7 @@ def _rounding(halved: Any) -> Any:
                 node.output[i] = f"{name}/exact"
                 nodes.append(helper.make_node("Cast", [node.output[i]], [f"{name}/half"], to=TensorProto.FLOAT16))
                 nodes.append(helper.make_node("Cast", [f"{name}/half"], [name], to=TensorProto.FLOAT))
-    rounded = [type(node).FromString(node.SerializeToString()) for node in nodes]  # the graph's own end with its list
+    rounded = [type(node).FromString(node.SerializeToString()) for node in nodes]  # the graph's own nodes end with its list
     del graph.node[:], graph.value_info[:]
     graph.node.extend(rounded)
     return model
@@ -177,20 +177,20 @@ def _rounding(halved: Any) -> Any:
 def _convert(model: Any, in_float: Sequence[str]) -> Any:
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    halved = type(model)()
-    halved.CopyFrom(model)
+    converted = type(model)()
+    converted.CopyFrom(model)
     try:
-        halved = convert_float_to_float16(halved, keep_io_types=True, node_block_list=list(in_float))
+        converted = convert_float_to_float16(converted, keep_io_types=True, node_block_list=list(in_float))
     except Exception as error:  # a graph with types that its inference does not understand
         message = f"this network cannot be converted to float16: {error}; use --precision fp32"
         raise BadDataError(message) from error
-    _tidy_casts(halved.graph)
-    return halved
+    _tidy_casts(converted.graph)
+    return converted
 
 
 def _tidy_casts(graph: Any) -> None:
-    """What the converter leaves: the same cast for each consumer of a tensor, all casts at the end, types said twice, and
-    float16 between two nodes that stay in float32, where it would overflow."""
+    """Remove what the converter leaves: the same cast for each consumer of a tensor, all casts at the end, types declared
+    twice, and float16 between two nodes that stay in float32, where it would overflow."""
     made: dict[str, Any] = {}
     for node in graph.node:
         made.setdefault(node.output[0], node)

@@ -1,7 +1,7 @@
-"""Static int8 of a backbone: ranges of its tensors from images, and the candidate whose features stay nearest to float.
+"""Static int8 quantisation of a backbone, calibrated on images; the candidate with features nearest to float is kept.
 
-Weights are int8 with a scale per channel, activations uint8 with a scale per tensor (x86 runs nothing else in integers from
-one end to the other), as pairs of QuantizeLinear and DequantizeLinear that ONNX Runtime fuses into integer kernels.
+Weights are int8 with a scale per channel, activations uint8 with a scale per tensor (x86 runs only this
+entirely in integers), as pairs of QuantizeLinear and DequantizeLinear that ONNX Runtime fuses into integer kernels.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from .ranges import BINS, METHODS, Observed, limits, ranges
 
 log = logging.getLogger("penult.extractor")
 
-# What ONNX Runtime has integer kernels for, or moves integers through; the rest stays float between them. Softmax,
-# normalisations and the final average are better, and no slower, in float.
+# Operators with integer kernels in ONNX Runtime, or that it passes integers through; the others stay float. Softmax,
+# normalisations and the final average are more accurate, and no slower, in float.
 OPERATORS = ("Conv", "Gemm", "MatMul", "Add", "Mul", "Relu", "Clip", "MaxPool", "AveragePool", "Concat")
 # A transformer's residual sums are many times as wide as what its layers add to them, which would drown in int8: ViT-B/16 fell
 # to a cosine of 0.80, and has 0.997 with float sums.
 OF_TRANSFORMERS = ("Conv", "Gemm", "MatMul")
 OPSET = 13  # the first with scales per channel
 HISTOGRAM_IMAGES, HISTOGRAM_VALUES = 64, 65536  # of each tensor, so that a large network takes seconds
-FLOAT_LAYERS = (1, 2, 4, 8)  # so many at the input, less than half of all; what is lost there is lost for all that follows
+FLOAT_LAYERS = (1, 2, 4, 8)  # numbers of layers at the input that are tried in float; errors there spread to all that follow
 COMPARED = 64  # images that methods are compared on
 BOUND = 0.99  # CONTRACTS, "int8 vs fp32 on CPU": cosine of every row
-PAYS = 0.9  # of the worst error is what layers in float must bring it down to
-ENOUGH = 0.997  # images to come may do worse than those that were judged; and layers in float cost time
+PAYS = 0.9  # layers in float must bring the worst error down to this share
+ENOUGH = 0.997  # cosine that is good enough: new images may do worse than the judged ones, but layers in float cost time
 
 Pixels = NDArray[np.uint8]
 Features = list[NDArray[np.float32]]
@@ -53,7 +53,7 @@ Stop = Callable[[], None]
 
 @dataclass(frozen=True)
 class Quantised:
-    """The candidate that was chosen.
+    """The int8 candidate that was chosen.
 
     Attributes:
         facts: of the new file, calibration included.
@@ -68,11 +68,11 @@ class Quantised:
 def quantise(
     source: Path, out: Path, facts: BackboneFacts, calibrate: Pixels, judge: Pixels, checkpoint: Stop = lambda: None
 ) -> Quantised:
-    """Write the int8 form of a float backbone, after trying methods and layers kept in float.
+    """Quantise a float backbone to int8, after trying calibration methods and layers kept in float.
 
     Methods are compared by the mean cosine between float and int8 features, which varies least from one set of images to the
-    next. Then the last layer, and more and more at the input, stay in float where that pays, until every judged image is above
-    `ENOUGH`.
+    next. Then the last layer, and more and more layers at the input, stay in float if that helps, until every judged image is
+    above `ENOUGH`.
 
     Args:
         source: the float ONNX file.
@@ -80,7 +80,7 @@ def quantise(
         facts: of the float file.
         calibrate: images that give the ranges, ``(n, h, w, 3)``.
         judge: other images.
-        checkpoint: called between steps; raises to end it all.
+        checkpoint: called between steps; may raise, to end the work.
 
     Raises:
         BadDataError: a judged row has a cosine below `BOUND`; names the cosines. Or the network cannot be quantised.
@@ -101,13 +101,13 @@ def quantise(
             candidate = network.candidate(ranges(observed, method), floats)
             rounded = embed(candidate, facts, judge[:images], checkpoint)
             cosine = cosines([each[: len(rounded[0])] for each in exact], rounded)
-            found = {"method": method, "float_layers": list(floats), **summary(cosine)}
-            tried.append(found)
-            log.debug("int8 by %(method)s, %(float_layers)s in float: cosine %(min).5f to float, mean %(mean).5f", found)
-            return found
+            scores = {"method": method, "float_layers": list(floats), **summary(cosine)}
+            tried.append(scores)
+            log.debug("int8 by %(method)s, %(float_layers)s in float: cosine %(min).5f to float, mean %(mean).5f", scores)
+            return scores
 
         compared = [attempt(method, (), COMPARED) for method in METHODS]
-        method = max(compared, key=lambda found: float(found["mean"]))["method"]
+        method = max(compared, key=lambda scores: float(scores["mean"]))["method"]
         best = attempt(method, (), len(judge))
         fronts = [network.weighted[:n] for n in FLOAT_LAYERS if 2 * n < len(network.weighted)]
         last = network.weighted[1:][-1:]
@@ -115,9 +115,9 @@ def quantise(
         for floats in [last, *fronts] if last else []:
             if best["min"] >= ENOUGH:
                 break
-            found = attempt(method, [*floats, *tail], len(judge))
-            if 1 - found["min"] < PAYS * (1 - best["min"]):
-                best = found
+            scores = attempt(method, [*floats, *tail], len(judge))
+            if 1 - scores["min"] < PAYS * (1 - best["min"]):
+                best = scores
                 tail = last if floats is last else tail
         if best["min"] < BOUND:
             raise _refusal(facts, best, tried)
@@ -187,7 +187,7 @@ class _Network:
             raise BadDataError(message)
 
     def observe(self, pixels: Pixels, checkpoint: Stop) -> Observed:
-        """Run the float network and look at every tensor that may be quantised."""
+        """Run the float network, and record ranges and histograms of every tensor that may be quantised."""
         import onnx
 
         model = onnx.ModelProto()
@@ -203,9 +203,9 @@ class _Network:
             if name in values and name not in constants and values[name].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
         )
         followers = self._followers()
-        wanted = [name for name in names if name not in followers]
-        there = {value.name for value in graph.output}
-        graph.output.extend(values[name] for name in wanted if name not in there)
+        selected = [name for name in names if name not in followers]
+        present = {value.name for value in graph.output}
+        graph.output.extend(values[name] for name in selected if name not in present)
         session = cpu_session(model.SerializeToString())
         first = session.get_inputs()[0].name
 
@@ -214,15 +214,15 @@ class _Network:
             for begin in range(0, len(images), size):
                 checkpoint()
                 batch = images[np.arange(begin, begin + size) % len(images)]  # repeated images change no range
-                found = session.run(wanted, {first: self._facts.preprocess.normalise(batch)})
-                yield zip(wanted, found, strict=True)
+                arrays = session.run(selected, {first: self._facts.preprocess.normalise(batch)})
+                yield zip(selected, arrays, strict=True)
 
-        low, high = dict.fromkeys(wanted, np.inf), dict.fromkeys(wanted, -np.inf)
+        low, high = dict.fromkeys(selected, np.inf), dict.fromkeys(selected, -np.inf)
         for tensors in runs(pixels):
             for name, values_of in tensors:
                 low[name] = min(low[name], float(values_of.min()))
                 high[name] = max(high[name], float(values_of.max()))
-        counts = {name: np.zeros(BINS, np.int64) for name in wanted}
+        counts = {name: np.zeros(BINS, np.int64) for name in selected}
         for tensors in runs(pixels[:HISTOGRAM_IMAGES]):
             for name, values_of in tensors:
                 some = values_of.ravel()[:: -(-values_of.size // HISTOGRAM_VALUES)]
@@ -246,17 +246,17 @@ class _Network:
 
     def candidate(
         self,
-        found: Mapping[str, tuple[Any, Any]],
+        tensor_ranges: Mapping[str, tuple[Any, Any]],
         floats: Sequence[str],
         out: Path | None = None,
         facts: BackboneFacts | None = None,
     ) -> Path:
-        """Write the network with these ranges and these layers in float."""
+        """Write an int8 file with these ranges, and with these layers in float."""
         from onnxruntime.quantization import QDQQuantizer, QuantType
         from onnxruntime.quantization.calibrate import CalibrationMethod, TensorsData
 
         settings = {"WeightSymmetric": True, "ActivationSymmetric": False, "MatMulConstBOnly": True}
-        data = TensorsData(CalibrationMethod.MinMax, dict(found))
+        data = TensorsData(CalibrationMethod.MinMax, dict(tensor_ranges))
         types = (QuantType.QInt8, QuantType.QUInt8)
         quantizer = QDQQuantizer(self.model, True, False, *types, data, [], list(floats), list(self.operators), settings)  # noqa: FBT003 - positional there
         model = quantizer.quantize_model()
@@ -281,7 +281,7 @@ def embed(model: Path, facts: BackboneFacts, pixels: Pixels, checkpoint: Stop = 
 
 
 def summary(cosine: NDArray[np.float64]) -> dict[str, float]:
-    """Least, first percentile and mean, as JSON."""
+    """Least, first percentile and mean of the cosines, as JSON."""
     values = {"min": cosine.min(), "p1": np.percentile(cosine, 1), "mean": cosine.mean()}
     return {name: round(float(value), 6) for name, value in values.items()}
 
@@ -301,7 +301,7 @@ def _refusal(facts: BackboneFacts, best: Mapping[str, Any], tried: Sequence[Mapp
 
 
 def _say_speed(source: Path, out: Path, facts: BackboneFacts, pixels: Pixels) -> None:
-    """Say how fast both are here, interleaved; nothing depends on it, for the next run would measure something else."""
+    """Log the speed of both networks here, measured in turn; nothing depends on it, as the next run would measure otherwise."""
     embedders = [Embedder(path, facts.preprocess, outputs=facts.outputs) for path in (source, out)]
     batch = pixels[: embedders[0].batch_size]
     seconds: list[list[float]] = [[], []]

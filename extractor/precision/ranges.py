@@ -1,4 +1,4 @@
-"""From what a network's tensors held to the ranges that 8 bits shall cover."""
+"""The ranges that 8 bits cover for each tensor of a network, chosen from observed values by one of several methods."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ ENTROPY_BINS, ENTROPY_LEVELS = 512, 128  # finer ones take minutes in ONNX Runti
 
 @dataclass(frozen=True)
 class Observed:
-    """What the tensors of a float network held.
+    """Observed values of the tensors of a float network.
 
     Attributes:
         low, high: least and greatest value of each tensor by name.
         counts: histogram of `BINS` equal bins, from -r to r where r is the greatest absolute value.
-        followers: tensors that only go through an activation, which bounds them, and its output: they share a range.
+        followers: output of the activation by the name of its input, if nothing else uses that: both share a range.
     """
 
     low: Mapping[str, float]
@@ -31,7 +31,7 @@ class Observed:
 
 def ranges(observed: Observed, method: str) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """The range of every tensor by one of `METHODS`; values beyond it will saturate."""
-    found = {}
+    chosen = {}
     for name, counts in observed.counts.items():
         low, high = observed.low[name], observed.high[name]
         edges = np.linspace(*limits(low, high), BINS + 1)
@@ -45,8 +45,8 @@ def ranges(observed: Observed, method: str) -> dict[str, tuple[NDArray[np.float3
             narrow = _entropy(counts, edges, low, high)
         else:
             narrow = low, high
-        found[name] = np.array(max(low, narrow[0]), np.float32), np.array(min(high, narrow[1]), np.float32)
-    return found | {name: found[of] for name, of in observed.followers.items() if of in found}
+        chosen[name] = np.array(max(low, narrow[0]), np.float32), np.array(min(high, narrow[1]), np.float32)
+    return chosen | {name: chosen[of] for name, of in observed.followers.items() if of in chosen}
 
 
 def limits(low: float, high: float) -> tuple[float, float]:
@@ -55,7 +55,7 @@ def limits(low: float, high: float) -> tuple[float, float]:
 
 
 def _least_squares(counts: NDArray[np.int64], edges: NDArray[np.float64], low: float, high: float) -> tuple[float, float]:
-    """The narrowing, by one factor on both sides, with the least expected squared error of rounding and saturation."""
+    """The range, narrowed by one factor on both sides, with the least expected squared error of rounding and saturation."""
     centres = (edges[1:] + edges[:-1]) / 2
 
     def error(factor: float) -> float:
@@ -68,7 +68,7 @@ def _least_squares(counts: NDArray[np.int64], edges: NDArray[np.float64], low: f
 
 
 def _entropy(counts: NDArray[np.int64], edges: NDArray[np.float64], low: float, high: float) -> tuple[float, float]:
-    """ONNX Runtime's search for the range that loses least information (Kullback-Leibler)."""
+    """ONNX Runtime's search for the range that loses the least information (Kullback-Leibler)."""
     from onnxruntime.quantization.calibrate import HistogramCollector
 
     merged = counts.reshape(ENTROPY_BINS, -1).sum(axis=1)

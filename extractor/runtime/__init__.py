@@ -1,1 +1,1 @@
-"""ONNX Runtime on the CPU and on GPUs, one or several."""
+"""Inference with ONNX Runtime, on the CPU and on one or several GPUs."""

@@ -1,16 +1,16 @@
-"""The NVIDIA side of a session: libraries, the provider and its options, the proof that it computes, buffers that never move.
+"""CUDA for ONNX Runtime sessions: libraries, provider options, checks that a GPU computes, and fixed buffers.
 
-What was decided, and why:
+Decisions, and the reasons for them:
 
 - Two lanes share one session. ONNX Runtime gives every concurrent `run` a stream of its own and releases the interpreter
-  lock, so one lane's copies hide behind the other's compute; a second session would cost the weights a second time.
-- Pixels and features lie in device buffers that are made once per lane and batch size, so memory is flat. The host side is
+  lock, so one lane's copies hide behind the other's compute; a second session would hold the weights a second time.
+- Pixels and features lie in device buffers that are made once per lane and batch size, so memory stays flat. The host side is
   pinned: a copy from pageable memory goes through the driver's own buffer at half the speed, with the interpreter locked.
-- ``use_tf32`` is ONNX Runtime's one switch for the tensor cores of all convolutions: off, float16 has none either; on, float32
-  products lose 13 bits. So it is on where somebody asked for TF32, and for networks that are float16 throughout, which have no
-  float32 to lose. A layer that was kept in float32 because float16 is too coarse for it would be as coarse in TF32 (the
-  features of one MobileNetV2 would move by 3 % again, and not by 0.5 %): there it is off.
-- NHWC is what tensor cores take; without them cuDNN's NCHW kernels need no transposition.
+- ``use_tf32`` is ONNX Runtime's only switch for the tensor cores of all convolutions. If it is off, float16 does not use them
+  either; if it is on, float32 products lose 13 bits. So it is on for ``--precision tf32``, and for networks that are float16
+  throughout, which have no float32 to lose. It is off for networks with layers in float32, for which float16 is too coarse:
+  TF32 would be as coarse (the features of one MobileNetV2 would change by 3 % instead of 0.5 %).
+- Tensor cores take NHWC; without them cuDNN's NCHW kernels need no transposition.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ MAJOR, MINOR = 75, 76  # cudaDevAttrComputeCapabilityMajor and ..Minor
 
 
 def number_of(device: str) -> int:
-    """Which card ``cuda`` or ``cuda:N`` is."""
+    """The number of the GPU that ``cuda`` (0) or ``cuda:N`` names."""
     return int(device.partition(":")[2] or 0)
 
 
 @contextlib.contextmanager
 def hushed(onnxruntime: Any) -> Iterator[None]:
-    """Keep what ONNX Runtime logs from the terminal, for as long as its failures are put into messages."""
+    """Keep ONNX Runtime's log off the terminal while its failures are turned into messages."""
     onnxruntime.set_default_logger_severity(NOTHING)
     try:
         yield
@@ -59,10 +59,10 @@ def hushed(onnxruntime: Any) -> Iterator[None]:
 
 @cache
 def trouble(device: str) -> str:
-    """Why a card does not compute with ONNX Runtime, for people; empty where it does. Tried once in a process.
+    """Why a GPU does not compute with ONNX Runtime, for people; empty if it does. Tried once per process.
 
-    By running a convolution: ONNX Runtime raises little of it. It goes on with the CPU, or without cuDNN, and fails only in a
-    run on a card that its wheel has no code for.
+    It runs a convolution, because opening a session raises few errors: ONNX Runtime falls back to the CPU, works without
+    cuDNN, and fails only in a run on a GPU that its wheel has no code for.
     """
     import onnxruntime
 
@@ -71,30 +71,30 @@ def trouble(device: str) -> str:
     model, pixels, expected = _one_convolution()
     with hushed(onnxruntime):
         printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):  # which belongs to results
+        with contextlib.redirect_stdout(printed):  # stdout is for results
             onnxruntime.preload_dlls()
-        try:  # its own fall-back to the CPU would print, and go on
+        try:  # its own fallback to the CPU would print, and continue
             session = onnxruntime.InferenceSession(model, options, providers=providers(device), enable_fallback=0)
             delivered = session.get_providers()[0]
             if delivered != PROVIDER:
                 why = _unloadable(onnxruntime) or " ".join(printed.getvalue().split())
                 why = why or f"does the driver support CUDA {onnxruntime.cuda_version or '13'}?"
                 return f"ONNX Runtime made a session on {delivered} instead: {PROVIDER} did not load ({why})"
-            found = session.run(None, {"pixels": pixels})[0]
+            features = session.run(None, {"pixels": pixels})[0]
         except Exception as error:  # onnxruntime's exceptions have no common public base
             why = reason(error)
             if "no kernel image" in why:
                 why = f"this onnxruntime has no code for a card of compute capability {capability(device, onnxruntime)}: {why}"
             return why
-    if not np.allclose(found, expected, rtol=1e-3):  # there are algorithms that round whole numbers
-        return "a convolution gives something else there than on a CPU"
-    if not is_loaded("libcudnn"):  # it does without from 1.30 on
-        return "ONNX Runtime finds no cuDNN, and is slow without; install onnxruntime-gpu[cuda,cudnn]"
+    if not np.allclose(features, expected, rtol=1e-3):  # some algorithms round whole numbers
+        return "a convolution gives other values there than on a CPU"
+    if not is_loaded("libcudnn"):  # from 1.30 on ONNX Runtime runs without it
+        return "ONNX Runtime finds no cuDNN, and is slow without it; install onnxruntime-gpu[cuda,cudnn]"
     return ""
 
 
 def _one_convolution() -> tuple[bytes, NDArray[np.uint8], NDArray[np.float32]]:
-    """A network with a layer of cuDNN's and some of ONNX Runtime's own, its input, and what it gives."""
+    """A network with one layer of cuDNN's and some of ONNX Runtime's own, its input, and the expected output."""
     from onnx import TensorProto, helper
 
     nodes = [
@@ -112,7 +112,7 @@ def _one_convolution() -> tuple[bytes, NDArray[np.uint8], NDArray[np.float32]]:
 
 
 def _unloadable(onnxruntime: Any) -> str:
-    """Why the provider's library cannot be loaded, which ONNX Runtime logs and does not raise; empty where it can."""
+    """Why the provider's library cannot be loaded, which ONNX Runtime logs and does not raise; empty if it can."""
     try:
         ctypes.CDLL(str(Path(onnxruntime.__file__).parent / "capi/libonnxruntime_providers_cuda.so"))
     except OSError as error:
@@ -126,28 +126,28 @@ def is_loaded(library: str) -> bool:
 
 
 def reason(error: Exception) -> str:
-    """What went wrong in ONNX Runtime, in one line; of a failure on a card, without the place in its source and the host."""
+    """An error of ONNX Runtime in one line; a failure on a GPU without source location and host name."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    found = re.search(r"CU[A-Z_]+ failure -?\d+: [^;]*", line)
-    return found.group().strip() if found else line
+    failure = re.search(r"CU[A-Z_]+ failure -?\d+: [^;]*", line)
+    return failure.group().strip() if failure else line
 
 
 def _runtime(onnxruntime: Any) -> Any:
-    """CUDA's own runtime, which `trouble` has loaded; OSError where it has not."""
+    """CUDA's runtime library, which `trouble` has loaded; OSError if it has not."""
     return ctypes.CDLL(f"libcudart.so.{str(onnxruntime.cuda_version).partition('.')[0]}")
 
 
 def capability(device: str, onnxruntime: Any) -> str:
-    """The compute capability of a card, such as ``10.0``."""
-    found = ctypes.c_int(-1), ctypes.c_int(-1)
+    """The compute capability of a GPU, such as ``10.0``."""
+    numbers = ctypes.c_int(-1), ctypes.c_int(-1)
     with contextlib.suppress(AttributeError, OSError):
-        for value, attribute in zip(found, (MAJOR, MINOR), strict=True):
+        for value, attribute in zip(numbers, (MAJOR, MINOR), strict=True):
             _runtime(onnxruntime).cudaDeviceGetAttribute(ctypes.byref(value), attribute, number_of(device))
-    return ".".join(str(value.value) for value in found) if found[0].value >= 0 else "unknown"
+    return ".".join(str(value.value) for value in numbers) if numbers[0].value >= 0 else "unknown"
 
 
 def free_memory(device: str) -> int:
-    """Bytes that are free on a card; 0 where that cannot be told."""
+    """Free bytes on a GPU; 0 if unknown."""
     import onnxruntime
 
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
@@ -161,7 +161,7 @@ def free_memory(device: str) -> int:
 
 
 def providers(device: str, *, tensor_cores: bool = False) -> list[Any]:
-    """What a session on ``cuda[:N]`` is opened with, in order of preference; ``tensor_cores`` round float32 to TF32."""
+    """The providers of a session on ``cuda[:N]``, in order of preference; ``tensor_cores`` round float32 to TF32."""
     on = {False: "0", True: "1"}
     options = {
         "device_id": number_of(device),
@@ -173,27 +173,27 @@ def providers(device: str, *, tensor_cores: bool = False) -> list[Any]:
 
 
 def prove(session: Any, device: str, graph: Any) -> None:
-    """Ask a session what it computes with; none of what is refused here is an exception in ONNX Runtime.
+    """Check that a session computes on the GPU; ONNX Runtime raises nothing for what is refused here.
 
     Args:
         session: just opened.
-        device: what was asked for.
-        graph: what it was opened with.
+        device: that was requested.
+        graph: that it was opened with.
 
     Raises:
         DeviceUnavailableError: the provider was dropped; or a node that computes with pixels went to another one, which would
-            copy what it takes and gives in every batch; or so did the first one, which would see the pixels of one batch alone.
+            copy its inputs and outputs in every batch; or the first node did, which would see the pixels of one batch alone.
     """
     delivered = session.get_providers()[0]
     if delivered != PROVIDER:
         message = f"--device {device}: ONNX Runtime made a session on {delivered} instead; try --device cpu"
         raise DeviceUnavailableError(message)
-    moved, known = of_pixels(graph), {node.name for node in graph.node}
+    computing, known = of_pixels(graph), {node.name for node in graph.node}
     if hasattr(session, "get_provider_graph_assignment_info"):  # ONNX Runtime 1.24 and newer
         for part in session.get_provider_graph_assignment_info():
             away = [] if part.ep_name == PROVIDER else part.get_nodes()
             for node in away:
-                if node.name in moved or (node.name not in known and node.op_type not in OF_SHAPES):
+                if node.name in computing or (node.name not in known and node.op_type not in OF_SHAPES):
                     message = (
                         f"--device {device}: ONNX Runtime gave {node.op_type} {node.name!r} to {part.ep_name}; "
                         f"this network cannot run there as a whole, try --device cpu"
@@ -206,7 +206,7 @@ def prove(session: Any, device: str, graph: Any) -> None:
 
 
 class BoundLane:
-    """Passes one padded batch after the other through a session, in buffers that are made once. For one thread.
+    """A lane that passes padded batches through a session in buffers that are made once; for one thread.
 
     Args:
         session: shared with other lanes.
@@ -241,7 +241,7 @@ class BoundLane:
             self._binding.bind_ortvalue_output(name, value)
 
     def __call__(self, padded: NDArray[Any]) -> list[NDArray[Any]]:
-        """The outputs ``(n, d)`` of a batch of just the shape and type that the lane was made for."""
+        """The outputs ``(n, d)`` of a batch with exactly the shape and type that the lane was made for."""
         np.copyto(self._staged, padded, casting="no")
         self._pixels.update_inplace(self._staged)
         self._session.run_with_iobinding(self._binding)  # returns when the GPU has finished
@@ -251,23 +251,23 @@ class BoundLane:
 def pin(buffer: NDArray[Any], number: int, onnxruntime: Any) -> bool:
     """Lock an array's memory for fast copies to a GPU as long as the array lives.
 
-    ONNX Runtime's Python interface cannot allocate pinned memory: ``OrtDevice`` knows default memory alone. CUDA's own
-    runtime, which is loaded for it already, can pin memory that is there.
+    ONNX Runtime's Python interface cannot allocate pinned memory: ``OrtDevice`` knows only default memory. CUDA's own
+    runtime, which is loaded already, can pin existing memory.
 
     Returns:
-        Whether it did; without, copies are slower and nothing else changes.
+        Whether it is pinned; if not, copies are slower and nothing else changes.
     """
     try:
         runtime = _runtime(onnxruntime)
         address = ctypes.c_void_p(buffer.ctypes.data)
-        runtime.cudaSetDevice(ctypes.c_int(number))  # of this thread, which else would open a context on device 0
+        runtime.cudaSetDevice(ctypes.c_int(number))  # of this thread, which would otherwise open a context on device 0
         status = runtime.cudaHostRegister(address, ctypes.c_size_t(buffer.nbytes), ctypes.c_uint(PORTABLE))
     except (AttributeError, OSError) as error:
         log.debug("host memory is not pinned: %s", error)
         return False
     if status:
         log.debug("host memory is not pinned: CUDA error %d", status)
-        runtime.cudaGetLastError()  # or it would be reported of whatever comes next
+        runtime.cudaGetLastError()  # or the next call would report it
         return False
     weakref.finalize(buffer, runtime.cudaHostUnregister, address)
     return True

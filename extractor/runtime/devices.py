@@ -1,8 +1,8 @@
-"""Several devices, one process each: ``--device cuda:0,cuda:1``.
+"""A pool of devices, one child process each, for ``--device cuda:0,cuda:1``.
 
-This process reads, decodes, keeps the ledger and writes; each child holds one device and turns pixels into features. So copies
-are computed once, shards have one writer, and a child that dies loses nothing that was committed. Every lane of a child has
-a connection of its own; over it go a JSON header and the bytes of arrays, both ways, and nothing else.
+This process reads, decodes, keeps the ledger and writes; each child holds one device and turns pixels into features. So
+duplicates are computed once, shards have one writer, and a child that dies loses nothing that was committed. Every lane of a
+child has its own connection, which carries a JSON header and the bytes of arrays, both ways, and nothing else.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def parse_devices(text: str) -> list[str]:
     """The devices that ``--device`` lists, with commas between several.
 
     Raises:
-        UsageError: one is none, ``auto`` is among several, or their kinds compute differently.
+        UsageError: one is not a device, ``auto`` is among several, or they are of different kinds, which compute differently.
     """
     devices = text.split(",")
     for device in devices:
@@ -56,10 +56,12 @@ def parse_devices(text: str) -> list[str]:
 
 
 def resolve_devices(text: str) -> list[str]:
-    """`parse_devices`; a single one is resolved (see `resolve_device`), several are tried by the processes that get them.
+    """The devices that ``--device`` lists, ready to be opened.
+
+    A single one is resolved (see `resolve_device`); several are tried by their own processes.
 
     Raises:
-        DeviceUnavailableError: CUDA was asked for and cannot be here.
+        DeviceUnavailableError: CUDA was requested and cannot be used here.
     """
     devices = parse_devices(text)
     if len(devices) == 1:
@@ -86,15 +88,15 @@ def open_embedder(
 
 
 class DevicePool:
-    """An `Embedder` for each device, in a child process, with the face of one.
+    """Several devices used like one `Embedder`: each has an `Embedder` in a child process.
 
     Attributes:
-        provider, dims, fixed_batch: as every child's `Embedder` has them.
+        provider, dims, fixed_batch: those of every child's `Embedder`.
         lanes: of all children together.
 
     Raises:
-        DeviceUnavailableError: a device is not really there; names it.
-        BadDataError: the file is no usable network.
+        DeviceUnavailableError: a device cannot be used; names it.
+        BadDataError: the file is not a usable network.
     """
 
     def __init__(
@@ -128,7 +130,7 @@ class DevicePool:
         self.provider, self.dims, self.fixed_batch = first["provider"], first["dims"], first["fixed_batch"]
         self._idle: SimpleQueue[tuple[_Child, Connection]] = SimpleQueue()
         lanes = [child.facts["lanes"] for child in self._children]
-        for lane in range(max(lanes)):  # of each device in turn, so that all have something to do from the start
+        for lane in range(max(lanes)):  # the devices in turn, so that all have work from the start
             for child in self._children:
                 if lane < child.facts["lanes"]:
                     self._idle.put((child, child.connections[lane]))
@@ -148,7 +150,7 @@ class DevicePool:
         return sum(float(child.facts["seconds"]) for child in self._children)
 
     def submit(self, batch: NDArray[Any]) -> Future[list[NDArray[np.float32]]]:
-        """`embed` on whichever device is free first, while the caller goes on."""
+        """Run `embed` on the device that is free first, and return at once."""
         assert self._pool is not None
         return self._pool.submit(self.embed, batch)
 
@@ -165,7 +167,7 @@ class DevicePool:
             self._idle.put((child, connection))
 
     def close(self) -> None:
-        """End the children; what they compute is lost."""
+        """End the children; batches under way are lost."""
         for child in self._children:
             child.hang_up()
         if self._pool is not None:
@@ -175,48 +177,48 @@ class DevicePool:
 
 
 class _Child:
-    """One process, its connections and what it last said of itself."""
+    """A child process, its connections and the facts that it last sent."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.device: str = settings["device"]
         self.facts: dict[str, Any] = {}
         pairs = [socket.socketpair() for _ in range(MAX_LANES)]  # one for each lane that the child may have
-        theirs = [pair[1].fileno() for pair in pairs]
+        descriptors = [pair[1].fileno() for pair in pairs]
         # The child inherits what is blocked here: Ctrl-C and SIGTERM are for the parent alone, which ends its children.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
             self.process = subprocess.Popen(
-                python(START, *theirs),
+                python(START, *descriptors),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,  # results go there
-                pass_fds=theirs,
+                pass_fds=descriptors,
             )
         except OSError as error:
             message = f"cannot start a process for --device {self.device}: {error.strerror}"
             raise PenultError(message) from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            for _, their in pairs:
-                their.close()
-        self.connections = [Connection(ours.detach()) for ours, _ in pairs]
-        with suppress(OSError):  # it is dead, and says so when it is waited for
+            for _, child_end in pairs:
+                child_end.close()
+        self.connections = [Connection(own_end.detach()) for own_end, _ in pairs]
+        with suppress(OSError):  # it is dead, which is reported when its answer is awaited
             self.connections[0].send_bytes(json.dumps(settings).encode())
 
     def await_ready(self) -> None:
-        """Wait until it has its session."""
+        """Wait until the child has opened its session."""
         self._receive(self.connections[0])
 
     def ask(self, connection: Connection, batch: NDArray[Any]) -> list[NDArray[np.float32]]:
-        """Send a batch; the arrays of the answer."""
+        """Send a batch and return the arrays of the answer."""
         try:
             _send(connection, {}, [batch])
         except OSError:
             raise self._dead() from None
         before = self.facts["batch_size"]
-        found = self._receive(connection)
+        features = self._receive(connection)
         if self.facts["batch_size"] < before:
             log.warning("out of memory on %s: going on with batches of %d", self.device, self.facts["batch_size"])
-        return found
+        return features
 
     def _receive(self, connection: Connection) -> list[NDArray[np.float32]]:
         try:
@@ -233,17 +235,20 @@ class _Child:
         except subprocess.TimeoutExpired:
             status = 0
         why = f"signal {-status} ({signal.strsignal(-status)})" if status < 0 else f"exit status {status}"
-        message = f"--device {self.device}: its process died of {why}; what is committed stays, and the same command goes on"
+        message = (
+            f"--device {self.device}: its process died of {why}; what is committed stays, "
+            f"run the same command again to continue"
+        )
         return DeviceUnavailableError(message)
 
     def hang_up(self) -> None:
-        """Let it end, for nobody will ask it; whoever waits for an answer gets an exception."""
+        """Let the child end, because no batch follows; a thread that waits for an answer gets an exception."""
         for connection in self.connections:
             with suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as line:
                 line.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits in it, which closing would not
 
     def close(self) -> None:
-        """Wait for its end, or bring it about."""
+        """Wait until the child has ended, or kill it."""
         try:
             self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
@@ -271,10 +276,10 @@ def _receive(connection: Connection) -> tuple[dict[str, Any], list[NDArray[Any]]
 
 
 def serve(descriptors: Sequence[str]) -> None:
-    """What a child does until its connections end: open a session, then answer every lane."""
-    logging.getLogger("penult").addHandler(logging.NullHandler())  # the parent says what there is to say
+    """The work of a child process: open a session, then answer every lane until the connections end."""
+    logging.getLogger("penult").addHandler(logging.NullHandler())  # the parent does the logging
     connections = [Connection(int(descriptor)) for descriptor in descriptors]
-    with suppress(EOFError, OSError):  # the parent has gone while this started
+    with suppress(EOFError, OSError):  # the parent ended while this started
         settings = json.loads(connections[0].recv_bytes())
         _share_cores(settings["device"], *settings["place"])
         try:
@@ -298,7 +303,7 @@ def serve(descriptors: Sequence[str]) -> None:
 
 
 def _share_cores(device: str, place: int, count: int) -> None:
-    """On CPUs each child takes its part of the cores, or all would want all."""
+    """On CPUs give each child its share of the cores, or each would use all of them."""
     if device == "cpu" and cores() >= count and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[place::count])
 
@@ -313,11 +318,11 @@ def _answer(connection: Connection, embedder: Embedder) -> None:
         while True:
             _, arrays = _receive(connection)
             try:
-                found = [features for array in arrays for features in embedder.embed(array)]
+                outputs = [features for array in arrays for features in embedder.embed(array)]
             except PenultError as error:
                 _send(connection, answer_of(error), [])
                 continue
             except Exception:  # a bug: the process ends, with a traceback, and the parent sees that
                 traceback.print_exc()
                 os._exit(70)
-            _send(connection, {"facts": _facts(embedder)}, found)
+            _send(connection, {"facts": _facts(embedder)}, outputs)

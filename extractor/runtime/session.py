@@ -1,4 +1,4 @@
-"""ONNX Runtime, asked what it did rather than what it offers."""
+"""Inference sessions of ONNX Runtime: choose and check a device, and turn pixels into features in several lanes."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ log = logging.getLogger("penult.extractor")
 # The last two as in CUBLAS_STATUS_ALLOC_FAILED and CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED
 OUT_OF_MEMORY = ("BFCArena", "Failed to allocate memory", "OUT_OF_MEMORY", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
 MAX_DIM = 65536
-CPU_BATCH = 4  # large batches lose there: they fall out of the caches
-GPU_BATCHES = ((40e9, 256), (12e9, 128), (0, 64))  # by the bytes that are free on a card; where one is too large, it is halved
-MAX_LANES = 16  # on a CPU; with more cores each lane gets several threads, for it keeps activations of its own
+CPU_BATCH = 4  # large batches are slower there: they do not fit the processor's caches
+GPU_BATCHES = ((40e9, 256), (12e9, 128), (0, 64))  # by the free bytes on a GPU; a size that is too large is halved
+MAX_LANES = 16  # on a CPU; with more cores each lane gets several threads, because it keeps its own activations
 LANES_CUDA = 2  # the copies of one batch hide behind the compute of the other
 MAX_PROLOGUE = 256 * 2**20  # bytes of a backbone file that is rewritten in memory on a CPU, see `Embedder`
 
 
 def check_device(device: str) -> None:
-    """Refuse what is no name of a device.
+    """Refuse text that is not the name of a device.
 
     Raises:
         UsageError: neither ``auto``, ``cpu``, ``cuda`` nor ``cuda:N``.
@@ -50,7 +50,7 @@ def check_device(device: str) -> None:
 
 
 def no_cuda() -> str:
-    """Why no card can be used here, as far as that is seen without trying; empty where one may."""
+    """Why no GPU can be used here, as far as is known without trying one; empty if one may work."""
     import onnxruntime
 
     if PROVIDER not in onnxruntime.get_available_providers():
@@ -61,11 +61,11 @@ def no_cuda() -> str:
 
 
 def resolve_device(device: str) -> str:
-    """``auto`` to ``cuda`` where that computes, else to ``cpu``, and the log says why; others as they are.
+    """The device to use: ``auto`` becomes ``cuda`` if that computes, else ``cpu`` with the reason in the log.
 
     Raises:
-        DeviceUnavailableError: CUDA was asked for and does not compute here; says why.
-        UsageError: none of these.
+        DeviceUnavailableError: CUDA was requested and does not compute here; says why.
+        UsageError: not the name of a device.
     """
     check_device(device)
     if device == "cpu":
@@ -82,7 +82,7 @@ def resolve_device(device: str) -> str:
 
 @cache
 def _say_cpu(why: str) -> None:
-    """Once per process: never silent, never a litany."""
+    """Log once per process that the CPU is used, and why."""
     if why:
         log.warning("there is a GPU, and it cannot be used: running on the CPU. %s", why)
     else:
@@ -91,7 +91,7 @@ def _say_cpu(why: str) -> None:
 
 @dataclass(eq=False)
 class _Opened:
-    """A session and the batch size it is run with; replaced as one when a GPU ran out of memory."""
+    """A session and its batch size; both are replaced together when a GPU runs out of memory."""
 
     session: Any
     batch_size: int
@@ -107,33 +107,33 @@ Lane = Callable[[NDArray[Any]], Sequence[NDArray[Any]]]  # one padded batch to t
 class Embedder:
     """A backbone in an ONNX Runtime session: pixels in, features out, in several lanes at once.
 
-    On a CPU a lane is a thread that runs whole batches alone: several small batches side by side beat one whose layers all
-    threads wait for, the more so where decoding wants the same cores. On a GPU two lanes let copies hide behind compute.
-    On a GPU every batch is padded to one shape, so that its memory stays flat and results do not depend on the last batch; a
-    CPU gives the same bits at every batch size (seen on nine networks, fp32).
+    On a CPU a lane is a thread that runs whole batches alone: several small batches side by side are faster than one
+    whose layers all threads wait for, even more so if decoding uses the same cores. On a GPU two lanes let copies hide behind
+    compute. On a GPU every batch is padded to one shape, so that its memory stays flat and results do not depend on the last
+    batch; a CPU gives the same bits at every batch size (measured on nine networks, fp32).
 
     Args:
         model: the ONNX file.
-        preprocess: with it, pixels are ``(n, h, w, 3)`` uint8 and are normalised here: inside the graph, or beforehand where
-            the file is too large to be rewritten in memory; the features are the same bits. Without, what the file takes.
+        preprocess: with it, pixels are ``(n, h, w, 3)`` uint8 and are normalised here: inside the graph, or beforehand if
+            the file is too large to be rewritten in memory; the features are the same bits. Without it, what the file takes.
         device: ``cpu``, ``cuda`` or ``cuda:N`` (see `resolve_device`).
         batch_size: images per call; None for the device's default.
         lanes: batches at once; None for one per core on the CPU and two on a GPU.
-        outputs: names of the outputs to compute; the first where not given.
+        outputs: names of the outputs to compute; by default the first.
         tf32: let a GPU round the products of float32 to 10 bits, for speed.
 
     Attributes:
-        provider: family, ``cpu`` or ``cuda``, proven after the session exists.
-        batch_size: as in use; halved when a GPU ran out of memory.
-        lanes: as in use.
+        provider: family, ``cpu`` or ``cuda``, checked after the session is opened.
+        batch_size: in use; halved when a GPU runs out of memory.
+        lanes: in use.
         calls: number of inference calls so far.
         seconds: spent in them so far, summed over the lanes.
-        told: called by the lanes after each batch with its number of images and the seconds that it took.
+        on_batch: called by the lanes after each batch, with its number of images and its seconds.
         dims: length of a feature vector of each output.
 
     Raises:
-        DeviceUnavailableError: the device is not really there.
-        BadDataError: the file is no usable network.
+        DeviceUnavailableError: the device cannot be used.
+        BadDataError: the file is not a usable network.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class Embedder:
     ) -> None:
         self.provider = device.partition(":")[0]
         self.calls, self.seconds = 0, 0.0
-        self.told: Callable[[int, float], None] | None = None
+        self.on_batch: Callable[[int, float], None] | None = None
         self.lanes = lanes or (LANES_CUDA if self.provider == "cuda" else min(cores(), MAX_LANES))
         self._model, self._device, self._preprocess, self._tf32 = model, device, preprocess, tf32
         self._gate, self._pool = Condition(), ThreadPoolExecutor(self.lanes, "penult-lane")
@@ -157,11 +157,11 @@ class Embedder:
         shapes = {output.name: output.shape for output in session.get_outputs()}
         self._outputs = list(outputs) or [next(iter(shapes))]
         self.dims = [self._dim(shapes.get(name, [])) for name in self._outputs]
-        found = session.get_inputs()[0]
-        self._input, self._dtype = found.name, np.uint8 if found.type == "tensor(uint8)" else np.float32
-        self._on_host = preprocess if found.type != "tensor(uint8)" else None
-        self.fixed_batch = isinstance(found.shape[0], int)  # the graph takes no other
-        self._opened = _Opened(session, found.shape[0] if self.fixed_batch else batch_size or self._usual_batch())
+        tensor = session.get_inputs()[0]
+        self._input, self._dtype = tensor.name, np.uint8 if tensor.type == "tensor(uint8)" else np.float32
+        self._on_host = preprocess if tensor.type != "tensor(uint8)" else None
+        self.fixed_batch = isinstance(tensor.shape[0], int)  # the graph takes no other
+        self._opened = _Opened(session, tensor.shape[0] if self.fixed_batch else batch_size or self._usual_batch())
 
     @property
     def batch_size(self) -> int:
@@ -173,7 +173,7 @@ class Embedder:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What the network that is loaded says of itself: the file may have been replaced since somebody looked into it."""
+        """The metadata of the loaded network; the file may have been replaced since."""
         return dict(self._opened.session.get_modelmeta().custom_metadata_map)
 
     def _usual_batch(self) -> int:
@@ -203,12 +203,12 @@ class Embedder:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         import onnx
 
-        resolve_device(self._device)  # says why not
+        resolve_device(self._device)  # raises with the reason
         nodes = (onnx.load_model_from_string(graph) if graph else read_model(self._model)).graph
-        wanted = providers(self._device, tensor_cores=self._tf32 or in_float16(nodes))
-        try:  # its own fall-back to the CPU would print, and go on
+        choice = providers(self._device, tensor_cores=self._tf32 or in_float16(nodes))
+        try:  # its own fallback to the CPU would print, and continue
             with hushed(onnxruntime):
-                session = onnxruntime.InferenceSession(graph or str(self._model), options, providers=wanted, enable_fallback=0)
+                session = onnxruntime.InferenceSession(graph or str(self._model), options, providers=choice, enable_fallback=0)
         except Exception as error:
             message = f"--device {self._device}: {reason(error)}"
             raise DeviceUnavailableError(message) from error
@@ -216,7 +216,7 @@ class Embedder:
         return session
 
     def _graph(self) -> bytes | None:
-        """The graph that takes pixels. A copy of a large one costs a CPU more memory than its time is worth."""
+        """The graph that takes uint8 pixels; None to open the file: on a CPU, a copy of a large one costs too much memory."""
         if self._preprocess is None or (self.provider == "cpu" and self._model.stat().st_size > MAX_PROLOGUE):
             return None
         return takes_pixels(self._model, self._preprocess)
@@ -226,8 +226,7 @@ class Embedder:
         return self.embed(batch)[0]
 
     def submit(self, batch: NDArray[Any]) -> Future[list[NDArray[np.float32]]]:
-        """`embed` in one of the lanes, while the caller goes on. Whoever keeps more batches on their way than two for
-        each lane only fills memory."""
+        """Run `embed` in one of the lanes, and return at once. More than two batches under way per lane only fill memory."""
         return self._pool.submit(self.embed, batch)
 
     def embed(self, batch: NDArray[Any]) -> list[NDArray[np.float32]]:
@@ -259,7 +258,7 @@ class Embedder:
         return [np.concatenate(column) for column in zip(*rows, strict=True)]
 
     def close(self) -> None:
-        """End the lanes; batches that have not begun are dropped."""
+        """End the lanes; batches that have not started are dropped."""
         self._pool.shutdown(cancel_futures=True)
 
     def _enter(self) -> _Opened:
@@ -306,17 +305,17 @@ class Embedder:
             part = self._on_host.normalise(part)
         short = opened.batch_size - len(part) if self.fixed_batch or self.provider == "cuda" else 0
         padded = np.concatenate([part, np.zeros((short, *part.shape[1:]), part.dtype)]) if short else part
-        found = self._lane(opened, padded.shape)(padded)
+        outputs = self._lane(opened, padded.shape)(padded)
         spent = time.perf_counter() - begin
         with self._gate:
             self.calls += 1
             self.seconds += spent
-        if self.told is not None:
-            self.told(len(part), spent)
-        return [np.asarray(features[: len(part)], np.float32) for features in found]
+        if self.on_batch is not None:
+            self.on_batch(len(part), spent)
+        return [np.asarray(features[: len(part)], np.float32) for features in outputs]
 
     def _lane(self, opened: _Opened, shape: tuple[int, ...]) -> Lane:
-        """This thread's way through the session."""
+        """The lane of this thread."""
         if not hasattr(opened.lanes, "lane"):
             opened.lanes.lane = self._make_lane(opened, shape)
         lane: Lane = opened.lanes.lane

@@ -1,1 +1,1 @@
-"""The files of a cache: written whole, opened without trust. `store/FORMAT.md` says what is in them."""
+"""The file formats of a cache: written atomically, checked when opened; `store/FORMAT.md` specifies them."""

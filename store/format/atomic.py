@@ -1,4 +1,4 @@
-"""Files and folders that are complete or not there: written under a temporary name, made durable, then renamed (rule 4)."""
+"""Atomic files and folders: written under a temporary name, made durable, then renamed (rule 4)."""
 
 from __future__ import annotations
 
@@ -16,49 +16,49 @@ TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{12}\.tmp", re.DOTALL)  # what `tempora
 
 
 def temporary(path: Path) -> Path:
-    """A new name beside a file or a folder, which it has until it is complete."""
+    """A new temporary name beside a file or folder, which it has until it is complete."""
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
 
 
 def final_name(name: str) -> str:
-    """What a name of `temporary` will become, also where that was one itself; every other name stays as it is."""
-    while found := TEMPORARY.fullmatch(name):
-        name = found[1]
+    """The final name for a name made by `temporary`, even repeatedly; every other name stays as it is."""
+    while match := TEMPORARY.fullmatch(name):
+        name = match[1]
     return name
 
 
 def leftovers(folder: Path, ours: Callable[[str], object]) -> list[Path]:
-    """What killed processes left unfinished in a folder: regular files with a name of `temporary`, nothing else.
+    """Unfinished files of killed processes in a folder: regular files with a name made by `temporary`, nothing else.
 
     Args:
-        folder: where nobody is writing now; see `lock.folder_lock`.
-        ours: tells of a final name whether files of that name are made here.
+        folder: one that no process is writing to; see `lock.folder_lock`.
+        ours: tells whether penult writes files of a final name in this folder.
     """
-    found = [item for item in folder.iterdir() if final_name(item.name) != item.name and ours(final_name(item.name))]
-    return [item for item in found if item.is_file() and not item.is_symlink()]
+    unfinished = [item for item in folder.iterdir() if final_name(item.name) != item.name and ours(final_name(item.name))]
+    return [item for item in unfinished if item.is_file() and not item.is_symlink()]
 
 
 def remove_leftovers(folder: Path, ours: Callable[[str], object]) -> None:
     """Delete `leftovers`."""
-    for left in leftovers(folder, ours):
-        with suppress(OSError):  # another user's, perhaps
-            left.unlink()
+    for path in leftovers(folder, ours):
+        with suppress(OSError):  # it may belong to another user
+            path.unlink()
 
 
 def commit(path: Path, data: bytes | Iterable[bytes]) -> None:
     """Write ``data`` so that after a crash at any moment ``path`` is either complete or as it was before (rule 4).
 
-    Blocks are written as they come; where making one raises, nothing is kept.
+    Blocks are written as they come; if producing one raises, nothing is kept.
 
     Raises:
-        OutputError: the place does not exist or may not be written to, or what is there is no file.
+        OutputError: the folder does not exist or is not writable, or the path exists and is not a file.
         StorageError: disk full or any other I/O error; no partial file is left under the final name.
     """
     unfinished = temporary(path)
     try:
         require_replaceable(path)
         descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:  # from here on, what has this name is ours
+        try:  # from here on, the file of this name is this call's to remove
             try:
                 for block in (data,) if isinstance(data, bytes) else data:
                     view = memoryview(block)
@@ -81,11 +81,11 @@ def commit(path: Path, data: bytes | Iterable[bytes]) -> None:
 
 
 def require_free(path: Path, *, overwrite: bool) -> None:
-    """Look, before any work is done, whether a file may be written in a place.
+    """Check, before any work is done, that a file may be written at a path.
 
     Raises:
-        OutputExistsError: something is there, and may not be replaced.
-        OutputError: the folder is not there, or may not be written to.
+        OutputExistsError: the path exists and may not be replaced.
+        OutputError: the folder does not exist or is not writable.
     """
     if path.exists() and not overwrite:
         message = f"{path} exists; choose another name or pass --overwrite"
@@ -97,10 +97,10 @@ def require_free(path: Path, *, overwrite: bool) -> None:
 
 
 def require_room(path: Path) -> None:
-    """Look, before any work is done, whether a folder, and those above it that are missing, can be made.
+    """Check, before any work is done, that a folder and its missing parents can be created.
 
     Raises:
-        OutputError: the nearest that is there is a file, or may not be written to.
+        OutputError: the nearest existing parent is a file or is not writable.
     """
     nearest = next(each for each in path.absolute().parents if each.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
@@ -109,10 +109,10 @@ def require_room(path: Path) -> None:
 
 
 def require_replaceable(path: Path) -> None:
-    """A rename would put a file in the place of a device such as /dev/null, or of a pipe.
+    """Refuse a path that is not a file: a rename would replace a device such as /dev/null, or a pipe.
 
     Raises:
-        OutputExistsError: what is there is no file.
+        OutputExistsError: the path exists and is not a file.
     """
     if path.exists() and not path.is_file():
         message = f"{path} exists and is not a file; choose another name"
@@ -120,7 +120,7 @@ def require_replaceable(path: Path) -> None:
 
 
 def require_no_part_of(folder: Path, path: Path) -> None:
-    """A result must not replace a file of the folder it is made from, whatever may be overwritten.
+    """Refuse a result that would replace a file of the folder it is made from, even if files may be overwritten.
 
     Raises:
         OutputExistsError: it would.
@@ -131,13 +131,13 @@ def require_no_part_of(folder: Path, path: Path) -> None:
 
 
 def write_error(error: OSError) -> type[OutputError | StorageError]:
-    """What a failure to write means: the place is wrong (exit 73), or the disk is full or failing (74)."""
+    """The error class for a failed write: the path is wrong (exit 73), or the disk is full or failing (74)."""
     place = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
     return OutputError if error.errno in place else StorageError
 
 
 def fsync_directory(path: Path) -> None:
-    """Make the names in a directory durable; a rename alone may be lost with the power."""
+    """Make the names in a directory durable; a rename alone may be lost in a power failure."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -146,9 +146,9 @@ def fsync_directory(path: Path) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory of a cache and what is missing above it, all durable, with whatever a killed run left in them.
+    """Create a directory of a cache and its missing parents, all durable, with anything that a killed run left in them.
 
-    That a name is there does not mean that it would survive: who made it may have died before its fsync.
+    An existing name need not be durable: the process that created it may have died before its fsync.
     """
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What an int8 cache keeps of its calibration: float and int8 features of the same training images, side by side."""
+"""The calibration file of an int8 cache: float and int8 features of the same training images, side by side."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAME = "calibration.h5"
 
 @dataclass(frozen=True)
 class Calibration:
-    """Features of the images that an int8 backbone was calibrated and judged on.
+    """Features of the images that an int8 backbone was calibrated and judged on, from both networks.
 
     Attributes:
         calibration: digest of the calibration, as in the fingerprint.
@@ -36,21 +36,21 @@ class Calibration:
     rounded: Sequence[NDArray[np.float32]]
 
 
-def write_calibration(cache: Path, found: Calibration) -> None:
-    """Commit it into a cache.
+def write_calibration(cache: Path, calibration: Calibration) -> None:
+    """Write the calibration file of a cache.
 
     Raises:
         StorageError: the disk is full or failed.
     """
-    datasets = {"sha256": np.frombuffer(b"".join(found.sha256), np.uint8).reshape(len(found.sha256), 32)}
-    for i, (exact, rounded) in enumerate(zip(found.exact, found.rounded, strict=True)):
+    datasets = {"sha256": np.frombuffer(b"".join(calibration.sha256), np.uint8).reshape(len(calibration.sha256), 32)}
+    for i, (exact, rounded) in enumerate(zip(calibration.exact, calibration.rounded, strict=True)):
         datasets |= {f"fp32-{i}": np.ascontiguousarray(exact), f"int8-{i}": np.ascontiguousarray(rounded)}
-    attrs: dict[str, str | int] = {"rows": len(found.sha256), "layers": json.dumps(list(found.layers))}
-    atomic.commit(cache / NAME, hdf5.build(ENCODING_TYPE, datasets, {**attrs, "calibration": found.calibration})[0])
+    attrs: dict[str, str | int] = {"rows": len(calibration.sha256), "layers": json.dumps(list(calibration.layers))}
+    atomic.commit(cache / NAME, hdf5.build(ENCODING_TYPE, datasets, {**attrs, "calibration": calibration.calibration})[0])
 
 
 def read_calibration(cache: Path) -> Calibration:
-    """What `write_calibration` wrote.
+    """Read the calibration file of a cache.
 
     Raises:
         InputMissingError: there is none.

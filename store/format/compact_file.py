@@ -1,4 +1,4 @@
-"""A compact file, opened: one self-contained HDF5 file that reads like a cache of one shard; `compact` writes it."""
+"""The reader of compact files: one self-contained HDF5 file, opened as a cache of one shard; `compact` writes it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ENCODING_TYPE = "penult-compact"
 
 
 def open_compact(path: Path) -> tuple[shard.Shard, dict[str, Any]]:
-    """A compact file as one shard, and what cache.json would say.
+    """Open a compact file as one shard, with the content that cache.json would have.
 
     Raises:
         CorruptCacheError: its parts do not fit together.
@@ -40,7 +40,7 @@ def read_backbone(path: Path) -> bytes:
     """The ONNX file inside a compact file.
 
     Raises:
-        InputMissingError: it was too large to be put there.
+        InputMissingError: it was too large to be included.
     """
     with hdf5.open_checked(path, ENCODING_TYPE) as (datasets, _):
         data = bytes(datasets["backbone-onnx"][()].tobytes())

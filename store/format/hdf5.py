@@ -1,4 +1,4 @@
-"""HDF5 files that are written whole and opened without trust: rules 4 and 6 to 9 of FORMAT.md."""
+"""Untrusted HDF5 files: built in memory, checked before any data is read (rules 4 and 6 to 9 of FORMAT.md)."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def payload_sha256(datasets: Mapping[str, Any], attrs: Mapping[str, str | int]) 
     """Digest of a file's whole content, independent of how HDF5 lays it out (rule 8).
 
     Args:
-        datasets: by name, arrays or an open file's; these are read block by block.
-        attrs: all of the file's.
+        datasets: by name, arrays or those of an open file, which are read block by block.
+        attrs: all attributes of the file.
     """
     digest = hashlib.sha256()
     for name in sorted(datasets):
@@ -46,8 +46,8 @@ def payload_sha256(datasets: Mapping[str, Any], attrs: Mapping[str, str | int]) 
 def build(encoding_type: str, datasets: Mapping[str, Array], attrs: Mapping[str, str | int]) -> tuple[bytes, str]:
     """A complete HDF5 file as bytes, with its payload digest; nothing touches the disk.
 
-    Written this way an I/O error comes from ``os.write`` with its errno, not out of the HDF5 library, which was seen to die
-    with SIGSEGV on a full disk.
+    So an I/O error comes from ``os.write`` with its errno, not from the HDF5 library, which can die with SIGSEGV on a full
+    disk.
     """
     full: dict[str, str | int] = {"encoding-type": encoding_type, "encoding-version": ENCODING_VERSION, **attrs}
     digest = payload_sha256(datasets, full)
@@ -86,16 +86,16 @@ def _refusal(dataset: Any) -> str | None:
 
 
 def offset(dataset: Any) -> int:
-    """Where the bytes of a dataset of `open_checked` begin in its file; 0 where it has none."""
+    """The position in its file of the bytes of a dataset from `open_checked`; 0 if it has none."""
     return dataset.id.get_offset() or 0
 
 
 @contextmanager
 def open_checked(path: Path, encoding_type: str) -> Iterator[tuple[dict[str, Any], dict[str, str | int]]]:
-    """Open a file of the cache for reading after checking that it can only give its own bytes.
+    """Open a file of the cache for reading after checking that it cannot read other files.
 
     Yields:
-        Its datasets by name (``h5py.Dataset``, unread) and its attributes. They live until the context ends.
+        Its datasets by name (``h5py.Dataset``, unread) and its attributes. Both are valid until the context ends.
 
     Raises:
         InputMissingError: there is no such file.
@@ -148,11 +148,10 @@ def verify(path: Path, encoding_type: str) -> None:
         CorruptCacheError: the content is not what was written.
     """
     with open_checked(path, encoding_type) as (datasets, attrs):
-        found = payload_sha256(datasets, attrs)
-        if found != attrs.get("payload-sha256"):
-            message = (
-                f"{path} is damaged: its payload is {found[:12]}.., it was written as {str(attrs.get('payload-sha256'))[:12]}.."
-            )
+        digest = payload_sha256(datasets, attrs)
+        if digest != attrs.get("payload-sha256"):
+            recorded = str(attrs.get("payload-sha256"))
+            message = f"{path} is damaged: its payload is {digest[:12]}.., it was written as {recorded[:12]}.."
             raise CorruptCacheError(message)
 
 

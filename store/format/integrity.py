@@ -1,4 +1,4 @@
-"""Read HDF5 files completely in a child process: a damaged one can hang or kill its reader."""
+"""Verification of HDF5 files in a child process, because a damaged file can hang or kill its reader."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SLOWEST = 10e6  # .. bytes per second
 
 
 def verify_files(paths: Sequence[Path], *, timeout: float = TIMEOUT) -> dict[Path, str]:
-    """Which of these HDF5 files are damaged, and how. Survives files that kill or hang the reader.
+    """Find which of these HDF5 files are damaged, and how. A file may kill or hang its reader.
 
     Args:
         paths: shards and sample tables.
@@ -33,7 +33,7 @@ def verify_files(paths: Sequence[Path], *, timeout: float = TIMEOUT) -> dict[Pat
 
     Raises:
         NewerFormatError: a newer penult wrote one of them.
-        StorageError: one cannot be read, which is not damage: a permission, a failing disk.
+        StorageError: one cannot be read for another reason than damage: a permission, a failing disk.
         InterruptedRunError: the child was ended by SIGINT or SIGTERM, which is not damage either.
     """
     pending, problems = list(paths), {}
@@ -46,7 +46,7 @@ def verify_files(paths: Sequence[Path], *, timeout: float = TIMEOUT) -> dict[Pat
 
 
 def _in_child(paths: Sequence[Path], timeout: float) -> list[tuple[Path, str]]:
-    """Verify in one child, in order, until it is done, dies or hangs; the last result then is the file that did it."""
+    """Verify in one child, in order, until it ends, dies or hangs; the last result then is for the file that caused it."""
     command = python("from store.format.integrity import _child; _child()")
     reader = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
     assert reader.stdin is not None
@@ -54,7 +54,7 @@ def _in_child(paths: Sequence[Path], timeout: float) -> list[tuple[Path, str]]:
     results: list[tuple[Path, str]] = []
     with reader:
         names = [os.fsencode(path).hex() for path in paths]
-        with suppress(BrokenPipeError):  # it is dead already; that is seen below
+        with suppress(BrokenPipeError):  # it is dead already, which is noticed below
             reader.stdin.write(json.dumps(names).encode())
         reader.stdin.close()
         for path in paths:
@@ -92,7 +92,7 @@ def _child() -> None:
             else:
                 samples.SampleTable.read(path, kind)
             answer = {"problem": ""}
-        except NewerFormatError as error:  # no damage, nor is a permission, or a failing disk
+        except NewerFormatError as error:  # not damage; neither is a permission or a failing disk
             answer = answer_of(error)
         except OSError as error:
             answer = answer_of(StorageError(str(error)))

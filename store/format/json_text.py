@@ -1,4 +1,4 @@
-"""JSON that every reader takes: RFC 8259 has no NaN and no infinity, which Python writes bare; here null stands for both."""
+"""JSON according to RFC 8259, with null in place of NaN and infinity, which Python would write as bare words."""
 
 from __future__ import annotations
 

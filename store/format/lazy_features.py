@@ -1,4 +1,4 @@
-"""Features that stay on disk until they are asked for: what does not fit into memory is read block by block, every time."""
+"""Lazy features: arrays that stay on disk and are read block by block, for caches that do not fit into memory."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ ROWS = 8192  # at once: 64 MiB of 2,048 float32
 
 @dataclass(frozen=True, eq=False)
 class LazyFeatures:
-    """Features of some samples of a cache, or of their views, where they are.
+    """Features of some samples of a cache, or of their views, left on disk.
 
-    Indexing by a slice or by row numbers gives others of the same kind; ``np.asarray`` reads them. Each shard is checked
-    completely when it is first read from.
+    Indexing by a slice or by row numbers gives lazy features again; ``np.asarray`` reads them. Each shard is checked
+    completely when it is first read.
 
     Attributes:
-        shards: what they are in.
+        shards: the shards that hold them.
         owner, row: the shard of each feature vector, and its number there (see `shard.read_rows`), ``(n,)``.
-        dtype: as which they are read: float16 where all shards are, else float32.
+        dtype: of the arrays that are read: float16 if all shards are, else float32.
         sound: numbers of shards that were checked; shared by all of one cache.
-        blamed: what a shard that is gone or damaged means, see `FeatureCache.blamed`.
+        blamed: returns the error to raise for a missing or damaged shard, see `FeatureCache.blamed`.
     """
 
     shards: Sequence[shard.Shard]
@@ -60,7 +60,7 @@ class LazyFeatures:
             LockedError: another run has replaced the cache.
         """
         if copy is False:
-            message = "what is on disk cannot become an array without a copy"
+            message = "features on disk cannot become an array without a copy"
             raise ValueError(message)
         out = np.empty(self.shape, dtype or self.dtype)
         for i in np.unique(self.owner).tolist():
@@ -70,32 +70,31 @@ class LazyFeatures:
                 if i not in self.sound:
                     hdf5.verify(self.shards[i].path, self.shards[i].encoding_type)
                     self.sound.add(i)
-                found = shard.read_rows(self.shards[i], self.row[whole])
+                vectors = shard.read_rows(self.shards[i], self.row[whole])
             except (CorruptCacheError, InputMissingError) as error:
                 raise self.blamed(error) from error
             if isinstance(whole, slice) and out.dtype == np.float32:
-                shard.widen(found, out[whole])
+                shard.widen(vectors, out[whole])
             else:
-                out[whole] = found
+                out[whole] = vectors
         return out
 
     @property
     def order(self) -> NDArray[np.intp]:
-        """The order in which they lie on disk: features in it are read without going back."""
+        """Their order on disk, in which they are read sequentially."""
         return self.order_of_runs(1)
 
     def order_of_runs(self, length: int) -> NDArray[np.intp]:
-        """The same where so many rows each stay together, in their order: the views of an image, also of one that is there
-        twice."""
+        """As `order`, with each run of ``length`` rows kept together: the views of an image, also of one that occurs twice."""
         runs = np.lexsort((self.row[::length], self.owner[::length]))
         return (runs[:, None] * length + np.arange(length)).ravel()
 
     def joined(self, other: LazyFeatures) -> LazyFeatures:
-        """These and others of the same cache after them."""
+        """These followed by others of the same cache."""
         return replace(self, owner=np.append(self.owner, other.owner), row=np.append(self.row, other.row))
 
     def blocks(self) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-        """All of them in turn, at most `ROWS` at once, in float32, with their place."""
+        """All of them in blocks of at most `ROWS` rows, in float32, each with its slice."""
         for begin in range(0, len(self), ROWS):
             block = slice(begin, begin + ROWS)
             yield block, np.asarray(self[block], np.float32)

@@ -1,5 +1,7 @@
-"""One writer per cache, and no tidying where somebody writes. The locks are the operating system's: a killed holder leaves
-nothing stale."""
+"""File locks: one writer per cache, and no cleanup of a folder that is being written to.
+
+They are locks of the operating system, so a killed process leaves no stale one.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from store.errors import LockedError
 
 from .atomic import write_error
 
-_ours: set[Path] = set()  # what this process holds
+_ours: set[Path] = set()  # the locks that this process holds
 
 
 @contextmanager
@@ -21,7 +23,7 @@ def writer_lock(directory: Path) -> Iterator[None]:
     """Hold the exclusive lock of a cache directory.
 
     Raises:
-        LockedError: another process holds it; nothing was waited for.
+        LockedError: another process holds it; there is no waiting.
         OutputError: the directory cannot be written to.
     """
     with file_lock(directory / ".lock", what=str(directory)):
@@ -29,8 +31,10 @@ def writer_lock(directory: Path) -> Iterator[None]:
 
 
 def is_locked(directory: Path) -> bool:
-    """Whether another process holds the writer's lock of a cache directory. For readers that found something odd: asking
-    takes a shared lock for an instant and needs no right to write; where there is no lock file, nobody writes.
+    """Whether another process holds the writer's lock of a cache directory.
+
+    For readers that find an inconsistent cache: the check takes a shared lock for an instant and needs no permission to write.
+    Without a lock file, nobody writes.
     """
     if directory.absolute() / ".lock" in _ours:
         return False
@@ -51,15 +55,15 @@ def is_locked(directory: Path) -> bool:
 
 @contextmanager
 def file_lock(path: Path, *, what: str) -> Iterator[None]:
-    """Hold an exclusive lock on a file, which is made where it is missing and stays.
+    """Hold an exclusive lock on a file, which is created if it is missing and stays afterwards.
 
     Args:
         path: the lock file.
-        what: what it stands for, for the message.
+        what: what the lock protects, for the message.
 
     Raises:
-        LockedError: another process holds it; nothing was waited for.
-        OutputError: it cannot be made.
+        LockedError: another process holds it; there is no waiting.
+        OutputError: it cannot be created.
     """
     from filelock import FileLock, Timeout
 
@@ -82,13 +86,13 @@ def file_lock(path: Path, *, what: str) -> Iterator[None]:
 
 @contextmanager
 def folder_lock(folder: Path, *, alone: bool = False) -> Iterator[bool]:
-    """Stand for writing something in a folder, beside others who do, or be ``alone`` there to remove what killed ones left.
+    """Lock a folder: shared with others to write in it, or ``alone`` to remove the leftovers of killed processes.
 
-    The lock is on the folder itself and leaves no file in it. Where a file system has no such locks nobody is ever alone, so
-    that nothing is removed.
+    The lock is on the folder itself and leaves no file in it. On a file system without such locks it is never held, so that
+    nothing is removed.
 
     Yields:
-        Whether it is held. To be alone nothing is waited for; writers wait until the tidying is done.
+        Whether it is held. With ``alone`` there is no waiting; writers wait until a cleanup is done.
     """
     descriptor, held = None, False
     try:

@@ -1,4 +1,4 @@
-"""What a cache directory says of itself beside its shards: ``cache.json``, the names of the shards, the ledger."""
+"""The metadata of a cache directory: ``cache.json``, the names of the shards, the ledger."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .samples import SampleTable
 
 FORMAT_VERSION = 1
 BACKBONE = "backbone.onnx"
-PER_SET = {"layer": None, "pooling": None}  # what the fingerprints of one cache's feature sets may differ in
+PER_SET = {"layer": None, "pooling": None}  # fields that may differ between the feature sets of one cache
 
 
 def shard_paths(cache: Path) -> list[Path]:
@@ -26,10 +26,10 @@ def shard_paths(cache: Path) -> list[Path]:
 
 
 def read_meta(cache: Path) -> dict[str, Any]:
-    """``cache.json``, or what the shards tell where it is lost.
+    """The content of ``cache.json``, rebuilt from the shards if it is lost.
 
     Raises:
-        CorruptCacheError: neither tells a fingerprint, or the format is newer than this penult.
+        CorruptCacheError: neither has a fingerprint, or the format is newer than this penult.
     """
     try:
         meta = json.loads((cache / "cache.json").read_bytes())
@@ -37,13 +37,13 @@ def read_meta(cache: Path) -> dict[str, Any]:
             message = "the content is not what was written"
             raise ValueError(message)
     except (OSError, ValueError):
-        found = set()
+        fingerprints = set()
         for path in shard_paths(cache):
-            with suppress(CorruptCacheError):  # the others tell as well
-                found.add(shard.read_shard(path).fingerprint)
-        sets = [Fingerprint.parse(text).fields for text in sorted(found)]
+            with suppress(CorruptCacheError):  # the other shards have it too
+                fingerprints.add(shard.read_shard(path).fingerprint)
+        sets = [Fingerprint.parse(text).fields for text in sorted(fingerprints)]
         if not sets or len({json.dumps({**fields, **PER_SET}, sort_keys=True) for fields in sets}) != 1:
-            message = f"{cache}: cache.json is lost and {len(sets)} fingerprints stand in the shards"
+            message = f"{cache}: cache.json is lost and the shards have {len(sets)} different fingerprints"
             raise CorruptCacheError(message) from None
         return describe_sets(sets, {})
     if not isinstance(meta, dict) or not isinstance(meta.get("fingerprint"), dict):
@@ -54,7 +54,7 @@ def read_meta(cache: Path) -> dict[str, Any]:
 
 
 def describe_sets(fingerprints: Sequence[Mapping[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
-    """The content of ``cache.json``: the fingerprint of the first feature set, and those of others where there are any."""
+    """The content of ``cache.json``: the fingerprint of the first feature set, and those of the others, if any."""
     first, *more = map(dict, fingerprints)
     return {"format": FORMAT_VERSION, "fingerprint": first, **({"more": more} if more else {}), "facts": facts}
 
@@ -69,18 +69,18 @@ def _meta_sha256(meta: dict[str, Any]) -> str:
 
 
 def meta_bytes(meta: dict[str, Any]) -> bytes:
-    """``cache.json`` as it is written, with a checksum over the rest of it."""
+    """The bytes of ``cache.json``, with a checksum of its other fields."""
     return (json.dumps({**meta, "sha256": _meta_sha256(meta)}, indent=2, sort_keys=True) + "\n").encode()
 
 
 def ledger_bytes(table: SampleTable) -> bytes:
-    """``ledger.jsonl`` as it is written."""
+    """The bytes of ``ledger.jsonl``: a line for each failed input."""
     failed = [{"path": row.name, "code": row.code, "message": row.message} for row in table.rows if not row.ok]
     return "".join(json.dumps(entry) + "\n" for entry in failed).encode()
 
 
 def holds(path: Path, data: bytes) -> bool:
-    """Whether a file is there with exactly this content."""
+    """Whether a file exists with exactly this content."""
     try:
         return path.read_bytes() == data
     except OSError:

@@ -1,4 +1,4 @@
-"""The sample table: what the dataset is now (path, content, label, split, group and outcome of every input)."""
+"""The sample table: path, content hash, label, split, group and outcome of every input of a dataset."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ENCODING_TYPE = "penult-samples"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One input and its outcome. ``code`` is None where it is ok; ``sha256`` is 32 bytes, or empty where unread."""
+    """One input and its outcome. ``code`` is None if it is ok; ``sha256`` is 32 bytes, or empty if the file was not read."""
 
     path: bytes
     label: str | None = None
@@ -41,11 +41,11 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The path for people and JSON: undecodable bytes and control characters are escaped."""
+        """The path as printable text, for messages and JSON: undecodable bytes and control characters are escaped."""
         return display(self.path)
 
     def with_split(self, split: str | None) -> Row:
-        """The same in another split (`dataclasses.replace` takes three times as long, which shows in 200,000 rows)."""
+        """The row in another split (`dataclasses.replace` takes three times as long, which matters for 200,000 rows)."""
         return Row(self.path, self.label, split, self.group, self.sha256, self.code, self.message, self.stat, self.targets)
 
 
@@ -55,7 +55,7 @@ class SampleTable:
 
     Attributes:
         rows: one per input.
-        facts: JSON facts about the whole: ``root``, ``source``, ``task``, ``split`` (how it came about), ``budget_exceeded``.
+        facts: JSON facts about the table: ``root``, ``source``, ``task``, ``split`` (how it was made), ``budget_exceeded``.
         target_names: of the numbers in each row's ``targets``.
     """
 
@@ -82,7 +82,7 @@ class SampleTable:
 
     @cached_property
     def task(self) -> Task:
-        """What the labels are for.
+        """The prediction task of the labels.
 
         Raises:
             BadDataError: a newer penult wrote the table, with a task that this one does not know.
@@ -100,7 +100,7 @@ class SampleTable:
 
     @property
     def outputs(self) -> list[str]:
-        """What a head has an output for: each label, or each numeric target."""
+        """The names of a head's outputs: the labels, or the numeric targets."""
         return self.task.outputs(self.classes)
 
     def truth(self, rows: Sequence[Row], names: Sequence[str] | None = None) -> NDArray[Any]:
@@ -118,7 +118,7 @@ class SampleTable:
         return hdf5.build(ENCODING_TYPE, self.datasets(), {"rows": len(self.rows), "facts": facts})[0]
 
     def datasets(self) -> dict[str, NDArray[Any]]:
-        """The columns as FORMAT.md has them."""
+        """The columns as FORMAT.md specifies them."""
         rows = self.rows
         digests = b"".join(row.sha256 or bytes(32) for row in rows)
         datasets: dict[str, NDArray[Any]] = {
@@ -142,7 +142,7 @@ class SampleTable:
 
     @classmethod
     def read(cls, path: Path, encoding_type: str = ENCODING_TYPE) -> SampleTable:
-        """Read ``samples.h5``, or the same columns of a compact file, checking its digest: everything else hangs on it.
+        """Read ``samples.h5``, or the same columns of a compact file, and check its digest.
 
         Raises:
             InputMissingError: there is none.
@@ -177,7 +177,7 @@ class SampleTable:
                 *map(len, columns.values()),
             }
             if lengths != {n}:
-                message = f"{path}: columns of {sorted(lengths)} rows where {n} are declared"
+                message = f"{path}: columns of {sorted(lengths)} rows; expected {n}"
                 raise CorruptCacheError(message)
             rows = [
                 Row(

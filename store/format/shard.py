@@ -1,4 +1,4 @@
-"""One immutable HDF5 file of features, keyed by the digest of the bytes they came from."""
+"""A shard: one immutable HDF5 file of features, keyed by the SHA-256 of the image files they came from."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from . import atomic, hdf5
 
 ENCODING_TYPE = "penult-shard"
 NAME = re.compile(r"(\d{5,})-[0-9a-f]{12}\.h5")
-WIDEN = 128  # rows at once: the steps in between stay in the processor's cache
+WIDEN = 128  # rows at once: intermediate results stay in the processor's cache
 MAX_ROUNDING = 5e-4  # relative L2 of a row stored as float16, CONTRACTS: "stored float16 vs float32"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What is known of a shard without reading its features.
+    """The index of a shard: all that is known of it without reading its features.
 
     Attributes:
         path: its file.
@@ -34,9 +34,9 @@ class Shard:
         views: feature vectors of each row, one after the other in the file.
         dtype: float16 or float32.
         fingerprint: canonical JSON.
-        offset: where the features begin in the file, bytes; they lie there row by row, as they are.
-        state: inode, size and time of the file when it was opened; rows of another one are not read.
-        encoding_type: what the file calls itself; a compact file is read like one shard.
+        offset: where the features begin in the file, bytes; they are stored row by row, uncompressed.
+        state: inode, size and time of the file when it was opened; rows of a replaced file are not read.
+        encoding_type: of the file; a compact file is read like one shard.
     """
 
     path: Path
@@ -61,7 +61,7 @@ class Shard:
 
 def fits_float16(features: NDArray[np.float32]) -> NDArray[np.bool_]:
     """For each row of ``(n, d)`` float32, whether float16 keeps it to a relative L2 error of `MAX_ROUNDING` (rule 11)."""
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # infinity less infinity is no number, and does not fit
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # infinity minus infinity is NaN, which does not fit
         rounded = features.astype(np.float16).astype(np.float32)
         error = np.linalg.norm((rounded - features).astype(np.float64), axis=1)
     norm = np.linalg.norm(features.astype(np.float64), axis=1)
@@ -69,12 +69,12 @@ def fits_float16(features: NDArray[np.float32]) -> NDArray[np.bool_]:
 
 
 def as_stored(features: NDArray[np.float32], storage: str) -> NDArray[np.float32]:
-    """Features ``(n, d)`` as they come back from a cache with this ``storage``, so that what was never cached compares."""
+    """Features ``(n, d)`` rounded as a cache with this ``storage`` does, to compare features that were never cached."""
     if storage != "auto":
         return features
-    half = fits_float16(features)
+    fits = fits_float16(features)
     rounded = features.copy()
-    rounded[half] = features[half].astype(np.float16)
+    rounded[fits] = features[fits].astype(np.float16)
     return rounded
 
 
@@ -97,7 +97,7 @@ def write_shard(
         fingerprint: of all rows.
 
     Raises:
-        StorageError: the disk is full or failed; nothing of it is visible.
+        StorageError: the disk is full or failed; no partial shard is left.
     """
     datasets = {
         "features": np.ascontiguousarray(features),
@@ -111,7 +111,7 @@ def write_shard(
 
 
 def read_shard(path: Path) -> Shard:
-    """Open a shard's index.
+    """Read the index of a shard.
 
     Raises:
         CorruptCacheError: the file is damaged or refused.
@@ -133,20 +133,19 @@ def read_shard(path: Path) -> Shard:
 
 
 def state_of(file: Path | int) -> tuple[int, int, int]:
-    """Inode, size and time of a file, by its path or descriptor: what tells another one."""
+    """Inode, size and time of a file, by its path or descriptor; a replaced or changed file differs in them."""
     stat = os.stat(file)  # noqa: PTH116 - of a descriptor too
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def read_rows(shard: Shard, rows: NDArray[np.integer[Any]]) -> NDArray[np.floating[Any]]:
-    """Some feature vectors, ``(len(rows), d)`` in the shard's dtype and the order asked for, of the very file that was opened.
-    They are counted one by one: where rows have views, view v of row i is ``i * views + v``.
+    """Read some feature vectors, ``(len(rows), d)`` in the shard's dtype and the order of ``rows``.
 
-    HDF5 is not asked: it takes several times as long to open a shard as to read it, which counts where each step of a fit reads
-    a million rows.
+    With views, view v of row i is vector ``i * views + v``. The file is read directly: opening a shard with HDF5 takes several
+    times as long as reading it, which matters if each step of a fit reads a million rows.
 
     Raises:
-        CorruptCacheError: the file is gone, or another one.
+        CorruptCacheError: the file is gone, or was replaced since the shard was opened.
     """
     if not len(rows):
         return np.empty((0, shard.dim), shard.dtype)
@@ -171,9 +170,9 @@ def read_rows(shard: Shard, rows: NDArray[np.integer[Any]]) -> NDArray[np.floati
 
 
 def widen(features: NDArray[np.floating[Any]], out: NDArray[np.float32]) -> None:
-    """Finite float16 or float32 into float32, exactly; of float16 ten times as fast as NumPy, which goes number by number.
+    """Convert finite float16 or float32 to float32, exactly; float16 ten times as fast as NumPy, which goes number by number.
 
-    A float16 shifted by 13 bits is a float32 whose exponent is 112 too small; the sign has been copied on its way.
+    A float16 shifted by 13 bits is a float32 whose exponent is 112 too small; the sign has been copied on the way.
     """
     if features.dtype != np.float16:
         out[:] = features

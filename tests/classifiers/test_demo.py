@@ -40,7 +40,7 @@ def test_the_whole_way_on_a_few_digits(tmp_path: Path, capfd: pytest.CaptureFixt
     assert not [path for path in (out / "digits").rglob("*") if path.is_file()]
     assert FeatureCache(out / "digits.cache").samples.counts["ok"] == 150
     (out / "digits/3/thesis.png").write_text("years of work")
-    with pytest.raises(OutputExistsError, match=r"digits/3/thesis\.png is not the demo's; move it away"):
+    with pytest.raises(OutputExistsError, match=r"digits/3/thesis\.png is not part of the demo; move it away"):
         run_demo(out, weights="random", overwrite=True)
 
 

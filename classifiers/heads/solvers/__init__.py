@@ -1,1 +1,1 @@
-"""The numerical part of heads: what is minimised, decomposed or summed."""
+"""Numerical solvers for heads: optimisation, decomposition and sums over rows."""

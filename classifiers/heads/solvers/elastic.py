@@ -1,4 +1,4 @@
-"""Logistic regression with an elastic net, for several strengths of regularisation: scikit-learn's own fits, one by one."""
+"""Logistic regression with an elastic net for several values of C, fitted one by one with scikit-learn's SAGA."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from classifiers.evaluation.probabilities import log_loss
 from .row_sums import Float32, Float64
 from .softmax import Optimum
 
-STEEPEST = 1e-3  # gradient of an optimum; SAGA stops beyond it where all weights are 0, its intercepts still on their way
+STEEPEST = 1e-3  # gradient of an optimum; if all weights are 0, SAGA stops too early, before its intercepts converge
 
 
 class ElasticPath:
-    """As `SoftmaxPath`, with ``(l1 |w|_1 + (1 - l1) |w|^2 / 2) / C`` as the penalty.
+    """Like `SoftmaxPath`, with the penalty ``(l1 |w|_1 + (1 - l1) |w|^2 / 2) / C``.
 
     Args:
-        inputs, targets, classes, weights: as there.
-        l1: share of the absolute values.
-        seed: of the order in which SAGA (Defazio et al. 2014) looks at rows.
+        inputs, targets, classes, weights: as in `SoftmaxPath`.
+        l1: share of the absolute values in the penalty.
+        seed: of the order in which SAGA (Defazio et al. 2014) visits rows.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class ElasticPath:
         """One optimum for each C in rising order; ``most`` and `Optimum.evaluations` are passes over the rows."""
         for C in Cs:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ConvergenceWarning)  # `converged` says it
+                warnings.simplefilter("ignore", ConvergenceWarning)  # reported as `converged`
                 self._model.set_params(C=C, max_iter=most).fit(self._inputs, self._targets, sample_weight=self._weights)
             weight, bias = self._model.coef_.astype(np.float32), self._model.intercept_.astype(np.float32)
             passes = int(self._model.n_iter_.max())
@@ -46,7 +46,7 @@ class ElasticPath:
             yield Optimum(C, weight, bias, objective, gradient, passes, converged=passes < most and gradient <= STEEPEST)
 
     def _judge(self, weight: Float32, bias: Float32, C: float) -> tuple[float, float]:
-        """The objective, and the largest entry of its subgradient of least norm over the sum of the rows' weights."""
+        """The objective, and the largest entry of its least-norm subgradient divided by the sum of the row weights."""
         logits = self._inputs.astype(np.float64) @ weight.T + bias
         if len(weight) == 1:
             logits = np.concatenate([0 * logits, logits], axis=1)

@@ -1,4 +1,4 @@
-"""Sums over training rows that logistic regression asks for again and again: on the processor, or on a GPU by torch."""
+"""Losses and gradients of logistic regression, summed over training rows on the CPU, or with torch on a GPU."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Floats = NDArray[np.floating[Any]]
 
-ROWS = 2048  # at once, so that what is computed of them stays in the processor's caches
-ROOM = 8  # bytes of a GPU's memory for each number: itself, and as much for what is computed
-GPU_ROWS = 2**16  # .. and on a GPU, so that every core of it has something to do
+ROWS = 2048  # in one block, so that intermediate results stay in the CPU's caches
+ROOM = 8  # bytes of GPU memory for each number: itself, and as much for intermediate results
+GPU_ROWS = 2**16  # in one block on a GPU, enough to occupy all of its cores
 
 
-def gpu_for(wanted: str, numbers: int) -> str | None:
-    """The device of torch for so many float32 numbers; None is this processor, without torch.
+def gpu_for(device: str, numbers: int) -> str | None:
+    """The torch device for so many float32 numbers; None is the CPU, without torch.
 
     Args:
-        wanted: ``cpu``, ``cuda``, ``cuda:N``, or ``auto``: a GPU where there is one and it is worth the way there.
-        numbers: that will be kept there.
+        device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto``: a GPU if there is one and the transfer is worth it.
+        numbers: how many are kept on the device.
 
     Raises:
-        DeviceUnavailableError: a GPU is wanted and torch finds none.
+        DeviceUnavailableError: a GPU is required and torch finds none.
     """
-    if wanted == "cpu" or (wanted == "auto" and (numbers < SMALL or not nvidia_driver_present())):
+    if device == "cpu" or (device == "auto" and (numbers < SMALL or not nvidia_driver_present())):
         return None
     import torch
 
     if not torch.cuda.is_available():
-        if wanted == "auto":
+        if device == "auto":
             log.info("torch %s finds no GPU here: training on the CPU", torch.__version__)
             return None
-        message = f"device {wanted!r}: torch {torch.__version__} finds no GPU; try 'cpu'"
+        message = f"device {device!r}: torch {torch.__version__} finds no GPU; try 'cpu'"
         raise DeviceUnavailableError(message)
-    if wanted != "auto":
-        return wanted
+    if device != "auto":
+        return device
     free, _ = torch.cuda.mem_get_info()
     if ROOM * numbers > free:
         log.info("%.1f GB do not fit on the GPU, where %.1f GB are free: training on the CPU", 4e-9 * numbers, free / 1e9)
@@ -54,7 +54,7 @@ def gpu_for(wanted: str, numbers: int) -> str | None:
 
 
 class Rows(Protocol):
-    """Rows that are read in blocks, each time, because there are too many to keep."""
+    """Rows that are read in blocks for each pass, because they do not fit into memory."""
 
     @property
     def shape(self) -> tuple[int, int]: ...
@@ -65,13 +65,13 @@ class Rows(Protocol):
 
 
 class Sums(NamedTuple):
-    """Of ``count`` models with k columns each; all float64, each row as often as it counts.
+    """Sums over rows for ``count`` models with k columns each, all float64, weighted by how often each row counts.
 
     Attributes:
         losses: log-losses ``(count,)``.
         curvatures: p(1 - p) ``(count * k,)``.
-        residuals: p less 1 where it is right ``(count * k,)``.
-        products: of residuals and rows ``(count * k, d)``.
+        residuals: p, less 1 for the true class ``(count * k,)``.
+        products: residuals times rows ``(count * k, d)``.
     """
 
     losses: Float64
@@ -84,15 +84,15 @@ class Sums(NamedTuple):
         return cls(np.zeros(count), np.zeros(width), np.zeros(width), np.zeros((width, d)))
 
     def add(self, *more: Floats) -> None:
-        for mine, part in zip(self, more, strict=True):
-            mine += part
+        for total, part in zip(self, more, strict=True):
+            total += part
 
 
 class RowSums:
-    """Block by block, on this processor.
+    """Sums over rows on the CPU, block by block.
 
     Args:
-        rows: ``(n, d)`` float32, or what reads them.
+        rows: ``(n, d)`` float32, or a reader of them.
         targets: class indices ``(n,)``.
         counts: how often each row counts ``(n,)``.
     """
@@ -101,7 +101,7 @@ class RowSums:
         self._rows, self._targets, self._counts = rows, targets, counts
 
     def __call__(self, weights: Floats, biases: Floats, count: int) -> Sums:
-        """Of the models with these weights ``(d, count * k)`` and biases ``(count * k,)``, multiplied in their dtype."""
+        """The sums for models with weights ``(d, count * k)`` and biases ``(count * k,)``, multiplied in their dtype."""
         several = weights.shape[1] > count
 
         def part(begin: int) -> tuple[Floats, ...]:
@@ -115,17 +115,17 @@ class RowSums:
             bent = light @ curvatures.reshape(len(rows), -1)
             return counts @ losses, bent, flat.sum(axis=0, dtype=np.float64), flat.T @ rows
 
-        found = Sums.zero(count, weights.shape[1], len(weights))
+        total = Sums.zero(count, weights.shape[1], len(weights))
         for sums in side_by_side(part, range(0, len(self._rows), ROWS)):
-            found.add(*sums)
-        return found
+            total.add(*sums)
+        return total
 
 
 class GpuSums:
-    """The same on a device of torch, which keeps the rows.
+    """Sums over rows on a torch device, which keeps the rows.
 
     Raises:
-        RuntimeError: torch's, as where the rows do not fit into the memory of the device.
+        RuntimeError: from torch, for example if the rows do not fit into the memory of the device.
     """
 
     def __init__(self, rows: Float32, targets: NDArray[np.intp], counts: Float64, device: str) -> None:
@@ -134,11 +134,11 @@ class GpuSums:
         self._rows, self._targets, self._counts = (torch.from_numpy(each).to(device) for each in (rows, targets, counts))
 
     def __call__(self, weights: Floats, biases: Floats, count: int) -> Sums:
-        """As `RowSums`."""
+        """See `RowSums`."""
         import torch
 
         W, b = (torch.from_numpy(each).to(self._rows.device) for each in (weights, biases))
-        found = [torch.from_numpy(zeros).to(self._rows.device) for zeros in Sums.zero(count, weights.shape[1], len(weights))]
+        totals = [torch.from_numpy(zeros).to(self._rows.device) for zeros in Sums.zero(count, weights.shape[1], len(weights))]
         blocks = (torch.split(each, GPU_ROWS) for each in (self._rows, self._targets, self._counts))
         for rows, targets, counts in zip(*blocks, strict=True):
             inputs = rows.to(W.dtype)
@@ -148,9 +148,9 @@ class GpuSums:
             flat = residuals.reshape(len(rows), -1)
             bent = counts @ curvatures.reshape(len(rows), -1).double()
             parts = counts @ losses.double(), bent, flat.double().sum(dim=0), flat.T @ inputs
-            for mine, part in zip(found, parts, strict=True):
-                mine += part
-        return Sums(*(each.cpu().numpy() for each in found))
+            for total, part in zip(totals, parts, strict=True):
+                total += part
+        return Sums(*(each.cpu().numpy() for each in totals))
 
     def _of(self, logits: Any, targets: Any) -> tuple[Any, Any, Any]:
         from torch.nn.functional import log_softmax, logsigmoid
@@ -168,7 +168,7 @@ class GpuSums:
 
 
 def _binary(logits: Floats, truth: NDArray[np.intp]) -> tuple[Floats, Floats, Floats]:
-    """Of ``(rows, count, 1)`` logits of the second class: losses ``(rows, count)``, residuals and p(1 - p)."""
+    """Losses ``(rows, count)``, residuals and p(1 - p) for logits ``(rows, count, 1)`` of the second of two classes."""
     sign = np.where(truth == 1, 1, -1).astype(logits.dtype)[:, None, None]
     losses = np.logaddexp(0, -sign * logits)
     wrong = np.exp(-np.logaddexp(0, sign * logits))  # probability of the other class
@@ -176,7 +176,7 @@ def _binary(logits: Floats, truth: NDArray[np.intp]) -> tuple[Floats, Floats, Fl
 
 
 def _several(logits: Floats, truth: NDArray[np.intp]) -> tuple[Floats, Floats, Floats]:
-    """Of ``(rows, count, k)`` logits, which it overwrites: losses ``(rows, count)``, residuals and p(1 - p)."""
+    """Losses ``(rows, count)``, residuals and p(1 - p) for logits ``(rows, count, k)``, which are overwritten."""
     every = np.arange(len(logits))
     logits -= logits.max(axis=2, keepdims=True)
     right = logits[every, :, truth]

@@ -1,7 +1,7 @@
-"""L2-regularised logistic regression for several labels an image at once.
+"""L2-regularised logistic regression for several labels an image, all labels at once.
 
 The objective of each label is scikit-learn's, one against the rest: summed log-losses plus ``|w|^2 / 2C``. It is fast because
-one product of matrices serves all labels, in the principal axes of the rows, where the curvature of the loss is nearly diagonal
+one matrix product serves all labels, in the principal axes of the rows, where the curvature of the loss is nearly diagonal
 (Boehning 1992) and L-BFGS needs few steps.
 """
 
@@ -19,15 +19,15 @@ from .row_sums import Float64
 from .softmax import principal_axes
 from .standardise import standardisation
 
-INTERCEPT = 1e4  # C of the intercepts: without any, that of a label that a fold lacks would run away
-GAIN = 1e-9  # relative, of the objective: a step that gains less is the last
+INTERCEPT = 1e4  # C of the intercepts: without it, the intercept of a label that a fold lacks would diverge
+GAIN = 1e-9  # relative decrease of the objective: L-BFGS stops at a smaller one
 
 
 class SigmoidProblem:
     """One training set, fitted for one C after another (or one for each label); each fit starts from the one before.
 
     Attributes:
-        mean, scale: what its features were standardised with, ``(d,)``.
+        mean, scale: standardisation of the features, ``(d,)``.
     """
 
     def __init__(self, X: Float32, truth: NDArray[np.bool_], max_iter: int) -> None:
@@ -47,16 +47,16 @@ class SigmoidProblem:
         unit = 1 / np.sqrt(np.append(self._spread, len(self._rows))[:, None] * self._curvature + strength)
         limits: Any = {"maxiter": self._max_iter, "ftol": GAIN, "gtol": 0.0}
         objective: Any = partial(self._objective, unit=unit, strength=strength)
-        found = minimize(
+        result = minimize(
             objective,
             (self._place / unit).ravel(),
             jac=True,
             method="L-BFGS-B",
             options=limits,
         )
-        self._place = found.x.reshape(unit.shape) * unit
+        self._place = result.x.reshape(unit.shape) * unit
         weight = np.ascontiguousarray((self._axes @ self._place[:-1].astype(np.float32)).T)
-        return weight, self._place[-1].astype(np.float32), found.nit < self._max_iter
+        return weight, self._place[-1].astype(np.float32), result.nit < self._max_iter
 
     def _objective(self, scaled: Float64, unit: Float64, strength: Float64) -> tuple[float, Float64]:
         place = scaled.reshape(unit.shape) * unit

@@ -1,4 +1,4 @@
-"""Features with mean 0 and deviation 1: in memory, or read from disk block by block."""
+"""Standardisation of features to mean 0 and standard deviation 1, in memory or block by block from disk."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def scale_of(mean: NDArray[np.float64], deviation: NDArray[np.float64]) -> tuple
 
 @dataclass(frozen=True, eq=False)
 class StandardisedRows:
-    """Stored features less their mean, over their scale, each time they are read."""
+    """Lazy features that are standardised each time they are read."""
 
     features: LazyFeatures
     mean: Float32
@@ -54,7 +54,7 @@ class StandardisedRows:
 
 
 def lazy_standardisation(X: LazyFeatures, weights: NDArray[np.float64] | None = None) -> tuple[Float32, Float32]:
-    """As `standardisation`, in two passes."""
+    """`standardisation` of lazy features, in two passes."""
     weights = np.ones(len(X)) if weights is None else weights
     mean, square = np.zeros(X.shape[1]), np.zeros(X.shape[1])
     for block, rows in X.blocks():

@@ -1,4 +1,4 @@
-"""How many threads BLAS gets: for small features, waiting for each other costs them more than they gain."""
+"""The number of BLAS threads: one for small features, where waiting for each other costs more than several threads gain."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ R = TypeVar("R")
 
 
 def threads_for(numbers: int) -> Any:
-    """A context in which BLAS has one thread where there are few numbers, and else as many as it had."""
+    """A context in which BLAS has one thread if there are few numbers, otherwise as many as before."""
     return threadpool_limits(1 if numbers < SMALL else None)
 
 
 def side_by_side(function: Callable[[T], R], blocks: Sequence[T]) -> Iterator[R]:
-    """What a function gives for each block, in order.
+    """Results of a function for each block, in order.
 
-    Where there are many blocks, each of BLAS's threads takes one and works on it alone: what is no product of matrices is then
-    done by all of them, too.
+    If there are many blocks, as many threads as BLAS has take one block each, so that work other than matrix products is
+    parallel, too.
     """
     threads = 1
-    if len(blocks) >= SHARE * 2:  # to ask takes a millisecond
+    if len(blocks) >= SHARE * 2:  # the query takes a millisecond
         threads = max((pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"), default=1)
     if threads == 1 or len(blocks) < SHARE * threads:
         yield from map(function, blocks)

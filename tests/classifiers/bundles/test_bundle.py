@@ -152,7 +152,7 @@ def test_what_was_fitted_is_refused(bundle: Bundle, cache: FeatureCache) -> None
     for split in ("train", "val"):
         with pytest.raises(BadDataError, match="were fitted or chosen on"):
             evaluate_bundle(bundle, cache.path, split=split)
-    with pytest.raises(BadDataError, match="no samples in split 'holdout'; there is test, train, val"):
+    with pytest.raises(BadDataError, match="no samples in split 'holdout'; found test, train, val"):
         evaluate_bundle(bundle, cache.path, split="holdout")
 
 
@@ -203,7 +203,7 @@ def test_bundles_are_never_overwritten_by_accident(bundle: Bundle, cache: Featur
     assert (tmp_path / "precious/thesis.txt").read_text() == "years of work"
     shutil.copytree(bundle.path, tmp_path / "noted.head")
     (tmp_path / "noted.head/notes.txt").write_text("mine")
-    with pytest.raises(OutputExistsError, match=r"holds what is not a bundle's \(notes\.txt\)"):
+    with pytest.raises(OutputExistsError, match=r"holds items that are not part of a bundle \(notes\.txt\)"):
         classifiers.train(cache, tmp_path / "noted.head", make_head("logistic", C=1.0), overwrite=True)
     shutil.rmtree(tmp_path / "noted.head")
     first = classifiers.train(cache, tmp_path / "x.head", make_head("logistic", C=1.0))
@@ -260,14 +260,14 @@ def test_compare_lines_up_the_same_images_and_refuses_others(bundle: Bundle, cac
     assert "weak.head" in html
     assert "<script>" not in html
     other = classifiers.train(cache, tmp_path / "other.head", make_head("logistic", C=1.0), TrainOptions(test_fraction=0.3))
-    with pytest.raises(BadDataError, match="there is nothing to compare") as caught:
+    with pytest.raises(BadDataError, match="they cannot be compared") as caught:
         compare([bundle, other])
     assert "other.head was trained with --val-fraction or --test-fraction, on a split of its own" in str(caught.value)
     assert "`penult extract` with --val-fraction 0.2 --test-fraction 0.3 --seed 0" in str(caught.value)
 
 
 def test_one_bundle_or_the_same_twice_is_no_comparison(bundle: Bundle) -> None:
-    with pytest.raises(UsageError, match=r"there is one bundle, .*photos.head, and nothing beside it; name two") as caught:
+    with pytest.raises(UsageError, match=r"there is only one bundle, .*photos.head; name two") as caught:
         compare([bundle])
     assert caught.value.exit_code == 2
     again = replace(bundle, path=bundle.path / ".." / bundle.path.name)

@@ -28,7 +28,7 @@ import classifiers
 from classifiers.bundles import fused as format_of
 from classifiers.bundles.bundle import Bundle, save_bundle
 from classifiers.bundles.fuse import PARITY, fuse, rounding_nodes, selftest
-from classifiers.bundles.fused import Fused, golden_pictures
+from classifiers.bundles.fused import Fused, golden_images
 from classifiers.bundles.held_out import evaluate_bundle
 from classifiers.bundles.predictor import Predictor, list_images
 from classifiers.finetuning.finetune import finetune
@@ -42,7 +42,7 @@ from extractor.graphs.onnx_file import save
 from extractor.pipeline.run import run_extract
 from extractor.pipeline.settings import Options
 from extractor.pixels.preprocess import Preprocess
-from extractor.precision.float16 import halve
+from extractor.precision.float16 import to_float16
 from store.cache import FeatureCache
 from store.errors import BadDataError, InputMissingError, OutputError, OutputExistsError, PenultError
 from store.format.shard import as_stored
@@ -232,11 +232,11 @@ def converted(bundle: Bundle, network: Path, facts: BackboneFacts, out: Path) ->
 
 def test_float16_networks(bundle: Bundle, file: Path, tmp_path: Path) -> None:
     source = bundle.path / "backbone.onnx"
-    facts = halve(source, tmp_path / "half.onnx", read_facts(source))
+    facts = to_float16(source, tmp_path / "half.onnx", read_facts(source))
     fused = fuse(converted(bundle, tmp_path / "half.onnx", facts, tmp_path / "h.head"), tmp_path / "h.onnx")
     assert fused.precision == "fp16"
     assert "golden vectors agree" in selftest(tmp_path / "h.onnx")
-    pictures = golden_pictures(SIDE)
+    pictures = golden_images(SIDE)
     moved = Predictor.load(tmp_path / "h.onnx").probabilities(pictures) - Predictor.load(file).probabilities(pictures)
     assert 0 < np.abs(moved).max() < 0.02
 
@@ -302,11 +302,11 @@ def test_what_it_says_of_itself(file: Path, bundle: Bundle) -> None:
     assert not {"head/features_1", "backbone/features_1"} & {name for node in model.graph.node for name in node.output}
 
 
-def test_golden_pictures_are_the_same_bytes_everywhere() -> None:
-    pictures = golden_pictures(SIDE)
+def test_golden_images_are_the_same_bytes_everywhere() -> None:
+    pictures = golden_images(SIDE)
     assert (pictures.shape, pictures.dtype) == ((16, SIDE, SIDE, 3), np.uint8)
     assert hashlib.sha256(pictures.tobytes()).hexdigest() == "63edc0ae4325f849c60d23f4ced96744977f6d1f2ac5c576f8179ce04964be35"
-    assert len({picture.tobytes() for picture in golden_pictures(33)}) == 16
+    assert len({picture.tobytes() for picture in golden_images(33)}) == 16
 
 
 def spans(data: bytes) -> list[range]:
@@ -375,7 +375,7 @@ def test_the_command_line(bundle: Bundle, photos: Path, tmp_path: Path, penult: 
     assert all(float(row.pop("novelty")) >= 0 for row in rows), "which a fused file cannot tell"
     assert list(csv.DictReader(io.StringIO(fused))) == rows
     code, _, err = penult("predict", out)
-    assert (code, "which images?" in err) == (2, True)
+    assert (code, "no images: name files" in err) == (2, True)
     (place, *_), *_ = spans(out.read_bytes())
     data = bytearray(out.read_bytes())
     data[place + 1] ^= 1
@@ -482,7 +482,7 @@ def test_what_is_no_fused_classifier(file: Path, bundle: Bundle, tmp_path: Path,
     code, _, err = penult("predict", bundle.path / "backbone.onnx", "--selftest")
     assert (code, "is not a fused classifier; `penult fuse BUNDLE -o CLASSIFIER.onnx` makes one" in err) == (65, True)
     code, _, err = penult("predict", tmp_path / "gone.onnx", "--selftest")
-    assert (code, "does not exist; expected a bundle, or what `penult fuse` makes of one" in err) == (66, True)
+    assert (code, "does not exist; expected a bundle, or a file made by `penult fuse`" in err) == (66, True)
     code, _, err = penult("predict", tmp_path, "--selftest")
     assert (code, "is not a bundle" in err) == (66, True)
     code, _, err = penult("fuse", file, "-o", tmp_path / "again.onnx")
@@ -509,8 +509,8 @@ def test_hostile_and_newer_files_are_refused(file: Path, tmp_path: Path, monkeyp
     fused = Fused.load(file)
     for changes, message in (
         ({"classes": ["a", "b"]}, r"makes 2 probabilities of 16 x 16 x 3 pixels; its graph has \[\[16, 16, 3\], \[3\]\]"),
-        ({"preprocessing": {"resize": 4}}, "what its metadata says of a classifier cannot be read"),
-        ({"golden": replace(fused.golden, recipe="shake-blocks-9")}, "golden vectors of other pictures"),
+        ({"preprocessing": {"resize": 4}}, "the description of the classifier in its metadata cannot be read"),
+        ({"golden": replace(fused.golden, recipe="shake-blocks-9")}, "golden vectors of other images"),
     ):
         restate(file, replace(fused, **changes), tmp_path / "changed.onnx")
         with pytest.raises(BadDataError, match=message):

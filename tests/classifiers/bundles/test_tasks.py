@@ -16,7 +16,7 @@ from PIL import Image
 
 import classifiers
 from classifiers.bundles.bundle import Bundle
-from classifiers.bundles.fused import Fused, golden_pictures
+from classifiers.bundles.fused import Fused, golden_images
 from classifiers.bundles.held_out import evaluate, evaluate_bundle
 from classifiers.bundles.predictor import Predictor
 from classifiers.evaluation.task import Measured
@@ -226,7 +226,7 @@ def test_numbers_from_a_csv_to_a_fused_file(numbers: Path, listed: Path, penult:
     assert out.startswith(f"{images[0]}\twarmth 10")
     session = onnxruntime.InferenceSession(tmp_path / "f.onnx", providers=["CPUExecutionProvider"])
     assert [(end.name, end.shape) for end in session.get_outputs()] == [("values", ["batch", 2])]
-    values = session.run(None, {"pixels": golden_pictures(64)})[0]
+    values = session.run(None, {"pixels": golden_images(64)})[0]
     assert values == pytest.approx(np.array(Fused.load(tmp_path / "f.onnx").golden.probabilities), rel=1e-4)
 
 
@@ -268,7 +268,7 @@ def test_what_is_for_one_label_says_so(several: Path, numbers: Path, penult: Pen
     code, _, err = penult("evaluate", tmp_path / "h", several, "--min-accuracy", "0.9")
     assert (
         code,
-        "--min-accuracy is for single-label, and this is multi-label; there is --min-map, --min-map-lower" in err,
+        "--min-accuracy is for single-label, and this is multi-label; expected --min-map, --min-map-lower" in err,
     ) == (2, True)
 
 

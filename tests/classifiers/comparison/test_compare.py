@@ -172,7 +172,7 @@ def test_rows_and_classes_in_another_order_change_nothing() -> None:
 def test_the_same_images_with_other_labels_are_refused() -> None:
     truth = classes_of(30)
     changed = np.where(np.arange(30) == 4, 0, truth)
-    with pytest.raises(BadDataError, match=r"a and b were evaluated on the same 30 images, but some have another label since"):
+    with pytest.raises(BadDataError, match=r"a and b were evaluated on the same 30 images, but some labels have changed since"):
         compare_entrants([entrant("a", truth, says(truth, 0.9, 0)), entrant("b", changed, says(truth, 0.9, 0))])
 
 
@@ -241,7 +241,7 @@ def test_an_interval_alone_proves_nothing_that_mcnemar_denies() -> None:
 def test_too_close_to_call_asks_for_no_number_of_images() -> None:
     found = verdict(0.008, 0.002, 0.014, 41, disputed=100, n=20_000)
     assert (found.decision, found.needed) == (UNKNOWN, None)
-    assert found.sentence.endswith("cannot be told with 20000 images, for it is too close to 1 point.")
+    assert found.sentence.endswith("cannot be told with 20000 images, because it is too close to 1 point.")
 
 
 def test_few_images_without_a_difference_do_not_claim_one() -> None:
@@ -324,7 +324,7 @@ def test_the_command(penult: Penult, bundles: Sequence[Bundle], cache: FeatureCa
     assert facts["bundles"][1]["verdict"]["sentence"]
     other = classifiers.train(cache, tmp_path / "other.head", make_head("ridge"), TrainOptions(test_fraction=0.3))
     code, _, err = penult("compare", paths[0], other.path)
-    assert (code, "there is nothing to compare" in err) == (65, True)
+    assert (code, "they cannot be compared" in err) == (65, True)
     assert penult("compare", paths[0], paths[1], "--worthwhile", "0")[0] == 2
 
 

@@ -214,7 +214,7 @@ def test_sources_that_the_images_do_not_tell_from_the_best_are_named() -> None:
     near, far = [0] * 3 + [1] * 16 + [0], [0] * 12 + [1] * 6 + [0] * 2
     found = ranking([line("far", 0.3, 1, right=far), line("near", 0.8, 1, right=near), line("best", 0.9, 1, right=best)])
     assert found.against_best() == pytest.approx([1.0, 0.625, 2**-11])  # 3 against 1, and 12 against 0
-    assert any("do not tell 2 from 1" in note for note in found.notes())
+    assert any("No significant difference from 1 on these images: 2 (" in note for note in found.notes())
 
 
 def test_rank_correlation_says_when_it_says_nothing() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from classifiers.evaluation.gates import GATES, missed_gates, wanted_gates
+from classifiers.evaluation.gates import GATES, missed_gates, requested_gates
 from classifiers.evaluation.intervals import wilson
 from classifiers.evaluation.multi_label import measure as measure_labels
 from classifiers.evaluation.regression import measure as measure_numbers
@@ -110,7 +110,7 @@ def test_a_dozen_lucky_images_do_not_pass_the_bound() -> None:
     assert (found["accuracy"], round(found["accuracy_interval"][0], 2)) == (1.0, 0.76)
 
     def missed(**wanted: float) -> str | None:
-        return missed_gates(wanted_gates(wanted), found, lambda gate: gate.name)
+        return missed_gates(requested_gates(wanted), found, lambda gate: gate.name)
 
     assert missed(min_accuracy=0.9, min_balanced_accuracy=0.9, min_accuracy_lower=0.75) is None
     assert missed(min_accuracy_lower=0.9) == (
@@ -120,7 +120,7 @@ def test_a_dozen_lucky_images_do_not_pass_the_bound() -> None:
     assert both is not None
     assert "; balanced accuracy 1.0000 [0.7575, 1.0000] on 12 images of 'test' is below min_balanced_accuracy_lower" in both
     undefined = {**found, "scores": {"accuracy": {"value": None, "interval": None}}}
-    assert missed_gates(wanted_gates({"min_accuracy": 0.0}), undefined, lambda gate: gate.name) is not None
+    assert missed_gates(requested_gates({"min_accuracy": 0.0}), undefined, lambda gate: gate.name) is not None
     assert missed(min_accuracy=float("nan")) is not None, "a gate that is not a number is never met"
 
 
@@ -155,7 +155,7 @@ def test_the_command_line_has_them_too(job: Callable[[str, str], Path], tmp_path
     )
     code, _, err = penult("evaluate", bundle, tmp_path / "nothing", "--min-map", "0.5")
     assert code == 2, "the wrong gate is named before the data is looked for"
-    assert "--min-map is for multi-label, and this is regression; there is --min-r2, --min-r2-lower, --max-mae" in err
+    assert "--min-map is for multi-label, and this is regression; expected --min-r2, --min-r2-lower, --max-mae" in err
     (tmp_path / "job.toml").write_text(JOB.format(backbone="resnet18", extract="", gate="min_acuracy = 0.5"))
     with pytest.raises(JobFileError, match=r"unknown key 'gate\.min_acuracy'; did you mean 'min_accuracy'"):
         read_job(tmp_path / "job.toml")

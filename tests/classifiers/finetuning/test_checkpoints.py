@@ -85,7 +85,7 @@ def killed(pictures: tuple[Items, Items], once: Once) -> Path:
     items = [[(str(path), label) for path, label in part] for part in pictures]
 
     def make(folder: Path) -> None:
-        runs = [(backbone.facts(), options.given(), str(folder / name)) for name, (backbone, options) in RUNS.items()]
+        runs = [(backbone.facts(), options.explicit(), str(folder / name)) for name, (backbone, options) in RUNS.items()]
         told = {"items": items, "runs": runs, "kill_at": 1 + 2 * IN_AN_EPOCH + 2}
         done = subprocess.run(
             [sys.executable, "-c", RUN, json.dumps(told)],
@@ -134,7 +134,7 @@ def test_killed_in_an_epoch_it_ends_as_if_it_had_not_been(
     made.clear()
     caplog.set_level(logging.INFO, "penult")
     resumed = train_network(*pictures, 2, backbone, options, checkpoints=kept)
-    assert "going on after epoch 2" in caplog.text
+    assert "continuing after epoch 2" in caplog.text
     assert len(made) == 2 * IN_AN_EPOCH
     for ours, theirs in zip(numbers(whole), numbers(resumed), strict=True):
         assert ours == pytest.approx(theirs, abs=1e-6)

@@ -141,8 +141,8 @@ def test_without_thumbnails_no_image_is_in_the_page(cache: FeatureCache, tmp_pat
     assert penult("train", cache.path, "-o", tmp_path / "b.head", "--no-thumbnails")[0] == 0
     page = Page((tmp_path / "b.head" / "report.html").read_text())
     assert page.images == 0
-    assert "made without pictures" in page.text
-    assert "taken for" in page.text
+    assert "made without images" in page.text
+    assert "predicted as" in page.text
     assert Bundle.load(tmp_path / "b.head").made_from != ""
 
 
@@ -159,7 +159,7 @@ def test_images_that_are_gone_or_changed_are_missing_and_counted(
         image.write_bytes(b"something else")
     changed = Page(report_again(bundle, cache.path, ReportSettings(root=moved)))
     assert changed.images == 0
-    assert f"{count} of {count} pictures could not be read any more (changed: {count})" in changed.text
+    assert f"{count} of {count} images could not be read any more (changed: {count})" in changed.text
     shutil.rmtree(moved)
     gone = Page(report_again(bundle, cache.path, ReportSettings(root=moved)))
     assert gone.images == 0

@@ -104,7 +104,7 @@ def test_labels_in_any_script_are_text_in_an_svg_and_numbered_where_the_font_lac
     with caplog.at_level(logging.WARNING):
         for kind in ("png", "pdf"):
             save_confusion(metrics, tmp_path / f"m.{kind}")
-    assert caplog.text.count("its font lacks letters of some labels, which are numbered as in the per-class table") == 2
+    assert caplog.text.count("its font lacks letters of some labels; these are numbered as in the per-class table") == 2
     with Image.open(tmp_path / "m.png") as image:
         assert image.format == "PNG"
     assert [_drawable(label) for label in SCRIPTS] == [False, True, False, True]

@@ -186,10 +186,10 @@ def test_the_example_of_the_docs_runs(
         ("sklearn.svm.NoSuch", "has no attribute 'NoSuch'"),
         ("nowhere.at.All", "no installed package has the module 'nowhere'"),
         ("json.loads", "no installed package has the module 'json'"),
-        ("numpy.linalg.norm", "is no scikit-learn estimator"),
+        ("numpy.linalg.norm", "is not a scikit-learn estimator"),
         ("sklearn.svm.LinearSVC", "no classifier with predict_proba"),
         ("sklearn.linear_model.Ridge", "no classifier with predict_proba"),
-        ("forest", "--head forest: there is logistic, mlp, ridge, knn, centroid"),
+        ("forest", "--head forest: expected logistic, mlp, ridge, knn, centroid"),
     ],
 )
 def test_other_names_are_refused(name: str, complaint: str) -> None:

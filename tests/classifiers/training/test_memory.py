@@ -209,7 +209,7 @@ def test_what_fits_stays_in_memory(caplog: pytest.LogCaptureFixture) -> None:
     assert not must_stream(make_head("mlp"), rows, dim, 2, enough - 2**26)  # it may do with less
     assert not any(record.levelno >= logging.WARNING for record in caplog.records)
     assert must_stream(head, rows, dim, 2, resident() + 2**26)
-    assert "takes about 0.2 GB of memory all the same" in caplog.text
+    assert "this takes about 0.2 GB of memory" in caplog.text
     assert 2**26 < default_limit() < 2**50
 
 

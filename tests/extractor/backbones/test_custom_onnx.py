@@ -231,7 +231,7 @@ def quantised() -> list[Any]:
         (mixing, "features of an image depend on the others of its batch"),
         (transposed, r"'probabilities' has shape \(8, 3\) for 3 images, not features of each"),
         (too_wide, "'probabilities' gives 65544 features; expected at most 65536"),
-        (quantised, "stands MatMulInteger, which may be a classification layer .* State --layer NAME"),
+        (quantised, "MatMulInteger stands before .* may be a classification layer .* Pass --layer NAME"),
     ],
 )
 def test_what_is_no_feature_of_one_image_is_refused(tmp_path: Path, tail: Callable[[], list[Any]], sentence: str) -> None:
@@ -338,21 +338,21 @@ def test_a_backbone_too_large_for_one_file_keeps_its_weights_beside_it(
         ({}, {"mean": (0.5,), "std": (0.0,)}, UsageError, "--std 0,0,0: it divides"),
         ({}, {"mean": (0.5,), "std": (-1.0,)}, UsageError, "--std -1,-1,-1: it divides"),
         ({}, {"mean": (float("nan"),), "std": (1.0,)}, UsageError, "--mean nan,nan,nan: expected numbers"),
-        ({}, {"mean": (123.7,), "std": (58.4,)}, UsageError, r"is of pixels in 0\.\.255.*State --input-range 255"),
+        ({}, {"mean": (123.7,), "std": (58.4,)}, UsageError, r"is of pixels in 0\.\.255.*Pass --input-range 255"),
         ({}, {**HALF, "input_range": 255.0}, UsageError, r"are of pixels in 0\.\.1.*Leave --input-range out"),
         ({}, {**HALF, "resize": 0}, UsageError, "--resize is 0; expected 1 to 4096 pixels"),
         ({}, {**HALF, "resize": 10**9}, UsageError, "--resize is 1000000000; expected 1 to 4096 pixels"),
         ({}, {**HALF, "resize": 8}, UsageError, "--crop 16 is larger than --resize 8: every image would get black borders"),
         ({}, {**HALF, "resize": 20, "squash": True}, UsageError, "--squash resizes to the square of 16 pixels itself"),
         ({"side": "s"}, {**HALF, "crop": -5}, UsageError, "--crop is -5; expected 1 to 4096 pixels"),
-        ({}, {**HALF, "layers": ("flat", "flat")}, UsageError, "--layer flat --layer flat: one of them stands there twice"),
+        ({}, {**HALF, "layers": ("flat", "flat")}, UsageError, "--layer flat --layer flat: one of them is named twice"),
         ({}, {**HALF, "crop": 20}, UsageError, r"--crop 20: .* takes 16 x 16 pixels"),
         ({}, {**HALF, "interpolation": "magic"}, UsageError, "--interpolation magic: expected nearest, bilinear"),
         ({}, {**HALF, "input_range": 2.0}, UsageError, "--input-range 2: expected 1"),
         ({}, {**HALF, "layers": ("flatt",)}, UsageError, r"--layer flatt: .* has no such tensor; did you mean 'flat'"),
-        ({"side": "s"}, HALF, UsageError, "takes images of any size. State the one it was trained on, such as --crop 224"),
+        ({"side": "s"}, HALF, UsageError, "takes images of any size. Pass the size it was trained on, such as --crop 224"),
         ({"dtype": TensorProto.UINT8}, HALF, UsageError, "takes raw bytes: leave --mean out"),
-        ({"outputs": ("logits", "flat")}, HALF, UsageError, r"has 2 outputs \(logits, flat\). State which .* --layer logits"),
+        ({"outputs": ("logits", "flat")}, HALF, UsageError, r"2 outputs \(logits, flat\). Choose .* --layer logits"),
         ({"inputs": 2}, HALF, BadDataError, r"takes 2 inputs \(image, more1\); a backbone takes images alone"),
         ({"dtype": TensorProto.INT32}, HALF, BadDataError, "takes image of type INT32; expected float or uint8"),
     ],
@@ -372,7 +372,7 @@ def test_what_is_missing_is_named(
         (["n", 3, 16], r"of shape \(\?, 3, 16\); expected \(n, 3, h, w\) or \(n, h, w, 3\)"),
         (["n", 1, 16, 16], r"of shape \(\?, 1, 16, 16\): not three channels"),
         (["n", 3, 16, 24], "takes images of 16 x 24 pixels; only square inputs"),
-        (["n", "c", "h", "w"], "State --layout nchw or --layout nhwc"),
+        (["n", "c", "h", "w"], "Pass --layout nchw or --layout nhwc"),
     ],
 )
 def test_an_input_that_is_no_square_rgb_image_is_refused(tmp_path: Path, dims: Dims, sentence: str) -> None:
@@ -445,7 +445,7 @@ def test_a_convolutional_classifier_is_ambiguous_with_an_activation_only(tmp_pat
         return made
 
     file = put(model(activated=True), tmp_path / "net.onnx")
-    with pytest.raises(BadDataError, match="State --layer probabilities to use the output as it is, or --layer relu for"):
+    with pytest.raises(BadDataError, match="Pass --layer probabilities to use the output as it is, or --layer relu for"):
         import_onnx(Backbone(str(file), **HALF), tmp_path / "m.onnx")
     chosen = import_onnx(Backbone(str(file), **HALF, layers=("relu",)), tmp_path / "m.onnx")
     assert (chosen.layer, chosen.pooling, chosen.dim) == ("relu", "average", WIDTH)
@@ -498,7 +498,7 @@ def test_operators_that_run_somebodys_code_are_refused(tmp_path: Path) -> None:
     model = classifier()
     model.graph.node[1].domain = "evil.ops"
     (tmp_path / "net.onnx").write_bytes(model.SerializeToString())
-    with pytest.raises(BadDataError, match=r"needs operators of evil\.ops, which run somebody's own code"):
+    with pytest.raises(BadDataError, match=r"needs operators of evil\.ops, which run custom code"):
         import_onnx(Backbone(str(tmp_path / "net.onnx"), **HALF), tmp_path / "m.onnx")
 
 
@@ -518,7 +518,7 @@ def test_files_of_penults_own_say_everything_themselves(tmp_path: Path) -> None:
     again = import_onnx(Backbone(str(own)), tmp_path / "again.onnx")
     assert again.layers == facts.layers
     assert again.weights_sha256 == onnx_file.digest(own)
-    with pytest.raises(UsageError, match="says itself what its input and its features are: leave --mean, --std, --layer out"):
+    with pytest.raises(UsageError, match="describes its own input and features: leave --mean, --std, --layer out"):
         import_onnx(Backbone(str(own), **HALF, layers=("flat",)), tmp_path / "m.onnx")
 
 

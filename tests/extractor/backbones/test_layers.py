@@ -137,7 +137,7 @@ def test_a_layer_is_caught_before_the_next_one_works_in_place() -> None:
     ("layers", "pooling", "sentence"),
     [
         (("layer5",), "average", r"--layer layer5: there is no such layer; did you mean 'layer[1-4]'"),
-        (("layer1", "layer1"), "average", "one of them stands there twice"),
+        (("layer1", "layer1"), "average", "one of them is named twice"),
         (("layer1",), "median", "--pooling median: expected average, max, token"),
     ],
 )

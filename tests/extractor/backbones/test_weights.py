@@ -421,7 +421,7 @@ def test_a_whole_pickled_model_is_answered_with_how_to_save_its_state(tmp_path: 
         ("w.pth", (2).to_bytes(8, "little") + b"{}", "is a safetensors file"),
         ("w.pth", b"version https://git-lfs.github.com/spec/v1\n", "only Git LFS's pointer to the weights; `git lfs pull`"),
         ("w.pth", b"\n<!DOCTYPE html>", "is a web page, not weights"),
-        ("w.ckpt", b"PK\x03\x04 half a zip", "State it with --preset IMAGENET1K_V1"),
+        ("w.ckpt", b"PK\x03\x04 half a zip", "Pass --preset IMAGENET1K_V1"),
     ],
 )
 def test_what_is_often_taken_for_weights_is_named_before_a_preset_is_asked_for(

@@ -67,7 +67,7 @@ def test_a_group_column_of_parquet_by_its_name(tmp_path: Path) -> None:
     ("columns", "reason"),
     [
         ({"file": ["a"], "label": ["x"]}, r"no column 'path' .*\(found: file, label\)"),
-        ({"path": ["a", "b", "./a"]}, "row 3: a stands in row 1 already"),
+        ({"path": ["a", "b", "./a"]}, "row 3: a is already in row 1"),
         ({"path": ["a", "../b"]}, r"row 2: \.\./b leaves the root"),
         ({"path": ["a", "/b"]}, "row 2: /b leaves the root"),
         ({"path": ["a", None]}, "row 2: empty path"),
@@ -88,7 +88,7 @@ def test_a_cut_parquet_file_is_bad_data(tmp_path: Path, keep: int) -> None:
     parquet(tmp_path, {"path": ["a", "b"]})
     whole = (tmp_path / "list.parquet").read_bytes()
     (tmp_path / "cut.parquet").write_bytes(whole[:keep])
-    with pytest.raises(BadDataError, match=r"cut\.parquet is not a sound Parquet file"):
+    with pytest.raises(BadDataError, match=r"cut\.parquet is not a valid Parquet file"):
         open_source(tmp_path / "cut.parquet").samples()
 
 
@@ -120,12 +120,12 @@ def test_utf16_with_its_mark_is_read(tmp_path: Path, encoding: str) -> None:
             "looks like UTF-32, or like UTF-16 without a byte-order mark; save",
         ),
         ("path,label\na.jpg,ants\n".encode("utf-32"), "looks like UTF-32"),
-        (b"\xff\xfepath,label\n", "begins like UTF-16 and is none .*; save it as UTF-8"),
+        (b"\xff\xfepath,label\n", "begins like UTF-16 but is not valid .*; save it as UTF-8"),
         ("path,label,path\na,b,c\n", "two columns are called 'path'"),
         ("path, path\na,b\n", "two columns are called 'path'"),
         ("path,label,note\na.jpg,ants\n", "line 2: fewer fields than the header has"),
         ("path,label\na.jpg,ants\n\nb.jpg,ants,x\n", "line 4: more fields than the header has"),
-        ("path\na//b.jpg\na/./b.jpg\n", "line 3: a/b.jpg stands in line 2 already"),
+        ("path\na//b.jpg\na/./b.jpg\n", "line 3: a/b.jpg is already in line 2"),
         ("path\n//etc/passwd\n", "line 2: /etc/passwd leaves the root"),
         ("path\n./\n", "line 2: empty path"),
         (b"path\n" + b"a" * 200_000 + b"\n", "line 2: field larger than field limit"),
@@ -143,7 +143,7 @@ def test_a_hundred_thousand_rows_take_seconds(tmp_path: Path) -> None:
     assert time.process_time() - begin < 10  # measured: 0.8 s; 1.6 s on a busy machine
     assert len(found) == 100_000
     assert found[0] == Sample(b"d00/caf\xe9 000000.jpg", "class 0", None, b"p0")
-    with pytest.raises(BadDataError, match=r"line 100002: d00/caf\\xe9 000000\.jpg stands in line 2 already"):
+    with pytest.raises(BadDataError, match=r"line 100002: d00/caf\\xe9 000000\.jpg is already in line 2"):
         csv(tmp_path, b"\n".join([b"path,label,group", *rows, rows[0]]))
     with pytest.raises(BadDataError, match=r"line 50002: \.\./x leaves the root"):
         csv(tmp_path, b"\n".join([b"path,label,group", *rows[:50_000], b"../x,a,b", *rows[50_000:]]))
@@ -237,7 +237,7 @@ def test_a_target_without_its_column_is_named(tmp_path: Path) -> None:
         ("regression", (), "needs --target: a column for each"),
         ("multi-label", ("x",), "numeric targets are for --task regression, this is multi-label"),
         ("regression", ("x", "x"), "names a column twice: x, x"),
-        ("ranking", (), "there is single-label, multi-label, regression"),
+        ("ranking", (), "expected single-label, multi-label, regression"),
     ],
 )
 def test_tasks_and_targets_must_fit_each_other(name: str, targets: tuple[str, ...], reason: str) -> None:

@@ -245,7 +245,7 @@ def test_bytes_that_are_not_utf8_survive_in_paths(tmp_path: Path) -> None:
     [
         ("file,label\na.jpg,ants\n", r"no column 'path' in its first line \(found: file, label\)"),
         ("", r"no column 'path' in its first line \(found: nothing\)"),
-        ("path,label\na.jpg,ants\n./a.jpg,bees\n", "line 3: a.jpg stands in line 2 already"),
+        ("path,label\na.jpg,ants\n./a.jpg,bees\n", "line 3: a.jpg is already in line 2"),
         ("path\nok.jpg\n/etc/passwd\n", "line 3: /etc/passwd leaves the root"),
         ("path\n../x.jpg\n", r"line 2: \.\./x.jpg leaves the root"),
         ("path\na/../../x.jpg\n", "line 2: .* leaves the root"),

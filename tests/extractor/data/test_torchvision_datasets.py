@@ -216,7 +216,7 @@ def test_what_is_not_on_disk_is_said_with_its_place(name: str, tmp_path: Path) -
         source(name, tmp_path).samples()
     assert caught.value.exit_code == 66
     assert not list(tmp_path.iterdir())
-    with pytest.raises(InputMissingError, match=f"nowhere is not a folder; {name} belongs into .*{BELONGS[name]}"):
+    with pytest.raises(InputMissingError, match=f"nowhere is not a folder; {name} belongs in .*{BELONGS[name]}"):
         source(name, tmp_path / "nowhere").samples()
 
 
@@ -249,7 +249,7 @@ def test_half_a_dataset_is_used_and_said(
     base = write_pets(tmp_path, make_image)
     (base / "annotations/test.txt").unlink()
     assert {sample.split for sample in source("OxfordIIITPet", tmp_path).samples()} == {"train"}
-    assert "of OxfordIIITPet only train is in" in caplog.text
+    assert "OxfordIIITPet: only train is in" in caplog.text
 
 
 def test_damaged_files_are_bad_data(tmp_path: Path) -> None:

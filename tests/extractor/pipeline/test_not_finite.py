@@ -227,7 +227,7 @@ def test_a_fused_file_that_makes_a_label_of_it_fails_its_self_test(
     last.input[1] = "finite/zero"  # and the sigmoid of infinity is 1
     save(model, tmp_path / "number.onnx")
     for name in ("argmax", "number"):
-        with pytest.raises(BadDataError, match=r"makes probabilities( and label)? of features that are no numbers"):
+        with pytest.raises(BadDataError, match=r"gives probabilities( and label)? for features that are not finite"):
             selftest(tmp_path / f"{name}.onnx")
 
 

@@ -471,7 +471,7 @@ def test_a_split_that_changes_is_said_with_both_rules(
     assert moved > 0
     assert (
         "the split was by hash rank (val 0.2, test 0.2, seed 0), it is by hash rank (val 0.2, test 0.3, seed 1) now: "
-        f"{moved} samples changed sides" in caplog.text
+        f"{moved} samples changed split" in caplog.text
     )
 
 

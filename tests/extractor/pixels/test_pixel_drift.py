@@ -91,8 +91,8 @@ def test_other_pixels_are_refused(made: Path, tmp_path: Path, penult: Penult) ->
         code, said, err = penult(*command)
         assert (code, said) == (65, ""), command
         assert "was made from other pixels than this machine makes" in err
-        assert "the built-in test image comes out otherwise (the same versions then and now, pillow " in err
-        assert "Install the versions of then, or extract and train again with these; --accept-pixels measures" in err
+        assert "the built-in test image is decoded differently (the same versions then and now, pillow " in err
+        assert "Install the earlier versions, or extract and train again with these; --accept-pixels measures" in err
     assert penult("evaluate", made / "a.head", made / "a.cache")[0] == 0, "from cached features no pixel is made"
     assert not (tmp_path / "page.html").exists()
 
@@ -180,8 +180,8 @@ def test_a_bundle_of_before_says_that_it_cannot_tell(
     made: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("classifiers.bundles.predictor.PROBE_IMAGE", "what no file has")
-    with pytest.raises(FingerprintMismatchError, match=r"\(what made it then is not recorded; here it is pillow"):
+    with pytest.raises(FingerprintMismatchError, match=r"\(the earlier versions are not recorded; here they are pillow"):
         Predictor.load(made / "a.head").predict([])
     predictor = Predictor.load(made / "a.head", accept_pixels=True)
     assert [p.code for p in predictor.predict(images(made)[:3])] == [None] * 3
-    assert "How much they differ cannot be measured: it does not hold the test image of then" in caplog.text
+    assert "How much they differ cannot be measured: it does not hold the earlier test image" in caplog.text

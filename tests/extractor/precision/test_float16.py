@@ -14,7 +14,7 @@ from onnx import TensorProto, numpy_helper
 from extractor.graphs.backbone_facts import read_facts
 from extractor.pixels.decoder import Decoder
 from extractor.precision import float16
-from extractor.precision.float16 import BOUND, COSINE, as_on_a_card, compare, halve, pictures
+from extractor.precision.float16 import BOUND, COSINE, compare, embed_as_on_a_gpu, noise_images, to_float16
 from extractor.runtime.session import Embedder
 from store.errors import BadDataError
 
@@ -33,7 +33,7 @@ def scaled(source: Path, out: Path, factor: float, layer: int) -> Path:
 
 
 def test_the_file_is_half_as_large_and_takes_and_gives_float32(backbone_file: Path, tmp_path: Path) -> None:
-    facts = halve(backbone_file, tmp_path / "half.onnx", read_facts(backbone_file))
+    facts = to_float16(backbone_file, tmp_path / "half.onnx", read_facts(backbone_file))
     assert facts == read_facts(tmp_path / "half.onnx")
     assert facts.precision == "fp16"
     assert facts.calibration["float_layers"] == []
@@ -50,7 +50,7 @@ def test_the_file_is_half_as_large_and_takes_and_gives_float32(backbone_file: Pa
 
 
 def test_a_cpu_computes_from_it_within_the_bound(backbone_file: Path, tmp_path: Path) -> None:
-    facts = halve(backbone_file, tmp_path / "half.onnx", read_facts(backbone_file))
+    facts = to_float16(backbone_file, tmp_path / "half.onnx", read_facts(backbone_file))
     pixels = np.random.default_rng(3).integers(0, 256, (9, 64, 64, 3), np.uint8)
     exact = Embedder(backbone_file, facts.preprocess).embed(pixels)
     found = Embedder(tmp_path / "half.onnx", facts.preprocess).embed(pixels)
@@ -62,7 +62,7 @@ def test_a_cpu_computes_from_it_within_the_bound(backbone_file: Path, tmp_path: 
 
 def test_a_layer_that_overflows_at_the_input_stays_in_float32(backbone_file: Path, tmp_path: Path) -> None:
     loud = scaled(backbone_file, tmp_path / "loud.onnx", 1e6, 0)
-    facts = halve(loud, tmp_path / "half.onnx", read_facts(loud))
+    facts = to_float16(loud, tmp_path / "half.onnx", read_facts(loud))
     assert 1 <= len(facts.calibration["float_layers"]) <= 4
     model = onnx.load(tmp_path / "half.onnx")
     first = next(node for node in model.graph.node if node.op_type == "Conv")
@@ -89,22 +89,22 @@ def test_a_network_that_overflows_between_two_layers_is_refused(
     model.graph.node.extend(ordered)
     loud, facts = tmp_path / "loud.onnx", read_facts(backbone_file)
     loud.write_bytes(model.SerializeToString())
-    pixels = pictures(facts.preprocess)[:2]
+    pixels = noise_images(facts.preprocess)[:2]
     exact, found = (Embedder(path, facts.preprocess).embed(pixels) for path in (backbone_file, loud))
     assert compare(found, exact)[0] < 1e-6
     with pytest.raises(BadDataError, match=r"moves the features of squeezenet1_1 by inf .* Use --precision fp32"):
-        halve(loud, tmp_path / "half.onnx", facts)
+        to_float16(loud, tmp_path / "half.onnx", facts)
     assert not (tmp_path / "half.onnx").exists()
     monkeypatch.setattr(float16, "BOUND", 1e-9)
     monkeypatch.setattr(float16, "ENOUGH", 1e-9)
     with pytest.raises(BadDataError, match=r"even with 16 layers in float32; 1e-09 and 0\.9995 are allowed"):
-        halve(backbone_file, tmp_path / "half.onnx", read_facts(backbone_file))
+        to_float16(backbone_file, tmp_path / "half.onnx", read_facts(backbone_file))
 
 
 def test_weights_beside_the_file_are_refused(backbone_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(float16.onnx_file, "external_files", lambda _: ["x.data"])
     with pytest.raises(BadDataError, match="weights over 2 GB"):
-        halve(backbone_file, tmp_path / "half.onnx", read_facts(backbone_file))
+        to_float16(backbone_file, tmp_path / "half.onnx", read_facts(backbone_file))
 
 
 def test_compare_knows_zero_rows_and_no_numbers() -> None:
@@ -116,18 +116,18 @@ def test_compare_knows_zero_rows_and_no_numbers() -> None:
     assert cosine == pytest.approx(1)
 
 
-def test_the_pictures_are_the_same_each_time_and_differ(backbone_file: Path) -> None:
+def test_the_noise_images_are_the_same_each_time_and_differ(backbone_file: Path) -> None:
     preprocess = read_facts(backbone_file).preprocess
-    found = pictures(preprocess)
+    found = noise_images(preprocess)
     assert found.shape == (16, 64, 64, 3)
-    np.testing.assert_array_equal(found, pictures(preprocess))
+    np.testing.assert_array_equal(found, noise_images(preprocess))
     assert len({picture.tobytes() for picture in found}) == 16
     assert all(40 < picture.std() < 80 for picture in found)
 
 
 @pytest.mark.assets
 def test_on_real_photos_it_stays_within_the_bound(assets: Path, imagenet: Path, tmp_path: Path) -> None:
-    facts = halve(imagenet, tmp_path / "half.onnx", read_facts(imagenet))
+    facts = to_float16(imagenet, tmp_path / "half.onnx", read_facts(imagenet))
     assert len(facts.calibration["float_layers"]) == 8
     photos = sorted((assets / "data" / "photos").iterdir())[::10]
     with Decoder(facts.preprocess) as decoder:
@@ -139,7 +139,7 @@ def test_on_real_photos_it_stays_within_the_bound(assets: Path, imagenet: Path, 
 
 
 def test_what_is_float16_already_says_so(backbone_file: Path, tmp_path: Path) -> None:
-    facts = halve(backbone_file, tmp_path / "half.onnx", read_facts(backbone_file))
+    facts = to_float16(backbone_file, tmp_path / "half.onnx", read_facts(backbone_file))
     assert replace(facts, precision="fp32", calibration={}) == read_facts(backbone_file)
 
 
@@ -157,8 +157,8 @@ def test_what_is_judged_is_rounded_behind_every_operator(backbone_file: Path) ->
     graph = helper.make_graph(nodes, "gelu", ends[:1], ends[1:], [factor])
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
     facts = read_facts(backbone_file)
-    given = pictures(facts.preprocess)[:5]
-    (found,) = as_on_a_card(helper.make_model(graph, opset_imports=opsets, ir_version=10), facts, given)
+    given = noise_images(facts.preprocess)[:5]
+    (found,) = embed_as_on_a_gpu(helper.make_model(graph, opset_imports=opsets, ir_version=10), facts, given)
     np.testing.assert_array_equal(found, found.astype(np.float16))
     product = facts.preprocess.normalise(given).astype(np.float16) * np.float16(3.001)
     large = product > 6  # where GELU changes nothing

@@ -336,7 +336,7 @@ def test_without_the_calibrations_features_train_says_that_it_cannot_judge(
     cache = FeatureCache(tmp_path / "one.h5")
     head = make_head("logistic", C=1.0).fit(cache.subset("train").X, cache.subset("train").y)
     assert judge_rounding(cache, head, cache.rows("train")) is None
-    assert "cannot be judged" in caplog.text
+    assert "cannot be measured" in caplog.text
 
 
 def test_predict_and_evaluate_use_the_int8_network(made: Pair, digits: Path, tmp_path: Path) -> None:

@@ -51,9 +51,9 @@ def test_a_cpu_tries_batch_sizes_on_its_first_batches_and_keeps_the_fastest(
     for batch in range(10 * TRIALS):
         tried.append(pace.size)
         pace.begin()
-        assert embedder.told is not None
+        assert embedder.on_batch is not None
         slow = 50 if batch % 9 == 0 else 1  # once in a while the machine does something else
-        embedder.told(tried[-1], slow * tried[-1] * seconds[tried[-1]])
+        embedder.on_batch(tried[-1], slow * tried[-1] * seconds[tried[-1]])
     trials = len(SIZES) * TRIALS
     assert all(tried[:trials].count(size) == TRIALS for size in SIZES)
     assert set(tried[trials + 1 :]) == {best} == {embedder.batch_size}
@@ -65,7 +65,7 @@ def test_nothing_is_tried_in_a_short_run_or_where_the_size_is_given(embedder: Em
         for _ in range(100):
             pace.begin()
             assert pace.size == embedder.batch_size == 4
-    assert embedder.told is None
+    assert embedder.on_batch is None
 
 
 def test_all_batch_sizes_of_a_run_give_the_same_bits(

@@ -35,7 +35,7 @@ from extractor.graphs.normalisation import takes_pixels
 from extractor.graphs.parity import relative_l2
 from extractor.pipeline.run import run_extract
 from extractor.pipeline.settings import Options
-from extractor.precision.float16 import BOUND, COSINE, _convert, compare, halve
+from extractor.precision.float16 import BOUND, COSINE, _convert, compare, to_float16
 from extractor.runtime import cuda, session
 from extractor.runtime.cuda import BoundLane, capability, free_memory, is_loaded, pin, prove, reason, trouble
 from extractor.runtime.devices import DevicePool, resolve_devices
@@ -414,7 +414,7 @@ def test_a_card_that_computes_something_else_is_refused(stage: Stage, monkeypatc
     fake = stage(CUDA)
     right = fake.InferenceSession.run
     monkeypatch.setattr(fake.InferenceSession, "run", lambda *given: [right(*given)[0] + 1])
-    assert trouble("cuda") == "a convolution gives something else there than on a CPU"
+    assert trouble("cuda") == "a convolution gives other values there than on a CPU"
 
 
 def test_a_runtime_without_cuda_is_named(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -728,7 +728,7 @@ def test_a_real_gpu_agrees_with_the_cpu(backbone_file: Path) -> None:
 
 @pytest.mark.gpu
 def test_a_real_gpu_in_float16_stays_within_the_bound(backbone_file: Path, tmp_path: Path) -> None:
-    facts = halve(backbone_file, tmp_path / "half.onnx", read_facts(backbone_file))
+    facts = to_float16(backbone_file, tmp_path / "half.onnx", read_facts(backbone_file))
     exact = Embedder(backbone_file, facts.preprocess).embed(pixels(40))
     on_card = Embedder(tmp_path / "half.onnx", facts.preprocess, device="cuda", batch_size=8)
     worst, cosine = compare(on_card.embed(pixels(40)), exact)
