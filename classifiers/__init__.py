@@ -9,10 +9,9 @@ The names in ``__all__`` are public. Each is imported when it is first asked for
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import store  # noqa: F401 - its environment comes before any library that reads it
+from store.faces import lazily  # importing store first sets the environment of libraries
 
 if TYPE_CHECKING:
     from .bundles.bundle import Bundle as Bundle
@@ -60,14 +59,5 @@ HOME = {
 }
 __all__ = sorted(HOME)
 
-
 if not TYPE_CHECKING:
-
-    def __getattr__(name: str) -> Any:
-        if name not in HOME:
-            message = f"module {__name__!r} has no attribute {name!r}"
-            raise AttributeError(message)
-        return getattr(importlib.import_module(f"{__name__}.{HOME[name]}"), name)
-
-    def __dir__() -> list[str]:
-        return [*globals(), *__all__]
+    __getattr__, __dir__ = lazily(__name__, HOME)

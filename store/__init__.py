@@ -9,10 +9,10 @@ The names in ``__all__`` are public. Each is imported on first use, so that impo
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import environment  # noqa: F401 - before any library that reads it is imported
+from .faces import lazily
 
 if TYPE_CHECKING:
     from .cache import FeatureCache as FeatureCache
@@ -38,14 +38,5 @@ HOME = {
 }
 __all__ = sorted(HOME)
 
-
 if not TYPE_CHECKING:
-
-    def __getattr__(name: str) -> Any:
-        if name not in HOME:
-            message = f"module {__name__!r} has no attribute {name!r}"
-            raise AttributeError(message)
-        return getattr(importlib.import_module(f"{__name__}.{HOME[name]}"), name)
-
-    def __dir__() -> list[str]:
-        return [*globals(), *__all__]
+    __getattr__, __dir__ = lazily(__name__, HOME)

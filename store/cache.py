@@ -21,8 +21,8 @@ from store.format.metadata import BACKBONE, all_fingerprints, read_meta, shard_p
 from store.format.samples import Row, SampleTable
 
 from .errors import BadDataError, CorruptCacheError, InputMissingError, LockedError, PenultError, UsageError
+from .faces import html_table
 from .fingerprint import Fingerprint, file_digest, short
-from .notebook import html_table
 from .splits import assign_splits, groups_of
 
 PENULTIMATE = "penultimate"  # how --layer names the default

@@ -35,10 +35,10 @@ from extractor.graphs.onnx_file import copy
 from extractor.pixels.views import Views
 from store.cache import FeatureCache
 from store.errors import BadDataError, InputMissingError, PenultError, require_format
+from store.faces import html_table
 from store.fingerprint import VIEWS, Fingerprint
 from store.format import atomic, hdf5, json_text
 from store.format.lock import folder_lock
-from store.notebook import html_table
 
 from .bundle_folder import NOVELTY, install, refuse_existing, remove_folder, remove_leftovers
 from .novelty import Novelty

@@ -17,7 +17,7 @@ from classifiers.evaluation.paired_tests import Change, Standing, paired
 from classifiers.evaluation.task import need_single_label
 from store.cache import FeatureCache
 from store.errors import BadDataError, UsageError
-from store.notebook import html_table
+from store.faces import html_table
 
 from .label_curve import LabelCurve, label_curve
 from .verdict import Verdict, judge

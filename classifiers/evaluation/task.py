@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from store.errors import UsageError, display
+from store.faces import html_table
 from store.format.samples import Row, SampleTable
-from store.notebook import html_table
 from store.tasks import TASKS
 
 from .intervals import bootstrap_interval, wilson
