@@ -18,7 +18,7 @@ import click
 
 from extractor.commands.console import loudness
 from store.environment import redirect_matplotlib
-from store.errors import PenultError
+from store.errors import PenultError, did_you_mean
 
 CANNOT_CREATE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 
@@ -73,6 +73,14 @@ class Penult(click.Group):
                 return command
         return None
 
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """Name the nearest commands if there is none of the name."""
+        name = args[0] if args else ""
+        if name and not name.startswith("-") and name not in self.list_commands(ctx):
+            message = f"no command {name!r}{did_you_mean(name, self.list_commands(ctx), 'penult --help lists them')}"
+            raise click.UsageError(message, ctx)
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for heading, section in COMMANDS.items():
             with formatter.section(heading):
@@ -92,7 +100,7 @@ cli.params += loudness()
 
 
 def main() -> None:
-    """Run a command and exit with the code of CONTRACTS: a PenultError's own, 2 for usage, 70 for a bug with its traceback."""
+    """Run a command and exit with its code: a PenultError's own, 2 for usage, 70 for a bug with its traceback."""
     # Tables of many thousand rows are not garbage; scanning them for some took a tenth of the time of an unchanged extract.
     gc.set_threshold(100_000, 20, 100)
     # SIGTERM ends a command at once, with the code a scheduler expects; the pipeline finishes its batch first.
@@ -102,7 +110,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(prog_name="penult", standalone_mode=False)
     except click.exceptions.Exit as error:
         code = error.exit_code
     except click.ClickException as error:

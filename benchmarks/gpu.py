@@ -318,7 +318,7 @@ def flatness(bench: Bench, file: Path) -> None:
 
 
 def fidelity(bench: Bench, files: dict[str, Path], photos: Path, count: int) -> None:
-    """Features on the device against float32 on the CPU (CONTRACTS 8), on photos."""
+    """Features on the device against float32 on the CPU on photos."""
     facts = read_facts(files["fp32"])
     source = ImageFolder(photos)
     reader = Reader(source.files, facts.preprocess, set(), WorkerPool(cores()))

@@ -41,11 +41,12 @@ class Meter:
     """Measures the resources that work takes, from when it is created.
 
     Args:
-        devices: where the work is done; everything but ``cpu`` is a GPU, the first one without ``:N``.
+        devices: where the work is done; ``cuda:N`` is an NVIDIA GPU, ``cuda`` and ``auto`` the first one.
     """
 
     def __init__(self, *devices: str) -> None:
-        self._gpus = [int(device.partition(":")[2] or 0) for device in devices if device != "cpu"]
+        parts = [device.partition(":") for device in devices]
+        self._gpus = [int(number or 0) for kind, _, number in parts if kind in ("auto", "cuda")]
         self._before = drawn(self._gpus)
         self._began = time.perf_counter()
 

@@ -13,13 +13,13 @@ store.errors.UsageError: views is 0; expected 1 to 64
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from inspect import get_annotations
 from pathlib import Path
 from types import FunctionType
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
@@ -139,13 +139,13 @@ def face(model: type[Settings], name: str) -> dict[str, Any]:
 
 def group_of(model: type[Settings], name: str) -> type[Settings]:
     """The group that declares a setting: its heading in the help, its section in a job."""
-    return next(each for each in model.__mro__ if name in get_annotations(each))
+    return next(each for each in model.__mro__ if name in inspect.get_annotations(each))
 
 
 def groups(model: type[Settings], place: str) -> Iterator[tuple[type[Settings], list[str]]]:
     """The groups of a model in order, each with its settings that ``place`` has: ``cli``, ``job`` or ``python``."""
     for group in model.__mro__:
-        own = [name for name in get_annotations(group) if name in model.model_fields]
+        own = [name for name in inspect.get_annotations(group) if name in model.model_fields]
         names = [name for name in own if group_of(model, name) is group and face(model, name).get("only") in (None, place)]
         if names and issubclass(group, Settings):
             yield group, names
@@ -246,6 +246,12 @@ class Settings(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
     section: ClassVar[str] = ""
     heading: ClassVar[str] = ""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """List the settings in the docstring, for ``help`` and notebooks."""
+        listed = "".join(f"    {name}: {field.description}\n" for name, field in cls.model_fields.items())
+        cls.__doc__ = f"{inspect.cleandoc(cls.__doc__ or cls.__name__)}\n\nSettings:\n{listed}"
 
     @model_validator(mode="before")
     @classmethod

@@ -23,7 +23,7 @@ SAME = 1e-3  # two rows closer than this (relative L2) show the same image
 MOSTLY = 0.9  # share of the drifted rows that one cause must explain
 SEARCHED = 2000  # drifted rows looked at for a permutation
 
-# CONTRACTS 8, relative L2 per row
+# relative L2 per row, see docs/regression.md
 BIT_EQUAL = 0.0
 FLOAT32 = 1e-6  # CPU, other batch size or thread count
 FLOAT16 = 5e-4  # stored as float16: a last-bit difference before rounding may round the other way
@@ -50,7 +50,7 @@ class Drift:
         views_a, views_b: per image; only the first ones, without augmentation, are compared.
         fingerprint: fields that differ, with (A, B).
         max_l2, mean_l2, min_cosine: over the common images.
-        bound: largest relative L2 that CONTRACTS 8 allows for these two caches.
+        bound: largest relative L2 that the two fingerprints allow (docs/regression.md).
         worst: the images that moved most.
         relabelled: common images whose label differs.
         flips: common images for which a given head decides differently; None without a head.
@@ -111,7 +111,7 @@ def compare_caches(a: FeatureCache, b: FeatureCache, *, predict: Predict | None 
         a: the reference, such as last month's.
         b: what is compared with it.
         predict: class index for each row of features; counts decisions that flip.
-        bound: allowed relative L2 per row; by default the bound of CONTRACTS 8 for these two caches.
+        bound: allowed relative L2 per row; by default what the two fingerprints allow (docs/regression.md).
 
     Raises:
         BadDataError: they have no image in common, or features of different length.

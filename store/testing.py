@@ -30,7 +30,7 @@ def assert_features_match(cache: str | Path, golden: str | Path, *, bound: float
     Args:
         cache: the cache under test: a folder or a compact file.
         golden: the reference.
-        bound: allowed relative L2 per row; by default the bound of CONTRACTS 8 for these two caches.
+        bound: allowed relative L2 per row; by default what the two fingerprints allow (docs/regression.md).
 
     Raises:
         AssertionError: with the causes and a table of what drifted.

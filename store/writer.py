@@ -172,7 +172,10 @@ class CacheWriter:
         return self._pending_bytes >= SHARD_BYTES or time.monotonic() - self._pending_since >= SHARD_SECONDS
 
     def commit(self) -> int:
-        """Commit the shards in memory, a file for every feature set, or two (rule 11); return the number of images."""
+        """Commit the shards in memory; return the number of images.
+
+        A feature set gets one file, or two (rule 11 of store/FORMAT.md).
+        """
         count = self.commit_behind()
         self.settle()
         return count

@@ -1,4 +1,4 @@
-"""Nothing is sent anywhere, and the home folder holds nothing but caches that are named: CONTRACTS 5, fault 43."""
+"""Nothing is sent anywhere, and the home folder holds nothing but caches that are named."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def circles(edges: Mapping[str, set[str]]) -> list[set[str]]:
     matrix = np.array([[b in edges[a] and a != b for b in names] for a in names])
     labels = connected_components(matrix, connection="strong")[1]
     groups = [{names[i] for i in np.flatnonzero(labels == label)} for label in np.unique(labels)]
-    return [group for group in groups if len(group) > 1]
+    return [group for group in groups if len(group) > 1] + [{name} for name in names if name in edges[name]]
 
 
 def heaps(root: Path) -> dict[str, int]:

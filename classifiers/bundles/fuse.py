@@ -22,19 +22,20 @@ from extractor.graphs.backbone_facts import PREFIX
 from extractor.graphs.cpu_session import cpu_session
 from extractor.graphs.graph import cut
 from extractor.graphs.normalisation import pixel_nodes
+from extractor.precision.registry import precision_of
 from store.errors import BadDataError
 from store.format.atomic import require_free, require_no_part_of, require_replaceable
 from store.format.shard import MAX_ROUNDING
 
 from .bundle import Bundle, task_of_bundle
 from .bundle_folder import BUNDLE_FILES
-from .fused import GOLDEN, INPUT, LABEL, NO_LABEL, RECIPE, TOLERANCE, Fused, Golden, golden_images, is_fused
+from .fused import GOLDEN, INPUT, LABEL, NO_LABEL, RECIPE, Fused, Golden, golden_images, is_fused
 from .predictor import Predictor
 
 log = logging.getLogger("penult.classifiers")
 
 NO_NUMBERS = (np.nan, np.inf, -np.inf)
-PARITY = 1e-5  # on probabilities, CONTRACTS: "fused ONNX vs head on cached features, same pixels"
+PARITY = 1e-5  # of probabilities, against the head on features of the same pixels, see docs/fuse.md
 
 
 def fuse(bundle: str | Path | Bundle, out: str | Path, *, overwrite: bool = False) -> Fused:
@@ -149,7 +150,7 @@ def selftest(path: Path, **options: Any) -> str:
         raise BadDataError(message)
     spread = predictor.task.spread(np.nan_to_num(expected))
     difference = _largest_difference(predictor.probabilities(images) / spread, expected / spread)
-    allowed = TOLERANCE.get(fused.precision, TOLERANCE["fp32"])
+    allowed = precision_of(fused.precision).tolerance
     provider = predictor.embedder.provider
     if not difference <= allowed:
         message = (

@@ -31,10 +31,6 @@ OPTIONAL = ("conformal", "features", "probe_image")
 NO_LABEL = -1  # of an image for which the network gives NaN or infinity
 GOLDEN = 16  # images
 RECIPE = "shake-blocks-1"
-# Largest difference of a probability (for a regression: of a number, as a share of the largest) from the saved one on another
-# machine or device. Sums in another order move features by 1e-6, and sometimes one of them to the next float16; int8 and
-# float16 networks round at every layer.
-TOLERANCE = {"fp32": 1e-3, "int8": 1e-2, "fp16": 2e-2}
 
 
 @dataclass(frozen=True)

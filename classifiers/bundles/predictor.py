@@ -212,7 +212,7 @@ class Predictor:
         size = max(self.embedder.batch_size // self._count, 1)
         decoder = Decoder(self.recipe.preprocess, crop=self.recipe.views is None)
         read = partial(self._pixels, files, decoder)
-        workers = WorkerPool(self._workers, self.embedder.provider)
+        workers = WorkerPool(self._workers, shares_cores=self.embedder.shares_cores)
         batches = _batches(ahead(read, paths, workers, StopFlag(), decoder), size)
         for batch, features in in_flight(map(self._submitted, batches), self.embedder.lanes):
             yield from self._decided(batch, features)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import create_model
 
 from classifiers.evaluation.gates import GATES, Gate, requested_gates, require_gates
-from extractor.pipeline.settings import DeviceSettings
+from extractor.runtime.settings import DeviceSettings
 from extractor.settings import PLACE, FilePath, Settings, setting
 
 

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 from classifiers.heads.registry import row_of
 from extractor.backbones.settings import OnnxInputSettings, PixelSettings, PoolingSettings, backbone_of
-from extractor.pipeline.settings import BudgetSettings, DataSettings, DeviceSettings, LimitSettings, SplitSettings
+from extractor.data.settings import DataSettings, LimitSettings
+from extractor.pipeline.settings import BudgetSettings, SplitSettings
+from extractor.runtime.settings import DeviceSettings
 from extractor.settings import rule
 
 if TYPE_CHECKING:

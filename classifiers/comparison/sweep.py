@@ -26,10 +26,9 @@ from classifiers.reports.page import write_output
 from classifiers.training.roles import Roles, assign_roles
 from extractor.backbones.registry import WEIGHTS_SUFFIXES, Backbone, check_request
 from extractor.data.sources import Source
-from extractor.pipeline.plan import list_samples
+from extractor.pipeline.plan import devices_of, list_samples
 from extractor.pipeline.run import run_extract
 from extractor.pipeline.settings import Options
-from extractor.runtime.devices import resolve_devices
 from store.cache import PENULTIMATE, FeatureCache, is_cache
 from store.errors import (
     BadDataError,
@@ -152,9 +151,9 @@ def require_ready(backbones: Sequence[Backbone], folder: Path, options: Options)
             check_request(backbone)
     ours = folder.is_dir() and all(item.name == PAGE or item.suffix == ".cache" for item in folder.iterdir())
     if is_cache(folder) or (folder.exists() and not ours):
-        message = f"{folder} holds other files than the caches of a sweep; name a new folder"
+        message = f"{folder} is not a folder of caches of a sweep; name a new folder"
         raise OutputExistsError(message)
-    resolve_devices("cpu" if options.precision == "int8" else options.device)
+    devices_of(options)
 
 
 def run_sweep(

@@ -17,6 +17,39 @@ Probabilities = NDArray[np.floating[Any]]
 Values = NDArray[np.float64]
 Weights = NDArray[np.float32]
 
+WORDS = {  # for the scores over all outputs; those of each output are SHORT
+    "mean_average_precision": "mean average precision: order by probability; the share of a label is chance",
+    "f1_micro": "F1 of all decisions on all labels",
+    "f1_macro": "F1, mean over the labels",
+    "subset_accuracy": "images whose labels are all right",
+    "hamming_loss": "Hamming loss: share of wrong decisions",
+    "log_loss": "log-loss, mean over the labels: lower is better",
+    "r2": "R2, mean over the targets: 1 is perfect, 0 is always the mean",
+}
+SHORT = {
+    "average_precision": "average precision",
+    "f1": "F1",
+    "r2": "R2",
+    "mae": "MAE",
+    "rmse": "RMSE",
+    "half_width": "90 % within ±",
+}
+IN_UNITS = ("mae", "rmse", "half_width")  # of the target
+SHARES = {  # what single-label reports show, in percent
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy: every class counts the same",
+    "top_3": "top-3: the true label is among the first three",
+    "top_5": "top-5: the true label is among the first five",
+}
+SCALES = {  # and as numbers
+    "precision_macro": "precision, mean over the classes",
+    "f1_macro": "F1, mean over the classes",
+    "roc_auc": "ROC-AUC: order by probability; 0.5 is chance",
+    "pr_auc": "PR-AUC: the same, stricter if a class is rare",
+    "log_loss": "log-loss: lower is better",
+    "brier": "Brier score: lower is better",
+    "ece": "ECE: how far confidence is from accuracy",
+}
 BINS = 15  # of confidence, for the calibration error: the number of Guo et al. 2017
 
 

@@ -42,7 +42,7 @@ from extractor.machine import Meter, nvidia_driver_present
 from extractor.pipeline.plan import list_samples
 from extractor.pipeline.prepare import fingerprints
 from extractor.pipeline.run import survey
-from extractor.pipeline.settings import AugmentSettings
+from extractor.pixels.settings import AugmentSettings
 from extractor.progress import StopFlag, stop_on_signal
 from extractor.runtime.cuda import number_of
 from extractor.runtime.devices import parse_devices

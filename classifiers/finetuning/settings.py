@@ -8,15 +8,10 @@ from pydantic import BeforeValidator
 
 from classifiers.reports.settings import ThumbnailSettings
 from extractor.backbones.settings import NetworkSettings
-from extractor.pipeline.settings import (
-    MAX_BATCH,
-    AugmentSettings,
-    DeviceSettings,
-    LimitSettings,
-    Options,
-    SourceSettings,
-    SplitSettings,
-)
+from extractor.data.settings import LimitSettings, SourceSettings
+from extractor.pipeline.settings import Options, SplitSettings
+from extractor.pixels.settings import AugmentSettings
+from extractor.runtime.settings import MAX_BATCH, DeviceSettings
 from extractor.settings import FilePath, Settings, rule, seed_setting, setting
 from store.errors import InputMissingError
 

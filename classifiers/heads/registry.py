@@ -47,8 +47,8 @@ class MlpSettings(Settings):
     )
     lr: float | None = setting(None, "Learning rate.", gt=0, le=1e30, metavar="RATE", shown="searched")
     schedule: Literal["constant", "cosine"] = setting("constant", "How the learning rate falls.")
-    dropout: float | None = setting(None, "Probability.", ge=0, lt=1, metavar="P", shown="0.3")
-    weight_decay: float | None = setting(None, "Of AdamW.", ge=0, le=1e6, metavar="X", shown="0.01")
+    dropout: float | None = setting(None, "Share of hidden units dropped in training.", ge=0, lt=1, metavar="P", shown="0.3")
+    weight_decay: float | None = setting(None, "Weight decay of AdamW.", ge=0, le=1e6, metavar="X", shown="0.01")
 
 
 class RidgeSettings(Settings):

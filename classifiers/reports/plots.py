@@ -20,7 +20,6 @@ from classifiers.heads.registry import Search
 from store.errors import UsageError
 from store.format.atomic import require_free
 
-from . import plots
 from .page import write_output
 
 if TYPE_CHECKING:
@@ -281,11 +280,11 @@ def require_plot(path: Path, *, overwrite: bool) -> None:
     """Check, before any work is done, that a plot can be written to a path.
 
     Raises:
-        UsageError: its name does not end in one of `plots.PLOT_FORMATS`.
+        UsageError: its name does not end in one of `PLOT_FORMATS`.
         OutputError: see `atomic.require_free`.
     """
-    if path.suffix.lower().lstrip(".") not in plots.PLOT_FORMATS:
-        message = f"{path}: a plot is written as {', '.join('.' + name for name in plots.PLOT_FORMATS)}"
+    if path.suffix.lower().lstrip(".") not in PLOT_FORMATS:
+        message = f"{path}: a plot is written as {', '.join('.' + name for name in PLOT_FORMATS)}"
         raise UsageError(message)
     require_free(path, overwrite=overwrite)
 
@@ -305,7 +304,7 @@ def save_confusion(metrics: dict[str, Any], path: Path, *, overwrite: bool = Fal
         metrics = {**metrics, "classes": names}
     write_output(
         path,
-        plots.render(lambda axes: plots.draw_confusion(axes, metrics), plots.confusion_size(metrics), kind),
+        render(lambda axes: draw_confusion(axes, metrics), confusion_size(metrics), kind),
         overwrite=overwrite,
     )
 

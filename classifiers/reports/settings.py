@@ -12,7 +12,7 @@ class ThumbnailSettings(Settings):
     section: ClassVar[str] = "train"
     heading: ClassVar[str] = "Report"
 
-    thumbnails: bool = setting(True, "Images in the report, or none.", shown="with")
+    thumbnails: bool = setting(True, "Small images in the report.", shown="yes")
 
 
 class ReportSettings(HeldOutSettings, RootSettings, ThumbnailSettings, PredictSettings):

@@ -1,4 +1,4 @@
-"""A check of the accuracy that int8 features cost a head, against float features (CONTRACTS 8, "int8 vs fp32")."""
+"""A check of the accuracy that int8 features cost a head, against float features (docs/int8.md)."""
 
 from __future__ import annotations
 

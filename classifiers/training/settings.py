@@ -34,7 +34,9 @@ class TrainOptions(ThumbnailSettings):
     section: ClassVar[str] = "train"
     heading: ClassVar[str] = "Training"
 
-    leaks: Literal["warn", "refuse", "allow"] = setting("warn", "Images on both sides of the split, or under two labels.")
+    leaks: Literal["warn", "refuse", "allow"] = setting(
+        "warn", "What to do about images on both sides of the split, or under two labels."
+    )
     few_shot: Annotated[tuple[Annotated[int, Field(ge=1, le=MAX_SHOTS)], ...], BeforeValidator(as_tuple)] = setting(
         (), "Learning curve: fit the head on this many training images of each class.", metavar="N,N"
     )

@@ -71,7 +71,9 @@ class NetworkSettings(PixelSettings):
     backbone: NameOrFile = setting(
         ..., "Network; `penult backbones` lists them.", short="-m", key="name", metavar="NAME|FILE.onnx"
     )
-    weights: NameOrFile | None = setting(None, "Which weights.", metavar="NAME|FILE.pth|random[:SEED]", shown="torchvision's")
+    weights: NameOrFile | None = setting(
+        None, "Torchvision's by name, a state dict, or untrained.", metavar="NAME|FILE.pth|random[:SEED]", shown="torchvision's"
+    )
 
     def network(self) -> Backbone:
         """The requested backbone."""
@@ -93,7 +95,7 @@ class PoolingSettings(BackboneSettings):
 class LayerSettings(PoolingSettings):
     layers: Names = setting(
         (),
-        "Where to take features from, instead of the penultimate layer; several give several feature sets.",
+        "Where to take features from, instead of the penultimate layer; repeat it for several feature sets.",
         flag="--layer",
         metavar="NAME",
         repeat=True,

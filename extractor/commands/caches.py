@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -21,6 +20,7 @@ def info(cache: Path, layer: str | None, *, as_json: bool) -> None:
 
     Example: penult info photos.cache
     """
+    from extractor.precision.registry import precision_of
     from store.cache import FeatureCache
     from store.fingerprint import short
 
@@ -41,7 +41,7 @@ def info(cache: Path, layer: str | None, *, as_json: bool) -> None:
     if "weights" in made:
         click.echo(", ".join(filter(None, [f"weights {made['weights']}", made.get("source")])))
     if "calibration" in made:
-        click.echo(calibration_text(made["calibration"]))
+        click.echo(precision_of(facts["fingerprint"]["precision"]).describe(made["calibration"]))
     for name, target in facts["targets"].items():
         click.echo(f"target {name}: {target['given']} given, {target['min']} to {target['max']}")
     if facts["failures"]:
@@ -109,14 +109,3 @@ def compact(cache: Path, output: Path | None, dtype: str, layer: str | None, *, 
     if output:
         rows = write_compact(FeatureCache(cache, layer), output, dtype=dtype, overwrite=overwrite)
         click.echo(f"{output}: {rows} rows, {output.stat().st_size / 2**20:.1f} MiB")
-
-
-def calibration_text(calibration: dict[str, Any]) -> str:
-    floats = len(calibration["float_layers"])
-    if "moved" in calibration:
-        return f"float16, {floats} layer(s) in float32; features moved by {calibration['moved']:.1e} at most"
-    return (
-        f"int8 by {calibration['method']}, {floats} layer(s) in float, calibrated on {calibration['images']} training images; "
-        f"cosine to float on {calibration['judged']} others: {calibration['min']:.4f} at worst, "
-        f"{calibration['mean']:.4f} on average"
-    )

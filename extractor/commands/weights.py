@@ -72,7 +72,7 @@ def weights_import(files: Sequence[Path], *, as_json: bool) -> None:
 @weights.command("list")
 @json_option
 def weights_list(*, as_json: bool) -> None:
-    """List which of torchvision's files are here, and whether they are sound.
+    """List which of torchvision's files are here and sound.
 
     Example: penult weights list --json
     """

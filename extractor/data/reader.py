@@ -137,17 +137,17 @@ class WorkerPool:
     """Limits how many threads work: a fixed number, or as many as the consumer needs.
 
     More decode workers than are needed take time from the backbone on the same cores, and each costs half a second to start.
-    So on a CPU half of the cores decode at first, and their number doubles when the consumer waits for them. With a GPU all
-    of them decode from the beginning.
+    So half of the cores decode at first, and their number doubles when the consumer waits for them. Beside a backbone that
+    computes elsewhere, all of them decode from the beginning.
 
     Args:
         workers: how many; None for as many as needed, up to one per core.
-        provider: ``cpu`` if the backbone shares the cores.
+        shares_cores: whether the backbone computes on the same cores.
     """
 
-    def __init__(self, workers: int | None = None, provider: str = "cpu") -> None:
+    def __init__(self, workers: int | None = None, *, shares_cores: bool = True) -> None:
         self.most = workers or cores()
-        self.size = self.most if workers or provider != "cpu" else max(self.most // 2, 1)
+        self.size = self.most if workers or not shares_cores else max(self.most // 2, 1)
         self._gate = Semaphore(self.size)
         self._since, self._waited = 0.0, 0.0
 

@@ -16,7 +16,7 @@ from .cpu_session import cpu_session
 
 log = logging.getLogger("penult.extractor")
 
-PARITY = 1e-5  # relative L2 per row, CONTRACTS: "CPU ONNX Runtime fp32 vs torch fp32 on identical pixels"
+PARITY = 1e-5  # relative L2 per row, of float32 on the CPU against torch on the same pixels
 
 
 def check_parity(

@@ -11,6 +11,7 @@ from extractor.data.files import Files
 from extractor.data.samples import Sample
 from extractor.data.sources import Source
 from extractor.pixels.views import require_reference
+from extractor.precision.registry import Precision, precision_of
 from extractor.runtime.devices import resolve_devices
 from store.cache import FeatureCache
 from store.errors import InputMissingError, UsageError
@@ -56,15 +57,25 @@ def check_cheaply(backbone: Backbone, cache: Path, options: Options) -> list[str
     if options.views > 1:
         require_reference(backbone.pixel_path)
     require_place(cache)
-    devices = resolve_devices("cpu" if options.precision == "int8" else options.device)
-    check_for_gpu(options.precision, devices[0])
+    return devices_of(options)
+
+
+def devices_of(options: Options) -> list[str]:
+    """The devices to compute on; a precision that is for the CPU alone needs no other.
+
+    Raises:
+        UsageError, DeviceUnavailableError: as `check_cheaply`.
+    """
+    precision = precision_of(options.precision)
+    devices = resolve_devices("cpu" if precision.device == "cpu" else options.device)
+    require_device(precision, devices[0])
     return devices
 
 
-def check_for_gpu(precision: str, device: str) -> None:
+def require_device(precision: Precision, device: str) -> None:
     """Refuse fp16 and tf32 on a CPU: there float16 is float32 with a cast before and after, and TF32 does nothing."""
-    if precision in ("fp16", "tf32") and device == "cpu":
-        message = f"--precision {precision} is for a GPU, and this is the CPU: leave it out, or pass --device cuda"
+    if precision.device == "cuda" and device == "cpu":
+        message = f"--precision {precision.name} is for a GPU, and this is the CPU: leave it out, or pass --device cuda"
         raise UsageError(message)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from extractor.graphs.onnx_file import data_files, digest, install, remove, remo
 from extractor.pixels.pixel_drift import libraries
 from extractor.pixels.views import Views
 from extractor.precision.calibration import without
-from extractor.precision.float16 import to_float16
+from extractor.precision.registry import ROWS, Conversion, Precision
 from extractor.progress import StopFlag
 from store.errors import PenultError
 from store.fingerprint import Fingerprint, file_digest, require_same
@@ -29,7 +28,6 @@ from store.writer import CacheWriter
 log = logging.getLogger("penult.extractor")
 
 NOTES = ("request", "backbone_sha256", "weights", "source", "backbone_data", "calibration")
-Quantise = Callable[[Path, Path, BackboneFacts], tuple[BackboneFacts, Calibration]]
 LIBRARIES = ("penult", "torch", "torchvision", "onnx", "onnxruntime-gpu", "onnxruntime", "h5py", "numpy", "pillow")
 
 
@@ -39,8 +37,8 @@ def prepare_backbone(
     *,
     overwrite: bool = False,
     stop: StopFlag | None = None,
-    quantise: Quantise | None = None,
-    fp16: bool = False,
+    precision: Precision = ROWS[0],
+    conversion: Conversion | None = None,
 ) -> tuple[BackboneFacts, dict[str, Any]]:
     """Put ``backbone.onnx`` into a cache; keep the one there, without importing torch, if it matches the request.
 
@@ -49,8 +47,8 @@ def prepare_backbone(
         backbone: the request.
         overwrite: replace the backbone and features that are there.
         stop: ends an export.
-        quantise: converts a float file to int8 (`calibration.Calibrator`); called once in the life of a cache.
-        fp16: convert the float file to float16.
+        precision: of the features.
+        conversion: makes it of a float32 file; called once in the life of a cache if the precision is made ``once``.
 
     Returns:
         The facts that the file records, and notes for cache.json by which the next run recognises the request.
@@ -66,8 +64,8 @@ def prepare_backbone(
             request |= {"name": "onnx", "sidecar": read_sidecar(file)}
     elif backbone.seed is None:
         request["torchvision"] = version("torchvision")  # it decides what the default weights are
-    if quantise or fp16:
-        request["precision"] = "int8" if quantise else "fp16"
+    if conversion:
+        request["precision"] = precision.name
     request = json.loads(json.dumps(request))
     before = {} if overwrite else (writer.meta or {}).get("facts", {})
     if path.is_file() and before.get("request") == request and before.get("backbone_sha256") == _recorded_digest(path, before):
@@ -78,17 +76,16 @@ def prepare_backbone(
             "RANDOM WEIGHTS (seed %d): %s is untrained, its features are a random projection", backbone.seed, backbone.name
         )
     # A cache keeps its file and its features until the new file is complete, and matches them or is meant to replace them.
-    new, int8 = atomic.temporary(path), atomic.temporary(path)
+    new, converted = atomic.temporary(path), atomic.temporary(path)
     calibration: Calibration | None = None
     try:
         facts = export(backbone, new, stop)
-        if fp16 and facts.precision == "fp32":
-            facts = to_float16(new, new, facts)
-        frozen = None if overwrite or not quantise else _frozen(path, before, facts)
-        if quantise and not frozen and facts.precision == "fp32":
-            _require_int8(writer, overwrite=overwrite)
-            facts, calibration = quantise(new, int8, facts)
-            int8.replace(new)
+        frozen = _frozen(path, before, facts, precision) if precision.once and not overwrite else None
+        if conversion and not frozen and facts.precision == "fp32":
+            if precision.once and not overwrite:
+                _require_precision(writer, precision)
+            facts, calibration = conversion(new, converted, facts)
+            converted.replace(new)
         if overwrite:
             writer.clear()
         _require_match(writer, frozen or facts)
@@ -127,29 +124,29 @@ def _recorded_digest(path: Path, notes: dict[str, Any]) -> str | None:
         return None
 
 
-def _frozen(path: Path, notes: dict[str, Any], facts: BackboneFacts) -> BackboneFacts | None:
-    """The facts of the cache's int8 file, if it was made from this float file: it is calibrated only once."""
+def _frozen(path: Path, notes: dict[str, Any], facts: BackboneFacts, precision: Precision) -> BackboneFacts | None:
+    """The facts of the cache's converted file, if it was made from this float32 file: it is calibrated only once."""
     if not path.is_file() or notes.get("backbone_sha256") not in (None, _recorded_digest(path, notes)):
         return None
     try:
         facts_before = read_facts(path)
     except PenultError:  # damaged
         return None
-    same = facts_before.precision == "int8" and without(facts_before).fingerprints() == facts.fingerprints()
+    same = facts_before.precision == precision.name and without(facts_before).fingerprints() == facts.fingerprints()
     return facts_before if same else None
 
 
-def _require_int8(writer: CacheWriter, *, overwrite: bool) -> None:
+def _require_precision(writer: CacheWriter, precision: Precision) -> None:
     """Refuse a cache of another precision before a calibration, which takes a minute.
 
     Raises:
-        FingerprintMismatchError: the cache holds float features.
+        FingerprintMismatchError: the cache holds features of another precision.
     """
-    if writer.meta is not None and not overwrite:
+    if writer.meta is not None:
         there = Fingerprint(writer.meta["fingerprint"])
-        if there.fields.get("precision") != "int8":
-            int8 = Fingerprint({**there.fields, "precision": "int8"})
-            require_same([there], [int8], mine=str(writer.path), theirs="this run")
+        if there.fields.get("precision") != precision.name:
+            now = Fingerprint({**there.fields, "precision": precision.name})
+            require_same([there], [now], mine=str(writer.path), theirs="this run")
 
 
 def _require_match(writer: CacheWriter, facts: BackboneFacts) -> None:

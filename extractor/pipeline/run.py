@@ -28,7 +28,8 @@ from extractor.machine import Clock, Meter, cores, timed, together
 from extractor.pixels.decoder import Decoder
 from extractor.pixels.preprocess import Preprocess
 from extractor.pixels.views import require_reference
-from extractor.precision.calibration import Calibrator, count_moved
+from extractor.precision.calibration import count_moved
+from extractor.precision.registry import TrainingImages, precision_of
 from extractor.progress import Progress, StopFlag, stop_on_signal
 from extractor.runtime.batch_size import Pace
 from extractor.runtime.devices import DevicePool, open_embedder
@@ -40,7 +41,7 @@ from store.format.samples import Row, SampleTable
 from store.writer import CacheWriter, open_writer
 
 from .batches import embedded, run_shard
-from .plan import check_cheaply, check_for_gpu, list_samples, plan
+from .plan import check_cheaply, list_samples, plan, require_device
 from .prepare import fingerprints, library_versions, prepare_backbone
 from .settings import Options
 from .split_rule import resolve_splits, say_splits
@@ -155,7 +156,7 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
         lanes=opened.embedder.lanes,
         workers=streamed.workers,
         views=options.views,
-        bottleneck=bottleneck(streamed.clock, opened.embedder.provider) if streamed.computed else "",
+        bottleneck=bottleneck(streamed.clock, shares_cores=opened.embedder.shares_cores) if streamed.computed else "",
         seconds={name: round(value, 3) for name, value in streamed.clock.items()}
         | {"total": round(time.perf_counter() - started, 3)},
         codes=dict(Counter(row.code for row in table.rows if row.code)),
@@ -175,14 +176,11 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
 @contextmanager
 def _open(request: _Request, writer: CacheWriter, stop: StopFlag) -> Iterator[_Opened]:
     """Put the backbone into the cache, start its session and the decoder, and agree with the cache on the fingerprint."""
-    options, drawn, tf32 = request.options, request.options.drawn, request.options.precision == "tf32"
-    calibrator = None
-    if options.precision == "int8":
-        split = (options.val_fraction, options.test_fraction, options.seed)
-        calibrator = Calibrator(request.source, request.samples, *split, options.workers, stop)
-    fp16 = options.precision == "fp16"
+    options, drawn, precision = request.options, request.options.drawn, precision_of(request.options.precision)
+    tf32, split = precision.tf32, (options.val_fraction, options.test_fraction, options.seed)
+    conversion = precision.conversion(TrainingImages(request.source, request.samples, *split, options.workers, stop))
     facts, notes = prepare_backbone(
-        writer, request.backbone, overwrite=options.overwrite, stop=stop, quantise=calibrator, fp16=fp16
+        writer, request.backbone, overwrite=options.overwrite, stop=stop, precision=precision, conversion=conversion
     )
     if drawn:
         require_reference(facts.preprocess.pixel_path)  # an ONNX file may have another one
@@ -190,7 +188,7 @@ def _open(request: _Request, writer: CacheWriter, stop: StopFlag) -> Iterator[_O
         decoder = stack.enter_context(Decoder(facts.preprocess, crop=drawn is None, stop=stop))
         decoder.start()  # while the session opens, which takes as long
         # The session checks the device before any image is read.
-        check_for_gpu(facts.precision, request.devices[0])  # an ONNX file may be float16 itself
+        require_device(precision_of(facts.precision), request.devices[0])  # an ONNX file may be float16 itself
         model = request.cache / BACKBONE
         size = options.batch_size
         embedder = open_embedder(request.devices, model, facts.preprocess, batch_size=size, outputs=facts.outputs, tf32=tf32)
@@ -214,7 +212,7 @@ def _stream(request: _Request, writer: CacheWriter, opened: _Opened, stop: StopF
         log.warning("--limit leaves %d of the %d samples in the sample table; features are kept", *counts)
     outcomes, todo = plan(request.samples, before, writer.known, request.source.files, options)
     pace = Pace(embedder, options.views * len(todo) if options.batch_size is None else 0)
-    workers = WorkerPool(options.workers, embedder.provider)
+    workers = WorkerPool(options.workers, shares_cores=embedder.shares_cores)
     ahead = 2 * math.ceil(embedder.batch_size / options.views)
     files, preprocess = request.source.files, opened.facts.preprocess
     reader = Reader(files, preprocess, writer.known, workers, ahead=ahead, views=options.drawn)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from extractor.machine import Clock
+from extractor.runtime.provider import provider_of
 
 
 @dataclass
@@ -62,7 +63,7 @@ class Summary:
             f"backbone {each['backbone']:.1f} in {self.lanes} lanes of {self.batch_size}, writing {each['write']:.1f})"
         )
         if total >= ADVICE_SECONDS:
-            advice = ADVICE[self.bottleneck, "cpu" if self.provider == "cpu" else "gpu"]
+            advice = ADVICE[self.bottleneck, "cpu" if provider_of(self.provider).shares_cores else "gpu"]
             lines.append(f"bottleneck: {self.bottleneck}; {advice}")
         return "\n".join(lines)
 
@@ -78,13 +79,13 @@ ADVICE = {
 }
 
 
-def bottleneck(seconds: Clock, provider: str) -> str:
+def bottleneck(seconds: Clock, *, shares_cores: bool) -> str:
     """The stage that decided the speed.
 
-    On a GPU it is the stage that the consumer waited for. On a CPU decoding and backbone share the cores, so it is the one
-    with the larger share of the work, unless the consumer waited for the disk.
+    It is the stage that the consumer waited for. If decoding and backbone share the cores, it is the one with the larger
+    share of the work, unless the consumer waited for the disk.
     """
     waits = {"decoding": seconds["wait"], "backbone": seconds["embed"], "writing": seconds["settle"]}
-    if provider == "cpu" and max(waits, key=waits.__getitem__) != "writing":
+    if shares_cores and max(waits, key=waits.__getitem__) != "writing":
         return "decoding" if seconds["read+decode"] > seconds["backbone"] else "backbone"
     return max(waits, key=waits.__getitem__)

@@ -9,22 +9,22 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from extractor.data.reader import Reader, WorkerPool
 from extractor.data.samples import Sample
-from extractor.data.sources import Source
 from extractor.graphs.backbone_facts import BackboneFacts
 from extractor.machine import cores
 from extractor.pixels.images import ImageError
-from extractor.progress import StopFlag
 from store.errors import BadDataError, InterruptedRunError, PenultError
 from store.format.calibration import Calibration, read_calibration
 from store.format.samples import Row
 from store.splits import assign_splits
 
 from .int8 import Pixels, quantise
+from .registry import Conversion, TrainingImages
 
 log = logging.getLogger("penult.extractor")
 
@@ -34,26 +34,26 @@ MAX_PIXEL_BYTES = 2**29  # with large crops, fewer images are taken
 CLEARANCE = 0.5  # of the training images: those whose rank is nearest to another split are not taken
 
 
+def conversion(images: TrainingImages) -> Conversion:
+    """The `Conversion` to int8."""
+    return Calibrator(**vars(images))
+
+
+def describe(calibration: dict[str, Any]) -> str:
+    """The outcome in words."""
+    floats = len(calibration["float_layers"])
+    return (
+        f"int8 by {calibration['method']}, {floats} layer(s) in float, calibrated on {calibration['images']} training images; "
+        f"cosine to float on {calibration['judged']} others: {calibration['min']:.4f} at worst, "
+        f"{calibration['mean']:.4f} on average"
+    )
+
+
 @dataclass(frozen=True)
-class Calibrator:
-    """Makes the int8 form of a backbone from the training images of a source.
+class Calibrator(TrainingImages):
+    """The `Conversion` to int8, calibrated on training images."""
 
-    Attributes:
-        source, samples: the data, and the samples of it that are extracted.
-        val, test, seed: the split that `extract` will make, if the source has none.
-        workers: decoding threads; None for the number of cores.
-        stop: ends it with an exception.
-    """
-
-    source: Source
-    samples: Sequence[Sample]
-    val: float
-    test: float
-    seed: int
-    workers: int | None
-    stop: StopFlag
-
-    def __call__(self, float_file: Path, out: Path, facts: BackboneFacts) -> tuple[BackboneFacts, Calibration]:
+    def __call__(self, source: Path, out: Path, facts: BackboneFacts) -> tuple[BackboneFacts, Calibration]:
         """Write the int8 file; return its facts, and the float and int8 features of the images that were used.
 
         Raises:
@@ -70,7 +70,7 @@ class Calibrator:
             raise BadDataError(message)
         count = min(CALIBRATED, len(digests) // 2)
         log.info("calibrating int8 on %d training images, judging it on %d others", count, len(digests) - count)
-        made = quantise(float_file, out, facts, pixels[:count], pixels[count:], self._check)
+        made = quantise(source, out, facts, pixels[:count], pixels[count:], self._check)
         calibration = made.facts.calibration
         log.info(
             "int8 by %s, %d layer(s) in float: cosine to float %.4f at worst, %.4f on average",

@@ -26,16 +26,29 @@ from extractor.graphs.cpu_session import cpu_session
 from extractor.graphs.graph import WEIGHTED, in_order, name_nodes
 from extractor.graphs.parity import cosines, relative_l2
 from extractor.pixels.preprocess import Preprocess
-from extractor.runtime.cuda import reason
+from extractor.runtime.cpu import first_line
 from extractor.runtime.session import Embedder
 from store.errors import BadDataError
 
+from .registry import Conversion, TrainingImages
+
 log = logging.getLogger("penult.extractor")
 
-BOUND, COSINE = 1e-2, 0.9995  # CONTRACTS, "CUDA fp16 vs CPU fp32": relative L2 and cosine of every row
+BOUND, COSINE = 1e-2, 0.9995  # relative L2 and cosine of every row to float32, see docs/gpu.md
 ENOUGH = 6e-3  # photos do worse than the noise images here, and a GPU sums in another order
 FLOAT_LAYERS = (0, 1, 2, 4, 8, 16)  # numbers of layers at the input that are tried in float32
 IMAGES, BATCH = 16, 4
+
+
+def conversion(_images: TrainingImages) -> Conversion:
+    """The `Conversion` to float16; it needs no images."""
+    return lambda source, out, facts: (to_float16(source, out, facts), None)
+
+
+def describe(calibration: dict[str, Any]) -> str:
+    """The outcome in words."""
+    floats = len(calibration["float_layers"])
+    return f"float16, {floats} layer(s) in float32; features moved by {calibration['moved']:.1e} at most"
 
 
 def to_float16(source: Path, out: Path, facts: BackboneFacts) -> BackboneFacts:
@@ -137,7 +150,7 @@ def embed_as_on_a_gpu(model: Any, facts: BackboneFacts, pixels: NDArray[np.uint8
             batch = pixels[np.arange(begin, begin + size) % len(pixels)]
             outputs.append(session.run(facts.outputs, {name: facts.preprocess.normalise(batch)}))
     except Exception as error:  # onnxruntime's exceptions have no common public base
-        message = f"{facts.name} cannot be judged in float16: {reason(error)}; use --precision fp32"
+        message = f"{facts.name} cannot be judged in float16: {first_line(error)}; use --precision fp32"
         raise BadDataError(message) from error
     return [np.concatenate(parts)[: len(pixels)] for parts in zip(*outputs, strict=True)]
 

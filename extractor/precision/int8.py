@@ -42,7 +42,7 @@ OPSET = 13  # the first with scales per channel
 HISTOGRAM_IMAGES, HISTOGRAM_VALUES = 64, 65536  # of each tensor, so that a large network takes seconds
 FLOAT_LAYERS = (1, 2, 4, 8)  # numbers of layers at the input that are tried in float; errors there spread to all that follow
 COMPARED = 64  # images that methods are compared on
-BOUND = 0.99  # CONTRACTS, "int8 vs fp32 on CPU": cosine of every row
+BOUND = 0.99  # cosine of every row to float32, see docs/int8.md
 PAYS = 0.9  # layers in float must bring the worst error down to this share
 ENOUGH = 0.997  # cosine that is good enough: new images may do worse than the judged ones, but layers in float cost time
 

@@ -34,7 +34,7 @@ class Pace:
         self._seconds: dict[int, list[float]] = defaultdict(list)
         self._batches = 0
         self._trying: Embedder | None = None
-        if isinstance(embedder, Embedder) and embedder.provider == "cpu" and not embedder.fixed_batch and images >= ENOUGH:
+        if isinstance(embedder, Embedder) and embedder.shares_cores and not embedder.pads and images >= ENOUGH:
             self._trying = embedder
             embedder.batch_size = max(SIZES)  # smaller batches are run as they are
             embedder.on_batch = self._record

@@ -1,4 +1,4 @@
-"""CUDA for ONNX Runtime sessions: libraries, provider options, checks that a GPU computes, and fixed buffers.
+"""Backbones on NVIDIA GPUs with CUDA: libraries, provider options, checks that a GPU computes, and fixed buffers.
 
 Decisions, and the reasons for them:
 
@@ -24,13 +24,16 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import DTypeLike, NDArray
-
-from extractor.graphs.graph import of_pixels
+from extractor.machine import nvidia_driver_present
 from store.errors import DeviceUnavailableError
+
+from .cpu import Cpu, first_line
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import DTypeLike, NDArray
 
 log = logging.getLogger("penult.extractor")
 
@@ -40,6 +43,74 @@ PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
 # What ONNX Runtime itself adds to a graph for shapes; other nodes that it has named are parts of a function, or fusions.
 OF_SHAPES = ("Shape", "Size", "Gather", "Slice", "Concat", "Squeeze", "Unsqueeze", "Cast")
 MAJOR, MINOR = 75, 76  # cudaDevAttrComputeCapabilityMajor and ..Minor
+BATCHES = ((40e9, 256), (12e9, 128), (0, 64))  # by the free bytes; a size that is too large is halved
+
+
+class Cuda:
+    """NVIDIA GPUs, by their CUDA numbers; see `provider.Provider`.
+
+    Every batch is padded to one shape, so that memory stays flat and results do not depend on the last batch.
+    """
+
+    devices: tuple[str, ...] = ("cuda", "cuda:N")
+    shares_cores = False
+    pads = True
+    # The last two as in CUBLAS_STATUS_ALLOC_FAILED and CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED
+    out_of_memory = (*Cpu.out_of_memory, "OUT_OF_MEMORY", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
+
+    def missing(self) -> str:
+        import onnxruntime
+
+        if PROVIDER not in onnxruntime.get_available_providers():
+            return f"this onnxruntime has no {PROVIDER}; install onnxruntime-gpu"
+        if not nvidia_driver_present():
+            return "this machine has no NVIDIA driver (no /dev/nvidiactl). Install the driver, or pass --device cpu"
+        return ""
+
+    def trouble(self, device: str) -> str:
+        return trouble(device)
+
+    def present(self) -> bool:
+        return nvidia_driver_present()
+
+    def lanes(self) -> int:
+        return 2
+
+    def batch_size(self, device: str) -> int:
+        free = free_memory(device)
+        return next(size for least, size in BATCHES if free >= least)
+
+    def rewrites(self, model: Path) -> bool:
+        return True
+
+    def open(self, model: Path, graph: bytes | None, device: str, *, lanes: int, tf32: bool) -> Any:
+        import onnx
+        import onnxruntime
+
+        from extractor.graphs.graph import in_float16
+        from extractor.graphs.onnx_file import read_model
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = NOTHING
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        nodes = (onnx.load_model_from_string(graph) if graph else read_model(model)).graph
+        choice = providers(device, tensor_cores=tf32 or in_float16(nodes))
+        try:  # its own fallback to the CPU would print, and continue
+            with hushed(onnxruntime):
+                session = onnxruntime.InferenceSession(graph or str(model), options, providers=choice, enable_fallback=0)
+        except Exception as error:
+            message = f"--device {device}: {reason(error)}"
+            raise DeviceUnavailableError(message) from error
+        prove(session, device, nodes)
+        return session
+
+    def lane(
+        self, session: Any, device: str, pixels: str, shape: Sequence[int], dtype: DTypeLike, outputs: Mapping[str, int]
+    ) -> BoundLane:
+        return BoundLane(session, device, pixels, shape, dtype, outputs)
+
+    def reason(self, error: Exception) -> str:
+        return reason(error)
 
 
 def number_of(device: str) -> int:
@@ -64,6 +135,7 @@ def trouble(device: str) -> str:
     It runs a convolution, because opening a session raises few errors: ONNX Runtime falls back to the CPU, works without
     cuDNN, and fails only in a run on a GPU that its wheel has no code for.
     """
+    import numpy as np
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -95,6 +167,7 @@ def trouble(device: str) -> str:
 
 def _one_convolution() -> tuple[bytes, NDArray[np.uint8], NDArray[np.float32]]:
     """A network with one layer of cuDNN's and some of ONNX Runtime's own, its input, and the expected output."""
+    import numpy as np
     from onnx import TensorProto, helper
 
     nodes = [
@@ -127,7 +200,7 @@ def is_loaded(library: str) -> bool:
 
 def reason(error: Exception) -> str:
     """An error of ONNX Runtime in one line; a failure on a GPU without source location and host name."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = first_line(error)
     failure = re.search(r"CU[A-Z_]+ failure -?\d+: [^;]*", line)
     return failure.group().strip() if failure else line
 
@@ -184,6 +257,8 @@ def prove(session: Any, device: str, graph: Any) -> None:
         DeviceUnavailableError: the provider was dropped; or a node that computes with pixels went to another one, which would
             copy its inputs and outputs in every batch; or the first node did, which would see the pixels of one batch alone.
     """
+    from extractor.graphs.graph import of_pixels
+
     delivered = session.get_providers()[0]
     if delivered != PROVIDER:
         message = f"--device {device}: ONNX Runtime made a session on {delivered} instead; try --device cpu"
@@ -225,6 +300,7 @@ class BoundLane:
         dtype: DTypeLike,
         outputs: Mapping[str, int],
     ) -> None:
+        import numpy as np
         import onnxruntime
 
         self._session = session
@@ -242,6 +318,8 @@ class BoundLane:
 
     def __call__(self, padded: NDArray[Any]) -> list[NDArray[Any]]:
         """The outputs ``(n, d)`` of a batch with exactly the shape and type that the lane was made for."""
+        import numpy as np
+
         np.copyto(self._staged, padded, casting="no")
         self._pixels.update_inplace(self._staged)
         self._session.run_with_iobinding(self._binding)  # returns when the GPU has finished

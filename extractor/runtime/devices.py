@@ -31,7 +31,8 @@ from extractor.pixels.preprocess import Preprocess
 from store.environment import python
 from store.errors import DeviceUnavailableError, PenultError, UsageError, answer_of, raise_answered
 
-from .session import MAX_LANES, Embedder, check_device, no_cuda, resolve_device
+from .provider import check_device, provider_of
+from .session import MAX_LANES, Embedder, resolve_device
 
 log = logging.getLogger("penult.extractor")
 
@@ -61,12 +62,12 @@ def resolve_devices(text: str) -> list[str]:
     A single one is resolved (see `resolve_device`); several are tried by their own processes.
 
     Raises:
-        DeviceUnavailableError: CUDA was requested and cannot be used here.
+        DeviceUnavailableError: a device was requested and cannot be used here.
     """
     devices = parse_devices(text)
     if len(devices) == 1:
         return [resolve_device(text)]
-    if devices[0] != "cpu" and (why := no_cuda()):
+    if why := provider_of(devices[0]).missing():
         message = f"--device {text}: {why}"
         raise DeviceUnavailableError(message)
     return devices
@@ -91,7 +92,7 @@ class DevicePool:
     """Several devices used like one `Embedder`: each has an `Embedder` in a child process.
 
     Attributes:
-        provider, dims, fixed_batch: those of every child's `Embedder`.
+        provider, shares_cores, dims, fixed_batch: those of every child's `Embedder`.
         lanes: of all children together.
 
     Raises:
@@ -127,7 +128,8 @@ class DevicePool:
             self.close()
             raise
         first = self._children[0].facts
-        self.provider, self.dims, self.fixed_batch = first["provider"], first["dims"], first["fixed_batch"]
+        self.provider, self.shares_cores = first["provider"], first["shares_cores"]
+        self.dims, self.fixed_batch = first["dims"], first["fixed_batch"]
         self._idle: SimpleQueue[tuple[_Child, Connection]] = SimpleQueue()
         lanes = [child.facts["lanes"] for child in self._children]
         for lane in range(max(lanes)):  # the devices in turn, so that all have work from the start
@@ -303,13 +305,13 @@ def serve(descriptors: Sequence[str]) -> None:
 
 
 def _share_cores(device: str, place: int, count: int) -> None:
-    """On CPUs give each child its share of the cores, or each would use all of them."""
-    if device == "cpu" and cores() >= count and hasattr(os, "sched_setaffinity"):
+    """Give each child that computes on cores its share of them, or each would use all."""
+    if provider_of(device).shares_cores and cores() >= count and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[place::count])
 
 
 def _facts(embedder: Embedder) -> dict[str, Any]:
-    names = ("provider", "dims", "fixed_batch", "lanes", "batch_size", "calls", "seconds")
+    names = ("provider", "shares_cores", "dims", "fixed_batch", "lanes", "batch_size", "calls", "seconds")
     return {name: getattr(embedder, name) for name in names}
 
 

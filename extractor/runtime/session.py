@@ -10,74 +10,47 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from threading import Condition, local
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from extractor.graphs.cpu_session import cpu_session
-from extractor.graphs.graph import in_float16
 from extractor.graphs.normalisation import takes_pixels
-from extractor.graphs.onnx_file import read_model
-from extractor.machine import cores, nvidia_driver_present
 from extractor.pixels.preprocess import Preprocess
-from store.errors import BadDataError, DeviceUnavailableError, UsageError
+from store.errors import BadDataError, DeviceUnavailableError
 
-from .cuda import PROVIDER, BoundLane, free_memory, hushed, prove, providers, reason, trouble
+from .provider import ACCELERATORS, CPU, check_device, provider_of
+
+if TYPE_CHECKING:
+    from .provider import Lane
 
 log = logging.getLogger("penult.extractor")
 
-# The last two as in CUBLAS_STATUS_ALLOC_FAILED and CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED
-OUT_OF_MEMORY = ("BFCArena", "Failed to allocate memory", "OUT_OF_MEMORY", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
 MAX_DIM = 65536
-CPU_BATCH = 4  # large batches are slower there: they do not fit the processor's caches
-GPU_BATCHES = ((40e9, 256), (12e9, 128), (0, 64))  # by the free bytes on a GPU; a size that is too large is halved
-MAX_LANES = 16  # on a CPU; with more cores each lane gets several threads, because it keeps its own activations
-LANES_CUDA = 2  # the copies of one batch hide behind the compute of the other
-MAX_PROLOGUE = 256 * 2**20  # bytes of a backbone file that is rewritten in memory on a CPU, see `Embedder`
-
-
-def check_device(device: str) -> None:
-    """Refuse text that is not the name of a device.
-
-    Raises:
-        UsageError: neither ``auto``, ``cpu``, ``cuda`` nor ``cuda:N``.
-    """
-    kind, colon, number = device.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (colon and (kind != "cuda" or not number.isdecimal())):
-        message = f"--device {device}: expected auto, cpu, cuda or cuda:N"
-        raise UsageError(message)
-
-
-def no_cuda() -> str:
-    """Why no GPU can be used here, as far as is known without trying one; empty if one may work."""
-    import onnxruntime
-
-    if PROVIDER not in onnxruntime.get_available_providers():
-        return f"this onnxruntime has no {PROVIDER}; install onnxruntime-gpu"
-    if not nvidia_driver_present():
-        return "this machine has no NVIDIA driver (no /dev/nvidiactl). Install the driver, or pass --device cpu"
-    return ""
+MAX_LANES = 16  # with more cores each lane gets several threads, because it keeps its own activations
 
 
 def resolve_device(device: str) -> str:
-    """The device to use: ``auto`` becomes ``cuda`` if that computes, else ``cpu`` with the reason in the log.
+    """The device to use: ``auto`` becomes the first accelerator that computes, else the CPU with the reason in the log.
 
     Raises:
-        DeviceUnavailableError: CUDA was requested and does not compute here; says why.
+        DeviceUnavailableError: the device was requested and does not compute here; says why.
         UsageError: not the name of a device.
     """
     check_device(device)
-    if device == "cpu":
-        return device
-    why = no_cuda() or trouble("cuda" if device == "auto" else device)
-    if not why:
-        return "cuda" if device == "auto" else device
-    if device != "auto":
-        message = f"--device {device}: {why}"
-        raise DeviceUnavailableError(message)
-    _say_cpu(why if nvidia_driver_present() else "")
-    return "cpu"
+    reasons = []
+    for candidate in ACCELERATORS if device == "auto" else [device]:
+        provider = provider_of(candidate)
+        why = provider.missing() or provider.trouble(candidate)
+        if not why:
+            return candidate
+        if device != "auto":
+            message = f"--device {device}: {why}"
+            raise DeviceUnavailableError(message)
+        if provider.present():
+            reasons.append(why)
+    _say_cpu("; ".join(reasons))
+    return CPU
 
 
 @cache
@@ -101,29 +74,26 @@ class _Opened:
     broken: Exception | None = None
 
 
-Lane = Callable[[NDArray[Any]], Sequence[NDArray[Any]]]  # one padded batch to the outputs
-
-
 class Embedder:
     """A backbone in an ONNX Runtime session: pixels in, features out, in several lanes at once.
 
-    On a CPU a lane is a thread that runs whole batches alone: several small batches side by side are faster than one
-    whose layers all threads wait for, even more so if decoding uses the same cores. On a GPU two lanes let copies hide behind
-    compute. On a GPU every batch is padded to one shape, so that its memory stays flat and results do not depend on the last
-    batch; a CPU gives the same bits at every batch size (measured on nine networks, fp32).
+    What differs between devices is in their `provider.Provider`.
 
     Args:
         model: the ONNX file.
         preprocess: with it, pixels are ``(n, h, w, 3)`` uint8 and are normalised here: inside the graph, or beforehand if
             the file is too large to be rewritten in memory; the features are the same bits. Without it, what the file takes.
-        device: ``cpu``, ``cuda`` or ``cuda:N`` (see `resolve_device`).
+        device: its name, not ``auto`` (see `resolve_device`).
         batch_size: images per call; None for the device's default.
-        lanes: batches at once; None for one per core on the CPU and two on a GPU.
+        lanes: batches at once; None for the device's default.
         outputs: names of the outputs to compute; by default the first.
         tf32: let a GPU round the products of float32 to 10 bits, for speed.
 
     Attributes:
-        provider: family, ``cpu`` or ``cuda``, checked after the session is opened.
+        provider: family, such as ``cpu`` or ``cuda``, checked after the session is opened.
+        shares_cores: it computes on the cores that decode images.
+        fixed_batch: the graph takes no other batch size.
+        pads: every batch is padded to one shape.
         batch_size: in use; halved when a GPU runs out of memory.
         lanes: in use.
         calls: number of inference calls so far.
@@ -147,10 +117,11 @@ class Embedder:
         outputs: Sequence[str] = (),
         tf32: bool = False,
     ) -> None:
-        self.provider = device.partition(":")[0]
+        self.provider, self._provider = device.partition(":")[0], provider_of(device)
+        self.shares_cores = self._provider.shares_cores
         self.calls, self.seconds = 0, 0.0
         self.on_batch: Callable[[int, float], None] | None = None
-        self.lanes = lanes or (LANES_CUDA if self.provider == "cuda" else min(cores(), MAX_LANES))
+        self.lanes = lanes or min(self._provider.lanes(), MAX_LANES)
         self._model, self._device, self._preprocess, self._tf32 = model, device, preprocess, tf32
         self._gate, self._pool = Condition(), ThreadPoolExecutor(self.lanes, "penult-lane")
         session = self._open()
@@ -160,8 +131,10 @@ class Embedder:
         tensor = session.get_inputs()[0]
         self._input, self._dtype = tensor.name, np.uint8 if tensor.type == "tensor(uint8)" else np.float32
         self._on_host = preprocess if tensor.type != "tensor(uint8)" else None
-        self.fixed_batch = isinstance(tensor.shape[0], int)  # the graph takes no other
-        self._opened = _Opened(session, tensor.shape[0] if self.fixed_batch else batch_size or self._usual_batch())
+        self.fixed_batch = isinstance(tensor.shape[0], int)
+        self.pads = self.fixed_batch or self._provider.pads
+        size = tensor.shape[0] if self.fixed_batch else batch_size or self._provider.batch_size(device)
+        self._opened = _Opened(session, size)
 
     @property
     def batch_size(self) -> int:
@@ -176,12 +149,6 @@ class Embedder:
         """The metadata of the loaded network; the file may have been replaced since."""
         return dict(self._opened.session.get_modelmeta().custom_metadata_map)
 
-    def _usual_batch(self) -> int:
-        if self.provider == "cpu":
-            return CPU_BATCH
-        free = free_memory(self._device)
-        return next(size for least, size in GPU_BATCHES if free >= least)
-
     def _dim(self, shape: Sequence[Any]) -> int:
         if len(shape) == 2 and isinstance(shape[1], int) and 0 < shape[1] <= MAX_DIM:
             return shape[1]
@@ -189,37 +156,11 @@ class Embedder:
         raise BadDataError(message)
 
     def _open(self) -> Any:
-        import onnxruntime
-
-        graph = self._graph()
-        if self.provider == "cpu":
-            try:
-                return cpu_session(graph or self._model, threads=max(cores() // self.lanes, 1))
-            except Exception as error:  # onnxruntime's exceptions have no common public base
-                message = f"{self._model} cannot be run: {reason(error)}"
-                raise BadDataError(message) from error
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        import onnx
-
+        graph = None
+        if self._preprocess is not None and self._provider.rewrites(self._model):
+            graph = takes_pixels(self._model, self._preprocess)
         resolve_device(self._device)  # raises with the reason
-        nodes = (onnx.load_model_from_string(graph) if graph else read_model(self._model)).graph
-        choice = providers(self._device, tensor_cores=self._tf32 or in_float16(nodes))
-        try:  # its own fallback to the CPU would print, and continue
-            with hushed(onnxruntime):
-                session = onnxruntime.InferenceSession(graph or str(self._model), options, providers=choice, enable_fallback=0)
-        except Exception as error:
-            message = f"--device {self._device}: {reason(error)}"
-            raise DeviceUnavailableError(message) from error
-        prove(session, self._device, nodes)
-        return session
-
-    def _graph(self) -> bytes | None:
-        """The graph that takes uint8 pixels; None to open the file: on a CPU, a copy of a large one costs too much memory."""
-        if self._preprocess is None or (self.provider == "cpu" and self._model.stat().st_size > MAX_PROLOGUE):
-            return None
-        return takes_pixels(self._model, self._preprocess)
+        return self._provider.open(self._model, graph, self._device, lanes=self.lanes, tf32=self._tf32)
 
     def __call__(self, batch: NDArray[Any]) -> NDArray[np.float32]:
         """The features of the first output, ``(n, dim)`` float32; see `embed`."""
@@ -251,8 +192,8 @@ class Embedder:
                 failure = error.with_traceback(None)  # its frames would keep the session alive
             finally:
                 self._leave(opened)
-            if not any(sign in str(failure) for sign in OUT_OF_MEMORY):
-                message = f"{self._model}: {reason(failure)}"
+            if not any(sign in str(failure) for sign in self._provider.out_of_memory):
+                message = f"{self._model}: {self._provider.reason(failure)}"
                 raise BadDataError(message) from failure
             self._shrink(opened, failure)
         return [np.concatenate(column) for column in zip(*rows, strict=True)]
@@ -303,7 +244,7 @@ class Embedder:
         begin = time.perf_counter()
         if self._on_host is not None:
             part = self._on_host.normalise(part)
-        short = opened.batch_size - len(part) if self.fixed_batch or self.provider == "cuda" else 0
+        short = opened.batch_size - len(part) if self.pads else 0
         padded = np.concatenate([part, np.zeros((short, *part.shape[1:]), part.dtype)]) if short else part
         outputs = self._lane(opened, padded.shape)(padded)
         spent = time.perf_counter() - begin
@@ -317,13 +258,7 @@ class Embedder:
     def _lane(self, opened: _Opened, shape: tuple[int, ...]) -> Lane:
         """The lane of this thread."""
         if not hasattr(opened.lanes, "lane"):
-            opened.lanes.lane = self._make_lane(opened, shape)
+            outputs = dict(zip(self._outputs, self.dims, strict=True))
+            opened.lanes.lane = self._provider.lane(opened.session, self._device, self._input, shape, self._dtype, outputs)
         lane: Lane = opened.lanes.lane
         return lane
-
-    def _make_lane(self, opened: _Opened, shape: tuple[int, ...]) -> Lane:
-        session = opened.session
-        if self.provider == "cpu":
-            return lambda padded: session.run(self._outputs, {self._input: padded})
-        outputs = dict(zip(self._outputs, self.dims, strict=True))
-        return BoundLane(session, self._device, self._input, shape, self._dtype, outputs)

@@ -1,4 +1,4 @@
-"""Atomic files and folders: written under a temporary name, made durable, then renamed (rule 4)."""
+"""Atomic files and folders: written under a temporary name, made durable, then renamed (rule 4 of store/FORMAT.md)."""
 
 from __future__ import annotations
 

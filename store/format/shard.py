@@ -20,7 +20,7 @@ from . import atomic, hdf5
 ENCODING_TYPE = "penult-shard"
 NAME = re.compile(r"(\d{5,})-[0-9a-f]{12}\.h5")
 WIDEN = 128  # rows at once: intermediate results stay in the processor's cache
-MAX_ROUNDING = 5e-4  # relative L2 of a row stored as float16, CONTRACTS: "stored float16 vs float32"
+MAX_ROUNDING = 5e-4  # relative L2 of a row stored as float16, see docs/regression.md
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,10 @@ class Shard:
 
 
 def fits_float16(features: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """For each row of ``(n, d)`` float32, whether float16 keeps it to a relative L2 error of `MAX_ROUNDING` (rule 11)."""
+    """For each row of ``(n, d)`` float32, whether float16 keeps it to a relative L2 error of `MAX_ROUNDING`.
+
+    See rule 11 of store/FORMAT.md.
+    """
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # infinity minus infinity is NaN, which does not fit
         rounded = features.astype(np.float16).astype(np.float32)
         error = np.linalg.norm((rounded - features).astype(np.float64), axis=1)

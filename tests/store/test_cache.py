@@ -342,7 +342,7 @@ def test_a_lost_cache_json_with_two_fingerprints_is_corrupt(tmp_path: Path) -> N
     fill(tmp_path / "c")
     shard.write_shard(tmp_path / "c/shards", 9, np.zeros((1, 4), np.float32), [key(0)], [b"x"], AUTO)
     (tmp_path / "c/cache.json").unlink()
-    with pytest.raises(CorruptCacheError, match="2 fingerprints"):
+    with pytest.raises(CorruptCacheError, match="2 different fingerprints"):
         FeatureCache(tmp_path / "c")
 
 

@@ -242,7 +242,7 @@ def test_a_payload_does_nothing(bundle: Bundle, tmp_path: Path, name: str) -> No
 def test_newer_and_broken_descriptions_are_refused(bundle: Bundle, tmp_path: Path) -> None:
     shutil.copytree(bundle.path, tmp_path / "b.head")
     facts = json.loads((bundle.path / "head.json").read_text())
-    for change, message in (({"format": 2}, "format version 2"), ({"classes": None, "surprise": 1}, "no description")):
+    for change, message in (({"format": 2}, "format version 2"), ({"classes": None, "surprise": 1}, "does not describe")):
         (tmp_path / "b.head/head.json").write_text(json.dumps({**facts, **change}))
         with pytest.raises(BadDataError, match=message):
             Bundle.load(tmp_path / "b.head")

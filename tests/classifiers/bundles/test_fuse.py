@@ -508,7 +508,7 @@ def test_hostile_and_newer_files_are_refused(file: Path, tmp_path: Path, monkeyp
         Fused.load(tmp_path / "in/outside.onnx")
     fused = Fused.load(file)
     for changes, message in (
-        ({"classes": ["a", "b"]}, r"makes 2 probabilities of 16 x 16 x 3 pixels; its graph has \[\[16, 16, 3\], \[3\]\]"),
+        ({"classes": ["a", "b"]}, r"says 16 x 16 x 3 pixels, 2 probabilities; its graph has \[\[16, 16, 3\], \[3\]\]"),
         ({"preprocessing": {"resize": 4}}, "the description of the classifier in its metadata cannot be read"),
         ({"golden": replace(fused.golden, recipe="shake-blocks-9")}, "golden vectors of other images"),
     ):

@@ -252,7 +252,7 @@ def test_what_is_for_one_label_says_so(several: Path, numbers: Path, penult: Pen
     bundle = classifiers.train(FeatureCache(numbers), tmp_path / "r", make_head(None, "regression"))
     with pytest.raises(BadDataError, match="was extracted with --task multi-label, and r is a head for regression"):
         evaluate_bundle(bundle, several)
-    with pytest.raises(UsageError, match="--head knn: there is ridge for regression"):
+    with pytest.raises(UsageError, match="--head knn: expected ridge for regression"):
         make_head("knn", "regression")
     with pytest.raises(UsageError, match=r"evaluate is for one label an image; this is --task regression"):
         evaluate(make_head(None, "regression"), FeatureCache(numbers).subset())

@@ -281,7 +281,7 @@ def test_only_samples_that_all_sources_have_count(caplog: pytest.LogCaptureFixtu
     moved = rows[3].with_split("test")
     found = common_samples([SampleTable(rows), SampleTable([*rows[:2], lost, rows[3]]), SampleTable([*rows[:3], moved])])
     assert found.rows == rows[:2]
-    assert "2 images do not count" in caplog.text
+    assert "2 images are left out" in caplog.text
 
 
 @pytest.fixture(scope="session")

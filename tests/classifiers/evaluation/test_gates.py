@@ -82,7 +82,7 @@ def test_a_job_of_each_task(task: str, job: Callable[[str, str], Path], tmp_path
         records[0]["evaluation"]["metric"].replace("_", " "),
         f"{records[0]['evaluation']['value']:.4f}",
     )
-    with pytest.raises(JobFileError, match=rf"gate.min_accuracy is for single-label, .* there is gate.{key}, gate.{key}_"):
+    with pytest.raises(JobFileError, match=rf"gate.min_accuracy is for single-label, .* expected gate.{key}, gate.{key}_"):
         run_job(job(task, "min_accuracy = 0.5"))
 
 

@@ -143,5 +143,5 @@ def test_a_head_with_data_elsewhere_is_refused(probe: Bundle, tmp_path: Path) ->
     tensor.data_location = onnx.TensorProto.EXTERNAL
     tensor.external_data.add(key="location", value="../secret")
     (tmp_path / "head.onnx").write_bytes(model.SerializeToString())
-    with pytest.raises(BadDataError, match="data from other files"):
+    with pytest.raises(BadDataError, match="data in other files"):
         AffineHead.of(replace(probe, path=tmp_path))

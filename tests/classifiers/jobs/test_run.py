@@ -119,7 +119,7 @@ def test_a_job_may_have_views_and_average_over_them(job: Callable[..., Path], tm
     assert run_job(written("views = 2", "")).trained, "another head, on the same features"
     for extract, train, word in (
         ("", "average_views = true", "extract.views"),
-        ('augment = "augmix"', "", "of 2 and more"),
+        ('augment = "augmix"', "", "of 2 or more"),
     ):
         with pytest.raises(JobFileError, match=word):
             run_job(written(extract, train))

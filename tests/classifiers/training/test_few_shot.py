@@ -187,8 +187,8 @@ def test_the_example_of_the_docs_runs(
         ("nowhere.at.All", "no installed package has the module 'nowhere'"),
         ("json.loads", "no installed package has the module 'json'"),
         ("numpy.linalg.norm", "is not a scikit-learn estimator"),
-        ("sklearn.svm.LinearSVC", "no classifier with predict_proba"),
-        ("sklearn.linear_model.Ridge", "no classifier with predict_proba"),
+        ("sklearn.svm.LinearSVC", "not a classifier with predict_proba"),
+        ("sklearn.linear_model.Ridge", "not a classifier with predict_proba"),
         ("forest", "--head forest: expected logistic, mlp, ridge, knn, centroid"),
     ],
 )

@@ -138,7 +138,7 @@ def test_the_command_line_takes_a_task(listed: Path, backbone_file: Path, tmp_pa
     code, out, err = penult("train", cache, "-o", tmp_path / "h")
     assert (code, "ridge head, 1 targets" in out) == (0, True), err
     code, _, err = penult("train", cache, "--head", "logistic", "-o", tmp_path / "l")
-    assert (code, err) == (2, "error: --head logistic: there is ridge for regression\n")
+    assert (code, err) == (2, "error: --head logistic: expected ridge for regression\n")
     code, _, err = penult("extract", listed, "-m", backbone_file, "-o", tmp_path / "d", "--target", "age")
     assert (code, err) == (2, "error: --target age: numeric targets are for --task regression, this is single-label\n")
 

@@ -12,9 +12,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from extractor.pipeline.settings import AugmentSettings
 from extractor.pixels.augment import NAMES, NONE, POLICIES, STANDARD, Augmentation, neutral, random_box
 from extractor.pixels.preprocess import Preprocess
+from extractor.pixels.settings import AugmentSettings
 from store.errors import UsageError
 
 PIXELS = Preprocess(72, 64, "bilinear", (0.5, 0.25, 0.75), (0.2, 0.2, 0.2))

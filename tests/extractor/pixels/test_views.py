@@ -231,7 +231,7 @@ def test_only_a_cache_of_the_same_views_is_continued(
 def test_what_cannot_be_meant_is_refused(photos: Path, backbone: Backbone, tmp_path: Path) -> None:
     for options, word in (
         ({"views": 2, "augment": "none"}, "2 times the same"),
-        (TURNS, "of 2 and more"),
+        (TURNS, "of 2 or more"),
         ({"views": MAX_VIEWS + 1}, "expected 1 to 64"),
     ):
         with pytest.raises(UsageError, match=word):

@@ -104,7 +104,7 @@ def test_a_crew_keeps_the_order_and_its_size(monkeypatch: pytest.MonkeyPatch) ->
     found, most = work(WorkerPool(3), 200)
     assert found == list(range(200))
     assert most <= 3
-    workers = WorkerPool(None, "cuda")
+    workers = WorkerPool(None, shares_cores=False)
     assert (workers.size, workers.most) == (4, 4), "beside a GPU all cores decode at once"
 
 
@@ -131,16 +131,16 @@ def test_workers_that_were_asked_for_stay_as_many(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("seconds", "provider", "found"),
+    ("seconds", "shares_cores", "found"),
     [
-        ({"read+decode": 30, "backbone": 90, "wait": 1, "embed": 50}, "cpu", "backbone"),
-        ({"read+decode": 90, "backbone": 30, "wait": 40, "embed": 5}, "cpu", "decoding"),
-        ({"read+decode": 90, "backbone": 30, "wait": 40, "embed": 5}, "cuda", "decoding"),
-        ({"read+decode": 90, "backbone": 30, "wait": 5, "embed": 40}, "cuda", "backbone"),
-        ({"read+decode": 30, "backbone": 30, "wait": 5, "embed": 5, "settle": 60}, "cpu", "writing"),
+        ({"read+decode": 30, "backbone": 90, "wait": 1, "embed": 50}, True, "backbone"),
+        ({"read+decode": 90, "backbone": 30, "wait": 40, "embed": 5}, True, "decoding"),
+        ({"read+decode": 90, "backbone": 30, "wait": 40, "embed": 5}, False, "decoding"),
+        ({"read+decode": 90, "backbone": 30, "wait": 5, "embed": 40}, False, "backbone"),
+        ({"read+decode": 30, "backbone": 30, "wait": 5, "embed": 5, "settle": 60}, True, "writing"),
     ],
 )
-def test_the_bottleneck_is_named(seconds: dict[str, float], provider: str, found: str) -> None:
+def test_the_bottleneck_is_named(seconds: dict[str, float], shares_cores: bool, found: str) -> None:
     clock = {name: seconds.get(name, 0.0) for name in ("read+decode", "backbone", "wait", "embed", "settle")}
-    assert bottleneck(clock, provider) == found
-    assert ADVICE[found, "cpu" if provider == "cpu" else "gpu"]
+    assert bottleneck(clock, shares_cores=shares_cores) == found
+    assert ADVICE[found, "cpu" if shares_cores else "gpu"]

@@ -27,7 +27,6 @@ from classifiers.heads.logistic import LogisticHead
 from extractor import machine
 from extractor.backbones.export import export
 from extractor.backbones.registry import Backbone
-from extractor.commands.caches import calibration_text
 from extractor.data.folders import ImageFolder
 from extractor.graphs.backbone_facts import BackboneFacts, read_facts
 from extractor.graphs.graph import name_nodes
@@ -36,6 +35,7 @@ from extractor.graphs.parity import relative_l2
 from extractor.pipeline.run import run_extract
 from extractor.pipeline.settings import Options
 from extractor.precision.float16 import BOUND, COSINE, _convert, compare, to_float16
+from extractor.precision.registry import precision_of
 from extractor.runtime import cuda, session
 from extractor.runtime.cuda import BoundLane, capability, free_memory, is_loaded, pin, prove, reason, trouble
 from extractor.runtime.devices import DevicePool, resolve_devices
@@ -194,7 +194,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     def on(delivered: str, **options: Any) -> FakeRuntime:
         fake = FakeRuntime(onnxruntime, delivered, **options)
         monkeypatch.setitem(sys.modules, "onnxruntime", fake)
-        monkeypatch.setattr(session, "nvidia_driver_present", lambda: True)
+        monkeypatch.setattr(cuda, "nvidia_driver_present", lambda: True)
         monkeypatch.setattr(cuda, "is_loaded", lambda _library: True)
         trouble.cache_clear()  # of another runtime
         session._say_cpu.cache_clear()
@@ -223,7 +223,7 @@ def test_a_gpu_session_that_silently_runs_elsewhere_is_an_error(backbone_file: P
 
 
 def test_auto_is_the_cpu_without_a_driver(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(session, "nvidia_driver_present", lambda: False)
+    monkeypatch.setattr(cuda, "nvidia_driver_present", lambda: False)
     with caplog.at_level(logging.INFO):
         session._say_cpu.cache_clear()  # said once per process
         assert resolve_device("auto") == "cpu"
@@ -328,7 +328,7 @@ def test_auto_goes_on_with_the_cpu_where_a_card_does_not_work(
     penult: Any, dataset: Any, backbone_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     """The real runtime, which lists CUDA and cannot load it, on a machine that looks as if it had a driver."""
-    monkeypatch.setattr(session, "nvidia_driver_present", lambda: True)
+    monkeypatch.setattr(cuda, "nvidia_driver_present", lambda: True)
     session._say_cpu.cache_clear()
     photos, why = dataset(tmp_path / "photos", {"ants": 2}), "libcuda.so.1: cannot open shared object file"
     command = ("extract", photos, "-m", backbone_file, "--val-fraction", "0", "--test-fraction", "0", "-o")
@@ -591,8 +591,10 @@ def test_float16_is_extracted_on_a_gpu_and_predicted_from_on_a_cpu(
     with pytest.raises(FingerprintMismatchError, match="precision"):
         run_extract(source, backbone, tmp_path / "half.cache", chosen.replace(precision="fp32"))
     assert (tmp_path / "half.cache" / "backbone.onnx").read_bytes() == before
-    assert calibration_text(cache.describe()["facts"]["calibration"]).startswith(
-        "float16, 0 layer(s) in float32; features moved"
+    assert (
+        precision_of("fp16")
+        .describe(cache.describe()["facts"]["calibration"])
+        .startswith("float16, 0 layer(s) in float32; features moved")
     )
     classifiers.train(cache, tmp_path / "a.head", LogisticHead())
     monkeypatch.undo()
@@ -605,7 +607,7 @@ def test_what_is_for_a_gpu_is_refused_where_there_is_none(
     dataset: Any, backbone: Backbone, stage: Stage, tmp_path: Path, precision: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage(CPU)
-    monkeypatch.setattr(session, "nvidia_driver_present", lambda: False)
+    monkeypatch.setattr(cuda, "nvidia_driver_present", lambda: False)
     source = ImageFolder(dataset(tmp_path / "photos"))
     with pytest.raises(UsageError, match=f"--precision {precision} is for a GPU, and this is the CPU"):
         run_extract(source, backbone, tmp_path / "c.cache", Options(precision=precision))
@@ -775,7 +777,7 @@ def test_a_real_gpu_that_is_full_gets_smaller_batches(backbone_file: Path, monke
         (name, given), last = options(device, **chosen)
         return [(name, {**given, "gpu_mem_limit": str(64 * 2**20)}), last]
 
-    monkeypatch.setattr(session, "providers", little)
+    monkeypatch.setattr(cuda, "providers", little)
     embed = Embedder(backbone_file, device="cuda", batch_size=1024)
     assert relative_l2(embed(batch(64)), run(backbone_file, batch(64))).max() <= 1e-4
     assert embed.batch_size < 1024

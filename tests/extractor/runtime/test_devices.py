@@ -19,7 +19,7 @@ from extractor.data.folders import ImageFolder
 from extractor.graphs.backbone_facts import read_facts
 from extractor.pipeline.run import run_extract
 from extractor.pipeline.settings import Options
-from extractor.runtime import devices
+from extractor.runtime.cuda import Cuda
 from extractor.runtime.devices import DevicePool, resolve_devices
 from extractor.runtime.session import Embedder
 from store.cache import FeatureCache
@@ -47,7 +47,7 @@ def test_devices_that_do_not_go_together_are_a_usage_error(devices: str) -> None
 
 
 def test_devices_of_several_kinds_are_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "no_cuda", lambda: "")
+    monkeypatch.setattr(Cuda, "missing", lambda _self: "")
     assert resolve_devices("cuda:0,cuda:1") == ["cuda:0", "cuda:1"]
     with pytest.raises(UsageError, match="several devices of one kind, such as cuda:0,cuda:1"):
         resolve_devices("cpu,cuda:0")
