@@ -96,7 +96,7 @@ class Fused:
 
     @property
     def precision(self) -> str:
-        return precision_of(Fingerprint(self.fingerprint))
+        return precision_name(Fingerprint(self.fingerprint))
 
     def metadata(self) -> dict[str, str]:
         """Its entries in the file's metadata, as JSON texts."""
@@ -175,7 +175,7 @@ def is_fused(path: Path) -> bool:
     return path.is_file()
 
 
-def precision_of(fingerprint: Fingerprint) -> str:
+def precision_name(fingerprint: Fingerprint) -> str:
     return str(fingerprint.fields.get("precision", "fp32"))
 
 

@@ -32,6 +32,7 @@ from extractor.pixels.images import ImageError
 from extractor.pixels.pixel_drift import PixelDrift, PixelOrigin, ProbeImage, libraries
 from extractor.pixels.preprocess import Preprocess
 from extractor.pixels.views import Views
+from extractor.precision.registry import precision_of
 from extractor.progress import StopFlag
 from extractor.runtime.session import Embedder, resolve_device
 from store.errors import BadDataError, InputMissingError, UsageError
@@ -39,7 +40,7 @@ from store.fingerprint import Fingerprint
 from store.format.shard import as_stored
 
 from .bundle import Bundle, task_of_bundle
-from .fused import Fused, is_fused, precision_of
+from .fused import Fused, is_fused, precision_name
 from .novelty import Novelty
 
 log = logging.getLogger("penult.classifiers")
@@ -345,7 +346,7 @@ class Predictor:
 
 def _on_its_device(fingerprint: Fingerprint, options: dict[str, Any]) -> dict[str, Any]:
     """The options, with the CPU for int8: it was calibrated for the CPU, and a GPU computes such a graph in float."""
-    needs_cpu = precision_of(fingerprint) == "int8" and options.get("device", "auto") == "auto"
+    needs_cpu = precision_of(precision_name(fingerprint)).device == "cpu" and options.get("device", "auto") == "auto"
     return {**options, "device": "cpu"} if needs_cpu else options
 
 
