@@ -23,7 +23,7 @@ from classifiers.evaluation.task import HeadTask, Prediction
 from extractor.data.files import Files, FolderFiles
 from extractor.data.folders import ImageFolder
 from extractor.data.reader import WorkerPool, ahead
-from extractor.data.sources import refuse_ours
+from extractor.data.sources import refuse_archive, refuse_ours
 from extractor.futures import in_flight
 from extractor.graphs.backbone_facts import PROBE_IMAGE, facts_of, require_features
 from extractor.graphs.parity import relative_l2
@@ -35,7 +35,7 @@ from extractor.pixels.views import Views
 from extractor.precision.registry import precision_of
 from extractor.progress import StopFlag
 from extractor.runtime.session import Embedder, resolve_device
-from store.errors import BadDataError, InputMissingError, UsageError
+from store.errors import BadDataError, InputMissingError
 from store.fingerprint import Fingerprint
 from store.format.shard import as_stored
 
@@ -363,9 +363,7 @@ def list_images(inputs: Sequence[str | Path]) -> Iterator[bytes]:
     paths = list(map(Path, inputs))
     for path in paths:
         refuse_ours(path)
-        if path.suffix == ".tar" and not path.is_dir():
-            message = f"{path}: `penult predict` takes images and folders of them; `penult evaluate` takes tar shards"
-            raise UsageError(message)
+        refuse_archive(path)
         if path.is_dir() and next(ImageFolder(path).everything(), None) is None:
             message = f"no files in {path}"
             raise InputMissingError(message)

@@ -154,3 +154,14 @@ def refuse_ours(path: Path) -> None:
     if kind:
         message = f"{os.fspath(path)} is {kind}, not images; expected a folder, a manifest or tar shards (see docs/data.md)"
         raise UsageError(message)
+
+
+def refuse_archive(path: Path) -> None:
+    """Refuse a dataset in one file where single images are expected.
+
+    Raises:
+        UsageError: the path is one.
+    """
+    if path.suffix == ".tar" and not path.is_dir():
+        message = f"{path}: `penult predict` takes images and folders of them; `penult evaluate` takes tar shards"
+        raise UsageError(message)
