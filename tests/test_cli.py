@@ -209,7 +209,7 @@ def test_recorded_failures_exit_3_and_beyond_the_budget_65(
         (["run", "nowhere.toml"], 66, "cannot read"),
         (["export", "resnet18", "-o", "{backbone}"], 73, "--overwrite"),
         (["train", "{photos}"], 2, "Missing option"),
-        (["frobnicate"], 2, "No such command"),
+        (["frobnicate"], 2, "no command"),
         (["extract", "{photos}", "-m", "{backbone}", "-o", "c", "--resize", "9"], 2, "leave --resize out"),
         (["extract", "{photos}", "-m", "{backbone}", "-o", "c", "--max-failures", "-1"], 2, "such as 10, or a share"),
         (["extract", "{photos}", "-m", "{backbone}", "-o", "/proc/nowhere/c"], 73, "cannot create"),
