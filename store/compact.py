@@ -19,8 +19,6 @@ from .writer import open_writer
 
 log = logging.getLogger("penult.store")
 
-DTYPES = ("float32", "float16")
-
 
 def write_compact(cache: FeatureCache, out: str | Path, *, dtype: str = "float32", overwrite: bool = False) -> int:
     """Write a cache as one file, which every reading command accepts in place of the folder.

@@ -24,7 +24,6 @@ MOSTLY = 0.9  # share of the drifted rows that one cause must explain
 SEARCHED = 2000  # drifted rows looked at for a permutation
 
 # relative L2 per row, see docs/regression.md
-BIT_EQUAL = 0.0
 FLOAT32 = 1e-6  # CPU, other batch size or thread count
 FLOAT16 = 5e-4  # stored as float16: a last-bit difference before rounding may round the other way
 OTHER_PROVIDER = 1e-4  # CUDA fp32 with TF32 off against the CPU

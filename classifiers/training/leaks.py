@@ -17,7 +17,6 @@ from store.format.samples import Row, SampleTable
 
 log = logging.getLogger("penult.classifiers")
 
-MODES = ("warn", "refuse", "allow")
 NEIGHBOURS = 10
 NEAR = 0.65  # unrelated photos with MobileNetV2: 0.73 and above; docs/leaks.md has the table
 MOST_PRODUCTS = 4e12  # multiplications, about a minute on two cores; beyond, only exact copies are searched
