@@ -223,6 +223,28 @@ class Metrics(logging.Handler):
             log.warning("%s", error)
 
 
+class _Kept(logging.Handler):
+    """Keeps the text of every warning."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+@contextmanager
+def kept_warnings() -> Iterator[list[str]]:
+    """The warnings that are logged inside the block, for the JSON summary of a run."""
+    logger, handler = logging.getLogger("penult"), _Kept()
+    logger.addHandler(handler)
+    try:
+        yield handler.texts
+    finally:
+        logger.removeHandler(handler)
+
+
 @contextmanager
 def observed(*, log_json: Path | None = None, metrics: Path | None = None) -> Iterator[dict[str, Any]]:
     """Write the JSON log and the metrics of a run, however it ends.

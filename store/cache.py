@@ -351,7 +351,8 @@ class FeatureCache:
         """The facts that `penult info` shows, as JSON."""
         splits = self.samples.splits()
         labels: dict[str, dict[str, int]] = {}
-        for row in self.rows():
+        once = {row.sha256: row for row in reversed(self.rows())}  # of duplicates the first
+        for row in reversed(once.values()):
             for label in self.samples.task.labels_of(row) or ["(no label)"]:
                 per = labels.setdefault(label, {})
                 per[row.split or "(none)"] = per.get(row.split or "(none)", 0) + 1

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,7 +76,7 @@ def test_the_whole_way(penult: Penult, photos: Path, backbone_file: Path, tmp_pa
     code, out, _ = penult("predict", bundle, *images, "--format", "csv")
     table = list(csv.DictReader(io.StringIO(out)))
     assert [row["path"] for row in table] == list(map(str, images))
-    assert all(float(row["ants"]) + float(row["bees"]) == pytest.approx(1, abs=2e-6) for row in table)
+    assert all(float(row["p_ants"]) + float(row["p_bees"]) == pytest.approx(1, abs=2e-6) for row in table)
     lines = [json.loads(line) for line in penult("predict", bundle, *images, "--format", "jsonl")[1].splitlines()]
     assert [line["label"] for line in lines] == [row["label"] for row in table]
     assert penult("compare", bundle, bundle)[0] == 2
@@ -136,7 +137,7 @@ def test_a_csv_of_predictions_has_the_same_columns_in_every_row(
     code, out, _ = penult("predict", tmp_path / "h", tmp_path / "broken.jpg", photos / "ants/000.jpg", "--format", "csv")
     header, bad, good = csv.reader(io.StringIO(out))
     assert code == 3
-    assert header == ["path", "label", "probability", "code", "message", "ants", "bees"]
+    assert header == ["path", "label", "probability", "code", "message", "p_ants", "p_bees"]
     assert bad[1:4] == ["", "", "not_an_image"]
     assert bad[4]
     assert bad[5:] == ["", ""]
@@ -290,3 +291,51 @@ def test_sigint_while_importing_or_computing_never_shows_a_traceback(photos: Pat
     _, err = child.communicate(timeout=60)
     assert b"Traceback" not in err
     assert child.returncode in (0, 130)
+
+
+def test_predictions_as_csv_hold_any_class_and_no_formula(
+    penult: Penult, backbone_file: Path, dataset: Any, tmp_path: Path
+) -> None:
+    photos = dataset(tmp_path / "photos", {"label": 6, "=1+1": 6})
+    assert penult("extract", photos, "-m", backbone_file, "-o", tmp_path / "c")[0] == 0
+    assert penult("train", tmp_path / "c", "--head", "centroid", "-o", tmp_path / "h")[0] == 0
+    out = penult("predict", tmp_path / "h", photos, "--format", "csv")[1]
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert list(rows[0]) == ["path", "label", "probability", "code", "message", "p_=1+1", "p_label"]
+    assert {row["label"] for row in rows} <= {"label", "'=1+1"}
+    assert not [cell for row in rows for cell in row.values() if cell.startswith("=")]
+
+
+def test_the_json_of_a_run_holds_its_warnings(penult: Penult, photos: Path, backbone_file: Path, tmp_path: Path) -> None:
+    table = tmp_path / "list.csv"
+    table.write_text("path,label,lable\n" + "".join(f"{path},x,y\n" for path in sorted(photos.glob("ants/*"))))
+    code, out, err = penult("extract", table, "--root", "/", "-m", backbone_file, "-o", tmp_path / "c", "--json")
+    assert code == 65, err  # absolute paths leave the root
+    table.write_text("path,label,lable\n" + "".join(f"{path.relative_to(photos)},x,y\n" for path in photos.glob("ants/*")))
+    code, out, err = penult("extract", table, "--root", photos, "-m", backbone_file, "-o", tmp_path / "c", "--json")
+    assert code == 0, err
+    assert f"{table}: these columns are not used: 'lable'" in json.loads(out)["warnings"]
+
+
+def test_a_run_without_one_usable_input_does_not_say_that_all_is_cached(
+    penult: Penult, backbone_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "photos").mkdir()
+    for i in range(3):
+        (tmp_path / "photos" / f"{i}.jpg").write_text("no image")
+    command = ("extract", tmp_path / "photos", "-m", backbone_file, "-o", tmp_path / "c", "--max-failures", "100%")
+    code, out, err = penult(*command)
+    assert code == 3
+    assert "none of the 3 inputs could be used" in err
+    assert "no input could be used" in out
+    assert "nothing to compute" not in out + err
+
+
+def test_info_counts_an_image_once(penult: Penult, photos: Path, backbone_file: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "photos"
+    shutil.copytree(photos, copy)
+    shutil.copy(copy / "ants/000.jpg", copy / "ants/copy.jpg")
+    assert penult("extract", copy, "-m", backbone_file, "-o", tmp_path / "c")[0] == 0
+    facts = json.loads(penult("info", tmp_path / "c", "--json")[1])
+    assert facts["counts"] == {"inputs": 21, "ok": 20, "duplicates": 1, "failed": 0}
+    assert {label: sum(per.values()) for label, per in facts["labels"].items()} == {"ants": 10, "bees": 10}

@@ -129,6 +129,7 @@ def evaluate_bundle(
         log.warning(
             "%d of %d images were fitted when %s was trained; they are left out", len(rows) - len(fresh), len(rows), bundle.name
         )
+    task_of_bundle(bundle).require_labels([row.label for row in fresh if row.label is not None], name)
     truth = table.truth(fresh, bundle.classes)
     if cache is not None and predictor is None:
         digests, paths = [row.sha256 for row in fresh], [row.path for row in fresh]

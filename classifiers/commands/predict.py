@@ -54,7 +54,7 @@ def predict(bundle: Path, images: Sequence[Path], settings: PredictSettings, for
     writer = csv.writer(sys.stdout, lineterminator="\n")
     if form == "csv":
         extra = ["novelty"] if predictor.recipe.novelty else []
-        writer.writerow(["path", "label", "probability", "code", "message", *extra, *predictor.task.columns()])
+        writer.writerow(["path", "label", "probability", "code", "message", *extra, *map(_quoted, predictor.task.columns())])
     for p in results:
         failed += p.code is not None
         if form == "csv":
@@ -63,7 +63,7 @@ def predict(bundle: Path, images: Sequence[Path], settings: PredictSettings, for
             columns: list[Any] = blank if p.probabilities is None else predictor.task.cells(p.probabilities)
             if predictor.recipe.novelty:
                 columns = ["" if p.novelty is None else f"{p.novelty:.4f}", *columns]
-            writer.writerow([p.name, p.label or "", best, p.code or "", p.message, *columns])
+            writer.writerow([*map(_quoted, (p.name, p.label or "")), best, p.code or "", _quoted(p.message), *columns])
         elif form == "jsonl":
             facts: dict[str, Any] = {
                 "path": p.name,
@@ -82,6 +82,11 @@ def predict(bundle: Path, images: Sequence[Path], settings: PredictSettings, for
             novelty = "" if p.novelty is None else f"\tnovelty {p.novelty:.2f}{unlike}"
             click.echo(f"{p.name}\t{p.code}: {p.message}" if p.code else f"{p.name}\t{predictor.task.text(p)}{novelty}")
     return WITH_FAILURES if failed else 0
+
+
+def _quoted(text: str) -> str:
+    """Text with an apostrophe before it if a spreadsheet would run it as a formula, as OWASP advises."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 @click.command(cls=Command)

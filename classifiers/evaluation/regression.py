@@ -97,7 +97,7 @@ class Regression(HeadTask):
         return ", ".join(parts)
 
     def columns(self) -> list[str]:
-        return [column for name in self.names for column in (name, f"{name} low", f"{name} high")]
+        return [f"{part}_{name}" for name in self.names for part in ("value", "low", "high")]
 
     def cells(self, outputs: NDArray[np.float32]) -> list[Any]:
         return [cell for value in self._values(outputs).values() for cell in (value["value"], *(value["interval"] or ("", "")))]

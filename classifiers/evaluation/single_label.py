@@ -94,10 +94,10 @@ def score(
             {
                 "label": classes[i],
                 "n": int(support[i]),
-                "precision": float(precision[i]),
-                "recall": float(recall[i]),
-                "recall_interval": wilson(int(hits[i]), int(support[i])),
-                "f1": float(f1[i]),
+                "precision": float(precision[i]) if support[i] or taken[i] else None,
+                "recall": float(recall[i]) if support[i] else None,
+                "recall_interval": wilson(int(hits[i]), int(support[i])) if support[i] else None,
+                "f1": float(f1[i]) if support[i] else None,
             }
             for i in range(k)
         ],

@@ -217,8 +217,8 @@ class HeadTask(ABC):
         return truth
 
     def columns(self) -> list[str]:
-        """The last columns of a CSV file of predictions, after path, label, probability, code, message and novelty."""
-        return list(self.names)
+        """The last columns of a CSV file of predictions; ``p_`` keeps a class of any name apart from the other columns."""
+        return [f"p_{name}" for name in self.names]
 
     def cells(self, outputs: NDArray[np.float32]) -> list[float]:
         """The values of one image, in the order of `columns`."""

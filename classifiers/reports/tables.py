@@ -50,10 +50,9 @@ def class_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
         (
             entry["label"],
             str(entry["n"]),
-            f"{entry['precision']:.3f}",
-            f"{entry['recall']:.3f}",
-            interval(entry["recall_interval"]),
-            f"{entry['f1']:.3f}",
+            *("-" if entry[name] is None else f"{entry[name]:.3f}" for name in ("precision", "recall")),
+            "-" if entry["recall_interval"] is None else interval(entry["recall_interval"]),
+            "-" if entry["f1"] is None else f"{entry['f1']:.3f}",
         )
         for entry in metrics["per_class"]
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,10 @@ from .files import Files, FolderFiles
 from .samples import Sample, as_split, finished, leaves_root
 
 SUFFIXES = (".csv", ".tsv", ".txt", ".parquet")
+log = logging.getLogger("penult.extractor")
+
 COLUMNS = ("path", "label", "split", "group")
+SHOWN = 5  # names in a message
 
 Record = tuple[int, Sequence[Any]]  # line or row, from 1, and its fields
 
@@ -26,8 +30,9 @@ Record = tuple[int, Sequence[Any]]  # line or row, from 1, and its fields
 class Manifest:
     """A CSV or Parquet file with columns ``path``, and optionally ``label``, ``split``, ``group`` and numeric targets.
 
-    Other columns are ignored. Text is UTF-8, with or without a byte-order mark, or UTF-16 with one; bytes that are not
-    UTF-8 survive in paths. A Parquet column of paths may be binary.
+    The case of these four names does not matter. Other columns are ignored, and named in a warning. Text is UTF-8, with or
+    without a byte-order mark, or UTF-16 with one; bytes that are not UTF-8 survive in paths. A Parquet column of paths may be
+    binary.
 
     Args:
         path: the file.
@@ -53,7 +58,8 @@ class Manifest:
 
     def samples(self) -> list[Sample]:
         parquet = Path(self.path).suffix.lower() == ".parquet"
-        header, records = self._parquet() if parquet else self._csv()
+        names, records = self._parquet() if parquet else self._csv()
+        header = self._known(names)
         if not Path(self.root).is_dir():
             message = f"the root {self.root} is not a folder"
             raise InputMissingError(message)
@@ -78,6 +84,21 @@ class Manifest:
         message = f"{self.path}, {place}: {what}"
         raise BadDataError(message)
 
+    def _known(self, names: Sequence[str]) -> list[str]:
+        """The header with our own columns in lower case: a spreadsheet may call them ``Path`` or ``SPLIT``.
+
+        Raises:
+            BadDataError: two columns would be the same.
+        """
+        kept = {*self.task.targets, self.group_by}  # these are asked for as they are written
+        header = [name.lower() if name.lower() in COLUMNS and name not in kept else name for name in names]
+        for name in COLUMNS:
+            if header.count(name) > 1:
+                spelt = sorted({each for each, own in zip(names, header, strict=True) if own == name})
+                message = f"{self.path}: two columns are called {' and '.join(map(repr, spelt))}; rename or remove one of them"
+                raise BadDataError(message)
+        return header
+
     def _reader(self, header: Sequence[str]) -> Any:
         """The function from the fields of one record to its sample; it raises ValueError saying what is wrong with them."""
         if "path" not in header:
@@ -85,10 +106,14 @@ class Manifest:
             message = f"{self.path}: no column 'path' in its first line (found: {', '.join(header) or 'nothing'}){hint}"
             raise BadDataError(message)
         group_column = self.group_by if self.group_by and self.group_by in header else "group"
-        for name in (*COLUMNS, group_column, *self.task.targets):
+        for name in (group_column, *self.task.targets):
             if header.count(name) > 1:
                 message = f"{self.path}: two columns are called {name!r}"
                 raise BadDataError(message)
+        unused = [name for name in header if name not in (*COLUMNS, group_column, *self.task.targets)]
+        if unused:
+            shown = ", ".join(map(repr, unused[:SHOWN])) + (f" and {len(unused) - SHOWN} more" if len(unused) > SHOWN else "")
+            log.warning("%s: these columns are not used: %s", self.path, shown)
         missing = [name for name in self.task.targets if name not in header]
         if missing:
             message = f"{self.path}: no column {missing[0]!r} for --target (found: {', '.join(header)})"
@@ -171,9 +196,9 @@ class Manifest:
 
         try:
             with pyarrow.parquet.ParquetFile(self.path) as file:
-                known = {*COLUMNS, *self.task.targets, self.group_by}
-                header = [name for name in file.schema_arrow.names if name in known]
-                if "path" not in header:
+                known = {*self.task.targets, self.group_by}
+                header = [name for name in file.schema_arrow.names if name in known or name.lower() in COLUMNS]
+                if "path" not in map(str.lower, header):
                     return list(file.schema_arrow.names), []
                 columns = [file.read(columns=[name]).column(0).to_pylist() for name in header]
         except OSError as error:

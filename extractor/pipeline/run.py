@@ -30,7 +30,7 @@ from extractor.pixels.preprocess import Preprocess
 from extractor.pixels.views import require_reference
 from extractor.precision.calibration import count_moved
 from extractor.precision.registry import TrainingImages, precision_of
-from extractor.progress import Progress, StopFlag, stop_on_signal
+from extractor.progress import Progress, StopFlag, kept_warnings, stop_on_signal
 from extractor.runtime.batch_size import Pace
 from extractor.runtime.devices import DevicePool, open_embedder
 from extractor.runtime.session import Embedder
@@ -137,6 +137,11 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
         InterruptedRunError: SIGINT or SIGTERM came; everything embedded until then is committed.
         PenultError: see the tree in ``store.errors``.
     """
+    with kept_warnings() as warnings:
+        return _run(source, backbone, cache, options, warnings)
+
+
+def _run(source: Source, backbone: Backbone, cache: Path, options: Options, warnings: list[str]) -> Summary:
     started = time.perf_counter()
     devices = check_cheaply(backbone, cache, options)
     request = _Request(source, backbone, cache, options, devices, list_samples(source, options))
@@ -160,8 +165,11 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
         seconds={name: round(value, 3) for name, value in streamed.clock.items()}
         | {"total": round(time.perf_counter() - started, 3)},
         codes=dict(Counter(row.code for row in table.rows if row.code)),
+        warnings=warnings,
     )
-    if not streamed.computed:
+    if not table.counts["ok"]:
+        log.warning("there are no features: none of the %d inputs could be used", len(table.rows))
+    elif not streamed.computed:
         log.info("nothing to compute: all features are cached%s", "" if changed else ", and the dataset is unchanged")
     budget = options.budget(len(request.samples))
     if summary.failed > budget:

@@ -25,6 +25,7 @@ class Summary:
             beside them; ``wait`` was spent waiting for pixels, ``embed`` for features, ``settle`` for the disk.
         bottleneck: the stage that decided the speed: ``decoding``, ``backbone``, ``writing``, or none.
         codes: number of failures by code.
+        warnings: what was warned of, in order.
     """
 
     cache: str = ""
@@ -44,6 +45,7 @@ class Summary:
     bottleneck: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     codes: dict[str, int] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -54,7 +56,8 @@ class Summary:
         lines = [f"{self.inputs} inputs = {self.ok} ok + {self.duplicates} duplicates + {self.failed} failed{codes}"]
         total = self.seconds["total"]
         if not self.computed:
-            return "\n".join([*lines, f"nothing to compute, 0 inference calls, {total:.1f} s"])
+            what = "nothing to compute" if self.ok else "no input could be used"
+            return "\n".join([*lines, f"{what}, 0 inference calls, {total:.1f} s"])
         each = {name: 1000 * self.seconds[name] / self.computed for name in ("read+decode", "backbone", "write")}
         views = f" in {self.views} views each" if self.views > 1 else ""
         lines.append(

@@ -8,6 +8,7 @@ import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -146,6 +147,16 @@ def test_evaluating_a_dataset_embeds_it_and_leaves_out_what_was_fitted(
     assert evaluation.n == 12
     assert "48 of 60 images were fitted" in caplog.text
     assert predictions.ids == bundle.predictions().ids
+
+
+def test_labels_that_the_head_does_not_know_are_named_before_anything_is_embedded(
+    bundle: Bundle, backbone: Backbone, dataset: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = dataset(tmp_path / "photos", {"cats": 6, "dogs": 6})
+    other = extract(photos, backbone, tmp_path / "c", Options(storage="float32", quiet=True))  # other features
+    monkeypatch.setattr(Predictor, "predict", lambda *_: pytest.fail("an image was embedded"))
+    with pytest.raises(BadDataError, match=r"not trained on: 'cats' \(\d\), 'dogs' \(\d\)"):
+        evaluate_bundle(bundle, other)
 
 
 def test_what_was_fitted_is_refused(bundle: Bundle, cache: FeatureCache) -> None:

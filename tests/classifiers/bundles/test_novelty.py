@@ -147,5 +147,5 @@ def test_a_bundle_without_it_has_no_such_column(
     assert plain.novelty() is None
     assert not (plain.path / "novelty.h5").exists()
     out = penult("predict", plain.path, cache.root / "ants/000.png", "--format", "csv")[1]
-    assert out.splitlines()[0] == "path,label,probability,code,message,ants,bees"
+    assert out.splitlines()[0] == "path,label,probability,code,message,p_ants,p_bees"
     assert evaluate_bundle(plain, cache.path)[0].novelty is None

@@ -124,7 +124,7 @@ def test_several_labels_from_a_csv_to_a_fused_file(several: Path, listed: Path, 
     assert right >= 16
     assert {one["label"] for one in found["h"]} >= {"green|red", ""}  # both at once, and none
     code, out, _ = penult("predict", tmp_path / "f.onnx", images[0], "--format", "csv")
-    assert out.splitlines()[0] == "path,label,probability,code,message,green,red"
+    assert out.splitlines()[0] == "path,label,probability,code,message,p_green,p_red"
     code, out, _ = penult("predict", tmp_path / "f.onnx", *images)
     assert "(no label)" in out
 
@@ -218,7 +218,7 @@ def test_numbers_from_a_csv_to_a_fused_file(numbers: Path, listed: Path, penult:
         "probability",
         "code",
         "message",
-        *["warmth", "warmth low", "warmth high", "gap", "gap low", "gap high"],
+        *["value_warmth", "low_warmth", "high_warmth", "value_gap", "low_gap", "high_gap"],
     ]
     assert float(first[6]) < float(first[5]) < float(first[7])
     assert (len(last), last[3], last[5:]) == (11, "not_an_image", [""] * 6)

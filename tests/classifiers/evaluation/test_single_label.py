@@ -8,6 +8,7 @@ from sklearn import metrics
 
 from classifiers.evaluation.intervals import wilson
 from classifiers.evaluation.single_label import score
+from classifiers.reports.tables import class_rows
 from store.errors import BadDataError
 
 
@@ -32,8 +33,17 @@ def test_scores_are_scikit_learns() -> None:
     assert found.log_loss == pytest.approx(metrics.log_loss(truth, probabilities, labels=range(4)))
     assert found.confusion == metrics.confusion_matrix(truth, guess, labels=range(4)).tolist()
     for i, entry in enumerate(found.per_class):
-        assert (entry["precision"], entry["recall"], entry["f1"]) == pytest.approx((precision[i], recall[i], f1[i]))
         assert entry["n"] == support[i]
+        assert entry["precision"] == pytest.approx(precision[i])
+        expected = (recall[i], f1[i]) if support[i] else (None, None)
+        assert (entry["recall"], entry["f1"]) == pytest.approx(expected)
+
+
+def test_a_class_without_images_has_no_recall() -> None:
+    found = score(np.array(["a", "b"]), np.array([[0.9, 0.1, 0.0], [0.2, 0.8, 0.0]]), ["a", "b", "c"]).to_json()
+    absent = {"label": "c", "n": 0, "precision": None, "recall": None, "recall_interval": None, "f1": None}
+    assert found["per_class"][2] == absent
+    assert class_rows(found)[2] == ("c", "0", "-", "-", "-", "-")
 
 
 def test_28_images_without_an_error_prove_little() -> None:

@@ -106,6 +106,24 @@ def test_names_of_columns_are_stripped(tmp_path: Path) -> None:
     assert csv(tmp_path, "path, label , group\na.jpg, ants,p1\n") == [Sample(b"a.jpg", "ants", None, b"p1")]
 
 
+def test_the_case_of_column_names_does_not_matter(tmp_path: Path) -> None:
+    expected = [Sample(b"a.jpg", "ants", "test", b"p1"), Sample(b"b.jpg", "bees", "train", b"p2")]
+    assert csv(tmp_path, "Path,LABEL,Split,Group\na.jpg,ants,Test,p1\nb.jpg,bees,Train,p2\n") == expected
+    columns = {"Path": ["a.jpg", "b.jpg"], "Label": ["ants", "bees"], "SPLIT": ["test", "train"], "Group": ["p1", "p2"]}
+    assert parquet(tmp_path, columns) == expected
+    with pytest.raises(BadDataError, match=r"two columns are called 'Split' and 'split'; rename or remove one of them"):
+        csv(tmp_path, "path,split,Split\na.jpg,train,test\n")
+    targets = Task.named("regression", ["Label"])  # what is asked for by its name keeps it
+    assert csv(tmp_path, "path,Label,label\na.jpg,1.5,ants\n", task=targets)[0].targets == (1.5,)
+
+
+def test_columns_that_are_not_used_are_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    csv(tmp_path, "path,label,lable,camera,a,b,c,d\n" + "".join(f"{i}.jpg,x,,,,,,\n" for i in range(3)))
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
+        "these columns are not used: 'lable', 'camera', 'a', 'b', 'c' and 1 more"
+    ]
+
+
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
 def test_utf16_with_its_mark_is_read(tmp_path: Path, encoding: str) -> None:
     assert csv(tmp_path, "\ufeffpath,label\nü.jpg,bées\n".encode(encoding)) == [Sample("ü.jpg".encode(), "bées")]

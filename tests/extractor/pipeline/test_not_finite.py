@@ -176,7 +176,7 @@ def test_every_format_says_so(bad: str, trained: Callable[[str], Bundle], folder
     assert code == 3
     rows = list(csv.DictReader(io.StringIO(said)))
     assert [row["code"] for row in rows] == [*[""] * 4, "not_finite", *[""] * 5]
-    assert {rows[4][key] for key in ("label", "probability", "blue", "red", "novelty")} == {""}
+    assert {rows[4][key] for key in ("label", "probability", "p_blue", "p_red", "novelty")} == {""}
     assert all(row["label"] in ("red", "blue") for i, row in enumerate(rows) if i != 4)
     assert table.splitlines()[4] == f"{paths[4]}\tnot_finite: the network gives NaN or infinity for this image"
     for place in (bundle.path, folder / "logistic.onnx"):

@@ -540,7 +540,7 @@ def test_other_tasks_take_the_same_way(photos: Path, backbone: Backbone, tmp_pat
     files = sorted(photos.rglob("[0-9].png"))
     lines = [f"{file.relative_to(photos)},{file.parent.name},{i}" for i, file in enumerate(files)]
     (tmp_path / "list.csv").write_text("path,label,number\n" + "\n".join(lines) + "\n")
-    for task, targets in (("multi-label", ()), ("regression", ("number",))):
+    for task, targets, prefix in (("multi-label", (), "p_"), ("regression", ("number",), "value_")):
         cache = extract(
             open_source(tmp_path / "list.csv", root=photos, task=task, targets=targets),
             backbone,
@@ -552,7 +552,7 @@ def test_other_tasks_take_the_same_way(photos: Path, backbone: Backbone, tmp_pat
         code, out, _ = penult("predict", bundle.path, photos / kept.paths[0].decode(), "--format", "csv", "--device", "cpu")
         assert code == 0
         [row] = csv.DictReader(io.StringIO(out))
-        assert [float(row[name]) for name in bundle.classes] == pytest.approx(
+        assert [float(row[prefix + name]) for name in bundle.classes] == pytest.approx(
             kept.probabilities[0].tolist(), rel=1e-3, abs=1e-3
         )
 
