@@ -26,6 +26,8 @@ from extractor.data.reader import WorkerPool, ahead
 from extractor.data.sources import refuse_archive, refuse_ours
 from extractor.futures import in_flight
 from extractor.graphs.backbone_facts import PROBE_IMAGE, facts_of, require_features
+from extractor.graphs.graph import keep_zero_padding
+from extractor.graphs.onnx_file import read_model
 from extractor.graphs.parity import relative_l2
 from extractor.pixels.decoder import Decoder
 from extractor.pixels.images import ImageError
@@ -35,7 +37,7 @@ from extractor.pixels.views import Views
 from extractor.precision.registry import precision_of
 from extractor.progress import StopFlag
 from extractor.runtime.session import Embedder, resolve_device
-from store.errors import BadDataError, InputMissingError
+from store.errors import BadDataError, FingerprintMismatchError, InputMissingError
 from store.fingerprint import Fingerprint
 from store.format.shard import as_stored
 
@@ -145,6 +147,12 @@ class Predictor:
                 message = f"{file} has no metadata of penult, so it is not the network that {bundle.name} was trained with"
                 raise BadDataError(message)
             require_features(facts, bundle.fingerprint, mine=str(file), theirs=f"the head of {bundle.name}")
+            if facts.name == "onnx" and not facts.zero_padded_pooling and keep_zero_padding(read_model(file)):
+                message = (
+                    f"{bundle.name} was trained on features that ONNX Runtime computed wrongly: its network pads a max pooling "
+                    f"with zeros, which were taken for minus infinity (max_pool_padding). Extract and train again"
+                )
+                raise FingerprintMismatchError(message)
 
         recipe = Recipe(
             bundle.path / "backbone.onnx",

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from extractor.graphs import backbone_facts, onnx_file
 from extractor.graphs.backbone_facts import BackboneFacts, Layer
 from extractor.graphs.cpu_session import cpu_session
-from extractor.graphs.graph import Graph, cut, pooling_nodes, spatial_axes
+from extractor.graphs.graph import Graph, cut, keep_zero_padding, pooling_nodes, spatial_axes
 from extractor.graphs.parity import PARITY, relative_l2
 from extractor.runtime.session import MAX_DIM
 from store.errors import BadDataError, UsageError, did_you_mean
@@ -86,7 +86,15 @@ def import_onnx(backbone: Backbone, target: Path) -> BackboneFacts:
             raise BadDataError(message)
         ends.append(([*nodes, _cast(f"{output}_raw", output, "float32")], output, dim))
         feature_sets.append(Layer(tensor, kind, dim, output))
-    facts = BackboneFacts("onnx", file.name, digest, tuple(feature_sets), preprocess, source=f"from {file.name}")
+    facts = BackboneFacts(
+        "onnx",
+        file.name,
+        digest,
+        tuple(feature_sets),
+        preprocess,
+        source=f"from {file.name}",
+        zero_padded_pooling=keep_zero_padding(model),
+    )
     with onnx_file.replacing(target) as new:
         return _write(model, begin, ends, facts, pixels, expected, new)
 
@@ -187,8 +195,9 @@ def _own(backbone: Backbone, facts: BackboneFacts, model: Any, digest: str, targ
     if superfluous:
         message = f"{file} describes its own input and features: leave {', '.join(superfluous)} out"
         raise UsageError(message)
-    facts = replace(facts, weights_sha256=digest)  # the digest in its metadata may be forged
     load_data(model, file)
+    padded = keep_zero_padding(model) or facts.zero_padded_pooling
+    facts = replace(facts, weights_sha256=digest, zero_padded_pooling=padded)  # the digest in its metadata may be forged
     del model.metadata_props[:]
     backbone_facts.write_facts(model, facts)
     with onnx_file.replacing(target) as new:
@@ -276,7 +285,7 @@ def run_whole(
         path = Path(folder) / "whole.onnx"
         onnx_file.save(whole, path)
         try:
-            session = cpu_session(path)
+            session = cpu_session(path, optimised=False)  # what the graph says, whatever an optimiser makes of it
             for start in range(0, len(pixels), step):
                 part = pixels[start : start + step]
                 padded = np.concatenate([part, np.zeros((step - len(part), *part.shape[1:]), np.float32)])

@@ -53,6 +53,8 @@ class BackboneFacts:
         precision: ``fp32``, ``int8`` (made by `int8`) or ``fp16`` (made by `float16`).
         calibration: how it was converted: ``sha256`` of what decided the numbers, layers kept in float, measurements. For int8
             also method, number of images, digest of their pixels, and every candidate that was tried. Empty for fp32.
+        zero_padded_pooling: a max pooling has zeros around it, see `graph.keep_zero_padding`. Files from before that was known
+            do not say so, and their features are others.
     """
 
     name: str
@@ -64,6 +66,7 @@ class BackboneFacts:
     source: str = ""
     precision: str = "fp32"
     calibration: dict[str, Any] = field(default_factory=dict)
+    zero_padded_pooling: bool = False
 
     @property
     def layer(self) -> str:
@@ -110,6 +113,8 @@ class BackboneFacts:
         shared = {"backbone": self.name, "weights": self.weights_sha256, "pixels": self.preprocess.fingerprint()}
         if self.precision != "fp32":  # another calibration gives other features
             shared |= {"precision": self.precision, "calibration": self.calibration["sha256"]}
+        if self.zero_padded_pooling:
+            shared |= {"max_pool_padding": "zeros"}
         return [{**shared, "layer": each.layer, "pooling": each.pooling} for each in self.layers]
 
 

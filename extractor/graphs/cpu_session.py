@@ -8,6 +8,10 @@ from typing import Any
 
 import numpy as np
 
+# Optimiser passes of ONNX Runtime that change what a graph computes: Pad_Fusion pads a max pooling with minus infinity
+# instead of the zeros that the graph says.
+WRONG_FUSIONS = ("Pad_Fusion",)
+
 
 def cpu_session(model: Path | bytes, *, threads: int = 0, optimised: bool = True, **attributes: Any) -> Any:
     """Open an ONNX Runtime session on the CPU, from a file or its bytes.
@@ -42,7 +46,9 @@ def _open(model: bytes | str, options: Any) -> Any:
     import onnxruntime
 
     # ONNX Runtime's own fallback, from the CPU to the CPU, would print
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+    return onnxruntime.InferenceSession(
+        model, options, providers=["CPUExecutionProvider"], enable_fallback=0, disabled_optimizers=list(WRONG_FUSIONS)
+    )
 
 
 @cache

@@ -221,6 +221,54 @@ def name_nodes(graph: Any) -> None:
         node.name = node.name or next(free)
 
 
+def keep_zero_padding(model: Any) -> bool:
+    """Keep the zeros that pad the input of a max pooling; return whether there are any.
+
+    ONNX Runtime's Pad_Fusion makes them minus infinity, which is something else if the values before may all be negative. So
+    the padding becomes a zero that is computed from the batch size, which no optimiser knows. In a graph of an opset before
+    11 the padding is an attribute and stays; `cpu_session.WRONG_FUSIONS` are off in any case.
+    """
+    from onnx import TensorProto, helper
+
+    made_by = {name: node for node in model.graph.node for name in node.output}
+    pads = [made_by[node.input[0]] for node in model.graph.node if node.op_type == "MaxPool" and node.input[0] in made_by]
+    pads = [node for node in pads if node.op_type == "Pad" and _is_zero_padding(model.graph, node)]
+    opset = max((each.version for each in model.opset_import if each.domain in ("", "ai.onnx")), default=1)
+    kind = TensorProto.FLOAT16 if in_float16(model.graph) else TensorProto.FLOAT
+    for number, pad in enumerate({id(node): node for node in pads}.values() if opset >= 11 else ()):
+        name, values = f"penult_zero{number}", pad.input[0]
+        nodes = [
+            helper.make_node("Shape", [values], [f"{name}_shape"]),
+            helper.make_node("Constant", [], [f"{name}_index"], value=helper.make_tensor("", TensorProto.INT64, [], [0])),
+            helper.make_node("Gather", [f"{name}_shape", f"{name}_index"], [f"{name}_batch"]),
+            helper.make_node("Sub", [f"{name}_batch", f"{name}_batch"], [f"{name}_integer"]),
+            helper.make_node("Cast", [f"{name}_integer"], [name], to=kind),
+        ]
+        place = next(i for i, node in enumerate(model.graph.node) if node is pad or list(node.output) == list(pad.output))
+        for node in reversed(nodes):
+            model.graph.node.insert(place, node)
+        kept = model.graph.node[place + len(nodes)]
+        del kept.input[2:3]
+        kept.input.insert(2, name)
+    return bool(pads)
+
+
+def _is_zero_padding(graph: Any, pad: Any) -> bool:
+    """Whether a Pad fills with a constant zero, the one case that Pad_Fusion takes."""
+    from onnx import numpy_helper
+
+    attributes = {each.name: each for each in pad.attribute}
+    if "mode" in attributes and attributes["mode"].s != b"constant":
+        return False
+    if "value" in attributes:  # before opset 11
+        return float(attributes["value"].f) == 0
+    if len(pad.input) < 3 or not pad.input[2]:
+        return True
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    constants |= {node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant"}
+    return pad.input[2] in constants and not numpy_helper.to_array(constants[pad.input[2]]).any()
+
+
 def in_float16(graph: Any) -> bool:
     """Whether the weights of all layers are float16."""
     from onnx import TensorProto

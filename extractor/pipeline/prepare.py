@@ -12,7 +12,8 @@ from extractor.backbones.export import export
 from extractor.backbones.onnx_input import read_sidecar
 from extractor.backbones.registry import Backbone
 from extractor.graphs.backbone_facts import BackboneFacts, read_facts
-from extractor.graphs.onnx_file import data_files, digest, install, remove, remove_unfinished
+from extractor.graphs.graph import keep_zero_padding
+from extractor.graphs.onnx_file import data_files, digest, install, read_model, remove, remove_unfinished
 from extractor.pixels.pixel_drift import libraries
 from extractor.pixels.views import Views
 from extractor.precision.calibration import without
@@ -68,7 +69,12 @@ def prepare_backbone(
         request["precision"] = precision.name
     request = json.loads(json.dumps(request))
     before = {} if overwrite else (writer.meta or {}).get("facts", {})
-    if path.is_file() and before.get("request") == request and before.get("backbone_sha256") == _recorded_digest(path, before):
+    same = path.is_file() and before.get("request") == request
+    if (
+        same
+        and before.get("backbone_sha256") == _recorded_digest(path, before)
+        and not _from_before_zero_padding(path, backbone)
+    ):
         log.info("using %s as exported before", path)
         return read_facts(path), {key: before[key] for key in NOTES if key in before}
     if backbone.seed is not None:
@@ -114,6 +120,15 @@ def prepare_backbone(
     if facts.calibration:
         notes["calibration"] = facts.calibration
     return facts, notes
+
+
+def _from_before_zero_padding(path: Path, backbone: Backbone) -> bool:
+    """Whether a cache's custom network pads a max pooling with zeros, and was imported before that was kept."""
+    return (
+        backbone.is_file
+        and not read_facts(path).zero_padded_pooling
+        and keep_zero_padding(read_model(path))  # of a copy in memory
+    )
 
 
 def _recorded_digest(path: Path, notes: dict[str, Any]) -> str | None:

@@ -87,6 +87,7 @@ class Cuda:
         import onnx
         import onnxruntime
 
+        from extractor.graphs.cpu_session import WRONG_FUSIONS
         from extractor.graphs.graph import in_float16
         from extractor.graphs.onnx_file import read_model
 
@@ -97,7 +98,13 @@ class Cuda:
         choice = providers(device, tensor_cores=tf32 or in_float16(nodes))
         try:  # its own fallback to the CPU would print, and continue
             with hushed(onnxruntime):
-                session = onnxruntime.InferenceSession(graph or str(model), options, providers=choice, enable_fallback=0)
+                session = onnxruntime.InferenceSession(
+                    graph or str(model),
+                    options,
+                    providers=choice,
+                    enable_fallback=0,
+                    disabled_optimizers=list(WRONG_FUSIONS),
+                )
         except Exception as error:
             message = f"--device {device}: {reason(error)}"
             raise DeviceUnavailableError(message) from error

@@ -9,7 +9,7 @@ import ctypes
 import logging
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from threading import Barrier, Thread
@@ -124,7 +124,14 @@ class FakeRuntime(types.ModuleType):
                     return onnxruntime.InferenceSession(model, options, providers=providers)
                 return super().__new__(cls)
 
-            def __init__(self, model: Any, options: Any, providers: list[Any], enable_fallback: int = 1) -> None:
+            def __init__(
+                self,
+                model: Any,
+                options: Any,
+                providers: list[Any],
+                enable_fallback: int = 1,
+                disabled_optimizers: Sequence[str] = (),
+            ) -> None:
                 assert not enable_fallback, "the real one prints to stdout and goes on with the CPU"
                 assert fake.severities[-1] == 4, "the real one would log to the terminal"
                 self.options = options
