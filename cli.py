@@ -13,6 +13,7 @@ import io
 import os
 import signal
 import sys
+from typing import Any
 
 import click
 
@@ -59,6 +60,10 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
 }
 
 
+class ClosedPipeError(Exception):
+    """Nobody reads the output any more."""
+
+
 class Penult(click.Group):
     """The group of the commands in the table; each is imported when it is called."""
 
@@ -80,6 +85,12 @@ class Penult(click.Group):
             message = f"no command {name!r}{did_you_mean(name, self.list_commands(ctx), 'penult --help lists them')}"
             raise click.UsageError(message, ctx)
         return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:  # click would exit with 1
+            raise ClosedPipeError from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for heading, section in COMMANDS.items():
@@ -111,6 +122,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         code = cli.main(prog_name="penult", standalone_mode=False)
+        sys.stdout.flush()
     except click.exceptions.Exit as error:
         code = error.exit_code
     except click.ClickException as error:
@@ -118,7 +130,7 @@ def main() -> None:
         code = 2
     except (click.Abort, KeyboardInterrupt):
         code = 130
-    except BrokenPipeError:  # `penult predict ... | head`: the reader is gone, and Python must not complain at exit
+    except (ClosedPipeError, BrokenPipeError):  # `penult predict ... | head`; Python must not complain at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     except PenultError as error:
