@@ -163,5 +163,15 @@ def raise_answered(answer: Mapping[str, Any], *others: type[PenultError]) -> Non
 
 def display(path: bytes) -> str:
     """A path as printable text: bytes that are not UTF-8, and control characters, become ``\\xNN``; safe in a terminal."""
-    text = path.decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return printable(path.decode("utf-8", "backslashreplace"))
+
+
+def printable(text: str, keep: str = "") -> str:
+    r"""Text that is safe in a terminal: control characters, and those that turn or hide text, are escaped, but for ``keep``.
+
+    >>> print(printable("two\nlines, \x1b[31mred"))
+    two\nlines, \x1b[31mred
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)

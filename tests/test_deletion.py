@@ -463,11 +463,8 @@ PLACES = {  # where something is deleted or replaced; whoever adds one says in i
     },  # a model under a temporary name; data that is marked as ours
     "extractor/pipeline/prepare.py": {"replace": 1},  # one temporary name by another
     "extractor/backbones/weights.py": {"unlink": 1, "rename": 1},  # a download; a file of torchvision's that is damaged
-    "classifiers/bundles/bundle_folder.py": {
-        "unlink": 1,
-        "rmdir": 1,
-        "rename": 3,
-    },  # the files of a bundle; a folder of nothing else
+    # the files of a bundle; a folder of nothing else; the old bundle that is replaced
+    "classifiers/bundles/bundle_folder.py": {"unlink": 2, "rmdir": 2, "rename": 5, "replace": 1},
     "classifiers/finetuning/checkpoints.py": {"unlink": 3, "rmdir": 1},  # the files of an unfinished fine-tuning
     "classifiers/finetuning/ranks.py": {"unlink": 1},  # failure.json of an unfinished fine-tuning
     "classifiers/demo.py": {"unlink": 1},  # digits

@@ -40,7 +40,8 @@ from store.fingerprint import VIEWS, Fingerprint
 from store.format import atomic, hdf5, json_text
 from store.format.lock import folder_lock
 
-from .bundle_folder import NOVELTY, install, refuse_existing, remove_folder, remove_leftovers
+from .bundle_folder import NOVELTY, install, put_back, refuse_existing, remove_folder, remove_leftovers
+from .head_json import require_head, require_predictions, require_shape
 from .novelty import Novelty
 
 log = logging.getLogger("penult.classifiers")
@@ -179,16 +180,20 @@ class Bundle:
             BadDataError: its facts cannot be read or have a newer format, or a file was changed.
         """
         path = Path(path)
+        put_back(path)
         if not (path / "head.json").is_file():
             message = f"{path} is not a bundle (it has no head.json); `penult train` and `penult finetune` make one"
             raise InputMissingError(message)
         try:
             facts = json.loads((path / "head.json").read_text("utf-8"))
             require_format(path, facts.pop("format"), FORMAT_VERSION)
+            require_shape(facts)
             backbone = BackboneFacts.from_json(json.dumps(facts.pop("backbone")))
             facts["metrics"] = _with_scores(facts["metrics"])
             bundle = cls(path=path, backbone=backbone, fingerprint=Fingerprint(facts.pop("fingerprint")), **facts)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            require_head(bundle, task_of_bundle(bundle))
+            bundle.views  # noqa: B018 - whether they can be read
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             if isinstance(error, BadDataError):
                 raise
             message = f"{path}/head.json does not describe a head: {error}"
@@ -221,26 +226,28 @@ class Bundle:
             raise BadDataError(message)
         with hdf5.open_checked(self.path / "predictions.h5", PREDICTIONS) as (datasets, attrs):
             require_finite(datasets["probabilities"][()], f"{self.path}/predictions.h5")
-            raw = datasets["sha256"][()].tobytes()
+            raw = _digests(self.path, datasets["sha256"])
             if "truth" in datasets:
                 labels: NDArray[Any] = datasets["truth"][()]
             else:
                 names = [value.decode() for value in hdf5.unpack_strings(datasets, "label-names")]
                 labels = np.array(names, dtype=str)[datasets["label"][()]]
-            return Predictions(
-                sha256=[raw[i : i + 32] for i in range(0, len(raw), 32)],
+            predictions = Predictions(
+                sha256=raw,
                 paths=hdf5.unpack_strings(datasets, "path"),
                 labels=labels,
                 probabilities=datasets["probabilities"][()],
                 split=str(attrs["split"]),
             )
+            require_predictions(predictions, self, task_of_bundle(self))
+            return predictions
 
     def novelty(self) -> Novelty | None:
         """The novelty scores of this bundle; None if there were too few training images."""
         if NOVELTY not in self.files:
             return None
         self.require_saved(NOVELTY, _digest(self.path / NOVELTY))
-        return Novelty.load(self.path / NOVELTY)
+        return Novelty.load(self.path / NOVELTY, self.backbone.dim)
 
     def as_estimator(self) -> Any:
         """The head as a fitted scikit-learn classifier, or regressor, on features ``(n, d)``; fitting it again changes nothing.
@@ -260,13 +267,12 @@ class Bundle:
         """
         data = (self.path / "head.onnx").read_bytes()
         self.require_saved("head.onnx", hashlib.sha256(data).hexdigest())
-        return head_function(data, self.path / "head.onnx")
+        return head_function(data, self.path / "head.onnx", self.backbone.dim, len(self.classes))
 
     def fitted(self) -> set[bytes]:
         """Content digests of every image that was fitted or chosen on."""
         with hdf5.open_checked(self.path / "predictions.h5", PREDICTIONS) as (datasets, _):
-            raw = datasets["fitted"][()].tobytes()
-        return {raw[i : i + 32] for i in range(0, len(raw), 32)}
+            return set(_digests(self.path, datasets["fitted"]))
 
 
 def save_bundle(
@@ -367,20 +373,31 @@ def _with_scores(metrics: dict[str, Any] | None) -> dict[str, Any] | None:
     return metrics
 
 
+def _digests(path: Path, dataset: Any) -> list[bytes]:
+    """The digests in a dataset of ``predictions.h5``."""
+    if dataset.shape[1:] != (32,) or dataset.dtype != np.uint8:
+        message = f"{path}/predictions.h5: digests of shape {dataset.shape} and type {dataset.dtype}; expected 32 bytes each"
+        raise BadDataError(message)
+    raw = dataset[()].tobytes()
+    return [raw[i : i + 32] for i in range(0, len(raw), 32)]
+
+
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def head_function(data: bytes, path: Path) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+def head_function(data: bytes, path: Path, dim: int, outputs: int) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
     """The ONNX file of a head as a function from features to probabilities, on the CPU, after checking what it uses.
 
     Args:
         data: content of the file.
         path: of the file, for messages.
+        dim: length of a feature vector.
+        outputs: how many numbers it must give for each.
 
     Raises:
-        BadDataError: it is not ONNX, or uses non-standard operators or data from other files.
+        BadDataError: it is not ONNX, uses non-standard operators or data from other files, or has other inputs or outputs.
     """
     import onnx
 
@@ -396,10 +413,18 @@ def head_function(data: bytes, path: Path) -> Callable[[NDArray[np.float32]], ND
         message = f"{path} uses {foreign}; a head may use only standard operators and its own data"
         raise BadDataError(message)
     session = cpu_session(data, threads=min(os.cpu_count() or 1, 4))
+    inputs = [(each.name, list(each.shape)[1:]) for each in session.get_inputs()]
+    if inputs != [("features", [dim])]:
+        message = f"{path} takes {inputs}; expected features of width {dim}"
+        raise BadDataError(message)
 
     def probabilities(features: NDArray[np.float32]) -> NDArray[np.float32]:
         parts = np.split(features.astype(np.float32), range(BLOCK, len(features), BLOCK))
-        return np.concatenate([session.run(None, {"features": part})[0] for part in parts])
+        numbers = np.concatenate([session.run(None, {"features": part})[0] for part in parts])
+        if numbers.shape != (len(features), outputs):
+            message = f"{path} gives outputs of shape {numbers.shape[1:]}; its head.json has names for {outputs}"
+            raise BadDataError(message)
+        return numbers
 
     return probabilities
 

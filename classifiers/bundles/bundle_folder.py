@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import json
 import logging
 import re
@@ -21,20 +23,62 @@ BUNDLE_FILES = {"backbone.onnx", "head.onnx", "head.json", NOVELTY, "predictions
 
 
 def install(finished: Path, target: Path) -> None:
-    """Move a finished bundle folder to its place; an existing bundle stays there until the new one is complete.
+    """Move a finished bundle folder to its place; the old or the new bundle is there at any time.
+
+    The two are exchanged in one step if the kernel can. Elsewhere two renames do it, and `put_back` undoes a half of them. In a
+    container, a folder of the image cannot be renamed at all; its files are then replaced one by one, and until the last one,
+    ``head.json``, the digests refuse what is there.
 
     Raises:
         OutputExistsError: the target is not a bundle, or holds other files.
     """
     refuse_existing(target, overwrite=True)  # hours may have passed since the first check
-    if target.exists():
-        old = target.with_name(f".{target.name}.{secrets.token_hex(6)}.old")
-        target.rename(old)
+    if not target.exists():
         finished.rename(target)
-        remove_folder(old)
+    elif atomic.exchange(finished, target):
+        remove_folder(finished)  # the old one
     else:
-        finished.rename(target)
+        _replace(finished, target)
     atomic.fsync_directory(target.parent)
+
+
+def _replace(finished: Path, target: Path) -> None:
+    old = target.with_name(f".{target.name}.{secrets.token_hex(6)}.old")
+    try:
+        target.rename(old)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        before = [item for item in target.iterdir() if not (finished / item.name).exists()]
+        for item in sorted(finished.iterdir(), key=lambda item: item.name == "head.json"):
+            item.replace(target / item.name)
+        for item in before:
+            item.unlink()
+        finished.rmdir()
+        return
+    try:
+        finished.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    remove_folder(old)
+
+
+def put_back(path: Path) -> None:
+    """Undo the first of two renames, if a run was killed between them and none is at work now."""
+    if path.exists() or not path.parent.is_dir():
+        return
+    with folder_lock(path.parent, alone=True) as alone:
+        old = [
+            left for left in path.parent.glob(f".{glob.escape(path.name)}.*.old") if _is_old(left, path) and _is_bundle(left)
+        ]
+        if alone and len(old) == 1 and not path.exists():
+            old[0].rename(path)
+            log.warning("%s is back: a run that would have replaced it was killed", path)
+
+
+def _is_old(item: Path, path: Path) -> bool:
+    return re.fullmatch(rf"\.{re.escape(path.name)}\.[0-9a-f]{{12}}\.old", item.name) is not None
 
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:
@@ -93,10 +137,10 @@ def _is_part(item: Path) -> bool:
 
 def remove_leftovers(path: Path) -> None:
     """Delete what killed runs left beside a bundle, unless another run writes there; an old bundle only if a new one exists."""
-    old = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{12}}\.old") if path.is_dir() else None
+    put_back(path)
     with folder_lock(path.parent, alone=True) as alone:
         for left in list(path.parent.iterdir()) if alone else ():
-            if atomic.final_name(left.name) == path.name != left.name or (old and old.fullmatch(left.name)):
+            if atomic.final_name(left.name) == path.name != left.name or (path.is_dir() and _is_old(left, path)):
                 remove_folder(left)
 
 

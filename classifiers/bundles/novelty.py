@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from classifiers.evaluation.intervals import wilson
 from classifiers.heads.solvers.cosines import nearest, unit_rows
 from store.cache import Subset
+from store.errors import CorruptCacheError
 from store.format import hdf5
 from store.format.lazy_features import LazyFeatures
 
@@ -82,14 +83,19 @@ class Novelty:
         return hdf5.build(ENCODING_TYPE, datasets, {"rows": len(self.reference)})[0]
 
     @classmethod
-    def load(cls, path: Path) -> Self:
-        """Read a ``novelty.h5``.
+    def load(cls, path: Path, dim: int) -> Self:
+        """Read a ``novelty.h5`` for features of length ``dim``.
 
         Raises:
-            CorruptCacheError: the file is damaged.
+            CorruptCacheError: the file is damaged, or is not for these.
         """
         with hdf5.open_checked(path, ENCODING_TYPE) as (datasets, _):
-            return cls(datasets["reference"][()].astype(np.float32), float(datasets["usual"][0]))
+            reference, usual = datasets["reference"][()].astype(np.float32), float(datasets["usual"][0])
+        fits = reference.ndim == 2 and reference.shape[1] == dim and len(reference) >= NEIGHBOUR
+        if not fits or not np.isfinite(reference).all() or not 0 < usual < math.inf:
+            message = f"{path}: features {reference.shape} and a distance of {usual:g} are no reference for {dim} features"
+            raise CorruptCacheError(message)
+        return cls(reference, usual)
 
 
 def novel_share(scores: NDArray[np.float32]) -> dict[str, Any]:

@@ -136,6 +136,17 @@ def write_error(error: OSError) -> type[OutputError | StorageError]:
     return OutputError if error.errno in place else StorageError
 
 
+def exchange(first: Path, second: Path) -> bool:
+    """Swap two files or folders in one step, so that each name always has one of them; False if that is not possible here.
+
+    Linux has it (renameat2 with RENAME_EXCHANGE), on most file systems.
+    """
+    import ctypes
+
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    return renameat2 is not None and renameat2(-100, os.fsencode(first), -100, os.fsencode(second), 2) == 0  # -100: AT_FDCWD
+
+
 def fsync_directory(path: Path) -> None:
     """Make the names in a directory durable; a rename alone may be lost in a power failure."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

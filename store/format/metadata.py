@@ -10,14 +10,31 @@ from pathlib import Path
 from typing import Any
 
 from store.errors import CorruptCacheError, require_format
-from store.fingerprint import Fingerprint
+from store.fingerprint import MAX_VIEWS, VIEWS, Fingerprint
 
-from . import shard
+from . import json_text, shard
 from .samples import SampleTable
 
 FORMAT_VERSION = 1
 BACKBONE = "backbone.onnx"
 PER_SET = {"layer": None, "pooling": None}  # fields that may differ between the feature sets of one cache
+FINGERPRINT = {
+    "layer?": str,
+    "storage?": str,
+    "precision?": str,
+    "calibration?": str,
+    "pixels?": dict,
+    f"{VIEWS}?": {"count": int},
+}
+FACTS = {
+    "backbone_sha256?": str,
+    "backbone_data?": [str],
+    "weights?": str,
+    "source?": (str, None),
+    "calibration?": dict,
+    "request?": dict,
+}
+SHAPE = {"fingerprint": FINGERPRINT, "more?": [FINGERPRINT], "facts": FACTS}  # what is read of cache.json
 
 
 def shard_paths(cache: Path) -> list[Path]:
@@ -36,7 +53,7 @@ def read_meta(cache: Path) -> dict[str, Any]:
         if isinstance(meta, dict) and meta.pop("sha256", None) not in (None, _meta_sha256(meta)):
             message = "the content is not what was written"
             raise ValueError(message)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         fingerprints = set()
         for path in shard_paths(cache):
             with suppress(CorruptCacheError):  # the other shards have it too
@@ -45,12 +62,33 @@ def read_meta(cache: Path) -> dict[str, Any]:
         if not sets or len({json.dumps({**fields, **PER_SET}, sort_keys=True) for fields in sets}) != 1:
             message = f"{cache}: cache.json is lost and the shards have {len(sets)} different fingerprints"
             raise CorruptCacheError(message) from None
-        return describe_sets(sets, {})
-    if not isinstance(meta, dict) or not isinstance(meta.get("fingerprint"), dict):
+        meta = describe_sets(sets, {})
+    if not isinstance(meta, dict):
         message = f"{cache}/cache.json is not a cache description"
         raise CorruptCacheError(message)
     require_format(cache, meta.get("format"), FORMAT_VERSION)
+    require_description(meta, f"{cache}/cache.json")
     return meta
+
+
+def require_description(meta: Mapping[str, Any], file: str) -> None:
+    """Refuse a description of a cache whose parts are not what its readers rely on.
+
+    Args:
+        meta: the content of ``cache.json``.
+        file: where it was read, for the message.
+
+    Raises:
+        CorruptCacheError: names the field.
+    """
+    reason = json_text.misfit(meta, SHAPE)
+    counts = [] if reason else [fields[VIEWS]["count"] for fields in all_fingerprints(meta) if VIEWS in fields]
+    wrong = [count for count in counts if not 2 <= count <= MAX_VIEWS]
+    if wrong:
+        reason = f"{wrong[0]} views of an image; expected 2 to {MAX_VIEWS}"
+    if reason:
+        message = f"{file} is not a cache description: {reason}"
+        raise CorruptCacheError(message)
 
 
 def describe_sets(fingerprints: Sequence[Mapping[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
