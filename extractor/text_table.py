@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from rich.cells import cell_len
 
+from store.errors import printable
+
 GAP = 3  # between two columns
 EDGES = 2  # at both ends of a line
 READABLE = 16  # characters that a column of text gets at least, if it needs them
@@ -14,7 +16,8 @@ READABLE = 16  # characters that a column of text gets at least, if it needs the
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1, width: int | None = None) -> str:
     """Format a table; the first ``left`` columns are text, the others numbers. ``width`` in characters; None is the terminal's.
 
-    Text is wrapped if needed, a number never: a table that is still too wide is transposed, or becomes a list.
+    Text is wrapped if needed, a number never: a table that is still too wide is transposed, or becomes a list. Control
+    characters are escaped.
     """
     from rich import box
     from rich.console import Console
@@ -22,7 +25,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 
     from rich.text import Text
 
     console = Console(width=width, highlight=False)
-    rows = list(rows)
+    columns, rows = [printable(name) for name in columns], [[printable(cell) for cell in row] for row in rows]
     if narrowest(columns, rows, left) > console.width:
         transposed = [columns[0], *(row[0] for row in rows)], [[*cells] for cells in zip(columns, *rows, strict=True)][1:]
         if narrowest(*transposed, 1) <= console.width:
@@ -36,9 +39,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 
     grid = Table(box=box.SIMPLE, pad_edge=False)
     for i, column in enumerate(columns):
         if i < left:
-            grid.add_column(column, overflow="fold")
+            grid.add_column(Text(column), overflow="fold")  # text, so that no name is taken for markup
         else:  # its heading may be broken between words, a number never
-            grid.add_column(column, justify="right", width=None if fits else widths[i])
+            grid.add_column(Text(column), justify="right", width=None if fits else widths[i])
     for row in rows:
         grid.add_row(*(Text(cell) for cell in row))
     with console.capture() as capture:

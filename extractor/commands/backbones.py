@@ -16,6 +16,7 @@ from extractor.commands.console import (
     overwrite_option,
     print_json,
     print_table,
+    say,
 )
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def backbones(name: str | None, *, with_layers: bool, as_json: bool) -> None:
         return print_table(("layer", "module", "shape", "features"), listed, left=2)
     first = layers[0]
     pooled = ", averaged" if first["pooling"] == "average" else ""
-    click.echo(f"{name}: {first['dim']} features, the {first['module']}{pooled}; --layers lists {len(layers) - 1} more layers")
+    say(f"{name}: {first['dim']} features, the {first['module']}{pooled}; --layers lists {len(layers) - 1} more layers")
     print_table(
         ("weights", "licence", "interpolation", "input", "resize", "top-1"),
         [
@@ -95,7 +96,7 @@ def export(settings: ExportSettings, output: Path, *, overwrite: bool) -> None:
     require_free(output, overwrite=overwrite)
     facts = export_backbone(settings.network(), output)
     for layer in facts.layers:
-        click.echo(f"{output}: {facts.name} ({facts.weights}), {layer.dim} features, {layer.layer}, pooling {layer.pooling}")
+        say(f"{output}: {facts.name} ({facts.weights}), {layer.dim} features, {layer.layer}, pooling {layer.pooling}")
 
 
 def shape_text(shape: Sequence[int]) -> str:

@@ -6,7 +6,16 @@ from pathlib import Path
 
 import click
 
-from extractor.commands.console import FOLDER, Command, json_option, one_layer_option, overwrite_option, print_json, print_table
+from extractor.commands.console import (
+    FOLDER,
+    Command,
+    json_option,
+    one_layer_option,
+    overwrite_option,
+    print_json,
+    print_table,
+    say,
+)
 
 
 @click.command(cls=Command)
@@ -30,20 +39,20 @@ def info(cache: Path, layer: str | None, *, as_json: bool) -> None:
         return print_json(facts)
     counts = facts["counts"]
     each = f" in {facts['views']} views each" if facts["views"] > 1 else ""
-    click.echo(f"{cache}: {facts['rows']} rows{each} of {facts['dim']} {facts['dtype']} features in {facts['shards']} shard(s)")
-    click.echo(f"{counts['inputs']} inputs = {counts['ok']} ok + {counts['duplicates']} duplicates + {counts['failed']} failed")
+    say(f"{cache}: {facts['rows']} rows{each} of {facts['dim']} {facts['dtype']} features in {facts['shards']} shard(s)")
+    say(f"{counts['inputs']} inputs = {counts['ok']} ok + {counts['duplicates']} duplicates + {counts['failed']} failed")
     if len(facts["layers"]) > 1:
-        click.echo(f"features of {', '.join(facts['layers'])}; these are those of {opened.layer} (--layer shows others)")
+        say(f"features of {', '.join(facts['layers'])}; these are those of {opened.layer} (--layer shows others)")
     splits = facts["splits"]
     labels = [(label, *(str(per.get(s, 0)) for s in splits), str(sum(per.values()))) for label, per in facts["labels"].items()]
     print_table(("label", *splits, "images"), labels)
     made = facts["facts"]
     if "weights" in made:
-        click.echo(", ".join(filter(None, [f"weights {made['weights']}", made.get("source")])))
+        say(", ".join(filter(None, [f"weights {made['weights']}", made.get("source")])))
     if "calibration" in made:
-        click.echo(precision_of(facts["fingerprint"]["precision"]).describe(made["calibration"]))
+        say(precision_of(facts["fingerprint"]["precision"]).describe(made["calibration"]))
     for name, target in facts["targets"].items():
-        click.echo(f"target {name}: {target['given']} given, {target['min']} to {target['max']}")
+        say(f"target {name}: {target['given']} given, {target['min']} to {target['max']}")
     if facts["failures"]:
         print_table(("failed", "code", "message"), [(f["path"], f["code"], f["message"]) for f in facts["failures"]], left=3)
     leaves = opened.fingerprint.leaves().items()
@@ -67,12 +76,12 @@ def verify(cache: Path, *, as_json: bool) -> None:
     if as_json:
         print_json([finding.to_json() for finding in findings])
     for finding in [] if as_json else findings:
-        click.echo(f"{finding.file}\t{finding.problem}")
+        say(f"{finding.file}\t{finding.problem}")
     if findings:
         message = f"{cache}: {len(findings)} finding(s); run the extract command that made it again to repair it"
         raise CorruptCacheError(message)
     if not as_json:
-        click.echo(f"{cache}: sound")
+        say(f"{cache}: sound")
 
 
 @click.command(cls=Command)
@@ -105,7 +114,7 @@ def compact(cache: Path, output: Path | None, dtype: str, layer: str | None, *, 
         require_free(output, overwrite=overwrite)
     if prune:
         removed, kept = prune_cache(cache)
-        click.echo(f"{cache}: {removed} rows removed, {kept} kept")
+        say(f"{cache}: {removed} rows removed, {kept} kept")
     if output:
         rows = write_compact(FeatureCache(cache, layer), output, dtype=dtype, overwrite=overwrite)
-        click.echo(f"{output}: {rows} rows, {output.stat().st_size / 2**20:.1f} MiB")
+        say(f"{output}: {rows} rows, {output.stat().st_size / 2**20:.1f} MiB")

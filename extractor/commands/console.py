@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from store.errors import printable
 from store.format import json_text
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class _StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        click.echo(prefix + record.getMessage(), err=True)
+        say(prefix + record.getMessage(), err=True)
 
 
 def _set_loudness(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:  # noqa: FBT001 - click calls it so
@@ -193,6 +194,22 @@ def _option(model: type[Settings], name: str, heading: str) -> SettingsOption:
     return SettingsOption(name, *short, flag, type=Text(), multiple=many, metavar=metavar, **facts)
 
 
+def say(text: str = "", *, err: bool = False, keep: str = "\t") -> None:
+    """Print a line for people. Control characters are escaped, because names come from files: a label may clear the screen.
+
+    Args:
+        text: the line.
+        err: on stderr.
+        keep: characters that are printed as they are; with the newline, of a text of several lines.
+    """
+    click.echo(printable(text, keep), err=err)
+
+
+def say_text(text: str) -> None:
+    """`say` a text of several lines."""
+    say(text, keep="\n\t")
+
+
 def is_quiet() -> bool:
     return bool(click.get_current_context().meta["penult.quiet"])
 
@@ -216,5 +233,5 @@ def print_preview(would: dict[str, Any], *, as_json: bool) -> None:
     """Print what a run would do."""
     if as_json:
         return print_json(would)
-    click.echo(f"{would['inputs']} inputs: {would['unchanged']} unchanged, {would['to_read']} to read (dry run, nothing done)")
-    return click.echo(f"train: {would['train']}") if "train" in would else None
+    say(f"{would['inputs']} inputs: {would['unchanged']} unchanged, {would['to_read']} to read (dry run, nothing done)")
+    return say(f"train: {would['train']}") if "train" in would else None

@@ -18,6 +18,7 @@ from extractor.commands.console import (
     overwrite_option,
     print_json,
     print_preview,
+    say_text,
 )
 
 if TYPE_CHECKING:
@@ -55,5 +56,5 @@ def extract(data: Path, settings: ExtractSettings, output: Path, *, as_json: boo
     if as_json:
         print_json(summary.to_json())
     else:
-        click.echo(summary.text())
+        say_text(summary.text())
     return code

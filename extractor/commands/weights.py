@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from extractor.commands.console import FOLDER, CommandGroup, is_quiet, json_option, print_json, print_table
+from extractor.commands.console import FOLDER, CommandGroup, is_quiet, json_option, print_json, print_table, say
 
 
 @click.group(cls=CommandGroup)
@@ -39,10 +39,10 @@ def weights_fetch(name: str, weights_name: str | None, output: Path | None, *, a
     if as_json:
         facts = {"network": name, "weights": file.entry.name, "licence": file.licence, "source": file.entry.url}
         return print_json({"file": str(path), "bytes": path.stat().st_size, "sha256": digest, "downloaded": new, **facts})
-    click.echo(f"{path}: {'downloaded' if new else 'already there and sound'}, {path.stat().st_size / 2**20:.1f} MiB")
-    click.echo(f"sha256 {digest}")
-    click.echo(f"{name} {file.entry.name}, licence {file.licence}")
-    return click.echo(f"Bring this file to the other machine and run there: penult weights import {file.name}")
+    say(f"{path}: {'downloaded' if new else 'already there and sound'}, {path.stat().st_size / 2**20:.1f} MiB")
+    say(f"sha256 {digest}")
+    say(f"{name} {file.entry.name}, licence {file.licence}")
+    return say(f"Bring this file to the other machine and run there: penult weights import {file.name}")
 
 
 @weights.command("import")
@@ -64,7 +64,7 @@ def weights_import(files: Sequence[Path], *, as_json: bool) -> None:
         done.append({"file": str(target), "network": file.network, "weights": file.entry.name, "copied": new})
         if not as_json:
             what = "copied, checked" if new else "already there and sound"
-            click.echo(f"{target}: {what}; {file.network} {file.entry.name}, licence {file.licence}")
+            say(f"{target}: {what}; {file.network} {file.entry.name}, licence {file.licence}")
     if as_json:
         print_json(done)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +12,13 @@ from store.errors import BadDataError, InputMissingError, display
 from store.tasks import ONE_LABEL, Task
 
 from .files import Files, FolderFiles
-from .samples import SPLITS, Sample, finished
+from .samples import SPLITS, Sample, finished, in_words
 
 log = logging.getLogger("penult.extractor")
 
 SYSTEM_FILES = {b".DS_Store", b"desktop.ini", b".gitkeep", b".gitignore", b".directory"}  # written by file managers and git
 SYSTEM_FOLDERS = {b"__MACOSX"}
+NOTES = frozenset(b"txt md rst csv tsv json jsonl xml yaml yml html pdf db ini log".split())  # endings of files about images
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,46 @@ class ImageFolder:
                 log.warning("the folder %s in %s is empty", display(folder), root)
         if links[0]:
             log.warning("%d symbolic link(s) in %s were not followed (--follow-symlinks follows them)", links[0], root)
+        if samples and folders and not splits:
+            self._refuse_flat_splits(folders, samples)
+            self._refuse_outer(folders, samples)
         return finished(samples, root, self.group_by)
+
+    def _refuse_flat_splits(self, folders: list[bytes], samples: list[Sample]) -> None:
+        """Refuse split folders without class folders, whose names would be taken for the classes.
+
+        Raises:
+            BadDataError: every folder has the name of a split (and holds files only, or they would be splits).
+        """
+        if all(os.fsdecode(folder).lower() in SPLITS for folder in folders):
+            names = sorted({display(sample.path.partition(b"/")[0]) for sample in samples})
+            hold = "hold images and no class folders" if len(names) > 1 else "holds images and no class folders"
+            example = next((name for name in names if SPLITS[name.lower()] == "train"), names[0])
+            message = (
+                f"{self.root}: {in_words([f'{name}/' for name in names])} {hold}: move the images of each class into a folder "
+                f"of its own ({example}/cats/...), or list them in a CSV with the columns path, label, split"
+            )
+            raise BadDataError(message)
+
+    def _refuse_outer(self, folders: list[bytes], samples: list[Sample]) -> None:
+        """Refuse a folder around the dataset: its only folder would be the one class.
+
+        Raises:
+            BadDataError: the only folder holds folders alone; names the path to use.
+        """
+        inner, below = None, folders
+        while len(below) == 1 and display(below[0]).lower() not in SPLITS:
+            candidate = below[0] if inner is None else inner + b"/" + below[0]
+            has_images, next_below = contents_of(candidate, samples)
+            if has_images or not next_below:
+                break
+            inner, below = candidate, next_below
+        if inner is not None:
+            name = display(inner)
+            path = f"{display(os.fsencode(self.root))}/{name}"
+            holds = in_words([display(folder) for folder in below])
+            message = f"the only folder in {self.root} is {name}, which holds {holds}: pass {path}"
+            raise BadDataError(message)
 
     def _split_folders(self, base: bytes, folders: list[bytes]) -> bool:
         """Whether the top folders are splits: they have such names, and hold folders.
@@ -130,6 +170,25 @@ class ImageFolder:
                     visited.add(real)
                     below.append(folder + b"/" + name)
             pending += reversed(below)  # the last one is taken first
+
+
+def is_note(name: bytes) -> bool:
+    """Whether the name is that of a file about the images, such as a list or a README."""
+    stem, _, ending = name.rpartition(b".")
+    return ending.lower() in NOTES if stem else name.upper() in (b"README", b"LICENSE")
+
+
+def contents_of(folder: bytes, samples: Iterable[Sample]) -> tuple[bool, list[bytes]]:
+    """Whether a folder has images of its own, and the names of the folders with files in it, sorted."""
+    has_images, below = False, set()
+    for sample in samples:
+        if sample.path.startswith(folder + b"/"):
+            name, slash, _ = sample.path[len(folder) + 1 :].partition(b"/")
+            if slash:
+                below.add(name)
+            elif not is_note(name):
+                has_images = True
+    return has_images, sorted(below)
 
 
 def _scan(folder: bytes, *, follow: bool, links: list[int]) -> tuple[list[bytes], list[bytes]]:

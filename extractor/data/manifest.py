@@ -6,6 +6,7 @@ import codecs
 import csv
 import io
 import logging
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,14 @@ from store.errors import BadDataError, InputMissingError, display
 from store.tasks import ONE_LABEL, Task, as_text
 
 from .files import Files, FolderFiles
-from .samples import Sample, as_split, finished, leaves_root
+from .samples import SHOWN, Sample, as_split, finished, leaves_root
 
 SUFFIXES = (".csv", ".tsv", ".txt", ".parquet")
 log = logging.getLogger("penult.extractor")
 
 COLUMNS = ("path", "label", "split", "group")
-SHOWN = 5  # names in a message
+NAN = {"nan", "NaN"}  # how pandas writes an empty cell
+NAN_LABEL = "the label is nan, which pandas writes for an empty cell: leave the cell empty, or rename the class"
 
 Record = tuple[int, Sequence[Any]]  # line or row, from 1, and its fields
 
@@ -78,7 +80,7 @@ class Manifest:
             if first != line:
                 self._refuse(f"{unit} {line}", f"{display(sample.path)} is already in {unit} {first}")
             samples.append(sample)
-        return finished(samples, self.path, None if self.group_by in header else self.group_by)
+        return finished(samples, self.path, None if self.group_by in header else self.group_by, self.task)
 
     def _refuse(self, place: str, what: str) -> NoReturn:
         message = f"{self.path}, {place}: {what}"
@@ -133,13 +135,21 @@ class Manifest:
         def read(fields: Sequence[Any]) -> Sample:
             return Sample(
                 path=self._checked(fields[path or 0]),
-                label=None if label is None else self.task.label(fields[label]),
+                label=None if label is None else self._label(fields[label]),
                 split=None if split is None else as_split(fields[split]),
                 group=b"" if group is None else _raw(fields[group]).strip(),
                 targets=tuple(number(name, fields[place]) for name, place in targets),
             )
 
         return read
+
+    def _label(self, value: object) -> str | None:
+        """The label of a cell, which is a name or empty; where numbers are predicted it may be any text."""
+        is_nan = isinstance(value, float) and math.isnan(value)
+        label = None if is_nan else self.task.label(value)
+        if is_nan or (not self.task.targets and not NAN.isdisjoint(self.task.labels_of(Sample(b"", label)))):
+            raise ValueError(NAN_LABEL)
+        return label
 
     def _checked(self, value: object) -> bytes:
         path = _raw(value)

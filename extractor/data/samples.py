@@ -5,17 +5,19 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from store.errors import BadDataError, InputMissingError, UsageError, display
-from store.tasks import as_text
+from store.tasks import ONE_LABEL, Task, as_text
 
 SPLITS = {  # names of the splits, as a folder, in a column or at the beginning of a shard's name
     **{"train": "train", "training": "train", "test": "test", "testing": "test"},
     **{"val": "val", "valid": "val", "validation": "val"},
 }
+SHOWN = 5  # names in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,21 @@ class Sample:
     split: str | None = None
     group: bytes = b""
     targets: tuple[float, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The path as text."""
+        return display(self.path)
+
+
+def in_words(names: Sequence[str]) -> str:
+    """The first names of several, and the number of the others.
+
+    >>> in_words(["ants", "bees"]), in_words(list("abcdefg"))
+    ('ants and bees', 'a, b, c, d, e and 2 more')
+    """
+    *first, last = names if len(names) <= SHOWN else [*names[:SHOWN], f"{len(names) - SHOWN} more"]
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def as_split(value: object) -> str | None:
@@ -50,12 +67,12 @@ def leaves_root(path: bytes) -> bool:
     return path.startswith(b"/") or b"\0" in path or b".." in path.split(b"/")
 
 
-def finished(samples: list[Sample], origin: Path, group_by: str | None) -> list[Sample]:
+def finished(samples: list[Sample], origin: Path, group_by: str | None, task: Task = ONE_LABEL) -> list[Sample]:
     """Check samples, order them by path, and assign groups by a pattern if there is one.
 
     Raises:
         InputMissingError: there are none.
-        BadDataError: two have the same path, or only some have a split.
+        BadDataError: two have the same path, only some have a split, or two classes only look the same.
         UsageError: the pattern is invalid, or does not match a path.
     """
     if not samples:
@@ -70,7 +87,23 @@ def finished(samples: list[Sample], origin: Path, group_by: str | None) -> list[
     if missing and len(missing) < len(samples):
         message = f"{origin}: {len(missing)} of {len(samples)} rows have no split (such as {display(missing[0].path)})"
         raise BadDataError(message)
+    _refuse_lookalikes(samples, origin, task)
     return samples if group_by is None else _grouped(samples, group_by)
+
+
+def _refuse_lookalikes(samples: Sequence[Sample], origin: Path, task: Task) -> None:
+    """Refuse two classes that no one can tell apart: one character may be stored in two ways (NFC and NFD)."""
+    spellings: dict[str, str] = {}
+    one_of_each = {sample.label: sample for sample in samples}.values()
+    for label in sorted({label for sample in one_of_each for label in task.labels_of(sample)}):
+        normal = unicodedata.normalize("NFC", label)
+        other = spellings.setdefault(normal, label)
+        if other != label:
+            message = (
+                f"{origin}: the classes {other!a} and {label!a} both show as {normal} and differ in Unicode "
+                f"normalisation (NFC, NFD) alone: give them one name"
+            )
+            raise BadDataError(message)
 
 
 def _grouped(samples: Sequence[Sample], group_by: str) -> list[Sample]:
@@ -82,8 +115,9 @@ def _grouped(samples: Sequence[Sample], group_by: str) -> list[Sample]:
     grouped = []
     for sample in samples:
         match = pattern.search(sample.path)
-        if match is None:
-            message = f"--group-by {group_by!r} does not match {display(sample.path)}"
+        group = match and match.group(1 if pattern.groups else 0)
+        if not group:  # no match, or a group of the pattern that takes no part in it
+            message = f"--group-by {group_by!r} gives {display(sample.path)} no group"
             raise UsageError(message)
-        grouped.append(replace(sample, group=(match.group(1) or b"") if pattern.groups else match.group()))
+        grouped.append(replace(sample, group=group))
     return grouped

@@ -202,7 +202,7 @@ class TarShards:
             if samples and all(sample.targets[i] != sample.targets[i] for sample in samples):
                 message = f"{self.path}: no .json has a number {name!r} for --target"
                 raise BadDataError(message)
-        return finished(samples, self.path, self.group_by)
+        return finished(samples, self.path, self.group_by, self.task)
 
     def _warn(self, samples: list[Sample], left_out: Counter[bytes]) -> None:
         if left_out:

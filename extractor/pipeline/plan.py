@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence, Set
 from pathlib import Path
+from typing import Any
 
 from extractor.backbones.registry import Backbone, check_request
 from extractor.data.files import Files
-from extractor.data.samples import Sample
+from extractor.data.labels import Labels, labels_of, say_labels
+from extractor.data.manifest import Manifest
+from extractor.data.samples import Sample, in_words
 from extractor.data.sources import Source
 from extractor.pixels.views import require_reference
 from extractor.precision.registry import Precision, precision_of
@@ -19,7 +23,9 @@ from store.format.samples import Row, SampleTable
 from store.writer import require_place
 
 from .settings import Options
-from .split_rule import check_splits_possible
+from .split_rule import check_splits_possible, require_groups
+
+log = logging.getLogger("penult.extractor")
 
 
 def limited(samples: list[Sample], limit: int | None) -> list[Sample]:
@@ -39,6 +45,28 @@ def list_samples(source: Source, options: Options) -> list[Sample]:
     samples = limited(source.samples(), options.limit)
     check_splits_possible(samples, options, source.task)
     return samples
+
+
+def list_labelled(source: Source, options: Options) -> tuple[list[Sample], Labels]:
+    """As `list_samples`, and what was taken for the labels, which is logged.
+
+    Raises:
+        BadDataError: classes that are too small for the split.
+    """
+    listed = source.samples()
+    samples = limited(listed, options.limit)
+    labels = labels_of(source, listed, samples)
+    say_labels(source, labels, samples)
+    check_splits_possible(samples, options, source.task)
+    return samples, labels
+
+
+def count_missing(source: Manifest, samples: Sequence[Sample]) -> int:
+    """The number of files of a manifest that are not there; a warning names the first."""
+    missing = [sample.name for sample in samples if source.files.stat(sample.path) is None]
+    if missing:
+        log.warning("%d of %d files of %s are not there: %s", len(missing), len(samples), source.path, in_words(missing))
+    return len(missing)
 
 
 def check_cheaply(backbone: Backbone, cache: Path, options: Options) -> list[str]:
@@ -113,18 +141,27 @@ def plan(
     return rows, todo
 
 
-def preview(source: Source, backbone: Backbone, cache: Path, options: Options) -> dict[str, int]:
+def preview(source: Source, backbone: Backbone, cache: Path, options: Options) -> dict[str, Any]:
     """Count what `run_extract` would do, without doing or writing anything.
 
     Returns:
-        ``inputs``; ``unchanged``, which would not be opened; ``to_read``, of which those with unknown content are computed.
+        ``inputs``; ``unchanged``, which would not be opened; ``to_read``, of which those with unknown content are computed;
+        ``labels`` and ``subfolders``, see `Labels`; of a manifest ``missing``, the number of files that are not there.
     """
     check_cheaply(backbone, cache, options)
-    samples = list_samples(source, options)
+    samples, labels = list_labelled(source, options)
+    to_read = _count_to_read(source, samples, cache, options)
+    would = {"inputs": len(samples), "unchanged": len(samples) - to_read, "to_read": to_read}
+    missing = {"missing": count_missing(source, samples)} if isinstance(source, Manifest) else {}
+    return {**would, **missing, "labels": labels.counts, "subfolders": labels.subfolder_counts}
+
+
+def _count_to_read(source: Source, samples: Sequence[Sample], cache: Path, options: Options) -> int:
     try:
         opened = FeatureCache(cache)
     except InputMissingError:
-        return {"inputs": len(samples), "unchanged": 0, "to_read": len(samples)}
+        return len(samples)
+    require_groups(None if options.overwrite else opened.samples, samples, resplit=options.resplit)
     known = set.intersection(*({key for s in opened.with_layer(name).shards for key in s.digests()} for name in opened.layers))
     _, todo = plan(samples, opened.samples, known, source.files, options)
-    return {"inputs": len(samples), "unchanged": len(samples) - len(todo), "to_read": len(todo)}
+    return len(todo)

@@ -41,10 +41,10 @@ from store.format.samples import Row, SampleTable
 from store.writer import CacheWriter, open_writer
 
 from .batches import embedded, run_shard
-from .plan import check_cheaply, list_samples, plan, require_device
+from .plan import check_cheaply, list_labelled, list_samples, plan, require_device
 from .prepare import fingerprints, library_versions, prepare_backbone
 from .settings import Options
-from .split_rule import resolve_splits, say_splits
+from .split_rule import require_groups, resolve_splits, say_splits
 from .summary import Summary, bottleneck
 
 log = logging.getLogger("penult.extractor")
@@ -144,7 +144,8 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
 def _run(source: Source, backbone: Backbone, cache: Path, options: Options, warnings: list[str]) -> Summary:
     started = time.perf_counter()
     devices = check_cheaply(backbone, cache, options)
-    request = _Request(source, backbone, cache, options, devices, list_samples(source, options))
+    samples, labels = list_labelled(source, options)
+    request = _Request(source, backbone, cache, options, devices, samples)
     meter = Meter(*devices)
     with open_writer(cache) as writer, stop_on_signal() as stop, _open(request, writer, stop) as opened:
         streamed = _stream(request, writer, opened, stop)
@@ -165,6 +166,8 @@ def _run(source: Source, backbone: Backbone, cache: Path, options: Options, warn
         seconds={name: round(value, 3) for name, value in streamed.clock.items()}
         | {"total": round(time.perf_counter() - started, 3)},
         codes=dict(Counter(row.code for row in table.rows if row.code)),
+        labels=labels.counts,
+        subfolders=labels.subfolder_counts,
         warnings=warnings,
     )
     if not table.counts["ok"]:
@@ -187,6 +190,7 @@ def _open(request: _Request, writer: CacheWriter, stop: StopFlag) -> Iterator[_O
     options, drawn, precision = request.options, request.options.drawn, precision_of(request.options.precision)
     tf32, split = precision.tf32, (options.val_fraction, options.test_fraction, options.seed)
     conversion = precision.conversion(TrainingImages(request.source, request.samples, *split, options.workers, stop))
+    require_groups(None if options.overwrite else writer.samples, request.samples, resplit=options.resplit)
     facts, notes = prepare_backbone(
         writer, request.backbone, overwrite=options.overwrite, stop=stop, precision=precision, conversion=conversion
     )

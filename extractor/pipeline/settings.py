@@ -45,6 +45,13 @@ class SplitSettings(Settings):
             raise ValueError(message)
 
 
+class ResplitSettings(Settings):
+    section: ClassVar[str] = "extract"
+    heading: ClassVar[str] = "Split, if the data has none"
+
+    resplit: bool = setting(False, "Split again without the groups that the samples had in the last run.")
+
+
 def _precision(value: str) -> str:
     if value not in PRECISIONS:
         message = ", ".join(PRECISIONS)
@@ -73,7 +80,7 @@ class FailureSettings(BudgetSettings):
     verify_content: bool = setting(False, "Read every file, even if size, time and inode are unchanged.")
 
 
-class Options(LimitSettings, SplitSettings, ViewSettings, DeviceSettings, FailureSettings):
+class Options(LimitSettings, ResplitSettings, SplitSettings, ViewSettings, DeviceSettings, FailureSettings):
     """Options of an extraction: split, views, device, precision, and what happens to files that fail.
 
     >>> from extractor import Options

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from extractor.data.samples import Sample
+from store.errors import BadDataError
 from store.format.samples import Row, SampleTable
 from store.splits import assign_splits, require_sizes, rule_text, split_names, untrained_labels
 from store.tasks import Task
@@ -38,16 +39,41 @@ def resolve_splits(rows: Sequence[Row], options: Options, task: Task) -> tuple[l
 def say_splits(before: SampleTable | None, rows: Sequence[Row], rule: dict[str, Any], task: Task) -> None:
     """Warn if the split or the task of a finished cache changes, and about classes that cannot be trained."""
     previous = before.facts.get("split") if before else None
-    if before and previous and previous != rule:
-        old = {row.path: row.split for row in before.rows}
-        moved = sum(row.path in old and old[row.path] != row.split for row in rows)
-        log.warning("the split was %s, it is %s now: %d samples changed split", rule_text(previous), rule_text(rule), moved)
+    if before and previous:
+        old = {row.path: row for row in before.rows}
+        common = [(old[row.path], row) for row in rows if row.path in old]
+        moved = sum(earlier.split != now.split for earlier, now in common)
+        if previous != rule:
+            log.warning("the split was %s, it is %s now: %d samples changed split", rule_text(previous), rule_text(rule), moved)
+        elif moved and any(earlier.group != now.group for earlier, now in common):
+            log.warning("the groups changed, and %d of %d samples changed split with them", moved, len(common))
+        elif moved:
+            log.info("%d of %d samples changed split, because other samples came or went", moved, len(common))
     recorded = before.facts.get("task", task.name) if before else task.name
     if recorded != task.name:
         log.warning("the samples were recorded with --task %s, they are %s now", recorded, task.name)
     labelled = [(row.label, row.split) for row in rows if row.ok] if task.stratifies else []
     for sentence in untrained_labels(labelled):
         log.warning("%s: `penult train` will refuse that", sentence)
+
+
+def require_groups(before: SampleTable | None, samples: Sequence[Sample], *, resplit: bool) -> None:
+    """Refuse a split that would divide what belonged together in the last run, unless that is asked for.
+
+    Raises:
+        BadDataError: the samples had groups, and have none now; says how many there were.
+    """
+    if before is None or resplit or any(sample.split for sample in samples):
+        return
+    groups = {row.path: row.group for row in before.rows if row.group}
+    lost = {groups[sample.path] for sample in samples if sample.path in groups and not sample.group}
+    if lost:
+        message = (
+            f"in the last run {len(lost)} groups of samples each stayed in one split, and now they have none: images of one "
+            f"group would be on both sides. Pass the same --group-by (or the column `group`) again, or --resplit to do "
+            f"without groups"
+        )
+        raise BadDataError(message)
 
 
 def check_splits_possible(samples: Sequence[Sample], options: Options, task: Task) -> None:

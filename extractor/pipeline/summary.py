@@ -25,6 +25,8 @@ class Summary:
             beside them; ``wait`` was spent waiting for pixels, ``embed`` for features, ``settle`` for the disk.
         bottleneck: the stage that decided the speed: ``decoding``, ``backbone``, ``writing``, or none.
         codes: number of failures by code.
+        labels: number of inputs by label.
+        subfolders: number of folders with images in a class folder, by label; they all have that label.
         warnings: what was warned of, in order.
     """
 
@@ -45,6 +47,8 @@ class Summary:
     bottleneck: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     codes: dict[str, int] = field(default_factory=dict)
+    labels: dict[str, int] = field(default_factory=dict)
+    subfolders: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:

@@ -205,16 +205,18 @@ def test_overlapping_starts_end_with_75(job: Callable[..., Path], tmp_path: Path
 def test_a_dry_run_writes_nothing(job: Callable[..., Path], tmp_path: Path) -> None:
     path = job()
     before = sorted(tmp_path.rglob("*"))
+    labels = {"labels": {"blue": 15, "red": 15}, "subfolders": {}}
     assert preview_job(path) == {
-        "extract": {"inputs": 30, "unchanged": 0, "to_read": 30},
+        "extract": {"inputs": 30, "unchanged": 0, "to_read": 30, **labels},
         "train": "yes, if features, labels or settings changed",
     }
     assert sorted(tmp_path.rglob("*")) == before
     run_job(path)
-    assert preview_job(path) == {"extract": {"inputs": 30, "unchanged": 30, "to_read": 0}, "train": "unchanged"}
+    assert preview_job(path) == {"extract": {"inputs": 30, "unchanged": 30, "to_read": 0, **labels}, "train": "unchanged"}
     (tmp_path / "photos/red/1-000.png").unlink()
     paint(tmp_path / "photos", "red", (200, 50, 40), 2, seed=9)
-    assert preview_job(path)["extract"] == {"inputs": 31, "unchanged": 29, "to_read": 2}
+    labels = {"labels": {"blue": 15, "red": 16}, "subfolders": {}}
+    assert preview_job(path)["extract"] == {"inputs": 31, "unchanged": 29, "to_read": 2, **labels}
 
 
 def test_the_structured_log_ends_with_a_summary_and_metrics_parse(job: Callable[..., Path], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -12,9 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from extractor.backbones.registry import Backbone
+from extractor.data.labels import labels_of, say_labels
 from extractor.data.manifest import Manifest
 from extractor.data.samples import Sample
 from extractor.data.sources import open_source
+from extractor.pipeline.plan import preview
+from extractor.pipeline.settings import Options
 from extractor.pixels.images import ImageError
 from store.errors import BadDataError, InputMissingError, UsageError
 from store.tasks import MISSING, Task
@@ -267,3 +272,63 @@ def test_a_folder_has_one_label_for_each_image(tmp_path: Path) -> None:
     (tmp_path / "ants").mkdir()
     with pytest.raises(UsageError, match=r"--task multi-label: .* has one label for each image; list the images in a CSV"):
         open_source(tmp_path, task="multi-label")
+
+
+# --- labels ------------------------------------------------------------------------------------------------------------
+
+NAN = "the label is nan, which pandas writes for an empty cell: leave the cell empty, or rename the class"
+
+
+def test_a_label_that_pandas_wrote_for_an_empty_cell_is_refused(tmp_path: Path) -> None:
+    for text in ("nan", "NaN", " nan "):
+        with pytest.raises(BadDataError, match=f"line 3: {NAN}"):
+            csv(tmp_path, f"path,label\na.jpg,ants\nb.jpg,{text}\n")
+    with pytest.raises(BadDataError, match=f"line 2: {NAN}"):
+        csv(tmp_path, "path,label\na.jpg,sky|nan\n", task=MULTI)
+    for column in (["ants", "nan"], pa.array([math.nan, math.nan])):
+        with pytest.raises(BadDataError, match=f"row [12]: {NAN}"):
+            parquet(tmp_path, {"path": ["a.jpg", "b.jpg"], "label": column})
+
+
+def test_labels_that_only_contain_nan_are_labels(tmp_path: Path) -> None:
+    samples = csv(tmp_path, "path,label\na.jpg,nancy\nb.jpg,Nan\nc.jpg,\n")
+    assert [sample.label for sample in samples] == ["nancy", "Nan", None]
+    numbers = Task.named("regression", ["weight"])
+    assert csv(tmp_path, "path,label,weight\na.jpg,nan,1\n", task=numbers)[0].targets == (1.0,)
+
+
+def test_labels_that_only_look_the_same_are_refused(tmp_path: Path) -> None:
+    look_the_same = "the classes 'cafe.u0301' and 'caf.xe9' both show as caf\u00e9"
+    with pytest.raises(BadDataError, match=f"list.csv: {look_the_same}"):
+        csv(tmp_path, "path,label\na.jpg,caf\u00e9\nb.jpg,cafe\u0301\n")
+    with pytest.raises(BadDataError, match=look_the_same):
+        csv(tmp_path, "path,label\na.jpg,caf\u00e9|sky\nb.jpg,sea|cafe\u0301\n", task=MULTI)
+    assert len(csv(tmp_path, "path,label\na.jpg,caf\u00e9\nb.jpg,caf\u00e9\n")) == 2
+
+
+def test_the_labels_of_a_manifest_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "list.csv"
+    path.write_text("path,label\na.jpg,sky|sea\nb.jpg,sky\nc.jpg,\n")
+    source = Manifest(path, tmp_path, task=MULTI)
+    labels = labels_of(source, source.samples(), source.samples())
+    with caplog.at_level(logging.INFO):
+        say_labels(source, labels, source.samples())
+    assert labels.counts == {"sea": 1, "sky": 2}
+    assert caplog.messages == [f"labels are in the column label of {path}: sea (1) and sky (2); without a label: 1"]
+
+
+def test_a_dry_run_names_the_files_that_are_not_there(
+    tmp_path: Path, backbone: Backbone, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "list.csv"
+    path.write_text("path\n" + "".join(f"{i}.jpg\n" for i in range(9)))
+    for name in ("3.jpg", "5.jpg"):
+        (tmp_path / name).write_bytes(b"")
+    would = preview(Manifest(path, tmp_path), backbone, tmp_path / "c", Options(quiet=True, device="cpu"))
+    assert (would["inputs"], would["to_read"], would["missing"]) == (9, 9, 7)
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warnings == [f"7 of 9 files of {path} are not there: 0.jpg, 1.jpg, 2.jpg, 4.jpg, 6.jpg and 2 more"]
+    caplog.clear()
+    path.write_text("path\n3.jpg\n5.jpg\n")
+    assert preview(Manifest(path, tmp_path), backbone, tmp_path / "c", Options(quiet=True, device="cpu"))["missing"] == 0
+    assert "not there" not in caplog.text

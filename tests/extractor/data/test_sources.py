@@ -6,14 +6,20 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from extractor.backbones.registry import Backbone
 from extractor.data.folders import ImageFolder
+from extractor.data.labels import Labels, labels_of, say_labels
 from extractor.data.manifest import Manifest
 from extractor.data.samples import Sample
-from extractor.data.sources import open_source
+from extractor.data.sources import Source, open_source
+from extractor.pipeline.plan import preview
+from extractor.pipeline.run import run_extract
+from extractor.pipeline.settings import Options
 from store.errors import BadDataError, InputMissingError, UsageError
 
 REPO = Path(__file__).resolve().parents[3]
@@ -94,6 +100,76 @@ def test_a_file_in_a_split_folder_but_no_class_is_bad_data(tmp_path: Path) -> No
     tree(tmp_path, "train/ants/a.jpg", "train/stray.jpg", "val/ants/b.jpg")
     with pytest.raises(BadDataError, match=r"train/stray\.jpg lies in a split folder but in no class folder"):
         listing(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "begins", "example"),
+    [
+        (["train/a.jpg", "test/b.jpg"], "test/ and train/ hold images", "train/cats/"),
+        (["Training/a.jpg", "val/b.jpg", "README.md"], "Training/ and val/ hold images", "Training/cats/"),
+        (["train/a.jpg"], "train/ holds images", "train/cats/"),
+        (["valid/a.jpg", "test/.cache/x"], "valid/ holds images", "valid/cats/"),
+    ],
+)
+def test_split_folders_without_class_folders_are_refused(tmp_path: Path, names: list[str], begins: str, example: str) -> None:
+    """They gave the classes "train" and "test", and a head that tells one split from the other."""
+    tree(tmp_path / "photos", *names)
+    with pytest.raises(BadDataError) as caught:
+        listing(tmp_path / "photos")
+    assert f"photos: {begins} and no class folders: move the images of each class into a folder of its own" in str(caught.value)
+    assert f"({example}...), or list them in a CSV with the columns path, label, split" in str(caught.value)
+    assert caught.value.exit_code == 65
+
+
+@pytest.mark.parametrize(
+    ("names", "holds", "path"),
+    [
+        (["photos/train/cats/a.jpg", "photos/val/cats/b.jpg"], "photos, which holds train and val", "photos"),
+        (["photos/train/a.jpg", "photos/test/b.jpg"], "photos, which holds test and train", "photos"),
+        (["data/cats/a.jpg", "data/dogs/b.jpg"], "data, which holds cats and dogs", "data"),
+        (["data/cats/a.jpg", "data/dogs/b.jpg", "data/labels.csv", "data/README"], "data, which holds cats and dogs", "data"),
+        (["a/b/cats/a.jpg", "a/b/dogs/b.jpg", "list.txt"], "a/b, which holds cats and dogs", "a/b"),
+        (["data/train/cats/a.jpg"], "data, which holds train", "data"),
+        ([f"data/{name}/a.jpg" for name in "abcdefg"], "data, which holds a, b, c, d, e and 2 more", "data"),
+    ],
+)
+def test_a_folder_around_the_dataset_is_refused_with_the_path_to_use(
+    tmp_path: Path, names: list[str], holds: str, path: str
+) -> None:
+    outer = tree(tmp_path / "outer", *names)
+    with pytest.raises(BadDataError) as caught:
+        listing(outer)
+    assert str(caught.value) == f"the only folder in {outer} is {holds}: pass {outer}/{path}"
+    assert caught.value.exit_code == 65
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["cats/a.jpg"],
+        ["cats/a.jpg", "cats/train/old/b.jpg"],
+        ["cats/no-extension", "cats/2024/b.jpg"],
+        ["cats/2024/b.jpg", "dogs/2024/c.jpg"],
+    ],
+)
+def test_one_class_or_folders_in_classes_stay_what_they_were(tmp_path: Path, names: list[str]) -> None:
+    tree(tmp_path, *names)
+    assert listing(tmp_path) == sorted((name.encode(), name[:4], None) for name in names)
+
+
+def test_one_split_of_class_folders_is_a_split(tmp_path: Path) -> None:
+    tree(tmp_path, "train/ants/a.jpg")
+    assert listing(tmp_path) == [(b"train/ants/a.jpg", "ants", "train")]
+
+
+def test_class_folders_whose_names_only_look_the_same_are_refused(tmp_path: Path) -> None:
+    tree(tmp_path, "caf\u00e9/a.jpg", "cafe\u0301/b.jpg", "bar/c.jpg")
+    with pytest.raises(BadDataError, match="Unicode normalisation") as caught:
+        listing(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}: the classes 'cafe\\u0301' and 'caf\\xe9' both show as caf\u00e9 and differ in Unicode normalisation "
+        f"(NFC, NFD) alone: give them one name"
+    )
 
 
 def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
@@ -305,12 +381,14 @@ def test_groups_from_a_regular_expression(tmp_path: Path) -> None:
     assert [s.group for s in manifest(tmp_path, "path\nx/7-a.jpg\nx/7-b.jpg\n", group_by=r"\d")] == [b"7", b"7"]
 
 
-def test_a_group_that_took_no_part_in_the_match_is_empty(tmp_path: Path) -> None:
+def test_a_group_that_takes_no_part_in_the_match_is_refused(tmp_path: Path) -> None:
+    """That image would be a group of its own, and those of its patient would stand on both sides."""
     tree(tmp_path, "ants/p1.jpg", "ants/x.jpg")
-    assert [sample.group for sample in ImageFolder(tmp_path, group_by=r"(p\d)|x").samples()] == [b"p1", b""]
+    with pytest.raises(UsageError, match=r"gives ants/x\.jpg no group"):
+        ImageFolder(tmp_path, group_by=r"(p\d)|x").samples()
 
 
-@pytest.mark.parametrize(("pattern", "reason"), [("q", "does not match ants/a.jpg"), ("(", "neither a column nor a regular")])
+@pytest.mark.parametrize(("pattern", "reason"), [("q", "gives ants/a.jpg no group"), ("(", "neither a column nor a regular")])
 def test_a_group_expression_that_does_not_work_is_a_usage_error(tmp_path: Path, pattern: str, reason: str) -> None:
     tree(tmp_path, "ants/a.jpg")
     with pytest.raises(UsageError, match=reason):
@@ -331,6 +409,87 @@ def test_data_is_a_folder_or_a_manifest(tmp_path: Path) -> None:
         open_source(tmp_path / "photo.jpg")
     with pytest.raises(InputMissingError, match="does not exist"):
         open_source(tmp_path / "nowhere")
+
+
+# --- what was taken for a label ----------------------------------------------------------------------------------------
+
+
+def said_of(source: Source, caplog: pytest.LogCaptureFixture) -> tuple[Labels, list[tuple[int, str]]]:
+    samples = source.samples()
+    labels = labels_of(source, samples, samples)
+    with caplog.at_level(logging.INFO):
+        say_labels(source, labels, samples)
+    return labels, [(record.levelno, record.getMessage()) for record in caplog.records]
+
+
+def test_the_labels_of_class_folders_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = tree(tmp_path, *(f"{name}/{i}.jpg" for name in "abcdefgh" for i in range(3)), "a/x.jpg")
+    labels, messages = said_of(ImageFolder(root), caplog)
+    assert labels == Labels({"a": 4, **dict.fromkeys("bcdefgh", 3)})
+    assert messages == [
+        (logging.INFO, f"labels are the folders below {root}/: a (4), b (3), c (3), d (3), e (3) and 3 more"),
+    ]
+
+
+def test_the_labels_below_split_folders_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = tree(tmp_path, "train/cats/a.jpg", "train/dogs/b.jpg", "val/cats/c.jpg")
+    labels, messages = said_of(ImageFolder(root), caplog)
+    assert labels == Labels({"cats": 2, "dogs": 1})
+    assert messages == [(logging.INFO, f"labels are the folders below train/ and val/ in {root}: cats (2) and dogs (1)")]
+
+
+def test_folders_that_look_like_the_classes_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Four folders of ants and bees in two years gave the labels 2023 and 2024, in silence."""
+    root = tree(tmp_path, *(f"{year}/{name}/a.jpg" for year in (2023, 2024) for name in ("ants", "bees")), "2023/notes.txt")
+    labels, messages = said_of(ImageFolder(root), caplog)
+    assert labels == Labels({"2023": 3, "2024": 2}, {"2023": ["ants", "bees"], "2024": ["ants", "bees"]}, nested=True)
+    assert [level for level, _ in messages] == [logging.INFO, logging.WARNING]
+    assert messages[1][1] == (
+        f"the labels are 2023 and 2024, and these folders hold only folders (below 2023/: ants and bees; below 2024/: ants "
+        f"and bees). If the classes are below, move each class into a folder directly in {root}, or list the images in a CSV "
+        f"with the columns path, label"
+    )
+
+
+def test_folders_that_look_like_the_classes_of_splits_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = tree(tmp_path, "train/data/cats/a.jpg", "train/data/dogs/a.jpg", "val/data/cats/a.jpg")
+    labels, messages = said_of(ImageFolder(root), caplog)
+    assert (labels.subfolder_counts, labels.nested) == ({"data": 2}, True)
+    assert (
+        "(below data/: cats and dogs). If the classes are below, move each class into a folder directly in its split's"
+        in (messages[1][1])
+    )
+
+
+def test_deeper_folders_of_some_classes_are_said_and_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = [f"{name}/{year}/a.jpg" for name in "abcde" for year in (2023, 2024)]
+    labels, messages = said_of(ImageFolder(tree(tmp_path, *names, "a/own.jpg")), caplog)
+    assert labels == Labels({"a": 3, **dict.fromkeys("bcde", 2)}, {name: ["2023", "2024"] for name in "abcde"})
+    below = "; ".join(f"below {name}/: 2023 and 2024" for name in "abc")
+    assert messages[1:] == [
+        (logging.INFO, f"images in deeper folders have the label of their class folder ({below}; and in 2 more)")
+    ]
+
+
+def test_images_without_labels_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    labels, messages = said_of(ImageFolder(tree(tmp_path, "a.jpg", "b.jpg")), caplog)
+    assert labels == Labels({})
+    assert messages == [(logging.INFO, f"the images of {tmp_path} have no labels")]
+
+
+def test_extract_and_its_dry_run_report_the_labels(
+    tmp_path: Path, dataset: Callable[..., Path], backbone: Backbone, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = ImageFolder(dataset(tmp_path / "years", {"2023/ants": 6, "2023/bees": 6, "2024/ants": 6}))
+    options = Options(quiet=True, device="cpu", limit=16)
+    would = preview(source, backbone, tmp_path / "c", options)
+    assert sum(would["labels"].values()) == 16
+    assert (list(would["labels"]), would["subfolders"]) == (["2023", "2024"], {"2023": 2, "2024": 1})
+    assert "missing" not in would
+    assert "the labels are 2023 and 2024, and these folders hold only folders" in caplog.text
+    summary = run_extract(source, backbone, tmp_path / "c", options).to_json()
+    assert (summary["labels"], summary["subfolders"]) == (would["labels"], would["subfolders"])
+    assert summary["warnings"][0].startswith("the labels are 2023 and 2024, and these folders hold only folders")
 
 
 def test_nothing_is_said_about_an_ordinary_dataset(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -124,7 +124,9 @@ def test_arrays_are_netpbm_files_whose_bytes_depend_on_nothing_else(tmp_path: Pa
 def test_a_second_run_reads_nothing_again(backbone: Backbone, tmp_path: Path) -> None:
     write_mnist(tmp_path)
     run_extract(source("MNIST", tmp_path), backbone, tmp_path / "c", QUIET)
-    assert preview(source("MNIST", tmp_path), backbone, tmp_path / "c", QUIET) == {"inputs": 20, "unchanged": 20, "to_read": 0}
+    would = preview(source("MNIST", tmp_path), backbone, tmp_path / "c", QUIET)
+    labels = {"labels": {"0 - zero": 10, "1 - one": 10}, "subfolders": {}}
+    assert would == {"inputs": 20, "unchanged": 20, "to_read": 0, **labels}
     assert run_extract(source("MNIST", tmp_path), backbone, tmp_path / "c", QUIET).computed == 0
 
 

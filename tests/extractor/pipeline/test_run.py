@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from extractor.data.folders import ImageFolder
 from extractor.data.manifest import Manifest
 from extractor.data.sources import Source
 from extractor.graphs.backbone_facts import read_facts
+from extractor.pipeline.plan import preview
 from extractor.pipeline.run import extract, run_extract
 from extractor.pipeline.settings import Options
 from extractor.pipeline.summary import Summary
@@ -815,3 +817,27 @@ def test_a_limit_takes_some_of_every_class_and_says_what_it_hides(
     assert "--limit leaves 8 of the 12 samples" in caplog.text
     again = run(data, cache)
     assert (again.inputs, again.computed) == (12, 0)
+
+
+def test_groups_that_vanish_are_refused_and_a_change_of_groups_is_said(
+    photos: Path, backbone: Backbone, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Otherwise the images of a patient would stand on both sides of the split, without a word."""
+    by_patient, quiet = r"(\d)\.jpg$", Options(quiet=True)
+    cache = tmp_path / "c"
+    run_extract(ImageFolder(photos, group_by=by_patient), backbone, cache, quiet)
+    splits: dict[bytes, set[str | None]] = {}
+    for row in FeatureCache(cache).rows():
+        splits.setdefault(row.group, set()).add(row.split)
+    assert all(len(each) == 1 for each in splits.values())
+    before = sorted((path.name, path.read_bytes()) for path in cache.iterdir() if path.is_file())
+    with pytest.raises(BadDataError, match=r"in the last run \d+ groups of samples each stayed in one split"):
+        run_extract(ImageFolder(photos), backbone, cache, quiet)
+    with pytest.raises(BadDataError, match="--resplit to do without groups"):
+        preview(ImageFolder(photos), backbone, cache, quiet)
+    assert sorted((path.name, path.read_bytes()) for path in cache.iterdir() if path.is_file()) == before
+    summary = run_extract(ImageFolder(photos), backbone, cache, quiet.replace(resplit=True))
+    assert summary.computed == 0
+    assert re.search(r"the groups changed, and \d+ of \d+ samples changed split with them", "\n".join(summary.warnings))
+    with pytest.raises(UsageError, match=r"gives .* no group"):
+        ImageFolder(photos, group_by=r"(zebra)?\.jpg").samples()
