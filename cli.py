@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from extractor.commands.console import loudness
+from extractor.commands.console import loudness, say
 from store.environment import redirect_matplotlib
 from store.errors import PenultError, did_you_mean
 
@@ -126,7 +126,8 @@ def main() -> None:
     except click.exceptions.Exit as error:
         code = error.exit_code
     except click.ClickException as error:
-        error.show()
+        error.show(usage := io.StringIO())
+        say(usage.getvalue().rstrip(), err=True, keep="\n")
         code = 2
     except (click.Abort, KeyboardInterrupt):
         code = 130
@@ -134,17 +135,17 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     except PenultError as error:
-        click.echo(f"error: {error}", err=True)
+        say(f"error: {error}", err=True)
         for note in getattr(error, "__notes__", ()):
-            click.echo(note, err=True)
+            say(note, err=True)
         code = error.exit_code
     except OSError as error:
-        click.echo(f"error: {error.filename or 'I/O'}: {error.strerror or error}", err=True)
+        say(f"error: {error.filename or 'I/O'}: {error.strerror or error}", err=True)
         code = 73 if error.errno in CANNOT_CREATE else 74
     except Exception:
         import traceback
 
-        traceback.print_exc()
+        say(traceback.format_exc().rstrip(), err=True, keep="\n\t")
         code = 70
     # The work is done. At exit Python restores the default handlers, and a signal would then kill it.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

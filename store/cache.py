@@ -136,7 +136,6 @@ class FeatureCache:
             raise self.blamed(CorruptCacheError(message))
         self.fingerprint = self._choose(layer)
         self.shards = [whole]
-        self._sound.add(0)  # reading the table checked the whole file
 
     def _state(self) -> object:
         """The identity of the cache on disk: inode, size and time of its one file, or of its table, with cache.json."""
@@ -282,6 +281,10 @@ class FeatureCache:
         except (CorruptCacheError, InputMissingError) as error:
             raise self.blamed(error) from error
         mine = [s for s in shards if s.fingerprint == self.fingerprint.canonical]
+        odd = next((each for each in mine if each.dim != mine[0].dim), None)
+        if odd is not None:
+            message = f"{odd.path} has features of width {odd.dim}, and {mine[0].path.name} of width {mine[0].dim}"
+            raise self.blamed(CorruptCacheError(message))
         if not mine and self.samples.counts["ok"]:  # all are gone: another run has replaced them, or every one is missing
             gone = self.blamed(CorruptCacheError(""))
             if isinstance(gone, LockedError):

@@ -103,7 +103,7 @@ def prune(path: Path) -> tuple[int, int]:
             removed += int((~keep).sum())
             if keep.all():
                 continue
-            hdf5.verify(old.path, shard.ENCODING_TYPE)
+            shard.require_sound(old)
             if keep.any():
                 with hdf5.open_checked(old.path, shard.ENCODING_TYPE) as (datasets, _):
                     names = hdf5.unpack_strings(datasets, "path")

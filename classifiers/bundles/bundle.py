@@ -34,7 +34,7 @@ from extractor.graphs.cpu_session import cpu_session
 from extractor.graphs.onnx_file import copy
 from extractor.pixels.views import Views
 from store.cache import FeatureCache
-from store.errors import BadDataError, InputMissingError, PenultError, require_format
+from store.errors import BadDataError, InputMissingError, NewerFormatError, PenultError, require_format
 from store.faces import html_table
 from store.fingerprint import VIEWS, Fingerprint
 from store.format import atomic, hdf5, json_text
@@ -188,13 +188,13 @@ class Bundle:
             facts = json.loads((path / "head.json").read_text("utf-8"))
             require_format(path, facts.pop("format"), FORMAT_VERSION)
             require_shape(facts)
-            backbone = BackboneFacts.from_json(json.dumps(facts.pop("backbone")))
             facts["metrics"] = _with_scores(facts["metrics"])
+            require_head(facts)
+            backbone = BackboneFacts.from_json(json.dumps(facts.pop("backbone")))
             bundle = cls(path=path, backbone=backbone, fingerprint=Fingerprint(facts.pop("fingerprint")), **facts)
-            require_head(bundle, task_of_bundle(bundle))
             bundle.views  # noqa: B018 - whether they can be read
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            if isinstance(error, BadDataError):
+            if isinstance(error, NewerFormatError):
                 raise
             message = f"{path}/head.json does not describe a head: {error}"
             raise BadDataError(message) from error
@@ -231,7 +231,11 @@ class Bundle:
                 labels: NDArray[Any] = datasets["truth"][()]
             else:
                 names = [value.decode() for value in hdf5.unpack_strings(datasets, "label-names")]
-                labels = np.array(names, dtype=str)[datasets["label"][()]]
+                places = datasets["label"][()]
+                if (places < 0).any():  # which NumPy would count from the end
+                    message = f"{int((places < 0).sum())} images have no label"
+                    raise ValueError(message)
+                labels = np.array(names, dtype=str)[places]
             predictions = Predictions(
                 sha256=raw,
                 paths=hdf5.unpack_strings(datasets, "path"),
@@ -239,7 +243,7 @@ class Bundle:
                 probabilities=datasets["probabilities"][()],
                 split=str(attrs["split"]),
             )
-            require_predictions(predictions, self, task_of_bundle(self))
+            require_predictions(predictions, task_of_bundle(self), self.metrics["n"], self.path / "predictions.h5")
             return predictions
 
     def novelty(self) -> Novelty | None:

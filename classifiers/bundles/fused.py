@@ -24,6 +24,10 @@ from extractor.graphs.backbone_facts import PREFIX
 from extractor.pixels.preprocess import Preprocess
 from store.errors import BadDataError, InputMissingError, require_format
 from store.fingerprint import Fingerprint
+from store.format.json_text import misfit
+from store.format.metadata import FINGERPRINT
+
+from .head_json import NUMBER, PIXELS, require_calibration, require_names, require_pixels
 
 FORMAT_VERSION = 1
 INPUT, LABEL = "pixels", "label"
@@ -31,6 +35,19 @@ OPTIONAL = ("conformal", "features", "probe_image")
 NO_LABEL = -1  # of an image for which the network gives NaN or infinity
 GOLDEN = 16  # images
 RECIPE = "shake-blocks-1"
+SHAPE = {  # of the metadata
+    "classes": [str],
+    "task": str,
+    "kind": str,
+    "head": str,
+    "preprocessing": PIXELS,
+    "fingerprint": FINGERPRINT,
+    "golden": {"recipe": str, "pixels_sha256": str, "probabilities": [[NUMBER]]},
+    "weights_sha256": str,
+    "conformal": (dict, None),
+    "features": ({"tensor": str, "width": int}, None),
+    "probe_image": (dict, None),
+}
 
 
 @dataclass(frozen=True)
@@ -132,6 +149,9 @@ class Fused:
         if shapes != [[side, side, 3], [classes]]:
             message = f"{path}: its metadata says {side} x {side} x 3 pixels, {classes} {fused.output}; its graph has {shapes}"
             raise BadDataError(message)
+        if [len(row) for row in fused.golden.probabilities] != [classes] * GOLDEN:
+            message = f"{path}: 'golden.probabilities' in its metadata is not {GOLDEN} x {classes}"
+            raise BadDataError(message)
         return fused
 
     def require_loaded(self, path: Path, metadata: Mapping[str, str]) -> None:
@@ -153,14 +173,27 @@ class Fused:
                 raise BadDataError(message)
             entries = {**dict.fromkeys(OPTIONAL, "null"), **entries}
             facts = {field.name: json.loads(entries[field.name]) for field in fields(cls)}
+            _require_shape(facts)
             fused = cls(**{**facts, "golden": Golden(**facts["golden"])})
-            fused.preprocess, fused.bound_task  # noqa: B018 - whether they can be read
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            require_pixels(fused.preprocess)
+            require_calibration(fused.conformal, fused.bound_task)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             if isinstance(error, BadDataError):
                 raise
             message = f"{path}: the description of the classifier in its metadata cannot be read: {error}"
             raise BadDataError(message) from error
         return fused
+
+
+def _require_shape(facts: Mapping[str, Any]) -> None:
+    """Refuse metadata that no classifier has.
+
+    Raises:
+        ValueError: says what differs.
+    """
+    if reason := misfit(facts, SHAPE):
+        raise ValueError(reason)
+    require_names(facts["classes"])
 
 
 def is_fused(path: Path) -> bool:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
+from classifiers.evaluation.registry import task_of
 from classifiers.evaluation.task import HeadTask
 from extractor.pixels.preprocess import FILTERS, Preprocess, require_sizes
 from store.errors import BadDataError
 from store.format.json_text import misfit
 from store.format.metadata import FINGERPRINT
-
-if TYPE_CHECKING:
-    from .bundle import Bundle, Predictions
+from store.tasks import ONE_LABEL
 
 NUMBER = (float, None)  # JSON has null for what is not defined
 BOUNDS = [float, float]
@@ -69,45 +69,51 @@ SETS = {"coverage": float, "n": int, "marginal": float, "per_class": [float]}
 MORE_THAN_CERTAIN = 1.001  # sums of float32 may exceed 1 a little
 
 
-def require_shape(facts: Any) -> None:
-    """Refuse JSON that no head writes.
+def require_head(facts: dict[str, Any]) -> None:
+    """Refuse the content of a head.json that is none, or whose lists and numbers do not fit each other.
 
     Raises:
-        ValueError: says what differs.
+        ValueError: says what is wrong with it.
+        BadDataError: its task is unknown.
+    """
+    metrics, chosen, split = facts["metrics"], facts["hyperparameters"], facts["split"]
+    task = task_of(facts.get("task", ONE_LABEL.name), facts["classes"])
+    require_names(facts["classes"])
+    require_pixels(Preprocess.from_facts(facts["backbone"]["preprocess"]))
+    require_calibration(facts.get("conformal"), task)
+    temperature, reason = chosen.get("temperature"), ""
+    if split.get("override"):
+        reason = misfit(split, SPLIT_AGAIN, "split") or _no_fractions(split)
+    if facts["kind"] == "fine-tuned":
+        reason = reason or misfit(facts["history"], EPOCHS, "history")
+    if temperature is not None and temperature <= 0:
+        reason = reason or f"'hyperparameters.temperature' is {temperature:g}; expected more than 0"
+    if any(Path(name).name != name for name in facts.get("files", ())):
+        reason = reason or "'files' names files outside the bundle"
+    if any(point["shots"] < 1 or not point["accuracies"] for point in facts.get("few_shot") or ()):
+        reason = reason or "'few_shot' has a point without images, or without a draw"
+    reason = reason or _backbone(facts["backbone"])
+    if metrics is not None:
+        reason = reason or _metrics(metrics, facts["classes"], task, scaled=temperature is not None)
+    if reason:
+        raise ValueError(reason)
+
+
+def require_shape(facts: Any) -> None:
+    """Refuse JSON whose parts are of other kinds than those of a head.json.
+
+    Raises:
+        ValueError: names the first.
     """
     if reason := misfit(facts, SHAPE):
         raise ValueError(reason)
 
 
-def require_head(bundle: Bundle, task: HeadTask) -> None:
-    """Refuse facts that do not fit each other: the lists that have an entry for each output, and numbers out of range.
-
-    Raises:
-        ValueError: says what does not fit.
-    """
-    require_names(bundle.classes)
-    require_pixels(bundle.backbone.preprocess)
-    require_calibration(bundle.conformal, task)
-    reason = ""
-    if not bundle.backbone.layers:
-        reason = "'backbone.layers' is empty"
-    elif bundle.backbone.precision != "fp32":
-        reason = misfit(bundle.backbone.calibration, {"sha256": str}, "backbone.calibration")
-    if bundle.split.get("override"):
-        reason = reason or misfit(bundle.split, SPLIT_AGAIN, "split") or _no_fractions(bundle.split)
-    if bundle.kind == "fine-tuned":
-        reason = reason or misfit(bundle.history, EPOCHS, "history")
-    temperature = bundle.hyperparameters.get("temperature")
-    if temperature is not None and temperature <= 0:
-        reason = reason or f"'hyperparameters.temperature' is {temperature:g}; expected more than 0"
-    if any(Path(name).name != name for name in bundle.files):
-        reason = reason or "'files' names files outside the bundle"
-    if any(point["shots"] < 1 or not point["accuracies"] for point in bundle.few_shot or ()):
-        reason = reason or "'few_shot' has a point without images, or without a draw"
-    if bundle.metrics is not None:
-        reason = reason or _metrics(bundle.metrics, bundle.classes, task, scaled=temperature is not None)
-    if reason:
-        raise ValueError(reason)
+def _backbone(facts: dict[str, Any]) -> str:
+    if not facts["layers"]:
+        return "'backbone.layers' is empty"
+    converted = facts.get("precision", "fp32") != "fp32"
+    return misfit(facts.get("calibration"), {"sha256": str}, "backbone.calibration") if converted else ""
 
 
 def require_names(classes: Sequence[Any]) -> None:
@@ -131,8 +137,9 @@ def require_pixels(pixels: Preprocess) -> None:
     Raises:
         ValueError: says why.
     """
-    require_sizes(pixels.resize, pixels.crop)
-    if pixels.interpolation not in FILTERS or len(pixels.mean) != 3 or len(pixels.std) != 3:
+    require_sizes(None if pixels.squash else pixels.resize, None, "preprocess.{}".format)
+    require_sizes(None, pixels.crop, "preprocess.{}".format)
+    if pixels.interpolation not in FILTERS or not {len(pixels.mean), len(pixels.std)} <= {1, 3}:
         message = f"no image is preprocessed with {pixels.interpolation!r}, mean {pixels.mean} and std {pixels.std}"
         raise ValueError(message)
 
@@ -157,7 +164,7 @@ def require_calibration(conformal: dict[str, Any] | None, task: HeadTask) -> Non
 
 def _no_fractions(split: Mapping[str, Any]) -> str:
     val, test = split["val"], split["test"]
-    return "" if 0 <= val and 0 <= test and val + test < 1 else f"'split' has the fractions val {val:g} and test {test:g}"
+    return "" if min(val, test) >= 0 and val + test < 1 else f"'split' has the fractions val {val:g} and test {test:g}"
 
 
 def _metrics(metrics: dict[str, Any], classes: Sequence[str], task: HeadTask, *, scaled: bool) -> str:
@@ -192,28 +199,47 @@ def _of_outputs(metrics: dict[str, Any], classes: Sequence[str], task: HeadTask)
     return "" if all(each == names[0] for each in names) else f"'metrics.per_output' has other scores for some {task.plural}"
 
 
-def require_predictions(predictions: Predictions, bundle: Bundle, task: HeadTask) -> None:
+class HeldOut(Protocol):
+    """The part of `Predictions` that is checked."""
+
+    @property
+    def sha256(self) -> Sequence[bytes]: ...
+    @property
+    def paths(self) -> Sequence[bytes]: ...
+    @property
+    def labels(self) -> NDArray[Any]: ...
+    @property
+    def probabilities(self) -> NDArray[np.float32]: ...
+
+
+def require_predictions(held: HeldOut, task: HeadTask, measured: int, file: Path) -> None:
     """Refuse predictions for held-out images that are not those of a head: other columns, other images, unknown labels.
+
+    Args:
+        held: the predictions.
+        task: of the head, with the names of its outputs.
+        measured: how many images the metrics of the head were measured on.
+        file: where they were read, for the message.
 
     Raises:
         BadDataError: says what does not fit.
     """
-    n, k, outputs = len(predictions.paths), len(bundle.classes), predictions.probabilities
+    n, k, outputs = len(held.paths), len(task.names), held.probabilities
     truth = (n,) if task.exclusive else (n, k)
     reason = ""
-    if outputs.shape != (n, k) or len(predictions.sha256) != n or predictions.labels.shape != truth:
+    if outputs.shape != (n, k) or len(held.sha256) != n or held.labels.shape != truth:
         reason = (
-            f"its {len(predictions.sha256)} digests, truth {predictions.labels.shape} and outputs {outputs.shape} do not fit "
+            f"its {len(held.sha256)} digests, truth {held.labels.shape} and outputs {outputs.shape} do not fit "
             f"{n} images and {k} {task.plural}"
         )
-    elif bundle.metrics is not None and bundle.metrics["n"] != n:
-        reason = f"it has {n} images, and head.json was measured on {bundle.metrics['n']}"
-    elif task.exclusive and (unknown := set(predictions.labels.tolist()) - set(bundle.classes)):
+    elif n != measured:
+        reason = f"it has {n} images, and head.json was measured on {measured}"
+    elif task.exclusive and (unknown := set(held.labels.tolist()) - set(task.names)):
         reason = f"it has the label {min(unknown)!r}, which the head does not know"
-    elif not task.exclusive and not np.isfinite(predictions.labels).all():
+    elif not task.exclusive and not np.isfinite(held.labels).all():
         reason = "its truth has NaN or infinity"
     elif not task.intervals and ((outputs < 0) | (outputs > MORE_THAN_CERTAIN)).any():
         reason = "it has probabilities that are not between 0 and 1"
     if reason:
-        message = f"{bundle.path}/predictions.h5: {reason}"
+        message = f"{file}: {reason}"
         raise BadDataError(message)

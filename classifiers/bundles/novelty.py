@@ -83,17 +83,17 @@ class Novelty:
         return hdf5.build(ENCODING_TYPE, datasets, {"rows": len(self.reference)})[0]
 
     @classmethod
-    def load(cls, path: Path, dim: int) -> Self:
-        """Read a ``novelty.h5`` for features of length ``dim``.
+    def load(cls, path: Path, dim: int | None = None) -> Self:
+        """Read a ``novelty.h5``, for features of length ``dim`` if that is known.
 
         Raises:
             CorruptCacheError: the file is damaged, or is not for these.
         """
         with hdf5.open_checked(path, ENCODING_TYPE) as (datasets, _):
             reference, usual = datasets["reference"][()].astype(np.float32), float(datasets["usual"][0])
-        fits = reference.ndim == 2 and reference.shape[1] == dim and len(reference) >= NEIGHBOUR
+        fits = reference.ndim == 2 and reference.shape[1] == (dim or reference.shape[1]) and len(reference) >= NEIGHBOUR
         if not fits or not np.isfinite(reference).all() or not 0 < usual < math.inf:
-            message = f"{path}: features {reference.shape} and a distance of {usual:g} are no reference for {dim} features"
+            message = f"{path}: features {reference.shape} and a distance of {usual:g} are no reference for these features"
             raise CorruptCacheError(message)
         return cls(reference, usual)
 

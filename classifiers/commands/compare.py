@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from extractor.commands.console import FOLDER, Command, json_option, overwrite_option, print_json, table_width
+from extractor.commands.console import FOLDER, Command, json_option, overwrite_option, print_json, say_text, table_width
 
 
 @click.command(cls=Command)
@@ -56,4 +56,4 @@ def compare(
         write_output(output, comparison_report(comparison).encode(), overwrite=overwrite)
     if as_json:
         return print_json(comparison.to_json())
-    return click.echo(comparison_text(comparison, width=table_width()))
+    return say_text(comparison_text(comparison, width=table_width()))

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from extractor.commands.console import print_json, table_width
+from extractor.commands.console import print_json, say, say_text, table_width
 
 if TYPE_CHECKING:
     from classifiers.evaluation.task import Evaluation, Measured
@@ -18,18 +16,18 @@ def print_bundle(bundle: Any, *, as_json: bool) -> None:
     from classifiers.bundles.bundle import task_of_bundle
 
     task, seconds = task_of_bundle(bundle), bundle.cost["train_seconds"]
-    click.echo(f"{bundle.path}: {bundle.head} head, {len(bundle.classes)} {task.plural}, in {seconds:.1f} s")
+    say(f"{bundle.path}: {bundle.head} head, {len(bundle.classes)} {task.plural}, in {seconds:.1f} s")
     metrics = bundle.metrics
     if metrics:
-        click.echo(f"{task.headline(metrics)} on {metrics['n']} images of {bundle.split['reported_on']!r}")
+        say(f"{task.headline(metrics)} on {metrics['n']} images of {bundle.split['reported_on']!r}")
         for note in metrics["notes"]:
-            click.echo(f"warning: {note}", err=True)
-    return click.echo(f"report: {bundle.path / 'report.html'}")
+            say(f"warning: {note}", err=True)
+    return say(f"report: {bundle.path / 'report.html'}")
 
 
 def print_evaluation(result: Evaluation | Measured) -> None:
     from classifiers.reports.terminal import evaluation_text
 
-    click.echo(evaluation_text(result, width=table_width()))
+    say_text(evaluation_text(result, width=table_width()))
     for note in result.notes:
-        click.echo(f"warning: {note}", err=True)
+        say(f"warning: {note}", err=True)

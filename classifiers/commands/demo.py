@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from extractor.commands.console import FOLDER, Command, overwrite_option, print_table, table_width
+from extractor.commands.console import FOLDER, Command, overwrite_option, print_table, say, say_text, table_width
 
 from .console import print_evaluation
 
@@ -29,16 +29,22 @@ def demo(output: Path, weights: str | None, epochs: int, *, overwrite: bool) -> 
     from classifiers.demo import run_demo
 
     result = run_demo(output, weights=weights, epochs=epochs, overwrite=overwrite)
-    click.echo(f"\nFirst extraction   {result.first.text()}")
-    click.echo(f"Second extraction  {result.second.text()}")
-    click.echo("\nLogistic head on cached features")
+    say()
+    say_text(f"First extraction   {result.first.text()}")
+    say_text(f"Second extraction  {result.second.text()}")
+    say()
+    say("Logistic head on cached features")
     print_evaluation(result.evaluation)
-    click.echo("\nSome predictions")
+    say()
+    say("Some predictions")
     print_table(
         ("image", "label", "probability"), [(p.name, p.label or "", f"{p.probability:.3f}") for p in result.predictions]
     )
-    click.echo("\nFrozen features or fine-tuning?")
-    click.echo(comparison_text(result.comparison, width=table_width()))
+    say()
+    say("Frozen features or fine-tuning?")
+    say_text(comparison_text(result.comparison, width=table_width()))
     for note in result.notes:
-        click.echo(f"\n{note}")
-    click.echo(f"\nReport: {result.report}   Bundles: {output}/*.head (each has a report.html)")
+        say()
+        say(note)
+    say()
+    say(f"Report: {result.report}   Bundles: {output}/*.head (each has a report.html)")

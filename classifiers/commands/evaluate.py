@@ -15,6 +15,7 @@ from extractor.commands.console import (
     output_option,
     overwrite_option,
     print_json,
+    say,
 )
 
 from .console import print_evaluation
@@ -87,4 +88,4 @@ def report(bundle: Path, data: Path | None, settings: ReportSettings, output: Pa
         raise click.UsageError(message)
     html = report_again(Bundle.load(bundle), data, settings)
     write_output(output, html.encode(), overwrite=overwrite)
-    click.echo(f"report: {output}")
+    say(f"report: {output}")

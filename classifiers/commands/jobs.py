@@ -15,6 +15,7 @@ from extractor.commands.console import (
     print_json,
     print_preview,
     print_table,
+    say_text,
 )
 
 from .console import print_evaluation
@@ -44,7 +45,7 @@ def run(job: Path, log_json: Path | None, metrics: Path | None, *, dry_run: bool
     if as_json:
         print_json(result.to_json())
     else:
-        click.echo(result.extract.text())
+        say_text(result.extract.text())
         print_evaluation(result.evaluation)
     if result.gate_missed:
         raise GateError(result.gate_missed)

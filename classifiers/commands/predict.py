@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from extractor.commands.console import FOLDER, WITH_FAILURES, Command, SettingsCommand, output_option, overwrite_option
+from extractor.commands.console import FOLDER, WITH_FAILURES, Command, SettingsCommand, output_option, overwrite_option, say
 from store.format import json_text
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def predict(bundle: Path, images: Sequence[Path], settings: PredictSettings, for
         raise click.UsageError(message)
     listed = list_images(images) if images else []
     if testing:
-        click.echo(selftest(bundle, **settings.runtime()), err=bool(images))
+        say(selftest(bundle, **settings.runtime()), err=bool(images))
         if not images:
             return 0
     predictor = Predictor.load(bundle, **settings.runtime())
@@ -80,7 +80,7 @@ def predict(bundle: Path, images: Sequence[Path], settings: PredictSettings, for
         else:
             unlike = " (unlike the training images)" if p.novelty and p.novelty > 1 else ""
             novelty = "" if p.novelty is None else f"\tnovelty {p.novelty:.2f}{unlike}"
-            click.echo(f"{p.name}\t{p.code}: {p.message}" if p.code else f"{p.name}\t{predictor.task.text(p)}{novelty}")
+            say(f"{p.name}\t{p.code}: {p.message}" if p.code else f"{p.name}\t{predictor.task.text(p)}{novelty}")
     return WITH_FAILURES if failed else 0
 
 
@@ -107,4 +107,4 @@ def fuse(bundle: Path, output: Path, *, overwrite: bool) -> None:
 
     fused = fuse_bundle(Bundle.load(bundle), output, overwrite=overwrite)
     side, size = fused.preprocess.crop, sum(file.stat().st_size for file in (output, *data_files(output)))
-    click.echo(f"{output}: {side} x {side} pixels to {len(fused.classes)} {fused.bound_task.plural}, {size / 2**20:.1f} MiB")
+    say(f"{output}: {side} x {side} pixels to {len(fused.classes)} {fused.bound_task.plural}, {size / 2**20:.1f} MiB")

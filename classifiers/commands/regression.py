@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from extractor.commands.console import FOLDER, Command, json_option, one_layer_option, print_json, print_table
+from extractor.commands.console import FOLDER, Command, json_option, one_layer_option, print_json, print_table, say
 
 if TYPE_CHECKING:
     from store.cache import FeatureCache
@@ -41,13 +41,13 @@ def check(
         rows = write_compact(current, against, dtype=str(current.dtype))
         if as_json:
             return print_json({"new": str(against), "rows": rows})
-        return click.echo(f"{against}: new, {rows} rows")
+        return say(f"{against}: new, {rows} rows")
     golden = FeatureCache(against, layer)
     drift = compare_caches(golden, current, predict=decisions(head, golden), bound=tolerance)
     print_drift(drift, as_json=as_json)
     if update:
         write_compact(current, against, dtype=str(current.dtype), overwrite=True)
-        click.echo(f"{against} is replaced", err=True)
+        say(f"{against} is replaced", err=True)
     elif not drift.passed:
         message = f"{cache} does not match {against}: {'; '.join(drift.causes) or 'see the table'}"
         raise BadDataError(message)
@@ -101,5 +101,5 @@ def print_drift(drift: Any, *, as_json: bool) -> None:
         return print_json(drift.to_json())
     print_table(("what", "value"), drift.rows(), left=2)
     for cause in drift.causes:
-        click.echo(f"cause: {cause}")
+        say(f"cause: {cause}")
     return None

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from extractor.commands.console import FOLDER, SettingsCommand, is_quiet, json_option, output_option, print_json, print_table
+from extractor.commands.console import (
+    FOLDER,
+    SettingsCommand,
+    is_quiet,
+    json_option,
+    output_option,
+    print_json,
+    print_table,
+    say,
+)
 
 if TYPE_CHECKING:
     from classifiers.comparison.settings import SweepSettings
@@ -49,11 +58,15 @@ def sweep(data: Path, sources: Sequence[str], settings: SweepSettings, output: P
         return ranking.exit_code
     print_table(ranking.columns, ranking.rows(), left=2)
     for each in ranking.failed:
-        click.echo(f"\nNo features of {each.source}: {each.error}")
-    click.echo()
+        say()
+        say(f"No features of {each.source}: {each.error}")
+    say()
     for note in ranking.notes():
-        click.echo(note)
-    click.echo(f"\nRank correlation of the scores with the {ranking.metric} of trained heads, {len(ranking.lines)} sources")
+        say(note)
+    say()
+    say(f"Rank correlation of the scores with the {ranking.metric} of trained heads, {len(ranking.lines)} sources")
     print_table(AGREEMENT_COLUMNS, [each.cells() for each in ranking.agreements()])
-    click.echo(f"\nPage: {output / PAGE}\nNext: {ranking.advice()}")
+    say()
+    say(f"Page: {output / PAGE}")
+    say(f"Next: {ranking.advice()}")
     return ranking.exit_code

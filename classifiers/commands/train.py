@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from extractor.commands.console import FOLDER, SettingsCommand, json_option, output_option, overwrite_option, print_table
+from extractor.commands.console import FOLDER, SettingsCommand, json_option, output_option, overwrite_option, print_table, say
 
 from .console import print_bundle
 
@@ -41,5 +41,6 @@ def train(cache: Path, settings: TrainSettings, output: Path, *, as_json: bool, 
     if bundle.few_shot and not as_json:
         from classifiers.reports.tables import SHOT_COLUMNS, shot_cells
 
-        click.echo(f"\nAccuracy on {bundle.split['reported_on']!r} by training images of each class")
+        say()
+        say(f"Accuracy on {bundle.split['reported_on']!r} by training images of each class")
         print_table(SHOT_COLUMNS, [shot_cells(point) for point in bundle.few_shot], left=0)

@@ -20,7 +20,9 @@ from classifiers.heads.registry import Search, rows
 from extractor.data.sources import open_source
 from extractor.pixels.pixel_drift import PixelDrift
 from store.cache import FeatureCache, Subset, is_cache
+from store.errors import BadDataError
 from store.fingerprint import short
+from store.format.json_text import misfit
 
 from . import plots
 from .illustrations import Illustrations, files_or_none, illustrate
@@ -49,6 +51,7 @@ def bundle_report(bundle: Bundle, predictions: Predictions | None = None, shown:
     training = []
     if len(bundle.history) > 1:  # else nothing was chosen
         search = _search(bundle)
+        _require_history(bundle, search)
         text = search.text(bundle.hyperparameters) if search else "Loss on training and validation images by epoch."
         plot = plots.history_svg(bundle.history, bundle.hyperparameters, search)
         training.append(Section("Training", text=text, plot=plot, half=True))
@@ -189,6 +192,26 @@ def _search(bundle: Bundle) -> Search | None:
     """The search that the history of a bundle records; None if it records epochs."""
     row = next((row for row in rows() if (row.name, row.task) == (bundle.head, bundle.task)), None)
     return row.search if row and row.search and row.search.setting in bundle.history[0] else None
+
+
+def _require_history(bundle: Bundle, search: Search | None) -> None:
+    """Refuse a history that cannot be drawn.
+
+    Raises:
+        BadDataError: names the field.
+    """
+    numbers, chosen = (float, None), bundle.hyperparameters
+    if search:
+        row = {search.setting: float, search.loss: numbers, "accuracy?": numbers, "tau?": numbers}
+        reason = misfit(chosen, {search.setting: (float, [float]), "tau?": float}, "hyperparameters")
+    else:
+        row, reason = {"epoch": int, "train_loss": numbers, "val_loss": numbers}, ""
+    reason = reason or misfit(bundle.history, [row], "history")
+    if search and not reason and all(each.get("tau") != chosen.get("tau") for each in bundle.history):
+        reason = "the setting in 'hyperparameters' is none of 'history'"
+    if reason:
+        message = f"{bundle.path}/head.json: {reason}"
+        raise BadDataError(message)
 
 
 def report_again(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -29,7 +30,6 @@ def info(cache: Path, layer: str | None, *, as_json: bool) -> None:
 
     Example: penult info photos.cache
     """
-    from extractor.precision.registry import precision_of
     from store.cache import FeatureCache
     from store.fingerprint import short
 
@@ -50,13 +50,29 @@ def info(cache: Path, layer: str | None, *, as_json: bool) -> None:
     if "weights" in made:
         say(", ".join(filter(None, [f"weights {made['weights']}", made.get("source")])))
     if "calibration" in made:
-        say(precision_of(facts["fingerprint"]["precision"]).describe(made["calibration"]))
+        say(_conversion(cache, facts["fingerprint"].get("precision", ""), made["calibration"]))
     for name, target in facts["targets"].items():
         say(f"target {name}: {target['given']} given, {target['min']} to {target['max']}")
     if facts["failures"]:
         print_table(("failed", "code", "message"), [(f["path"], f["code"], f["message"]) for f in facts["failures"]], left=3)
     leaves = opened.fingerprint.leaves().items()
     return print_table(("fingerprint", "value"), [(key, short(value)) for key, value in leaves], left=2)
+
+
+def _conversion(cache: Path, precision: str, calibration: dict[str, Any]) -> str:
+    """The outcome of the conversion of a cache's backbone, in words.
+
+    Raises:
+        BadDataError: the cache does not describe it.
+    """
+    from extractor.precision.registry import precision_of
+    from store.errors import BadDataError
+
+    try:
+        return precision_of(precision).describe(calibration)
+    except BadDataError as error:
+        message = f"{cache}: {error}"
+        raise BadDataError(message) from error
 
 
 @click.command(cls=Command)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from store.errors import BadDataError
+
 if TYPE_CHECKING:
     from extractor.data.samples import Sample
     from extractor.data.sources import Source
@@ -69,8 +71,16 @@ class Precision:
         return conversion
 
     def describe(self, calibration: dict[str, Any]) -> str:
-        """The outcome of the conversion, in words."""
-        return str(self._of("describe")(calibration))
+        """The outcome of the conversion, in words; empty if the file stays as it is.
+
+        Raises:
+            BadDataError: these are not facts about such a conversion.
+        """
+        try:
+            return str(self._of("describe")(calibration)) if self.module else ""
+        except (KeyError, TypeError, ValueError) as error:
+            message = f"the facts about the conversion to {self.name} cannot be read: {error}"
+            raise BadDataError(message) from error
 
     def _of(self, name: str) -> Any:
         return getattr(importlib.import_module(f".{self.module}", __package__), name)

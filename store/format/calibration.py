@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from store.errors import CorruptCacheError
 
-from . import atomic, hdf5
+from . import atomic, hdf5, json_text
 
 ENCODING_TYPE = "penult-calibration"
 NAME = "calibration.h5"
@@ -65,5 +65,15 @@ def read_calibration(cache: Path) -> Calibration:
         layers = json.loads(str(attrs["layers"]))
         raw = arrays["sha256"].tobytes()
         keys = [raw[i : i + 32] for i in range(0, len(raw), 32)]
+        reason = json_text.misfit(layers, [str], "layers")
+        if not reason and arrays["sha256"].shape != (len(keys), 32):
+            reason = f"its digests have shape {arrays['sha256'].shape}"
+        if reason:
+            message = f"{path}: {reason}"
+            raise CorruptCacheError(message)
         exact, rounded = ([arrays[f"{kind}-{i}"] for i in range(len(layers))] for kind in ("fp32", "int8"))
+        for a, b in zip(exact, rounded, strict=True):
+            if a.shape != b.shape or a.ndim != 2 or len(a) != len(keys) or not (np.isfinite(a) & np.isfinite(b)).all():
+                message = f"{path}: features {a.shape} and {b.shape} are not finite, or do not fit {len(keys)} images"
+                raise CorruptCacheError(message)
         return Calibration(str(attrs["calibration"]), layers, keys, exact, rounded)

@@ -12,6 +12,7 @@ from store.errors import CorruptCacheError, InputMissingError
 from store.fingerprint import Fingerprint
 
 from . import hdf5, shard
+from .metadata import require_description
 
 ENCODING_TYPE = "penult-compact"
 
@@ -25,7 +26,8 @@ def open_compact(path: Path) -> tuple[shard.Shard, dict[str, Any]]:
     with hdf5.open_checked(path, ENCODING_TYPE) as (datasets, attrs):
         features, m = datasets["features"], int(attrs["feature-rows"])
         keys = datasets["sha256"][()][:m]
-        if features.ndim != 2 or features.shape[0] != m or len(keys) != m or features.dtype not in (np.float16, np.float32):
+        fits = features.ndim == 2 and features.shape[0] == len(keys) == m and (features.shape[1] or not m)
+        if not fits or keys.shape != (m, 32) or features.dtype not in (np.float16, np.float32):
             message = f"{path}: features {features.shape} of type {features.dtype} do not fit {m} rows"
             raise CorruptCacheError(message)
         fingerprint = Fingerprint.parse(str(attrs["fingerprint"])).single
@@ -33,7 +35,9 @@ def open_compact(path: Path) -> tuple[shard.Shard, dict[str, Any]]:
         begin = hdf5.offset(features)
         state = shard.state_of(path)
         whole = shard.Shard(path, sha256, features.shape[1], features.dtype, fingerprint.canonical, begin, state, ENCODING_TYPE)
-        return whole, {"format": 1, "fingerprint": fingerprint.fields, "facts": json.loads(str(attrs["cache"]))}
+        meta = {"format": 1, "fingerprint": fingerprint.fields, "facts": json.loads(str(attrs["cache"]))}
+        require_description(meta, str(path))
+        return whole, meta
 
 
 def read_backbone(path: Path) -> bytes:

@@ -86,11 +86,13 @@ def _child() -> None:
             path.open("rb").close()
             hdf5.verify(path, kind)
             if kind == shard.ENCODING_TYPE:
-                shard.read_shard(path)
+                shard.require_sound(shard.read_shard(path), digest=False)
             elif kind == calibration.ENCODING_TYPE:
                 calibration.read_calibration(path.parent)
             else:
                 samples.SampleTable.read(path, kind)
+                if kind == compact_file.ENCODING_TYPE:
+                    shard.require_sound(compact_file.open_compact(path)[0], digest=False)
             answer = {"problem": ""}
         except NewerFormatError as error:  # not damage; neither is a permission or a failing disk
             answer = answer_of(error)

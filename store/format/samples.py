@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,11 +16,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from store.errors import BadDataError, CorruptCacheError, display
-from store.tasks import MISSING, ONE_LABEL, TASKS, Task
+from store.tasks import MISSING, ONE_LABEL, TASKS, RegressionTask, Task
 
-from . import hdf5
+from . import hdf5, json_text
 
 ENCODING_TYPE = "penult-samples"
+FACTS = {  # what is read of the facts
+    "root?": str,
+    "source?": (str, None),
+    "task?": str,
+    "split?": dict,
+    "budget_exceeded?": bool,
+    "extract_seconds?": float,
+    "extract_cost?": ({"peak_memory?": (float, None), "energy?": (float, None)}, None),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +169,9 @@ class SampleTable:
             for name in ("label", "split", "code"):
                 names = [None, *(value.decode() for value in hdf5.unpack_strings(datasets, f"{name}-names"))]
                 places = datasets[name][()]
+                if places.shape != (n,) or places.dtype.kind not in "iu":
+                    message = f"{path}: {name!r} has type {places.dtype} and shape {places.shape}; expected {n} whole numbers"
+                    raise CorruptCacheError(message)
                 if places.size and not -1 <= places.min() <= places.max() < len(names) - 1:
                     message = f"{path}: {name!r} points outside its {len(names) - 1} names"
                     raise CorruptCacheError(message)
@@ -168,6 +182,8 @@ class SampleTable:
                 message = f"{path}: its columns of shapes {shapes} and its {sum(failed)} failures do not fit together"
                 raise CorruptCacheError(message)
             names_of_targets, targets = _targets(path, datasets, n)
+            facts = json.loads(str(attrs["facts"]))
+            _require_facts(path, facts, names_of_targets)
             lengths = {
                 len(paths),
                 len(groups),
@@ -193,7 +209,8 @@ class SampleTable:
                 )
                 for i in range(n)
             ]
-            return cls(sorted(rows, key=lambda row: row.path), json.loads(str(attrs["facts"])), names_of_targets)
+            _require_rows(path, paths, datasets["sha256"][()].any(axis=1) | np.array(failed, bool))
+            return cls(sorted(rows, key=lambda row: row.path), facts, names_of_targets)
 
 
 def _targets(path: Path, datasets: Any, n: int) -> tuple[list[str], list[tuple[float, ...]]]:
@@ -205,7 +222,39 @@ def _targets(path: Path, datasets: Any, n: int) -> tuple[list[str], list[tuple[f
     if values.shape != (n, len(names)) or values.dtype != np.float64:
         message = f"{path}: targets {values.shape} of type {values.dtype} do not fit {n} rows and {len(names)} names"
         raise CorruptCacheError(message)
+    if np.isinf(values[()]).any():
+        message = f"{path}: the targets {', '.join(map(repr, names))} have an infinite number"
+        raise CorruptCacheError(message)
     return names, [tuple(MISSING if v != v else v for v in row) for row in values[()].tolist()]
+
+
+def _require_facts(path: Path, facts: Any, targets: Sequence[str]) -> None:
+    """Refuse facts about a table that are not what its readers rely on."""
+    reason = json_text.misfit(facts, FACTS, "facts")
+    if not reason:
+        task, root = facts.get("task", ONE_LABEL.name), facts.get("root", "")
+        if task not in TASKS:
+            reason = f"the task {task!r} is none of {', '.join(TASKS)}; a newer penult may know it"
+        elif TASKS[task] is RegressionTask and not targets:
+            reason = f"the task {task!r} needs a target, and the table has none"
+        elif len(set(targets)) < len(targets):
+            reason = f"it names a target twice: {', '.join(map(repr, targets))}"
+        elif re.fullmatch("(?:[0-9a-fA-F]{2})*", root) is None or b"\0" in bytes.fromhex(root):
+            reason = f"the root {root[:80]!r} is not a folder's name in hexadecimal digits"
+    if reason:
+        message = f"{path}: {reason}"
+        raise CorruptCacheError(message)
+
+
+def _require_rows(path: Path, paths: Sequence[bytes], known: NDArray[np.bool_]) -> None:
+    """Refuse a table that has a path twice, or an image without the digest that its features are found by."""
+    if len(set(paths)) < len(paths):
+        counts = Counter(paths)
+        message = f"{path} has the path {display(next(each for each in paths if counts[each] > 1))!r} twice"
+        raise CorruptCacheError(message)
+    if not known.all():
+        message = f"{path}: {display(paths[int(np.argmin(known))])!r} is ok and has no digest of its content"
+        raise CorruptCacheError(message)
 
 
 def check_relative(path: bytes) -> bytes:

@@ -124,7 +124,8 @@ def read_shard(path: Path) -> Shard:
         features, keys, text = datasets["features"], datasets["sha256"], str(attrs["fingerprint"])
         n, views = int(attrs["rows"]), Fingerprint.parse(text).views
         shape = (n,) if views == 1 else (n, views)
-        if views < 1 or features.shape[:-1] != shape or keys.shape != (n, 32) or keys.dtype != np.uint8:
+        fits = features.shape[:-1] == shape and (features.shape[-1] or not n)
+        if views < 1 or not fits or keys.shape != (n, 32) or keys.dtype != np.uint8:
             each = f" of {views} views" if views != 1 else ""
             message = f"{path}: features {features.shape} and keys {keys.shape} do not fit {n} rows{each}"
             raise CorruptCacheError(message)
@@ -133,6 +134,30 @@ def read_shard(path: Path) -> Shard:
             raise CorruptCacheError(message)
         sha256 = keys[()].view("S32").reshape(n)
         return Shard(path, sha256, features.shape[-1], features.dtype, text, hdf5.offset(features), state, views=views)
+
+
+def require_sound(shard: Shard, *, digest: bool = True) -> None:
+    """Read a shard completely: it must be what was written, and hold neither NaN nor infinity.
+
+    Args:
+        shard: its index.
+        digest: compare its payload digest; not needed where that was done.
+
+    Raises:
+        InputMissingError: it is gone.
+        CorruptCacheError: it is damaged, or a number is not finite.
+    """
+    if digest:
+        hdf5.verify(shard.path, shard.encoding_type)
+    exponent = 0x7C00 if shard.dtype == np.float16 else 0x7F800000  # all its bits are set in NaN and infinity alone
+    with hdf5.open_checked(shard.path, shard.encoding_type) as (datasets, _):
+        features = datasets["features"]
+        rows = max(hdf5.BLOCK // max(shard.views * shard.dim * shard.dtype.itemsize, 1), 1)
+        for begin in range(0, len(features), rows):
+            bits = features[begin : begin + rows].view(np.uint16 if shard.dtype == np.float16 else np.uint32)
+            if ((bits & exponent) == exponent).any():
+                message = f"{shard.path} has NaN or infinity among its features, which are finite in a sound shard"
+                raise CorruptCacheError(message)
 
 
 def state_of(file: Path | int) -> tuple[int, int, int]:

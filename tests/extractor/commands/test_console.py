@@ -100,9 +100,9 @@ def test_a_class_folder_with_control_characters(tmp_path: Path, penult: Penult) 
         ("train", cache, "-o", head, "--head", "centroid"),
         ("evaluate", head, cache),
         ("predict", head, photos),
-        ("info", tmp_path / "no\x1b[2J.cache"),
-        ("\x1b[2J",),
-        ("info", "--no\x1b[2J", cache),
+        ("info", tmp_path / "no\x1b]0;title\x07\r.cache"),  # click itself removes colours, where no terminal is
+        ("extract", photos, "-m", "net\r\x1bc", "-o", tmp_path / "d.cache"),
+        ("info", "--no\r\x1bc", cache),
     )
     codes = []
     for command in commands:

@@ -632,7 +632,7 @@ def column(name: str, **over: Any) -> dict[str, Any]:
 def test_a_forged_table_with_a_good_digest_is_refused(tmp_path: Path, datasets: dict[str, Any], attrs: dict[str, Any]) -> None:
     good = {
         "status": np.zeros(1, np.uint8),
-        "sha256": np.zeros((1, 32), np.uint8),
+        "sha256": np.ones((1, 32), np.uint8),
         "stat": np.zeros((1, 3), np.int64),
         **hdf5.pack_strings("path", [b"a"]),
         **hdf5.pack_strings("group", [b""]),
