@@ -54,7 +54,7 @@ def predict(bundle: Path, images: Sequence[Path], settings: PredictSettings, for
     writer = csv.writer(sys.stdout, lineterminator="\n")
     if form == "csv":
         extra = ["novelty"] if predictor.recipe.novelty else []
-        writer.writerow(["path", "label", "probability", "code", "message", *extra, *map(_quoted, predictor.task.columns())])
+        writer.writerow(["path", "label", "probability", "code", "message", *extra, *predictor.task.columns()])
     for p in results:
         failed += p.code is not None
         if form == "csv":

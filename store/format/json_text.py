@@ -67,10 +67,10 @@ def _misfit(value: Any, kind: type, name: str) -> str:
     if kind is float and type(value) in (int, float):
         fits = abs(value) <= sys.float_info.max  # not true of NaN, nor of a whole number that is larger
         return "" if fits else f"{name!r} is not finite"
-    kind_here = type(value)
-    if kind_here is kind:
+    actual = type(value)
+    if actual is kind:
         return "" if kind is not int or abs(value) < 2**63 else f"{name!r} is too large"
-    what = "a number" if kind_here in (int, float) and kind is not int else WORDS.get(kind_here, str(kind_here))
+    what = "a number" if actual in (int, float) and kind is not int else WORDS.get(actual, str(actual))
     return f"{name!r} is {what}; expected {WORDS[kind]}" if name else f"it is {what}; expected {WORDS[kind]}"
 
 
