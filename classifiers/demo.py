@@ -10,9 +10,10 @@ from typing import cast
 
 import numpy as np
 
-from classifiers.bundles.bundle import Bundle, Predictions
+from classifiers.bundles.bundle import Bundle
 from classifiers.bundles.bundle_folder import refuse_existing
 from classifiers.bundles.held_out import evaluate_bundle
+from classifiers.bundles.predictions import Predictions
 from classifiers.bundles.predictor import Predictor, list_images
 from classifiers.comparison.compare import Comparison, Entrant, compare_entrants
 from classifiers.comparison.compare_page import comparison_report

@@ -9,6 +9,7 @@
       novelty.h5        features of training images, which new images are compared with
       predictions.h5    held-out predictions per image (used by `compare`), and the digests of fitted images
       report.html
+      SHA256SUMS        digests of all of these, for `sha256sum -c`
 """
 
 from __future__ import annotations
@@ -16,69 +17,35 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from classifiers.evaluation.registry import task_of
-from classifiers.evaluation.scores import require_finite
 from classifiers.evaluation.task import SCORE_COLUMNS, HeadTask, score_cells
 from extractor.graphs.backbone_facts import BackboneFacts, read_facts, require_features
-from extractor.graphs.cpu_session import cpu_session
 from extractor.graphs.onnx_file import copy
 from extractor.pixels.views import Views
 from store.cache import FeatureCache
-from store.errors import BadDataError, InputMissingError, NewerFormatError, PenultError, require_format
+from store.errors import BadDataError, InputMissingError, LockedError, NewerFormatError, PenultError, require_format
 from store.faces import html_table
 from store.fingerprint import VIEWS, Fingerprint
-from store.format import atomic, hdf5, json_text
+from store.format import atomic, hdf5, json_text, shard
 from store.format.lock import folder_lock
 
 from .bundle_folder import NOVELTY, install, put_back, refuse_existing, remove_folder, remove_leftovers
-from .head_json import require_head, require_predictions, require_shape
+from .digests import SUMS, file_sha256, read_sums, sums_of
+from .head_graph import Head, head_function
+from .head_json import require_head, require_shape
 from .novelty import Novelty
+from .predictions import ENCODING_TYPE, PREDICTIONS, Predictions, digests_in, predictions_file, predictions_of
 
 log = logging.getLogger("penult.classifiers")
 
 FORMAT_VERSION = 1
-PREDICTIONS = "penult-predictions"
-BLOCK = 1024  # rows in one call of a head, because a knn head compares each with every training image
-ALLOWED_DOMAINS = {"", "ai.onnx", "ai.onnx.ml"}
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """Predictions for held-out images.
-
-    Attributes:
-        sha256: content digest of each image, 32 bytes.
-        paths: relative path of each.
-        labels: the truth: labels ``(n,)``, or for other tasks `SampleTable.truth` ``(n, k)``.
-        probabilities: ``(n, k)`` float32, in the order of the bundle's classes; for a regression, the numbers.
-        split: the split they were held out as.
-        novelty: novelty scores ``(n,)``, see `Novelty`; not saved, and None if the bundle has none.
-        features: of the images ``(n, d)``; not saved, and None if they are not from a cache.
-    """
-
-    sha256: Sequence[bytes]
-    paths: Sequence[bytes]
-    labels: NDArray[Any]
-    probabilities: NDArray[np.float32]
-    split: str = ""
-    novelty: NDArray[np.float32] | None = None
-    features: NDArray[np.floating[Any]] | None = None
-
-    @property
-    def ids(self) -> str:
-        """SHA-256 over the sorted (content, label) pairs: equal ids mean the same images with the same labels."""
-        pairs = sorted(zip(self.sha256, map(str, self.labels.tolist()), strict=True))
-        return hashlib.sha256(b"".join(digest + label.encode() + b"\0" for digest, label in pairs)).hexdigest()
+APART = ("path", "backbone", "fingerprint", "state")  # fields of a `Bundle` that head.json has otherwise, or not at all
 
 
 @dataclass(frozen=True, repr=False)
@@ -103,8 +70,9 @@ class Bundle:
         rounding: cross-validated accuracy on float and on int8 features, if it needs int8 features (see `int8_check`).
         made_from: digest of features, samples, labels, splits and settings; equal digests mean the same head.
         few_shot: accuracy by number of training images, if requested (see `few_shot`).
-        files: SHA-256 of the ONNX files, and of ``novelty.h5``.
+        files: SHA-256 of the ONNX files, ``novelty.h5`` and ``predictions.h5``; of the last not in older bundles.
         versions: of the libraries.
+        state: of ``head.json`` when it was read, see `shard.state_of`; None if it was not read.
 
     >>> from classifiers import Bundle
     >>> bundle = Bundle.load("pets.head")
@@ -132,6 +100,7 @@ class Bundle:
     few_shot: list[dict[str, Any]] | None = None
     files: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    state: tuple[int, int, int] | None = field(default=None, compare=False)
 
     @property
     def name(self) -> str:
@@ -163,7 +132,7 @@ class Bundle:
         return bundle if isinstance(bundle, Bundle) else cls.load(bundle)
 
     def to_json(self) -> dict[str, Any]:
-        facts = {key: value for key, value in vars(self).items() if key not in ("path", "backbone", "fingerprint")}
+        facts = {key: value for key, value in vars(self).items() if key not in APART}
         return {
             "format": FORMAT_VERSION,
             **facts,
@@ -173,11 +142,12 @@ class Bundle:
 
     @classmethod
     def load(cls, path: str | Path) -> Bundle:
-        """Read the facts and check the digests of the ONNX files; no network is opened.
+        """Read the facts and check the digests of all files but the report; no network is opened.
 
         Raises:
-            InputMissingError: there is no bundle.
+            InputMissingError: there is no bundle, or it lacks a file.
             BadDataError: its facts cannot be read or have a newer format, or a file was changed.
+            LockedError: another run replaced it meanwhile.
         """
         path = Path(path)
         put_back(path)
@@ -185,72 +155,89 @@ class Bundle:
             message = f"{path} is not a bundle (it has no head.json); `penult train` and `penult finetune` make one"
             raise InputMissingError(message)
         try:
-            facts = json.loads((path / "head.json").read_text("utf-8"))
+            state = shard.state_of(path / "head.json")
+            data = (path / "head.json").read_bytes()
+            facts = json.loads(data)
             require_format(path, facts.pop("format"), FORMAT_VERSION)
             require_shape(facts)
             facts["metrics"] = _with_scores(facts["metrics"])
             require_head(facts)
             backbone = BackboneFacts.from_json(json.dumps(facts.pop("backbone")))
-            bundle = cls(path=path, backbone=backbone, fingerprint=Fingerprint(facts.pop("fingerprint")), **facts)
+            fingerprint = Fingerprint(facts.pop("fingerprint"))
+            bundle = cls(path=path, backbone=backbone, fingerprint=fingerprint, state=state, **facts)
             bundle.views  # noqa: B018 - whether they can be read
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             if isinstance(error, NewerFormatError):
                 raise
             message = f"{path}/head.json does not describe a head: {error}"
             raise BadDataError(message) from error
-        for name in sorted({"backbone.onnx", "head.onnx", *bundle.files}):
-            if not (path / name).is_file():
-                message = f"{path} has no {name}"
-                raise InputMissingError(message)
-            bundle.require_saved(name, _digest(path / name))
+        bundle._require_complete(hashlib.sha256(data).hexdigest())
         return bundle
+
+    def _require_complete(self, head_json: str) -> None:
+        """Refuse a folder that lacks a file or has another one than was saved; ``head_json`` is the digest of what was read."""
+        sums, needed = read_sums(self.path), {"backbone.onnx", "head.onnx", *self.files}
+        if sums is None and PREDICTIONS in self.files:  # bundles from before have neither
+            needed.add(SUMS)
+        for name in sorted(needed):
+            if not (self.path / name).is_file():
+                message = f"{self.path} has no {name}"
+                raise self._blamed(InputMissingError(message))
+        if sums is not None and {**self.files, "head.json": head_json}.items() - sums.items():
+            message = f"{self.path}: head.json or {SUMS} is not the file that was saved (their SHA-256 differ)"
+            raise self._blamed(BadDataError(message))
+        for name in sorted(needed - {SUMS}):
+            self.require_saved(name, file_sha256(self.path / name))
 
     def require_saved(self, name: str, sha256: str) -> None:
         """Refuse a file that is not the one that was saved with this head.
 
         Raises:
-            BadDataError: it was changed, or replaced since the bundle was loaded.
+            BadDataError: it was changed.
+            LockedError: another run has replaced the bundle since it was loaded.
         """
         if sha256 != self.files.get(name):
             message = f"{self.path}/{name} is not the file that was saved (its SHA-256 differs)"
-            raise BadDataError(message)
+            raise self._blamed(BadDataError(message))
+
+    def _blamed(self, error: PenultError) -> PenultError:
+        """`LockedError` if another run has replaced this bundle since it was opened; else the error itself."""
+        try:
+            if shard.state_of(self.path / "head.json") == self.state:
+                return error
+        except OSError:
+            pass
+        return LockedError(f"{self.path} was replaced by another run while it was read; run the same command again")
+
+    @contextmanager
+    def _predictions(self) -> Iterator[tuple[Mapping[str, Any], Mapping[str, str | int]]]:
+        """``predictions.h5``, opened and compared with its digest; in older bundles with the digest inside it."""
+        file = self.path / PREDICTIONS
+        with hdf5.open_checked(file, ENCODING_TYPE) as opened:
+            if PREDICTIONS in self.files:
+                self.require_saved(PREDICTIONS, file_sha256(file))
+            else:
+                hdf5.verify(file, ENCODING_TYPE)
+            yield opened
 
     def predictions(self) -> Predictions:
         """The saved predictions for held-out images.
 
         Raises:
-            BadDataError: nothing was held out.
+            BadDataError: nothing was held out, or they are not those of this head.
         """
         if self.metrics is None:
             message = f"{self.path} was trained without held-out images, so it has no predictions to compare"
             raise BadDataError(message)
-        with hdf5.open_checked(self.path / "predictions.h5", PREDICTIONS) as (datasets, attrs):
-            require_finite(datasets["probabilities"][()], f"{self.path}/predictions.h5")
-            raw = _digests(self.path, datasets["sha256"])
-            if "truth" in datasets:
-                labels: NDArray[Any] = datasets["truth"][()]
-            else:
-                names = [value.decode() for value in hdf5.unpack_strings(datasets, "label-names")]
-                places = datasets["label"][()]
-                if (places < 0).any():  # which NumPy would count from the end
-                    message = f"{int((places < 0).sum())} images have no label"
-                    raise ValueError(message)
-                labels = np.array(names, dtype=str)[places]
-            predictions = Predictions(
-                sha256=raw,
-                paths=hdf5.unpack_strings(datasets, "path"),
-                labels=labels,
-                probabilities=datasets["probabilities"][()],
-                split=str(attrs["split"]),
-            )
-            require_predictions(predictions, task_of_bundle(self), self.metrics["n"], self.path / "predictions.h5")
-            return predictions
+        with self._predictions() as (datasets, attrs):
+            task = task_of_bundle(self)
+            return predictions_of(self.path / PREDICTIONS, datasets, str(attrs["split"]), task, self.metrics)
 
     def novelty(self) -> Novelty | None:
         """The novelty scores of this bundle; None if there were too few training images."""
         if NOVELTY not in self.files:
             return None
-        self.require_saved(NOVELTY, _digest(self.path / NOVELTY))
+        self.require_saved(NOVELTY, file_sha256(self.path / NOVELTY))
         return Novelty.load(self.path / NOVELTY, self.backbone.dim)
 
     def as_estimator(self) -> Any:
@@ -263,20 +250,20 @@ class Bundle:
 
         return (SavedRegressor if task_of_bundle(self).intervals else SavedClassifier)(self)
 
-    def head_function(self) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
-        """``head.onnx`` as a function from features ``(n, d)`` to probabilities ``(n, k)``, on the CPU.
+    def head_function(self) -> Head:
+        """``head.onnx`` as a function from features ``(n, d)`` to outputs ``(n, k)``, on the CPU; see `head_graph`.
 
         Raises:
             BadDataError: the file is not the one that was saved, or uses what a head does not need.
         """
         data = (self.path / "head.onnx").read_bytes()
         self.require_saved("head.onnx", hashlib.sha256(data).hexdigest())
-        return head_function(data, self.path / "head.onnx", self.backbone.dim, len(self.classes))
+        return head_function(data, self.path / "head.onnx", self.backbone.dim, task_of_bundle(self))
 
     def fitted(self) -> set[bytes]:
         """Content digests of every image that was fitted or chosen on."""
-        with hdf5.open_checked(self.path / "predictions.h5", PREDICTIONS) as (datasets, _):
-            return set(_digests(self.path, datasets["fitted"]))
+        with self._predictions() as (datasets, _):
+            return set(digests_in(self.path / PREDICTIONS, datasets["fitted"]))
 
 
 def save_bundle(
@@ -329,12 +316,13 @@ def save_bundle(
         atomic.commit(temporary / "head.onnx", head)
         if novelty is not None:
             atomic.commit(temporary / NOVELTY, novelty)
-        files = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
-        complete = replace(bundle, files=files, versions=library_versions())
-        atomic.commit(temporary / "predictions.h5", _predictions_file(predictions, fitted))
+        atomic.commit(temporary / PREDICTIONS, predictions_file(predictions, fitted))
+        files = {path.name: file_sha256(path) for path in sorted(temporary.iterdir())}
+        complete = replace(bundle, files=files, versions=library_versions(), state=None)
         atomic.commit(temporary / "report.html", page.encode())
         facts = json_text.dumps(complete.to_json(), indent=2, ensure_ascii=False) + "\n"
         atomic.commit(temporary / "head.json", facts.encode())
+        atomic.commit(temporary / SUMS, sums_of(temporary))
         install(temporary, bundle.path)
     except OSError as error:
         if isinstance(error, PenultError):
@@ -347,90 +335,12 @@ def save_bundle(
     return complete
 
 
-def _predictions_file(predictions: Predictions | None, fitted: Sequence[bytes]) -> bytes:
-    empty = Predictions([], [], np.array([], dtype=str), np.zeros((0, 0), np.float32))
-    held = predictions or empty
-    truth: dict[str, NDArray[Any]]
-    if held.labels.ndim == 2:
-        truth, label_names = {"truth": held.labels.astype(np.uint8 if held.labels.dtype == bool else np.float64)}, {}
-    else:
-        names, labels = np.unique(held.labels, return_inverse=True)
-        truth = {"label": labels.astype(np.int32)}
-        label_names = hdf5.pack_strings("label-names", [str(name).encode() for name in names])
-    unique = sorted(set(fitted))
-    datasets: dict[str, NDArray[Any]] = {
-        "sha256": np.frombuffer(b"".join(held.sha256), np.uint8).reshape(-1, 32),
-        **truth,
-        "probabilities": held.probabilities.astype(np.float32),
-        "fitted": np.frombuffer(b"".join(unique), np.uint8).reshape(-1, 32),
-        **hdf5.pack_strings("path", held.paths),
-        **label_names,
-    }
-    return hdf5.build(PREDICTIONS, datasets, {"rows": len(held.paths), "split": held.split})[0]
-
-
 def _with_scores(metrics: dict[str, Any] | None) -> dict[str, Any] | None:
     """Metrics with ``scores``, which older bundles call ``figures``."""
     for each in [metrics, *metrics.get("per_output", [])] if metrics else []:
         if each and "figures" in each:
             each["scores"] = each.pop("figures")
     return metrics
-
-
-def _digests(path: Path, dataset: Any) -> list[bytes]:
-    """The digests in a dataset of ``predictions.h5``."""
-    if dataset.shape[1:] != (32,) or dataset.dtype != np.uint8:
-        message = f"{path}/predictions.h5: digests of shape {dataset.shape} and type {dataset.dtype}; expected 32 bytes each"
-        raise BadDataError(message)
-    raw = dataset[()].tobytes()
-    return [raw[i : i + 32] for i in range(0, len(raw), 32)]
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def head_function(data: bytes, path: Path, dim: int, outputs: int) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
-    """The ONNX file of a head as a function from features to probabilities, on the CPU, after checking what it uses.
-
-    Args:
-        data: content of the file.
-        path: of the file, for messages.
-        dim: length of a feature vector.
-        outputs: how many numbers it must give for each.
-
-    Raises:
-        BadDataError: it is not ONNX, uses non-standard operators or data from other files, or has other inputs or outputs.
-    """
-    import onnx
-
-    try:
-        model = onnx.load_model_from_string(data)
-    except Exception as error:  # protobuf's DecodeError is not public
-        message = f"{path} is not an ONNX file"
-        raise BadDataError(message) from error
-    domains = {opset.domain for opset in model.opset_import} - ALLOWED_DOMAINS
-    external = [tensor.name for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
-    if domains or external:
-        foreign = ", ".join(sorted(domains)) or "data from other files"
-        message = f"{path} uses {foreign}; a head may use only standard operators and its own data"
-        raise BadDataError(message)
-    session = cpu_session(data, threads=min(os.cpu_count() or 1, 4))
-    inputs = [(each.name, list(each.shape)[1:]) for each in session.get_inputs()]
-    if inputs != [("features", [dim])]:
-        message = f"{path} takes {inputs}; expected features of width {dim}"
-        raise BadDataError(message)
-
-    def probabilities(features: NDArray[np.float32]) -> NDArray[np.float32]:
-        parts = np.split(features.astype(np.float32), range(BLOCK, len(features), BLOCK))
-        numbers = np.concatenate([session.run(None, {"features": part})[0] for part in parts])
-        if numbers.shape != (len(features), outputs):
-            message = f"{path} gives outputs of shape {numbers.shape[1:]}; its head.json has names for {outputs}"
-            raise BadDataError(message)
-        return numbers
-
-    return probabilities
 
 
 def task_of_bundle(bundle: Bundle) -> HeadTask:

@@ -19,7 +19,7 @@ log = logging.getLogger("penult.classifiers")
 
 
 NOVELTY = "novelty.h5"
-BUNDLE_FILES = {"backbone.onnx", "head.onnx", "head.json", NOVELTY, "predictions.h5", "report.html"}
+BUNDLE_FILES = {"backbone.onnx", "head.onnx", "head.json", NOVELTY, "predictions.h5", "report.html", "SHA256SUMS"}
 
 
 def install(finished: Path, target: Path) -> None:

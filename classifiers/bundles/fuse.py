@@ -92,6 +92,7 @@ def fuse(bundle: str | Path | Bundle, out: str | Path, *, overwrite: bool = Fals
         conformal=bundle.conformal if task_of_bundle(bundle).intervals else None,
         features=features,
         probe_image=json.loads(probe_image) if probe_image else None,
+        graph_sha256=onnx_file.graph_digest(model),
     )
     for name, value in fused.metadata().items():
         entry = model.metadata_props.add()

@@ -31,7 +31,7 @@ from .head_json import NUMBER, PIXELS, require_calibration, require_names, requi
 
 FORMAT_VERSION = 1
 INPUT, LABEL = "pixels", "label"
-OPTIONAL = ("conformal", "features", "probe_image")
+OPTIONAL = ("conformal", "features", "probe_image", "graph_sha256")
 NO_LABEL = -1  # of an image for which the network gives NaN or infinity
 GOLDEN = 16  # images
 RECIPE = "shake-blocks-1"
@@ -47,6 +47,7 @@ SHAPE = {  # of the metadata
     "conformal": (dict, None),
     "features": ({"tensor": str, "width": int}, None),
     "probe_image": (dict, None),
+    "graph_sha256": (str, None),
 }
 
 
@@ -83,6 +84,7 @@ class Fused:
         conformal: how wide the intervals of a regression are; None, and not in the file, for other tasks.
         features: ``tensor`` and ``width`` of the features inside, which the self-test replaces; None in older files.
         probe_image: pixels of the test image on the machine that made the features, see `ProbeImage`; None if unknown.
+        graph_sha256: `onnx_file.graph_digest` of the file; None in older files.
     """
 
     classes: list[str]
@@ -96,6 +98,7 @@ class Fused:
     conformal: dict[str, Any] | None = None
     features: dict[str, Any] | None = None
     probe_image: dict[str, Any] | None = None
+    graph_sha256: str | None = None
 
     @property
     def bound_task(self) -> HeadTask:
@@ -142,6 +145,9 @@ class Fused:
         fused = cls._parse(entries, path)
         if fused.weights_sha256 != onnx_file.weights_digest(model, path.resolve().parent):
             message = f"{path} is not the file that was saved (the digest of its weights differs); fuse the bundle again"
+            raise BadDataError(message)
+        if fused.graph_sha256 not in (None, onnx_file.graph_digest(model)):
+            message = f"{path} is not the file that was saved (the digest of its graph differs); fuse the bundle again"
             raise BadDataError(message)
         side, classes = fused.preprocess.crop, len(fused.classes)
         ends = (*model.graph.input, *model.graph.output)[:2]

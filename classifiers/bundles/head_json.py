@@ -1,18 +1,14 @@
-"""The content of a bundle's files, checked where they are read: a digest says what was written, and not that it makes sense."""
+"""The content of head.json, checked where it is read: a digest says what was written, and not that it makes sense."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from classifiers.evaluation.registry import task_of
 from classifiers.evaluation.task import HeadTask
 from extractor.pixels.preprocess import FILTERS, Preprocess, require_sizes
-from store.errors import BadDataError
 from store.format.json_text import misfit
 from store.format.metadata import FINGERPRINT
 from store.tasks import ONE_LABEL
@@ -66,7 +62,6 @@ EPOCHS = [{"epoch": int, "train_loss": NUMBER, "val_loss": NUMBER}]
 SPLIT_AGAIN = {"val": float, "test": float, "seed": int}
 INTERVALS = {"coverage": float, "n": int, "half_width": [NUMBER]}
 SETS = {"coverage": float, "n": int, "marginal": float, "per_class": [float]}
-MORE_THAN_CERTAIN = 1.001  # sums of float32 may exceed 1 a little
 
 
 def require_head(facts: dict[str, Any]) -> None:
@@ -197,49 +192,3 @@ def _of_outputs(metrics: dict[str, Any], classes: Sequence[str], task: HeadTask)
         return f"the {task.plural} of 'metrics' are not those of the head"
     names = [list(each["scores"]) for each in metrics["per_output"]]
     return "" if all(each == names[0] for each in names) else f"'metrics.per_output' has other scores for some {task.plural}"
-
-
-class HeldOut(Protocol):
-    """The part of `Predictions` that is checked."""
-
-    @property
-    def sha256(self) -> Sequence[bytes]: ...
-    @property
-    def paths(self) -> Sequence[bytes]: ...
-    @property
-    def labels(self) -> NDArray[Any]: ...
-    @property
-    def probabilities(self) -> NDArray[np.float32]: ...
-
-
-def require_predictions(held: HeldOut, task: HeadTask, measured: int, file: Path) -> None:
-    """Refuse predictions for held-out images that are not those of a head: other columns, other images, unknown labels.
-
-    Args:
-        held: the predictions.
-        task: of the head, with the names of its outputs.
-        measured: how many images the metrics of the head were measured on.
-        file: where they were read, for the message.
-
-    Raises:
-        BadDataError: says what does not fit.
-    """
-    n, k, outputs = len(held.paths), len(task.names), held.probabilities
-    truth = (n,) if task.exclusive else (n, k)
-    reason = ""
-    if outputs.shape != (n, k) or len(held.sha256) != n or held.labels.shape != truth:
-        reason = (
-            f"its {len(held.sha256)} digests, truth {held.labels.shape} and outputs {outputs.shape} do not fit "
-            f"{n} images and {k} {task.plural}"
-        )
-    elif n != measured:
-        reason = f"it has {n} images, and head.json was measured on {measured}"
-    elif task.exclusive and (unknown := set(held.labels.tolist()) - set(task.names)):
-        reason = f"it has the label {min(unknown)!r}, which the head does not know"
-    elif not task.exclusive and not np.isfinite(held.labels).all():
-        reason = "its truth has NaN or infinity"
-    elif not task.intervals and ((outputs < 0) | (outputs > MORE_THAN_CERTAIN)).any():
-        reason = "it has probabilities that are not between 0 and 1"
-    if reason:
-        message = f"{file}: {reason}"
-        raise BadDataError(message)

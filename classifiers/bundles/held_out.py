@@ -32,8 +32,9 @@ from store.format.samples import Row, SampleTable
 from store.splits import assign_splits, with_splits
 from store.tasks import ONE_LABEL
 
-from .bundle import Bundle, Predictions, task_of_bundle
+from .bundle import Bundle, task_of_bundle
 from .novelty import novel_share
+from .predictions import Predictions
 from .predictor import Predictor
 
 log = logging.getLogger("penult.classifiers")

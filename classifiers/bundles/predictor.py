@@ -43,6 +43,7 @@ from store.format.shard import as_stored
 
 from .bundle import Bundle, task_of_bundle
 from .fused import Fused, is_fused, precision_name
+from .head_graph import require_outputs
 from .novelty import Novelty
 
 log = logging.getLogger("penult.classifiers")
@@ -127,7 +128,7 @@ class Predictor:
         recipe = Recipe(
             path,
             fused.preprocess,
-            lambda probabilities: probabilities,
+            lambda outputs: require_outputs(outputs, len(outputs), fused.bound_task, path),
             fused.bound_task,
             storage="float32",
             output=fused.output,

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from classifiers.bundles.bundle import Bundle, Predictions
+from classifiers.bundles.bundle import Bundle
+from classifiers.bundles.predictions import Predictions
 from classifiers.evaluation.intervals import bounds, percent, signed, wilson
 from classifiers.evaluation.paired_tests import Change, Standing, paired
 from classifiers.evaluation.task import need_single_label

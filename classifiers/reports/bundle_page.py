@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from classifiers.bundles.bundle import Bundle, Predictions, task_of_bundle
+from classifiers.bundles.bundle import Bundle, task_of_bundle
 from classifiers.bundles.held_out import evaluate_bundle
+from classifiers.bundles.predictions import Predictions
 from classifiers.evaluation.intervals import interval, percent
 from classifiers.evaluation.probabilities import untempered
 from classifiers.evaluation.task import SCORE_COLUMNS

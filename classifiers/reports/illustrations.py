@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from classifiers.bundles.bundle import Predictions
+from classifiers.bundles.predictions import Predictions
 from classifiers.heads.solvers.cosines import nearest, unit_rows
 from extractor.data.files import Files
 from extractor.data.sources import files_of

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from classifiers.bundles.bundle import Bundle, Predictions, save_bundle
+from classifiers.bundles.bundle import Bundle, save_bundle
 from classifiers.bundles.bundle_folder import refuse_existing
 from classifiers.bundles.novelty import Novelty, novel_share
+from classifiers.bundles.predictions import Predictions
 from classifiers.evaluation.probabilities import averaged
 from classifiers.evaluation.registry import task_of
 from classifiers.evaluation.task import HeadTask, need_single_label

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -59,18 +60,21 @@ def external_files(model: Any) -> list[str]:
     """Names of the files in which a model keeps external data, sorted."""
     from onnx import TensorProto
 
-    held = [tensor.external_data for tensor in _tensors(model.graph) if tensor.data_location == TensorProto.EXTERNAL]
+    tensors = itertools.chain.from_iterable(map(_tensors, (model.graph, *model.functions)))
+    held = [tensor.external_data for tensor in tensors if tensor.data_location == TensorProto.EXTERNAL]
     return sorted({entry.value for entries in held for entry in entries if entry.key == "location"})
 
 
 def _tensors(graph: Any) -> Iterator[Any]:
-    """All constants of a graph and of the graphs in its nodes (If, Loop)."""
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
+    """All constants of a graph or function: its own, those of its nodes (Constant), and of the graphs in these (If, Loop)."""
+    yield from getattr(graph, "initializer", ())
+    for sparse in getattr(graph, "sparse_initializer", ()):
         yield from (sparse.values, sparse.indices)
     for node in graph.node:
         for attribute in node.attribute:
             yield from [attribute.t] if attribute.HasField("t") else attribute.tensors
+            for sparse in [attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else attribute.sparse_tensors:
+                yield from (sparse.values, sparse.indices)
             for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
                 yield from _tensors(inner)
 
@@ -134,6 +138,19 @@ def weights_digest(model: Any, folder: Path) -> str:
     except Exception as error:  # onnx's ValidationError, and what NumPy raises for bytes that do not fit their shape
         message = f"the weights cannot be read: {error}"
         raise BadDataError(message) from error
+    return sha.hexdigest()
+
+
+def graph_digest(model: Any) -> str:
+    """SHA-256 over what a model computes with its weights, hexadecimal: its nodes, inputs, outputs, functions and opsets.
+
+    Together with `weights_digest` it is of everything that decides the outputs. Values of constants count only inside nodes.
+    """
+    sha = hashlib.sha256()
+    graph = model.graph
+    for part in (*graph.node, *graph.input, *graph.output, *model.functions, *model.opset_import):
+        data = part.SerializeToString(deterministic=True)
+        sha.update(len(data).to_bytes(8) + data)
     return sha.hexdigest()
 
 

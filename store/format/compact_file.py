@@ -33,7 +33,7 @@ def open_compact(path: Path) -> tuple[shard.Shard, dict[str, Any]]:
         fingerprint = Fingerprint.parse(str(attrs["fingerprint"])).single
         sha256 = np.ascontiguousarray(keys).view("S32").reshape(m)
         begin = hdf5.offset(features)
-        state = shard.state_of(path)
+        state = shard.state_of(hdf5.descriptor(features))
         whole = shard.Shard(path, sha256, features.shape[1], features.dtype, fingerprint.canonical, begin, state, ENCODING_TYPE)
         meta = {"format": 1, "fingerprint": fingerprint.fields, "facts": json.loads(str(attrs["cache"]))}
         require_description(meta, str(path))

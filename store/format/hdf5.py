@@ -90,6 +90,11 @@ def offset(dataset: Any) -> int:
     return dataset.id.get_offset() or 0
 
 
+def descriptor(dataset: Any) -> int:
+    """The file descriptor that a dataset from `open_checked` is read by: its file may have another name by now, or none."""
+    return int(dataset.file.id.get_vfd_handle())
+
+
 @contextmanager
 def open_checked(path: Path, encoding_type: str) -> Iterator[tuple[dict[str, Any], dict[str, str | int]]]:
     """Open a file of the cache for reading after checking that it cannot read other files.

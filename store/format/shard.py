@@ -120,7 +120,6 @@ def read_shard(path: Path) -> Shard:
         CorruptCacheError: the file is damaged or refused.
     """
     with hdf5.open_checked(path, ENCODING_TYPE) as (datasets, attrs):
-        state = state_of(path)
         features, keys, text = datasets["features"], datasets["sha256"], str(attrs["fingerprint"])
         n, views = int(attrs["rows"]), Fingerprint.parse(text).views
         shape = (n,) if views == 1 else (n, views)
@@ -133,6 +132,7 @@ def read_shard(path: Path) -> Shard:
             message = f"{path}: features have type {features.dtype}"
             raise CorruptCacheError(message)
         sha256 = keys[()].view("S32").reshape(n)
+        state = state_of(hdf5.descriptor(features))
         return Shard(path, sha256, features.shape[-1], features.dtype, text, hdf5.offset(features), state, views=views)
 
 

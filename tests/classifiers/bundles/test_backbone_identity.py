@@ -37,7 +37,7 @@ from store.cache import FeatureCache
 from store.compact import write_compact
 from store.errors import BadDataError, CorruptCacheError, InputMissingError, LockedError
 from store.verify import verify_cache
-from tests.conftest import other_network
+from tests.conftest import other_network, seal
 from tests.test_deletion import write_network
 
 REPO = Path(__file__).resolve().parents[3]
@@ -133,6 +133,7 @@ def test_another_network_in_a_bundle_judges_nothing(made: Path, bundle: Path, tm
     facts = json.loads((bundle / "head.json").read_text())
     facts["files"]["backbone.onnx"] = digest(made / "b.cache/backbone.onnx")
     (bundle / "head.json").write_text(json.dumps(facts))
+    seal(bundle)
     for use in uses:
         with pytest.raises(BadDataError, match=r"backbone\.onnx and the head of a\.head do not go together.*weights: "):
             use()

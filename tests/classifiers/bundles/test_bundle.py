@@ -33,6 +33,7 @@ from extractor.pipeline.settings import Options
 from store.cache import FeatureCache
 from store.errors import BadDataError, InputMissingError, OutputExistsError, UsageError
 from store.format.samples import Row, SampleTable
+from tests.conftest import seal
 
 TINTS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
 
@@ -65,7 +66,7 @@ def bundle(cache: FeatureCache) -> Bundle:
 
 def test_a_bundle_is_complete_and_reads_back(bundle: Bundle, cache: FeatureCache) -> None:
     names = {path.name for path in bundle.path.iterdir()}
-    assert names == {"backbone.onnx", "head.onnx", "head.json", "novelty.h5", "predictions.h5", "report.html"}
+    assert names == {"backbone.onnx", "head.onnx", "head.json", "novelty.h5", "predictions.h5", "report.html", "SHA256SUMS"}
     again = Bundle.load(bundle.path)
     assert again == bundle
     assert again.classes == ["blue", "green", "red"]
@@ -123,6 +124,7 @@ def test_a_bundle_from_before_there_were_prediction_sets_is_evaluated(
     for name in ("scores", "sets", "temperature", "resamples"):
         del facts["metrics"][name]
     (old / "head.json").write_text(json.dumps(facts))
+    seal(old)
     evaluation, _ = evaluate_bundle(Bundle.load(old), cache.path)
     assert (evaluation.sets, evaluation.temperature) == (None, None)
     assert "ece_before" not in evaluation.scores
@@ -255,6 +257,7 @@ def test_newer_and_broken_descriptions_are_refused(bundle: Bundle, tmp_path: Pat
     facts = json.loads((bundle.path / "head.json").read_text())
     for change, message in (({"format": 2}, "format version 2"), ({"classes": None, "surprise": 1}, "does not describe")):
         (tmp_path / "b.head/head.json").write_text(json.dumps({**facts, **change}))
+        seal(tmp_path / "b.head")
         with pytest.raises(BadDataError, match=message):
             Bundle.load(tmp_path / "b.head")
     with pytest.raises(InputMissingError, match="is not a bundle"):

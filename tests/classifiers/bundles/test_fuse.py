@@ -37,7 +37,7 @@ from classifiers.heads.registry import make_head
 from extractor.backbones.registry import Backbone
 from extractor.data.folders import ImageFolder
 from extractor.graphs import onnx_file
-from extractor.graphs.backbone_facts import BackboneFacts, Layer, read_facts, write_facts
+from extractor.graphs.backbone_facts import PREFIX, BackboneFacts, Layer, read_facts, write_facts
 from extractor.graphs.onnx_file import save
 from extractor.pipeline.run import run_extract
 from extractor.pipeline.settings import Options
@@ -386,7 +386,7 @@ def test_the_command_line(bundle: Bundle, photos: Path, tmp_path: Path, penult: 
         assert "is not the file that was saved (the digest of its weights differs); fuse the bundle again" in err
     data = bytearray((bundle.path / "backbone.onnx").read_bytes())
     (tmp_path / "b.head").mkdir()
-    for name in ("head.onnx", "head.json"):
+    for name in ("head.onnx", "head.json", "novelty.h5", "predictions.h5", "SHA256SUMS"):
         (tmp_path / "b.head" / name).write_bytes((bundle.path / name).read_bytes())
     data[-20] ^= 1
     (tmp_path / "b.head/backbone.onnx").write_bytes(data)
@@ -396,11 +396,18 @@ def test_the_command_line(bundle: Bundle, photos: Path, tmp_path: Path, penult: 
 
 def test_a_graph_that_computes_something_else_fails_the_selftest(file: Path, tmp_path: Path) -> None:
     model = onnx.load(file)
-    (softmax,) = [node for node in model.graph.node if node.op_type == "Softmax"]
-    softmax.op_type = "Sigmoid"
-    del softmax.attribute[:]
+    relu = next(node for node in model.graph.node if node.op_type == "Relu")
+    relu.op_type = "Sigmoid"
     save(model, tmp_path / "sigmoid.onnx")
-    Fused.load(tmp_path / "sigmoid.onnx")  # no weight has changed
+    with pytest.raises(BadDataError, match="the digest of its graph differs"):
+        Fused.load(tmp_path / "sigmoid.onnx")
+    texts = {entry.key: entry for entry in model.metadata_props}  # of a file from before, or computed by another library
+    model.metadata_props.remove(texts.pop(f"{PREFIX}graph_sha256"))
+    entries = {key.removeprefix(PREFIX): entry.value for key, entry in texts.items() if key.startswith(PREFIX)}
+    del entries["facts_sha256"]
+    texts[f"{PREFIX}facts_sha256"].value = json.dumps(format_of._facts_digest(entries))
+    save(model, tmp_path / "sigmoid.onnx")
+    Fused.load(tmp_path / "sigmoid.onnx")
     with pytest.raises(BadDataError, match=r"computes something else here: on cpu, .* from the saved ones; 0\.001 is allowed"):
         selftest(tmp_path / "sigmoid.onnx")
 

@@ -17,7 +17,8 @@ import pytest
 from numpy.typing import NDArray
 
 import classifiers
-from classifiers.bundles.bundle import Bundle, Predictions
+from classifiers.bundles.bundle import Bundle
+from classifiers.bundles.predictions import Predictions
 from classifiers.comparison.compare import Comparison, Entrant, compare, compare_entrants
 from classifiers.comparison.compare_page import comparison_report, comparison_text
 from classifiers.comparison.label_curve import SHARES, _ranked_groups, _rows, _sentence, label_curve
@@ -31,6 +32,7 @@ from extractor.pipeline.run import extract
 from extractor.pipeline.settings import Options
 from store.cache import FeatureCache, Subset
 from store.errors import BadDataError, FingerprintMismatchError, UsageError
+from tests.conftest import seal
 
 Penult = Callable[..., tuple[int, str, str]]
 CLASSES = ("ants", "bees", "wasps")
@@ -304,6 +306,7 @@ def test_old_bundles_know_less_and_compare(bundles: Sequence[Bundle], cache: Fea
     del facts["cost"]["peak_memory"], facts["cost"]["energy"], facts["hyperparameters"]["asked"]
     facts["metrics"].pop("scores")
     (tmp_path / "old.head/head.json").write_text(json.dumps(facts))
+    seal(tmp_path / "old.head")
     found = compare([Bundle.load(tmp_path / "old.head"), bundles[1]], curve=cache)
     assert found.curve is not None
     assert " GB\n" in comparison_text(found, width=100)

@@ -17,7 +17,8 @@ import pytest
 from PIL import ExifTags, Image
 
 import classifiers
-from classifiers.bundles.bundle import Bundle, Predictions
+from classifiers.bundles.bundle import Bundle
+from classifiers.bundles.predictions import Predictions
 from classifiers.evaluation.single_label import score
 from classifiers.finetuning.finetune import finetune
 from classifiers.finetuning.settings import FineTuneSettings
