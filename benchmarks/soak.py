@@ -39,7 +39,7 @@ if str(REPO) not in sys.path:
     sys.path.insert(0, str(REPO))
 
 import store.writer  # noqa: E402
-from benchmarks import crash_model, home  # noqa: E402
+from benchmarks import crash_model, fuzz, home  # noqa: E402
 from extractor.backbones.export import export  # noqa: E402
 from extractor.backbones.registry import Backbone  # noqa: E402
 from extractor.data.folders import ImageFolder  # noqa: E402
@@ -882,6 +882,20 @@ def part_home(bench: Bench) -> list[str]:
     ]
 
 
+def part_fuzz(bench: Bench) -> list[str]:
+    """Damaged and hostile files"""
+    count = 20 if bench.quick else 2000
+    tallies = fuzz.fuzz(fuzz.make_bases(bench.folder("fuzz")), list(fuzz.TARGETS), count, bench.seed, use=True)
+    failures = [f"{name}, {failure}" for name, tally in tallies.items() for failure in tally.failures]
+    require(not failures, "; ".join(failures[:5]))
+    return [
+        f"{count} changes each, of bytes or of one value, name, type or shape; in every second one the digests were computed "
+        "again, and what could still be read was trained on, judged and drawn",
+        *(f"{name}: {tally}" for name, tally in tallies.items()),
+        "no traceback, no crash, no hang; no other number where the digests were left as they were",
+    ]
+
+
 PARTS: dict[str, Callable[[Bench], list[str]]] = {
     "kills": part_kills,
     "terms": part_terms,
@@ -892,6 +906,7 @@ PARTS: dict[str, Callable[[Bench], list[str]]] = {
     "unchanged": part_unchanged,
     "memory": part_memory,
     "home": part_home,
+    "fuzz": part_fuzz,
 }
 
 HEADER = """# Reliability

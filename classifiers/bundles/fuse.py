@@ -23,6 +23,7 @@ from extractor.graphs.cpu_session import cpu_session
 from extractor.graphs.graph import cut
 from extractor.graphs.normalisation import pixel_nodes
 from extractor.precision.registry import precision_of
+from extractor.runtime.cpu import first_line
 from store.errors import BadDataError
 from store.format.atomic import require_free, require_no_part_of, require_replaceable
 from store.format.shard import MAX_ROUNDING
@@ -188,8 +189,12 @@ def _require_no_label(path: Path, fused: Fused) -> None:
     broken[::2, width // 2] = NO_NUMBERS
     with tempfile.TemporaryDirectory(prefix="penult-") as folder:
         onnx_file.save(behind, Path(folder) / "behind.onnx")
-        session = cpu_session(Path(folder) / "behind.onnx")
-        sound, results = (dict(zip(outputs, session.run(outputs, {name: each}), strict=True)) for each in (rows, broken))
+        try:
+            session = cpu_session(Path(folder) / "behind.onnx")
+            sound, results = (dict(zip(outputs, session.run(outputs, {name: each}), strict=True)) for each in (rows, broken))
+        except Exception as error:  # onnxruntime's exceptions have no common public base
+            message = f"{path}: {name!r} of width {width} is not its features: {first_line(error)}"
+            raise BadDataError(message) from error
     right = np.isnan(results[fused.output][::2]).all() and all(
         (results[each][1::2] == sound[each][1::2]).all() for each in outputs
     )

@@ -35,6 +35,7 @@ OPTIONAL = ("conformal", "features", "probe_image", "graph_sha256")
 NO_LABEL = -1  # of an image for which the network gives NaN or infinity
 GOLDEN = 16  # images
 RECIPE = "shake-blocks-1"
+WIDEST = 2**20  # features; those of networks are a few thousand
 SHAPE = {  # of the metadata
     "classes": [str],
     "task": str,
@@ -197,7 +198,10 @@ def _require_shape(facts: Mapping[str, Any]) -> None:
     Raises:
         ValueError: says what differs.
     """
-    if reason := misfit(facts, SHAPE):
+    reason = misfit(facts, SHAPE)
+    if not reason and facts["features"] and not 1 <= facts["features"]["width"] <= WIDEST:
+        reason = f"'features.width' is {facts['features']['width']}; expected 1 to {WIDEST}"
+    if reason:
         raise ValueError(reason)
     require_names(facts["classes"])
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from classifiers.evaluation.task import HeadTask
 from extractor.graphs.cpu_session import cpu_session
 from extractor.graphs.onnx_file import external_files, read_model
+from extractor.runtime.cpu import first_line
 from store.errors import BadDataError
 
 from .predictions import MORE_THAN_CERTAIN
@@ -42,7 +43,11 @@ def head_function(data: bytes, path: Path, dim: int, task: HeadTask) -> Head:
         foreign = ", ".join(sorted(domains)) or f"data from other files ({', '.join(files[:3])})"
         message = f"{path} uses {foreign}; a head may use only standard operators and its own data"
         raise BadDataError(message)
-    session = cpu_session(data, threads=min(os.cpu_count() or 1, 4))
+    try:
+        session = cpu_session(data, threads=min(os.cpu_count() or 1, 4))
+    except Exception as error:  # onnxruntime's exceptions have no common public base
+        message = f"{path} cannot be run: {first_line(error)}"
+        raise BadDataError(message) from error
     inputs = [(each.name, list(each.shape)[1:]) for each in session.get_inputs()]
     if inputs != [("features", [dim])]:
         message = f"{path} takes {inputs}; expected features of width {dim}"
@@ -50,7 +55,11 @@ def head_function(data: bytes, path: Path, dim: int, task: HeadTask) -> Head:
 
     def outputs(features: NDArray[np.float32]) -> NDArray[np.float32]:
         parts = np.split(features.astype(np.float32), range(BLOCK, len(features), BLOCK))
-        numbers = np.concatenate([session.run(None, {"features": part})[0] for part in parts])
+        try:
+            numbers = np.concatenate([session.run(None, {"features": part})[0] for part in parts])
+        except Exception as error:  # a node whose inputs do not fit; or no output, or one that is no array of rows
+            message = f"{path} cannot be run: {first_line(error)}"
+            raise BadDataError(message) from error
         return require_outputs(numbers, len(features), task, path)
 
     return outputs

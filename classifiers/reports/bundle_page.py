@@ -203,7 +203,8 @@ def _require_history(bundle: Bundle, search: Search | None) -> None:
     """
     numbers, chosen = (float, None), bundle.hyperparameters
     if search:
-        row = {search.setting: float, search.loss: numbers, "accuracy?": numbers, "tau?": numbers}
+        accuracy = "accuracy" if any("accuracy" in each for each in bundle.history) else "accuracy?"
+        row = {search.setting: float, search.loss: numbers, accuracy: numbers, "tau?": numbers}
         reason = misfit(chosen, {search.setting: (float, [float]), "tau?": float}, "hyperparameters")
     else:
         row, reason = {"epoch": int, "train_loss": numbers, "val_loss": numbers}, ""

@@ -22,7 +22,7 @@ from . import hdf5, json_text
 
 ENCODING_TYPE = "penult-samples"
 FACTS = {  # what is read of the facts
-    "root?": str,
+    "root": str,
     "source?": (str, None),
     "task?": str,
     "split?": dict,
@@ -232,7 +232,7 @@ def _require_facts(path: Path, facts: Any, targets: Sequence[str]) -> None:
     """Refuse facts about a table that are not what its readers rely on."""
     reason = json_text.misfit(facts, FACTS, "facts")
     if not reason:
-        task, root = facts.get("task", ONE_LABEL.name), facts.get("root", "")
+        task, root = facts.get("task", ONE_LABEL.name), facts["root"]
         if task not in TASKS:
             reason = f"the task {task!r} is none of {', '.join(TASKS)}; a newer penult may know it"
         elif TASKS[task] is RegressionTask and not targets:

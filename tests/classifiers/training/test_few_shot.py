@@ -153,7 +153,7 @@ def test_a_large_batch_passes_a_head_in_parts(cache: FeatureCache, tmp_path: Pat
     bundle = classifiers.train(cache, tmp_path / "k.head", make_head("knn"))
     features = cache.subset("train").X.astype(np.float32)
     whole = bundle.head_function()(features)
-    monkeypatch.setattr("classifiers.bundles.bundle.BLOCK", 4)
+    monkeypatch.setattr("classifiers.bundles.head_graph.BLOCK", 4)
     np.testing.assert_allclose(bundle.head_function()(features), whole, atol=1e-6)
     assert bundle.head_function()(features[:0]).shape == (0, 2)
 
