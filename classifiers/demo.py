@@ -181,9 +181,10 @@ def raw_pixels(cache: FeatureCache) -> tuple[Entrant, Evaluation]:
     head = LogisticHead().fit(X, train.y, validation=(Xv, val.y), groups=train.groups)
     seconds = time.perf_counter() - begin
     classes, probabilities = [str(label) for label in head.classes_], head.predict_proba(Xt)
-    predictions = Predictions(test.sha256, test.paths, test.y, probabilities, "test")
+    predictions = Predictions(test.sha256, test.paths, test.y, probabilities, "test", groups=test.groups)
     cost = {"train_seconds": round(seconds, 3), "extract_seconds": 0.0, "images": 0}
-    return Entrant("raw pixels", "no backbone", predictions, classes, cost), score(test.y, probabilities, classes, "test")
+    evaluation = score(test.y, probabilities, classes, "test", groups=test.groups)
+    return Entrant("raw pixels", "no backbone", predictions, classes, cost), evaluation
 
 
 def make_room(out: Path, *, overwrite: bool) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from classifiers.evaluation.registry import task_of
-from classifiers.evaluation.task import SCORE_COLUMNS, HeadTask, score_cells
+from classifiers.evaluation.task import SCORE_COLUMNS, HeadTask, images_of, score_cells
 from extractor.graphs.backbone_facts import BackboneFacts, read_facts, require_features
 from extractor.graphs.onnx_file import copy
 from extractor.pixels.views import Views
@@ -119,7 +119,7 @@ class Bundle:
 
     def __repr__(self) -> str:
         task = task_of_bundle(self)
-        where = self.metrics and f"on {self.metrics['n']} images of {self.split['reported_on']!r}"
+        where = self.metrics and f"on {images_of(self.metrics)} of {self.split['reported_on']!r}"
         score = f", {task.headline(self.metrics)} {where}" if self.metrics else ""
         return f"<Bundle {self.name}: {self.head} head for {len(self.classes)} {task.plural}{score}>"
 

@@ -16,7 +16,7 @@ from store.tasks import ONE_LABEL
 NUMBER = (float, None)  # JSON has null for what is not defined
 BOUNDS = [float, float]
 SCORES = {"*": {"value": NUMBER, "interval": (BOUNDS, None)}}
-METRICS = {"split": str, "n": int, "notes": [str], "scores?": SCORES}
+METRICS = {"split": str, "n": int, "groups?": (int, None), "notes": [str], "scores?": SCORES}
 CLASS = {"label": str, "n": int, "precision": NUMBER, "recall": NUMBER, "recall_interval": (BOUNDS, None), "f1": NUMBER}
 SINGLE_LABEL = {  # of an `Evaluation`
     **METRICS,

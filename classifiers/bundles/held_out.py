@@ -29,7 +29,7 @@ from extractor.pipeline.settings import Options
 from store.cache import FeatureCache, Subset, is_cache
 from store.errors import BadDataError, InputMissingError
 from store.format.samples import Row, SampleTable
-from store.splits import assign_splits, with_splits
+from store.splits import assign_splits, groups_of, with_splits
 from store.tasks import ONE_LABEL
 
 from .bundle import Bundle, task_of_bundle
@@ -61,7 +61,7 @@ def predict_held_out(predictor: Predictor, rows: Sequence[Row], truth: NDArray[A
         novelty.append(prediction.novelty)
     digests, paths = [row.sha256 for row in rows], [row.path for row in rows]
     scores = None if None in novelty else np.array(novelty, np.float32)
-    return Predictions(digests, paths, truth, np.stack(probabilities), split, scores)
+    return Predictions(digests, paths, truth, np.stack(probabilities), split, scores, groups=groups_of(rows))
 
 
 def evaluate_bundle(
@@ -138,12 +138,12 @@ def evaluate_bundle(
         inputs = features if views == 1 else np.asarray(cache.lazy(digests, views=True))
         probabilities = averaged(bundle.head_function()(inputs), views)
         scores = novelty.scores(features) if novelty else None
-        predictions = Predictions(digests, paths, truth, probabilities, name, scores, features)
+        predictions = Predictions(digests, paths, truth, probabilities, name, scores, features, groups_of(fresh))
     else:
         assert predictor is not None
         files = source.files if source is not None else files_of(table, root)
         predictions = predict_held_out(predictor, fresh, truth, files, name)
-    evaluation = task_of_bundle(bundle).score(truth, predictions.probabilities, name)
+    evaluation = task_of_bundle(bundle).score(truth, predictions.probabilities, name, predictions.groups)
     failed = 0 if cache is not None else table.counts["failed"]
     novel = None if predictions.novelty is None else novel_share(predictions.novelty)
     drift = predictor.pixel_drift.to_json() if predictor and predictor.pixel_drift else None
@@ -234,6 +234,7 @@ def evaluate(head: Any, subset: Subset) -> Evaluation:
         head.predict_proba(subset.X),
         [str(label) for label in head.classes_],
         subset.name,
+        groups=subset.groups,
         temperature=head.temperature_ if own else None,
         conformal=head.conformal_ if own else None,
     )

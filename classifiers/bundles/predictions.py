@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from classifiers.evaluation.scores import require_finite
 from classifiers.evaluation.task import HeadTask
+from classifiers.evaluation.units import Units
 from store.errors import BadDataError
 from store.format import hdf5
 
@@ -33,6 +34,7 @@ class Predictions:
         split: the split they were held out as.
         novelty: novelty scores ``(n,)``, see `Novelty`; not saved, and None if the bundle has none.
         features: of the images ``(n, d)``; not saved, and None if they are not from a cache.
+        groups: the group of each, see `store.splits.groups_of`; bundles from before have none.
     """
 
     sha256: Sequence[bytes]
@@ -42,6 +44,12 @@ class Predictions:
     split: str = ""
     novelty: NDArray[np.float32] | None = None
     features: NDArray[np.floating[Any]] | None = None
+    groups: Sequence[bytes] = ()
+
+    @property
+    def units(self) -> Units:
+        """Which images belong together: those of one group, and copies."""
+        return Units.known(self.groups or self.sha256, len(self.sha256))
 
     @property
     def ids(self) -> str:
@@ -71,6 +79,7 @@ def predictions_file(predictions: Predictions | None, fitted: Sequence[bytes]) -
         "probabilities": held.probabilities.astype(np.float32),
         "fitted": np.frombuffer(b"".join(sorted(set(fitted))), np.uint8).reshape(-1, 32),
         **hdf5.pack_strings("path", held.paths),
+        **hdf5.pack_strings("group", held.groups),
         **label_names,
     }
     return hdf5.build(ENCODING_TYPE, datasets, {"rows": len(held.paths), "split": held.split})[0]
@@ -107,6 +116,7 @@ def predictions_of(
         labels=labels,
         probabilities=datasets["probabilities"][()],
         split=split,
+        groups=hdf5.unpack_strings(datasets, "group") if "group" in datasets else (),
     )
     if reason := _misfit(predictions, task, metrics):
         message = f"{path}: {reason}"
@@ -131,7 +141,7 @@ def _misfit(held: Predictions, task: HeadTask, metrics: Mapping[str, Any]) -> st
     """Why these predictions are not those of a head, in words: other columns, other images, other labels; empty if they are."""
     n, k, outputs = len(held.paths), len(task.names), held.probabilities
     truth = (n,) if task.exclusive else (n, k)
-    if outputs.shape != (n, k) or len(held.sha256) != n or held.labels.shape != truth:
+    if outputs.shape != (n, k) or len(held.sha256) != n or held.labels.shape != truth or len(held.groups) not in (0, n):
         return (
             f"its {len(held.sha256)} digests, truth {held.labels.shape} and outputs {outputs.shape} do not fit "
             f"{n} images and {k} {task.plural}"

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from classifiers.bundles.bundle import Bundle
 from classifiers.bundles.predictions import Predictions
-from classifiers.evaluation.intervals import bounds, percent, signed, wilson
+from classifiers.evaluation.intervals import bounds, percent, signed
 from classifiers.evaluation.paired_tests import Change, Standing, paired
-from classifiers.evaluation.task import need_single_label
+from classifiers.evaluation.task import images_of, need_single_label
+from classifiers.evaluation.units import Units
 from store.cache import FeatureCache
 from store.errors import BadDataError, UsageError
 from store.faces import html_table
@@ -106,7 +107,7 @@ class Comparison:
 
     Attributes:
         baseline: the name of the head that the others are compared with.
-        split, n: the split they were measured on, and its number of images.
+        split, n, groups: the split they were measured on, its number of images, and of groups if they are not independent.
         classes: all classes of the heads and images.
         worthwhile: the smallest difference of accuracy that matters, as a share.
         resamples: of the bootstrap.
@@ -118,6 +119,7 @@ class Comparison:
     baseline: str
     split: str
     n: int
+    groups: int | None
     classes: list[str]
     worthwhile: float
     resamples: int
@@ -127,13 +129,13 @@ class Comparison:
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{line.name} {100 * line.accuracy:.1f} %{line.difference}" for line in self.lines)
-        return f"<Comparison on {self.n} images of {self.split!r}: {shown}>"
+        return f"<Comparison on {images_of(vars(self))} of {self.split!r}: {shown}>"
 
     def _repr_html_(self) -> str:
         rows = [
             (line.name, line.kind, percent(line.accuracy), line.difference.strip(" ()") or "baseline") for line in self.lines
         ]
-        title = f"accuracy on {self.n} images of {self.split!r}; differences with paired 95 % intervals"
+        title = f"accuracy on {images_of(vars(self))} of {self.split!r}; differences with paired 95 % intervals"
         return html_table(title, rows, ("bundle", "kind", "accuracy", "difference"))
 
     def to_json(self) -> dict[str, Any]:
@@ -223,7 +225,9 @@ def compare_entrants(entrants: Sequence[Entrant], *, baseline: int = 0, worthwhi
         columns = np.zeros((len(truth), len(classes)), np.float32)
         columns[:, [index[label] for label in entrant.classes]] = entrant.predictions.probabilities[order]
         outputs.append(columns)
-    standings, resamples = paired(truth, outputs, classes, baseline)
+    first = next((i for i, each in enumerate(held) if each.groups), 0)  # bundles from before know none
+    units = Units(held[first].units.of[orders[first]])
+    standings, resamples = paired(truth, outputs, classes, baseline, units)
     tuned = [i for i, entrant in enumerate(entrants) if entrant.kind == FINE_TUNED and i != baseline]
     lines = []
     for i, (entrant, standing) in enumerate(zip(entrants, standings, strict=True)):
@@ -233,25 +237,26 @@ def compare_entrants(entrants: Sequence[Entrant], *, baseline: int = 0, worthwhi
                 name=entrant.name,
                 kind=entrant.kind,
                 accuracy=standing.scores["accuracy"],
-                accuracy_interval=wilson(round(standing.scores["accuracy"] * len(truth)), len(truth)),
+                accuracy_interval=units.proportion(outputs[i].argmax(axis=1) == truth),
                 scores=standing.scores,
                 seconds=entrant.seconds,
                 cost=dict(entrant.cost),
                 change=standing.change,
-                verdict=_verdict(standing, len(truth), subject, entrant, entrants[baseline], worthwhile),
+                verdict=_verdict(standing, units, subject, entrant, entrants[baseline], worthwhile),
                 history=list(entrant.history),
                 probabilities=outputs[i],
             )
         )
-    first = lines.pop(baseline)
+    against = lines.pop(baseline)
     return Comparison(
-        baseline=first.name,
+        baseline=against.name,
         split=held[0].split,
         n=len(truth),
+        groups=units.groups,
         classes=classes,
         worthwhile=worthwhile / 100,
         resamples=resamples,
-        lines=[first, *sorted(lines, key=lambda line: (-line.accuracy, line.seconds))],
+        lines=[against, *sorted(lines, key=lambda line: (-line.accuracy, line.seconds))],
         truth=truth,
     )
 
@@ -263,12 +268,12 @@ def _order(predictions: Predictions) -> list[int]:
 
 
 def _verdict(
-    standing: Standing, n: int, subject: str, entrant: Entrant, baseline: Entrant, worthwhile: float
+    standing: Standing, units: Units, subject: str, entrant: Entrant, baseline: Entrant, worthwhile: float
 ) -> Verdict | None:
     if standing.change is None:
         return None
     ratio = entrant.seconds / baseline.seconds if entrant.seconds and baseline.seconds else None
-    return judge(standing.change, n, subject=subject, cost_ratio=ratio, worthwhile=worthwhile / 100)
+    return judge(standing.change, units, subject=subject, cost_ratio=ratio, worthwhile=worthwhile / 100)
 
 
 def _need_same_images(entrants: Sequence[Entrant]) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from classifiers.evaluation.intervals import bounds, interval, percent, points, signed
 from classifiers.evaluation.paired_tests import COMPARED
+from classifiers.evaluation.task import images_of
 from classifiers.reports import plots
 from classifiers.reports.page import LONG, Card, Section, page
 from extractor.text_table import table
@@ -74,8 +75,9 @@ def _tests(comparison: Comparison) -> str:
     """The images, intervals and tests of the accuracy table, in words."""
     others = len(comparison.lines) - 1
     holm = "" if others == 1 else f", by Holm's method for {others} comparisons"
-    images = f"{comparison.n} images of {comparison.split!r}"
-    return f"{images}; difference with its paired 95 % interval; p of McNemar's exact test{holm}"
+    images = f"{images_of(vars(comparison))} of {comparison.split!r}"
+    test = "the exact test that exchanges the heads group by group" if comparison.groups else "McNemar's exact test"
+    return f"{images}; difference with its paired 95 % interval; p of {test}{holm}"
 
 
 def comparison_text(comparison: Comparison, *, width: int | None = None) -> str:

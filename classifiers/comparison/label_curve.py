@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from classifiers.bundles.bundle import Bundle
 from classifiers.bundles.held_out import ACCEPTED
-from classifiers.evaluation.intervals import Interval, bootstrap_interval, bounds, resampled, resamples_for, signed, wilson
+from classifiers.evaluation.intervals import Interval, bounds, resamples_for, signed
 from classifiers.evaluation.paired_tests import difference_interval
+from classifiers.evaluation.units import Units
 from classifiers.heads.registry import make_head
 from classifiers.training.few_shot import each_warning_once
 from store.cache import FeatureCache, Subset
@@ -79,20 +80,20 @@ def label_curve(bundle: Bundle, cache: FeatureCache, *, worthwhile: float, repea
             right.append(np.stack([_refit(head, train, each, held_out) for each in rows]))
             images.append(round(np.mean([len(each) for each in rows])))
             log.info("refitted on %d of %d training images, %d draw(s)", images[-1], len(train), len(rows))
-    drawn = _resampled_accuracies(held_out.y, right, seed)
+    units = Units.known(held_out.groups, len(held_out))
+    drawn = _resampled_accuracies(held_out.y, right, seed, units)
     points = []
     for share, count, each, values in zip(SHARES, images, right, drawn, strict=True):
         accuracy = float(each.mean())
-        interval = bootstrap_interval(accuracy, values) or wilson(round(accuracy * len(held_out)), len(held_out))
+        interval = units.bootstrap(accuracy, values) or units.proportion(each.mean(axis=0))
         accuracies = each.mean(axis=1).tolist()
         points.append(
             {"share": share, "images": count, "accuracy": accuracy, "accuracy_interval": interval, "accuracies": accuracies}
         )
     value = points[-1]["accuracy"] - points[-2]["accuracy"]
     gained = right[-1].mean(axis=0) - right[-2].mean(axis=0)  # by each image
-    disputed = float(gained[gained > 0].sum()), float(-gained[gained < 0].sum())
-    interval = difference_interval(value, drawn[-1] - drawn[-2], *disputed, len(held_out))
-    sentence = _sentence(points, value, interval, len(held_out), worthwhile)
+    interval = difference_interval(gained, drawn[-1] - drawn[-2], units)
+    sentence = _sentence(points, value, interval, units, worthwhile)
     return LabelCurve(bundle.name, points, {"value": value, "interval": interval}, sentence)
 
 
@@ -141,25 +142,29 @@ def _refit(head: Any, train: Subset, rows: NDArray[np.intp], held_out: Subset) -
     return np.asarray(fitted.predict(held_out.X) == held_out.y)
 
 
-def _resampled_accuracies(labels: NDArray[np.str_], right: Sequence[NDArray[np.bool_]], seed: int) -> list[NDArray[np.float64]]:
+def _resampled_accuracies(
+    labels: NDArray[np.str_], right: Sequence[NDArray[np.bool_]], seed: int, units: Units
+) -> list[NDArray[np.float64]]:
     """Mean accuracy ``(b,)`` of each share, with images and draws resampled alike for all shares."""
     strata = np.unique(labels, return_inverse=True)[1]
     rng = np.random.default_rng(seed)
     blocks = []
-    for weights in resampled(strata, resamples_for(len(labels), int(strata.max()) + 1)):
+    for weights in units.resampled(strata, resamples_for(len(labels), int(strata.max()) + 1)):
         repeats = max(map(len, right))
         times = rng.multinomial(repeats, np.full(repeats, 1 / repeats), size=weights.shape[1]).T / repeats
-        accuracies = [each.astype(np.float32) @ weights / len(labels) for each in right]  # (draws, b)
+        accuracies = [each.astype(np.float32) @ weights / weights.sum(axis=0) for each in right]  # (draws, b)
         blocks.append([(each * (times if len(each) > 1 else 1)).sum(axis=0) for each in accuracies])
     return [np.concatenate(parts).astype(np.float64) for parts in zip(*blocks, strict=True)]
 
 
-def _sentence(points: Sequence[dict[str, Any]], value: float, interval: Interval, n: int, worthwhile: float) -> str:
+def _sentence(points: Sequence[dict[str, Any]], value: float, interval: Interval, units: Units, worthwhile: float) -> str:
     what = f"From {points[-2]['images']} to {points[-1]['images']} training images accuracy changed by {signed(value)} points"
-    if interval[1] < worthwhile:
+    if units.few:
+        then = f"whether more labels would help cannot be told with {units.phrase}"
+    elif interval[1] < worthwhile:
         then = "more labels would hardly help"
     elif interval[0] > 0:
         then = "more labels would help"
     else:
-        then = f"whether more labels would help cannot be told with {n} images"
+        then = f"whether more labels would help cannot be told with {units.phrase}"
     return f"{what} {bounds(interval)}: {then}."

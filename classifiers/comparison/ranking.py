@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from classifiers.evaluation.intervals import Interval
-from classifiers.evaluation.paired_tests import mcnemar
+from classifiers.evaluation.paired_tests import flip_test
 from classifiers.evaluation.registry import KINDS
+from classifiers.evaluation.task import images_of
+from classifiers.evaluation.units import Units
 from store.errors import PenultError
 
 SCORES = {"logme": "LogME", "h_score": "H-score, not shrunk", "h_score_shrunk": "H-score"}
@@ -24,11 +26,12 @@ WITH_FAILURES = 3
 
 @dataclass(frozen=True)
 class Headline:
-    """The main score of a head on ``n`` images, with its 95 % interval if there is one."""
+    """The main score of a head on ``n`` images, of so many groups if they are not independent, with its 95 % interval."""
 
     value: float
     interval: Interval | None
     n: int
+    groups: int | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Line:
         train_seconds, score_seconds: time of training the head, with its search; time of the scores.
         right: which images of ``choice`` it classifies correctly, in one order for all sources; None if the score does
             not count single images.
+        units: which images of ``choice`` belong together, in that order.
     """
 
     source: str
@@ -63,6 +67,7 @@ class Line:
     train_seconds: float
     score_seconds: float
     right: NDArray[np.bool_] | None = None
+    units: Units | None = None
 
     @property
     def cost(self) -> str:
@@ -191,27 +196,27 @@ class Ranking:
         return [agreement(name, [line.scores[name] or 0.0 for line in self.lines], achieved) for name in names]
 
     def against_best(self) -> list[float | None]:
-        """The p-value of the exact test of McNemar (1947) of each line against the first; None if not possible."""
+        """The p-value of `flip_test` of each line against the first; None if not possible."""
         best = self.lines[0].right
         p_values: list[float | None] = []
         for right in (line.right for line in self.lines):
             if best is None or right is None:
                 p_values.append(None)
             else:
-                p_values.append(mcnemar(int((right & ~best).sum()), int((best & ~right).sum())))
+                units = self.lines[0].units or Units.known((), len(best))
+                p_values.append(flip_test(units.sums(right.astype(np.int8) - best)))
         return p_values
 
     def notes(self) -> list[str]:
         """Notes on how to read the table."""
-        n = self.lines[0].choice.n
         held = "nothing is held out" if self.reported_on is None else f"{self.reported_on!r} was not used for it"
-        notes = [f"Ranked by {self.metric} on {n} images, by heads fitted without them ({self.chosen_on}); {held}."]
+        images = images_of(vars(self.lines[0].choice))
+        notes = [f"Ranked by {self.metric} on {images}, by heads fitted without them ({self.chosen_on}); {held}."]
         p = self.against_best()
         tied = [str(rank) for rank, each in enumerate(p, 1) if rank > 1 and each is not None and each >= UNLIKELY]
         if tied:
             notes.append(
-                f"No significant difference from 1 on these images: {', '.join(tied)} "
-                f"(exact McNemar test, p >= {UNLIKELY} each)."
+                f"No significant difference from 1 on these images: {', '.join(tied)} (exact test, p >= {UNLIKELY} each)."
             )
         if len({line.cache for line in self.lines}) < len(self.lines):
             notes.append("Layers of one backbone come from one pass, and each has the time of all of it.")
@@ -232,7 +237,7 @@ class Ranking:
         }
         sources = []
         for rank, (line, best, p) in enumerate(zip(self.lines, self.front(), self.against_best(), strict=True), 1):
-            known = {key: value for key, value in asdict(line).items() if key != "right"}
+            known = {key: value for key, value in asdict(line).items() if key not in ("right", "units")}
             sources.append({"rank": rank, **known, "pareto": best, "p_against_best": p})
         agreements = [asdict(each) | {"so": each.so} for each in self.agreements()]
         return {**facts, "sources": sources, "failed": [asdict(each) for each in self.failed], "agreement": agreements}

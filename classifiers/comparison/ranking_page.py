@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from classifiers.evaluation.registry import KINDS
+from classifiers.evaluation.task import images_of
 from classifiers.reports.page import Card, Section, page
 from classifiers.reports.plots import BLUE, GREY, INK, WIDTH, plain_log, svg
 
@@ -28,7 +29,7 @@ def ranking_page(ranking: Ranking) -> str:
     for score, where in ((best.choice, ranking.chosen_on), (best.held_out, f"{ranking.reported_on}, held out")):
         if score is not None:
             value, _, bounds = ranking.text(score).partition(" [")
-            cards.append((f"{ranking.metric} of the first", value, f"95 % [{bounds or ']'}, {score.n} images: {where}"))
+            cards.append((f"{ranking.metric} of the first", value, f"95 % [{bounds or ']'}, {images_of(vars(score))}: {where}"))
     cards.append(("its extraction", f"{best.extract_seconds:.1f} s", f"{best.dim} features, {best.images} images"))
     logme = agreements[0]
     tau = "-" if logme.kendall_tau is None else f"{logme.kendall_tau:.2f}"

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from classifiers.evaluation.intervals import wilson
 from classifiers.evaluation.registry import task_of
 from classifiers.evaluation.scores import require_finite
 from classifiers.evaluation.task import Evaluation, HeadTask
+from classifiers.evaluation.units import Units
 from classifiers.heads.folds import Fold, group_folds, stratified_folds
 from classifiers.heads.registry import make_head, name_of
 from classifiers.reports.page import write_output
@@ -277,6 +277,9 @@ class _Bench:
         self._held_out = table.truth(roles.report) if roles.report else None
         self._groups = groups_of(roles.fit)
         self._folds = self._make_folds(seed)
+        together, judged = groups_of(self._rows), np.concatenate([test for _, test in self._folds])
+        self._choice = Units.known([together[i] for i in judged.tolist()], len(judged))
+        self._reported = Units.known(groups_of(roles.report), len(roles.report))
 
     def _make_folds(self, seed: int) -> list[Fold]:
         """Rows to fit on and rows to judge on: the validation images if there are any, else folds."""
@@ -305,11 +308,11 @@ class _Bench:
         scores = transferability(X[self._distinct], self._truth[self._distinct], self._task)
         scored = time.perf_counter()
         truth, outputs = self._out_of_fold(head, X)
-        choice, right = self._headline(head, truth, outputs)
+        choice, right = self._headline(head, truth, outputs, self._choice)
         held_out = None
         if self._held_out is not None:
             features = cache.features([row.sha256 for row in self._roles.report])
-            held_out, _ = self._headline(head, self._held_out, head.fitted_.probabilities(features))
+            held_out, _ = self._headline(head, self._held_out, head.fitted_.probabilities(features), self._reported)
         return Line(
             source=extracted.source,
             cache=str(cache.path),
@@ -324,6 +327,7 @@ class _Bench:
             train_seconds=round(trained - begin, 3),
             score_seconds=round(scored - trained, 3),
             right=right,
+            units=self._choice,
         )
 
     def _out_of_fold(self, head: Any, X: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[np.float32]]:
@@ -341,15 +345,14 @@ class _Bench:
         return self._truth[rows], np.concatenate(parts)
 
     def _headline(
-        self, head: Any, truth: NDArray[Any], outputs: NDArray[np.float32]
+        self, head: Any, truth: NDArray[Any], outputs: NDArray[np.float32], units: Units
     ) -> tuple[Headline, NDArray[np.bool_] | None]:
         """The headline score of outputs ``(n, k)``, and which rows are correct if that is the metric."""
         if self._task.exclusive:
             require_finite(outputs)
             right = head.classes_[outputs.argmax(axis=1)] == truth
-            count = int(right.sum())
-            return Headline(count / len(right), wilson(count, len(right)), len(right)), right
-        measured = self._task.score(truth, outputs, "")
+            return Headline(float(right.mean()), units.proportion(right), len(right), units.groups), right
+        measured = self._task.score(truth, outputs, "", [str(number).encode() for number in units.of.tolist()])
         assert not isinstance(measured, Evaluation)
         score = measured.scores[self._task.metric]
-        return Headline(float(score["value"] or 0.0), score["interval"], len(truth)), None
+        return Headline(float(score["value"] or 0.0), score["interval"], len(truth), units.groups), None

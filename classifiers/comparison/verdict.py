@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from classifiers.evaluation.intervals import bounds, points, signed, wilson
 from classifiers.evaluation.paired_tests import Change, needed_images
+from classifiers.evaluation.units import FEWEST, Units
 
 SIGNIFICANT = 0.05
 ALIKE = 1.5  # costs within this factor are about the same
@@ -30,16 +31,17 @@ class Verdict:
     sentence: str
 
 
-def judge(change: Change, n: int, *, subject: str, cost_ratio: float | None, worthwhile: float) -> Verdict:
+def judge(change: Change, units: Units, *, subject: str, cost_ratio: float | None, worthwhile: float) -> Verdict:
     """Weigh a difference of accuracy against its cost.
 
-    A more expensive head is worth it if its gain is at least ``worthwhile`` and is proven: the paired interval and McNemar's
+    A more expensive head is worth it if its gain is at least ``worthwhile`` and is proven: the paired interval and the exact
     test (Holm) exclude zero. It is not if the interval excludes a gain of ``worthwhile``. A cheaper head is judged from the
-    other side: the saving is worth it if the gain of the baseline over it is not worth the cost of the baseline.
+    other side: the saving is worth it if the gain of the baseline over it is not worth the cost of the baseline. From too few
+    groups nothing is concluded.
 
     Args:
         change: from the baseline.
-        n: number of held-out images.
+        units: the held-out images, and which of them belong together.
         subject: what is judged; the sentence begins with it.
         cost_ratio: as in `Verdict`.
         worthwhile: the smallest difference of accuracy that matters, as a share.
@@ -48,20 +50,23 @@ def judge(change: Change, n: int, *, subject: str, cost_ratio: float | None, wor
     value, (low, high) = difference["value"], difference["interval"]
     saving = cost_ratio is not None and cost_ratio <= 1 / ALIKE
     gain, least, most = (-value, -high, -low) if saving else (value, low, high)  # of the one that costs more
-    needed = None
-    if gain >= worthwhile and least > 0 and change.p_adjusted < SIGNIFICANT:
+    needed, n = None, len(units.of)
+    if units.few:
+        decision = UNKNOWN
+    elif gain >= worthwhile and least > 0 and change.p_adjusted < SIGNIFICANT:
         decision = NOT_WORTH if saving else WORTH
     elif most < worthwhile:
         decision = WORTH if saving else NOT_WORTH
     else:
         decision = UNKNOWN
-        needed = needed_images(_discordant(change, n), worthwhile)
+        needed = math.ceil(needed_images(_discordant(change, n), worthwhile) * change.effect)
         needed = needed if needed > n else None
     price = "" if cost_ratio is None else f" and {_price(cost_ratio)}"
     what = "the saving is " if saving else ""
     if decision == UNKNOWN:
         more = f"about {_rounded(needed)} would be needed" if needed else f"because it is too close to {points(worthwhile)}"
-        ending = f"whether {what or 'it is '}worth it cannot be told with {n} images, {more}"
+        more = f"{FEWEST} groups are the least that can show it" if units.few else more
+        ending = f"whether {what or 'it is '}worth it cannot be told with {units.phrase}, {more}"
     else:
         ending = f"{what}{decision} on this data"
     sentence = f"{subject} changes accuracy by {signed(value)} points {bounds((low, high))}{price}: {ending}."

@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from .intervals import wilson
+from .units import Units
 
 COVERAGE = 0.9
 KINDS = ("marginal", "per_class")
@@ -51,8 +51,8 @@ class Conformal:
         """Which labels ``(n, k)`` are in the set of each image; it may be empty."""
         return np.asarray(probabilities >= np.array(getattr(self, kind)))
 
-    def measured(self, probabilities: NDArray[np.floating[Any]], truth: NDArray[np.intp]) -> dict[str, Any]:
-        """Coverage and size of the sets on other images, as JSON.
+    def measured(self, probabilities: NDArray[np.floating[Any]], truth: NDArray[np.intp], units: Units) -> dict[str, Any]:
+        """Coverage and size of the sets on other images, and which of these belong together, as JSON.
 
         Returns:
             ``target``, ``calibrated_on``; for each kind (``marginal``, ``per_class``): ``coverage`` with ``coverage_interval``,
@@ -66,7 +66,7 @@ class Conformal:
             covered, one = sets[rows, truth], sets.sum(axis=1) == 1
             facts[kind] = {
                 "coverage": float(covered.mean()),
-                "coverage_interval": wilson(int(covered.sum()), len(truth)),
+                "coverage_interval": units.proportion(covered),
                 "mean_size": float(sets.sum(axis=1).mean()),
                 "decided": int(one.sum()),
                 "decided_right": int((covered & one).sum()),

@@ -50,6 +50,7 @@ class Gate:
         that many images is used.
         """
         from .intervals import wilson
+        from .task import images_of
 
         if self.metric in metrics["scores"]:
             scores = [(self.what, metrics["scores"][self.metric])]
@@ -58,13 +59,14 @@ class Gate:
         for what, score in scores:
             value, interval = score["value"], score["interval"]
             if interval is None and value is not None and (self.least, self.most) == (0, 1):
-                interval = wilson(value * metrics["n"], metrics["n"])
+                n = metrics.get("groups") or metrics["n"]
+                interval = wilson(value * n, n)
             compared = value if not self.bound else interval and interval[1 if self.error else 0]
             if compared is not None and (compared <= limit if self.error else compared >= limit):
                 continue
             shown = "undefined" if value is None else f"{value:.4f}"
             shown += f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""
-            where = f"on {metrics['n']} images of {metrics['split']!r}"
+            where = f"on {images_of(metrics)} of {metrics['split']!r}"
             return f"{what} {shown} {where} is {'above' if self.error else 'below'} {spelled} {limit}"
         return None
 

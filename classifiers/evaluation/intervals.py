@@ -17,16 +17,16 @@ WORK = 4 * 10**9  # about ten seconds, in resamples x images x (classes + 100); 
 BLOCK = 10**7  # numbers in one block of weights: 40 MB
 
 
-def wilson(successes: float, n: int) -> Interval:
+def wilson(successes: float, n: float, z: float = Z95) -> Interval:
     """The 95 % score interval of a proportion (Wilson 1927). Unlike the normal one it is valid at 0 and at n.
 
-    ``successes`` is a fraction if it is a mean of several counts.
+    Both are fractions where they are means of several counts, or where images count less than one (see `units`).
     """
     if n == 0:
         return 0.0, 1.0
-    p, z2 = successes / n, Z95**2
+    p, z2 = successes / n, z**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
     return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
 
 
@@ -58,24 +58,26 @@ def resampled(strata: NDArray[np.intp], count: int, seed: int = 0) -> Iterator[N
         yield weights
 
 
-def bootstrap_interval(estimate: float, values: NDArray[np.float64]) -> Interval | None:
+def bootstrap_interval(estimate: float, values: NDArray[np.float64], z: float = Z95) -> Interval | None:
     """The bias-corrected percentile interval (Efron & Tibshirani 1993, section 14.3, with an acceleration of zero).
 
     Args:
         estimate: the score on all images.
-        values: the score on each resample ``(b,)``.
+        values: the score on each resample ``(b,)``; NaN where it was not defined, which is left out.
+        z: the quantile of the normal distribution that the interval reaches.
 
     Returns:
         None if all values are the same: without an error to draw, resampling shows nothing about errors.
     """
     from scipy.special import ndtr, ndtri
 
-    if _no_spread(values):
+    values = values[~np.isnan(values)]
+    if not len(values) or _no_spread(values):
         return None
     same = np.isclose(values, estimate, rtol=1e-9, atol=1e-12)
     share = np.mean(np.where(same, 0.5, values < estimate))
     shift = 2 * ndtri(np.clip(share, 1 / len(values), 1 - 1 / len(values)))
-    low, high = np.quantile(values, ndtr([shift - Z95, shift + Z95]))
+    low, high = np.quantile(values, ndtr([shift - z, shift + z]))
     return float(low), float(high)
 
 
@@ -83,7 +85,9 @@ def _no_spread(values: NDArray[np.float64]) -> bool:
     return bool(np.allclose(values, values[0], rtol=1e-9, atol=1e-12))
 
 
-def distance_interval(estimate: float, values: NDArray[np.float64], chance: NDArray[np.float64]) -> Interval | None:
+def distance_interval(
+    estimate: float, values: NDArray[np.float64], chance: NDArray[np.float64], z: float = Z95
+) -> Interval | None:
     """A cautious interval for a score that is 0 at best and that noise only makes larger, such as a sum of distances.
 
     Each resample adds as much noise again as the sample did; percentiles mirrored at the estimate remove it (Davison & Hinkley
@@ -91,12 +95,14 @@ def distance_interval(estimate: float, values: NDArray[np.float64], chance: NDAr
     larger of the mirrored and the plain one.
 
     Args:
-        estimate, values: as in `bootstrap_interval`.
+        estimate, values, z: as in `bootstrap_interval`.
         chance: draws of the score where its true value is zero.
     """
+    from scipy.special import ndtr
+
     if _no_spread(values):
         return None
-    low, high = np.quantile(values, (0.025, 0.975))
+    low, high = np.quantile(values, ndtr([-z, z]))
     explained = estimate <= np.quantile(chance, 0.95)
     return (0.0 if explained else max(2 * estimate - float(high), 0.0)), max(2 * estimate - float(low), float(high))
 

@@ -12,9 +12,10 @@ from store.errors import BadDataError
 from store.format.samples import Row, SampleTable
 from store.tasks import LABEL_SEPARATOR, MultiLabelTask
 
-from .intervals import resampled, resamples_for
+from .intervals import resamples_for
 from .scores import Values, Weights, average_precision, ratio, require_finite
 from .task import FEW, HeadTask, Measured, Outputs, Prediction, bootstrapped, headline_of, proportion
+from .units import Units
 
 THRESHOLD = 0.5  # an image has a label if its probability is at least this
 
@@ -39,8 +40,8 @@ class MultiLabel(HeadTask):
                 )
                 raise BadDataError(message)
 
-    def score(self, truth: NDArray[Any], outputs: Outputs, split: str) -> Measured:
-        return measure(np.asarray(truth, bool), outputs, self.names, split)
+    def score(self, truth: NDArray[Any], outputs: Outputs, split: str, groups: Sequence[bytes] = ()) -> Measured:
+        return measure(np.asarray(truth, bool), outputs, self.names, split, groups)
 
     def require_labels(self, labels: Sequence[str], split: str) -> None:
         known = set(self.names)
@@ -95,8 +96,10 @@ def weighted_scores(
     return whole, each
 
 
-def measure(truth: NDArray[np.bool_], probabilities: Outputs, names: Sequence[str], split: str = "") -> Measured:
-    """Compare probabilities ``(n, k)`` with the labels that images have ``(n, k)``; see docs/metrics.md.
+def measure(
+    truth: NDArray[np.bool_], probabilities: Outputs, names: Sequence[str], split: str = "", groups: Sequence[bytes] = ()
+) -> Measured:
+    """Compare probabilities ``(n, k)`` with the labels that images of these groups have ``(n, k)``; see docs/metrics.md.
 
     Raises:
         BadDataError: there are no images, or an output is not finite.
@@ -107,24 +110,25 @@ def measure(truth: NDArray[np.bool_], probabilities: Outputs, names: Sequence[st
         raise BadDataError(message)
     require_finite(probabilities)
     guess = probabilities >= THRESHOLD
-    resamples = resamples_for(n, k)
+    resamples, units = resamples_for(n, k), Units.known(groups, n)
     once, once_each = weighted_scores(truth, probabilities, np.ones((n, 1), np.float32))
-    blocks = [weighted_scores(truth, probabilities, w) for w in resampled(np.zeros(n, np.intp), resamples)]
-    exact = int((truth == guess).all(axis=1).sum())
+    blocks = [weighted_scores(truth, probabilities, w) for w in units.resampled(np.zeros(n, np.intp), resamples)]
     scores = {
-        name: bootstrapped(float(value), np.concatenate([block[0][name] for block in blocks]))
+        name: bootstrapped(float(value), np.concatenate([block[0][name] for block in blocks]), units)
         for name, (value,) in once.items()
-    } | {"subset_accuracy": proportion(exact, n)}
+    } | {"subset_accuracy": proportion((truth == guess).all(axis=1), units)}
     per_output = []
     for j, name in enumerate(names):
-        hits, support, taken = (int(mask.sum()) for mask in (truth[:, j] & guess[:, j], truth[:, j], guess[:, j]))
+        true, taken = truth[:, j], guess[:, j]
         own = {
-            score: bootstrapped(float(values[j, 0]), np.concatenate([block[1][score][j] for block in blocks]))
+            score: bootstrapped(float(values[j, 0]), np.concatenate([block[1][score][j] for block in blocks]), units)
             for score, values in once_each.items()
         }
-        own |= {"precision": proportion(hits, taken), "recall": proportion(hits, support)}
-        per_output.append({"name": name, "n": support, "scores": own})
-    return Measured(MultiLabelTask.name, split, n, scores, per_output, resamples, _notes(per_output, n))
+        own["precision"] = proportion(true[taken], units.among(taken))
+        own["recall"] = proportion(taken[true], units.among(true))
+        per_output.append({"name": name, "n": int(true.sum()), "scores": own})
+    notes = [*units.notes, *_notes(per_output, n)]
+    return Measured(MultiLabelTask.name, split, n, scores, per_output, resamples, notes, groups=units.groups)
 
 
 def _notes(per_output: Sequence[dict[str, Any]], n: int) -> list[str]:

@@ -1,6 +1,7 @@
-"""Paired comparison of heads on the same images: differences of scores with intervals, and McNemar's test.
+"""Paired comparison of heads on the same images: differences of scores with intervals, and an exact test.
 
-All heads are resampled on the same images, so that what makes an image hard for all of them cancels out.
+All heads are resampled on the same images, so that what makes an image hard for all of them cancels out. Images of one group
+count together (see `units`).
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .intervals import Z95, Interval, bootstrap_interval, resampled, resamples_for, wilson
-from .scores import Probabilities, Values, ratio, weighted_scores
+from .intervals import Z95, Interval, resamples_for, wilson
+from .scores import Probabilities, Values, weighted_scores
+from .units import Units
 
 COMPARED = (
     "accuracy",
@@ -33,9 +35,10 @@ class Change:
         scores: by name ``value``, the difference of the scores, and its paired 95 % ``interval`` (None if resampling shows
             no spread).
         wins, losses: images that only this head classifies right, and only the other one.
-        p: p value of McNemar's exact test that both are right equally often.
+        p: p value of `flip_test` that both are right equally often: McNemar's exact test where images are independent.
         p_adjusted: the same, adjusted by Holm's method for all heads that are compared with the other one.
         per_class: label, ``n``, ``wins``, ``losses``, and ``value`` and ``interval`` of the difference of the recalls.
+        effect: how many images of the same groups count as one, see `Units.design`.
     """
 
     scores: dict[str, dict[str, Any]]
@@ -44,6 +47,7 @@ class Change:
     p: float
     p_adjusted: float
     per_class: list[dict[str, Any]]
+    effect: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,11 @@ class Standing:
 
 
 def paired(
-    truth: NDArray[np.intp], outputs: Sequence[Probabilities], classes: Sequence[str], baseline: int = 0
+    truth: NDArray[np.intp],
+    outputs: Sequence[Probabilities],
+    classes: Sequence[str],
+    baseline: int = 0,
+    units: Units | None = None,
 ) -> tuple[list[Standing], int]:
     """Compare each head with the baseline, on the same images.
 
@@ -64,23 +72,24 @@ def paired(
         outputs: probabilities of each head for these images, ``(n, k)``.
         classes: label of each column.
         baseline: index of the head that the others are compared with.
+        units: which images belong together; by default none.
 
     Returns:
         A `Standing` for each head, and the number of resamples.
     """
-    n, resamples = len(truth), resamples_for(len(truth), len(classes))
+    n, resamples, units = len(truth), resamples_for(len(truth), len(classes)), units or Units.known((), len(truth))
     right = np.stack([probabilities.argmax(axis=1) == truth for probabilities in outputs])
     changes = right.astype(np.int8) - right[baseline].astype(np.int8)
     once = [_scores(truth, probabilities, np.ones((n, 1), np.float32)) for probabilities in outputs]
     drawn: list[list[dict[str, Values]]] = [[] for _ in outputs]
     recalls: list[list[Values]] = [[] for _ in outputs]
-    for weights in resampled(truth, resamples):
+    for weights in units.resampled(truth, resamples):
         for i, probabilities in enumerate(outputs):
             drawn[i].append(_scores(truth, probabilities, weights))
             recalls[i].append(_recall_changes(truth, changes[i], len(classes), weights))
     wins, losses = (changes > 0).sum(axis=1), (changes < 0).sum(axis=1)
     others = [i for i in range(len(outputs)) if i != baseline]
-    p = {i: mcnemar(int(wins[i]), int(losses[i])) for i in others}
+    p = {i: flip_test(units.sums(changes[i])) for i in others}
     adjusted = dict(zip(others, holm([p[i] for i in others]), strict=True))
     standings = []
     for i in range(len(outputs)):
@@ -93,25 +102,31 @@ def paired(
         for name in COMPARED:
             value = own[name] - float(once[baseline][name][0])
             draws = _all(drawn[i], name) - _all(drawn[baseline], name)
-            interval = difference_interval(value, draws, *counts, n) if name == "accuracy" else bootstrap_interval(value, draws)
+            interval = difference_interval(changes[i], draws, units) if name == "accuracy" else units.bootstrap(value, draws)
             scores[name] = {"value": value, "interval": interval}
-        per_class = list(_class_changes(truth, changes[i], classes, np.concatenate(recalls[i], axis=1)))
-        standings.append(Standing(own, Change(scores, *counts, p[i], adjusted[i], per_class)))
+        per_class = list(_class_changes(truth, changes[i], classes, np.concatenate(recalls[i], axis=1), units))
+        effect, _ = units.design(changes[i].astype(np.float64))
+        standings.append(Standing(own, Change(scores, *counts, p[i], adjusted[i], per_class, effect)))
     return standings, resamples
 
 
 def _scores(truth: NDArray[np.intp], probabilities: Probabilities, weights: NDArray[np.float32]) -> dict[str, Values]:
     right = (probabilities.argmax(axis=1) == truth).astype(np.float32)
-    return {"accuracy": (right @ weights).astype(np.float64) / len(truth), **weighted_scores(truth, probabilities, weights)}
+    accuracy = (right @ weights).astype(np.float64) / weights.sum(axis=0, dtype=np.float64)
+    return {"accuracy": accuracy, **weighted_scores(truth, probabilities, weights)}
 
 
 def _recall_changes(truth: NDArray[np.intp], change: NDArray[np.int8], k: int, weights: NDArray[np.float32]) -> Values:
-    """Difference of the recall of each class ``(k, b)``; 0 for a class that no image has."""
+    """Difference of the recall of each class ``(k, b)``; NaN where no image of the class has a weight."""
     from scipy.sparse import csr_array
 
-    (rows,) = np.nonzero(change)
-    pick = csr_array((change[rows].astype(np.float32), (truth[rows], rows)), shape=(k, len(truth)))
-    return ratio(np.asarray(pick @ weights), np.bincount(truth, minlength=k)[:, None] + np.zeros((1, weights.shape[1])))
+    def sums(values: NDArray[Any]) -> Values:
+        (rows,) = np.nonzero(values)
+        pick = csr_array((values[rows].astype(np.float32), (truth[rows], rows)), shape=(k, len(truth)))
+        return np.asarray(pick @ weights, np.float64)
+
+    support = sums(np.ones(len(truth)))
+    return np.asarray(np.divide(sums(change), support, out=np.full(support.shape, np.nan), where=support > 0))
 
 
 def _all(blocks: Sequence[dict[str, Values]], name: str) -> Values:
@@ -119,32 +134,41 @@ def _all(blocks: Sequence[dict[str, Values]], name: str) -> Values:
 
 
 def _class_changes(
-    truth: NDArray[np.intp], change: NDArray[np.int8], classes: Sequence[str], drawn: Values
+    truth: NDArray[np.intp], change: NDArray[np.int8], classes: Sequence[str], drawn: Values, units: Units
 ) -> Iterator[dict[str, Any]]:
     for k in np.unique(truth).tolist():
         own = change[truth == k]
         n, wins, losses = len(own), int((own > 0).sum()), int((own < 0).sum())
         value = (wins - losses) / n
-        interval = difference_interval(value, drawn[k], wins, losses, n)
+        interval = difference_interval(own, drawn[k], units.among(truth == k))
         yield {"label": classes[k], "n": n, "wins": wins, "losses": losses, "value": value, "interval": interval}
 
 
-def difference_interval(value: float, drawn: Values, wins: float, losses: float, n: int) -> Interval:
-    """The paired bootstrap interval of ``value = (wins - losses) / n``, extended to `score_interval` if that is wider.
+def difference_interval(change: NDArray[Any], drawn: Values, units: Units) -> Interval:
+    """The paired bootstrap interval of the mean of ``change``, extended to `score_interval` if that is wider.
 
     If two heads disagree on few images, resampling shows too little spread.
+
+    Args:
+        change: of each image ``(n,)`` 1 if only this head is right, -1 if only the other one is, else 0; or means of these.
+        drawn: the mean on resamples ``(b,)``.
+        units: which images belong together.
     """
-    low, high = score_interval(wins, losses, n)
-    resampled_low, resampled_high = bootstrap_interval(value, drawn) or (low, high)
+    effect, z = units.design(change.astype(np.float64))
+    if not math.isfinite(z):
+        return -1.0, 1.0
+    wins, losses = float(change[change > 0].sum()), -float(change[change < 0].sum())
+    low, high = score_interval(wins / effect, losses / effect, len(change) / effect, z)
+    resampled_low, resampled_high = units.bootstrap(float(change.mean()), drawn) or (low, high)
     return min(low, resampled_low), max(high, resampled_high)
 
 
-def score_interval(wins: float, losses: float, n: int) -> Interval:
+def score_interval(wins: float, losses: float, n: float, z: float = Z95) -> Interval:
     """The 95 % interval of ``(wins - losses) / n`` from the Wilson intervals of both shares (Zou & Donner 2008).
 
     An image is a win, a loss or neither, so the two shares are negatively correlated.
     """
-    (low, high), (low_lost, high_lost) = wilson(wins, n), wilson(losses, n)
+    (low, high), (low_lost, high_lost) = wilson(wins, n, z), wilson(losses, n, z)
     won, lost = wins / n, losses / n
     together = math.sqrt(won * lost / ((1 - won) * (1 - lost))) if wins and losses else 0.0
 
@@ -154,11 +178,30 @@ def score_interval(wins: float, losses: float, n: int) -> Interval:
     return won - lost - reach(won - low, high_lost - lost), won - lost + reach(high - won, lost - low_lost)
 
 
-def mcnemar(wins: int, losses: int) -> float:
-    """The two-sided p value of McNemar's exact test of equally many wins and losses among the images two heads disagree on."""
-    from scipy.stats import binomtest
+def flip_test(balances: NDArray[np.float64]) -> float:
+    """The two-sided p value of the exact test that two heads are right equally often, by exchanging them unit by unit.
 
-    return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+    If neither is better, the balance of a unit could as well have had the other sign. So p is the share of all choices of signs
+    whose sum is at least as far from zero (Fisher's randomisation of pairs); with units of one image, McNemar's exact test.
+
+    Args:
+        balances: images of each unit that only the first head classifies correctly, less those that only the other does.
+
+    >>> import numpy as np
+    >>> flip_test(np.array([1, 1, 1, 1, 1, 1])), flip_test(np.array([6, 0, 0]))
+    (0.03125, 1.0)
+    """
+    from scipy.signal import fftconvolve
+    from scipy.stats import binom
+
+    sizes, times = np.unique(np.abs(balances[balances != 0]).astype(np.int64), return_counts=True)
+    law = np.ones(1)  # of half of (the sum plus the sum of all sizes)
+    for size, count in zip(sizes.tolist(), times.tolist(), strict=True):
+        spread = np.zeros(size * count + 1)
+        spread[::size] = binom.pmf(np.arange(count + 1), count, 0.5)
+        law = np.convolve(law, spread) if min(len(law), len(spread)) < 200 else fftconvolve(law, spread)
+    far = np.abs(2 * np.arange(len(law)) - (len(law) - 1)) >= abs(int(balances.sum()))
+    return float(np.clip(law[far].sum(), 0, 1))
 
 
 def holm(p: Sequence[float]) -> list[float]:

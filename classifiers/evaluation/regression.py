@@ -15,9 +15,10 @@ from store.format.samples import Row, SampleTable
 from store.tasks import RegressionTask
 
 from .conformal import COVERAGE
-from .intervals import resampled, resamples_for
+from .intervals import resamples_for
 from .scores import Values, Weights, require_finite
 from .task import FEW, HeadTask, Measured, Outputs, Prediction, bootstrapped, headline_of, proportion
+from .units import Units
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ class Regression(HeadTask):
                 message = f"target {name!r} is {column[0]:g} for every training image; there is nothing to learn"
                 raise BadDataError(message)
 
-    def score(self, truth: NDArray[Any], outputs: Outputs, split: str) -> Measured:
-        return measure(np.asarray(truth, np.float64), outputs, self.names, split, self.half_widths)
+    def score(self, truth: NDArray[Any], outputs: Outputs, split: str, groups: Sequence[bytes] = ()) -> Measured:
+        return measure(np.asarray(truth, np.float64), outputs, self.names, split, self.half_widths, groups)
 
     def require_labels(self, labels: Sequence[str], split: str) -> None:
         """Regression has no labels to check."""
@@ -140,6 +141,7 @@ def measure(
     names: Sequence[str],
     split: str = "",
     half_widths: Sequence[float | None] = (),
+    groups: Sequence[bytes] = (),
 ) -> Measured:
     """Compare predicted numbers ``(n, t)`` with the true ones; see docs/metrics.md.
 
@@ -148,6 +150,7 @@ def measure(
         names: of the targets.
         split: name of the split, for the report.
         half_widths: of the prediction intervals, see `Intervals`.
+        groups: group of each image, see `Units`; none if all are independent.
 
     Raises:
         BadDataError: there are no images, or an output is not finite.
@@ -157,19 +160,18 @@ def measure(
         message = "no images to evaluate on"
         raise BadDataError(message)
     require_finite(values)
-    resamples = resamples_for(n, t)
+    resamples, units = resamples_for(n, t), Units.known(groups, n)
     once = weighted_scores(truth, values, np.ones((n, 1), np.float32))
-    blocks = [weighted_scores(truth, values, weights) for weights in resampled(np.zeros(n, np.intp), resamples)]
+    blocks = [weighted_scores(truth, values, weights) for weights in units.resampled(np.zeros(n, np.intp), resamples)]
     drawn = {name: np.concatenate([block[name] for block in blocks], axis=1) for name in once}
     per_output = []
     for j, name in enumerate(names):
-        own = {score: bootstrapped(float(estimates[j, 0]), drawn[score][j]) for score, estimates in once.items()}
+        own = {score: bootstrapped(float(estimates[j, 0]), drawn[score][j], units) for score, estimates in once.items()}
         half = half_widths[j] if half_widths else None
         if half is not None:
-            inside = int((np.abs(values[:, j] - truth[:, j]) <= half).sum())
-            own["coverage"] = proportion(inside, n)
+            own["coverage"] = proportion(np.abs(values[:, j] - truth[:, j]) <= half, units)
             own["half_width"] = {"value": half, "interval": None, "method": None}
         per_output.append({"name": name, "n": n, "scores": own})
-    scores = {"r2": bootstrapped(float(once["r2"][:, 0].mean()), drawn["r2"].mean(axis=0))}
-    notes = [f"too few to conclude: {n} images"] if n < FEW else []
-    return Measured(RegressionTask.name, split, n, scores, per_output, resamples, notes)
+    scores = {"r2": bootstrapped(float(once["r2"][:, 0].mean()), drawn["r2"].mean(axis=0), units)}
+    notes = units.notes or ([f"too few to conclude: {n} images"] if n < FEW else [])
+    return Measured(RegressionTask.name, split, n, scores, per_output, resamples, notes, groups=units.groups)

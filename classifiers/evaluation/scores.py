@@ -80,7 +80,8 @@ def weighted_scores(
     Args:
         truth: class index of each image ``(n,)``.
         probabilities: ``(n, k)``.
-        weights: how often each image counts, whole numbers, ``(n, b)``; every true class must keep some weight.
+        weights: how often each image counts, whole numbers, ``(n, b)``. Where a true class has no weight, a mean over the
+            classes is over the others.
         before: probabilities ``(n, k)`` before temperature scaling, for ``log_loss_before`` and ``ece_before``.
 
     Returns:
@@ -132,14 +133,22 @@ def _decisions(truth: NDArray[np.intp], guess: NDArray[np.intp], k: int, weights
         _sums(guess, k, rows, weights),
     )
     parts = {"precision": ratio(hits, taken), "recall": ratio(hits, support), "f1": ratio(2 * hits, support + taken)}
-    true_here = np.isin(np.arange(k), truth)
-    present = true_here | np.isin(np.arange(k), guess)  # as scikit-learn: classes that appear in truth or prediction
-    scores = {"balanced_accuracy": parts["recall"][true_here].mean(axis=0)}
+    true_here, drawn = np.isin(np.arange(k), truth)[:, None], support > 0
+    present = true_here | np.isin(np.arange(k), guess)[:, None]  # as scikit-learn: classes that appear in truth or prediction
+    scores = {"balanced_accuracy": _mean_of(parts["recall"], drawn)}
     for name, values in parts.items():
-        scores[f"{name}_macro"] = values[present].mean(axis=0)
+        scores[f"{name}_macro"] = _mean_of(values, present & (drawn | ~true_here))
         if name != "recall":  # whose mean by class size is the accuracy
             scores[f"{name}_weighted"] = (values * support).sum(axis=0) / support.sum(axis=0, dtype=np.float64)
     return scores
+
+
+def _mean_of(values: Values, counted: NDArray[np.bool_]) -> Values:
+    """Means ``(b,)`` over those of the classes ``(k, b)`` that are counted; NaN where none is."""
+    if (counted == counted[:, :1]).all():
+        return np.asarray(values[counted[:, 0]].mean(axis=0))
+    number = counted.sum(axis=0)
+    return np.where(number > 0, np.where(counted, values, 0).sum(axis=0) / np.maximum(number, 1), np.nan)
 
 
 def _areas(truth: NDArray[np.intp], probabilities: Probabilities, weights: Weights) -> dict[str, Values]:
@@ -149,8 +158,9 @@ def _areas(truth: NDArray[np.intp], probabilities: Probabilities, weights: Weigh
         return {}
     if probabilities.shape[1] == 2:
         classes = classes[1:]
-    areas = [_area(truth == c, probabilities[:, c], weights) for c in classes]
-    roc, pr = (np.mean(values, axis=0) for values in zip(*areas, strict=True))
+    with np.errstate(divide="ignore", invalid="ignore"):  # a class without a weight
+        areas = [_area(truth == c, probabilities[:, c], weights) for c in classes]
+    roc, pr = (_mean_of(np.stack(values), ~np.isnan(values)) for values in zip(*areas, strict=True))
     return {"roc_auc": roc, "pr_auc": pr}
 
 

@@ -15,10 +15,11 @@ from store.splits import untrained_labels
 from store.tasks import ONE_LABEL
 
 from .conformal import Conformal
-from .intervals import Interval, bootstrap_interval, distance_interval, resampled, resamples_for, wilson
+from .intervals import Interval, distance_interval, resamples_for
 from .probabilities import untempered
 from .scores import chance_calibration_errors, ranks, require_finite, weighted_scores
 from .task import FEW, Evaluation, HeadTask, Outputs, Prediction
+from .units import Units
 
 WIDE = 0.10  # an accuracy interval wider than ten points does not separate good from mediocre
 TOPS = (3, 5)  # top-k accuracy is computed for these k, if there are more classes
@@ -48,6 +49,7 @@ def score(
     classes: list[str],
     split: str = "",
     *,
+    groups: Sequence[bytes] = (),
     temperature: float | None = None,
     conformal: Conformal | None = None,
 ) -> Evaluation:
@@ -58,6 +60,7 @@ def score(
         probabilities: ``(n, k)``.
         classes: label of each column.
         split: name of the split, for the report.
+        groups: group of each image, which are right and wrong together, see `Units`; none if all are independent.
         temperature: what the logits behind the probabilities were divided by.
         conformal: decides which labels are in a prediction set.
 
@@ -72,7 +75,7 @@ def score(
     index = {label: i for i, label in enumerate(classes)}
     truth = np.array([index[label] for label in labels.tolist()])
     guess = probabilities.argmax(axis=1)
-    k, n = len(classes), len(labels)
+    k, n, units = len(classes), len(labels), Units.known(groups, len(labels))
     confusion = np.bincount(truth * k + guess, minlength=k * k).reshape(k, k)
     correct = int(np.trace(confusion))
     hits, support, taken = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
@@ -81,13 +84,14 @@ def score(
     total = precision + recall
     f1 = np.divide(2 * precision * recall, total, out=np.zeros(k), where=total > 0)
     resamples = resamples_for(n, k)
-    scores = _proportions(truth, probabilities) | _bootstrapped(truth, probabilities, temperature, resamples)
+    scores = _proportions(truth, probabilities, units) | _bootstrapped(truth, probabilities, temperature, resamples, units)
     return Evaluation(
         split=split,
         n=n,
+        groups=units.groups,
         correct=correct,
         accuracy=correct / n,
-        accuracy_interval=wilson(correct, n),
+        accuracy_interval=scores["accuracy"]["interval"],
         macro_f1=scores["f1_macro"]["value"],
         log_loss=scores["log_loss"]["value"],
         per_class=[
@@ -96,39 +100,43 @@ def score(
                 "n": int(support[i]),
                 "precision": float(precision[i]) if support[i] or taken[i] else None,
                 "recall": float(recall[i]) if support[i] else None,
-                "recall_interval": wilson(int(hits[i]), int(support[i])) if support[i] else None,
+                "recall_interval": units.among(truth == i).proportion(guess[truth == i] == i) if support[i] else None,
                 "f1": float(f1[i]) if support[i] else None,
             }
             for i in range(k)
         ],
         confusion=confusion.tolist(),
         classes=list(classes),
-        notes=_notes(correct, n, [(classes[i], int(support[i])) for i in range(k)]),
+        notes=_notes(scores["accuracy"]["interval"], correct, units, [(classes[i], int(support[i])) for i in range(k)]),
         scores=scores,
         resamples=resamples,
         temperature=temperature,
-        sets=conformal.measured(probabilities, truth) if conformal else None,
+        sets=conformal.measured(probabilities, truth, units) if conformal else None,
     )
 
 
-def _proportions(truth: NDArray[np.intp], probabilities: NDArray[np.floating[Any]]) -> dict[str, dict[str, Any]]:
+def _proportions(truth: NDArray[np.intp], probabilities: NDArray[np.floating[Any]], units: Units) -> dict[str, dict[str, Any]]:
     """Accuracy under all its names, and top-k accuracy."""
     n, k, places = len(truth), probabilities.shape[1], ranks(truth, probabilities)
 
     def within(top: int) -> dict[str, Any]:
-        hits = int((places < top).sum())
-        return {"value": hits / n, "interval": wilson(hits, n), "method": "wilson"}
+        hits = places < top
+        return {"value": int(hits.sum()) / n, "interval": units.proportion(hits), "method": "wilson"}
 
     names = ("accuracy", "precision_micro", "recall_micro", "f1_micro", "recall_weighted")  # with one label an image
     return {name: within(1) for name in names} | {f"top_{top}": within(top) for top in TOPS if k > top}
 
 
 def _bootstrapped(
-    truth: NDArray[np.intp], probabilities: NDArray[np.floating[Any]], temperature: float | None, resamples: int
+    truth: NDArray[np.intp],
+    probabilities: NDArray[np.floating[Any]],
+    temperature: float | None,
+    resamples: int,
+    units: Units,
 ) -> dict[str, dict[str, Any]]:
     before = None if temperature is None else untempered(probabilities, temperature)
     once = weighted_scores(truth, probabilities, np.ones((len(truth), 1), np.float32), before)
-    blocks = [weighted_scores(truth, probabilities, weights, before) for weights in resampled(truth, resamples)]
+    blocks = [weighted_scores(truth, probabilities, weights, before) for weights in units.resampled(truth, resamples)]
     scores: dict[str, dict[str, Any]] = {}
     for name, (value,) in once.items():
         values = np.concatenate([block[name] for block in blocks])
@@ -136,20 +144,21 @@ def _bootstrapped(
         if name.startswith("ece"):
             chance = chance_calibration_errors(probabilities if name == "ece" or before is None else before, resamples)
             scores[f"{name}_by_chance"] = {"value": float(chance.mean()), "interval": None, "method": None}
-            interval = distance_interval(float(value), values, chance)
+            interval = distance_interval(float(value), values, chance, units.reach)
         else:
-            interval = bootstrap_interval(float(value), values)
+            interval = units.bootstrap(float(value), values)
         scores[name] = {"value": float(value), "interval": interval, "method": "bootstrap"}
     return scores
 
 
-def _notes(correct: int, n: int, support: list[tuple[str, int]]) -> list[str]:
-    notes = []
-    low, high = wilson(correct, n)
-    if high - low > WIDE:
-        without = " without an error" if correct == n else ""
-        claim = f"at least {low:.0%}" if correct == n else f"between {low:.0%} and {high:.0%}"
-        notes.append(f"too few to conclude: {n} images{without} only show an accuracy of {claim}")
+def _notes(bounds: Interval, correct: int, units: Units, support: list[tuple[str, int]]) -> list[str]:
+    notes = units.notes
+    low, high = bounds
+    if high - low > WIDE and not notes:
+        sure = correct == len(units.of)
+        without = " without an error" if sure else ""
+        claim = f"at least {low:.0%}" if sure else f"between {low:.0%} and {high:.0%}"
+        notes.append(f"too few to conclude: {units.phrase}{without} only show an accuracy of {claim}")
     few = [f"{label} ({count})" for label, count in support if count < FEW]
     if few:
         shown = ", ".join(few[:5]) + (f" and {len(few) - 5} more" if len(few) > 5 else "")
@@ -173,9 +182,9 @@ class SingleLabel(HeadTask):
             message = f"a classifier needs at least two classes; the training split has one, {labels.pop()!r}"
             raise BadDataError(message)
 
-    def score(self, truth: NDArray[Any], outputs: Outputs, split: str) -> Evaluation:
-        conformal = Conformal.from_json(self.conformal)
-        return score(truth, outputs, list(self.names), split, temperature=self.temperature, conformal=conformal)
+    def score(self, truth: NDArray[Any], outputs: Outputs, split: str, groups: Sequence[bytes] = ()) -> Evaluation:
+        conformal, names = Conformal.from_json(self.conformal), list(self.names)
+        return score(truth, outputs, names, split, groups=groups, temperature=self.temperature, conformal=conformal)
 
     def require_labels(self, labels: Sequence[str], split: str) -> None:
         require_known(labels, self.names, split)

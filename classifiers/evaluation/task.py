@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from store.faces import html_table
 from store.format.samples import Row, SampleTable
 from store.tasks import TASKS
 
-from .intervals import bootstrap_interval, wilson
+from .units import Units
 
 Outputs = NDArray[np.floating[Any]]
 SCORE_COLUMNS = ("metric", "value", "95 % interval")
@@ -59,6 +59,7 @@ class _Shown:
     split: str
     n: int
     scores: dict[str, dict[str, Any]]
+    groups: int | None
 
     def to_json(self) -> dict[str, Any]:
         """As read back from a JSON file: lists, no tuples."""
@@ -66,7 +67,8 @@ class _Shown:
 
     def __repr__(self) -> str:
         name, score = next(iter(self.scores.items()))
-        return f"<{type(self).__name__}: {headline_of(score, name.replace('_', ' '))} on {self.n} images of {self.split!r}>"
+        headline = headline_of(score, name.replace("_", " "))
+        return f"<{type(self).__name__}: {headline} on {images_of(vars(self))} of {self.split!r}>"
 
     def _repr_html_(self) -> str:
         return html_table(repr(self)[1:-1], score_cells(self.scores), SCORE_COLUMNS)
@@ -79,6 +81,7 @@ class Evaluation(_Shown):
     Attributes:
         split: the split it was measured on.
         n: number of images.
+        groups: number of the groups that they are of; None if each image is independent of the others.
         correct: how many of them were classified right.
         accuracy, accuracy_interval: with the 95 % Wilson interval.
         macro_f1: mean of the per-class F1.
@@ -115,6 +118,7 @@ class Evaluation(_Shown):
     sets: dict[str, Any] | None = None
     novelty: dict[str, Any] | None = None
     pixel_drift: dict[str, Any] | None = None
+    groups: int | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -130,7 +134,7 @@ class Measured(_Shown):
         per_output: for each label or target: ``name``, ``n`` (the images that count for it) and its own ``scores``.
         resamples: number of bootstrap resamples.
         notes: why these scores may not be conclusive.
-        failed, novelty, pixel_drift: as in `Evaluation`.
+        failed, novelty, pixel_drift, groups: as in `Evaluation`.
     """
 
     task: str
@@ -143,6 +147,7 @@ class Measured(_Shown):
     failed: int = 0
     novelty: dict[str, Any] | None = None
     pixel_drift: dict[str, Any] | None = None
+    groups: int | None = None
 
 
 @dataclass(frozen=True)
@@ -185,8 +190,8 @@ class HeadTask(ABC):
         """
 
     @abstractmethod
-    def score(self, truth: NDArray[Any], outputs: Outputs, split: str) -> Evaluation | Measured:
-        """Compare a head's outputs ``(n, k)`` with the truth of the same images, from `SampleTable.truth`.
+    def score(self, truth: NDArray[Any], outputs: Outputs, split: str, groups: Sequence[bytes] = ()) -> Evaluation | Measured:
+        """Compare a head's outputs ``(n, k)`` with the truth of the same images, from `SampleTable.truth`, and their groups.
 
         Raises:
             BadDataError: there are no images, or an output is not finite.
@@ -258,16 +263,21 @@ def score_cells(scores: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]
     return [(name.replace("_", " "), value, " to ".join(bounds) or "-") for name, (value, *bounds) in shown]
 
 
-def bootstrapped(value: float, drawn: NDArray[np.float64]) -> dict[str, Any]:
-    """A score with its interval, from its values on resamples; NaN is undefined, and resamples with NaN are left out."""
-    known = drawn[~np.isnan(drawn)]
-    if np.isnan(value) or not len(known):
-        return {"value": None, "interval": None, "method": None}
-    return {"value": value, "interval": bootstrap_interval(value, known), "method": "bootstrap"}
+def images_of(metrics: Mapping[str, Any]) -> str:
+    """How many images an evaluation, as JSON, is on, and how many groups they are of, in words."""
+    groups = metrics.get("groups")
+    return f"{metrics['n']} images" + (f" of {groups} group{'s' * (groups != 1)}" if groups else "")
 
 
-def proportion(part: int, whole: int) -> dict[str, Any]:
-    """A proportion with its Wilson interval; undefined if ``whole`` is 0."""
-    if not whole:
+def bootstrapped(value: float, drawn: NDArray[np.float64], units: Units) -> dict[str, Any]:
+    """A score with its interval, from its values on resamples of the units; NaN is undefined, and is left out of these."""
+    if np.isnan(value) or np.isnan(drawn).all():
         return {"value": None, "interval": None, "method": None}
-    return {"value": part / whole, "interval": wilson(part, whole), "method": "wilson"}
+    return {"value": value, "interval": units.bootstrap(value, drawn), "method": "bootstrap"}
+
+
+def proportion(hits: NDArray[np.bool_], units: Units) -> dict[str, Any]:
+    """The share of images that are hits ``(n,)``, with its Wilson interval; undefined without images."""
+    if not len(hits):
+        return {"value": None, "interval": None, "method": None}
+    return {"value": int(hits.sum()) / len(hits), "interval": units.proportion(hits), "method": "wilson"}

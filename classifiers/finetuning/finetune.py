@@ -377,7 +377,8 @@ def _judge_finetuned(tuned: FineTuned, images: _Images, settings: FineTuneSettin
     if roles.report:
         truth, name = images.table.truth(roles.report), str(roles.facts["reported_on"])
         predictions = predict_held_out(predictor, roles.report, truth, images.files, name)
-        metrics = task.score(predictions.labels, predictions.probabilities, predictions.split).to_json()
+        facts_of = (predictions.labels, predictions.probabilities, predictions.split, predictions.groups)
+        metrics = task.score(*facts_of).to_json()
         shown = illustrate(predictions, classes, files=images.files if settings.thumbnails else None)
     options = settings.part(FineTuneOptions)
     bundle = Bundle(

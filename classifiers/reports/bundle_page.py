@@ -103,7 +103,7 @@ def _output_cards(metrics: dict[str, Any]) -> list[Card]:
         (what.partition(":")[0], value, "" if bounds == "-" else f"95 % interval {bounds}")
         for what, value, bounds in whole_rows(metrics)
     ]
-    return [*cards, ("held-out images", str(metrics["n"]), f"split {metrics['split']!r}")]
+    return [*cards, ("held-out images", str(metrics["n"]), _origin(metrics))]
 
 
 def _cards(metrics: dict[str, Any]) -> list[Card]:
@@ -113,7 +113,7 @@ def _cards(metrics: dict[str, Any]) -> list[Card]:
     cards = [
         ("accuracy", percent(metrics["accuracy"]), f"95 % interval {interval(metrics['accuracy_interval'])}"),
         ("macro F1", f"{metrics['macro_f1']:.3f}", f"{f1[0]:.3f} to {f1[1]:.3f}" if f1 else "mean over the classes"),
-        ("held-out images", str(n), f"split {metrics['split']!r}, {n - metrics['correct']} errors"),
+        ("held-out images", str(n), f"{_origin(metrics)}, {n - metrics['correct']} errors"),
     ]
     if sets:
         marginal = sets["marginal"]
@@ -123,6 +123,12 @@ def _cards(metrics: dict[str, Any]) -> list[Card]:
         expected = f"{100 * novelty['expected']:.0f} % are expected"
         cards.append(("unlike the training images", percent(novelty["share"]), f"{expected} of the same kind"))
     return cards
+
+
+def _origin(metrics: dict[str, Any]) -> str:
+    """The split and the number of groups of held-out images, in words."""
+    groups = metrics.get("groups")
+    return (f"of {groups} groups, " if groups else "") + f"split {metrics['split']!r}"
 
 
 def _reliability(bundle: Bundle, metrics: dict[str, Any], predictions: Predictions) -> Section:

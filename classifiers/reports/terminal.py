@@ -6,7 +6,7 @@ from typing import Any
 
 from classifiers.evaluation.intervals import interval, percent
 from classifiers.evaluation.registry import task_of
-from classifiers.evaluation.task import SCORE_COLUMNS, Evaluation, Measured
+from classifiers.evaluation.task import SCORE_COLUMNS, Evaluation, Measured, images_of
 from extractor.text_table import narrowest, table
 
 from .tables import CLASS_COLUMNS, class_rows, output_table, score_rows, whole_rows
@@ -21,7 +21,7 @@ def evaluation_text(result: Evaluation | Measured, *, width: int | None = None) 
     low, high = result.accuracy_interval
     parts = [
         f"accuracy {result.accuracy:.4f} [{low:.4f}, {high:.4f}] (95 % Wilson), {result.n - result.correct} errors in "
-        f"{result.n} images of {result.split!r}, macro F1 {result.macro_f1:.4f}",
+        f"{images_of(vars(result))} of {result.split!r}, macro F1 {result.macro_f1:.4f}",
         table(SCORE_COLUMNS, score_rows(result.scores, result.classes), width=width),
         *_confidence(result),
         *_abstention(result.sets, result.n),
@@ -38,7 +38,7 @@ def _measured_text(result: Measured, width: int | None) -> str:
     metrics = result.to_json()
     task = task_of(result.task, [entry["name"] for entry in result.per_output])
     parts = [
-        f"{task.headline(metrics)} (95 % interval), {result.n} images of {result.split!r}",
+        f"{task.headline(metrics)} (95 % interval), {images_of(vars(result))} of {result.split!r}",
         table(SCORE_COLUMNS, whole_rows(metrics), width=width),
         *_novelty(result.novelty, result.n),
         table(*output_table(metrics), width=width),

@@ -219,8 +219,9 @@ def judge(fitted: Fitted, prepared: Prepared) -> Judged:
     if held_out is not None:
         X = cache.lazy(held_out.sha256, views=True) if averaging else held_out.X
         probabilities = averaged(head.fitted_.probabilities(X), cache.views if averaging else 1)
-        predictions = Predictions(held_out.sha256, held_out.paths, held_out.y, probabilities, held_out.name)
-        evaluation = task.score(held_out.y, probabilities, held_out.name)
+        groups = held_out.groups
+        predictions = Predictions(held_out.sha256, held_out.paths, held_out.y, probabilities, held_out.name, groups=groups)
+        evaluation = task.score(held_out.y, probabilities, held_out.name, groups)
         novel = novel_share(novelty.scores(held_out.X)) if novelty else None
         metrics = replace(evaluation, novelty=novel).to_json()
         if task.exclusive:
@@ -351,7 +352,8 @@ def _with_leaks(metrics: dict[str, Any], leaks: LeakReport, held_out: Subset, pr
     suspicious = {leak.path for leak in leaks.near}
     keep = np.array([display(path) not in suspicious for path in held_out.paths])
     if leaks.near and keep.any():
-        without = task.score(held_out.y[keep], probabilities[keep], held_out.name).to_json()
+        groups = [held_out.groups[i] for i in np.flatnonzero(keep).tolist()]
+        without = task.score(held_out.y[keep], probabilities[keep], held_out.name, groups).to_json()
         metrics["notes"].append(
             f"{task.headline(metrics)} with, {task.headline(without)} without the {len(leaks.near)} image(s) that look like "
             f"copies of fitted ones"

@@ -23,7 +23,8 @@ from classifiers.comparison.compare import Comparison, Entrant, compare, compare
 from classifiers.comparison.compare_page import comparison_report, comparison_text
 from classifiers.comparison.label_curve import SHARES, _ranked_groups, _rows, _sentence, label_curve
 from classifiers.comparison.verdict import NOT_WORTH, UNKNOWN, WORTH, Verdict, judge
-from classifiers.evaluation.paired_tests import Change, holm, mcnemar, needed_images, paired, score_interval
+from classifiers.evaluation.paired_tests import Change, flip_test, holm, needed_images, paired, score_interval
+from classifiers.evaluation.units import Units
 from classifiers.heads.registry import make_head
 from classifiers.training.settings import TrainOptions
 from extractor.backbones.registry import Backbone
@@ -70,12 +71,17 @@ def change_of(found: Comparison, name: str) -> Change:
 # --- statistics ----------------------------------------------------------------------------------------------------------
 
 
+def exact(wins: int, losses: int) -> float:
+    """The test of independent images."""
+    return flip_test(np.repeat([1.0, -1.0], [wins, losses]))
+
+
 @pytest.mark.parametrize(
     ("wins", "losses", "p"), [(0, 0, 1), (5, 0, 2 / 2**5), (0, 6, 2 / 2**6), (10, 2, 2 * (1 + 12 + 66) / 2**12), (7, 7, 1)]
 )
 def test_mcnemar_is_the_two_sided_binomial_over_the_disputed_images(wins: int, losses: int, p: float) -> None:
-    assert mcnemar(wins, losses) == pytest.approx(p)
-    assert mcnemar(losses, wins) == pytest.approx(p)
+    assert exact(wins, losses) == pytest.approx(p)
+    assert exact(losses, wins) == pytest.approx(p)
 
 
 def test_holm_against_values_by_hand() -> None:
@@ -90,7 +96,7 @@ def test_as_many_images_as_are_needed_have_the_power() -> None:
     assert needed_images(0.0, 0.01) == needed_images(0.01, 0.01)
     n, rng = needed_images(0.12, 0.04), np.random.default_rng(0)
     wins, losses, _ = rng.multinomial(n, [0.08, 0.04, 0.88], size=400).T
-    shown = np.mean([mcnemar(int(b), int(c)) < 0.05 for b, c in zip(wins, losses, strict=True)])
+    shown = np.mean([exact(int(b), int(c)) < 0.05 for b, c in zip(wins, losses, strict=True)])
     assert 0.72 < shown < 0.86
 
 
@@ -195,7 +201,7 @@ def verdict(
     value: float, low: float, high: float, ratio: float | None, *, disputed: int = 100, n: int = 1000, p: float = 0.001
 ) -> Verdict:
     change = Change({"accuracy": {"value": value, "interval": (low, high)}}, disputed // 2, disputed // 2, p, p, [])
-    return judge(change, n, subject="fine-tuning", cost_ratio=ratio, worthwhile=0.01)
+    return judge(change, Units.known((), n), subject="fine-tuning", cost_ratio=ratio, worthwhile=0.01)
 
 
 @pytest.mark.parametrize(
@@ -446,4 +452,7 @@ def test_draws_divide_no_group_and_hold_the_smaller_ones() -> None:
 )
 def test_whether_more_labels_would_help(value: float, interval: tuple[float, float], expected: str) -> None:
     points = [{"images": 100}, {"images": 200}]
-    assert _sentence(points, value, interval, 80, 0.01) == f"From 100 to 200 training images accuracy changed by {expected}"
+    assert (
+        _sentence(points, value, interval, Units.known((), 80), 0.01)
+        == f"From 100 to 200 training images accuracy changed by {expected}"
+    )

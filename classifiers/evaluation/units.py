@@ -1,0 +1,151 @@
+"""The unit of independence: the group of an image where one is known, and else the image.
+
+Twenty photos of one patient are not twenty patients: they are right and wrong together, and an interval that counts each of
+them is too narrow. So a proportion has the Wilson interval of its number of images over the design effect (Kish 1965: the
+variance between units over that of independent images), with a quantile of t for as many units as carry it (Korn & Graubard
+1998). Everything else is resampled by units, and reaches as much further as few units hide (Cameron, Gelbach & Miller 2008).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .intervals import Z95, Interval, bootstrap_interval, resampled, wilson
+
+FEWEST = 10  # with fewer groups an interval cannot be trusted, and nothing is concluded
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """Which images belong together.
+
+    Attributes:
+        of: number of the unit of each image ``(n,)``, from 0 without gaps.
+
+    >>> from classifiers.evaluation.units import Units
+    >>> Units.known([b"ann", b"ann", b"bob"], 3).phrase
+    '3 images of 2 groups'
+    >>> Units.known([], 3).phrase
+    '3 images'
+    """
+
+    of: NDArray[np.intp]
+
+    @classmethod
+    def known(cls, groups: Sequence[bytes], n: int) -> Self:
+        """The units of ``n`` images with these groups; with none, each image is one.
+
+        Images without a group of their own have a name that nobody else has, as `store.splits.groups_of` gives them.
+        """
+        if not len(groups):
+            return cls(np.arange(n))
+        return cls(np.unique(np.array([group.hex() for group in groups], dtype=str), return_inverse=True)[1])
+
+    @cached_property
+    def sizes(self) -> NDArray[np.intp]:
+        """Images of each unit."""
+        return np.bincount(self.of)
+
+    @property
+    def count(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def single(self) -> bool:
+        """Whether each image is a unit of its own."""
+        return self.count == len(self.of)
+
+    @property
+    def groups(self) -> int | None:
+        """How many groups there are; None if each image is a unit of its own."""
+        return None if self.single else self.count
+
+    @property
+    def few(self) -> bool:
+        """Whether there are too few groups to conclude anything."""
+        return not self.single and self.count < FEWEST
+
+    @property
+    def phrase(self) -> str:
+        """How many images and groups there are, in words."""
+        n = len(self.of)
+        groups = "" if self.single else f" of {self.count} group{'s' * (self.count != 1)}"
+        return f"{n} image{'s' * (n != 1)}{groups}"
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said of every score on these images."""
+        if not self.few:
+            return []
+        because = f"images of one group are right and wrong together, and no interval holds with fewer than {FEWEST} groups"
+        return [f"nothing can be told from {self.phrase}: {because}"]
+
+    def among(self, chosen: NDArray[np.bool_]) -> Units:
+        """The units of some of the images."""
+        return Units(np.unique(self.of[chosen], return_inverse=True)[1])
+
+    def sums(self, values: NDArray[Any]) -> NDArray[np.float64]:
+        """The sum of the values ``(n,)`` of the images of each unit."""
+        return np.bincount(self.of, values, minlength=self.count).astype(np.float64)
+
+    def design(self, values: NDArray[Any]) -> tuple[float, float]:
+        """How many images count as one where these values ``(n,)`` are averaged, and the quantile in place of 1.96.
+
+        Values that are all the same show no variance between units: then a unit counts as one image.
+        """
+        if self.single:
+            return 1.0, Z95
+        from scipy.stats import t
+
+        n, most = len(self.of), float((self.sizes**2).sum() / len(self.of))
+        if self.count == 1:
+            return most, math.inf
+        centred = values - values.mean()
+        alone, together = float(centred @ centred), float((self.sums(centred) ** 2).sum()) * self.count / (self.count - 1)
+        if alone <= 1e-12 * n:
+            return most, float(t.ppf(0.975, self.count - 1))
+        effect = min(max(together / alone, 1.0), most)
+        different, times = np.unique(values, return_counts=True)
+        usual = values == different[times.argmax()]
+        carrying = min(np.count_nonzero(self.sums(usual)), np.count_nonzero(self.sums(~usual)))
+        return effect, Z95 if effect == 1 else float(t.ppf(0.975, min(self.count - 1, 2 * carrying)))
+
+    def proportion(self, hits: NDArray[Any]) -> Interval:
+        """The 95 % interval of the share of images that are hits ``(n,)``; a hit is a fraction if it is a mean of several."""
+        effect, z = self.design(hits.astype(np.float64))
+        return wilson(float(hits.sum()) / effect, len(hits) / effect, z) if math.isfinite(z) else (0.0, 1.0)
+
+    @property
+    def reach(self) -> float:
+        """The quantile in place of 1.96 for what is resampled by units."""
+        if self.single:
+            return Z95
+        from scipy.stats import t
+
+        return float(t.ppf(0.975, self.count - 1)) * math.sqrt(self.count / (self.count - 1)) if self.count > 1 else math.inf
+
+    def resampled(self, strata: NDArray[np.intp], count: int, seed: int = 0) -> Iterator[NDArray[np.float32]]:
+        """`intervals.resampled` by units: an image is drawn as often as its unit.
+
+        A unit counts for the stratum that most of its images have.
+        """
+        if self.single:
+            yield from resampled(strata, count, seed)
+            return
+        k = int(strata.max()) + 1
+        pairs, votes = np.unique(self.of * k + strata, return_counts=True)
+        pairs = pairs[np.lexsort((-votes, pairs // k))]
+        own = pairs[np.unique(pairs // k, return_index=True)[1]] % k
+        for weights in resampled(own, count, seed):
+            yield weights[self.of]
+
+    def bootstrap(self, estimate: float, values: NDArray[np.float64]) -> Interval | None:
+        """`intervals.bootstrap_interval` of values on `resampled`; None too if there is one unit."""
+        return bootstrap_interval(estimate, values, self.reach) if self.count > 1 or self.single else None
