@@ -144,7 +144,7 @@ def _reliability(bundle: Bundle, metrics: dict[str, Any], predictions: Predictio
 
 
 def _few_shot(curve: Sequence[dict[str, Any]]) -> Section:
-    text = "Accuracy on the held-out images by training images of each class; the interval is that of the mean over draws."
+    text = "Accuracy on the held-out images by training images of each class; intervals are for other images of both."
     rows = [shot_cells(point) for point in curve]
     return Section("With few images", text=text, plot=plots.few_shot_svg(curve), columns=SHOT_COLUMNS, rows=rows, half=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from classifiers.evaluation.intervals import wilson
+from classifiers.evaluation.units import Units
 from store.cache import Subset
 from store.errors import BadDataError, UsageError
 
@@ -30,7 +33,7 @@ def learning_curve(
     """Accuracy by number of training images.
 
     In each draw the classes are shuffled, and n shots are the first n of each: the draws of 5 images contain those of 1. No two
-    images of a draw are of one group. A head chooses its settings inside the draw.
+    images of a draw are of one group, whatever their classes. A head chooses its settings inside the draw.
 
     Args:
         head: unfitted; clones of it are fitted.
@@ -42,9 +45,9 @@ def learning_curve(
         views: all views of ``train`` in the same order, if all those of a drawn image are fitted.
 
     Returns:
-        For each number, in rising order: ``shots``; ``accuracy``, the mean over the draws; ``accuracy_interval``, its 95 %
-        interval over draws (Student's t, without the uncertainty from the number of held-out images); ``accuracies`` of all
-        draws; ``n``, the number of held-out images.
+        For each number, in rising order: ``shots``; ``accuracy``, the mean over the draws; ``accuracy_interval``, the 95 %
+        interval of what so many other images give on other held-out images, see `_point`; ``accuracies`` of all draws; ``n``,
+        the number of held-out images.
 
     Raises:
         UsageError: nothing is held out, or there are fewer than two draws.
@@ -63,45 +66,75 @@ def learning_curve(
             message = f"--few-shot {most}: class {label!r} has {len(groups)} training image(s) or group(s); ask for fewer"
             raise BadDataError(message)
     every = views or train
-    n_views = len(every) // len(train)
+    n_views, units = len(every) // len(train), Units.known(held_out.groups, len(held_out))
+    fewest = min(map(len, members.values()))
     rng = np.random.default_rng(seed)
     draws = [_draw(members, most, rng) for _ in range(repeats)]
     curve = []
     for n in sorted(set(shots)):
-        accuracies = []
+        right = []
         with each_warning_once():
             for draw in draws:
                 images = np.concatenate([order[:n] for order in draw])
                 rows = (images[:, None] * n_views + np.arange(n_views)).ravel()
                 owners = [every.groups[i] for i in rows.tolist()]
                 fitted = clone(head).fit(every.X[rows], every.y[rows], groups=owners, views=n_views)
-                accuracies.append(float(np.mean(fitted.predict(held_out.X) == held_out.y)))
-        curve.append(_point(n, accuracies, len(held_out)))
+                right.append(fitted.predict(held_out.X) == held_out.y)
+        curve.append(_point(n, np.stack(right), units, n / fewest))
     return curve
 
 
-def _members(train: Subset) -> dict[str, list[NDArray[np.intp]]]:
+def _members(train: Subset) -> dict[str, dict[bytes, NDArray[np.intp]]]:
     """The rows of each group of each class."""
     rows: dict[str, dict[bytes, list[int]]] = defaultdict(lambda: defaultdict(list))
     for i, (label, group) in enumerate(zip(train.y.tolist(), train.groups, strict=True)):
         rows[label][group].append(i)
-    return {label: [np.array(each) for each in groups.values()] for label, groups in sorted(rows.items())}
+    return {label: {group: np.array(each) for group, each in groups.items()} for label, groups in sorted(rows.items())}
 
 
-def _draw(members: dict[str, list[NDArray[np.intp]]], most: int, rng: np.random.Generator) -> list[NDArray[np.intp]]:
-    """``most`` rows of each class in random order, from different groups."""
-    return [
-        np.array([rng.choice(groups[i]) for i in rng.choice(len(groups), most, replace=False)]) for groups in members.values()
-    ]
+def _draw(members: dict[str, dict[bytes, NDArray[np.intp]]], most: int, rng: np.random.Generator) -> list[NDArray[np.intp]]:
+    """``most`` rows of each class in random order, all from different groups."""
+    drawn, taken = [], set[bytes]()
+    for label, groups in members.items():
+        free = [group for group in groups if group not in taken]
+        if len(free) < most:
+            message = f"--few-shot {most}: class {label!r} shares its groups with other classes, and too few are left for it"
+            raise BadDataError(message)
+        chosen = [free[i] for i in rng.choice(len(free), most, replace=False)]
+        drawn.append(np.array([rng.choice(groups[group]) for group in chosen]))
+        taken.update(chosen)
+    return drawn
 
 
-def _point(shots: int, accuracies: list[float], n: int) -> dict[str, Any]:
+def _point(shots: int, right: NDArray[np.bool_], units: Units, share: float) -> dict[str, Any]:
+    """The accuracies of some draws, and the interval of their mean.
+
+    Draws from the same few images are alike. Two of them that have a share f of their images in common are taken to correlate
+    by f squared: their variance is too small by a factor of 1 - f^2, and f^2 of it does not average out. What varies with the
+    held-out images is added, side by side (Zou & Donner 2008).
+
+    Args:
+        shots: images of each class in a draw.
+        right: which held-out images ``(draws, n)`` each draw's head classifies correctly.
+        units: which of these belong together.
+        share: of the class that has fewest images, how much a draw takes; if it is all, nothing is known of other images.
+    """
     from scipy.stats import t
 
-    mean = float(np.mean(accuracies))
-    half = float(t.ppf(0.975, len(accuracies) - 1) * np.std(accuracies, ddof=1) / np.sqrt(len(accuracies)))
-    bounds = [max(mean - half, 0.0), min(mean + half, 1.0)]
-    return {"shots": shots, "accuracy": mean, "accuracy_interval": bounds, "accuracies": accuracies, "n": n}
+    accuracies = right.mean(axis=1)
+    mean, alike = float(accuracies.mean()), share**2
+    bounds = [0.0, 1.0]
+    each = right.mean(axis=0)
+    effect, z = units.design(each)
+    if share < 1 and math.isfinite(z):
+        by_draw = accuracies.var(ddof=1) / (1 - alike) * (1 / len(right) + alike)
+        reach = float(t.ppf(0.975, len(right) - 1)) * math.sqrt(by_draw)
+        certain = each.var() == 0  # else an image that some draws get right counts for more than one that is right or wrong
+        counted = len(each) / effect * (1 if certain else mean * (1 - mean) / float(each.var()))
+        low, high = wilson(mean * counted, counted, z)
+        bounds = [max(mean - math.hypot(reach, mean - low), 0.0), min(mean + math.hypot(reach, high - mean), 1.0)]
+    facts = {"shots": shots, "accuracy": mean, "accuracy_interval": bounds, "accuracies": accuracies.tolist()}
+    return {**facts, "n": len(units.of)}
 
 
 @contextmanager
