@@ -10,7 +10,7 @@ from typing import Any
 
 from store.format.samples import Row
 
-from .errors import BadDataError, UsageError
+from .errors import BadDataError, UsageError, display
 
 SHOWN = 10  # classes in a message; there can be thousands
 
@@ -158,6 +158,15 @@ def untrained_labels(samples: Iterable[tuple[str | None, str | None]]) -> list[s
 def groups_of(rows: Sequence[Row]) -> list[bytes]:
     """The group of each row, which stays in one split; groups that hold a copy of the same image are joined."""
     return merge_groups([row.group for row in rows], [row.sha256 for row in rows])
+
+
+def divided_groups(rows: Iterable[tuple[Row, str]]) -> list[str]:
+    """The names of the groups, as text, that have rows in more than one of the parts that each row comes with."""
+    parts: dict[bytes, set[str]] = defaultdict(set)
+    for row, part in rows:
+        if row.group:
+            parts[row.group].add(part)
+    return sorted(display(group) for group, names in parts.items() if len(names) > 1)
 
 
 def assign_splits(rows: Sequence[Row], *, val: float, test: float, seed: int, stratify: bool = True) -> list[str]:

@@ -46,6 +46,7 @@ class LeakReport:
         copies: held-out (and validation) images whose exact bytes are among the fitted ones; they are left out.
         near: held-out images that look like fitted ones: recompressed, resized, cropped or mirrored, or taken in a burst.
         conflicts: images whose bytes have more than one label.
+        divided: groups that have fitted and held-out images, by a split of the user's own.
         searched: False if there were too many images to search for near copies.
     """
 
@@ -53,9 +54,10 @@ class LeakReport:
     near: list[Leak] = field(default_factory=list)
     conflicts: list[list[str]] = field(default_factory=list)
     searched: bool = True
+    divided: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.copies or self.near or self.conflicts)
+        return bool(self.copies or self.near or self.conflicts or self.divided)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -72,6 +74,9 @@ class LeakReport:
         if self.conflicts:
             same = [" = ".join(paths) for paths in self.conflicts]
             sentences.append(f"{len(same)} image(s) have more than one label: {_few(same)}")
+        if self.divided:
+            what = "group(s) have fitted and held-out images, so that the scores are too good"
+            sentences.append(f"{len(self.divided)} {what}: {_few(self.divided)}")
         if not self.searched:
             sentences.append("too many images to look for near copies between fitted and held-out ones")
         return sentences

@@ -27,6 +27,7 @@ from store.cache import FeatureCache, Subset
 from store.errors import UsageError, display
 from store.fingerprint import VIEWS
 from store.format.samples import Row, SampleTable
+from store.splits import divided_groups
 
 from .few_shot import learning_curve
 from .int8_check import judge_rounding
@@ -343,6 +344,7 @@ def _look_for_leaks(cache: FeatureCache, roles: Roles, fitted: Sequence[Subset],
         near=sorted(best.values(), key=lambda leak: leak.ratio),
         conflicts=conflicting_labels(cache.samples),
         searched=searched,
+        divided=divided_groups([(row, "fitted") for row in (*roles.fit, *roles.choose)] + [(row, "") for row in roles.report]),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from extractor.data.samples import Sample
 from store.errors import BadDataError
 from store.format.samples import Row, SampleTable
-from store.splits import assign_splits, require_sizes, rule_text, split_names, untrained_labels
+from store.splits import assign_splits, divided_groups, require_sizes, rule_text, split_names, untrained_labels
 from store.tasks import Task
 
 from .settings import Options
@@ -52,6 +52,13 @@ def say_splits(before: SampleTable | None, rows: Sequence[Row], rule: dict[str, 
     recorded = before.facts.get("task", task.name) if before else task.name
     if recorded != task.name:
         log.warning("the samples were recorded with --task %s, they are %s now", recorded, task.name)
+    if rule["rule"] == "source" and (divided := divided_groups([(row, row.split) for row in rows if row.ok and row.split])):
+        log.warning(
+            "%d group(s) have images in more than one split (such as %r), so scores will be too good: put each group into one "
+            "split, or leave the splits out and the groups decide",
+            len(divided),
+            divided[0],
+        )
     labelled = [(row.label, row.split) for row in rows if row.ok] if task.stratifies else []
     for sentence in untrained_labels(labelled):
         log.warning("%s: `penult train` will refuse that", sentence)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -91,6 +92,30 @@ def test_planted_leaks_are_named_with_the_accuracy_with_and_without(
     ):
         assert words in caplog.text
     assert b"test/a/exact.jpg" not in bundle.predictions().paths
+
+
+def test_a_split_of_ones_own_that_divides_groups_is_named(
+    tmp_path: Path, dataset: Callable[..., Path], backbone_file: Path, penult: Callable[..., tuple[int, str, str]]
+) -> None:
+    dataset(tmp_path / "photos", {"a": 12, "b": 12})
+    lines = [
+        f"photos/{label}/{i:03d}.jpg,{label},{'test' if i % 4 == 3 else 'train'},{label} {i // 4 if i < 8 else i}"
+        for label in "ab"
+        for i in range(12)
+    ]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label,split,group", *lines]))
+    cache, said = tmp_path / "p.cache", "4 group(s) have images in more than one split (such as 'a 0')"
+    code, out, err = penult("extract", tmp_path / "list.csv", "-m", backbone_file, "-o", cache, "--json")
+    assert code == 0
+    assert said in err
+    assert [each for each in json.loads(out)["warnings"] if said in each]
+    code, out, err = penult("train", cache, "--head", "centroid", "-o", tmp_path / "x.head", "--json")
+    assert code == 0
+    assert "4 group(s) have fitted and held-out images, so that the scores are too good: a 0, a 1, b 0, b 1" in err
+    assert json.loads(out)["metrics"]["leaks"]["divided"] == ["a 0", "a 1", "b 0", "b 1"]
+    code, _, err = penult("train", cache, "--head", "centroid", "-o", tmp_path / "y.head", "--leaks", "refuse")
+    assert code == 65
+    assert "(--leaks refuse)" in err
 
 
 def test_refuse_refuses_and_allow_is_silent(planted: FeatureCache, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
