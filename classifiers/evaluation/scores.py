@@ -49,6 +49,7 @@ SCALES = {  # and as numbers
     "log_loss": "log-loss: lower is better",
     "brier": "Brier score: lower is better",
     "ece": "ECE: how far confidence is from accuracy",
+    "ece_classwise": "class-wise ECE: the same for the probability of each class",
 }
 BINS = 15  # of confidence, for the calibration error: the number of Guo et al. 2017
 
@@ -210,6 +211,21 @@ def _calibration_error(truth: NDArray[np.intp], probabilities: Probabilities, we
     gap = (probabilities.argmax(axis=1) == truth) - confidence
     per_bin = np.where(np.unique(bins)[:, None] == bins, gap, 0.0) @ weights
     return np.asarray(np.abs(per_bin).sum(axis=0) / weights.sum(axis=0, dtype=np.float64))
+
+
+def classwise_calibration_error(truth: NDArray[np.intp], probabilities: Probabilities) -> float:
+    """Mean over the classes of how far the probability of a class is from its frequency, in bins of equal width.
+
+    The ``ece`` looks at the winning class alone, and a probability that is wrong for rare classes hides behind the others
+    (Kull et al. 2019, "Beyond temperature scaling", equation 2).
+    """
+    n, k = probabilities.shape
+    errors = []
+    for column in range(k):
+        own = probabilities[:, column].astype(np.float64)
+        bins = np.clip(np.ceil(own * BINS).astype(np.intp) - 1, 0, BINS - 1)
+        errors.append(np.abs(np.bincount(bins, (truth == column) - own, BINS)).sum() / n)
+    return float(np.mean(errors))
 
 
 def chance_calibration_errors(probabilities: Probabilities, count: int, seed: int = 0) -> Values:

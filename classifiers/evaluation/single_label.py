@@ -17,7 +17,7 @@ from store.tasks import ONE_LABEL
 from .conformal import Conformal
 from .intervals import Interval, distance_interval, resamples_for
 from .probabilities import untempered
-from .scores import chance_calibration_errors, ranks, require_finite, weighted_scores
+from .scores import chance_calibration_errors, classwise_calibration_error, ranks, require_finite, weighted_scores
 from .task import FEW, Evaluation, HeadTask, Outputs, Prediction
 from .units import Units
 
@@ -148,7 +148,8 @@ def _bootstrapped(
         else:
             interval = units.bootstrap(float(value), values)
         scores[name] = {"value": float(value), "interval": interval, "method": "bootstrap"}
-    return scores
+    own = classwise_calibration_error(truth, probabilities)
+    return scores | {"ece_classwise": {"value": own, "interval": None, "method": None}}
 
 
 def _notes(bounds: Interval, correct: int, units: Units, support: list[tuple[str, int]]) -> list[str]:

@@ -31,7 +31,7 @@ from classifiers.evaluation.task import need_single_label
 from classifiers.heads.fitted import DenseHead
 from classifiers.reports.illustrations import illustrate
 from classifiers.training.roles import Roles, assign_roles, inner_validation
-from classifiers.training.train import INNER, Judged, require_roles, save
+from classifiers.training.train import INNER, Judged, require_roles, save, weight_notes
 from extractor.backbones import networks
 from extractor.backbones.export import to_onnx
 from extractor.backbones.networks import Loaded
@@ -378,7 +378,8 @@ def _judge_finetuned(tuned: FineTuned, images: _Images, settings: FineTuneSettin
         truth, name = images.table.truth(roles.report), str(roles.facts["reported_on"])
         predictions = predict_held_out(predictor, roles.report, truth, images.files, name)
         facts_of = (predictions.labels, predictions.probabilities, predictions.split, predictions.groups)
-        metrics = task.score(*facts_of).to_json()
+        evaluation = task.score(*facts_of)
+        metrics = replace(evaluation, notes=[*evaluation.notes, *weight_notes(settings.class_weight)]).to_json()
         shown = illustrate(predictions, classes, files=images.files if settings.thumbnails else None)
     options = settings.part(FineTuneOptions)
     bundle = Bundle(

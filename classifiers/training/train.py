@@ -224,7 +224,8 @@ def judge(fitted: Fitted, prepared: Prepared) -> Judged:
         predictions = Predictions(held_out.sha256, held_out.paths, held_out.y, probabilities, held_out.name, groups=groups)
         evaluation = task.score(held_out.y, probabilities, held_out.name, groups)
         novel = novel_share(novelty.scores(held_out.X)) if novelty else None
-        metrics = replace(evaluation, novelty=novel).to_json()
+        notes = [*evaluation.notes, *weight_notes(getattr(head, "class_weight", None))]
+        metrics = replace(evaluation, novelty=novel, notes=notes).to_json()
         if task.exclusive:
             files = files_or_none(cache.samples) if prepared.options.thumbnails else None
             shown = illustrate(predictions, names, X=held_out.X, fitted=prepared.fitted, files=files)
@@ -363,6 +364,17 @@ def _with_leaks(metrics: dict[str, Any], leaks: LeakReport, held_out: Subset, pr
         metrics["leaks"] |= {"n_without": without["n"]}
         if "accuracy" in without:
             metrics["leaks"]["accuracy_without"] = without["accuracy"]
+
+
+def weight_notes(class_weight: Any) -> list[str]:
+    """What is to be said of the probabilities of a head whose classes were weighed."""
+    if class_weight is None:
+        return []
+    means = "as if every class had the same number of images" if class_weight == "balanced" else "as its weights say"
+    return [
+        f"the classes were weighed: the probabilities are {means}. Take them as scores, and not as the share of images "
+        f"that are of a class (class-wise ECE says how far they are from that)"
+    ]
 
 
 def made_from(cache: FeatureCache, head: Any, options: TrainOptions) -> str:
