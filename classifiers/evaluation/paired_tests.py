@@ -188,6 +188,7 @@ def flip_test(balances: NDArray[np.float64]) -> float:
         balances: images of each unit that only the first head classifies correctly, less those that only the other does.
 
     >>> import numpy as np
+    >>> from classifiers.evaluation.paired_tests import flip_test
     >>> flip_test(np.array([1, 1, 1, 1, 1, 1])), flip_test(np.array([6, 0, 0]))
     (0.03125, 1.0)
     """
