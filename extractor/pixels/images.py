@@ -5,7 +5,8 @@ On every pixel path:
 - the format is detected from the content, never from the name, and only among `FORMATS`;
 - EXIF orientation is applied; a broken tag is ignored;
 - transparency is composited on white; palette, CMYK and YCbCr are converted by Pillow without a colour profile;
-- 16-bit grey is scaled to 8 bits (value / 257), not clipped; 32-bit integer and float images are refused;
+- grey of 16 bits is scaled to 8 (value / 257), not clipped; samples without a known range are refused;
+- where Pillow reads other pixels than a header means, or none where there are some, `jpeg`, `png`, `tiff` and `bmp` know;
 - the first frame of animations and multi-page files is used.
 
 docs/images.md has the whole table. Extraction, prediction and fine-tuning decode in the child processes of `decoder`.
@@ -16,12 +17,14 @@ from __future__ import annotations
 import io
 import re
 import warnings
-import zlib
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError, features
+
+from . import bmp, jpeg, png, tiff
+from .header import Header
 
 # MPO opens as JPEG; naming it here would make Pillow fail with a KeyError on everything it does not know.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
@@ -29,9 +32,13 @@ MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs, 0.7 
 MEMORY = 2**30  # bytes of address space that a decode worker may use
 MAX_BYTES = MEMORY // 2  # of a file, which is in memory beside its pixels
 HUNGRIEST = 12  # bytes per pixel that libjpeg (progressive) and libwebp use beside Pillow's own, at most
-# Begins a segment: neither stuffing nor restart. It begins with one byte (\xff, not \xff+), which `re` finds 20 times as fast.
-JPEG_MARKER = re.compile(rb"\xff([\x02-\xcf\xd9-\xfe])", re.DOTALL)
-IMAGE_START = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|....ftypavi[fs]", re.DOTALL)
+HEADERS: dict[bytes, type[Header]] = {
+    jpeg.START: jpeg.Jpeg,
+    png.START: png.Png,
+    bmp.START: bmp.Bmp,
+    **dict.fromkeys(tiff.STARTS, tiff.Tiff),
+}
+IMAGE_START = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|....ftypavi[fs]|II[*+]\0|MM\0[*+]", re.DOTALL)
 CONVERT = "convert it to JPEG or PNG first"
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heif", b"mif1", b"msf1")
 OTHERS = {  # image formats that are not decoded, by their first bytes
@@ -92,29 +99,37 @@ def decode_at_least(data: bytes, needed: Callable[[int, int], tuple[int, int]] |
     Raises:
         ImageError, MemoryError: as `decode`, and what ``needed`` raises.
     """
-    image = _open(data)
+    header = next((kind for start, kind in HEADERS.items() if data.startswith(start)), Header)(data)
+    image = _open(header)
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(code="too_large", message=f"{image.width} x {image.height} pixels; the limit is {MAX_PIXELS}")
-    if damage := _damage(image.format or "", data):
+    if reason := header.unread(image):
+        raise ImageError(code="unsupported_mode", message=f"{header.layout() or image.format}: {reason}; {CONVERT}")
+    if damage := header.damage():
         raise ImageError(code="truncated", message=f"the {image.format} data {damage}")
+    header.before(image)
     size = image.size
     drafted = image.draft("RGB", needed(*size)) if needed else None
     _, (*_, width, height) = drafted or ("", (0, 0, *size))  # exact; image.size is rounded up
     try:
         image.load()
+        header.after(image)
         upright = _upright(image)
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins raise anything from SyntaxError to struct.error on damaged data
         message = f"{type(error).__name__}: {error}"
+        if header.is_unknown(str(error)):
+            raise ImageError(code="unsupported_mode", message=f"{header.layout()} is not read; {CONVERT}") from error
         if "truncated" in str(error).lower() or "not enough" in str(error):
-            raise ImageError(code="truncated", message=message) from error
+            raise ImageError(code="truncated", message=f"less data than its header declares ({message})") from error
         if image.width * image.height * HUNGRIEST > MEMORY:  # a decoder without memory reports only that it failed
             message = f"{image.width} x {image.height} pixels probably need more than 1 GiB to decode ({message})"
             raise ImageError(code="too_large", message=message) from error
         raise ImageError(code="not_an_image", message=message) from error
     # Pillow widens 16-bit portable maps to 32-bit integers, and scales them to 65535 regardless of their own maximum.
-    rgb = _from_16_bits(upright) if (image.format, upright.mode) == ("PPM", "I") else to_rgb(upright)
+    rgb = _scaled(upright) if (image.format, upright.mode) == ("PPM", "I") else to_rgb(upright, header.bits)
+    rgb = ImageOps.invert(rgb) if header.negative else rgb
     orientation = 1 if upright is image else image.getexif()[ExifTags.Base.Orientation]
     if orientation >= 5:
         size, (width, height) = size[::-1], (height, width)
@@ -123,11 +138,12 @@ def decode_at_least(data: bytes, needed: Callable[[int, int], tuple[int, int]] |
     return Decoded(rgb, size, (left, top, left + width, top + height))
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(header: Header) -> ImageFile.ImageFile:
+    data = header.data
     if not data:
         raise ImageError(code="not_an_image", message="the file is empty")
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        return Image.open(io.BytesIO(header.decoded()), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise ImageError(code="too_large", message=str(error)) from error
     except MemoryError:
@@ -135,6 +151,8 @@ def _open(data: bytes) -> Image.Image:
     except Exception as error:  # UnidentifiedImageError, or anything that a plugin raises on a damaged header
         if hint := _unsupported(data):
             raise ImageError(code="unsupported_format", message=hint) from error
+        if layout := header.layout():
+            raise ImageError(code="unsupported_mode", message=f"{layout} is not read; {CONVERT}") from error
         if IMAGE_START.match(data):
             message = f"cut or damaged in its header, or gigantic; {len(data)} bytes"
             raise ImageError(code="truncated", message=message) from error
@@ -156,31 +174,6 @@ def _unsupported(data: bytes) -> str:
     return f"{name}; {CONVERT}" if name else ""
 
 
-def _damage(image_format: str, data: bytes) -> str:
-    """Damage that decoders fill with grey or noise: a missing end marker, or a wrong checksum of a PNG's pixels.
-
-    JPEG is walked segment by segment: a thumbnail in it has an end marker of its own, and phones append videos.
-    """
-    if image_format in ("JPEG", "MPO"):
-        at = 2
-        while marker := JPEG_MARKER.search(data, at):
-            if marker[1] == b"\xd9":
-                return ""
-            at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2])
-        return "has no end marker"
-    if image_format == "PNG":
-        at, view = 8, memoryview(data)
-        while at + 12 <= len(data):
-            kind, end = data[at + 4 : at + 8], at + 8 + int.from_bytes(data[at : at + 4])
-            if kind == b"IEND":
-                return ""
-            if kind == b"IDAT" and zlib.crc32(view[at + 4 : end]) != int.from_bytes(data[end : end + 4]):
-                return "is cut or damaged: the checksum of its pixels is wrong"
-            at = end + 4
-        return "has no end marker"
-    return ""
-
-
 def _upright(image: Image.Image) -> Image.Image:
     try:
         # An upright image would be copied, which takes a fifth as long as decoding it.
@@ -190,8 +183,11 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, bits: int = 16) -> Image.Image:
     """Convert any mode to RGB as the module docstring describes.
+
+    Args:
+        bits: of grey samples of more than 8.
 
     Raises:
         ImageError: code ``unsupported_mode`` for 32-bit integer and float samples, and what Pillow cannot convert.
@@ -199,11 +195,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode.startswith("I;16"):
-        return _from_16_bits(image)
+        return _scaled(image, bits)
     if image.mode in ("I", "F"):
         raise ImageError(
             code="unsupported_mode", message=f"samples of mode {image.mode!r} have no known range; convert to 8 or 16 bits"
         )
+    if image.mode == "La":  # grey that is multiplied by its alpha, which Pillow does not convert to RGB
+        grey, alpha = (channel.astype(np.uint16) for channel in np.moveaxis(np.asarray(image), -1, 0))
+        return Image.fromarray(np.minimum(grey + 255 - alpha, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, "white")
@@ -214,7 +213,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise ImageError(code="unsupported_mode", message=f"mode {image.mode!r}: {error}") from error
 
 
-def _from_16_bits(image: Image.Image) -> Image.Image:
-    """Grey from 0 to 65535 as RGB, rounded to the nearest of 256 levels."""
-    grey = np.asarray(image).astype(np.uint32)
-    return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+def _scaled(image: Image.Image, bits: int = 16) -> Image.Image:
+    """Grey of so many bits as RGB, rounded to the nearest of 256 levels; its transparent level is white."""
+    grey, top = np.asarray(image).astype(np.uint32), 2**bits - 1
+    scaled = ((grey * 255 + top // 2) // top).astype(np.uint8)
+    if "transparency" in image.info:
+        scaled[grey == image.info["transparency"]] = 255
+    return Image.fromarray(scaled).convert("RGB")

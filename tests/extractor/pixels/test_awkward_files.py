@@ -20,6 +20,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import AvifImagePlugin, Image, features
 
+from benchmarks.layout_files import Storage, tiff
 from extractor.backbones.registry import Backbone
 from extractor.data.folders import ImageFolder
 from extractor.data.manifest import Manifest
@@ -224,6 +225,15 @@ def good() -> Iterator[tuple[str | bytes, bytes, Pixels, int]]:
     yield "jpeg.tif", encoded(PHOTO, "TIFF", compression="jpeg", quality=95), PHOTO, 16
     yield "cmyk.tif", encoded(Image.frombytes("CMYK", (48, 32), ink.tobytes()), "TIFF"), PHOTO, 0
 
+    tall = DEEP[..., None].astype(np.uint64)
+    for order in "<>":
+        negative = tiff(tall, 16, {262: (0,)}, Storage(order))
+        yield f"0 is white, 16 bits {'II' if order == '<' else 'MM'}.tif", negative, 255 - rgb(np.round(DEEP / 257)), 0
+    yield "12 bit.tif", tiff(tall >> np.uint64(4), 12, {262: (1,)}, Storage()), rgb(np.round((DEEP >> 4) / 4095 * 255)), 0
+    yield "16 bit planes.tif", tiff(deep.astype(np.uint64), 16, {262: (2,)}, Storage(planar=2)), (deep >> 8).astype(np.uint8), 0
+    ink = np.dstack([GREY * (alpha / 255), alpha]).astype(np.uint64)
+    yield "premultiplied grey.tif", tiff(ink, 8, {262: (1,), 338: (1,)}, Storage()), rgb(ink[..., 0] + 255 - ink[..., 1]), 0
+
     square = np.ascontiguousarray(PHOTO[:, :SIDE])
     yield "palette.bmp", encoded(palette, "BMP"), resolved, 0
     yield "1 bit.bmp", encoded(Image.fromarray(GREY > 127), "BMP"), rgb((GREY > 127) * 255), 0
@@ -254,6 +264,9 @@ def bad() -> Iterator[tuple[str | bytes, bytes, str]]:
         yield f"cut at {share}%.png", lossless[: max(len(lossless) * share // 100, 9)], "truncated"
     yield "last byte missing.jpg", whole[:-1], "truncated"
     yield "last byte missing.png", lossless[:-1], "truncated"
+    yield "quarter missing.jpg", whole[: len(whole) // 2] + whole[3 * len(whole) // 4 :], "truncated"
+    yield "cut, then an end marker.jpg", whole[: len(whole) // 2] + b"\xff\xd9", "truncated"
+    yield "half the rows.png", png(48, 32, (b"IDAT", zlib.compress(rows(PHOTO[:16])))), "truncated"
     yield "cut.gif", encoded(Image.fromarray(PHOTO).quantize(16), "GIF")[:-20], "truncated"
     yield "cut.webp", encoded(PHOTO, "WEBP")[:-20], "truncated"
     yield "cut.tif", encoded(PHOTO, "TIFF")[:-20], "truncated"
@@ -262,7 +275,7 @@ def bad() -> Iterator[tuple[str | bytes, bytes, str]]:
     yield "wrong checksum.png", damaged(lossless, len(lossless) - 13), "truncated"
     yield "wrong checksum of the header.png", damaged(lossless, 30), "truncated"
     yield "69 bytes, no palette.png", png(1, 1, (b"PLTE", b""), (b"IDAT", b""), colour=3), "truncated"
-    yield "69 bytes, no zlib.png", png(16, 16, (b"IDAT", b"\x78\x9c" + b"\xff" * 10), colour=3), "not_an_image"
+    yield "69 bytes, no zlib.png", png(16, 16, (b"IDAT", b"\x78\x9c" + b"\xff" * 10)), "not_an_image"
     yield "empty.jpg", b"", "not_an_image"
     yield "zeros.jpg", bytes(1000), "not_an_image"
     yield "404.jpg", b"<!DOCTYPE html><html>404 <svg></svg></html>", "not_an_image"
@@ -272,6 +285,10 @@ def bad() -> Iterator[tuple[str | bytes, bytes, str]]:
     yield "film.jpg", begins(b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom"), "not_an_image"
     yield "float.tif", encoded(GREY.astype(np.float32) / 255, "TIFF"), "unsupported_mode"
     yield "32 bit.tif", encoded(DEEP.astype(np.int32) * 9, "TIFF"), "unsupported_mode"
+    bands = np.dstack([DEEP] * 5).astype(np.uint64)
+    yield "5 bands of 16 bits.tif", tiff(bands, 16, {262: (1,), 338: (0,) * 4}, Storage()), "unsupported_mode"
+    yield "signed.tif", tiff(bands[..., :1] >> np.uint64(8), 8, {262: (1,), 339: (2,)}, Storage()), "unsupported_mode"
+    yield "4444.bmp", bmp(struct.pack("<3I", 0xF00, 0xF0, 0xF) + bytes(2 * SIDE * SIDE), 16, compression=3), "unsupported_mode"
     yield "phone.heic", begins(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"), "unsupported_format"
     yield "bare.jxl", begins(b"\xff\x0a"), "unsupported_format"
     yield "boxed.jxl", begins(b"\0\0\0\x0cJXL \r\n\x87\n"), "unsupported_format"
