@@ -15,7 +15,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: install  ## what is generated in docs/: the keys of job files, the options of commands
+docs: install  ## what is generated in docs/: the keys of job files, the options of commands, the layouts of images
 	$(BIN)/python docs/reference.py
 
 bench: install  ## minutes; writes the tables in docs/benchmarks.md, docs/metrics.md and docs/pixel-paths.md
@@ -29,7 +29,9 @@ bench: install  ## minutes; writes the tables in docs/benchmarks.md, docs/metric
 backbones: install  ## about an hour; exports every torchvision network and rewrites the table of docs/backbones.md
 	$(BIN)/python benchmarks/backbones.py
 
-soak: install  ## hours; injects every fault and rewrites docs/reliability.md; then a million rows in 4 GB, docs/large.md
+soak: install  ## hours; every layout of images; damaged photos, docs/images.md; every fault, docs/reliability.md; then a million rows in 4 GB, docs/large.md
+	$(BIN)/python benchmarks/layouts.py
+	$(BIN)/python benchmarks/holes.py
 	$(BIN)/python benchmarks/soak.py
 	$(BIN)/python benchmarks/large.py
 

@@ -1,4 +1,5 @@
-"""The generated parts of the documentation: the keys of job files and the options of commands, from the models that check them.
+"""The generated parts of the documentation: the keys of job files and the options of commands, from the models that check them;
+and the layouts of images, from the matrix that tries them.
 
 Run by ``make docs``; a test compares what is there with what this makes.
 """
@@ -6,6 +7,7 @@ Run by ``make docs``; a test compares what is there with what this makes.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 import click
@@ -13,6 +15,7 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cli
+from benchmarks import layouts
 from classifiers.jobs.job_file import keys_of, models
 from extractor.commands.console import SettingsCommand
 from extractor.settings import Settings, bounds_of, choices_of, face, flag_of, group_of, groups, is_list, kinds_of
@@ -75,6 +78,16 @@ def job_keys() -> str:
     return table(rows)
 
 
+def image_layouts() -> str:
+    """The table of `docs/images.md`."""
+    cells = list(layouts.cells())
+    counts = Counter(cell.format for cell in cells)
+    of = ", ".join(f"{count} of {name}" for name, count in counts.items())
+    read = sum(cell.within > 0 for cell in cells)
+    text = f"{len(cells)} files ({of}): {read} are read, {len(cells) - read} are refused as `unsupported_mode`."
+    return f"{text}\n\n{table(layouts.summary())}"
+
+
 def options_page() -> str:
     """The page `docs/options.md`."""
     parts = [
@@ -113,8 +126,9 @@ def with_part(page: str, part: str) -> str:
 
 def pages() -> dict[Path, str]:
     """Every generated page as it must be."""
-    jobs = DOCS / "jobs.md"
-    return {jobs: with_part(jobs.read_text("utf-8"), job_keys()), DOCS / "options.md": options_page()}
+    parts = {DOCS / "jobs.md": job_keys(), DOCS / "images.md": image_layouts()}
+    filled = {path: with_part(path.read_text("utf-8"), part) for path, part in parts.items()}
+    return filled | {DOCS / "options.md": options_page()}
 
 
 if __name__ == "__main__":
