@@ -136,6 +136,23 @@ def bmp(pixel_data: bytes, bits: int, *, compression: int = 0, after: bytes = b"
     return struct.pack("<2sIHHI", b"BM", start + len(pixel_data), 0, 0, start) + header + after + pixel_data
 
 
+def half_a_gif() -> bytes:
+    """The upper half of a picture under a header and a frame of its whole height."""
+    data = bytearray(encoded(Image.fromarray(PHOTO[: SIDE // 2]).quantize(16), "GIF"))
+    frame = data.index(b"," + struct.pack("<4H", 0, 0, 48, SIDE // 2))
+    struct.pack_into("<H", data, 8, SIDE)
+    struct.pack_into("<H", data, frame + 7, SIDE)
+    return bytes(data)
+
+
+def holed_webp(**options: Any) -> bytes:
+    """A WebP without a part of its data, whose sizes are right again."""
+    noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+    data = encoded(noise, "WEBP", **options)
+    data = data[: len(data) // 2] + data[len(data) // 2 + 500 :]
+    return data[:4] + struct.pack("<I", len(data) - 8) + data[8:16] + struct.pack("<I", len(data) - 20) + data[20:]
+
+
 def strip(length: int) -> bytes:
     """One pixel wide: a resize of the shorter side would multiply the longer one."""
     return png(1, length, (b"IDAT", zlib.compress(bytes(length * 4), 9)))
@@ -267,6 +284,15 @@ def bad() -> Iterator[tuple[str | bytes, bytes, str]]:
     yield "quarter missing.jpg", whole[: len(whole) // 2] + whole[3 * len(whole) // 4 :], "truncated"
     yield "cut, then an end marker.jpg", whole[: len(whole) // 2] + b"\xff\xd9", "truncated"
     yield "half the rows.png", png(48, 32, (b"IDAT", zlib.compress(rows(PHOTO[:16])))), "truncated"
+    yield "half the rows.gif", half_a_gif(), "truncated"
+    yield "half the rows.ppm", b"P6 48 32 255\n" + PHOTO[:16].tobytes(), "truncated"
+    yield (
+        "half the lines.bmp",
+        bmp(b"".join(bytes([SIDE, y, 0, 0]) for y in range(16)) + b"\0\1", 8, compression=1, after=bytes(1024)),
+        "truncated",
+    )
+    yield "hole.webp", holed_webp(quality=90), "not_an_image"
+    yield "hole in a lossless.webp", holed_webp(lossless=True), "not_an_image"
     yield "cut.gif", encoded(Image.fromarray(PHOTO).quantize(16), "GIF")[:-20], "truncated"
     yield "cut.webp", encoded(PHOTO, "WEBP")[:-20], "truncated"
     yield "cut.tif", encoded(PHOTO, "TIFF")[:-20], "truncated"
