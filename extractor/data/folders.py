@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,11 @@ log = logging.getLogger("penult.extractor")
 
 SYSTEM_FILES = {b".DS_Store", b"desktop.ini", b".gitkeep", b".gitignore", b".directory"}  # written by file managers and git
 SYSTEM_FOLDERS = {b"__MACOSX"}
+# train2017, test1, val_images, training_set, seg_test, dev: names of splits that are not those in SPLITS
+WORDS = "|".join(sorted([*SPLITS, "dev", "eval", "holdout"], key=len, reverse=True))
+LIKE_SPLIT = re.compile(
+    rf"(?:(?:.*[^a-z])?(?P<last>{WORDS})[0-9]*|(?P<first>{WORDS})(?:[^a-z].*|set|data|images))", re.IGNORECASE
+)
 NOTES = frozenset(b"txt md rst csv tsv json jsonl xml yaml yml html pdf db ini log".split())  # endings of files about images
 
 
@@ -77,28 +83,48 @@ class ImageFolder:
                 if label not in names:
                     names[label] = display(label)
                 samples.append(Sample(path, names[label], split))
-            if len(samples) == before:
-                log.warning("the folder %s in %s is empty", display(folder), root)
+            empty = [folder] if len(samples) == before else []
+            if splits and not empty:
+                classes = _scan(base + b"/" + folder, follow=self.follow_symlinks, links=[0])[1]
+                used = {sample.path.split(b"/")[1] for sample in samples[before:]}
+                empty = [folder + b"/" + name for name in classes if name not in used]
+            for name in empty:
+                log.warning("the folder %s in %s is empty", display(name), root)
         if links[0]:
             log.warning("%d symbolic link(s) in %s were not followed (--follow-symlinks follows them)", links[0], root)
         if samples and folders and not splits:
-            self._refuse_flat_splits(folders, samples)
-            self._refuse_outer(folders, samples)
+            paths = [sample.path for sample in samples]
+            with_images = sorted({path.partition(b"/")[0] for path in paths if not is_note(path.rpartition(b"/")[2])})
+            self._refuse_flat_splits(with_images)
+            self._refuse_outer(with_images, samples)
         return finished(samples, root, self.group_by)
 
-    def _refuse_flat_splits(self, folders: list[bytes], samples: list[Sample]) -> None:
-        """Refuse split folders without class folders, whose names would be taken for the classes.
+    def _refuse_flat_splits(self, folders: list[bytes]) -> None:
+        """Refuse folders that are splits and would be taken for the classes.
+
+        Args:
+            folders: those with images; `_split_folders` found no splits with class folders among them.
 
         Raises:
-            BadDataError: every folder has the name of a split (and holds files only, or they would be splits).
+            BadDataError: every folder has the name of a split, or one like it (``train2017`` and ``val2017``).
         """
-        if all(os.fsdecode(folder).lower() in SPLITS for folder in folders):
-            names = sorted({display(sample.path.partition(b"/")[0]) for sample in samples})
+        if not folders:
+            return
+        names = [display(folder) for folder in folders]
+        kinds = [kind_of_split(name) for name in names]
+        here = in_words([f"{name}/" for name in names])
+        if all(name.lower() in SPLITS for name in names):
             hold = "hold images and no class folders" if len(names) > 1 else "holds images and no class folders"
             example = next((name for name in names if SPLITS[name.lower()] == "train"), names[0])
             message = (
-                f"{self.root}: {in_words([f'{name}/' for name in names])} {hold}: move the images of each class into a folder "
-                f"of its own ({example}/cats/...), or list them in a CSV with the columns path, label, split"
+                f"{self.root}: {here} {hold}: move the images of each class into a folder of its own ({example}/cats/...), "
+                f"or list them in a CSV with the columns path, label, split"
+            )
+            raise BadDataError(message)
+        if None not in kinds and len(set(kinds)) > 1:
+            message = (
+                f"{self.root}: {here} look like splits, and would be taken for the classes: call them train, val or test, with "
+                f"a folder for each class inside, or list the images in a CSV with the columns path, label, split"
             )
             raise BadDataError(message)
 
@@ -119,7 +145,7 @@ class ImageFolder:
             name = display(inner)
             path = f"{display(os.fsencode(self.root))}/{name}"
             holds = in_words([display(folder) for folder in below])
-            message = f"the only folder in {self.root} is {name}, which holds {holds}: pass {path}"
+            message = f"the only folder with images in {self.root} is {name}, which holds {holds}: pass {path}"
             raise BadDataError(message)
 
     def _split_folders(self, base: bytes, folders: list[bytes]) -> bool:
@@ -170,6 +196,17 @@ class ImageFolder:
                     visited.add(real)
                     below.append(folder + b"/" + name)
             pending += reversed(below)  # the last one is taken first
+
+
+def kind_of_split(name: str) -> str | None:
+    """The split that a folder's name means, or may mean; None for any other name.
+
+    >>> kind_of_split("train2017"), kind_of_split("seg_test"), kind_of_split("Dev"), kind_of_split("contest")
+    ('train', 'test', 'dev', None)
+    """
+    match = LIKE_SPLIT.fullmatch(name)
+    word = match and (match["last"] or match["first"]).lower()
+    return SPLITS.get(word, word) if word else None
 
 
 def is_note(name: bytes) -> bool:

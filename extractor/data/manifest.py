@@ -5,25 +5,24 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import itertools
 import logging
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from store.errors import BadDataError, InputMissingError, display
-from store.tasks import ONE_LABEL, Task, as_text
+from store.errors import BadDataError, InputMissingError, UsageError, display
+from store.tasks import ONE_LABEL, Task
 
 from .files import Files, FolderFiles
-from .samples import SHOWN, Sample, as_split, finished, leaves_root
+from .samples import Sample, as_bytes, as_group, as_label, as_split, finished, in_words, leaves_root
 
 SUFFIXES = (".csv", ".tsv", ".txt", ".parquet")
 log = logging.getLogger("penult.extractor")
 
 COLUMNS = ("path", "label", "split", "group")
-NAN = {"nan", "NaN"}  # how pandas writes an empty cell
-NAN_LABEL = "the label is nan, which pandas writes for an empty cell: leave the cell empty, or rename the class"
+SEPARATORS = {";": "';'", "\t": "tabs", "|": "'|'"}
 
 Record = tuple[int, Sequence[Any]]  # line or row, from 1, and its fields
 
@@ -58,15 +57,18 @@ class Manifest:
     def origin(self) -> None:
         return None
 
+    @property
+    def _is_parquet(self) -> bool:
+        return Path(self.path).suffix.lower() == ".parquet"
+
     def samples(self) -> list[Sample]:
-        parquet = Path(self.path).suffix.lower() == ".parquet"
-        names, records = self._parquet() if parquet else self._csv()
+        names, records = self._parquet() if self._is_parquet else self._csv()
         header = self._known(names)
         if not Path(self.root).is_dir():
             message = f"the root {self.root} is not a folder"
             raise InputMissingError(message)
         samples: list[Sample] = []
-        unit = "row" if parquet else "line"
+        unit = "row" if self._is_parquet else "line"
         lines: dict[bytes, int] = {}
         read = self._reader(header)
         for line, fields in records:
@@ -93,6 +95,7 @@ class Manifest:
             BadDataError: two columns would be the same.
         """
         kept = {*self.task.targets, self.group_by}  # these are asked for as they are written
+        names = [name.strip() for name in names]
         header = [name.lower() if name.lower() in COLUMNS and name not in kept else name for name in names]
         for name in COLUMNS:
             if header.count(name) > 1:
@@ -101,28 +104,44 @@ class Manifest:
                 raise BadDataError(message)
         return header
 
+    def _group_column(self, header: Sequence[str]) -> str:
+        """The name of the column of groups, which may not be there; empty if there is none.
+
+        Raises:
+            UsageError: ``group_by`` is a column but for its case.
+        """
+        if self.group_by is None:
+            return "" if "group" in self.task.targets else "group"
+        near = [name for name in header if name.lower() == self.group_by.lower()]
+        if near and self.group_by not in header:
+            message = f"--group-by {self.group_by!r}: {self.path} has the column {near[0]!r}; write it like that"
+            raise UsageError(message)
+        return self.group_by if self.group_by in header else ""
+
     def _reader(self, header: Sequence[str]) -> Any:
         """The function from the fields of one record to its sample; it raises ValueError saying what is wrong with them."""
         if "path" not in header:
-            hint = "; its columns look separated by ';': save it with commas" if len(header) == 1 and ";" in header[0] else ""
-            message = f"{self.path}: no column 'path' in its first line (found: {', '.join(header) or 'nothing'}){hint}"
+            used = [word for mark, word in SEPARATORS.items() if len(header) == 1 and mark in header[0]]
+            hint = f"; its columns look separated by {used[0]}: save it with commas" if used else ""
+            where = "" if self._is_parquet else " in its first line"
+            message = f"{self.path}: no column 'path'{where} (found: {', '.join(header) or 'nothing'}){hint}"
             raise BadDataError(message)
-        group_column = self.group_by if self.group_by and self.group_by in header else "group"
-        for name in (group_column, *self.task.targets):
+        if quoted := [name for name in header if name.startswith('"')]:
+            message = f"{self.path}: a column is called {quoted[0]}: remove the blanks between its commas and quotation marks"
+            raise BadDataError(message)
+        columns = ("path", "label", "split", self._group_column(header))
+        for name in (*columns, *self.task.targets):
             if header.count(name) > 1:
                 message = f"{self.path}: two columns are called {name!r}"
                 raise BadDataError(message)
-        unused = [name for name in header if name not in (*COLUMNS, group_column, *self.task.targets)]
+        unused = [name for name in header if name not in (*columns, *self.task.targets)]
         if unused:
-            shown = ", ".join(map(repr, unused[:SHOWN])) + (f" and {len(unused) - SHOWN} more" if len(unused) > SHOWN else "")
-            log.warning("%s: these columns are not used: %s", self.path, shown)
+            log.warning("%s: these columns are not used: %s", self.path, in_words(list(map(repr, unused))))
         missing = [name for name in self.task.targets if name not in header]
         if missing:
             message = f"{self.path}: no column {missing[0]!r} for --target (found: {', '.join(header)})"
             raise BadDataError(message)
-        path, label, split, group = (
-            header.index(name) if name in header else None for name in ("path", "label", "split", group_column)
-        )
+        path, label, split, group = (header.index(name) if name in header else None for name in columns)
         targets = [(name, header.index(name)) for name in self.task.targets]
 
         def number(name: str, value: object) -> float:
@@ -135,24 +154,16 @@ class Manifest:
         def read(fields: Sequence[Any]) -> Sample:
             return Sample(
                 path=self._checked(fields[path or 0]),
-                label=None if label is None else self._label(fields[label]),
+                label=None if label is None else as_label(fields[label], self.task),
                 split=None if split is None else as_split(fields[split]),
-                group=b"" if group is None else _raw(fields[group]).strip(),
+                group=b"" if group is None else as_group(fields[group]),
                 targets=tuple(number(name, fields[place]) for name, place in targets),
             )
 
         return read
 
-    def _label(self, value: object) -> str | None:
-        """The label of a cell, which is a name or empty; where numbers are predicted it may be any text."""
-        is_nan = isinstance(value, float) and math.isnan(value)
-        label = None if is_nan else self.task.label(value)
-        if is_nan or (not self.task.targets and not NAN.isdisjoint(self.task.labels_of(Sample(b"", label)))):
-            raise ValueError(NAN_LABEL)
-        return label
-
     def _checked(self, value: object) -> bytes:
-        path = _raw(value)
+        path = as_bytes(value)
         if b"//" in path or b"./" in path:  # two spellings of one path are one path
             path = b"/" * path.startswith(b"/") + b"/".join(part for part in path.split(b"/") if part not in (b"", b"."))
         if not path.strip():
@@ -164,7 +175,7 @@ class Manifest:
         return path
 
     def _csv(self) -> tuple[list[str], Iterable[Record]]:
-        """The header, its names stripped, and the records with the line each ends in; blank lines are left out."""
+        """The header, and the records with the line each ends in; blank lines are left out."""
         try:
             data = Path(self.path).read_bytes()
         except OSError as error:
@@ -184,7 +195,7 @@ class Manifest:
 
         rest = records()
         _, header = next(rest, (0, []))
-        return [name.strip() for name in header], rest
+        return list(header), rest
 
     def _decoded(self, data: bytes) -> str:
         wide = data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE))  # the former begins like UTF-16's
@@ -200,17 +211,20 @@ class Manifest:
         return data.decode("utf-8-sig", "surrogateescape")
 
     def _parquet(self) -> tuple[list[str], Iterable[Record]]:
-        """The header, and the records with the row each is, from 1."""
+        """The header, and the records with the row each is, from 1; columns that are not used are not read, and are None."""
         import pyarrow
         import pyarrow.parquet
 
         try:
             with pyarrow.parquet.ParquetFile(self.path) as file:
-                known = {*self.task.targets, self.group_by}
-                header = [name for name in file.schema_arrow.names if name in known or name.lower() in COLUMNS]
-                if "path" not in map(str.lower, header):
-                    return list(file.schema_arrow.names), []
-                columns = [file.read(columns=[name]).column(0).to_pylist() for name in header]
+                header: list[str] = list(file.schema_arrow.names)
+                used = {*self.task.targets, self.group_by}
+                columns: list[Iterable[Any]] = [
+                    file.read(columns=[name]).column(0).to_pylist()
+                    if name.strip() in used or name.strip().lower() in COLUMNS
+                    else itertools.repeat(None, file.metadata.num_rows)
+                    for name in header
+                ]
         except OSError as error:
             message = f"cannot read {self.path}: {error.strerror or error}"
             raise (BadDataError if error.errno is None else InputMissingError)(message) from error
@@ -218,10 +232,3 @@ class Manifest:
             message = f"{self.path} is not a valid Parquet file: {error}"
             raise BadDataError(message) from error
         return header, enumerate(zip(*columns, strict=True), start=1)
-
-
-def _raw(value: object) -> bytes:
-    """A path or a group: the bytes as they are."""
-    if isinstance(value, bytes):
-        return value
-    return value.encode("utf-8", "surrogateescape") if isinstance(value, str) else as_text(value).encode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
 import unicodedata
@@ -18,6 +19,9 @@ SPLITS = {  # names of the splits, as a folder, in a column or at the beginning 
     **{"val": "val", "valid": "val", "validation": "val"},
 }
 SHOWN = 5  # names in a message
+EMPTY_CELLS = ("nan", "NaN", "NAN", "<NA>")  # as pandas and its like write them; Nan is a name
+NAN_LABEL = "the label is nan, which pandas writes for an empty cell: leave the cell empty, or rename the class"
+NAN_GROUP = "the group is nan, which pandas writes for an empty cell: leave the cell empty"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,52 @@ def as_split(value: object) -> str | None:
     return SPLITS[text.lower()] if text else None
 
 
+def is_empty_cell(value: object) -> bool:
+    """Whether a value is what pandas makes of an empty cell: the number NaN, or its name as text."""
+    if isinstance(value, float):
+        return math.isnan(value)
+    return isinstance(value, str) and value.strip() in EMPTY_CELLS
+
+
+def as_label(value: object, task: Task) -> str | None:
+    """The label of a cell, which is a name or empty; where numbers are predicted it may be any text.
+
+    Raises:
+        ValueError: it is neither, or stands for an empty cell.
+    """
+    is_nan = isinstance(value, float) and math.isnan(value)
+    label = None if is_nan else task.label(value)
+    if is_nan or (not task.targets and any(map(is_empty_cell, task.labels_of(Sample(b"", label))))):
+        raise ValueError(NAN_LABEL)
+    return label
+
+
+def as_bytes(value: object) -> bytes:
+    """A path or a group: the bytes as they are.
+
+    Raises:
+        ValueError: it is neither text, bytes nor a whole number.
+    """
+    if isinstance(value, bytes):
+        return value
+    return value.encode("utf-8", "surrogateescape") if isinstance(value, str) else as_text(value).encode()
+
+
+def as_group(value: object) -> bytes:
+    """A group; empty if there is none.
+
+    Raises:
+        ValueError: it is neither text nor a whole number, or stands for an empty cell.
+    """
+    if is_empty_cell(value):
+        raise ValueError(NAN_GROUP)
+    try:
+        return as_bytes(value).strip()
+    except ValueError as error:
+        message = f"group {error}"
+        raise ValueError(message) from None
+
+
 def leaves_root(path: bytes) -> bool:
     """Whether a path leads out of the root."""
     return path.startswith(b"/") or b"\0" in path or b".." in path.split(b"/")
@@ -72,7 +122,7 @@ def finished(samples: list[Sample], origin: Path, group_by: str | None, task: Ta
 
     Raises:
         InputMissingError: there are none.
-        BadDataError: two have the same path, only some have a split, or two classes only look the same.
+        BadDataError: two have the same path, only some have a split, two classes only look the same, or one is called nan.
         UsageError: the pattern is invalid, or does not match a path.
     """
     if not samples:
@@ -87,15 +137,21 @@ def finished(samples: list[Sample], origin: Path, group_by: str | None, task: Ta
     if missing and len(missing) < len(samples):
         message = f"{origin}: {len(missing)} of {len(samples)} rows have no split (such as {display(missing[0].path)})"
         raise BadDataError(message)
-    _refuse_lookalikes(samples, origin, task)
+    _refuse_unclear_classes(samples, origin, task)
     return samples if group_by is None else _grouped(samples, group_by)
 
 
-def _refuse_lookalikes(samples: Sequence[Sample], origin: Path, task: Task) -> None:
-    """Refuse two classes that no one can tell apart: one character may be stored in two ways (NFC and NFD)."""
+def _refuse_unclear_classes(samples: Sequence[Sample], origin: Path, task: Task) -> None:
+    """Refuse two classes that no one can tell apart, and a class called nan.
+
+    One character may be stored in two ways, NFC and NFD.
+    """
     spellings: dict[str, str] = {}
     one_of_each = {sample.label: sample for sample in samples}.values()
     for label in sorted({label for sample in one_of_each for label in task.labels_of(sample)}):
+        if not task.targets and is_empty_cell(label):
+            message = f"{origin}: {NAN_LABEL}"
+            raise BadDataError(message)
         normal = unicodedata.normalize("NFC", label)
         other = spellings.setdefault(normal, label)
         if other != label:

@@ -9,7 +9,7 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -17,10 +17,10 @@ from typing import Any, NoReturn
 
 from extractor.pixels.images import MAX_BYTES, ImageError
 from store.errors import BadDataError, InputMissingError, display
-from store.tasks import ONE_LABEL, Task, as_text
+from store.tasks import ONE_LABEL, Task
 
 from .files import Files, Stat
-from .samples import SPLITS, Sample, as_split, finished, leaves_root
+from .samples import SPLITS, Sample, as_group, as_label, as_split, finished, in_words, leaves_root
 
 log = logging.getLogger("penult.extractor")
 
@@ -33,6 +33,7 @@ COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 SPLIT_NAME = re.compile(rf"({'|'.join(sorted(SPLITS, reverse=True))})(?![a-z])", re.IGNORECASE)
 LABELS = (None, "label", "class", "cls")  # the first of them that is present; None: the .cls
+KEYS = ("label", "class", "cls", "split", "group")  # of a .json; their case does not matter
 MAX_FACTS = 2**20  # bytes of a .cls or .json; a few dozen are usual
 
 
@@ -43,6 +44,14 @@ class Index:
     stamp: Stat
     members: dict[bytes, tuple[int, int]]
     others: int
+
+
+@dataclass(frozen=True)
+class _LeftOut:
+    """What is no part of a sample: members of shards, and keys of ``.json`` files, in the order in which they were read."""
+
+    members: Counter[bytes] = field(default_factory=Counter)
+    keys: dict[str, None] = field(default_factory=dict)
 
 
 def read_index(shard: Path) -> Index:
@@ -188,7 +197,7 @@ class TarShards:
     def samples(self) -> list[Sample]:
         names = find_shards(self.path, follow_symlinks=self.follow_symlinks) if self.path.is_dir() else [self.path.name]
         samples: list[Sample] = []
-        left_out: Counter[bytes] = Counter()
+        left_out = _LeftOut()
         for name in names:
             try:
                 samples += self._shard(os.fsencode(name), left_out)
@@ -204,13 +213,15 @@ class TarShards:
                 raise BadDataError(message)
         return finished(samples, self.path, self.group_by, self.task)
 
-    def _warn(self, samples: list[Sample], left_out: Counter[bytes]) -> None:
-        if left_out:
-            example = display(next(iter(left_out)))
+    def _warn(self, samples: list[Sample], left_out: _LeftOut) -> None:
+        if left_out.keys:
+            log.warning("%s: these keys of its .json are not used: %s", self.path, in_words(list(map(repr, left_out.keys))))
+        if left_out.members:
+            example = display(next(iter(left_out.members)))
             log.warning(
                 "%d member(s) in %s belong to no image and are left out (such as %s; a sample is KEY.jpg with KEY.cls or "
                 "KEY.json)",
-                left_out.total(),
+                left_out.members.total(),
                 self.path,
                 example,
             )
@@ -220,15 +231,15 @@ class TarShards:
                 "%d of %d images in %s have no label: no .cls, and none in a .json", unlabelled, len(samples), self.path
             )
 
-    def _shard(self, shard: bytes, left_out: Counter[bytes]) -> Iterator[Sample]:
+    def _shard(self, shard: bytes, left_out: _LeftOut) -> Iterator[Sample]:
         index = self._tar.shard(shard)
         if index.others:
-            left_out[shard + b"/(links, devices or sparse files)"] += index.others
+            left_out.members[shard + b"/(links, devices or sparse files)"] += index.others
         parts: dict[bytes, dict[bytes, bytes]] = {}
         for name in index.members:
             match = KEY.fullmatch(name)
             if match is None:
-                left_out[shard + b"/" + name] += 1
+                left_out.members[shard + b"/" + name] += 1
             else:
                 parts.setdefault(match[1], {})[match[2].lower()] = name
         for key in [key for key, members in parts.items() if not IMAGES & members.keys()]:
@@ -243,23 +254,25 @@ class TarShards:
                 raise ValueError(message)
             for extension, name in members.items():
                 if extension not in images and not (images and extension in IGNORED):
-                    left_out[shard + b"/" + name] += 1
+                    left_out.members[shard + b"/" + name] += 1
             if images:
                 path = shard + b"/" + members[images[0]]
                 facts = self._facts(shard, members)
                 try:
-                    yield self._sample(path, facts, split)
+                    yield self._sample(path, facts, split, left_out)
                 except ValueError as error:
                     message = f"the labels of {display(path)}: {error}"
                     raise ValueError(message) from error
 
-    def _sample(self, path: bytes, facts: dict[str | None, Any], split: str | None) -> Sample:
-        label = next((facts[name] for name in LABELS if facts.get(name) is not None), None)
+    def _sample(self, path: bytes, facts: dict[str | None, Any], split: str | None, left_out: _LeftOut) -> Sample:
+        name = next((name for name in LABELS if facts.get(name) is not None), None)
+        used = (name, "split", "group", *self.task.targets)
+        left_out.keys.update(dict.fromkeys(key for key in facts if key is not None and key not in used))
         return Sample(
             path=path,
-            label=self.task.label(label),
+            label=as_label(facts.get(name), self.task),
             split=as_split(facts.get("split")) or split,
-            group=as_text(facts.get("group")).encode(),
+            group=as_group(facts.get("group")),
             targets=tuple(self.task.number(facts.get(name)) for name in self.task.targets),
         )
 
@@ -282,8 +295,23 @@ class TarShards:
             except (ImageError, ValueError, RecursionError) as error:
                 message = f"{display(path)} is not usable {'JSON' if extension == b'json' else 'UTF-8'} text: {error}"
                 raise ValueError(message) from error
-            facts |= content
+            facts |= self._with_own_keys(content)
         return facts
+
+    def _with_own_keys(self, content: dict[str | None, Any]) -> dict[str | None, Any]:
+        """The content of a ``.json`` with our own keys in lower case, like the columns of a manifest.
+
+        Raises:
+            ValueError: two keys would be the same.
+        """
+        known: dict[str | None, Any] = {}
+        for key, value in content.items():
+            own = key.lower() if key and key.lower() in KEYS and key not in self.task.targets else key
+            if own in known:
+                message = f"it has two keys {own!r} that differ in case alone; rename or remove one of them"
+                raise ValueError(message)
+            known[own] = value
+        return known
 
 
 def find_shards(folder: Path, *, follow_symlinks: bool = False) -> list[str]:

@@ -68,9 +68,21 @@ def test_a_group_column_of_parquet_by_its_name(tmp_path: Path) -> None:
     assert [sample.group for sample in found] == [b"17", b"17"]
 
 
+def test_columns_of_parquet_may_have_blanks_around_their_names_and_unused_ones_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They were ignored without a word, and the user's test set with them."""
+    found = parquet(tmp_path, {"path": ["a"], " label ": ["ants"], "Split ": ["test"], "subset": ["x"], "pixels": [b"..."]})
+    assert found == [Sample(b"a", "ants", "test")]
+    assert caplog.messages == [f"{tmp_path / 'list.parquet'}: these columns are not used: 'subset' and 'pixels'"]
+    with pytest.raises(BadDataError, match=r"no column 'y' for --target \(found: path, Y\)"):
+        parquet(tmp_path, {"path": ["a"], "Y": [1.0]}, task="regression", targets=["y"])
+
+
 @pytest.mark.parametrize(
     ("columns", "reason"),
     [
+        ({"path": ["a"], "group": [0.5]}, "row 1: group 0.5 is neither text nor a whole number"),
         ({"file": ["a"], "label": ["x"]}, r"no column 'path' .*\(found: file, label\)"),
         ({"path": ["a", "b", "./a"]}, "row 3: a is already in row 1"),
         ({"path": ["a", "../b"]}, r"row 2: \.\./b leaves the root"),
@@ -151,6 +163,9 @@ def test_utf16_with_its_mark_is_read(tmp_path: Path, encoding: str) -> None:
         ("path\na//b.jpg\na/./b.jpg\n", "line 3: a/b.jpg is already in line 2"),
         ("path\n//etc/passwd\n", "line 2: /etc/passwd leaves the root"),
         ("path\n./\n", "line 2: empty path"),
+        ("path\tlabel\na.jpg\tants\n", r"no column 'path' .*look separated by tabs: save it with commas"),
+        ('path, "label"\na.jpg, "ants"\n', 'a column is called "label": remove the blanks between its commas'),
+        ("path,group\na.jpg,p1\nb.jpg, nan\n", "line 3: the group is nan, which pandas writes for an empty cell"),
         (b"path\n" + b"a" * 200_000 + b"\n", "line 2: field larger than field limit"),
     ],
 )
@@ -280,7 +295,7 @@ NAN = "the label is nan, which pandas writes for an empty cell: leave the cell e
 
 
 def test_a_label_that_pandas_wrote_for_an_empty_cell_is_refused(tmp_path: Path) -> None:
-    for text in ("nan", "NaN", " nan "):
+    for text in ("nan", "NaN", " nan ", "NAN", "<NA>"):
         with pytest.raises(BadDataError, match=f"line 3: {NAN}"):
             csv(tmp_path, f"path,label\na.jpg,ants\nb.jpg,{text}\n")
     with pytest.raises(BadDataError, match=f"line 2: {NAN}"):
@@ -295,6 +310,18 @@ def test_labels_that_only_contain_nan_are_labels(tmp_path: Path) -> None:
     assert [sample.label for sample in samples] == ["nancy", "Nan", None]
     numbers = Task.named("regression", ["weight"])
     assert csv(tmp_path, "path,label,weight\na.jpg,nan,1\n", task=numbers)[0].targets == (1.0,)
+
+
+def test_the_column_of_groups_is_the_one_that_was_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    table = "path,label,group,Patient\nx1/a.jpg,ants,g,p1\nx2/b.jpg,bees,g,p2\n"
+    assert [sample.group for sample in csv(tmp_path, table, group_by="Patient")] == [b"p1", b"p2"]
+    assert caplog.messages == [f"{tmp_path / 'list.csv'}: these columns are not used: 'group'"]
+    assert [sample.group for sample in csv(tmp_path, table, group_by=r"^\w+")] == [b"x1", b"x2"]
+    assert caplog.messages[1:] == [f"{tmp_path / 'list.csv'}: these columns are not used: 'group' and 'Patient'"]
+    with pytest.raises(UsageError, match=r"--group-by 'patient': .* has the column 'Patient'; write it like that"):
+        csv(tmp_path, table, group_by="patient")
+    ages = Task.named("regression", ["group"])
+    assert csv(tmp_path, "path,group\na.jpg,7\n", task=ages) == [Sample(b"a.jpg", targets=(7.0,))]
 
 
 def test_labels_that_only_look_the_same_are_refused(tmp_path: Path) -> None:

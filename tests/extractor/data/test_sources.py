@@ -139,7 +139,7 @@ def test_a_folder_around_the_dataset_is_refused_with_the_path_to_use(
     outer = tree(tmp_path / "outer", *names)
     with pytest.raises(BadDataError) as caught:
         listing(outer)
-    assert str(caught.value) == f"the only folder in {outer} is {holds}: pass {outer}/{path}"
+    assert str(caught.value) == f"the only folder with images in {outer} is {holds}: pass {outer}/{path}"
     assert caught.value.exit_code == 65
 
 
@@ -411,6 +411,43 @@ def test_data_is_a_folder_or_a_manifest(tmp_path: Path) -> None:
         open_source(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(
+    "names", ["train2017 val2017", "train1 test1", "train_images Test_Images", "train dev", "seg_train seg_test/x"]
+)
+def test_folders_called_like_splits_are_no_classes(tmp_path: Path, names: str) -> None:
+    """COCO, Kaggle and others: a classifier of train and test would be perfectly useless."""
+    root = tree(tmp_path, *(f"{name}/a.jpg" for name in names.split()))
+    with pytest.raises(
+        BadDataError, match="look like splits, and would be taken for the classes: call them train, val or test"
+    ):
+        listing(root)
+
+
+@pytest.mark.parametrize("names", ["contest train_station", "test_a test_b", "train car", "attest latest"])
+def test_classes_may_have_such_words_in_their_names(tmp_path: Path, names: str) -> None:
+    root = tree(tmp_path, *(f"{name}/a.jpg" for name in names.split()))
+    assert [label for _, label, _ in listing(root)] == sorted(names.split())
+
+
+def test_folders_of_notes_alone_do_not_hide_what_the_others_are(tmp_path: Path) -> None:
+    with pytest.raises(BadDataError, match="test/ and train/ hold images and no class folders"):
+        listing(tree(tmp_path / "a", "train/a.jpg", "test/b.jpg", "annotations/all.json"))
+    with pytest.raises(BadDataError, match=r"the only folder with images in .* is images, which holds train and val: pass "):
+        listing(tree(tmp_path / "b", "images/train/a.jpg", "images/val/b.jpg", "labels/train/a.txt"))
+    assert len(listing(tree(tmp_path / "c", "ants/README"))) == 1
+
+
+def test_a_class_folder_of_a_split_that_is_empty_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tree(tmp_path, "train/ants/a.jpg", "train/bees/b.jpg", "test/ants/c.jpg") / "test/bees").mkdir()
+    assert len(listing(tmp_path)) == 3
+    assert caplog.messages == [f"the folder test/bees in {tmp_path} is empty"]
+
+
+def test_a_class_folder_called_nan_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadDataError, match="the label is nan, which pandas writes for an empty cell"):
+        listing(tree(tmp_path, "nan/a.jpg", "ants/b.jpg"))
+
+
 # --- what was taken for a label ----------------------------------------------------------------------------------------
 
 
@@ -471,9 +508,33 @@ def test_deeper_folders_of_some_classes_are_said_and_no_warning(tmp_path: Path, 
     ]
 
 
+@pytest.mark.parametrize("own", ["cats/own.jpg", "cats/test/b.jpg"])
+def test_splits_below_class_folders_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture, own: str) -> None:
+    root = tree(tmp_path, "cats/train/a.jpg", "dogs/train/a.jpg", "dogs/test/b.jpg", own)
+    labels, messages = said_of(ImageFolder(root), caplog)
+    assert labels.counts == {"cats": 2, "dogs": 2}
+    assert messages[1:] == [
+        (
+            logging.WARNING,
+            "folders in class folders do not decide the split (test and train): put them above the class folders "
+            "(train/cats/...), or list the images in a CSV with the columns path, label, split",
+        )
+    ]
+
+
+def test_classes_that_may_be_meant_as_one_or_as_none_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = ("Cat", "cat", "hot dog", "hot-dog", "None", "1", "-1")
+    _, messages = said_of(ImageFolder(tree(tmp_path, *(f"{name}/a.jpg" for name in names))), caplog)
+    assert [text for level, text in messages if level == logging.WARNING] == [
+        "these classes differ in case, blanks, hyphens or underscores alone, and may be meant as one: 'Cat' = 'cat' and "
+        "'hot dog' = 'hot-dog'",
+        "'None' is a class here; if it stands for an empty cell, leave the cell empty",
+    ]
+
+
 def test_images_without_labels_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     labels, messages = said_of(ImageFolder(tree(tmp_path, "a.jpg", "b.jpg")), caplog)
-    assert labels == Labels({})
+    assert labels == Labels({}, unlabelled=2)
     assert messages == [(logging.INFO, f"the images of {tmp_path} have no labels")]
 
 
@@ -489,6 +550,7 @@ def test_extract_and_its_dry_run_report_the_labels(
     assert "the labels are 2023 and 2024, and these folders hold only folders" in caplog.text
     summary = run_extract(source, backbone, tmp_path / "c", options).to_json()
     assert (summary["labels"], summary["subfolders"]) == (would["labels"], would["subfolders"])
+    assert would["warnings"] == summary["warnings"][: len(would["warnings"])]
     assert summary["warnings"][0].startswith("the labels are 2023 and 2024, and these folders hold only folders")
 
 

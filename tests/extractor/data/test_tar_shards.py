@@ -50,6 +50,23 @@ def listing(path: Path, **options: Any) -> list[Sample]:
 # --- what is in a shard ------------------------------------------------------------------------------------------------
 
 
+def test_keys_of_json_count_in_any_case_and_unused_ones_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """``Split`` and ``Group`` were ignored without a word, and the user's test set and patients with them."""
+    facts = {"Label": "ants", "SPLIT": "Test", "Group": "p1", "width": 4, "class": 3}
+    assert listing(shard(tmp_path / "a.tar", {"0.jpg": b"", "0.json": facts})) == [
+        Sample(b"a.tar/0.jpg", "ants", "test", b"p1")
+    ]
+    assert caplog.messages == [f"{tmp_path / 'a.tar'}: these keys of its .json are not used: 'width' and 'class'"]
+    with pytest.raises(BadDataError, match="it has two keys 'split' that differ in case alone; rename or remove one of them"):
+        listing(shard(tmp_path / "a.tar", {"0.jpg": b"", "0.json": {"split": "train", "Split": "test"}}))
+
+
+@pytest.mark.parametrize("labels", [{"0.cls": "nan"}, {"0.json": {"label": float("nan")}}, {"0.json": {"class": "<NA>"}}])
+def test_a_label_that_stands_for_an_empty_cell_is_refused(tmp_path: Path, labels: Members) -> None:
+    with pytest.raises(BadDataError, match=r"the labels of a\.tar/0\.jpg: the label is nan, which pandas writes"):
+        listing(shard(tmp_path / "a.tar", {"0.jpg": b"", **labels}))
+
+
 def test_members_of_one_key_are_one_sample(tmp_path: Path) -> None:
     members: Members = {
         "000.jpg": b"zero",
