@@ -370,6 +370,7 @@ class FeatureCache:
             "counts": self.samples.counts,
             "splits": splits,
             "split_rule": self.samples.facts.get("split"),
+            "group_by": self.samples.facts.get("group_by"),
             "task": self.samples.task.name,
             "targets": self._targets(),
             "labels": dict(sorted(labels.items())),

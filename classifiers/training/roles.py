@@ -41,10 +41,12 @@ def assign_roles(table: SampleTable, *, val: float | None = None, test: float | 
         message = "more inputs failed than --max-failures allows; look at the ledger, then extract again with a larger budget"
         raise BadDataError(message)
     rows = [row for row in table.rows if row.ok]
-    unlabelled = table.task.incomplete(rows)
-    if unlabelled or not rows:
-        example = f" (such as {unlabelled[0].name})" if unlabelled else ""
-        message = f"{len(unlabelled)} of {len(rows)} samples {table.task.lacking}{example}; training needs one for each"
+    if not rows:
+        message = f"none of the {len(table.rows)} inputs could be used; `penult info` says why"
+        raise BadDataError(message)
+    if unlabelled := table.task.incomplete(rows):
+        example = f"{len(unlabelled)} of {len(rows)} samples {table.task.lacking} (such as {unlabelled[0].name})"
+        message = f"{example}; training needs one for each"
         raise BadDataError(message)
     rule = dict(table.facts.get("split", {}))
     if val is not None or test is not None:

@@ -16,6 +16,7 @@ from extractor.data.samples import Sample, in_words
 from extractor.data.sources import Source
 from extractor.pixels.views import require_reference
 from extractor.precision.registry import Precision, precision_of
+from extractor.progress import kept_warnings
 from extractor.runtime.devices import resolve_devices
 from store.cache import FeatureCache
 from store.errors import InputMissingError, UsageError
@@ -23,7 +24,7 @@ from store.format.samples import Row, SampleTable
 from store.writer import require_place
 
 from .settings import Options
-from .split_rule import check_splits_possible, require_groups
+from .split_rule import check_splits_possible, require_groups, say_own_splits
 
 log = logging.getLogger("penult.extractor")
 
@@ -146,14 +147,18 @@ def preview(source: Source, backbone: Backbone, cache: Path, options: Options) -
 
     Returns:
         ``inputs``; ``unchanged``, which would not be opened; ``to_read``, of which those with unknown content are computed;
-        ``labels`` and ``subfolders``, see `Labels`; of a manifest ``missing``, the number of files that are not there.
+        ``labels``, ``unlabelled`` and ``subfolders``, see `Labels`; of a manifest ``missing``, the number of files that are
+        not there; ``warnings``, what was warned of.
     """
-    check_cheaply(backbone, cache, options)
-    samples, labels = list_labelled(source, options)
-    to_read = _count_to_read(source, samples, cache, options)
-    would = {"inputs": len(samples), "unchanged": len(samples) - to_read, "to_read": to_read}
-    missing = {"missing": count_missing(source, samples)} if isinstance(source, Manifest) else {}
-    return {**would, **missing, "labels": labels.counts, "subfolders": labels.subfolder_counts}
+    with kept_warnings() as warnings:
+        check_cheaply(backbone, cache, options)
+        samples, labels = list_labelled(source, options)
+        say_own_splits(samples, options, source.task)
+        to_read = _count_to_read(source, samples, cache, options)
+        would = {"inputs": len(samples), "unchanged": len(samples) - to_read, "to_read": to_read}
+        missing = {"missing": count_missing(source, samples)} if isinstance(source, Manifest) else {}
+    taken = {"labels": labels.counts, "unlabelled": labels.unlabelled, "subfolders": labels.subfolder_counts}
+    return {**would, **missing, **taken, "warnings": warnings}
 
 
 def _count_to_read(source: Source, samples: Sequence[Sample], cache: Path, options: Options) -> int:

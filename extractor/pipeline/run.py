@@ -44,7 +44,7 @@ from .batches import embedded, run_shard
 from .plan import check_cheaply, list_labelled, list_samples, plan, require_device
 from .prepare import fingerprints, library_versions, prepare_backbone
 from .settings import Options
-from .split_rule import require_groups, resolve_splits, say_splits
+from .split_rule import require_groups, resolve_splits, say_own_splits, say_splits
 from .summary import Summary, bottleneck
 
 log = logging.getLogger("penult.extractor")
@@ -149,7 +149,7 @@ def _run(source: Source, backbone: Backbone, cache: Path, options: Options, warn
     meter = Meter(*devices)
     with open_writer(cache) as writer, stop_on_signal() as stop, _open(request, writer, stop) as opened:
         streamed = _stream(request, writer, opened, stop)
-        table, changed = _finish(request, writer, opened, streamed, meter)
+        table, unchanged, changes = _finish(request, writer, opened, streamed, meter)
     summary = Summary(
         cache=str(cache),
         **table.counts,
@@ -167,13 +167,15 @@ def _run(source: Source, backbone: Backbone, cache: Path, options: Options, warn
         | {"total": round(time.perf_counter() - started, 3)},
         codes=dict(Counter(row.code for row in table.rows if row.code)),
         labels=labels.counts,
+        unlabelled=labels.unlabelled,
+        changes=changes,
         subfolders=labels.subfolder_counts,
         warnings=warnings,
     )
     if not table.counts["ok"]:
         log.warning("there are no features: none of the %d inputs could be used", len(table.rows))
     elif not streamed.computed:
-        log.info("nothing to compute: all features are cached%s", "" if changed else ", and the dataset is unchanged")
+        log.info("nothing to compute: all features are cached%s", ", and the dataset is unchanged" if unchanged else "")
     budget = options.budget(len(request.samples))
     if summary.failed > budget:
         message = (
@@ -254,11 +256,18 @@ def _stream(request: _Request, writer: CacheWriter, opened: _Opened, stop: StopF
 
 def _finish(
     request: _Request, writer: CacheWriter, opened: _Opened, streamed: _Streamed, meter: Meter
-) -> tuple[SampleTable, bool]:
-    """Split the samples and replace the sample table; return it, and whether it changed."""
+) -> tuple[SampleTable, bool, dict[str, int]]:
+    """Split the samples and replace the sample table; return it, whether it is the same, and what `say_splits` counted.
+
+    Raises:
+        BadDataError: images that were moved belonged to groups in the last run and have none now; the table stays as it was.
+    """
     source, options, before, computed = request.source, request.options, opened.before, streamed.computed
+    require_groups(None if options.overwrite else before, streamed.rows, resplit=options.resplit)
     rows, rule = resolve_splits(streamed.rows, options, source.task)
-    say_splits(before, rows, rule, source.task)
+    changes = say_splits(before, rows, rule, source.task)
+    if rule["rule"] == "source":
+        say_own_splits([row for row in rows if row.ok], options, source.task)
     if opened.facts.precision == "int8" and (moved := count_moved(request.cache, rows)):
         log.warning("%d images that int8 was calibrated on are in 'val' or 'test' now; --overwrite calibrates again", moved)
     spent = (before.facts.get("extract_seconds", 0.0) if before else 0.0) + (streamed.working if computed else 0)
@@ -267,7 +276,7 @@ def _finish(
     if computed or cost:
         facts["extract_cost"] = together(cost, meter.read().facts()) if computed else cost
     table = SampleTable(rows, facts, source.task.targets)
-    return table, writer.finish(table)
+    return table, not writer.finish(table), changes
 
 
 def survey(source: Source, preprocess: Preprocess, options: Options) -> SampleTable:
@@ -283,7 +292,9 @@ def _facts(source: Source, rule: dict[str, Any], rows: Sequence[Row], options: O
     root = os.fsencode(Path(source.root).absolute()).hex()
     exceeded = sum(not row.ok for row in rows) > options.budget(len(rows))
     origin = {} if source.origin is None else {"source": source.origin}
-    return {"root": root, **origin, "task": source.task.name, "split": rule, "budget_exceeded": exceeded}
+    pattern = getattr(source, "group_by", None)
+    grouped = {"group_by": pattern or "group"} if any(row.group for row in rows) else {}
+    return {"root": root, **origin, "task": source.task.name, "split": rule, **grouped, "budget_exceeded": exceeded}
 
 
 def _check_disk(cache: Path, needed: int) -> None:

@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from extractor.data.samples import Sample
-from store.errors import BadDataError
+from extractor.data.samples import Sample, in_words
+from extractor.settings import flag_of
+from store.errors import BadDataError, display
 from store.format.samples import Row, SampleTable
-from store.splits import assign_splits, divided_groups, require_sizes, rule_text, split_names, untrained_labels
+from store.splits import assign_splits, require_sizes, rule_text, split_names, untrained_labels
 from store.tasks import Task
 
 from .settings import Options
@@ -36,49 +37,89 @@ def resolve_splits(rows: Sequence[Row], options: Options, task: Task) -> tuple[l
     return [row.with_split(split_of.get(row.path)) for row in rows], rule
 
 
-def say_splits(before: SampleTable | None, rows: Sequence[Row], rule: dict[str, Any], task: Task) -> None:
-    """Warn if the split or the task of a finished cache changes, and about classes that cannot be trained."""
-    previous = before.facts.get("split") if before else None
-    if before and previous:
-        old = {row.path: row for row in before.rows}
-        common = [(old[row.path], row) for row in rows if row.path in old]
-        moved = sum(earlier.split != now.split for earlier, now in common)
-        if previous != rule:
-            log.warning("the split was %s, it is %s now: %d samples changed split", rule_text(previous), rule_text(rule), moved)
-        elif moved and any(earlier.group != now.group for earlier, now in common):
-            log.warning("the groups changed, and %d of %d samples changed split with them", moved, len(common))
-        elif moved:
-            log.info("%d of %d samples changed split, because other samples came or went", moved, len(common))
+def say_splits(before: SampleTable | None, rows: Sequence[Row], rule: dict[str, Any], task: Task) -> dict[str, int]:
+    """Say what of a finished cache changes: splits, labels, the task; and warn about classes without a usable image.
+
+    A sample of the last run is found by its path or, if it was moved, by its content.
+
+    Returns:
+        The number of samples of the last run whose ``split`` and whose ``label`` (or targets) is another now.
+    """
     recorded = before.facts.get("task", task.name) if before else task.name
     if recorded != task.name:
         log.warning("the samples were recorded with --task %s, they are %s now", recorded, task.name)
-    if rule["rule"] == "source" and (divided := divided_groups([(row, row.split) for row in rows if row.ok and row.split])):
+    usable = {label for row in rows if row.ok for label in task.labels_of(row)}
+    lost = sorted({label for row in rows for label in task.labels_of(row)} - usable)
+    if lost and usable and not task.targets:
+        log.warning("no image of class %s could be used, so a head will not know it", in_words(list(map(repr, lost))))
+    if before is None:
+        return {"split": 0, "label": 0}
+    paths, contents = {row.path: row for row in before.rows}, {row.sha256: row for row in before.rows}
+    common = [(earlier, row) for row in rows if (earlier := paths.get(row.path) or (row.ok and contents.get(row.sha256)))]
+    moved = sum(earlier.split != now.split for earlier, now in common)
+    relabelled = sum((earlier.label, earlier.targets) != (now.label, now.targets) for earlier, now in common)
+    if (previous := before.facts.get("split")) and previous != rule:
+        log.warning("the split was %s, it is %s now: %d samples changed split", rule_text(previous), rule_text(rule), moved)
+    elif moved and any(earlier.group != now.group for earlier, now in common):
+        log.warning("the groups changed, and %d of %d samples changed split with them", moved, len(common))
+    elif moved:
+        log.info("%d of %d samples changed split, because other samples came or went", moved, len(common))
+    if relabelled:
+        log.info("%d of %d samples have another label than in the last run", relabelled, len(common))
+    return {"split": moved, "label": relabelled}
+
+
+def say_own_splits(samples: Sequence[Sample] | Sequence[Row], options: Options, task: Task) -> None:
+    """Warn about what the splits of a source do: classes without training images, groups on both sides, unused options."""
+    splits: dict[bytes, set[str]] = {}
+    for sample in samples:
+        if sample.split and sample.group:
+            splits.setdefault(sample.group, set()).add(sample.split)
+    if task.stratifies:
+        for sentence in untrained_labels((sample.label, sample.split) for sample in samples):
+            log.warning("%s: `penult train` will refuse that", sentence)
+    if divided := sorted(group for group, names in splits.items() if len(names) > 1):
         log.warning(
-            "%d group(s) have images in more than one split (such as %r), so scores will be too good: put each group into one "
-            "split, or leave the splits out and the groups decide",
+            "%d of %d groups have images in more than one split of the data (such as %s in %s): what is held out is not new",
             len(divided),
-            divided[0],
+            len(splits),
+            display(divided[0]),
+            in_words(sorted(splits[divided[0]])),
         )
-    labelled = [(row.label, row.split) for row in rows if row.ok] if task.stratifies else []
-    for sentence in untrained_labels(labelled):
-        log.warning("%s: `penult train` will refuse that", sentence)
+    unused = options.explicit().keys() & {"val_fraction", "test_fraction"}
+    if unused and any(sample.split for sample in samples):
+        flags = " and ".join(sorted(flag_of(Options, name) for name in unused))
+        log.warning("the data has splits of its own, so %s changes nothing", flags)
 
 
-def require_groups(before: SampleTable | None, samples: Sequence[Sample], *, resplit: bool) -> None:
+def require_groups(before: SampleTable | None, samples: Sequence[Sample] | Sequence[Row], *, resplit: bool) -> None:
     """Refuse a split that would divide what belonged together in the last run, unless that is asked for.
+
+    Args:
+        before: the sample table of the last run.
+        samples: of this run; as rows with the digests of their contents, by which moved files are found.
+        resplit: whether it is asked for.
 
     Raises:
         BadDataError: the samples had groups, and have none now; says how many there were.
     """
     if before is None or resplit or any(sample.split for sample in samples):
         return
-    groups = {row.path: row.group for row in before.rows if row.group}
-    lost = {groups[sample.path] for sample in samples if sample.path in groups and not sample.group}
+    groups = {key: row.group for row in before.rows if row.group for key in (row.path, row.sha256)}
+    grouped = {row.sha256 for row in samples if isinstance(row, Row) and row.group}  # their copies stay with them
+    lost = set()
+    for sample in samples:
+        content = sample.sha256 if isinstance(sample, Row) else b""
+        group = groups.get(sample.path) or groups.get(content)
+        if group and not sample.group and content not in grouped:
+            lost.add(group)
     if lost:
+        known = before.facts.get("group_by", "group")
+        again = "the same --group-by" if known == "group" else f"--group-by {known!r}"
         message = (
             f"in the last run {len(lost)} groups of samples each stayed in one split, and now they have none: images of one "
-            f"group would be on both sides. Pass the same --group-by (or the column `group`) again, or --resplit to do "
-            f"without groups"
+            f"group would be on both sides. Pass {again} (or the column "
+            f"`group`) again, or --resplit to do without groups"
         )
         raise BadDataError(message)
 

@@ -26,6 +26,8 @@ class Summary:
         bottleneck: the stage that decided the speed: ``decoding``, ``backbone``, ``writing``, or none.
         codes: number of failures by code.
         labels: number of inputs by label.
+        unlabelled: number of inputs without one.
+        changes: number of samples of the last run whose ``split``, and whose ``label`` (or targets), is another now.
         subfolders: number of folders with images in a class folder, by label; they all have that label.
         warnings: what was warned of, in order.
     """
@@ -48,6 +50,8 @@ class Summary:
     seconds: dict[str, float] = field(default_factory=dict)
     codes: dict[str, int] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)
+    unlabelled: int = 0
+    changes: dict[str, int] = field(default_factory=dict)
     subfolders: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 

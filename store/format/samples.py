@@ -26,6 +26,7 @@ FACTS = {  # what is read of the facts
     "source?": (str, None),
     "task?": str,
     "split?": dict,
+    "group_by?": str,
     "budget_exceeded?": bool,
     "extract_seconds?": float,
     "extract_cost?": ({"peak_memory?": (float, None), "energy?": (float, None)}, None),
@@ -66,7 +67,8 @@ class SampleTable:
 
     Attributes:
         rows: one per input.
-        facts: JSON facts about the table: ``root``, ``source``, ``task``, ``split`` (how it was made), ``budget_exceeded``.
+        facts: JSON facts about the table: ``root``, ``source``, ``task``, ``split`` (how it was made), ``group_by``,
+            ``budget_exceeded``.
         target_names: of the numbers in each row's ``targets``.
     """
 

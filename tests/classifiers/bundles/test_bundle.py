@@ -341,6 +341,8 @@ def test_what_cannot_be_trained_on_is_refused() -> None:
         assign_roles(SampleTable(rows(train=5), {"budget_exceeded": True}))
     with pytest.raises(BadDataError, match="1 of 1 samples have no label"):
         assign_roles(SampleTable([Row(b"x", sha256=bytes(32))]))
+    with pytest.raises(BadDataError, match="none of the 2 inputs could be used"):
+        assign_roles(SampleTable([Row(b"x", "a", code="not_an_image"), Row(b"y", "b", code="truncated")]))
     with pytest.raises(BadDataError, match="no split 'train'"):
         assign_roles(SampleTable(rows(test=5)))
     with pytest.raises(UsageError, match="no setting hidden"):
