@@ -250,7 +250,7 @@ def observed(*, log_json: Path | None = None, metrics: Path | None = None) -> It
     """Write the JSON log and the metrics of a run, however it ends.
 
     Yields:
-        The facts of the last line, for the body to fill in, ``exit_code`` above all.
+        The facts of the last line, for the body to fill in, ``exit_code`` above all; ``warnings`` and ``seconds`` are added.
     """
     logger = logging.getLogger("penult")
     watchers: list[JsonLog | Metrics] = [JsonLog(log_json)] if log_json else []
@@ -262,7 +262,8 @@ def observed(*, log_json: Path | None = None, metrics: Path | None = None) -> It
     facts: dict[str, Any] = {"exit_code": 70}
     begin = time.perf_counter()
     try:
-        yield facts
+        with kept_warnings() as facts["warnings"]:
+            yield facts
     except PenultError as error:
         facts |= {**error.facts, "exit_code": error.exit_code, "error": str(error)}
         raise

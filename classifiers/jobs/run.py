@@ -24,6 +24,7 @@ from extractor.pipeline.prepare import library_versions
 from extractor.pipeline.run import run_extract
 from extractor.pipeline.settings import Options
 from extractor.pipeline.summary import Summary
+from extractor.progress import kept_warnings
 from extractor.settings import flag_of, key_of
 from store.cache import FeatureCache
 from store.errors import BadDataError, GateError, InputMissingError, JobFileError, PenultError, UsageError
@@ -131,7 +132,7 @@ def run_job(path: str | Path, *, quiet: bool = False, record: dict[str, Any] | N
     begin = time.perf_counter()
     with file_lock(path.with_name(f".{path.name}.lock"), what=str(path)):
         try:
-            with _in_words_of(path):
+            with kept_warnings() as record["warnings"], _in_words_of(path):
                 result = _run(job, record, quiet=quiet)
             record["exit_code"] = result.exit_code
             if result.gate_missed:

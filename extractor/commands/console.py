@@ -54,11 +54,17 @@ def output_option(what: str) -> Callable[[F], F]:
 
 
 class _StderrHandler(logging.Handler):
-    """Messages for people; warnings are marked."""
+    """Messages for people; warnings are marked, and kept for `print_json`."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.warnings: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        say(prefix + record.getMessage(), err=True)
+        text, is_warning = record.getMessage(), record.levelno >= logging.WARNING
+        if is_warning:
+            self.warnings.append(text)
+        say(f"warning: {text}" if is_warning else text, err=True)
 
 
 def _set_loudness(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:  # noqa: FBT001 - click calls it so
@@ -215,6 +221,11 @@ def is_quiet() -> bool:
 
 
 def print_json(facts: Any) -> None:
+    """Print the result of a command; an object gets ``warnings``, the text of all that were logged, in order."""
+    if isinstance(facts, dict):
+        handlers = logging.getLogger("penult").handlers
+        texts = [text for handler in handlers if isinstance(handler, _StderrHandler) for text in handler.warnings]
+        facts = {**facts, "warnings": texts}
     click.echo(json_text.dumps(facts, indent=2))
 
 

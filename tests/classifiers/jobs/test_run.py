@@ -88,8 +88,12 @@ def test_nothing_is_done_again_unless_it_changed(job: Callable[..., Path], tmp_p
     assert (added.trained, added.extract.computed) == (True, 1)
     moved = tmp_path / "photos/red/9-000.png"
     moved.rename(tmp_path / "photos/blue/9-000.png")  # the same image under another label
-    relabelled = run_job(job(C=0.5))
+    (tmp_path / "photos/empty").mkdir()
+    relabelled = run_job(job(C=0.5), record=(record := {}))
     assert (relabelled.trained, relabelled.extract.computed) == (True, 0)
+    assert relabelled.extract.changes["label"] == 1
+    assert f"the folder empty in {tmp_path / 'photos'} is empty" in record["warnings"]
+    assert any("look like copies of fitted ones" in text for text in record["warnings"]), "of the training, too"
 
 
 def test_a_job_that_wants_no_thumbnails_trains_again_without(job: Callable[..., Path], tmp_path: Path) -> None:

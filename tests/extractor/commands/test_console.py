@@ -84,6 +84,15 @@ def test_csv_and_json_have_the_exact_text(tmp_path: Path, penult: Penult) -> Non
     assert [name.removeprefix("p_") for name in heading[-3:]] == sorted(NAMES.values())
 
 
+def test_the_json_of_a_command_has_all_its_warnings(penult: Penult) -> None:
+    code, out, err = penult("evaluate", V1 / "logistic.head", V1 / "photos", "--json")
+    assert code == 3
+    warnings = json.loads(out)["warnings"]
+    assert any(text.endswith("they are not in the scores") for text in warnings), err
+    assert all(f"warning: {text}" in err for text in warnings)
+    assert json.loads(penult("info", V1 / "photos.cache", "--json")[1])["warnings"] == []
+
+
 def test_a_class_folder_with_control_characters(tmp_path: Path, penult: Penult) -> None:
     photos, cache, head = tmp_path / "photos", tmp_path / "c.cache", tmp_path / "c.head"
     images = sorted((V1 / "photos").rglob("*.jpg"))
