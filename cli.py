@@ -86,10 +86,16 @@ class Penult(click.Group):
             raise click.UsageError(message, ctx)
         return super().resolve_command(ctx, args)
 
+    def make_context(self, *arguments: Any, **facts: Any) -> click.Context:
+        try:
+            return super().make_context(*arguments, **facts)  # prints --help and --version
+        except BrokenPipeError as error:  # click would exit with 1
+            raise ClosedPipeError from error
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except BrokenPipeError as error:  # click would exit with 1
+        except BrokenPipeError as error:
             raise ClosedPipeError from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -117,12 +123,36 @@ def main() -> None:
     # SIGTERM ends a command at once, with the code a scheduler expects; the pipeline finishes its batch first.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     redirect_matplotlib()
+    _open_streams()
+    try:
+        code = _run()
+    except (ClosedPipeError, BrokenPipeError):  # `penult predict ... | head`; Python must not complain at exit
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        code = 141
+    # The work is done. At exit Python restores the default handlers, and a signal would then kill it.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(code)
+
+
+def _open_streams() -> None:
+    """Make stdout and stderr safe to write to."""
+    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:  # closed by the caller: the next file would get what is printed
+        pass
+    os.close(spare)
+    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
     for stream in (sys.stdout, sys.stderr):  # a label in another script must not crash a run under LANG=C
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _run() -> int:
+    """Run the command and print its error, if there is one; return the exit code."""
     try:
-        code = cli.main(prog_name="penult", standalone_mode=False)
+        code: int = cli.main(prog_name="penult", standalone_mode=False)
         sys.stdout.flush()
+    except (ClosedPipeError, BrokenPipeError):
+        raise
     except click.exceptions.Exit as error:
         code = error.exit_code
     except click.ClickException as error:
@@ -131,9 +161,6 @@ def main() -> None:
         code = 2
     except (click.Abort, KeyboardInterrupt):
         code = 130
-    except (ClosedPipeError, BrokenPipeError):  # `penult predict ... | head`; Python must not complain at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
     except PenultError as error:
         say(f"error: {error}", err=True)
         for note in getattr(error, "__notes__", ()):
@@ -147,9 +174,7 @@ def main() -> None:
 
         say(traceback.format_exc().rstrip(), err=True, keep="\n\t")
         code = 70
-    # The work is done. At exit Python restores the default handlers, and a signal would then kill it.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.exit(code)
+    return code
 
 
 if __name__ == "__main__":

@@ -283,6 +283,24 @@ def test_nobody_reading_on_has_an_exit_code_of_its_own(shown: str, tmp_path: Pat
     assert "Exception ignored" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("redirected", "code"),
+    [
+        ("--help | true", 141),
+        ("info nowhere 2>&1 | true", 141),  # an error that nobody reads
+        ("--version >&-", 0),
+        ("info nowhere 2>&-", 66),
+        ("info nowhere <&- >&- 2>&-", 66),
+    ],
+)
+def test_streams_that_are_closed_give_no_traceback(redirected: str, code: int, tmp_path: Path) -> None:
+    command, bar, reader = redirected.partition(" | ")
+    script = f"{{ {sys.executable} {REPO / 'cli.py'} {command}; echo $? >code; }}{bar}{reader}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (tmp_path / "code").read_text() == f"{code}\n", done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
 def test_sigint_while_importing_or_computing_never_shows_a_traceback(photos: Path, backbone_file: Path, tmp_path: Path) -> None:
     command = [sys.executable, REPO / "cli.py", "extract", photos, "-m", backbone_file, "-o", tmp_path / "c", "--json"]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPO, env={**os.environ})
