@@ -20,6 +20,7 @@ from .tar_shards import TarShards
 log = logging.getLogger("penult.extractor")
 
 SHOWN_CLASSES = 3  # with the folders in them
+ESCAPED = re.compile(r"\\(x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")  # as `store.errors.display` writes it
 MAYBE_EMPTY = ("None", "NA", "N/A", "n/a", "#N/A", "NULL", "null")  # an empty cell of a table as text; or a class
 
 
@@ -105,6 +106,9 @@ def say_labels(source: Source, labels: Labels, used: Sequence[Sample]) -> None:
     if same := alike(labels.counts):
         differ = "differ in case, blanks, hyphens or underscores alone, and may be meant as one"
         log.warning("these classes %s: %s", differ, in_words(same))
+    if escaped := [name for name in labels.counts if ESCAPED.search(name)]:
+        what = "are not UTF-8, or have characters that cannot be shown, and are kept as they are written here"
+        log.warning("these classes %s: %s. Save the list as UTF-8, or rename the folders", what, in_words(escaped))
     if empty := [repr(name) for name in labels.counts if name in MAYBE_EMPTY]:
         log.warning("%s is a class here; if it stands for an empty cell, leave the cell empty", in_words(empty))
 

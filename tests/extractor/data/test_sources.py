@@ -532,6 +532,16 @@ def test_classes_that_may_be_meant_as_one_or_as_none_are_a_warning(tmp_path: Pat
     ]
 
 
+def test_labels_that_are_not_utf8_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A list that was saved as Latin-1 made classes whose names nobody wrote."""
+    (tmp_path / "list.csv").write_bytes(b"path,label\na.jpg,K\xe4fer\nb.jpg,K\xc3\xa4fer\nc.jpg,a\xe2\x80\x8bb\n")
+    _, messages = said_of(Manifest(tmp_path / "list.csv", tmp_path), caplog)
+    assert [text for level, text in messages if level == logging.WARNING] == [
+        "these classes are not UTF-8, or have characters that cannot be shown, and are kept as they are written here: "
+        r"K\xe4fer and a\u200bb. Save the list as UTF-8, or rename the folders"
+    ]
+
+
 def test_images_without_labels_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     labels, messages = said_of(ImageFolder(tree(tmp_path, "a.jpg", "b.jpg")), caplog)
     assert labels == Labels({}, unlabelled=2)
