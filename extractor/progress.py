@@ -224,14 +224,15 @@ class Metrics(logging.Handler):
 
 
 class _Kept(logging.Handler):
-    """Keeps the text of every warning."""
+    """Keeps the text of every warning, once."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.texts: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage())
+        if (text := record.getMessage()) not in self.texts:
+            self.texts.append(text)
 
 
 @contextmanager

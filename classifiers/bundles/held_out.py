@@ -120,6 +120,9 @@ def evaluate_bundle(
     if table.task.name != bundle.task:
         message = f"{data} was extracted with --task {table.task.name}, and {bundle.name} is a head for {bundle.task}"
         raise BadDataError(message)
+    if table.rows and not any(row.ok for row in table.rows):
+        message = f"{data}: {_failures(table)}, so there is nothing to evaluate on"
+        raise BadDataError(message)
     rows, name = _rows_of(table, bundle, split)
     fitted = bundle.fitted()
     fresh = [row for row in rows if row.sha256 not in fitted]

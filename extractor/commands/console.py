@@ -54,7 +54,7 @@ def output_option(what: str) -> Callable[[F], F]:
 
 
 class _StderrHandler(logging.Handler):
-    """Messages for people; warnings are marked, and kept for `print_json`."""
+    """Messages for people; warnings are marked, printed once each, and kept for `print_json`."""
 
     def __init__(self, level: int) -> None:
         super().__init__(level)
@@ -62,6 +62,8 @@ class _StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         text, is_warning = record.getMessage(), record.levelno >= logging.WARNING
+        if is_warning and text in self.warnings:  # the samples were listed again
+            return
         if is_warning:
             self.warnings.append(text)
         say(f"warning: {text}" if is_warning else text, err=True)

@@ -62,6 +62,8 @@ def say_splits(before: SampleTable | None, rows: Sequence[Row], rule: dict[str, 
         log.warning("the split was %s, it is %s now: %d samples changed split", rule_text(previous), rule_text(rule), moved)
     elif moved and any(earlier.group != now.group for earlier, now in common):
         log.warning("the groups changed, and %d of %d samples changed split with them", moved, len(common))
+    elif moved and (relabelled or recorded != task.name):
+        log.warning("the labels changed, and %d of %d samples changed split with them", moved, len(common))
     elif moved:
         log.info("%d of %d samples changed split, because other samples came or went", moved, len(common))
     if relabelled:

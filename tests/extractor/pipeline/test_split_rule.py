@@ -58,9 +58,21 @@ def test_what_a_rerun_changes_is_counted_wherever_the_files_are_now(caplog: pyte
     with caplog.at_level(logging.INFO):
         assert say_splits(before, now, {}, ONE_LABEL) == {"split": 1, "label": 1}
     assert caplog.messages == [
-        "1 of 2 samples changed split, because other samples came or went",
+        "the labels changed, and 1 of 2 samples changed split with them",
         "1 of 2 samples have another label than in the last run",
     ]
+
+
+def test_a_split_that_moves_for_another_reason_does_not_blame_other_samples(caplog: pytest.LogCaptureFixture) -> None:
+    """With another task the split is stratified otherwise; the same samples are in it."""
+    facts = ("a", "x", "train", None), ("a", "x", "test", None)
+    before, now = (rows(each) for each in facts)
+    say_splits(SampleTable(before, {"task": "multi-label"}), now, {}, ONE_LABEL)
+    assert caplog.messages[1:] == ["the labels changed, and 1 of 1 samples changed split with them"]
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        say_splits(SampleTable(before), now, {}, ONE_LABEL)
+    assert caplog.messages == ["1 of 1 samples changed split, because other samples came or went"]
 
 
 def test_a_class_of_which_no_image_could_be_used_is_named(caplog: pytest.LogCaptureFixture) -> None:
