@@ -14,6 +14,26 @@ from store.format import json_text
 
 log = logging.getLogger("penult.classifiers")
 
+BOUNDS = ([float, float], None)
+RECORD = {  # what is read of a record
+    "started": str,
+    "exit_code": int,
+    "seconds": float,
+    "extract?": dict,
+    "trained?": bool,
+    "evaluation?": (
+        {
+            "metric?": str,
+            "score?": str,
+            "value?": (float, None),
+            "accuracy?": (float, None),
+            "interval?": BOUNDS,
+            "accuracy_interval?": BOUNDS,
+        },
+        None,
+    ),
+}
+
 
 def runs_file(job: Path) -> Path:
     """The file with the records of a job's runs: one JSON object per line, beside the job file."""
@@ -31,7 +51,7 @@ def append_run(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_runs(job: Path) -> list[dict[str, Any]]:
-    """The records of a job's runs, oldest first; a line cut off by a crash is left out.
+    """The records of a job's runs, oldest first; a line that is none, because a crash cut it off, is left out.
 
     Raises:
         InputMissingError: there are no records.
@@ -44,8 +64,10 @@ def read_runs(job: Path) -> list[dict[str, Any]]:
         raise InputMissingError(message) from error
     records = []
     for line in lines:
-        with suppress(ValueError):
-            records.append(json.loads(line))
+        with suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if not json_text.misfit(record, RECORD):
+                records.append(record)
     return records
 
 

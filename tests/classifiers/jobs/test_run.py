@@ -16,7 +16,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from classifiers.bundles.bundle import Bundle
-from classifiers.jobs.history import read_runs, runs_file
+from classifiers.jobs.history import read_runs, run_cells, runs_file
 from classifiers.jobs.job_file import read_job
 from classifiers.jobs.run import preview_job, run_job
 from extractor.pipeline.settings import Options
@@ -296,6 +296,25 @@ def test_one_mean_stands_for_three_as_on_the_command_line(tmp_path: Path) -> Non
     (tmp_path / "job.toml").write_text(stated)
     job = read_job(tmp_path / "job.toml")
     assert (job.extract.mean, job.extract.std) == ((0.5,), (0.1, 0.2, 0.3))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[1]",
+        '{"a": 1}',
+        '"x"',
+        '{"started": "s", "exit_code": "0", "seconds": 1}',
+        '{"started": "s", "exit_code": 0, "seconds": 1, "evaluation": {"interval": [1]}}',
+        '{"started": "s", "exit_code": 0, "sec',
+        "[" * 100_000,
+    ],
+)
+def test_a_line_of_the_history_that_is_no_record_is_left_out(tmp_path: Path, line: str) -> None:
+    record = {"started": "2026-01-01", "exit_code": 65, "seconds": 1.5}
+    runs_file(tmp_path / "j.toml").write_text(f"{line}\n{json.dumps(record)}\n")
+    assert read_runs(tmp_path / "j.toml") == [record]
+    assert run_cells(record)[:3] == ("2026-01-01", "65", "1.5")
 
 
 @pytest.mark.parametrize(("value", "budget"), [("3", 3), ('"3"', 3), ('"1%"', 10), ('"0.5%"', 5)])
