@@ -23,6 +23,8 @@ from store.fingerprint import file_digest
 from store.format import atomic
 from store.format.lock import folder_lock
 
+from .reasons import reason
+
 log = logging.getLogger("penult.extractor")
 
 MAX_INLINE = 2_000_000_000  # bytes; protobuf refuses messages of 2 GiB, so larger weights go into a second file
@@ -48,7 +50,7 @@ def read_model(path: Path, data: bytes | None = None) -> Any:
         message = f"cannot read {path}: {error.strerror}"
         raise InputMissingError(message) from error
     except Exception as error:  # protobuf's DecodeError is not public
-        message = f"{path} is not an ONNX file: {error}"
+        message = f"{path} is not an ONNX file: {reason(error)}"
         raise BadDataError(message) from error
     if not model.graph.node:
         message = f"{path} is not an ONNX file: it holds no graph"
@@ -136,7 +138,7 @@ def weights_digest(model: Any, folder: Path) -> str:
             values = b"\0".join(tensor.string_data) if texts else numpy_helper.to_array(tensor, str(folder)).tobytes()
             sha.update(values)
     except Exception as error:  # onnx's ValidationError, and what NumPy raises for bytes that do not fit their shape
-        message = f"the weights cannot be read: {error}"
+        message = f"the weights cannot be read: {reason(error)}"
         raise BadDataError(message) from error
     return sha.hexdigest()
 

@@ -25,8 +25,8 @@ from extractor.graphs.backbone_facts import BackboneFacts
 from extractor.graphs.cpu_session import cpu_session
 from extractor.graphs.graph import WEIGHTED, in_order, name_nodes
 from extractor.graphs.parity import cosines, relative_l2
+from extractor.graphs.reasons import reason
 from extractor.pixels.preprocess import Preprocess
-from extractor.runtime.cpu import first_line
 from extractor.runtime.session import Embedder
 from store.errors import BadDataError
 
@@ -150,7 +150,7 @@ def embed_as_on_a_gpu(model: Any, facts: BackboneFacts, pixels: NDArray[np.uint8
             batch = pixels[np.arange(begin, begin + size) % len(pixels)]
             outputs.append(session.run(facts.outputs, {name: facts.preprocess.normalise(batch)}))
     except Exception as error:  # onnxruntime's exceptions have no common public base
-        message = f"{facts.name} cannot be judged in float16: {first_line(error)}; use --precision fp32"
+        message = f"{facts.name} cannot be judged in float16: {reason(error)}; use --precision fp32"
         raise BadDataError(message) from error
     return [np.concatenate(parts)[: len(pixels)] for parts in zip(*outputs, strict=True)]
 
@@ -195,7 +195,7 @@ def _convert(model: Any, in_float: Sequence[str]) -> Any:
     try:
         converted = convert_float_to_float16(converted, keep_io_types=True, node_block_list=list(in_float))
     except Exception as error:  # a graph with types that its inference does not understand
-        message = f"this network cannot be converted to float16: {error}; use --precision fp32"
+        message = f"this network cannot be converted to float16: {reason(error)}; use --precision fp32"
         raise BadDataError(message) from error
     _tidy_casts(converted.graph)
     return converted

@@ -25,6 +25,7 @@ from extractor.graphs.backbone_facts import BackboneFacts
 from extractor.graphs.cpu_session import cpu_session
 from extractor.graphs.graph import WEIGHTED
 from extractor.graphs.parity import cosines
+from extractor.graphs.reasons import reason
 from extractor.runtime.session import Embedder
 from store.errors import BadDataError
 
@@ -165,7 +166,7 @@ class _Network:
             cpu_session(model.SerializeToString(), graph_optimization_level=basic, optimized_model_filepath=str(optimised))
             model = onnx.shape_inference.infer_shapes(onnx.load(optimised))
         except Exception as error:  # neither onnx nor onnxruntime has a public base of its exceptions
-            message = f"{facts.name} cannot be prepared for int8 ({str(error).splitlines()[0]}); use --precision fp32"
+            message = f"{facts.name} cannot be prepared for int8 ({reason(error)}); use --precision fp32"
             raise BadDataError(message) from error
         for i in reversed(range(len(model.opset_import))):  # ONNX Runtime names every domain it knows
             if model.opset_import[i].domain not in {node.domain for node in model.graph.node}:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from extractor.graphs.reasons import reason
 from extractor.machine import cores
 from store.errors import BadDataError
 
@@ -63,7 +64,7 @@ class Cpu:
         return lambda batch: session.run(names, {pixels: batch})
 
     def reason(self, error: Exception) -> str:
-        return first_line(error)
+        return reason(error)
 
 
 def first_line(error: Exception) -> str:
