@@ -94,7 +94,7 @@ def export_here(backbone: Backbone, path: Path, *_: object) -> BackboneFacts:
         return import_onnx(backbone, path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's
-        return to_onnx(load(backbone), backbone.name, path, layers=backbone.layers, pooling=backbone.pooling or "average")
+        return to_onnx(load(backbone), backbone.name, path, layers=backbone.layers, pooling=backbone.pooling)
 
 
 def as_theirs(own: Path, path: Path, *layers: str) -> Backbone:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,20 @@ from numpy.typing import NDArray
 
 from extractor.graphs import backbone_facts, onnx_file
 from extractor.graphs.backbone_facts import BackboneFacts, Layer
+from extractor.graphs.classification_layer import CLASS_COUNTS, Graph
 from extractor.graphs.cpu_session import cpu_session
-from extractor.graphs.graph import Graph, cut, keep_zero_padding, pooling_nodes, spatial_axes
+from extractor.graphs.graph import cut, keep_zero_padding
 from extractor.graphs.parity import PARITY, relative_l2
+from extractor.graphs.pooling import count_prefix, pooled, pooling_nodes, pooling_of, prefix_warning, token_joins
+from extractor.graphs.reasons import reason
+from extractor.graphs.row_independence import DYNAMIC, mixing_operators, over_the_batch
+from extractor.pixels.preprocess import Preprocess
 from extractor.runtime.session import MAX_DIM
-from store.errors import BadDataError, UsageError, did_you_mean
+from store.errors import BadDataError, UsageError
 
-from .onnx_input import Input, image_input, preprocessing, read_sidecar
+from .feature_tensors import LAYER, Choice, choose_tensors, outputs_of, score_warnings
+from .model_config import OPTIONS, ModelConfig, stated_by
+from .onnx_input import Input, image_input, preprocessing
 from .registry import Backbone
 
 log = logging.getLogger("penult.extractor")
@@ -59,33 +66,34 @@ def import_onnx(backbone: Backbone, target: Path) -> BackboneFacts:
     if facts is not None:
         return _own(backbone, facts, model, digest, target)
     require_domains(model, file)
-    sidecar = read_sidecar(file)
-    if sidecar:
-        log.info("%s says how %s is used", file.with_suffix(".toml"), file.name)
-    settings = {**sidecar, **backbone.onnx_input}
-    layers = list(backbone.layers) or settings.pop("layer", [])
-    pooling = backbone.pooling or settings.pop("pooling", "average")
     load_data(model, file)
-    begin = image_input(model, file, settings.get("layout"))
-    preprocess = preprocessing(begin, settings, file)
+    model = _inlined(model)
     graph = Graph(model)
-    tensors = choose_tensors(graph, layers, file)
+    stated = stated_by(file, backbone.onnx_input)
+    layers = list(backbone.layers) or stated.settings.get("layer", [])
+    pooling = backbone.pooling or stated.settings.get("pooling")
+    begin, preprocess, choice, reading = _read(model, graph, stated, layers, file)
+    tensors = choice.tensors
+    dynamic = _require_rows(graph, tensors, begin, file)
     pixels = np.random.default_rng(0).uniform(-1, 1, (BATCH, 3, preprocess.crop, preprocess.crop)).astype(np.float32)
     if preprocess.input_range == 255:
         pixels = np.rint((pixels + 1) * 127.5)
-    expected = run_whole(model, tensors, begin, pixels, file)
-    opset = max((each.version for each in model.opset_import if each.domain in ("", "ai.onnx")), default=1)
-    ends, feature_sets = [], []
-    outputs = backbone_facts.name_outputs(len(tensors))
-    prefix = _free_names(model, outputs)
-    begin = replace(begin, name=prefix + begin.name)
-    for tensor, values, output in zip(tensors, expected, outputs, strict=True):
-        nodes, kind, dim = pooling_nodes(prefix + tensor, values.shape, pooling, f"{output}_raw", opset)
+    joins = token_joins(graph)
+    values = run_whole(model, [*tensors, *choice.scores, *joins], begin, pixels, file)
+    expected = [require_features(values, tensor, file) for tensor in tensors]
+    feature_sets = []
+    for tensor, rows, output in zip(tensors, expected, backbone_facts.name_outputs(len(tensors)), strict=True):
+        before = count_prefix(rows.shape[1], [values[name] for name in joins if name in values]) if rows.ndim == 3 else 0
+        kind, dim = pooling_of(rows.shape, tensor, pooling or "average", before)
         if not 0 < dim <= MAX_DIM:
             message = f"{file}: {tensor!r} gives {dim} features; expected at most {MAX_DIM}. Choose another with --layer"
             raise BadDataError(message)
-        ends.append(([*nodes, _cast(f"{output}_raw", output, "float32")], output, dim))
+        if before:
+            reading.setdefault("prefix_tokens", {})[tensor] = before
+            reading["warnings"] += [] if pooling else [prefix_warning(tensor, before, rows.shape[1])]
         feature_sets.append(Layer(tensor, kind, dim, output))
+    reading["warnings"] += score_warnings(graph, choice, [layer.dim for layer in feature_sets], file)
+    reading |= class_counts(choice, values)
     facts = BackboneFacts(
         "onnx",
         file.name,
@@ -94,9 +102,90 @@ def import_onnx(backbone: Backbone, target: Path) -> BackboneFacts:
         preprocess,
         source=f"from {file.name}",
         zero_padded_pooling=keep_zero_padding(model),
+        reading=reading,
     )
+    say_warnings(facts)
     with onnx_file.replacing(target) as new:
-        return _write(model, begin, ends, facts, pixels, expected, new)
+        return _write(model, begin, facts, pixels, expected, new, only_fixed=dynamic)
+
+
+def _inlined(model: Any) -> Any:
+    """The model with its own functions written out where they are called, so that its operators can be seen."""
+    from onnx import inliner
+
+    return inliner.inline_local_functions(model) if model.functions else model
+
+
+def _read(
+    model: Any, graph: Graph, stated: ModelConfig, layers: Sequence[str], file: Path
+) -> tuple[Input, Preprocess, Choice, dict[str, Any]]:
+    """The input of a graph, its preprocessing and its features, and how they were found.
+
+    Raises:
+        UsageError: something must be stated; names all of it at once.
+        BadDataError: it is not a network from one image to features, or it is not clear where the features are.
+    """
+    missing: list[str] = []
+    assumed: list[str] = []
+    begin = image_input(model, file, stated.settings.get("layout"), missing)
+    preprocess = preprocessing(begin, stated, file, missing, assumed)
+    try:
+        choice = choose_tensors(graph, layers, file)
+    except (BadDataError, UsageError) as error:
+        if isinstance(error, BadDataError):
+            _require_rows(graph, outputs_of(graph), begin, file)
+        if not missing:
+            raise
+        missing.append(str(error))
+    if missing:
+        listing = " ".join(f"({i}) {each}" for i, each in enumerate(missing, 1))
+        message = missing[0] if len(missing) == 1 else f"{len(missing)} things must be stated. {listing}"
+        raise UsageError(message)
+    assert preprocess is not None  # for mypy: nothing is missing
+    sources = stated.sources | ({"crop": "the file"} if begin.side else {})
+    sources |= {flag[2:].partition(" ")[0]: "assumed" for flag in assumed}
+    reading: dict[str, Any] = {"features": dict(zip(choice.tensors, choice.how, strict=True)), "settings": sources}
+    unsaid = f"{file.name} does not say how images are resized; using the usual {' '.join(assumed)}"
+    reading["warnings"] = [unsaid] if assumed else []
+    by_file = {source: [name for name, each in sources.items() if each == source] for source in dict.fromkeys(sources.values())}
+    for source, names in by_file.items():
+        if source not in (OPTIONS, "assumed", "the file"):
+            log.info("%s: %s as %s beside it says", file.name, ", ".join(names), source)
+    return begin, preprocess, choice, reading
+
+
+def _require_rows(graph: Graph, tensors: Sequence[str], begin: Input, file: Path) -> bool:
+    """Refuse operators by which the features of an image depend on the others of its batch, or on chance.
+
+    Returns:
+        Whether there are some that do no harm, because the file takes one image at a time.
+
+    Raises:
+        BadDataError: names them, and what to do.
+    """
+    reasons = mixing_operators(graph, tensors)
+    dynamic = [op for op in reasons if op.startswith(DYNAMIC)]
+    if begin.batch == 1 and len(dynamic) == len(reasons):
+        return bool(reasons)
+    advice = "export the network in evaluation mode (in torch: model.eval())"
+    if dynamic:
+        advice = (
+            "use the float network (--precision int8 makes an int8 one of it), quantise statically, with QDQ nodes (in ONNX "
+            "Runtime: quantize_static), or pass --layer for a tensor before it"
+        )
+    if reasons:
+        listing = "; ".join(f"{op} {why}" for op, why in reasons.items())
+        message = (
+            f"{file}: features of an image depend on the others of its batch, or on chance: {listing}. To use it, {advice}"
+        )
+        raise BadDataError(message)
+    return False
+
+
+def say_warnings(facts: BackboneFacts) -> None:
+    """Log what the user should know about how a file was read, each time that it is used."""
+    for warning in facts.reading.get("warnings", []):
+        log.warning("%s", warning)
 
 
 def _free_names(model: Any, outputs: Sequence[str]) -> str:
@@ -115,11 +204,12 @@ def _free_names(model: Any, outputs: Sequence[str]) -> str:
 def _write(
     model: Any,
     begin: Input,
-    ends: Sequence[tuple[list[Any], str, int]],
     facts: BackboneFacts,
     pixels: NDArray[np.float32],
     expected: Sequence[NDArray[Any]],
     new: Path,
+    *,
+    only_fixed: bool,
 ) -> BackboneFacts:
     """Cut, save, compare: with a free batch size if the graph allows it, else with its own."""
     import onnx
@@ -127,9 +217,16 @@ def _write(
 
     kinds = {TensorProto.FLOAT16 if begin.dtype == "float16" else None, *(each.data_type for each in model.graph.initializer)}
     side, limit = facts.preprocess.crop, PARITY_FLOAT16 if TensorProto.FLOAT16 in kinds else PARITY
-    front = _front(begin)
+    suspects = over_the_batch(Graph(model), [layer.layer for layer in facts.layers])
+    opset = max((each.version for each in model.opset_import if each.domain in ("", "ai.onnx")), default=1)
+    prefix = _free_names(model, facts.outputs)
+    ends = []
+    for layer, rows in zip(facts.layers, expected, strict=True):
+        nodes = pooling_nodes(prefix + layer.layer, rows.shape, layer.pooling, f"{layer.output}_raw", opset)
+        ends.append(([*nodes, _cast(f"{layer.output}_raw", layer.output, "float32")], layer.output, layer.dim))
+    front = _front(replace(begin, name=prefix + begin.name))
     cut(model, ends, front, [helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["batch", 3, side, side])])
-    for batch in (None, begin.batch) if begin.batch else (None,):
+    for batch in [size for size in (None, begin.batch) if size or not only_fixed][: 2 if begin.batch else 1]:
         facts = replace(facts, batch=batch)
         if batch:
             model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = batch
@@ -145,33 +242,30 @@ def _write(
             onnx.checker.check_model(str(new))
             features = _run_new(new, pixels, facts)
             worst = max(
-                float(relative_l2(a, _pooled(b, layer)).max())
+                float(relative_l2(a, pooled(b.astype(np.float64), layer.pooling, layer.layer)).max())
                 for a, b, layer in zip(features, expected, facts.layers, strict=True)
             )
-            alone = _run_new(new, pixels[:1], facts)  # in training mode, a normalisation mixes the images of a batch
-            mixed = max(float(relative_l2(a, b[:1]).max()) for a, b in zip(alone, features, strict=True))
+            mixed = _mixed(new, pixels, facts)
         except Exception as error:  # onnxruntime's exceptions have no common public base
-            worst, reason = np.inf, str(error).strip().splitlines()[0]
+            worst, why = np.inf, reason(error)
         else:
-            reason = f"features differ by {worst:.1e} from the file's own; the limit is {limit}"
+            why = f"features differ by {worst:.1e} from the file's own; the limit is {limit}"
             if worst <= limit < mixed:
                 worst = mixed
-                reason = "features of an image depend on the others of its batch (training mode, or dynamic quantisation)"
+                operators = f" ({', '.join(suspects)} along the first axis)" if suspects else ""
+                why = f"features of an image depend on the others of its batch{operators}; is it in training mode?"
         if worst <= limit:
             return facts
-    message = f"{facts.weights} cannot be used as a backbone: {reason}"
+    message = f"{facts.weights} cannot be used as a backbone: {why}"
     raise BadDataError(message)
 
 
-def _pooled(values: NDArray[Any], layer: Layer) -> NDArray[np.float64]:
-    """The expected output of the pooling nodes, computed with NumPy."""
-    exact = values.astype(np.float64)
-    if layer.pooling == "none":
-        return exact
-    if layer.pooling == "token":
-        return np.asarray(exact[:, 0])
-    axes, _ = spatial_axes(values.shape, layer.layer, layer.pooling)
-    return np.asarray(exact.max(tuple(axes)) if layer.pooling == "max" else exact.mean(tuple(axes)))
+def _mixed(path: Path, pixels: NDArray[np.float32], facts: BackboneFacts) -> float:
+    """By how much the features of an image change with the others of its batch, which are all black and all white."""
+    beside = pixels.copy()
+    beside[1:] = np.array([pixels.min(), pixels.max()], np.float32).reshape(2, 1, 1, 1)
+    pairs = zip(_run_new(path, pixels[:1], facts), _run_new(path, beside, facts), strict=True)
+    return max(float(relative_l2(alone, rows[:1]).max()) for alone, rows in pairs)
 
 
 def _run_new(path: Path, pixels: NDArray[np.float32], facts: BackboneFacts) -> list[NDArray[np.float32]]:
@@ -181,8 +275,7 @@ def _run_new(path: Path, pixels: NDArray[np.float32], facts: BackboneFacts) -> l
     for start in range(0, len(pixels), step):
         part = pixels[start : start + step]
         padded = np.concatenate([part, np.zeros((step - len(part), *part.shape[1:]), np.float32)])
-        outputs = session.run(facts.outputs, {"pixels": padded})
-        parts.append([_rows(output, step, name)[: len(part)] for output, name in zip(outputs, facts.outputs, strict=True)])
+        parts.append([rows[: len(part)] for rows in session.run(facts.outputs, {"pixels": padded})])
     return [np.concatenate(columns) for columns in zip(*parts, strict=True)]
 
 
@@ -197,9 +290,12 @@ def _own(backbone: Backbone, facts: BackboneFacts, model: Any, digest: str, targ
         raise UsageError(message)
     load_data(model, file)
     padded = keep_zero_padding(model) or facts.zero_padded_pooling
-    facts = replace(facts, weights_sha256=digest, zero_padded_pooling=padded)  # the digest in its metadata may be forged
+    reading = {name: value for name, value in facts.reading.items() if name != "scores"}  # they are cut off
+    # the digest in its metadata may be forged
+    facts = replace(facts, weights_sha256=digest, zero_padded_pooling=padded, reading=reading)
     del model.metadata_props[:]
     backbone_facts.write_facts(model, facts)
+    say_warnings(facts)
     with onnx_file.replacing(target) as new:
         onnx_file.save(model, new)
     return facts
@@ -228,59 +324,27 @@ def load_data(model: Any, file: Path) -> None:
     try:
         load_external_data_for_model(model, str(file.resolve().parent))
     except Exception as error:  # ValidationError, ValueError: a file shorter than the tensors in it
-        message = f"{file}: its external data cannot be read: {error}"
+        message = f"{file}: its external data cannot be read: {reason(error)}"
         raise BadDataError(message) from error
-
-
-def choose_tensors(graph: Graph, layers: Sequence[str], file: Path) -> list[str]:
-    """Names of the tensors that are the features: the requested ones, or the penultimate one.
-
-    Raises:
-        UsageError: unknown names, with the nearest; several outputs and none chosen.
-        BadDataError: it is unclear whether there is a classification layer.
-    """
-    known = graph.tensors()
-    if "penultimate" in layers and "penultimate" not in known:
-        layers = [choose_tensors(graph, (), file)[0] if layer == "penultimate" else layer for layer in layers]
-    if len(set(layers)) != len(layers):
-        message = f"--layer {' --layer '.join(layers)}: one of them is named twice"
-        raise UsageError(message)
-    for layer in layers:
-        if layer not in known:
-            hint = did_you_mean(layer, known, f"its last ones are {', '.join(known[-4:])}")
-            message = f"--layer {layer}: {file} has no such tensor{hint}"
-            raise UsageError(message)
-    if layers:
-        return list(layers)
-    outputs = [value.name for value in graph.graph.output]
-    if len(outputs) != 1:
-        listing = ", ".join(outputs)
-        message = f"{file} has {len(outputs)} outputs ({listing}). Choose the features, such as --layer {outputs[0]}"
-        raise UsageError(message)
-    tensor = graph.classifier_input(outputs[0])
-    if tensor is None:
-        log.info("%s: no classification layer before the output %r, which is used as it is", file.name, outputs[0])
-        return outputs
-    log.info("%s: cut at %r, the input of its classification layer", file.name, tensor)
-    return [tensor]
 
 
 def run_whole(
     model: Any, tensors: Sequence[str], begin: Input, pixels: NDArray[np.float32], file: Path
-) -> list[NDArray[np.float32]]:
-    """The values of tensors in the custom file's own graph, for normalised pixels ``(n, 3, s, s)``.
+) -> dict[str, NDArray[Any]]:
+    """The values of tensors in the custom file's own graph, for normalised pixels ``(n, 3, s, s)``, one row per image.
 
     Raises:
-        BadDataError: ONNX Runtime cannot run it, or a value is not a finite float.
+        BadDataError: ONNX Runtime cannot run it.
     """
     from onnx import ModelProto, ValueInfoProto
 
+    names = list(dict.fromkeys(tensors))
     whole = ModelProto()
     whole.CopyFrom(model)
     present = {value.name for value in whole.graph.output}
-    whole.graph.output.extend(ValueInfoProto(name=name) for name in tensors if name not in present)
+    whole.graph.output.extend(ValueInfoProto(name=name) for name in names if name not in present)
     step = begin.batch or len(pixels)
-    parts = []
+    parts: dict[str, list[Any]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory(prefix="penult-") as folder:
         path = Path(folder) / "whole.onnx"
         onnx_file.save(whole, path)
@@ -289,31 +353,41 @@ def run_whole(
             for start in range(0, len(pixels), step):
                 part = pixels[start : start + step]
                 padded = np.concatenate([part, np.zeros((step - len(part), *part.shape[1:]), np.float32)])
-                outputs = session.run(list(tensors), {begin.name: begin.of(padded)})
-                parts.append([_rows(each, step, name)[: len(part)] for each, name in zip(outputs, tensors, strict=True)])
-        except BadDataError as error:
-            message = f"{file}: {error}"
-            raise BadDataError(message) from error
+                for name, values in zip(names, session.run(names, {begin.name: begin.of(padded)}), strict=True):
+                    parts[name].append(values if np.shape(values)[:1] != (step,) else values[: len(part)])
         except Exception as error:  # onnxruntime's exceptions have no common public base
-            message = f"{file} cannot be run: {str(error).strip().splitlines()[0]}"
+            message = f"{file} cannot be run: {reason(error)}"
             raise BadDataError(message) from error
-    values = [np.concatenate(columns) for columns in zip(*parts, strict=True)]
-    for tensor, value in zip(tensors, values, strict=True):
-        if value.dtype.kind != "f":
-            message = f"{file}: {tensor!r} is {value.dtype} of shape {value.shape}, not features; choose another with --layer"
-            raise BadDataError(message)
-        if not np.isfinite(value).all():
-            message = f"{file} gives NaN or infinity in {tensor!r} for ordinary pixels; it is damaged, or takes another range"
-            raise BadDataError(message)
-    return values
+    return {name: np.concatenate(each) if np.ndim(each[0]) else np.asarray(each[0]) for name, each in parts.items()}
 
 
-def _rows(values: NDArray[Any], images: int, tensor: str) -> NDArray[Any]:
-    """The values of a tensor for a batch, which must have one row per image."""
-    if values.ndim == 0 or len(values) != images:
-        message = f"{tensor!r} has shape {values.shape} for {images} images, not features of each"
+def require_features(values: Mapping[str, NDArray[Any]], tensor: str, file: Path) -> NDArray[np.float32]:
+    """The values of a tensor for a batch of `BATCH`, which must be finite floats, one row per image.
+
+    Raises:
+        BadDataError: says what they are.
+    """
+    rows = values[tensor]
+    if rows.ndim == 0 or len(rows) != BATCH:
+        message = f"{file}: {tensor!r} has shape {rows.shape} for {BATCH} images, not features of each"
         raise BadDataError(message)
-    return values
+    if rows.dtype.kind != "f":
+        message = f"{file}: {tensor!r} is {rows.dtype} of shape {rows.shape}, not features; choose another with --layer"
+        raise BadDataError(message)
+    if not np.isfinite(rows).all():
+        message = f"{file} gives NaN or infinity in {tensor!r} for ordinary pixels; it is damaged, or takes another range"
+        raise BadDataError(message)
+    return rows
+
+
+def class_counts(choice: Choice, values: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+    """The first output that has a score for each of many classes, for the facts."""
+    for name in (*choice.scores, *choice.tensors):
+        rows = values[name]
+        usual = name in choice.scores or (choice.how[0] != LAYER and rows.shape[-1:] and rows.shape[-1] in CLASS_COUNTS)
+        if usual and rows.dtype.kind == "f" and rows.ndim == 2 and len(rows) == BATCH:
+            return {"scores": {"output": name, "count": int(rows.shape[1])}}
+    return {}
 
 
 def _front(begin: Input) -> list[Any]:

@@ -18,15 +18,17 @@ import numpy as np
 
 from extractor.graphs import backbone_facts, onnx_file
 from extractor.graphs.backbone_facts import BackboneFacts, Layer
-from extractor.graphs.graph import Graph, cut, pooling_nodes, spatial_axes
+from extractor.graphs.classification_layer import Graph
+from extractor.graphs.graph import cut
 from extractor.graphs.parity import check_parity
+from extractor.graphs.pooling import pooling_nodes, pooling_of, prefix_warning
 from extractor.progress import StopFlag
 from store.cache import PENULTIMATE
 from store.environment import python
 from store.errors import BadDataError, InterruptedRunError, PenultError, UsageError, answer_of, raise_answered
 
-from .custom_onnx import import_onnx, is_own
-from .layers import last_weighted, require_layers, shapes_of, tapped
+from .custom_onnx import import_onnx, is_own, say_warnings
+from .layers import last_weighted, prefix_of, require_layers, shapes_of, tapped
 from .networks import Loaded, load
 from .registry import Backbone
 
@@ -121,10 +123,9 @@ def _child() -> None:
         if backbone.is_file:
             facts = import_onnx(backbone, path)
         else:
-            pooling = backbone.pooling or "average"
             loaded = load(backbone)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what torch does next may swallow exceptions
-            facts = to_onnx(loaded, backbone.name, path, layers=backbone.layers, pooling=pooling)
+            facts = to_onnx(loaded, backbone.name, path, layers=backbone.layers, pooling=backbone.pooling)
         answer = {"facts": facts.to_json()}
     except PenultError as error:
         answer = answer_of(error)
@@ -135,7 +136,7 @@ def _leave(signum: int, _frame: FrameType | None) -> None:
     raise SystemExit(128 + signum)
 
 
-def to_onnx(loaded: Loaded, name: str, path: Path, *, layers: Sequence[str] = (), pooling: str = "average") -> BackboneFacts:
+def to_onnx(loaded: Loaded, name: str, path: Path, *, layers: Sequence[str] = (), pooling: str | None = None) -> BackboneFacts:
     """Export a loaded network up to the requested layers.
 
     The penultimate layer is located twice: in the exported graph, which is cut there (`Graph.penultimate`), and in torch, by a
@@ -146,10 +147,10 @@ def to_onnx(loaded: Loaded, name: str, path: Path, *, layers: Sequence[str] = ()
         name: of the architecture.
         path: the ONNX file; beyond `onnx_file.MAX_INLINE` its weights go into a second one, see `onnx_file.save`.
         layers: module names, or ``penultimate``, which is the default.
-        pooling: ``average``, ``max`` or ``token``, for layers that are not vectors.
+        pooling: one of `POOLINGS`, for layers that are not vectors; the average if it is None.
 
     Raises:
-        UsageError: no such layer.
+        UsageError: no such layer, or it has no class token.
         BadDataError: torch and ONNX Runtime differ by more than `parity.PARITY`; a layer cannot be pooled.
         StorageError: the file cannot be written.
     """
@@ -167,15 +168,18 @@ def to_onnx(loaded: Loaded, name: str, path: Path, *, layers: Sequence[str] = ()
         message = f"{name} with these weights does not take {side} x {side} pixels: {str(error).strip().splitlines()[0]}"
         raise UsageError(message) from error
     shapes = shapes_of(loaded.network, layers, last, batches[0])
+    kinds: dict[str, tuple[str, int]] = {}
+    warnings = []
     for layer in layers:
         if layer not in shapes:
             message = (
                 f"--layer {layer}: it does not run, or gives no tensor; `penult backbones NAME --layers` lists those that do"
             )
             raise UsageError(message)
-        if len(shapes[layer]) != 2:
-            spatial_axes(shapes[layer], layer, pooling)  # before torch's export, which would turn it into an error of its own
-    network = tapped(loaded.network, layers, last, pooling)
+        before = prefix_of(loaded.network, shapes[layer])
+        kinds[layer] = pooling_of(shapes[layer], layer, pooling or "average", before)
+        warnings += [prefix_warning(layer, before, shapes[layer][1])] if before and not pooling else []
+    network = tapped(loaded.network, {layer: kind for layer, (kind, _) in kinds.items()}, last)
     program = torch.onnx.export(
         network,
         (torch.randn(2, 3, side, side, generator=generator),),
@@ -193,19 +197,23 @@ def to_onnx(loaded: Loaded, name: str, path: Path, *, layers: Sequence[str] = ()
     del program
     ends, feature_sets = [], []
     for i, (layer, output) in enumerate(zip(layers, backbone_facts.name_outputs(len(layers)), strict=True)):
+        kind, dim = kinds[layer]
+        nodes = [onnx.helper.make_node("Identity", [f"tapped_{i}"], [output])]
         if layer == PENULTIMATE:
-            tensor = Graph(model).penultimate("logits")
-            nodes, kind, dim = pooling_nodes(tensor, shapes[PENULTIMATE], pooling, output, OPSET)
-        else:
-            shape = shapes[layer]
-            dim = shape[1] if len(shape) == 2 else spatial_axes(shape, layer, pooling)[1]
-            nodes, kind = [onnx.helper.make_node("Identity", [f"tapped_{i}"], [output])], "none" if len(shape) == 2 else pooling
+            nodes = pooling_nodes(Graph(model).penultimate("logits"), shapes[PENULTIMATE], kind, output, OPSET)
         ends.append((nodes, output, dim))
         feature_sets.append(Layer(f"input of {last}" if layer == PENULTIMATE else layer, kind, dim, output))
     cut(model, ends)
     facts = BackboneFacts(
-        name, loaded.weights_name, loaded.weights_digest, tuple(feature_sets), loaded.preprocess, source=loaded.source
+        name,
+        loaded.weights_name,
+        loaded.weights_digest,
+        tuple(feature_sets),
+        loaded.preprocess,
+        source=loaded.source,
+        reading={"warnings": warnings} if warnings else {},
     )
+    say_warnings(facts)
     backbone_facts.write_facts(model, facts)
     with onnx_file.replacing(path) as new:
         onnx_file.save(model, new)

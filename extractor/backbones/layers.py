@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from extractor.graphs.backbone_facts import POOLINGS
-from extractor.graphs.graph import spatial_axes
+from extractor.graphs.pooling import POOLINGS, pooled, pooling_of, spatial_axes
 from store.cache import PENULTIMATE
 from store.errors import BadDataError, UsageError, did_you_mean
 
@@ -28,10 +27,11 @@ def torch_penultimate(network: Any, example: Any) -> tuple[str, Callable[[NDArra
     import torch
 
     last = last_weighted(network, example)
+    kind, _ = pooling_of(shapes_of(network, [PENULTIMATE], last, example)[PENULTIMATE], PENULTIMATE, "average")
 
     def features(batch: NDArray[np.float32]) -> NDArray[np.float32]:
         with torch.inference_mode():
-            (penultimate,) = tapped(network, [PENULTIMATE], last, "average")(torch.from_numpy(batch))[1:]
+            (penultimate,) = tapped(network, {PENULTIMATE: kind}, last)(torch.from_numpy(batch))[1:]
         return np.asarray(penultimate.numpy(), np.float32)
 
     return last, features
@@ -82,8 +82,8 @@ def shapes_of(network: Any, layers: Sequence[str], last: str, pixels: Any) -> di
     return shapes
 
 
-def tapped(network: Any, layers: Sequence[str], last: str, pooling: str) -> Any:
-    """A module that returns the network's output and, pooled to ``(n, d)``, the requested layers.
+def tapped(network: Any, kinds: Mapping[str, str], last: str) -> Any:
+    """A module that returns the network's output and, pooled to ``(n, d)``, layers: their names and `pooling.pooled`'s kinds.
 
     A layer is the output of the last call of the module of that name; `PENULTIMATE` is the input of ``last``. It is copied
     when it appears, because what follows may work in place.
@@ -108,26 +108,22 @@ def tapped(network: Any, layers: Sequence[str], last: str, pooling: str) -> Any:
                 self.network.get_submodule(last).register_forward_pre_hook(before)
                 if name == PENULTIMATE
                 else self.network.get_submodule(name).register_forward_hook(after(name))
-                for name in layers
+                for name in kinds
             ]
             try:
                 output = self.network(pixels)
             finally:
                 for hook in hooks:
                     hook.remove()
-            return (output, *(pool(caught[name], name, pooling) for name in layers))
+            return (output, *(pooled(caught[name], kind, name) for name, kind in kinds.items()))
 
     return Tapped().eval()
 
 
-def pool(tensor: Any, name: str, pooling: str) -> Any:
-    """Pool a torch tensor to ``(n, d)``, as `graph.pooling_nodes` does."""
-    if tensor.ndim == 2:
-        return tensor
-    axes, _ = spatial_axes(tensor.shape, name, pooling)
-    if pooling == "token":
-        return tensor[:, 0]
-    return tensor.amax(dim=axes) if pooling == "max" else tensor.mean(dim=axes)
+def prefix_of(network: Any, shape: Sequence[int]) -> int:
+    """How many tokens stand before the patches in a layer: torchvision's vision transformers have a class token."""
+    token = getattr(network, "class_token", None)
+    return 0 if token is None or len(shape) != 3 else int(token.shape[1])
 
 
 def list_layers(name: str) -> list[dict[str, Any]]:
@@ -165,7 +161,7 @@ def list_layers(name: str) -> list[dict[str, Any]]:
     return rows
 
 
-def require_layers(network: Any, layers: Sequence[str], pooling: str) -> None:
+def require_layers(network: Any, layers: Sequence[str], pooling: str | None) -> None:
     """Refuse layers that cannot be exported, before minutes of export.
 
     Raises:
@@ -180,6 +176,6 @@ def require_layers(network: Any, layers: Sequence[str], pooling: str) -> None:
     if len(set(layers)) != len(layers):
         message = f"--layer {' --layer '.join(layers)}: one of them is named twice"
         raise UsageError(message)
-    if pooling not in POOLINGS:
+    if pooling not in (None, *POOLINGS):
         message = f"--pooling {pooling}: expected {', '.join(POOLINGS)}"
         raise UsageError(message)

@@ -1,10 +1,8 @@
-"""The image input of a custom ONNX file, read from the file and completed by flags or a TOML file beside it."""
+"""The image input of a custom ONNX file, read from the file and completed by flags or by files beside it."""
 
 from __future__ import annotations
 
-import logging
 import math
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +14,23 @@ from numpy.typing import NDArray
 from extractor.pixels.preprocess import FILTERS, Preprocess, require_sizes
 from store.errors import BadDataError, UsageError
 
-log = logging.getLogger("penult.extractor")
+from .model_config import CONFIG, OPTIONS, PROCESSOR, ModelConfig
 
 RESIZE_OVER_CROP = 256 / 224  # the usual ratio of torchvision's presets
+# What may stand between an input and the first convolution, and neither moves axes nor channels
+ONE_TO_ONE = (
+    "Cast",
+    "Identity",
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Clip",
+    "Pad",
+    "BatchNormalization",
+    "QuantizeLinear",
+    "DequantizeLinear",
+)
 
 
 @dataclass(frozen=True)
@@ -45,39 +57,17 @@ class Input:
         return np.ascontiguousarray((values.transpose(0, 2, 3, 1) if self.layout == "nhwc" else values).astype(self.dtype))
 
 
-def read_sidecar(file: Path) -> dict[str, Any]:
-    """The settings in ``FILE.toml`` beside ``FILE.onnx``; empty if there is no such file.
-
-    Raises:
-        UsageError: it is not TOML, or has an unknown key or a wrong value; names it.
-    """
-    path = file.with_suffix(".toml")
-    if not path.is_file():
-        return {}
-    from extractor.settings import Place
-
-    from .settings import SidecarSettings
-
-    try:
-        document = tomllib.loads(path.read_text())
-        if isinstance(document.get("layer"), str):
-            document["layer"] = [document["layer"]]
-        fields = {"layers" if key == "layer" else key: value for key, value in document.items()}
-        settings = SidecarSettings.read(fields, Place(lambda _, name: "layer" if name == "layers" else name)).explicit()
-    except (OSError, ValueError) as error:  # of the file, of TOML, or of a setting
-        message = f"{path}: {error}"
-        raise UsageError(message) from error
-    if layers := settings.pop("layers", ()):
-        settings["layer"] = list(layers)
-    return settings
-
-
-def image_input(model: Any, file: Path, layout: str | None) -> Input:
+def image_input(model: Any, file: Path, layout: str | None, missing: list[str]) -> Input:
     """The one input of a graph, which must be images.
+
+    Args:
+        model: with its weights: what its first convolution takes says what its shape leaves open.
+        file: its name, for messages.
+        layout: as stated; None if it is not.
+        missing: gets a sentence if the layout must be stated.
 
     Raises:
         BadDataError: there are other inputs, or this one is not a batch of RGB images.
-        UsageError: its layout must be given by a flag or a TOML file.
     """
     from onnx import TensorProto
 
@@ -101,13 +91,17 @@ def image_input(model: Any, file: Path, layout: str | None) -> Input:
         raise BadDataError(message)
     can = {"nchw": dims[1] in (3, None), "nhwc": dims[3] in (3, None)}
     certain = {"nchw": dims[1] == 3 and dims[3] != 3, "nhwc": dims[3] == 3 and dims[1] != 3}
-    axes = layout or next((name for name, sure in certain.items() if sure), None)
+    read_layout, channels = first_convolution(model.graph, inputs[0].name)
+    axes = layout or next((name for name, sure in certain.items() if sure), None) or read_layout
+    if channels not in (None, 3) and dims[1 if axes == "nchw" else 3] is None:
+        message = f"{file} takes images of {channels} channel(s), as its first convolution says; expected three channels (RGB)"
+        raise BadDataError(message)
     if not any(can.values()) or (axes and not can[axes]):
         message = f"{file} takes {inputs[0].name} of shape {shown}: not three channels (RGB){' in ' + layout if layout else ''}"
         raise BadDataError(message)
     if axes is None:
-        message = f"{file} takes {inputs[0].name} of shape {shown}. Pass --layout nchw or --layout nhwc"
-        raise UsageError(message)
+        missing.append(f"{file} takes {inputs[0].name} of shape {shown}. Pass --layout nchw or --layout nhwc")
+        axes = "nchw"
     height, width = dims[2:] if axes == "nchw" else dims[1:3]
     if height != width:
         message = f"{file} takes images of {height or '?'} x {width or '?'} pixels; only square inputs can be used"
@@ -115,14 +109,58 @@ def image_input(model: Any, file: Path, layout: str | None) -> Input:
     return Input(inputs[0].name, kinds[tensor.elem_type], axes, height, dims[0])
 
 
-def preprocessing(begin: Input, settings: dict[str, Any], file: Path) -> Preprocess:
+def first_convolution(graph: Any, name: str) -> tuple[str | None, int | None]:
+    """The layout and the number of channels that the first convolution after an input takes; None if it is not clear."""
+    shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    made_by = {output: node for node in graph.node for output in node.output}
+    layout = "nchw"
+    while True:
+        consumers = [node for node in graph.node if name in node.input and node.op_type not in ("Shape", "Size")]
+        if len(consumers) != 1:
+            return None, None
+        (node,) = consumers
+        if node.op_type == "Conv":
+            weight = node.input[1]
+            while (
+                weight not in shapes
+                and weight in made_by
+                and made_by[weight].op_type in ("DequantizeLinear", "Cast", "Identity")
+            ):
+                weight = made_by[weight].input[0]
+            groups = next((each.i for each in node.attribute if each.name == "group"), 1)
+            return layout, shapes[weight][1] * groups if len(shapes.get(weight, [])) == 4 else None
+        if node.op_type == "Transpose":
+            if [list(each.ints) for each in node.attribute if each.name == "perm"] != [[0, 3, 1, 2]] or layout != "nchw":
+                return None, None
+            layout = "nhwc"
+        elif node.op_type not in ONE_TO_ONE:
+            return None, None
+        name = node.output[0]
+
+
+def preprocessing(begin: Input, stated: ModelConfig, file: Path, missing: list[str], assumed: list[str]) -> Preprocess | None:
     """The preprocessing of images for this input.
 
+    Args:
+        begin: the input.
+        stated: what flags and files beside it say.
+        file: its name, for messages.
+        missing: gets a sentence for each setting that must be stated.
+        assumed: gets the flags of settings that are not stated and have a usual value.
+
+    Returns:
+        None if a setting is missing.
+
     Raises:
-        UsageError: a required setting is missing, or one contradicts the file.
+        UsageError: a setting is wrong, or contradicts the file.
     """
+    settings = stated.settings
     if begin.dtype == "uint8":
-        for name in ("mean", "std", "input_range"):
+        raw = ("mean", "std", "input_range")
+        settings = {
+            name: each for name, each in settings.items() if name not in raw or stated.sources[name] not in (CONFIG, PROCESSOR)
+        }
+        for name in raw:
             if name in settings:
                 message = f"{file} takes raw bytes: leave --{name.replace('_', '-')} out"
                 raise UsageError(message)
@@ -133,23 +171,27 @@ def preprocessing(begin: Input, settings: dict[str, Any], file: Path) -> Preproc
         raise UsageError(message)
     if "mean" not in settings and "std" not in settings and input_range == 255:
         settings = {"mean": (0.0,), "std": (1.0,), **settings}
-    if "mean" not in settings or "std" not in settings:
-        message = (
+    if normalised := "mean" in settings and "std" in settings:
+        mean, std = (_three(settings[name], f"--{name}") for name in ("mean", "std"))
+        _require_normalisation(mean, std, input_range)
+    else:
+        missing.append(
             f"{file} takes float pixels and does not say how they were normalised; a guess would cost accuracy silently. "
             f"Pass --mean and --std, of pixels in 0..1: --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 (torchvision "
             f"and most of timm), --mean 0.5 --std 0.5 (-1..1), --mean 0 --std 1 (0..1), or --input-range 255 for raw values; "
             f"or write them into {file.with_suffix('.toml').name} beside it"
         )
-        raise UsageError(message)
-    mean, std = (_three(settings[name], f"--{name}") for name in ("mean", "std"))
-    _require_normalisation(mean, std, input_range)
     crop = begin.side or settings.get("crop")
     if crop is None:
-        message = f"{file} takes images of any size. Pass the size it was trained on, such as --crop 224"
-        raise UsageError(message)
+        missing.append(f"{file} takes images of any size. Pass the size it was trained on, such as --crop 224")
     if settings.get("crop") not in (None, crop):
-        message = f"--crop {settings['crop']}: {file} takes {crop} x {crop} pixels"
+        origin = "" if (source := stated.sources.get("crop")) in (None, OPTIONS) else f" (from {source})"
+        message = f"--crop {settings['crop']}{origin}: {file} takes {crop} x {crop} pixels"
         raise UsageError(message)
+    if stated.unclear:
+        missing.append(f"{stated.unclear}, which penult does not do. Pass --resize PIXELS or --squash, whichever is nearer")
+    if crop is None or not normalised or missing:
+        return None
     squash = bool(settings.get("squash"))
     if squash and settings.get("resize") not in (None, crop):
         message = f"--squash resizes to the square of {crop} pixels itself: leave --resize out"
@@ -160,10 +202,8 @@ def preprocessing(begin: Input, settings: dict[str, Any], file: Path) -> Preproc
     if interpolation not in FILTERS:
         message = f"--interpolation {interpolation}: expected {', '.join(FILTERS)}"
         raise UsageError(message)
-    assumed = [f"--resize {resize}"] if not squash and "resize" not in settings else []
+    assumed += [f"--resize {resize}"] if not squash and "resize" not in settings else []
     assumed += ["--interpolation bilinear"] if "interpolation" not in settings else []
-    if assumed:
-        log.warning("%s does not say how images are resized; using the usual %s", file.name, " ".join(assumed))
     channels, path = str(settings.get("channels", "rgb")), str(settings.get("pixel_path", "pillow"))
     return Preprocess(resize, crop, interpolation, mean, std, input_range, channels, squash, path)
 

@@ -38,7 +38,7 @@ class Backbone:
         resize, crop: replace the preset's sizes, pixels.
         layers: module names of a torchvision network (`layers.list_layers`), or tensor names of an ONNX file; the penultimate
             layer if empty.
-        pooling: ``average`` (the default), ``max`` or ``token``, for layers that are not vectors.
+        pooling: ``average`` (the default), ``max``, ``class``, ``patches`` or ``class+mean``, for layers that are not vectors.
         mean, std, input_range, interpolation, channels, squash, layout: the input of a custom ONNX file, see `onnx_input`.
         pixel_path: how files become pixels, one of `preprocess.PIXEL_PATHS`; None for the reference.
 

@@ -87,8 +87,11 @@ class NetworkSettings(PixelSettings):
 
 
 class PoolingSettings(BackboneSettings):
-    pooling: Literal["average", "max", "token"] | None = setting(
-        None, "How a layer that is not a vector becomes one; token is a transformer's class token.", shown="average"
+    pooling: Literal["average", "max", "class", "patches", "class+mean", "token"] | None = setting(
+        None,
+        "How a layer that is not a vector becomes one. Of a transformer: its class token (token is an older name for it), the "
+        "average of its patches, or both side by side.",
+        shown="average",
     )
 
 

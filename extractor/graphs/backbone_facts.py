@@ -17,7 +17,6 @@ from .onnx_file import read_model
 
 PREFIX = "penult."
 PROBE_IMAGE = f"{PREFIX}probe_image"
-POOLINGS = ("average", "max", "token")
 
 
 @dataclass(frozen=True)
@@ -26,8 +25,9 @@ class Layer:
 
     Attributes:
         layer: what the features are, such as ``input of fc`` or ``layer3``.
-        pooling: ``none`` if the layer is a vector, else ``average`` or ``max`` over space or tokens, or ``token`` (the
-            first, which is the class token of a vision transformer).
+        pooling: ``none`` if the layer is a vector, else ``average`` or ``max`` over space or tokens, ``token`` (the class token
+            of a vision transformer), ``patches after 5`` (the average of the tokens from the sixth on) or ``class+mean after
+            5`` (the class token and that average, side by side).
         dim: length of a feature vector.
         output: name of the graph's output ``(n, dim)``.
     """
@@ -55,6 +55,9 @@ class BackboneFacts:
             also method, number of images, digest of their pixels, and every candidate that was tried. Empty for fp32.
         zero_padded_pooling: a max pooling has zeros around it, see `graph.keep_zero_padding`. Files from before that was known
             do not say so, and their features are others.
+        reading: how a custom ONNX file was read: ``features`` (where each feature set was found), ``settings`` (where each was
+            said), ``prefix_tokens`` (before the patches), ``scores`` (an output with a usual number of classes: ``output``,
+            ``count``), ``warnings``. For people; empty for torchvision's networks, but for ``warnings``.
     """
 
     name: str
@@ -67,6 +70,7 @@ class BackboneFacts:
     precision: str = "fp32"
     calibration: dict[str, Any] = field(default_factory=dict)
     zero_padded_pooling: bool = False
+    reading: dict[str, Any] = field(default_factory=dict)
 
     @property
     def layer(self) -> str:
@@ -98,6 +102,12 @@ class BackboneFacts:
             )
             raise UsageError(message)
         return replace(self, layers=(matches[0],))
+
+    def description(self) -> dict[str, Any]:
+        """What the facts say to people, as JSON."""
+        layers = [asdict(layer) for layer in self.layers]
+        shown = {"name": self.name, "weights": self.weights, "layers": layers, "preprocess": self.preprocess.facts()}
+        return {**shown, **{name: value for name, value in self.reading.items() if name != "warnings"}}
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

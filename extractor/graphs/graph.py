@@ -1,175 +1,16 @@
-"""Analysis and editing of ONNX graphs: find the classification layer, cut before it, pool a layer to vectors."""
+"""Editing of ONNX graphs: cut them, name and order nodes, keep zeros around a max pooling."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from graphlib import TopologicalSorter
 from heapq import heapify, heappop, heappush
 from itertools import count
 from typing import Any
 
-from store.errors import BadDataError
+from numpy.typing import NDArray
 
-PASS_THROUGH = ("Identity", "Transpose", "Cast", "DequantizeLinear", "Reshape", "Unsqueeze", "Squeeze")
 WEIGHTED = ("Gemm", "MatMul", "Conv")
-# What may stand between a classification layer and the output: probabilities, biases, temperatures, shapes, pooling.
-TAIL = (*PASS_THROUGH, "Softmax", "LogSoftmax", "Sigmoid", "Flatten", "Add", "Sub", "Mul", "Div", "QuantizeLinear", "Dropout")
-# Operators whose weights are not inspected: quantised layers, ONNX Runtime's own layers, branches.
-QUANTISED = ("QGemm", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "ConvInteger", "MatMulNBits")
-OPAQUE = (*QUANTISED, "FusedMatMul", "FusedGemm", "FusedConv", "Einsum", "If", "Loop", "Scan")
-POOLING = ("GlobalAveragePool", "AveragePool", "ReduceMean")
-ACTIVATIONS = ("Relu", "Clip", "LeakyRelu", "PRelu", "Elu", "Gelu", "HardSwish", "Tanh")
-
-
-class Graph:
-    """A model's graph, searched backwards from its outputs."""
-
-    def __init__(self, model: Any) -> None:
-        self.graph = model.graph
-        self.made_by = {name: node for node in model.graph.node for name in node.output}
-        self._constants = {tensor.name for tensor in model.graph.initializer}
-        self._constants |= {name for node in model.graph.node if node.op_type == "Constant" for name in node.output}
-
-    def is_constant(self, name: str) -> bool:
-        """Whether a tensor is a weight, perhaps transposed or dequantised."""
-        while name not in self._constants:
-            node = self.made_by.get(name)
-            if node is None or node.op_type not in PASS_THROUGH:
-                return False
-            name = node.input[0]
-        return True
-
-    def is_weighted(self, node: Any) -> bool:
-        return node.op_type in WEIGHTED and self.is_constant(node.input[1])
-
-    def penultimate(self, output: str) -> str:
-        """Name of the tensor that feeds the last layer with weights before an output: the last Gemm, MatMul or Conv.
-
-        Raises:
-            BadDataError: there is no such layer.
-        """
-        pending, visited = deque([output]), set()
-        while pending:
-            node = self.made_by.get(pending.popleft())
-            if node is None or id(node) in visited:
-                continue
-            visited.add(id(node))
-            if self.is_weighted(node):
-                return str(node.input[0])
-            pending.extend(node.input)
-        message = "no Gemm, MatMul or Conv with constant weights stands before the network's output; nothing to cut at"
-        raise BadDataError(message)
-
-    def classifier_input(self, output: str) -> str | None:
-        """The tensor that feeds the classification layer before an output; None if the output is the features.
-
-        A classification layer is a Gemm, a MatMul or a 1x1 Conv followed by nothing but `TAIL`. The result of an
-        activation, a residual sum or a normalisation is already features.
-
-        Raises:
-            BadDataError: it may be either, as in SqueezeNet's classifier and a headless MobileNet.
-        """
-        name, activated, pooled = output, False, False
-        while (node := self.made_by.get(name)) is not None:
-            if self.is_weighted(node):
-                if node.op_type == "Conv" and any(side != 1 for side in _kernel(node)):
-                    return None
-                if not activated:
-                    return str(node.input[0])
-                if node.op_type == "Conv" and pooled:
-                    message = (
-                        f"the last layer before the output {output!r} is a 1x1 convolution followed by an activation and a "
-                        f"pooling, which may be a classification layer or features. Pass --layer {output} to use the "
-                        f"output as it is, or --layer {node.input[0]} for the input of that layer"
-                    )
-                    raise BadDataError(message)
-                return None
-            if node.op_type in OPAQUE or node.op_type.startswith("QLinear"):
-                message = (
-                    f"{node.op_type} stands before the output {output!r} and may be a classification layer (quantised, or in a "
-                    f"branch). Pass --layer NAME for the tensor with the features, or --layer {output} to use the output"
-                )
-                raise BadDataError(message)
-            data = [each for each in node.input if each and not self.is_constant(each)]
-            if len(data) != 1 or node.op_type not in (*TAIL, *POOLING, *ACTIVATIONS):
-                return None
-            activated |= node.op_type in ACTIVATIONS
-            pooled |= node.op_type in POOLING
-            name = data[0]
-        return None
-
-    def tensors(self) -> list[str]:
-        """Names of all inner tensors and outputs, in the order of computation."""
-        return [name for node in self.graph.node for name in node.output if name and not self.is_constant(name)]
-
-
-def _kernel(node: Any) -> list[int]:
-    return [side for attribute in node.attribute if attribute.name == "kernel_shape" for side in attribute.ints]
-
-
-def pooling_nodes(tensor: str, shape: Sequence[int], pooling: str, output: str, opset: int) -> tuple[list[Any], str, int]:
-    """The nodes that pool a tensor to one vector per image.
-
-    Args:
-        tensor: its name.
-        shape: of one run with any batch: (n, d), (n, tokens, d), (n, d, h, w) or (n, h, w, d).
-        pooling: ``average``, ``max`` or ``token``, if it is not a vector.
-        output: name of the result ``(n, d)``.
-        opset: of the model; up to 17, the axes of a reduction are an attribute.
-
-    Returns:
-        Nodes, the pooling as the facts name it, and d.
-
-    Raises:
-        BadDataError: a tensor of this shape cannot be pooled this way.
-    """
-    from onnx import helper
-
-    if len(shape) == 2:
-        return [helper.make_node("Identity", [tensor], [output])], "none", int(shape[1])
-    axes, width = spatial_axes(shape, tensor, pooling)
-    inner = f"penult_{output}"
-    if pooling == "token":
-        index = helper.make_tensor(f"{inner}_first", 7, [], [0])  # INT64
-        nodes = [
-            helper.make_node("Constant", [], [f"{inner}_index"], value=index),
-            helper.make_node("Gather", [tensor, f"{inner}_index"], [output], axis=1),
-        ]
-        return nodes, pooling, width
-    if len(axes) == 2 and axes[0] == 2:
-        op = "GlobalMaxPool" if pooling == "max" else "GlobalAveragePool"
-        pooled = helper.make_node(op, [tensor], [inner])
-        return [pooled, helper.make_node("Flatten", [inner], [output], axis=1)], pooling, width
-    op = "ReduceMax" if pooling == "max" else "ReduceMean"
-    if opset < 18:
-        return [helper.make_node(op, [tensor], [output], keepdims=0, axes=axes)], pooling, width
-    constant = helper.make_tensor(f"{inner}_values", 7, [len(axes)], axes)
-    nodes = [
-        helper.make_node("Constant", [], [f"{inner}_axes"], value=constant),
-        helper.make_node(op, [tensor, f"{inner}_axes"], [output], keepdims=0),
-    ]
-    return nodes, pooling, width
-
-
-def spatial_axes(shape: Sequence[int], name: str, pooling: str) -> tuple[list[int], int]:
-    """The axes to pool over, and the number of features.
-
-    Square inputs give square feature maps, which distinguishes channels first from channels last.
-
-    Raises:
-        BadDataError: it is neither tokens nor a square map, or has no class token.
-    """
-    if len(shape) == 3:
-        return [1], int(shape[2])
-    if len(shape) == 4 and pooling != "token":
-        if shape[2] == shape[3]:
-            return [2, 3], int(shape[1])
-        if shape[1] == shape[2]:
-            return [1, 2], int(shape[3])
-    expected = "tokens (n, t, d)" if pooling == "token" else "(n, d), (n, t, d), (n, d, h, h) or (n, h, h, d)"
-    message = f"the layer {name!r} has shape {tuple(shape)}; expected {expected}"
-    raise BadDataError(message)
 
 
 def cut(model: Any, ends: Sequence[tuple[list[Any], str, int]], front: Sequence[Any] = (), inputs: Sequence[Any] = ()) -> None:
@@ -179,7 +20,7 @@ def cut(model: Any, ends: Sequence[tuple[list[Any], str, int]], front: Sequence[
 
     Args:
         model: ``onnx.ModelProto``.
-        ends: for each output, the nodes that make it (`pooling_nodes`), its name and its width.
+        ends: for each output, the nodes that make it (`pooling.pooling_nodes`), its name and its width.
         front: nodes before the graph.
         inputs: the new graph's inputs; by default the old ones.
     """
@@ -255,8 +96,6 @@ def keep_zero_padding(model: Any) -> bool:
 
 def _is_zero_padding(graph: Any, pad: Any) -> bool:
     """Whether a Pad fills with a constant zero, the one case that Pad_Fusion takes."""
-    from onnx import numpy_helper
-
     attributes = {each.name: each for each in pad.attribute}
     if "mode" in attributes and attributes["mode"].s != b"constant":
         return False
@@ -264,9 +103,17 @@ def _is_zero_padding(graph: Any, pad: Any) -> bool:
         return float(attributes["value"].f) == 0
     if len(pad.input) < 3 or not pad.input[2]:
         return True
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    constants |= {node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant"}
-    return pad.input[2] in constants and not numpy_helper.to_array(constants[pad.input[2]]).any()
+    value = constant(graph, pad.input[2])
+    return value is not None and not value.any()
+
+
+def constant(graph: Any, name: str) -> NDArray[Any] | None:
+    """The values of a tensor that a graph stores; None if it is computed."""
+    from onnx import numpy_helper
+
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    tensors |= {node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant"}
+    return numpy_helper.to_array(tensors[name]) if name in tensors else None
 
 
 def in_float16(graph: Any) -> bool:

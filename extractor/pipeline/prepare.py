@@ -8,8 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from extractor.backbones.custom_onnx import say_warnings
 from extractor.backbones.export import export
-from extractor.backbones.onnx_input import read_sidecar
+from extractor.backbones.model_config import stated_by
 from extractor.backbones.registry import Backbone
 from extractor.graphs.backbone_facts import BackboneFacts, read_facts
 from extractor.graphs.graph import keep_zero_padding
@@ -28,7 +29,7 @@ from store.writer import CacheWriter
 
 log = logging.getLogger("penult.extractor")
 
-NOTES = ("request", "backbone_sha256", "weights", "source", "backbone_data", "calibration")
+NOTES = ("request", "backbone_sha256", "weights", "source", "backbone_data", "calibration", "look")
 LIBRARIES = ("penult", "torch", "torchvision", "onnx", "onnxruntime-gpu", "onnxruntime", "h5py", "numpy", "pillow")
 
 
@@ -62,7 +63,7 @@ def prepare_backbone(
         request["file_sha256"] = digest(file) if backbone.is_file else file_digest(file)
         request["weights"] = None  # the content counts, not the path
         if backbone.is_file:
-            request |= {"name": "onnx", "sidecar": read_sidecar(file)}
+            request |= {"name": "onnx", "sidecar": stated_by(file, {}).settings}
     elif backbone.seed is None:
         request["torchvision"] = version("torchvision")  # it decides what the default weights are
     if conversion:
@@ -76,7 +77,9 @@ def prepare_backbone(
         and not _from_before_zero_padding(path, backbone)
     ):
         log.info("using %s as exported before", path)
-        return read_facts(path), {key: before[key] for key in NOTES if key in before}
+        facts = read_facts(path)
+        say_warnings(facts)
+        return facts, {key: before[key] for key in NOTES if key in before}
     if backbone.seed is not None:
         log.warning(
             "RANDOM WEIGHTS (seed %d): %s is untrained, its features are a random projection", backbone.seed, backbone.name

@@ -1,4 +1,4 @@
-"""Somebody's own ONNX file: every shape it may have works, or is refused with the sentence that says what to do."""
+"""Custom ONNX files: every shape they may have works, or is refused with the sentence that says what to do."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ def quantised() -> list[Any]:
         (mixing, "features of an image depend on the others of its batch"),
         (transposed, r"'probabilities' has shape \(8, 3\) for 3 images, not features of each"),
         (too_wide, "'probabilities' gives 65544 features; expected at most 65536"),
-        (quantised, "MatMulInteger stands before .* may be a classification layer .* Pass --layer NAME"),
+        (quantised, "DynamicQuantizeLinear quantises with a scale that is computed from the whole batch.*quantise statically"),
     ],
 )
 def test_what_is_no_feature_of_one_image_is_refused(tmp_path: Path, tail: Callable[[], list[Any]], sentence: str) -> None:
@@ -352,7 +352,12 @@ def test_a_backbone_too_large_for_one_file_keeps_its_weights_beside_it(
         ({}, {**HALF, "layers": ("flatt",)}, UsageError, r"--layer flatt: .* has no such tensor; did you mean 'flat'"),
         ({"side": "s"}, HALF, UsageError, "takes images of any size. Pass the size it was trained on, such as --crop 224"),
         ({"dtype": TensorProto.UINT8}, HALF, UsageError, "takes raw bytes: leave --mean out"),
-        ({"outputs": ("logits", "flat")}, HALF, UsageError, r"2 outputs \(logits, flat\). Choose .* --layer logits"),
+        (
+            {"outputs": ("logits", "flat")},
+            HALF,
+            UsageError,
+            r"2 outputs \(logits, flat\); .* Choose the features: --layer flat$",
+        ),
         ({"inputs": 2}, HALF, BadDataError, r"takes 2 inputs \(image, more1\); a backbone takes images alone"),
         ({"dtype": TensorProto.INT32}, HALF, BadDataError, "takes image of type INT32; expected float or uint8"),
     ],
@@ -372,7 +377,7 @@ def test_what_is_missing_is_named(
         (["n", 3, 16], r"of shape \(\?, 3, 16\); expected \(n, 3, h, w\) or \(n, h, w, 3\)"),
         (["n", 1, 16, 16], r"of shape \(\?, 1, 16, 16\): not three channels"),
         (["n", 3, 16, 24], "takes images of 16 x 24 pixels; only square inputs"),
-        (["n", "c", "h", "w"], "Pass --layout nchw or --layout nhwc"),
+        (["n", "c", "h", "w"], "Pass the size it was trained on"),  # its convolution says which axis has the channels
     ],
 )
 def test_an_input_that_is_no_square_rgb_image_is_refused(tmp_path: Path, dims: Dims, sentence: str) -> None:

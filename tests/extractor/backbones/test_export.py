@@ -30,8 +30,10 @@ from extractor.backbones.registry import Backbone, choose_weights, names, weight
 from extractor.backbones.weights import read_state
 from extractor.graphs import backbone_facts
 from extractor.graphs.backbone_facts import read_facts
-from extractor.graphs.graph import Graph, cut, pooling_nodes
+from extractor.graphs.classification_layer import Graph
+from extractor.graphs.graph import cut
 from extractor.graphs.parity import PARITY, check_parity, relative_l2
+from extractor.graphs.pooling import pooling_nodes, pooling_of
 from extractor.progress import StopFlag
 from extractor.runtime.session import Embedder
 from store.errors import (
@@ -180,8 +182,9 @@ def test_the_cut_looks_through_transposed_weights_and_activations() -> None:
     weights = {"w1": np.ones((48, 7), np.float32), "w2": np.ones((5, 7), np.float32)}
     model = graph(nodes, ("out", ["n", 5]), weights)
     assert Graph(model).penultimate("out") == Graph(model).classifier_input("out") == "relu"
-    nodes, pooling, dim = pooling_nodes("relu", (2, 7), "average", "features", 20)
+    pooling, dim = pooling_of((2, 7), "relu", "average")
     assert (pooling, dim) == ("none", 7)
+    nodes = pooling_nodes("relu", (2, 7), pooling, "features", 20)
     cut(model, [(nodes, "features", dim)])
     assert [node.op_type for node in model.graph.node] == ["Flatten", "Gemm", "Relu", "Identity"]
     assert [tensor.name for tensor in model.graph.initializer] == ["w1"]
@@ -204,48 +207,6 @@ def test_a_network_without_weights_has_nothing_to_cut() -> None:
     model = graph([helper.make_node("Relu", ["x"], ["out"])], ("out", ["n", 3, 4, 4]), {})
     with pytest.raises(BadDataError, match="nothing to cut at"):
         Graph(model).penultimate("out")
-
-
-@pytest.mark.parametrize(
-    ("shape", "pooling", "expected"),
-    [
-        ((2, 5), "max", lambda x: x),
-        ((2, 3, 4, 4), "average", lambda x: x.mean(axis=(2, 3))),
-        ((2, 3, 4, 4), "max", lambda x: x.max(axis=(2, 3))),
-        ((2, 4, 4, 3), "average", lambda x: x.mean(axis=(1, 2))),
-        ((2, 4, 4, 3), "max", lambda x: x.max(axis=(1, 2))),
-        ((2, 7, 5), "average", lambda x: x.mean(axis=1)),
-        ((2, 7, 5), "token", lambda x: x[:, 0]),
-    ],
-)
-@pytest.mark.parametrize("opset", [17, 20])
-def test_any_layer_becomes_a_vector(shape: tuple[int, ...], pooling: str, expected: Any, opset: int) -> None:
-    import onnxruntime
-
-    nodes, _, dim = pooling_nodes("x", shape, pooling, "features", opset)
-    model = helper.make_model(
-        helper.make_graph(
-            nodes,
-            "g",
-            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", *shape[1:]])],
-            [helper.make_tensor_value_info("features", TensorProto.FLOAT, ["n", dim])],
-        ),
-        opset_imports=[helper.make_opsetid("", opset)],
-        ir_version=8,
-    )
-    onnx.checker.check_model(model)
-    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    (found,) = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": x})
-    np.testing.assert_allclose(found, expected(x), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize(("shape", "pooling"), [((2, 3, 4, 5), "average"), ((2, 3), "token"), ((2, 3, 4, 4, 4), "max")])
-def test_a_layer_that_cannot_become_a_vector_is_refused(shape: tuple[int, ...], pooling: str) -> None:
-    if len(shape) == 2:
-        assert pooling_nodes("layer", shape, pooling, "features", 20)[1] == "none"
-        return
-    with pytest.raises(BadDataError, match=r"the layer 'layer' has shape .*; expected \(n, d\), \(n, t, d\)"):
-        pooling_nodes("layer", shape, pooling, "features", 20)
 
 
 def test_files_that_say_nothing_of_their_preprocessing_are_refused(tmp_path: Path) -> None:

@@ -110,17 +110,24 @@ def test_a_size_that_a_network_does_not_take_is_refused_before_the_export(tmp_pa
         to_onnx(load(backbone), "vit_b_32", tmp_path / "m.onnx")
 
 
-@pytest.mark.parametrize("pooling", ["average", "max", "token"])
-def test_tokens_are_pooled_as_asked(pooling: str) -> None:
+@pytest.mark.parametrize("kind", ["average", "max", "token", "patches after 1", "class+mean after 1"])
+def test_tokens_are_pooled_as_asked(kind: str) -> None:
     network = VisionTransformer(32, 16, 3, 2, 24, 48).eval()
     pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     layer = "encoder.layers.encoder_layer_1"
     caught: list[Any] = []
     network.get_submodule(layer).register_forward_hook(lambda _module, _inputs, output: caught.append(output.clone()))
     with torch.inference_mode():
-        found = tapped(network, [layer], last_weighted(network, pixels), pooling)(pixels)[1]
+        found = tapped(network, {layer: kind}, last_weighted(network, pixels))(pixels)[1]
     tokens = caught[-1]
-    expected = {"average": tokens.mean(dim=1), "max": tokens.amax(dim=1), "token": tokens[:, 0]}[pooling]
+    patches = tokens[:, 1:].mean(dim=1)
+    expected = {
+        "average": tokens.mean(dim=1),
+        "max": tokens.amax(dim=1),
+        "token": tokens[:, 0],
+        "patches after 1": patches,
+        "class+mean after 1": torch.cat([tokens[:, 0], patches], dim=1),
+    }[kind]
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
@@ -128,7 +135,7 @@ def test_a_layer_is_caught_before_the_next_one_works_in_place() -> None:
     network = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(inplace=True), torch.nn.Linear(4, 2)).eval()
     pixels = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        found = tapped(network, ["0"], "2", "average")(pixels)[1]
+        found = tapped(network, {"0": "none"}, "2")(pixels)[1]
         torch.testing.assert_close(found, network[0](pixels), rtol=0, atol=0)
     assert (found < 0).any()
 
@@ -138,7 +145,7 @@ def test_a_layer_is_caught_before_the_next_one_works_in_place() -> None:
     [
         (("layer5",), "average", r"--layer layer5: there is no such layer; did you mean 'layer[1-4]'"),
         (("layer1", "layer1"), "average", "one of them is named twice"),
-        (("layer1",), "median", "--pooling median: expected average, max, token"),
+        (("layer1",), "median", "--pooling median: expected average, max, class, patches, class.mean, token"),
     ],
 )
 def test_layers_that_are_not_there_are_refused(layers: tuple[str, ...], pooling: str, sentence: str) -> None:
