@@ -82,7 +82,8 @@ def backbones(name: str | None, *, with_layers: bool, as_json: bool) -> None:
 @click.argument("backbone")
 @output_option("The ONNX file.")
 @overwrite_option
-def export(settings: ExportSettings, output: Path, *, overwrite: bool) -> None:
+@json_option
+def export(settings: ExportSettings, output: Path, *, overwrite: bool, as_json: bool) -> None:
     """Export a backbone to ONNX at its penultimate layer.
 
     It is checked against torch. BACKBONE is a torchvision network, or a custom ONNX file; the result then contains the settings
@@ -95,8 +96,11 @@ def export(settings: ExportSettings, output: Path, *, overwrite: bool) -> None:
 
     require_free(output, overwrite=overwrite)
     facts = export_backbone(settings.network(), output)
+    if as_json:
+        return print_json({"output": str(output), **facts.description(), "warnings": facts.reading.get("warnings", [])})
     for layer in facts.layers:
         say(f"{output}: {facts.name} ({facts.weights}), {layer.dim} features, {layer.layer}, pooling {layer.pooling}")
+    return None
 
 
 def shape_text(shape: Sequence[int]) -> str:

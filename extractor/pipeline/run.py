@@ -41,6 +41,7 @@ from store.format.samples import Row, SampleTable
 from store.writer import CacheWriter, open_writer
 
 from .batches import embedded, run_shard
+from .first_look import first_look
 from .plan import check_cheaply, list_labelled, list_samples, plan, require_device
 from .prepare import fingerprints, library_versions, prepare_backbone
 from .settings import Options
@@ -98,12 +99,14 @@ class _Opened:
         facts: of the backbone.
         decoder, embedder: started.
         before: the sample table of the last run; None if there was none.
+        look: what the backbone sees in the first photo, see `first_look`.
     """
 
     facts: BackboneFacts
     decoder: Decoder
     embedder: Embedder | DevicePool
     before: SampleTable | None
+    look: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,7 @@ def _run(source: Source, backbone: Backbone, cache: Path, options: Options, warn
         unlabelled=labels.unlabelled,
         changes=changes,
         subfolders=labels.subfolder_counts,
+        backbone=opened.facts.description() | ({"look": opened.look} if opened.look else {}),
         warnings=warnings,
     )
     if not table.counts["ok"]:
@@ -208,10 +212,11 @@ def _open(request: _Request, writer: CacheWriter, stop: StopFlag) -> Iterator[_O
         embedder = open_embedder(request.devices, model, facts.preprocess, batch_size=size, outputs=facts.outputs, tf32=tf32)
         stack.callback(embedder.close)
         sets = fingerprints(facts, embedder.provider, options.storage, tf32=tf32, views=drawn)
-        writer.begin(*sets, facts={**notes, "versions": library_versions()})
+        look = notes.get("look") or first_look(request.backbone, facts, decoder, request.source.files, request.samples)
+        writer.begin(*sets, facts={**notes, **({"look": look} if look else {}), "versions": library_versions()})
         numbers = len(request.samples) * options.views * sum(embedder.dims)
         _check_disk(request.cache, numbers * (4 if options.storage == "float32" else 2))
-        yield _Opened(facts, decoder, embedder, writer.samples)
+        yield _Opened(facts, decoder, embedder, writer.samples, look)
 
 
 def _stream(request: _Request, writer: CacheWriter, opened: _Opened, stop: StopFlag) -> _Streamed:

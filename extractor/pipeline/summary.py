@@ -29,6 +29,9 @@ class Summary:
         unlabelled: number of inputs without one.
         changes: number of samples of the last run whose ``split``, and whose ``label`` (or targets), is another now.
         subfolders: number of folders with images in a class folder, by label; they all have that label.
+        backbone: its name, weights, layers and preprocessing; of a custom ONNX file also where each feature set was found
+            (``features``) and where each setting was said (``settings``), tokens before the patches (``prefix_tokens``), its
+            class scores (``scores``), and what it sees in the first photo (``look``: ``image`` and ``classes``).
         warnings: what was warned of, in order.
     """
 
@@ -53,6 +56,7 @@ class Summary:
     unlabelled: int = 0
     changes: dict[str, int] = field(default_factory=dict)
     subfolders: dict[str, int] = field(default_factory=dict)
+    backbone: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
