@@ -92,8 +92,9 @@ def import_onnx(backbone: Backbone, target: Path) -> BackboneFacts:
             reading.setdefault("prefix_tokens", {})[tensor] = before
             reading["warnings"] += [] if pooling else [prefix_warning(tensor, before, rows.shape[1])]
         feature_sets.append(Layer(tensor, kind, dim, output))
-    reading["warnings"] += score_warnings(graph, choice, [layer.dim for layer in feature_sets], file)
-    reading |= class_counts(choice, values)
+    doubts = score_warnings(graph, choice, [layer.dim for layer in feature_sets], file)
+    reading["warnings"] += doubts.values()
+    reading |= class_counts(choice, values) | ({"may_be_scores": list(doubts)} if doubts else {})
     facts = BackboneFacts(
         "onnx",
         file.name,

@@ -124,19 +124,19 @@ def _is_vector(value: Any) -> bool:
     return kind.elem_type in (1, 10, 11) and (len(dims) == 2 or (len(dims) == 4 and 1 == dims[2] == dims[3]))  # floats
 
 
-def score_warnings(graph: Graph, choice: Choice, dims: Sequence[int], file: Path) -> list[str]:
-    """Warnings of features that are, or look like, class scores."""
-    outputs, warnings = outputs_of(graph), []
+def score_warnings(graph: Graph, choice: Choice, dims: Sequence[int], file: Path) -> dict[str, str]:
+    """Warnings of features that are, or look like, class scores, by their tensors."""
+    outputs, warnings = outputs_of(graph), {}
     for tensor, how, dim in zip(choice.tensors, choice.how, dims, strict=True):
         if how == CUT or tensor not in outputs:
             continue
         if before := _input_of_scores(graph, tensor):
-            warnings.append(
+            warnings[tensor] = (
                 f"{file.name}: {tensor!r} is what a classification layer makes, class scores rather than features; "
                 f"--layer {before} takes the input of that layer"
             )
         elif how == OUTPUT and graph.looks_like_scores(tensor, dim):
-            warnings.append(
+            warnings[tensor] = (
                 f"{file.name}: its output {tensor!r} has {dim} values and may be class scores rather than features, and no "
                 f"classification layer was recognised before it; --layer {_last_input(graph, tensor)} takes the input of the "
                 f"last layer with weights, --layer {tensor} this output without this warning"

@@ -63,17 +63,24 @@ def name_nodes(graph: Any) -> None:
 
 
 def keep_zero_padding(model: Any) -> bool:
-    """Keep the zeros that pad the input of a max pooling; return whether there are any.
+    """Keep the zeros that pad the input of a max pooling; return whether there are any right before one.
 
-    ONNX Runtime's Pad_Fusion makes them minus infinity, which is something else if the values before may all be negative. So
-    the padding becomes a zero that is computed from the batch size, which no optimiser knows. In a graph of an opset before
-    11 the padding is an attribute and stays; `cpu_session.WRONG_FUSIONS` are off in any case.
+    ONNX Runtime's Pad_Fusion makes them minus infinity, which is something else if the values before may all be negative; also
+    where its TransposeOptimizer has moved a transposition from between them. So the padding becomes a zero that is computed
+    from the batch size, which no optimiser knows. In a graph of an opset before 11 the padding is an attribute and stays;
+    `cpu_session.WRONG_FUSIONS` are off in any case.
     """
     from onnx import TensorProto, helper
 
     made_by = {name: node for node in model.graph.node for name in node.output}
-    pads = [made_by[node.input[0]] for node in model.graph.node if node.op_type == "MaxPool" and node.input[0] in made_by]
-    pads = [node for node in pads if node.op_type == "Pad" and _is_zero_padding(model.graph, node)]
+    direct = [made_by.get(node.input[0]) for node in model.graph.node if node.op_type == "MaxPool"]
+    pads = []
+    for node in direct:
+        before = node
+        while before is not None and before.op_type in ("Transpose", "Identity"):
+            before = made_by.get(before.input[0])
+        if before is not None and before.op_type == "Pad" and _is_zero_padding(model.graph, before):
+            pads.append(before)
     opset = max((each.version for each in model.opset_import if each.domain in ("", "ai.onnx")), default=1)
     kind = TensorProto.FLOAT16 if in_float16(model.graph) else TensorProto.FLOAT
     for number, pad in enumerate({id(node): node for node in pads}.values() if opset >= 11 else ()):
@@ -91,7 +98,7 @@ def keep_zero_padding(model: Any) -> bool:
         kept = model.graph.node[place + len(nodes)]
         del kept.input[2:3]
         kept.input.insert(2, name)
-    return bool(pads)
+    return any(pad is node for pad in pads for node in direct)
 
 
 def _is_zero_padding(graph: Any, pad: Any) -> bool:

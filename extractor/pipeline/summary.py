@@ -30,8 +30,9 @@ class Summary:
         changes: number of samples of the last run whose ``split``, and whose ``label`` (or targets), is another now.
         subfolders: number of folders with images in a class folder, by label; they all have that label.
         backbone: its name, weights, layers and preprocessing; of a custom ONNX file also where each feature set was found
-            (``features``) and where each setting was said (``settings``), tokens before the patches (``prefix_tokens``), its
-            class scores (``scores``), and what it sees in the first photo (``look``: ``image`` and ``classes``).
+            (``features``) and where each setting was said (``settings``), tokens before the patches (``prefix_tokens``),
+            feature sets that may be class scores (``may_be_scores``), its class scores (``scores``), and what it sees in the
+            first photo (``look``: ``image`` and ``classes``).
         warnings: what was warned of, in order.
     """
 

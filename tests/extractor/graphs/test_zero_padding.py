@@ -95,6 +95,31 @@ def test_features_are_those_that_onnx_defines(opset: int, value: float | None, t
         np.testing.assert_allclose(theirs, expected, rtol=1e-4)
 
 
+def test_zeros_before_a_transposition_stay_zeros_too(tmp_path: Path) -> None:
+    """ONNX Runtime's TransposeOptimizer moves it away, and then its Pad_Fusion applies; other programs run the file as well."""
+    model = onnx.load(write_classifier(tmp_path / "theirs.onnx"))
+    conv, _, pool, *rest = model.graph.node
+    pads = helper.make_tensor("last", TensorProto.INT64, [8], [0, 1, 1, 0, 0, 1, 1, 0])
+    nodes = [
+        conv,
+        helper.make_node("Constant", [], ["last"], value=pads),
+        helper.make_node("Transpose", ["c"], ["ct"], perm=[0, 2, 3, 1]),
+        helper.make_node("Pad", ["ct", "last"], ["yt"]),
+        helper.make_node("Transpose", ["yt"], ["y"], perm=[0, 3, 1, 2]),
+        *(pool, *rest),
+    ]
+    graph = helper.make_graph(nodes, "last", model.graph.input, model.graph.output, model.graph.initializer)
+    file = tmp_path / "last.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=model.opset_import, ir_version=8), file)
+    facts = import_onnx(backbone_of(file), tmp_path / "ours.onnx")
+    assert "max_pool_padding" not in facts.fingerprints()[0]  # they have been right since that pass is off
+    pixels = np.random.default_rng(1).normal(size=(4, 3, SIDE, SIDE)).astype(np.float32)
+    expected = by_definition(file, pixels)
+    for ours in (True, False):
+        rows = features_of(tmp_path / "ours.onnx", "pixels", pixels, "features", ours=ours)
+        np.testing.assert_allclose(rows, expected, rtol=1e-4)
+
+
 def test_onnx_runtime_still_has_the_fault(tmp_path: Path) -> None:
     """When this fails, `cpu_session.WRONG_FUSIONS` and `keep_zero_padding` may go."""
     file = write_classifier(tmp_path / "theirs.onnx")
