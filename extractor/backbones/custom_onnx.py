@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from extractor.graphs import backbone_facts, onnx_file
 from extractor.graphs.backbone_facts import BackboneFacts, Layer
-from extractor.graphs.classification_layer import CLASS_COUNTS, Graph
+from extractor.graphs.classification_layer import Graph
 from extractor.graphs.cpu_session import cpu_session
 from extractor.graphs.graph import cut, keep_zero_padding
 from extractor.graphs.parity import PARITY, relative_l2
@@ -30,7 +30,7 @@ from extractor.pixels.preprocess import Preprocess
 from extractor.runtime.session import MAX_DIM
 from store.errors import BadDataError, UsageError
 
-from .feature_tensors import LAYER, Choice, choose_tensors, outputs_of, score_warnings
+from .feature_tensors import Choice, choose_tensors, class_counts, outputs_of, warnings_of
 from .model_config import OPTIONS, ModelConfig, stated_by
 from .onnx_input import Input, image_input, preprocessing
 from .registry import Backbone
@@ -68,6 +68,7 @@ def import_onnx(backbone: Backbone, target: Path) -> BackboneFacts:
     require_domains(model, file)
     load_data(model, file)
     model = _inlined(model)
+    require_domains(model, file)  # also of its functions
     graph = Graph(model)
     stated = stated_by(file, backbone.onnx_input)
     layers = list(backbone.layers) or stated.settings.get("layer", [])
@@ -81,20 +82,14 @@ def import_onnx(backbone: Backbone, target: Path) -> BackboneFacts:
     joins = token_joins(graph)
     values = run_whole(model, [*tensors, *choice.scores, *joins], begin, pixels, file)
     expected = [require_features(values, tensor, file) for tensor in tensors]
-    feature_sets = []
-    for tensor, rows, output in zip(tensors, expected, backbone_facts.name_outputs(len(tensors)), strict=True):
-        before = count_prefix(rows.shape[1], [values[name] for name in joins if name in values]) if rows.ndim == 3 else 0
-        kind, dim = pooling_of(rows.shape, tensor, pooling or "average", before)
-        if not 0 < dim <= MAX_DIM:
-            message = f"{file}: {tensor!r} gives {dim} features; expected at most {MAX_DIM}. Choose another with --layer"
-            raise BadDataError(message)
-        if before:
-            reading.setdefault("prefix_tokens", {})[tensor] = before
-            reading["warnings"] += [] if pooling else [prefix_warning(tensor, before, rows.shape[1])]
-        feature_sets.append(Layer(tensor, kind, dim, output))
-    doubts = score_warnings(graph, choice, [layer.dim for layer in feature_sets], file)
+    feature_sets, prefixes = _feature_sets(tensors, expected, [values[name] for name in joins], pooling or "average", file)
+    if prefixes:
+        reading["prefix_tokens"] = prefixes
+        sizes = {tensor: rows.shape[1] for tensor, rows in zip(tensors, expected, strict=True)}
+        reading["warnings"] += [] if pooling else [prefix_warning(name, prefixes[name], sizes[name]) for name in prefixes]
+    doubts = warnings_of(graph, choice, [layer.dim for layer in feature_sets], file)
     reading["warnings"] += doubts.values()
-    reading |= class_counts(choice, values) | ({"may_be_scores": list(doubts)} if doubts else {})
+    reading |= class_counts(choice, values) | ({"doubtful": list(doubts)} if doubts else {})
     facts = BackboneFacts(
         "onnx",
         file.name,
@@ -108,6 +103,26 @@ def import_onnx(backbone: Backbone, target: Path) -> BackboneFacts:
     say_warnings(facts)
     with onnx_file.replacing(target) as new:
         return _write(model, begin, facts, pixels, expected, new, only_fixed=dynamic)
+
+
+def _feature_sets(
+    tensors: Sequence[str], values: Sequence[NDArray[Any]], joins: Sequence[NDArray[Any]], pooling: str, file: Path
+) -> tuple[list[Layer], dict[str, int]]:
+    """How each tensor becomes one vector per image, and the number of tokens before the patches where there are any.
+
+    Raises:
+        BadDataError, UsageError: it cannot; as `pooling_of`, or there are too many features.
+    """
+    layers, prefixes = [], {}
+    for tensor, rows, output in zip(tensors, values, backbone_facts.name_outputs(len(tensors)), strict=True):
+        if rows.ndim == 3 and (prefix := count_prefix(rows.shape[1], joins)):
+            prefixes[tensor] = prefix
+        kind, dim = pooling_of(rows.shape, tensor, pooling, prefixes.get(tensor, 0))
+        if not 0 < dim <= MAX_DIM:
+            message = f"{file}: {tensor!r} gives {dim} features; expected at most {MAX_DIM}. Choose another with --layer"
+            raise BadDataError(message)
+        layers.append(Layer(tensor, kind, dim, output))
+    return layers, prefixes
 
 
 def _inlined(model: Any) -> Any:
@@ -379,16 +394,6 @@ def require_features(values: Mapping[str, NDArray[Any]], tensor: str, file: Path
         message = f"{file} gives NaN or infinity in {tensor!r} for ordinary pixels; it is damaged, or takes another range"
         raise BadDataError(message)
     return rows
-
-
-def class_counts(choice: Choice, values: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
-    """The first output that has a score for each of many classes, for the facts."""
-    for name in (*choice.scores, *choice.tensors):
-        rows = values[name]
-        usual = name in choice.scores or (choice.how[0] != LAYER and rows.shape[-1:] and rows.shape[-1] in CLASS_COUNTS)
-        if usual and rows.dtype.kind == "f" and rows.ndim == 2 and len(rows) == BATCH:
-            return {"scores": {"output": name, "count": int(rows.shape[1])}}
-    return {}
 
 
 def _front(begin: Input) -> list[Any]:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from extractor.graphs.classification_layer import Graph
+from numpy.typing import NDArray
+
+from extractor.graphs.classification_layer import CLASS_COUNTS, Graph
 from store.cache import PENULTIMATE
 from store.errors import BadDataError, UsageError, did_you_mean
 
 log = logging.getLogger("penult.extractor")
 
 CUT, OUTPUT, LAYER = "input of the classification layer", "output", "layer"
+CONVOLUTION = "input of the last convolution"  # which may be a classification layer, or not
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Choice:
 
     Attributes:
         tensors: their names.
-        how: for each `CUT`, `OUTPUT` (used as it is) or `LAYER` (named by the user).
+        how: for each `CUT`, `CONVOLUTION`, `OUTPUT` (used as it is) or `LAYER` (named by the user).
         scores: the outputs that a classification layer makes.
     """
 
@@ -82,8 +85,9 @@ def _penultimate(graph: Graph, file: Path, *, requested: bool) -> Choice:
         if tensor is None:
             log.info("%s: no classification layer before the output %r, which is used as it is", file.name, outputs[0])
             return Choice((outputs[0],), (OUTPUT,))
-        log.info("%s: cut at %r, the input of its classification layer", file.name, tensor)
-        return Choice((tensor,), (CUT,), (outputs[0],))
+        how = CONVOLUTION if graph.is_pooled_convolution(outputs[0]) else CUT
+        log.info("%s: cut at %r, the %s", file.name, tensor, how)
+        return Choice((tensor,), (how,), (outputs[0],))
     inputs = {name: _input_of_scores(graph, name) for name in outputs}
     scores = tuple(name for name in outputs if inputs[name])
     vectors = [value.name for value in graph.graph.output if not inputs[value.name] and _is_vector(value)]
@@ -124,11 +128,16 @@ def _is_vector(value: Any) -> bool:
     return kind.elem_type in (1, 10, 11) and (len(dims) == 2 or (len(dims) == 4 and 1 == dims[2] == dims[3]))  # floats
 
 
-def score_warnings(graph: Graph, choice: Choice, dims: Sequence[int], file: Path) -> dict[str, str]:
-    """Warnings of features that are, or look like, class scores, by their tensors."""
+def warnings_of(graph: Graph, choice: Choice, dims: Sequence[int], file: Path) -> dict[str, str]:
+    """Warnings of features that may be class scores, or be from before the last layer of the network, by their tensors."""
     outputs, warnings = outputs_of(graph), {}
     for tensor, how, dim in zip(choice.tensors, choice.how, dims, strict=True):
-        if how == CUT or tensor not in outputs:
+        if how == CONVOLUTION:
+            warnings[tensor] = (
+                f"{file.name}: cut at {tensor!r}, before a 1x1 convolution and a pooling, which may be a classification layer "
+                f"or belong to the network; --layer {outputs[0]} takes the output instead, --layer {tensor} this, unwarned"
+            )
+        if how in (CUT, CONVOLUTION) or tensor not in outputs:
             continue
         if before := _input_of_scores(graph, tensor):
             warnings[tensor] = (
@@ -142,6 +151,16 @@ def score_warnings(graph: Graph, choice: Choice, dims: Sequence[int], file: Path
                 f"last layer with weights, --layer {tensor} this output without this warning"
             )
     return warnings
+
+
+def class_counts(choice: Choice, values: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+    """The first output that has a score for each of many classes, for the facts."""
+    for name in (*choice.scores, *choice.tensors):
+        rows = values[name]
+        usual = name in choice.scores or (choice.how[0] != LAYER and rows.shape[-1:] and rows.shape[-1] in CLASS_COUNTS)
+        if usual and rows.dtype.kind == "f" and rows.ndim == 2:
+            return {"scores": {"output": name, "count": int(rows.shape[1])}}
+    return {}
 
 
 def _last_input(graph: Graph, tensor: str) -> str:

@@ -56,7 +56,7 @@ class BackboneFacts:
         zero_padded_pooling: a max pooling has zeros around it, see `graph.keep_zero_padding`. Files from before that was known
             do not say so, and their features are others.
         reading: how a custom ONNX file was read: ``features`` (where each feature set was found), ``settings`` (where each was
-            said), ``prefix_tokens`` (before the patches), ``may_be_scores`` (feature sets that may be class scores),
+            said), ``prefix_tokens`` (before the patches), ``doubtful`` (feature sets that may be others than one expects),
             ``scores`` (an output with class scores: ``output``, ``count``), ``warnings``. For people; empty for torchvision's
             networks, but for ``warnings``.
     """

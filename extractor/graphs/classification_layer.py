@@ -151,6 +151,13 @@ class Graph:
         written_out = not cosine and (joins or ops.intersection(WRITTEN_OUT))  # an activation, or a normalisation
         return None if written_out else self._of_one(output, nodes[0], layers)
 
+    def is_pooled_convolution(self, output: str) -> bool:
+        """Whether an output is a pooled 1x1 convolution, which may classify or be the last layer of the network's body."""
+        layers, blocked = self._walk(output)
+        if blocked or not layers or any(path.scores for path in layers):
+            return False
+        return all(path.pooled and self.made_by[path.name].op_type == "Conv" for path in layers)
+
     def _walk(self, output: str) -> tuple[list[_Path], list[_Path]]:
         """The ways from an output back to layers with weights, and those that end at something else."""
         layers: list[_Path] = []

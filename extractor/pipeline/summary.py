@@ -31,7 +31,7 @@ class Summary:
         subfolders: number of folders with images in a class folder, by label; they all have that label.
         backbone: its name, weights, layers and preprocessing; of a custom ONNX file also where each feature set was found
             (``features``) and where each setting was said (``settings``), tokens before the patches (``prefix_tokens``),
-            feature sets that may be class scores (``may_be_scores``), its class scores (``scores``), and what it sees in the
+            feature sets that may be class scores (``doubtful``), its class scores (``scores``), and what it sees in the
             first photo (``look``: ``image`` and ``classes``).
         warnings: what was warned of, in order.
     """

@@ -455,7 +455,11 @@ def test_a_convolutional_classifier_is_ambiguous_with_an_activation_only(tmp_pat
     chosen = import_onnx(Backbone(str(file), **HALF, layers=("relu",)), tmp_path / "m.onnx")
     assert (chosen.layer, chosen.pooling, chosen.dim) == ("relu", "average", WIDTH)
     plain = put(model(activated=False), tmp_path / "net.onnx")
-    assert import_onnx(Backbone(str(plain), **HALF), tmp_path / "m.onnx").layer == "relu"
+    facts = import_onnx(Backbone(str(plain), **HALF), tmp_path / "m.onnx")
+    assert (facts.layer, facts.reading["doubtful"]) == ("relu", ["relu"])
+    assert (
+        "may be a classification layer or belong to the network; --layer probabilities takes" in facts.reading["warnings"][-1]
+    )
 
 
 def test_several_layers_are_pooled_and_equal_their_single_runs(tmp_path: Path, pixels: list[Any]) -> None:

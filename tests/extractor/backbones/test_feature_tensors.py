@@ -69,12 +69,12 @@ def test_an_output_that_may_be_class_scores_is_said_each_time(tmp_path: Path, ca
     (warning,) = facts.reading["warnings"]
     assert warning.startswith(sentence)
     assert "--layer x takes the input of the last layer with weights" in warning
-    assert facts.description()["may_be_scores"] == ["out"]
+    assert facts.description()["doubtful"] == ["out"]
     assert read_facts(tmp_path / "backbone.onnx").reading == facts.reading
     caplog.clear()
     import_onnx(Backbone(str(tmp_path / "backbone.onnx")), tmp_path / "again.onnx")
     assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [warning]
-    assert "may_be_scores" not in read(file, "out").reading
+    assert "doubtful" not in read(file, "out").reading
 
 
 def test_a_named_output_of_a_classification_layer_is_said_too(tmp_path: Path) -> None:
