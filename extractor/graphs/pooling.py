@@ -179,8 +179,9 @@ def count_prefix(tokens: int, joins: Sequence[NDArray[Any]]) -> int:
 
 def prefix_warning(layer: str, prefix: int, tokens: int) -> str:
     """The warning that an average over all tokens counts those before the patches too."""
-    more = f" and {prefix - 1} more, such as registers," if prefix > 1 else ""
+    count = "1 token that is" if prefix == 1 else f"{prefix} tokens that are"
     return (
-        f"{layer!r} has a class token{more} before its {tokens - prefix} patches, and the features are the average of all "
-        f"{tokens}. Pass --pooling class, patches or class+mean for other features, or --pooling average for these, unwarned"
+        f"{layer!r} has {count} not of the image (a class token, registers) before its {tokens - prefix} patches, and the "
+        f"features are the average of all {tokens}. Pass --pooling class, patches or class+mean for other features, or "
+        f"--pooling average for these without this warning"
     )

@@ -217,9 +217,10 @@ def transformers(tmp_path_factory: pytest.TempPathFactory, one_torch_thread: Non
 def test_an_average_over_a_class_token_is_said_and_others_are_offered(transformers: Any, special: int) -> None:
     file, pixels, tokens = transformers[special]
     facts = read(file)
-    more = "" if special == 1 else " and 4 more, such as registers,"
+    count = "1 token that is" if special == 1 else "5 tokens that are"
     (warning,) = facts.reading["warnings"]
-    assert f"has a class token{more} before its 4 patches, and the features are the average of all {4 + special}" in warning
+    assert f"has {count} not of the image (a class token, registers) before its 4 patches, and the features are" in warning
+    assert f"the average of all {4 + special}. Pass --pooling class, patches or class+mean" in warning
     assert facts.reading["prefix_tokens"] == {"tokens": special}
     assert facts.fingerprints()[0]["pooling"] == "average"
     patches = tokens[:, special:].mean(1)
