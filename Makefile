@@ -29,11 +29,12 @@ bench: install  ## minutes; writes the tables in docs/benchmarks.md, docs/metric
 backbones: install  ## about an hour; exports every torchvision network and rewrites the table of docs/backbones.md
 	$(BIN)/python benchmarks/backbones.py
 
-soak: install  ## hours; every layout of images; damaged photos, docs/images.md; every fault, docs/reliability.md; then a million rows in 4 GB, docs/large.md
+soak: install  ## hours; layouts and damage of images (docs/images.md), every fault (docs/reliability.md), optimisers, a million rows (docs/large.md)
 	$(BIN)/python benchmarks/layouts.py
 	$(BIN)/python benchmarks/holes.py
 	$(BIN)/python benchmarks/soak.py
 	$(BIN)/python benchmarks/large.py
+	$(BIN)/python benchmarks/optimisers.py
 
 install: .venv/installed
 

@@ -104,7 +104,7 @@ def test_a_split_of_ones_own_that_divides_groups_is_named(
         for i in range(12)
     ]
     (tmp_path / "list.csv").write_text("\n".join(["path,label,split,group", *lines]))
-    cache, said = tmp_path / "p.cache", "4 group(s) have images in more than one split (such as 'a 0')"
+    cache, said = tmp_path / "p.cache", "4 of 12 groups have images in more than one split of the data (such as a 0 in"
     code, out, err = penult("extract", tmp_path / "list.csv", "-m", backbone_file, "-o", cache, "--json")
     assert code == 0
     assert said in err
