@@ -22,8 +22,8 @@ from extractor.graphs.backbone_facts import PREFIX
 from extractor.graphs.cpu_session import cpu_session
 from extractor.graphs.graph import cut
 from extractor.graphs.normalisation import pixel_nodes
+from extractor.graphs.reasons import reason
 from extractor.precision.registry import precision_of
-from extractor.runtime.cpu import first_line
 from store.errors import BadDataError
 from store.format.atomic import require_free, require_no_part_of, require_replaceable
 from store.format.shard import MAX_ROUNDING
@@ -193,7 +193,7 @@ def _require_no_label(path: Path, fused: Fused) -> None:
             session = cpu_session(Path(folder) / "behind.onnx")
             sound, results = (dict(zip(outputs, session.run(outputs, {name: each}), strict=True)) for each in (rows, broken))
         except Exception as error:  # onnxruntime's exceptions have no common public base
-            message = f"{path}: {name!r} of width {width} is not its features: {first_line(error)}"
+            message = f"{path}: {name!r} of width {width} is not its features: {reason(error)}"
             raise BadDataError(message) from error
     right = np.isnan(results[fused.output][::2]).all() and all(
         (results[each][1::2] == sound[each][1::2]).all() for each in outputs

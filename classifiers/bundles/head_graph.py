@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from classifiers.evaluation.task import HeadTask
 from extractor.graphs.cpu_session import cpu_session
 from extractor.graphs.onnx_file import external_files, read_model
-from extractor.runtime.cpu import first_line
+from extractor.graphs.reasons import reason
 from store.errors import BadDataError
 
 from .predictions import MORE_THAN_CERTAIN
@@ -46,7 +46,7 @@ def head_function(data: bytes, path: Path, dim: int, task: HeadTask) -> Head:
     try:
         session = cpu_session(data, threads=min(os.cpu_count() or 1, 4))
     except Exception as error:  # onnxruntime's exceptions have no common public base
-        message = f"{path} cannot be run: {first_line(error)}"
+        message = f"{path} cannot be run: {reason(error)}"
         raise BadDataError(message) from error
     inputs = [(each.name, list(each.shape)[1:]) for each in session.get_inputs()]
     if inputs != [("features", [dim])]:
@@ -58,7 +58,7 @@ def head_function(data: bytes, path: Path, dim: int, task: HeadTask) -> Head:
         try:
             numbers = np.concatenate([session.run(None, {"features": part})[0] for part in parts])
         except Exception as error:  # a node whose inputs do not fit; or no output, or one that is no array of rows
-            message = f"{path} cannot be run: {first_line(error)}"
+            message = f"{path} cannot be run: {reason(error)}"
             raise BadDataError(message) from error
         return require_outputs(numbers, len(features), task, path)
 
