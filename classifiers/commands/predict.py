@@ -63,10 +63,10 @@ def predict(bundle: Path, images: Sequence[Path], settings: PredictSettings, for
             columns: list[Any] = blank if p.probabilities is None else predictor.task.cells(p.probabilities)
             if predictor.recipe.novelty:
                 columns = ["" if p.novelty is None else f"{p.novelty:.4f}", *columns]
-            writer.writerow([*map(_quoted, (p.name, p.label or "")), best, p.code or "", _quoted(p.message), *columns])
+            writer.writerow([*map(_quoted, (_exact(p.path), p.label or "")), best, p.code or "", _quoted(p.message), *columns])
         elif form == "jsonl":
             facts: dict[str, Any] = {
-                "path": p.name,
+                "path": _exact(p.path),
                 "label": p.label,
                 "probability": p.probability,
                 "code": p.code,
@@ -82,6 +82,11 @@ def predict(bundle: Path, images: Sequence[Path], settings: PredictSettings, for
             novelty = "" if p.novelty is None else f"\tnovelty {p.novelty:.2f}{unlike}"
             say(f"{p.name}\t{p.code}: {p.message}" if p.code else f"{p.name}\t{predictor.task.text(p)}{novelty}")
     return WITH_FAILURES if failed else 0
+
+
+def _exact(path: bytes) -> str:
+    """A path for machines: as it is, but for bytes that are not UTF-8, which become ``\\xNN``."""
+    return path.decode("utf-8", "backslashreplace")
 
 
 def _quoted(text: str) -> str:

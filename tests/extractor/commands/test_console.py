@@ -84,6 +84,19 @@ def test_csv_and_json_have_the_exact_text(tmp_path: Path, penult: Penult) -> Non
     assert [name.removeprefix("p_") for name in heading[-3:]] == sorted(NAMES.values())
 
 
+def test_csv_and_json_have_the_exact_path(tmp_path: Path, penult: Penult) -> None:
+    """Screenshots of macOS have a narrow blank in their names; a list of predictions must fit the list of files."""
+    names = [b"at 3.00\xe2\x80\xafPM.jpg", b"caf\xe9.jpg", b"two\nlines.jpg"]
+    for name in names:
+        shutil.copy(next((V1 / "photos").rglob("*.jpg")), os.path.join(os.fsencode(tmp_path), name))  # noqa: PTH118
+    wanted = [f"{tmp_path}/{name}" for name in ("at 3.00\u202fPM.jpg", "caf\\xe9.jpg", "two\nlines.jpg")]
+    out = penult("predict", V1 / "logistic.head", tmp_path, "--format", "jsonl")[1]
+    assert [json.loads(line)["path"] for line in out.splitlines()] == wanted
+    out = penult("predict", V1 / "logistic.head", tmp_path, "--format", "csv")[1]
+    assert [row["path"] for row in csv.DictReader(io.StringIO(out, newline=""))] == wanted
+    assert "at 3.00\\u202fPM.jpg" in penult("predict", V1 / "logistic.head", tmp_path)[1]
+
+
 def test_the_json_of_a_command_has_all_its_warnings(penult: Penult) -> None:
     code, out, err = penult("evaluate", V1 / "logistic.head", V1 / "photos", "--json")
     assert code == 3
