@@ -164,7 +164,7 @@ def test_recorded_failures_exit_3_and_beyond_the_budget_65(
     ]
     code, _, err = penult("extract", root, "-m", backbone_file, "-o", tmp_path / "c", "--max-failures", "1")
     assert code == 65
-    assert "2 of 18 inputs failed" in err
+    assert "2 of 18 inputs failed (not_an_image 1, truncated 1) and --max-failures 1 allows 1" in err
     assert penult("train", tmp_path / "c", "-o", tmp_path / "h")[0] == 65
     assert penult("extract", root, "-m", backbone_file, "-o", tmp_path / "d", "--on-error", "fail")[0] == 65
 

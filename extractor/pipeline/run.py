@@ -183,8 +183,8 @@ def _run(source: Source, backbone: Backbone, cache: Path, options: Options, warn
     budget = options.budget(len(request.samples))
     if summary.failed > budget:
         message = (
-            f"{summary.failed} of {len(table.rows)} inputs failed and --max-failures {options.max_failures} allows {budget}; "
-            f"see {cache}/ledger.jsonl"
+            f"{summary.failed} of {len(table.rows)} inputs failed{summary.codes_text} and --max-failures "
+            f"{options.max_failures} allows {budget}; see {cache}/ledger.jsonl"
         )
         raise BudgetExceededError(message, facts={"extract": summary.to_json()})
     return summary

@@ -63,10 +63,14 @@ class Summary:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    @property
+    def codes_text(self) -> str:
+        """The failures by code, in brackets after a blank; empty if there are none."""
+        return f" ({', '.join(f'{code} {count}' for code, count in sorted(self.codes.items()))})" if self.codes else ""
+
     def text(self) -> str:
         """The summary for people: a line of counts, a line about what was computed, and the bottleneck of a long run."""
-        codes = f" ({', '.join(f'{code} {count}' for code, count in sorted(self.codes.items()))})" if self.codes else ""
-        lines = [f"{self.inputs} inputs = {self.ok} ok + {self.duplicates} duplicates + {self.failed} failed{codes}"]
+        lines = [f"{self.inputs} inputs = {self.ok} ok + {self.duplicates} duplicates + {self.failed} failed{self.codes_text}"]
         total = self.seconds["total"]
         if not self.computed:
             what = "nothing to compute" if self.ok else "no input could be used"

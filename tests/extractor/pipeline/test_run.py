@@ -359,7 +359,7 @@ def test_the_budget_is_kept(run: Run, photos: Path, tmp_path: Path, make_image: 
     spoil(data, make_image)
     (data / "bees/more.jpg").write_bytes(b"")
     with pytest.raises(
-        BudgetExceededError, match=r"4 of 18 inputs failed and --max-failures 1% allows 3; see .*ledger"
+        BudgetExceededError, match=r"4 of 18 inputs failed \(.*not_an_image \d.*\) and --max-failures 1% allows 3; see .*ledger"
     ) as error:
         run(data, tmp_path / "c")
     assert error.value.exit_code == 65
