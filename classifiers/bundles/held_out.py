@@ -133,6 +133,8 @@ def evaluate_bundle(
         log.warning(
             "%d of %d images were fitted when %s was trained; they are left out", len(rows) - len(fresh), len(rows), bundle.name
         )
+    if copies := len(fresh) - len({row.sha256 for row in fresh}):
+        log.warning("%d of %d images are exact copies of others among them, and count again in the scores", copies, len(fresh))
     task_of_bundle(bundle).require_labels([row.label for row in fresh if row.label is not None], name)
     truth = table.truth(fresh, bundle.classes)
     if cache is not None and predictor is None:

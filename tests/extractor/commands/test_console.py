@@ -97,11 +97,15 @@ def test_csv_and_json_have_the_exact_path(tmp_path: Path, penult: Penult) -> Non
     assert "at 3.00\\u202fPM.jpg" in penult("predict", V1 / "logistic.head", tmp_path)[1]
 
 
-def test_the_json_of_a_command_has_all_its_warnings(penult: Penult) -> None:
-    code, out, err = penult("evaluate", V1 / "logistic.head", V1 / "photos", "--json")
+def test_the_json_of_a_command_has_all_its_warnings(tmp_path: Path, penult: Penult) -> None:
+    photos = shutil.copytree(V1 / "photos", tmp_path / "photos")
+    for i in range(2):
+        shutil.copy(V1 / "extra.jpg", photos / f"test/blue/extra{i}.jpg")
+    code, out, err = penult("evaluate", V1 / "logistic.head", photos, "--json")
     assert code == 3
     warnings = json.loads(out)["warnings"]
     assert any(text.endswith("they are not in the scores") for text in warnings), err
+    assert any("1 of 14 images are exact copies of others among them" in text for text in warnings), err
     assert all(f"warning: {text}" in err for text in warnings)
     assert json.loads(penult("info", V1 / "photos.cache", "--json")[1])["warnings"] == []
 
