@@ -209,7 +209,7 @@ def test_overlapping_starts_end_with_75(job: Callable[..., Path], tmp_path: Path
 def test_a_dry_run_writes_nothing(job: Callable[..., Path], tmp_path: Path) -> None:
     path = job()
     before = sorted(tmp_path.rglob("*"))
-    labels = {"labels": {"blue": 15, "red": 15}, "subfolders": {}}
+    labels = {"labels": {"blue": 15, "red": 15}, "unlabelled": 0, "subfolders": {}, "warnings": []}
     assert preview_job(path) == {
         "extract": {"inputs": 30, "unchanged": 0, "to_read": 30, **labels},
         "train": "yes, if features, labels or settings changed",
@@ -219,7 +219,7 @@ def test_a_dry_run_writes_nothing(job: Callable[..., Path], tmp_path: Path) -> N
     assert preview_job(path) == {"extract": {"inputs": 30, "unchanged": 30, "to_read": 0, **labels}, "train": "unchanged"}
     (tmp_path / "photos/red/1-000.png").unlink()
     paint(tmp_path / "photos", "red", (200, 50, 40), 2, seed=9)
-    labels = {"labels": {"blue": 15, "red": 16}, "subfolders": {}}
+    labels = {"labels": {"blue": 15, "red": 16}, "unlabelled": 0, "subfolders": {}, "warnings": []}
     assert preview_job(path)["extract"] == {"inputs": 31, "unchanged": 29, "to_read": 2, **labels}
 
 

@@ -125,7 +125,7 @@ def test_a_second_run_reads_nothing_again(backbone: Backbone, tmp_path: Path) ->
     write_mnist(tmp_path)
     run_extract(source("MNIST", tmp_path), backbone, tmp_path / "c", QUIET)
     would = preview(source("MNIST", tmp_path), backbone, tmp_path / "c", QUIET)
-    labels = {"labels": {"0 - zero": 10, "1 - one": 10}, "subfolders": {}}
+    labels = {"labels": {"0 - zero": 10, "1 - one": 10}, "unlabelled": 0, "subfolders": {}, "warnings": []}
     assert would == {"inputs": 20, "unchanged": 20, "to_read": 0, **labels}
     assert run_extract(source("MNIST", tmp_path), backbone, tmp_path / "c", QUIET).computed == 0
 
