@@ -85,9 +85,9 @@ def image_input(model: Any, file: Path, layout: str | None, missing: list[str]) 
         raise BadDataError(message)
     kinds = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.UINT8: "uint8"}
     if tensor.elem_type not in kinds:
-        message = (
-            f"{file} takes {inputs[0].name} of type {TensorProto.DataType.Name(tensor.elem_type)}; expected float or uint8"
-        )
+        of_number = {number: name for name, number in TensorProto.DataType.items()}
+        kind = of_number.get(tensor.elem_type, f"number {tensor.elem_type}")
+        message = f"{file} takes {inputs[0].name} of type {kind}; expected float or uint8"
         raise BadDataError(message)
     can = {"nchw": dims[1] in (3, None), "nhwc": dims[3] in (3, None)}
     certain = {"nchw": dims[1] == 3 and dims[3] != 3, "nhwc": dims[3] == 3 and dims[1] != 3}
@@ -116,10 +116,10 @@ def first_convolution(graph: Any, name: str) -> tuple[str | None, int | None]:
     layout = "nchw"
     while True:
         consumers = [node for node in graph.node if name in node.input and node.op_type not in ("Shape", "Size")]
-        if len(consumers) != 1:
+        if len(consumers) != 1 or not consumers[0].output:
             return None, None
         (node,) = consumers
-        if node.op_type == "Conv":
+        if node.op_type == "Conv" and len(node.input) > 1:
             weight = node.input[1]
             while (
                 weight not in shapes

@@ -86,7 +86,7 @@ class Graph:
         return name not in self._of_pixels
 
     def is_weighted(self, node: Any) -> bool:
-        return node.op_type in WEIGHTED and self.is_constant(node.input[1])
+        return node.op_type in WEIGHTED and len(node.input) > 1 and self.is_constant(node.input[1])
 
     def penultimate(self, output: str) -> str:
         """Name of the tensor that feeds the last layer with weights before an output: the last Gemm, MatMul or Conv.
@@ -215,7 +215,7 @@ class Graph:
         least: float | None = values.get("min")
         if len(node.input) > 1 and node.input[1]:
             array = constant(self.graph, node.input[1])
-            return array is not None and float(array) < 0
+            return array is not None and bool((array < 0).all())
         return least is None or least < 0
 
     def _without_norms(self, layers: list[_Path], blocked: list[_Path]) -> tuple[list[_Path], list[_Path], bool]:

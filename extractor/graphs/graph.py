@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from graphlib import TopologicalSorter
+from graphlib import CycleError, TopologicalSorter
 from heapq import heapify, heappop, heappush
 from itertools import count
 from typing import Any
 
 from numpy.typing import NDArray
+
+from store.errors import BadDataError
 
 WEIGHTED = ("Gemm", "MatMul", "Conv")
 
@@ -115,12 +117,15 @@ def _is_zero_padding(graph: Any, pad: Any) -> bool:
 
 
 def constant(graph: Any, name: str) -> NDArray[Any] | None:
-    """The values of a tensor that a graph stores; None if it is computed."""
+    """The values of a tensor that a graph stores; None if it is computed, or cannot be read."""
     from onnx import numpy_helper
 
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     tensors |= {node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant"}
-    return numpy_helper.to_array(tensors[name]) if name in tensors else None
+    try:
+        return numpy_helper.to_array(tensors[name]) if name in tensors else None
+    except (TypeError, ValueError):  # bytes that do not fit its shape: no session takes it either
+        return None
 
 
 def in_float16(graph: Any) -> bool:
@@ -144,11 +149,19 @@ def of_pixels(graph: Any) -> set[str]:
 
 
 def in_order(nodes: Sequence[Any]) -> list[Any]:
-    """Nodes in topological order, which ONNX requires and float16 converters break; otherwise their order is kept."""
+    """Nodes in topological order, which ONNX requires and float16 converters break; otherwise their order is kept.
+
+    Raises:
+        BadDataError: they stand in a circle.
+    """
     place = {name: i for i, node in enumerate(nodes) for name in node.output if name}
     needs = {i: {place[name] for name in (*node.input, *free_names(node)) if name in place} for i, node in enumerate(nodes)}
     sorter = TopologicalSorter(needs)
-    sorter.prepare()
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        message = "the graph has a circle of nodes"
+        raise BadDataError(message) from error
     ready, done = list(sorter.get_ready()), []
     heapify(ready)
     while ready:

@@ -55,6 +55,11 @@ def read_model(path: Path, data: bytes | None = None) -> Any:
     if not model.graph.node:
         message = f"{path} is not an ONNX file: it holds no graph"
         raise BadDataError(message)
+    texts = [text for node in model.graph.node for text in (node.op_type, node.domain, *node.input, *node.output)]
+    texts += [each.name for each in (*model.graph.input, *model.graph.output, *model.graph.initializer)]
+    if not all(isinstance(text, str) for text in texts):  # protobuf gives what is no UTF-8 as bytes
+        message = f"{path} is damaged: a name in it is no text"
+        raise BadDataError(message)
     return model
 
 

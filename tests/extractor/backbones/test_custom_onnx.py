@@ -503,6 +503,39 @@ def test_damaged_files_are_refused_or_found_different(tmp_path: Path) -> None:
             import_onnx(Backbone(str(file), **HALF), out)
 
 
+def circle(model: Any) -> None:
+    model.graph.node[0].input[0] = "relu"
+
+
+def no_text(model: Any) -> None:
+    model.graph.node[1].op_type = "Rel@"
+
+
+def no_type(model: Any) -> None:
+    model.graph.input[0].type.tensor_type.elem_type = 99
+
+
+def short_weights(model: Any) -> None:
+    model.graph.initializer[-1].raw_data = b"short"
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (circle, "the graph has a circle of nodes"),
+        (no_text, "a name in it is no text"),
+        (no_type, "takes image of type number 99; expected float or uint8"),
+        (short_weights, r"net\.onnx"),
+    ],
+)
+def test_damage_that_a_flipped_bit_seldom_makes(tmp_path: Path, damage: Callable[[Any], None], sentence: str) -> None:
+    model = classifier()
+    damage(model)
+    (tmp_path / "net.onnx").write_bytes(model.SerializeToString().replace(b"Rel@", b"Rel\xff"))
+    with pytest.raises(BadDataError, match=sentence):
+        import_onnx(Backbone(str(tmp_path / "net.onnx"), **HALF), tmp_path / "m.onnx")
+
+
 def test_operators_that_run_somebodys_code_are_refused(tmp_path: Path) -> None:
     model = classifier()
     model.graph.node[1].domain = "evil.ops"
