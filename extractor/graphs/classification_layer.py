@@ -41,7 +41,7 @@ class _Path:
     Attributes:
         name: of the tensor.
         trail: the tensors on the way.
-        ops: the operators on the way; those that join several tensors only.
+        ops: the operators on the way.
         joins: of them, those that join several tensors.
         activated, pooled: an activation, or a pooling, is among them.
         scores: a softmax or a choice among classes is among them, so that what is before it are class scores.
@@ -132,14 +132,14 @@ class Graph:
                 raise BadDataError(self._unclear(output))
             return None
         nodes = list({path.name: self.made_by[path.name] for path in layers}.values())
-        for node in nodes if surely or not joins else ():
-            if _is_opaque(node):
-                message = (
-                    f"{node.op_type} stands before the output {output!r} and may be a classification layer (quantised, or in a "
-                    f"branch). Pass --layer NAME for the tensor with the features, or --layer {output} to use the output"
-                )
-                raise BadDataError(message)
-        if any(map(_is_opaque, nodes)):
+        opaque = [node.op_type for node in nodes if _is_opaque(node)]
+        if opaque and (surely or not joins):
+            message = (
+                f"{opaque[0]} stands before the output {output!r} and may be a classification layer (quantised, or in a "
+                f"branch). Pass --layer NAME for the tensor with the features, or --layer {output} to use the output"
+            )
+            raise BadDataError(message)
+        if opaque:
             return None
         if len(nodes) == 1 and surely:
             usual = ops <= {*TAIL, *SCORES, *POOLING, *ACTIVATIONS, *WRITTEN_OUT}
