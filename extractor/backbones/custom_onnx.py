@@ -23,9 +23,9 @@ from extractor.graphs.classification_layer import Graph
 from extractor.graphs.cpu_session import cpu_session
 from extractor.graphs.graph import cut, keep_zero_padding
 from extractor.graphs.parity import PARITY, relative_l2
-from extractor.graphs.pooling import count_prefix, pooled, pooling_nodes, pooling_of, prefix_warning, token_joins
+from extractor.graphs.pooling import axes_warning, count_prefix, pooled, pooling_nodes, pooling_of, prefix_warning, token_joins
 from extractor.graphs.reasons import reason
-from extractor.graphs.row_independence import DYNAMIC, mixing_operators, over_the_batch
+from extractor.graphs.row_independence import over_the_batch, require_rows
 from extractor.pixels.preprocess import Preprocess
 from extractor.runtime.session import MAX_DIM
 from store.errors import BadDataError, UsageError
@@ -75,7 +75,7 @@ def import_onnx(backbone: Backbone, target: Path) -> BackboneFacts:
     pooling = backbone.pooling or stated.settings.get("pooling")
     begin, preprocess, choice, reading = _read(model, graph, stated, layers, file)
     tensors = choice.tensors
-    dynamic = _require_rows(graph, tensors, begin, file)
+    dynamic = require_rows(graph, tensors, begin.batch, file)
     pixels = np.random.default_rng(0).uniform(-1, 1, (BATCH, 3, preprocess.crop, preprocess.crop)).astype(np.float32)
     if preprocess.input_range == 255:
         pixels = np.rint((pixels + 1) * 127.5)
@@ -85,8 +85,10 @@ def import_onnx(backbone: Backbone, target: Path) -> BackboneFacts:
     feature_sets, prefixes = _feature_sets(tensors, expected, [values[name] for name in joins], pooling or "average", file)
     if prefixes:
         reading["prefix_tokens"] = prefixes
-        sizes = {tensor: rows.shape[1] for tensor, rows in zip(tensors, expected, strict=True)}
-        reading["warnings"] += [] if pooling else [prefix_warning(name, prefixes[name], sizes[name]) for name in prefixes]
+    if not pooling:
+        shapes = {tensor: rows.shape for tensor, rows in zip(tensors, expected, strict=True)}
+        reading["warnings"] += [prefix_warning(name, prefixes[name], shapes[name][1]) for name in prefixes]
+        reading["warnings"] += filter(None, (axes_warning(name, shapes[name], prefixes.get(name, 0)) for name in shapes))
     doubts = warnings_of(graph, choice, [layer.dim for layer in feature_sets], file)
     reading["warnings"] += doubts.values()
     reading |= class_counts(choice, values) | ({"doubtful": list(doubts)} if doubts else {})
@@ -149,7 +151,7 @@ def _read(
         choice = choose_tensors(graph, layers, file)
     except (BadDataError, UsageError) as error:
         if isinstance(error, BadDataError):
-            _require_rows(graph, outputs_of(graph), begin, file)
+            require_rows(graph, outputs_of(graph), begin.batch, file)
         if not missing:
             raise
         missing.append(str(error))
@@ -163,39 +165,16 @@ def _read(
     reading: dict[str, Any] = {"features": dict(zip(choice.tensors, choice.how, strict=True)), "settings": sources}
     unsaid = f"{file.name} does not say how images are resized; using the usual {' '.join(assumed)}"
     reading["warnings"] = [unsaid] if assumed else []
+    if begin.arithmetic and (set(preprocess.mean), set(preprocess.std)) != ({0.0}, {1.0}):
+        reading["warnings"].append(
+            f"{file.name} computes with its pixels before its first convolution ({', '.join(begin.arithmetic)}), and mean and "
+            f"deviation are applied before that, too; if the file normalises its pixels itself, pass --mean 0 --std 1"
+        )
     by_file = {source: [name for name, each in sources.items() if each == source] for source in dict.fromkeys(sources.values())}
     for source, names in by_file.items():
         if source not in (OPTIONS, "assumed", "the file"):
             log.info("%s: %s as %s beside it says", file.name, ", ".join(names), source)
     return begin, preprocess, choice, reading
-
-
-def _require_rows(graph: Graph, tensors: Sequence[str], begin: Input, file: Path) -> bool:
-    """Refuse operators by which the features of an image depend on the others of its batch, or on chance.
-
-    Returns:
-        Whether there are some that do no harm, because the file takes one image at a time.
-
-    Raises:
-        BadDataError: names them, and what to do.
-    """
-    reasons = mixing_operators(graph, tensors)
-    dynamic = [op for op in reasons if op.startswith(DYNAMIC)]
-    if begin.batch == 1 and len(dynamic) == len(reasons):
-        return bool(reasons)
-    advice = "export the network in evaluation mode (in torch: model.eval())"
-    if dynamic:
-        advice = (
-            "use the float network (--precision int8 makes an int8 one of it), quantise statically, with QDQ nodes (in ONNX "
-            "Runtime: quantize_static), or pass --layer for a tensor before it"
-        )
-    if reasons:
-        listing = "; ".join(f"{op} {why}" for op, why in reasons.items())
-        message = (
-            f"{file}: features of an image depend on the others of its batch, or on chance: {listing}. To use it, {advice}"
-        )
-        raise BadDataError(message)
-    return False
 
 
 def say_warnings(facts: BackboneFacts) -> None:

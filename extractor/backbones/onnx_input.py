@@ -17,6 +17,8 @@ from store.errors import BadDataError, UsageError
 from .model_config import CONFIG, OPTIONS, PROCESSOR, ModelConfig
 
 RESIZE_OVER_CROP = 256 / 224  # the usual ratio of torchvision's presets
+ARITHMETIC = ("Add", "Sub", "Mul", "Div")
+SHAPED_AS_STORED = ("DequantizeLinear", "Cast", "Identity")  # what weights may go through
 # What may stand between an input and the first convolution, and neither moves axes nor channels
 ONE_TO_ONE = (
     "Cast",
@@ -43,6 +45,7 @@ class Input:
         layout: ``nchw`` or ``nhwc``.
         side: height and width, pixels; None if it is dynamic.
         batch: images per call; None if it is dynamic.
+        arithmetic: operators by which the graph normalises the pixels itself.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Input:
     layout: str
     side: int | None
     batch: int | None
+    arithmetic: tuple[str, ...] = ()
 
     def of(self, pixels: NDArray[np.float32]) -> NDArray[Any]:
         """Normalised ``(n, 3, s, s)`` float32 in the type and layout of this input."""
@@ -91,8 +95,9 @@ def image_input(model: Any, file: Path, layout: str | None, missing: list[str]) 
         raise BadDataError(message)
     can = {"nchw": dims[1] in (3, None), "nhwc": dims[3] in (3, None)}
     certain = {"nchw": dims[1] == 3 and dims[3] != 3, "nhwc": dims[3] == 3 and dims[1] != 3}
-    read_layout, channels = first_convolution(model.graph, inputs[0].name)
-    axes = layout or next((name for name, sure in certain.items() if sure), None) or read_layout
+    begin = beginning_of(model.graph, inputs[0].name)
+    channels = begin.channels
+    axes = layout or next((name for name, sure in certain.items() if sure), None) or begin.layout
     if channels not in (None, 3) and dims[1 if axes == "nchw" else 3] is None:
         message = f"{file} takes images of {channels} channel(s), as its first convolution says; expected three channels (RGB)"
         raise BadDataError(message)
@@ -106,36 +111,49 @@ def image_input(model: Any, file: Path, layout: str | None, missing: list[str]) 
     if height != width:
         message = f"{file} takes images of {height or '?'} x {width or '?'} pixels; only square inputs can be used"
         raise BadDataError(message)
-    return Input(inputs[0].name, kinds[tensor.elem_type], axes, height, dims[0])
+    return Input(inputs[0].name, kinds[tensor.elem_type], axes, height, dims[0], begin.arithmetic)
 
 
-def first_convolution(graph: Any, name: str) -> tuple[str | None, int | None]:
-    """The layout and the number of channels that the first convolution after an input takes; None if it is not clear."""
+@dataclass(frozen=True)
+class Beginning:
+    """What a graph does with its input up to the first convolution; nothing is known if that is not clear.
+
+    Attributes:
+        layout, channels: as the convolution takes them.
+        arithmetic: operators with constants before it, by which a graph normalises its pixels itself.
+    """
+
+    layout: str | None = None
+    channels: int | None = None
+    arithmetic: tuple[str, ...] = ()
+
+
+def beginning_of(graph: Any, name: str) -> Beginning:
+    """Follow the input of a graph to its first convolution."""
     shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     made_by = {output: node for node in graph.node for output in node.output}
-    layout = "nchw"
-    while True:
+    layout, arithmetic = "nchw", list[str]()
+    for _ in graph.node:
         consumers = [node for node in graph.node if name in node.input and node.op_type not in ("Shape", "Size")]
         if len(consumers) != 1 or not consumers[0].output:
-            return None, None
+            break
         (node,) = consumers
         if node.op_type == "Conv" and len(node.input) > 1:
             weight = node.input[1]
-            while (
-                weight not in shapes
-                and weight in made_by
-                and made_by[weight].op_type in ("DequantizeLinear", "Cast", "Identity")
-            ):
+            if weight not in shapes and weight in made_by and made_by[weight].op_type in SHAPED_AS_STORED:
                 weight = made_by[weight].input[0]
             groups = next((each.i for each in node.attribute if each.name == "group"), 1)
-            return layout, shapes[weight][1] * groups if len(shapes.get(weight, [])) == 4 else None
+            channels = shapes[weight][1] * groups if len(shapes.get(weight, [])) == 4 else None
+            return Beginning(layout, channels, tuple(arithmetic))
         if node.op_type == "Transpose":
             if [list(each.ints) for each in node.attribute if each.name == "perm"] != [[0, 3, 1, 2]] or layout != "nchw":
-                return None, None
+                break
             layout = "nhwc"
         elif node.op_type not in ONE_TO_ONE:
-            return None, None
+            break
+        arithmetic += [node.op_type] if node.op_type in ARITHMETIC else []
         name = node.output[0]
+    return Beginning()
 
 
 def preprocessing(begin: Input, stated: ModelConfig, file: Path, missing: list[str], assumed: list[str]) -> Preprocess | None:

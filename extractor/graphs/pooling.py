@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -146,6 +147,16 @@ def pooling_nodes(tensor: str, shape: Sequence[int], kind: str, output: str, ops
     if operation == "class+mean":
         nodes.append(helper.make_node("Concat", [first, mean], [output], axis=1))
     return nodes
+
+
+def axes_warning(layer: str, shape: Sequence[int], prefix: int) -> str:
+    """A warning if the axes of ``(n, t, d)`` may be the other way round: places make a square, features seldom; else none."""
+    if len(shape) != 3 or math.isqrt(shape[2]) ** 2 != shape[2] or math.isqrt(shape[1] - prefix) ** 2 == shape[1] - prefix:
+        return ""
+    return (
+        f"{layer!r} was taken as {shape[1]} tokens of {shape[2]} features. If it is {shape[2]} places of {shape[1]} features, "
+        f"pass --layer for the tensor before it was reshaped"
+    )
 
 
 def token_joins(graph: Graph) -> list[str]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
+
+from store.errors import BadDataError
 
 from .classification_layer import RANDOM, Graph
 from .graph import constant
@@ -20,6 +23,40 @@ OVER_AN_AXIS = (
     "LpNormalization",
     "LayerNormalization",
 )
+
+
+def require_rows(graph: Graph, tensors: Sequence[str], batch: int | None, file: Path) -> bool:
+    """Refuse operators by which the features of an image depend on the others of its batch, or on chance.
+
+    Args:
+        graph: of the file.
+        tensors: with the features.
+        batch: images per call, if the file fixes that number.
+        file: its name, for the message.
+
+    Returns:
+        Whether there are some that do no harm, because the file takes one image at a time.
+
+    Raises:
+        BadDataError: names them, and what to do.
+    """
+    reasons = mixing_operators(graph, tensors)
+    dynamic = [op for op in reasons if op.startswith(DYNAMIC)]
+    if batch == 1 and len(dynamic) == len(reasons):
+        return bool(reasons)
+    advice = "export the network in evaluation mode (in torch: model.eval())"
+    if dynamic:
+        advice = (
+            "use the float network (--precision int8 makes an int8 one of it), quantise statically, with QDQ nodes (in ONNX "
+            "Runtime: quantize_static), or pass --layer for a tensor before it"
+        )
+    if reasons:
+        listing = "; ".join(f"{op} {why}" for op, why in reasons.items())
+        message = (
+            f"{file}: features of an image depend on the others of its batch, or on chance: {listing}. To use it, {advice}"
+        )
+        raise BadDataError(message)
+    return False
 
 
 def mixing_operators(graph: Graph, tensors: Sequence[str]) -> dict[str, str]:

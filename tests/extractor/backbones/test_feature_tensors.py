@@ -247,6 +247,15 @@ def test_a_transformer_without_a_class_token_gives_none(transformers: Any) -> No
     assert relative_l2(Embedder(file.with_name("backbone.onnx"))(pixels), tokens.mean(1)).max() < 1e-5
 
 
+def test_features_before_their_places_are_doubted(tmp_path: Path) -> None:
+    flat = [("Reshape", ["map", np.array([0, WIDTH, 49], np.int64)], "out")]
+    file = write(tmp_path / "net.onnx", flat, {"out": ["n", WIDTH, 49]})
+    (warning,) = read(file).reading["warnings"]
+    assert "'out' was taken as 8 tokens of 49 features. If it is 49 places of 8 features, pass --layer" in warning
+    assert read(file, pooling="average").reading["warnings"] == []
+    assert read(write(tmp_path / "net.onnx", TOKENS[:2], {"last_hidden_state": ["n", 49, WIDTH]})).reading["warnings"] == []
+
+
 # --- rows that depend on others ----------------------------------------------------------------------------------------
 
 DYNAMIC: Tail = [

@@ -249,6 +249,23 @@ def test_a_model_as_hugging_face_has_it_needs_no_options(
     )
 
 
+def test_a_file_that_normalises_its_pixels_itself_is_said(tmp_path: Path) -> None:
+    model = onnx.load(write_network(tmp_path / "net.onnx", ["n", 3, 16, 16]))
+    model.graph.initializer.append(numpy_helper.from_array(np.full((1, 3, 1, 1), 0.5, np.float32), "mean"))
+    model.graph.node.insert(1, helper.make_node("Sub", ["float", "mean"], ["centred"]))
+    model.graph.node[2].input[0] = "centred"
+    onnx.save(model, tmp_path / "net.onnx")
+    stated: dict[str, Any] = {"std": (1.0,), "resize": 18, "interpolation": "bilinear"}
+    (warning,) = import_onnx(Backbone(str(tmp_path / "net.onnx"), mean=(0.5,), **stated), tmp_path / "m.onnx").reading[
+        "warnings"
+    ]
+    assert (
+        "computes with its pixels before its first convolution (Sub), and mean and deviation are applied before that" in warning
+    )
+    plain = import_onnx(Backbone(str(tmp_path / "net.onnx"), mean=(0.0,), **stated), tmp_path / "m.onnx")
+    assert plain.reading["warnings"] == []
+
+
 def test_all_that_is_missing_is_named_at_once(tmp_path: Path) -> None:
     file = write_network(tmp_path / "net.onnx", ["n", "c", "h", "w"])
     model = onnx.load(file)
