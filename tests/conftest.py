@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -18,13 +19,14 @@ from filelock import FileLock
 from PIL import Image
 
 import cli
+from classifiers.bundles import fused
 from classifiers.bundles.digests import SUMS, sums_of
 from extractor.backbones.custom_onnx import import_onnx
 from extractor.backbones.export import export, to_onnx
 from extractor.backbones.networks import load
 from extractor.backbones.registry import Backbone
 from extractor.graphs import onnx_file
-from extractor.graphs.backbone_facts import BackboneFacts, facts_in, read_facts, write_facts
+from extractor.graphs.backbone_facts import PREFIX, BackboneFacts, facts_in, read_facts, write_facts
 from extractor.machine import nvidia_driver_present
 
 REPO = Path(__file__).resolve().parent.parent
@@ -143,6 +145,15 @@ def other_network(source: Path, target: Path) -> Path:
     write_facts(model, facts)
     onnx_file.save(model, target)
     return target
+
+
+def as_before(model: onnx.ModelProto) -> None:
+    """Make a fused classifier one of an earlier version, without a digest of its graph: a test may change what it computes."""
+    texts = {entry.key: entry for entry in model.metadata_props if entry.key.startswith(PREFIX)}
+    model.metadata_props.remove(texts.pop(f"{PREFIX}graph_sha256"))
+    entries = {key.removeprefix(PREFIX): entry.value for key, entry in texts.items()}
+    del entries["facts_sha256"]
+    texts[f"{PREFIX}facts_sha256"].value = json.dumps(fused._facts_digest(entries))
 
 
 def seal(bundle: Path) -> None:

@@ -128,7 +128,7 @@ class Predictor:
         recipe = Recipe(
             path,
             fused.preprocess,
-            lambda outputs: require_outputs(outputs, len(outputs), fused.bound_task, path),
+            lambda outputs: outputs,
             fused.bound_task,
             storage="float32",
             output=fused.output,
@@ -243,11 +243,9 @@ class Predictor:
         """
         stored = as_stored(features, self.recipe.storage)
         finite = np.asarray(np.isfinite(stored).all(axis=1))
-        if finite.all():
-            return self.recipe.head(stored), stored
-        outputs = self.recipe.head(np.where(finite[:, None], stored, np.float32(0)))
+        outputs = self.recipe.head(stored if finite.all() else np.where(finite[:, None], stored, np.float32(0)))
         outputs[~finite] = np.nan
-        return outputs, stored
+        return require_outputs(outputs, len(stored), self.task, self.recipe.backbone), stored
 
     def _decided(self, batch: list[_Read], features: Future[list[NDArray[np.float32]]] | None) -> Iterator[Prediction]:
         rows = self._judged(features.result()[0]) if features else iter(())

@@ -37,7 +37,7 @@ from classifiers.heads.registry import make_head
 from extractor.backbones.registry import Backbone
 from extractor.data.folders import ImageFolder
 from extractor.graphs import onnx_file
-from extractor.graphs.backbone_facts import PREFIX, BackboneFacts, Layer, read_facts, write_facts
+from extractor.graphs.backbone_facts import BackboneFacts, Layer, read_facts, write_facts
 from extractor.graphs.onnx_file import save
 from extractor.pipeline.run import run_extract
 from extractor.pipeline.settings import Options
@@ -46,6 +46,7 @@ from extractor.precision.float16 import to_float16
 from store.cache import FeatureCache
 from store.errors import BadDataError, InputMissingError, OutputError, OutputExistsError, PenultError
 from store.format.shard import as_stored
+from tests.conftest import as_before
 
 Penult = Callable[..., tuple[int, str, str]]
 
@@ -401,11 +402,7 @@ def test_a_graph_that_computes_something_else_fails_the_selftest(file: Path, tmp
     save(model, tmp_path / "sigmoid.onnx")
     with pytest.raises(BadDataError, match="the digest of its graph differs"):
         Fused.load(tmp_path / "sigmoid.onnx")
-    texts = {entry.key: entry for entry in model.metadata_props}  # of a file from before, or computed by another library
-    model.metadata_props.remove(texts.pop(f"{PREFIX}graph_sha256"))
-    entries = {key.removeprefix(PREFIX): entry.value for key, entry in texts.items() if key.startswith(PREFIX)}
-    del entries["facts_sha256"]
-    texts[f"{PREFIX}facts_sha256"].value = json.dumps(format_of._facts_digest(entries))
+    as_before(model)  # or computed by another library
     save(model, tmp_path / "sigmoid.onnx")
     Fused.load(tmp_path / "sigmoid.onnx")
     with pytest.raises(BadDataError, match=r"computes something else here: on cpu, .* from the saved ones; 0\.001 is allowed"):

@@ -35,6 +35,7 @@ from extractor.pixels.preprocess import Preprocess
 from store.cache import FeatureCache
 from store.errors import BadDataError
 from store.format import json_text
+from tests.conftest import as_before
 
 Penult = Callable[..., tuple[int, str, str]]
 
@@ -221,10 +222,12 @@ def test_a_fused_file_that_makes_a_label_of_it_fails_its_self_test(
     for node in model.graph.node:  # the label of before: the largest, whatever it is
         if node.output[0] == "label":
             node.input[0] = "label/best"
+    as_before(model)
     save(model, tmp_path / "argmax.onnx")
     model = onnx.load(folder / "logistic, several labels.onnx")
     (last,) = [node for node in model.graph.node if node.output[0] == "probabilities"]
     last.input[1] = "finite/zero"  # and the sigmoid of infinity is 1
+    as_before(model)
     save(model, tmp_path / "number.onnx")
     for name in ("argmax", "number"):
         with pytest.raises(BadDataError, match=r"gives probabilities( and label)? for features that are not finite"):

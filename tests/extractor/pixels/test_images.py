@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from extractor.backbones.model_config import ModelConfig
 from extractor.backbones.networks import load
 from extractor.backbones.onnx_input import Input, preprocessing
 from extractor.backbones.registry import Backbone
@@ -523,7 +524,8 @@ def test_a_path_is_stated_with_the_backbone() -> None:
     assert (preprocess.resize, preprocess.pixel_path) == (40, "pillow-crop")
     assert load(replace(chosen, pixel_path=None)).preprocess == replace(preprocess, pixel_path="pillow")
     theirs = {"mean": (0.5,), "std": (0.5,), "resize": 40, "interpolation": "bilinear", "pixel_path": "pillow-draft"}
-    stated = preprocessing(Input("x", "float32", "nchw", 32, None), theirs, Path("theirs.onnx"))
+    stated = preprocessing(Input("x", "float32", "nchw", 32, None), ModelConfig(theirs), Path("theirs.onnx"), [], [])
+    assert stated is not None
     assert stated.pixel_path == "pillow-draft"
 
 

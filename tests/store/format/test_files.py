@@ -571,7 +571,7 @@ def test_the_sample_table_survives_a_round_trip(tmp_path: Path) -> None:
 
 
 def test_an_empty_sample_table_survives_a_round_trip(tmp_path: Path) -> None:
-    back = round_trip(SampleTable([], {}), tmp_path)
+    back = round_trip(SampleTable([], {"root": "2f"}), tmp_path)
     assert list(back.rows) == []
     assert back.counts == {"inputs": 0, "ok": 0, "duplicates": 0, "failed": 0}
 
@@ -592,7 +592,7 @@ def test_classes_and_splits_are_those_of_good_rows() -> None:
 @pytest.mark.parametrize("path", [b"/etc/passwd", b"..", b"../x", b"a/../../x", b"a/..", b"", b"a\0b"])
 def test_paths_that_leave_the_root_are_refused_on_reading(tmp_path: Path, path: bytes) -> None:
     with pytest.raises(CorruptCacheError, match="leaves the dataset's root"):
-        round_trip(SampleTable([Row(path, "x")]), tmp_path)
+        round_trip(SampleTable([Row(path, "x")], {"root": "2f"}), tmp_path)
     with pytest.raises(CorruptCacheError):
         check_relative(path)
 
