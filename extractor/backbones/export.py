@@ -117,7 +117,7 @@ def _child() -> None:
     handler = logging.Handler()
     handler.emit = lambda record: messages.append((record.levelno, record.getMessage()))  # type: ignore[method-assign]
     logging.getLogger("penult").addHandler(handler)
-    logging.getLogger("penult").setLevel(logging.INFO)
+    logging.getLogger("penult").setLevel(logging.DEBUG)  # the parent shows what it was asked for
     try:
         backbone, path = Backbone.from_facts(request["backbone"]), Path(request["path"])
         if backbone.is_file:
