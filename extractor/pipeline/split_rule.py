@@ -107,7 +107,7 @@ def require_groups(before: SampleTable | None, samples: Sequence[Sample] | Seque
     """
     if before is None or resplit or any(sample.split for sample in samples):
         return
-    groups = {key: row.group for row in before.rows if row.group for key in (row.path, row.sha256)}
+    groups = {key: row.group for row in before.rows if row.group for key in (row.path, row.sha256) if key}
     grouped = {row.sha256 for row in samples if isinstance(row, Row) and row.group}  # their copies stay with them
     lost = set()
     for sample in samples:
@@ -120,8 +120,7 @@ def require_groups(before: SampleTable | None, samples: Sequence[Sample] | Seque
         again = "the same --group-by" if known == "group" else f"--group-by {known!r}"
         message = (
             f"in the last run {len(lost)} groups of samples each stayed in one split, and now they have none: images of one "
-            f"group would be on both sides. Pass {again} (or the column "
-            f"`group`) again, or --resplit to do without groups"
+            f"group would be on both sides. Pass {again} (or the column `group`) again, or --resplit to do without groups"
         )
         raise BadDataError(message)
 

@@ -16,7 +16,7 @@ from extractor.data.samples import Sample
 from extractor.pipeline.plan import preview
 from extractor.pipeline.run import run_extract
 from extractor.pipeline.settings import Options
-from extractor.pipeline.split_rule import say_own_splits, say_splits
+from extractor.pipeline.split_rule import require_groups, say_own_splits, say_splits
 from store.cache import FeatureCache
 from store.errors import BadDataError
 from store.format.samples import Row, SampleTable
@@ -82,6 +82,15 @@ def test_a_class_of_which_no_image_could_be_used_is_named(caplog: pytest.LogCapt
     caplog.clear()
     say_splits(None, rows(bad), {}, ONE_LABEL)
     assert not caplog.messages, "that there is nothing at all is said elsewhere"
+
+
+def test_a_new_file_is_not_taken_for_one_that_could_not_be_read() -> None:
+    gone = Row(b"a", "x", None, b"p1", b"", "not_found")
+    require_groups(SampleTable([gone]), [Sample(b"a", "x", group=b"p1"), Sample(b"new", "x")], resplit=False)
+    copy = Row(b"copy", "x", None, b"", bytes(32))  # stays with what it is a copy of
+    require_groups(
+        SampleTable([Row(b"a", "x", None, b"p1", bytes(32))]), [Row(b"b", "x", None, b"p1", bytes(32)), copy], resplit=False
+    )
 
 
 def test_groups_that_vanish_are_refused_where_the_files_were_moved_too(
