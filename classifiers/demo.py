@@ -22,7 +22,6 @@ from classifiers.evaluation.task import Evaluation, Prediction
 from classifiers.finetuning.finetune import finetune
 from classifiers.finetuning.settings import FineTuneSettings
 from classifiers.heads.logistic import LogisticHead
-from classifiers.reports.page import write_output
 from classifiers.training.train import train
 from extractor.backbones.networks import load
 from extractor.backbones.registry import Backbone, check_request
@@ -32,6 +31,7 @@ from extractor.pipeline.settings import Options
 from extractor.pipeline.summary import Summary
 from store.cache import FeatureCache, Subset
 from store.errors import InputMissingError, OutputExistsError
+from store.format.output import write_output
 
 log = logging.getLogger("penult.classifiers")
 
@@ -193,8 +193,8 @@ def make_room(out: Path, *, overwrite: bool) -> None:
     Raises:
         OutputExistsError: it cannot; names what is in the way.
     """
-    if not out.exists():
-        out.mkdir(parents=True)
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):  # a run that was killed early leaves an empty one
+        out.mkdir(parents=True, exist_ok=True)
         (out / MARKER).write_text("made by `penult demo`, which may replace what it wrote here\n")
         return
     ours = (out / MARKER).is_file()

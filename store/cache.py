@@ -93,6 +93,7 @@ class FeatureCache:
         self.path = Path(path)
         self._sound: set[int] = set()  # shards whose payload was checked
         self._opened_as = self._state()
+        self._listed = shard_paths(self.path)
         if self.path.is_file():
             self._open_compact(layer)
             return
@@ -152,7 +153,8 @@ class FeatureCache:
         `LockedError` if another run replaces or repairs the cache, or has done so since this one was opened; else the error
         itself.
         """
-        if self._state() == self._opened_as and not is_locked(self.path):
+        pruned = not all(path.exists() for path in self._listed)
+        if self._state() == self._opened_as and not pruned and not is_locked(self.path):
             return error
         message = (
             f"{self.path} is being changed, or was replaced, by another run while it was read; try again when that has ended"
@@ -362,7 +364,7 @@ class FeatureCache:
         return {
             "path": str(self.path),
             "format": self.meta["format"],
-            "rows": sum(len(s.sha256) for s in self.shards),
+            "rows": len(np.unique(self._index[0])),  # a killed `compact --prune` may have left some twice
             "dim": self.dim,
             "views": self.views,
             "dtype": str(self.dtype),

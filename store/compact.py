@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from store.format import atomic, hdf5, shard
+from store.format import atomic, hdf5, output, shard
 from store.format.compact_file import ENCODING_TYPE
 from store.format.metadata import shard_paths
 from store.format.samples import SampleTable
 
 from .cache import FeatureCache
 from .errors import BadDataError
-from .writer import open_writer
+from .writer import open_writer, without_copies
 
 log = logging.getLogger("penult.store")
 
@@ -38,7 +38,7 @@ def write_compact(cache: FeatureCache, out: str | Path, *, dtype: str = "float32
         OutputExistsError: the file exists, or is a part of the cache.
         BadDataError: float16 cannot hold the values.
         CorruptCacheError: the cache's backbone is not the one that made its features.
-        LockedError: another run has replaced the cache meanwhile.
+        LockedError: another run has replaced the cache meanwhile, or writes the file.
         StorageError: it cannot be written.
 
     >>> import store
@@ -48,10 +48,16 @@ def write_compact(cache: FeatureCache, out: str | Path, *, dtype: str = "float32
     <FeatureCache pets.h5: 24 images, labels cat, dog, features of 'last'>
     """
     out = Path(out)
-    atomic.require_replaceable(out)
-    atomic.require_free(out, overwrite=overwrite)
     if cache.path.is_dir():
         atomic.require_no_part_of(cache.path, out)
+    with output.written(out, overwrite=overwrite):
+        data, rows = _compacted(cache, out, dtype)
+        atomic.commit(out, data)
+    return rows
+
+
+def _compacted(cache: FeatureCache, out: Path, dtype: str) -> tuple[bytes, int]:
+    """The content of the compact file ``out``, and its number of rows of ``features``."""
     good = cache.rows()
     features = cache.features([row.sha256 for row in good]).astype(np.float32)
     if dtype == "float16" and not (fits := shard.fits_float16(features)).all():
@@ -75,14 +81,14 @@ def write_compact(cache: FeatureCache, out: str | Path, *, dtype: str = "float32
         "fingerprint": cache.fingerprint.single.canonical,
         "cache": json.dumps(cache.meta["facts"], sort_keys=True),
     }
-    atomic.commit(out, hdf5.build(ENCODING_TYPE, datasets, attrs)[0])
-    return len(good)
+    return hdf5.build(ENCODING_TYPE, datasets, attrs)[0], len(good)
 
 
 def prune(path: Path) -> tuple[int, int]:
     """Remove the features of images that are no longer in the sample table, under the writer's lock.
 
-    New shards are committed before old ones are removed, so a crash in between leaves duplicates but loses nothing.
+    New shards are committed before old ones are removed, so a crash in between loses nothing, and the next writer finds what it
+    leaves twice.
 
     Returns:
         Rows removed, and rows kept.
@@ -96,7 +102,8 @@ def prune(path: Path) -> tuple[int, int]:
         referenced = {row.sha256 for row in cache.rows()}
         removed = kept = 0
         number = max((int(p.name.partition("-")[0]) for p in shard_paths(path)), default=-1) + 1
-        for old, fingerprint in [(s, each.fingerprint) for each in map(cache.with_layer, cache.layers) for s in each.shards]:
+        sets = [(without_copies(each.shards), each.fingerprint) for each in map(cache.with_layer, cache.layers)]
+        for old, fingerprint in [(old, fingerprint) for shards, fingerprint in sets for old in shards]:
             digests = old.digests()
             keep = np.array([digest in referenced for digest in digests], bool)
             kept += int(keep.sum())

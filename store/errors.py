@@ -25,8 +25,12 @@ traceback.
 
 from __future__ import annotations
 
+import errno
+import signal
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+CANNOT_CREATE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 
 
 class PenultError(Exception):
@@ -141,6 +145,22 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
 
     near = difflib.get_close_matches(name, list(known), n=3)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else otherwise and f"; {otherwise}"
+
+
+def outcome(error: BaseException) -> tuple[int, str]:
+    """The exit code of a command that an error ends, and the error in words, as the command says and records it."""
+    if isinstance(error, PenultError):
+        return error.exit_code, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT, str(InterruptedRunError(signal.SIGINT, "to start over"))
+    if isinstance(error, SystemExit):  # SIGTERM, outside of a pipeline
+        code = error.code if isinstance(error.code, int) else 70
+        return code, str(InterruptedRunError(code - 128, "to start over")) if code > 128 else ""
+    if isinstance(error, BrokenPipeError):
+        return 141, "nobody reads the output any more"
+    if isinstance(error, OSError):
+        return 73 if error.errno in CANNOT_CREATE else 74, f"{error.filename or 'I/O'}: {error.strerror or error}"
+    return PenultError.exit_code, f"{type(error).__name__}: {error}"
 
 
 def answer_of(error: PenultError) -> dict[str, str]:

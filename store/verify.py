@@ -45,10 +45,11 @@ def verify_cache(cache: str | Path) -> list[Finding]:
     cache = Path(cache)
     if cache.is_file():
         return [Finding(cache.name, problem) for problem in verify_files([cache]).values()]
+    shards = shard_paths(cache)
     try:
         findings = _damaged(cache)
     except (InputMissingError, StorageError, FileNotFoundError) as error:
-        if is_locked(cache):  # the run that holds the lock has removed a file
+        if is_locked(cache) or not all(path.exists() for path in shards):  # another run has removed a file
             message = f"{cache} is being changed by another run; try again when that has ended"
             raise LockedError(message) from error
         raise

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +32,7 @@ from store.format.metadata import (
 )
 from store.format.samples import Row, SampleTable
 
-from .errors import BadDataError, CorruptCacheError, InputMissingError, OutputExistsError
+from .errors import BadDataError, CorruptCacheError, InputMissingError, OutputExistsError, StorageError
 from .fingerprint import Fingerprint, require_same
 
 log = logging.getLogger("penult.store")
@@ -113,6 +114,7 @@ class CacheWriter:
             require_same(stored, fingerprints, mine=str(self.path), theirs="this run")
         self._sets = [_FeatureSet(each) for each in fingerprints]
         damaged = verify_files(shard_paths(self.path))
+        sound: dict[str, list[shard.Shard]] = {}
         for path in shard_paths(self.path):
             self._number = max(self._number, int(path.name.partition("-")[0]) + 1)
             if path in damaged:
@@ -120,9 +122,13 @@ class CacheWriter:
                 path.unlink()
                 continue
             index = shard.read_shard(path)
-            for each in self._sets:
-                if index.fingerprint == each.fingerprint.canonical:
-                    each.known.update(index.digests())
+            sound.setdefault(index.fingerprint, []).append(index)
+        for each in self._sets:
+            indices = sound.get(each.fingerprint.canonical, [])
+            for index in indices:
+                each.known.update(index.digests())
+            if sum(len(index.sha256) for index in indices) > len(each.known):
+                without_copies(indices)
         # with one feature set they are one object: a set of a million digests is not kept twice
         self.known = self._sets[0].known if len(self._sets) == 1 else set.intersection(*(each.known for each in self._sets))
         self.write_meta(facts)
@@ -256,6 +262,28 @@ class CacheWriter:
             return None
 
 
+def without_copies(shards: Sequence[shard.Shard]) -> list[shard.Shard]:
+    """Delete shards of one feature set whose rows all stand in the others too, and return these; the writer's lock is held.
+
+    A killed `compact --prune` leaves such a shard: rows that it had copied from an older one, which still has all of its own.
+
+    Raises:
+        CorruptCacheError: there are copies, and a shard is damaged; nothing is deleted.
+    """
+    counts = Counter(digest for each in shards for digest in set(each.digests()))
+    kept = list(shards)
+    for each in reversed(shards):  # the copy is the younger one
+        digests = set(each.digests())
+        if all(counts[digest] > 1 for digest in digests):
+            for other in kept:
+                shard.require_sound(other)
+            log.info("%s is removed: its %d rows stand in other shards too", each.path, len(digests))
+            each.path.unlink()
+            counts.subtract(digests)
+            kept.remove(each)
+    return kept
+
+
 @contextmanager
 def open_writer(path: Path) -> Iterator[CacheWriter]:
     """Create or continue a cache directory under its writer's lock.
@@ -264,6 +292,7 @@ def open_writer(path: Path) -> Iterator[CacheWriter]:
         OutputExistsError: the path is taken by something that is not a cache.
         LockedError: another run writes it.
         OutputError: it cannot be created.
+        StorageError: its file system has no locks.
     """
     created = not path.exists()
     require_place(path)
@@ -272,7 +301,14 @@ def open_writer(path: Path) -> Iterator[CacheWriter]:
     except OSError as error:
         message = f"cannot create {path}: {error.strerror}"
         raise atomic.write_error(error)(message) from error
-    with writer_lock(path):
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(writer_lock(path))
+        except StorageError:  # no locks here
+            for folder in (path / "shards", path) if created else ():
+                with suppress(OSError):  # it is not empty
+                    folder.rmdir()
+            raise
         _remove_leftovers(path)
         writer = CacheWriter(path)
         try:
@@ -292,12 +328,13 @@ def require_place(path: Path) -> None:
 
     Raises:
         OutputExistsError: it is taken by something that is not a cache.
-        OutputError: no folder can be created there.
+        OutputError: nothing can be created there.
     """
     if path.exists() and not _is_ours(path):
         message = f"{path} exists and is not a penult cache; choose another name"
         raise OutputExistsError(message)
-    atomic.require_room(path)
+    for place in (path / "samples.h5", path / "shards" / "new") if path.exists() else (path,):
+        atomic.require_room(place)
 
 
 def _is_ours(path: Path) -> bool:

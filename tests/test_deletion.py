@@ -7,6 +7,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +36,7 @@ from extractor.pixels.preprocess import Preprocess
 from store.cache import FeatureCache
 from store.errors import OutputError, OutputExistsError, StorageError
 from store.format import atomic
-from store.format.lock import folder_lock
+from store.format.lock import output_lock
 from store.writer import open_writer
 from tests.conftest import MakeDataset
 
@@ -214,7 +215,8 @@ def test_what_a_killed_process_left_goes_unless_somebody_is_writing(large: None,
     with replacing(tmp_path / "x.onnx") as new:
         save(onnx.load(network), new)
         killed = contents(tmp_path)
-        remove_unfinished(tmp_path / "x.onnx")  # as another process would, at this moment
+        with ThreadPoolExecutor(1) as another:  # as another process would, at this moment
+            another.submit(remove_unfinished, tmp_path / "x.onnx").result()
         assert contents(tmp_path) == killed
     made = contents(tmp_path)
     for name, data in killed.items():
@@ -227,10 +229,10 @@ def test_what_a_killed_process_left_goes_unless_somebody_is_writing(large: None,
     (tmp_path / "x-0123abcd.data").write_bytes(MARKER)  # of a model that was moved away, and may come back
     (tmp_path / f".x.onnx.{HEX[::-1]}.tmp").mkdir()
     (tmp_path / f".x.onnx.{HEX[2:]}00.tmp").symlink_to("x.onnx")
-    before = contents(tmp_path)
-    with folder_lock(tmp_path):
-        remove_unfinished(tmp_path / "x.onnx")
-    assert contents(tmp_path) == before
+    with output_lock(tmp_path / "x.onnx"), ThreadPoolExecutor(1) as another:
+        before = contents(tmp_path)
+        another.submit(remove_unfinished, tmp_path / "x.onnx").result()
+        assert contents(tmp_path) == before
     remove_unfinished(tmp_path / "x.onnx")
     left = contents(tmp_path)
     assert {name: left.pop(name) for name in made} == made
@@ -393,9 +395,6 @@ def test_what_killed_runs_left_of_a_bundle(tmp_path: Path, bundle: Bundle) -> No
     theirs = [tmp_path / f".c.head.{HEX}.tmp", tmp_path / ".b.head.backup.tmp", tmp_path / ".b.head.old"]
     for path in theirs:
         shutil.copytree(bundle.path, path)
-    with folder_lock(tmp_path):
-        remove_leftovers(tmp_path / "b.head")
-    assert unfinished.exists(), "somebody is writing"
     (unfinished / "notes.txt").write_text("mine")
     remove_leftovers(tmp_path / "b.head")
     assert [path.name for path in unfinished.iterdir()] == ["notes.txt"]
@@ -454,7 +453,9 @@ def test_the_demo_replaces_what_it_wrote(tmp_path: Path) -> None:
 
 PLACES = {  # where something is deleted or replaced; whoever adds one says in its docstring how it is proven to be ours
     "store/format/atomic.py": {"unlink": 2, "rename": 1},  # our temporary names; the file that was asked for
-    "store/writer.py": {"unlink": 4, "rmdir": 2},  # the files of a cache, under its lock; a new cache that stayed empty
+    "store/format/lock.py": {"unlink": 2},  # an empty lock file, while its lock is held, or that cannot be locked
+    # the files of a cache, under its lock; a shard whose rows all stand in sound others; a new cache that stayed empty
+    "store/writer.py": {"unlink": 5, "rmdir": 3},
     "store/compact.py": {"unlink": 1},  # a shard that was verified and whose rows stand in a new one
     "extractor/graphs/onnx_file.py": {
         "unlink": 4,
@@ -462,9 +463,9 @@ PLACES = {  # where something is deleted or replaced; whoever adds one says in i
         "replace": 1,
     },  # a model under a temporary name; data that is marked as ours
     "extractor/pipeline/prepare.py": {"replace": 1},  # one temporary name by another
-    "extractor/backbones/weights.py": {"unlink": 1, "rename": 1},  # a download; a file of torchvision's that is damaged
-    # the files of a bundle; a folder of nothing else; the old bundle that is replaced
-    "classifiers/bundles/bundle_folder.py": {"unlink": 2, "rmdir": 2, "rename": 5, "replace": 1},
+    "extractor/backbones/weights.py": {"unlink": 2, "rename": 1},  # downloads; a file of torchvision's that is damaged
+    # the files of a bundle, and its empty lock file; a folder of nothing else; the old bundle that is replaced
+    "classifiers/bundles/bundle_folder.py": {"unlink": 3, "rmdir": 2, "rename": 5, "replace": 1},
     "classifiers/finetuning/checkpoints.py": {"unlink": 3, "rmdir": 1},  # the files of an unfinished fine-tuning
     "classifiers/finetuning/ranks.py": {"unlink": 1},  # failure.json of an unfinished fine-tuning
     "classifiers/demo.py": {"unlink": 1},  # digits

@@ -33,7 +33,7 @@ from store.errors import BadDataError, InputMissingError, LockedError, NewerForm
 from store.faces import html_table
 from store.fingerprint import VIEWS, Fingerprint
 from store.format import atomic, hdf5, json_text, shard
-from store.format.lock import folder_lock
+from store.format.lock import output_lock
 
 from .bundle_folder import NOVELTY, install, put_back, refuse_existing, remove_folder, remove_leftovers
 from .digests import SUMS, file_sha256, read_sums, sums_of
@@ -293,7 +293,7 @@ def save_bundle(
     Raises:
         OutputExistsError: the path exists; also with ``overwrite`` if it is not a bundle.
         BadDataError: the backbone is not the one that made the features.
-        LockedError: another run has replaced the cache.
+        LockedError: another run has replaced the cache, or makes a bundle there.
         OutputError: the folder cannot be written to.
         StorageError: disk full, I/O error.
     """
@@ -301,11 +301,12 @@ def save_bundle(
 
     bundle = replace(bundle, path=bundle.path.absolute())
     refuse_existing(bundle.path, overwrite=overwrite)
-    remove_leftovers(bundle.path)
     temporary, writing = atomic.temporary(bundle.path), ExitStack()
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
-        writing.enter_context(folder_lock(temporary.parent))
+        writing.enter_context(output_lock(bundle.path))
+        refuse_existing(bundle.path, overwrite=overwrite)
+        remove_leftovers(bundle.path)
         temporary.mkdir()
         network = temporary / "backbone.onnx"
         if isinstance(backbone, FeatureCache):

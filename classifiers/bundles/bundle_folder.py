@@ -6,14 +6,17 @@ import errno
 import glob
 import json
 import logging
+import os
 import re
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from extractor.graphs.onnx_file import DATA_NAME, is_marked
-from store.errors import OutputExistsError
+from store.errors import LockedError, OutputError, OutputExistsError
 from store.format import atomic
-from store.format.lock import folder_lock
+from store.format.lock import lock_of, output_lock, tidy
 
 log = logging.getLogger("penult.classifiers")
 
@@ -59,26 +62,48 @@ def _replace(finished: Path, target: Path) -> None:
     try:
         finished.rename(target)
     except BaseException:
-        old.rename(target)
+        with suppress(OSError):
+            old.rename(target)
         raise
     remove_folder(old)
 
 
 def put_back(path: Path) -> None:
     """Undo the first of two renames, if a run was killed between them and none is at work now."""
-    if path.exists() or not path.parent.is_dir():
+    if path.exists() or not _old(path):
         return
-    with folder_lock(path.parent, alone=True) as alone:
-        old = [
-            left for left in path.parent.glob(f".{glob.escape(path.name)}.*.old") if _is_old(left, path) and _is_bundle(left)
-        ]
-        if alone and len(old) == 1 and not path.exists():
+    with suppress(LockedError, OSError), output_lock(path):
+        old = _old(path)
+        if len(old) == 1 and not path.exists():
             old[0].rename(path)
             log.warning("%s is back: a run that would have replaced it was killed", path)
 
 
+def _old(path: Path) -> list[Path]:
+    """Bundles that were moved away from a path."""
+    return [left for left in path.parent.glob(f".{glob.escape(path.name)}.*.old") if _is_old(left, path) and _is_bundle(left)]
+
+
 def _is_old(item: Path, path: Path) -> bool:
     return re.fullmatch(rf"\.{re.escape(path.name)}\.[0-9a-f]{{12}}\.old", item.name) is not None
+
+
+@contextmanager
+def reserved(path: Path, *, overwrite: bool) -> Iterator[None]:
+    """Hold the place of a bundle from before the work until it is there; in a folder that is not there yet, it is held later.
+
+    Raises:
+        OutputExistsError, OutputError: as `refuse_existing`.
+        LockedError: another run makes a bundle there.
+        StorageError: its file system has no locks.
+    """
+    try:
+        refuse_existing(path, overwrite=overwrite)
+    except OutputExistsError:
+        tidy(path)
+        raise
+    with output_lock(path) if path.absolute().parent.is_dir() else nullcontext():
+        yield
 
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:
@@ -86,6 +111,7 @@ def refuse_existing(path: Path, *, overwrite: bool) -> None:
 
     Raises:
         OutputExistsError: it may not be replaced; says why.
+        OutputError: nothing can be created there.
     """
     if path.is_symlink():
         message = f"{path} is a symbolic link, which is not overwritten; give its target instead: {path.resolve()}"
@@ -101,6 +127,9 @@ def refuse_existing(path: Path, *, overwrite: bool) -> None:
     if foreign:
         message = f"{path} holds items that are not part of a bundle ({', '.join(foreign[:3])}); it is not overwritten"
         raise OutputExistsError(message)
+    if not os.access(path, os.W_OK | os.X_OK):
+        message = f"{path} is read-only for this user, so its files could not be replaced; choose another name"
+        raise OutputError(message)
 
 
 def _is_bundle(path: Path) -> bool:
@@ -136,22 +165,27 @@ def _is_part(item: Path) -> bool:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Delete what killed runs left beside a bundle, unless another run writes there; an old bundle only if a new one exists."""
+    """Delete what killed runs left beside a bundle, whose place is held; an old bundle only if a new one exists."""
     put_back(path)
-    with folder_lock(path.parent, alone=True) as alone:
-        for left in list(path.parent.iterdir()) if alone else ():
-            if atomic.final_name(left.name) == path.name != left.name or (path.is_dir() and _is_old(left, path)):
-                remove_folder(left)
+    for left in list(path.parent.iterdir()):
+        if atomic.final_name(left.name) == path.name != left.name or (path.is_dir() and _is_old(left, path)):
+            remove_folder(left)
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete the files of a bundle from a temporary folder, a job's bundle inside it, and the folder if it is then empty."""
+    """Delete the files of a bundle from a temporary folder, a job's bundle and its lock inside, and the folder if that is all.
+
+    ``head.json`` goes last: it names some of them, also to the next process if this one is killed.
+    """
     if folder.is_symlink() or not folder.is_dir():
         return
     try:
-        parts = {item: _is_part(item) for item in folder.iterdir()}  # before head.json is deleted, which names some of them
-        for item, is_part in parts.items():
-            if is_part:
+        with suppress(FileNotFoundError):
+            lock = lock_of(folder / atomic.final_name(folder.name))
+            if not lock.lstat().st_size:
+                lock.unlink()
+        for item in sorted(folder.iterdir(), key=lambda item: item.name == "head.json"):
+            if _is_part(item):
                 item.unlink()
             elif atomic.final_name(item.name) == atomic.final_name(folder.name):
                 remove_folder(item)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,8 @@ from extractor.graphs.normalisation import pixel_nodes
 from extractor.graphs.reasons import reason
 from extractor.precision.registry import precision_of
 from store.errors import BadDataError
-from store.format.atomic import require_free, require_no_part_of, require_replaceable
+from store.format.atomic import require_no_part_of
+from store.format.output import require_free
 from store.format.shard import MAX_ROUNDING
 
 from .bundle import Bundle, task_of_bundle
@@ -53,6 +53,7 @@ def fuse(bundle: str | Path | Bundle, out: str | Path, *, overwrite: bool = Fals
     Raises:
         OutputExistsError: the file exists, or is part of the bundle.
         BadDataError: backbone and head cannot be joined, or the file's outputs differ from the bundle's.
+        LockedError: another run writes the file.
         OutputError, StorageError: it cannot be written.
 
     >>> import classifiers
@@ -60,11 +61,16 @@ def fuse(bundle: str | Path | Bundle, out: str | Path, *, overwrite: bool = Fals
     ['cat', 'dog']
     """
     bundle, out = Bundle.opened(bundle), Path(out)
-    require_replaceable(out)
     require_free(out, overwrite=overwrite)
     if out.name in BUNDLE_FILES or out.suffix == ".data":
         require_no_part_of(bundle.path, out)
-    onnx_file.require_writable(out)
+    with onnx_file.replacing(out) as new:
+        require_free(out, overwrite=overwrite)  # another run may have made it meanwhile
+        return _fuse(bundle, out, new)
+
+
+def _fuse(bundle: Bundle, out: Path, new: Path) -> Fused:
+    """Write ``new``, which becomes ``out``."""
     if bundle.views:
         log.warning(
             "%s averages over %d views of an image, but %s looks at it once: the bundle's scores do not apply to it",
@@ -98,17 +104,16 @@ def fuse(bundle: str | Path | Bundle, out: str | Path, *, overwrite: bool = Fals
     for name, value in fused.metadata().items():
         entry = model.metadata_props.add()
         entry.key, entry.value = PREFIX + name, value
-    with onnx_file.replacing(out) as new:
-        onnx_file.save(model, new)
-        del model  # may be large, and is on disk now
-        difference = _largest_difference(Predictor.load(new, device="cpu").probabilities(images) / spread, expected / spread)
-        if not difference <= PARITY:
-            message = (
-                f"the fused file's {fused.output} differ by up to {difference:.1e} from those of {bundle.path}; "
-                f"{PARITY} is allowed. Nothing was written; predict with the bundle"
-            )
-            raise BadDataError(message)
-        _require_no_label(new, fused)
+    onnx_file.save(model, new)
+    del model  # may be large, and is on disk now
+    difference = _largest_difference(Predictor.load(new, device="cpu").probabilities(images) / spread, expected / spread)
+    if not difference <= PARITY:
+        message = (
+            f"the fused file's {fused.output} differ by up to {difference:.1e} from those of {bundle.path}; "
+            f"{PARITY} is allowed. Nothing was written; predict with the bundle"
+        )
+        raise BadDataError(message)
+    _require_no_label(new, fused)
     log.debug("the fused file differs from the bundle by at most %.1e", difference)
     return fused
 
@@ -187,14 +192,12 @@ def _require_no_label(path: Path, fused: Fused) -> None:
     rows = np.random.default_rng(0).normal(0, 1, (2 * len(NO_NUMBERS), width)).astype(np.float32)
     broken = rows.copy()
     broken[::2, width // 2] = NO_NUMBERS
-    with tempfile.TemporaryDirectory(prefix="penult-") as folder:
-        onnx_file.save(behind, Path(folder) / "behind.onnx")
-        try:
-            session = cpu_session(Path(folder) / "behind.onnx")
-            sound, results = (dict(zip(outputs, session.run(outputs, {name: each}), strict=True)) for each in (rows, broken))
-        except Exception as error:  # onnxruntime's exceptions have no common public base
-            message = f"{path}: {name!r} of width {width} is not its features: {reason(error)}"
-            raise BadDataError(message) from error
+    try:
+        session = cpu_session(behind.SerializeToString())
+        sound, results = (dict(zip(outputs, session.run(outputs, {name: each}), strict=True)) for each in (rows, broken))
+    except Exception as error:  # onnxruntime's exceptions have no common public base
+        message = f"{path}: {name!r} of width {width} is not its features: {reason(error)}"
+        raise BadDataError(message) from error
     right = np.isnan(results[fused.output][::2]).all() and all(
         (results[each][1::2] == sound[each][1::2]).all() for each in outputs
     )

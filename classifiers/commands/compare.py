@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import click
@@ -43,17 +44,16 @@ def compare(
     from classifiers.bundles.bundle import Bundle
     from classifiers.comparison.compare import compare as compare_bundles
     from classifiers.comparison.compare_page import comparison_report, comparison_text
-    from classifiers.reports.page import write_output
     from store.cache import FeatureCache
-    from store.format.atomic import require_free
+    from store.format import atomic
+    from store.format.output import written
 
-    if output:
-        require_free(output, overwrite=overwrite)
-    cache = FeatureCache(curve) if curve else None
-    loaded = [Bundle.load(path) for path in bundles]
-    comparison = compare_bundles(loaded, against=against, worthwhile=worthwhile, curve=cache)
-    if output:
-        write_output(output, comparison_report(comparison).encode(), overwrite=overwrite)
+    with written(output, overwrite=overwrite) if output else nullcontext():
+        cache = FeatureCache(curve) if curve else None
+        loaded = [Bundle.load(path) for path in bundles]
+        comparison = compare_bundles(loaded, against=against, worthwhile=worthwhile, curve=cache)
+        if output:
+            atomic.commit(output, comparison_report(comparison).encode())
     if as_json:
         return print_json(comparison.to_json())
     return say_text(comparison_text(comparison, width=table_width()))

@@ -79,13 +79,12 @@ def report(bundle: Path, data: Path | None, settings: ReportSettings, output: Pa
     """
     from classifiers.bundles.bundle import Bundle
     from classifiers.reports.bundle_page import report_again
-    from classifiers.reports.page import write_output
-    from store.format.atomic import require_free
+    from store.format import atomic
+    from store.format.output import written
 
-    require_free(output, overwrite=overwrite)
     if data is None and (settings.split or settings.root):
         message = "--split and --root need DATA; name a cache or a dataset"
         raise click.UsageError(message)
-    html = report_again(Bundle.load(bundle), data, settings)
-    write_output(output, html.encode(), overwrite=overwrite)
+    with written(output, overwrite=overwrite):
+        atomic.commit(output, report_again(Bundle.load(bundle), data, settings).encode())
     say(f"report: {output}")

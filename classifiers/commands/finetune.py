@@ -28,17 +28,17 @@ def finetune(data: Path, settings: FineTuneSettings, output: Path, *, as_json: b
 
     Example: penult finetune photos.cache -m resnet50 -o photos-finetuned.head
     """
-    from classifiers.bundles.bundle_folder import refuse_existing
+    from classifiers.bundles.bundle_folder import reserved
     from classifiers.finetuning.finetune import finetune as finetune_network
     from extractor.settings import flag_of
     from store.cache import is_cache
 
-    refuse_existing(output, overwrite=overwrite)
-    if is_cache(data):
-        unused = settings.explicit().keys() & {"val_fraction", "test_fraction", "group_by", "limit"}
-        if unused:
-            flags = ", ".join(sorted(flag_of(type(settings), name) for name in unused))
-            message = f"{flags}: {data} is a cache, and fine-tuning uses its samples and its split"
-            raise click.UsageError(message)
-    bundle = finetune_network(data, output, settings.replace(quiet=is_quiet()), overwrite=overwrite)
+    with reserved(output, overwrite=overwrite):
+        if is_cache(data):
+            unused = settings.explicit().keys() & {"val_fraction", "test_fraction", "group_by", "limit"}
+            if unused:
+                flags = ", ".join(sorted(flag_of(type(settings), name) for name in unused))
+                message = f"{flags}: {data} is a cache, and fine-tuning uses its samples and its split"
+                raise click.UsageError(message)
+        bundle = finetune_network(data, output, settings.replace(quiet=is_quiet()), overwrite=overwrite)
     print_bundle(bundle, as_json=as_json)

@@ -35,7 +35,10 @@ def check(
     from store.compact import write_compact
     from store.drift import compare_caches
     from store.errors import BadDataError
+    from store.format.output import require_free
 
+    if update:
+        require_free(against, overwrite=True)
     current = FeatureCache(cache, layer)
     if update and not against.exists():
         rows = write_compact(current, against, dtype=str(current.dtype))

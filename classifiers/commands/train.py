@@ -27,16 +27,16 @@ def train(cache: Path, settings: TrainSettings, output: Path, *, as_json: bool, 
 
     Example: penult train photos.cache --head logistic -o photos.head
     """
-    from classifiers.bundles.bundle_folder import refuse_existing
+    from classifiers.bundles.bundle_folder import reserved
     from classifiers.training.train import train as train_head
     from extractor.settings import FLAGS
     from store.cache import FeatureCache
 
-    refuse_existing(output, overwrite=overwrite)
-    features = FeatureCache(cache, settings.layer)
-    with FLAGS.here():
-        head = settings.make(features.samples.task.name)
-    bundle = train_head(features, output, head, settings, overwrite=overwrite)
+    with reserved(output, overwrite=overwrite):
+        features = FeatureCache(cache, settings.layer)
+        with FLAGS.here():
+            head = settings.make(features.samples.task.name)
+        bundle = train_head(features, output, head, settings, overwrite=overwrite)
     print_bundle(bundle, as_json=as_json)
     if bundle.few_shot and not as_json:
         from classifiers.reports.tables import SHOT_COLUMNS, shot_cells

@@ -22,7 +22,6 @@ from classifiers.evaluation.task import Evaluation, HeadTask
 from classifiers.evaluation.units import Units
 from classifiers.heads.folds import Fold, group_folds, stratified_folds
 from classifiers.heads.registry import make_head, name_of
-from classifiers.reports.page import write_output
 from classifiers.training.roles import Roles, assign_roles
 from extractor.backbones.registry import WEIGHTS_SUFFIXES, Backbone, check_request
 from extractor.data.sources import Source
@@ -40,6 +39,8 @@ from store.errors import (
     StorageError,
     UsageError,
 )
+from store.format import atomic
+from store.format.output import write_output
 from store.format.samples import Row, SampleTable
 from store.splits import groups_of
 
@@ -144,15 +145,20 @@ def require_ready(backbones: Sequence[Backbone], folder: Path, options: Options)
     Raises:
         UsageError: there are no such backbone or weights.
         OutputExistsError: the folder holds something other than a sweep.
+        OutputError: nothing can be created in it.
         DeviceUnavailableError: the device is not available.
     """
     for backbone in backbones:
         with suppress(InputMissingError):
             check_request(backbone)
-    ours = folder.is_dir() and all(item.name == PAGE or item.suffix == ".cache" for item in folder.iterdir())
+    ours = folder.is_dir() and all(
+        item.name == PAGE or item.name.startswith(f".{PAGE}.") or item.suffix == ".cache" for item in folder.iterdir()
+    )
     if is_cache(folder) or (folder.exists() and not ours):
         message = f"{folder} is not a folder of caches of a sweep; name a new folder"
         raise OutputExistsError(message)
+    atomic.require_room(folder / PAGE)
+    atomic.require_replaceable(folder / PAGE)
     devices_of(options)
 
 

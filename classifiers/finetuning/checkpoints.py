@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from extractor.graphs import onnx_file
 from store.errors import OutputExistsError
 from store.fingerprint import Fingerprint, short
 from store.format import atomic
@@ -25,7 +26,8 @@ from store.format.lock import file_lock
 log = logging.getLogger("penult.classifiers")
 
 LAST = "last.ckpt"
-FAILURE = "failure.json"  # which error ended one of several processes, see `ranks`
+FAILURE, RENDEZVOUS = "failure.json", "rendezvous"  # of several processes, see `ranks`
+NETWORK = "backbone.onnx"  # of the finished training, until the bundle has it
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,12 @@ class Checkpoints:
                     self.remove()
 
     def remove(self) -> None:
-        """Delete the checkpoint, and the folder if nothing else is in it."""
+        """Delete the checkpoint and what was made of it, and the folder if nothing else is in it."""
         with suppress(OSError):
+            onnx_file.remove_unfinished(self.folder / NETWORK)
+            onnx_file.remove(self.folder / NETWORK)
             atomic.remove_leftovers(self.folder, LAST.__eq__)
-            for name in (LAST, FAILURE, ".lock"):
+            for name in (FAILURE, RENDEZVOUS, LAST, ".lock"):
                 (self.folder / name).unlink(missing_ok=True)
             self.folder.rmdir()
 

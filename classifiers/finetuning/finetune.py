@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import tempfile
 import time
 import warnings
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from classifiers.bundles.bundle import Bundle
-from classifiers.bundles.bundle_folder import refuse_existing
+from classifiers.bundles.bundle_folder import reserved
 from classifiers.bundles.held_out import predict_held_out
 from classifiers.bundles.predictor import Predictor, Recipe
 from classifiers.evaluation.registry import task_of
@@ -51,7 +50,7 @@ from store.cache import FeatureCache, is_cache
 from store.errors import BadDataError, DeviceUnavailableError, InterruptedRunError, UsageError
 from store.format.samples import Row, SampleTable
 
-from .checkpoints import Checkpoints
+from .checkpoints import NETWORK, Checkpoints
 from .init_head import AffineHead, start_from
 from .loader import Item
 from .module import DivergedError, end_to_end
@@ -291,6 +290,7 @@ def finetune(
     Raises:
         BadDataError: the data cannot be trained on, or the training diverged.
         OutputExistsError: the bundle exists, or an unfinished one with other settings.
+        LockedError: another run makes a bundle there.
 
     >>> import classifiers
     >>> network = {"backbone": "squeezenet1_1", "weights": "random", "resize": 40, "crop": 32}
@@ -299,12 +299,18 @@ def finetune(
     'fine-tuned'
     """
     out = Path(bundle)
-    refuse_existing(out, overwrite=overwrite)
-    if isinstance(data, str | Path):
-        if is_cache(data):
-            data = FeatureCache(data)
-        else:
-            data = open_source(data, root=settings.root, follow_symlinks=settings.follow_symlinks, group_by=settings.group_by)
+    with reserved(out, overwrite=overwrite):
+        if isinstance(data, str | Path):
+            if is_cache(data):
+                data = FeatureCache(data)
+            else:
+                data = open_source(
+                    data, root=settings.root, follow_symlinks=settings.follow_symlinks, group_by=settings.group_by
+                )
+        return _finetune(data, out, settings, overwrite=overwrite)
+
+
+def _finetune(data: FeatureCache | Source, out: Path, settings: FineTuneSettings, *, overwrite: bool) -> Bundle:
     options = settings.part(FineTuneOptions)
     devices_of(options)
     images = _prepare_images(data, settings)
@@ -324,12 +330,11 @@ def finetune(
         log_dir=settings.log_dir,
     )
     spent = meter.read()
-    with tempfile.TemporaryDirectory(prefix="penult-") as temporary:
-        judged = _judge_finetuned(tuned, images, settings, Path(temporary) / "backbone.onnx")
-        cost = {**judged.bundle.cost, **spent.facts()}
-        hyperparameters = {**judged.bundle.hyperparameters, "init_head": start and start.name}
-        facts = replace(judged.bundle, cost=cost, hyperparameters=hyperparameters)
-        saved = save(replace(judged, bundle=facts), out, overwrite=overwrite)
+    judged = _judge_finetuned(tuned, images, settings, checkpoints.folder / NETWORK)
+    cost = {**judged.bundle.cost, **spent.facts()}
+    hyperparameters = {**judged.bundle.hyperparameters, "init_head": start and start.name}
+    facts = replace(judged.bundle, cost=cost, hyperparameters=hyperparameters)
+    saved = save(replace(judged, bundle=facts), out, overwrite=overwrite)
     checkpoints.remove()
     return saved
 

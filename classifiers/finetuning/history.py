@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from store.format import atomic
+from store.format.output import write_output
 
 log = logging.getLogger("penult.classifiers")
 
@@ -44,7 +45,7 @@ def history_writer(folder: Path) -> Any:
             writer = csv.DictWriter(text, pl_module.history[0])
             writer.writeheader()
             writer.writerows(pl_module.history)
-            atomic.commit(folder / METRICS, text.getvalue().encode())
+            write_output(folder / METRICS, text.getvalue().encode(), overwrite=True)
             if self.events is not None:
                 row = pl_module.history[-1]
                 for name, key in SCALARS.items():

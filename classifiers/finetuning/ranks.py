@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import socket
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from extractor.progress import StopFlag
 from extractor.runtime.cuda import number_of
 from store.errors import InterruptedRunError, PenultError, answer_of, raise_answered
 
-from .checkpoints import FAILURE
+from .checkpoints import FAILURE, RENDEZVOUS
 from .module import DivergedError, end_to_end
 from .trainer import Plan, isolated, run_epochs
 
@@ -36,24 +35,24 @@ def run_on_all(plan: Plan, facts: dict[str, Any], stop: StopFlag) -> None:
     """
     from torch.multiprocessing.spawn import ProcessException, start_processes
 
-    failure = plan.checkpoints.folder / FAILURE
-    failure.unlink(missing_ok=True)
+    failure, rendezvous = (plan.checkpoints.folder / name for name in (FAILURE, RENDEZVOUS))
+    for left in (failure, rendezvous):
+        left.unlink(missing_ok=True)
     count = len(plan.devices)
     start: Any = start_processes
-    with tempfile.TemporaryDirectory(prefix="penult-") as folder:
-        context = start(_run, (plan, facts, Path(folder, "rendezvous")), count, join=False, start_method="spawn")
-        try:
-            while not context.join(timeout=LOOK):
-                if stop:
-                    raise InterruptedRunError(stop.signum)
-        except ProcessException:
-            if failure.exists():
-                raise_answered(json.loads(failure.read_text("utf-8")), DivergedError)
-            raise
-        finally:
-            for process in context.processes:
-                process.kill()
-                process.join()
+    context = start(_run, (plan, facts, rendezvous), count, join=False, start_method="spawn")
+    try:
+        while not context.join(timeout=LOOK):
+            if stop:
+                raise InterruptedRunError(stop.signum)
+    except ProcessException:
+        if failure.exists():
+            raise_answered(json.loads(failure.read_text("utf-8")), DivergedError)
+        raise
+    finally:
+        for process in context.processes:
+            process.kill()
+            process.join()
 
 
 def _run(rank: int, plan: Plan, facts: dict[str, Any], rendezvous: Path) -> None:

@@ -6,14 +6,14 @@ import logging
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from classifiers.bundles.bundle import Bundle, task_of_bundle
-from classifiers.bundles.bundle_folder import install, refuse_existing, remove_folder, remove_leftovers
+from classifiers.bundles.bundle_folder import install, refuse_existing, remove_folder, remove_leftovers, reserved
 from classifiers.bundles.held_out import evaluate_bundle
 from classifiers.bundles.settings import GateSettings
 from classifiers.evaluation.gates import missed_gates
@@ -27,9 +27,9 @@ from extractor.pipeline.summary import Summary
 from extractor.progress import kept_warnings
 from extractor.settings import flag_of, key_of
 from store.cache import FeatureCache
-from store.errors import BadDataError, GateError, InputMissingError, JobFileError, PenultError, UsageError
+from store.errors import BadDataError, GateError, InputMissingError, JobFileError, PenultError, UsageError, outcome
 from store.format import atomic
-from store.format.lock import file_lock, folder_lock
+from store.format.lock import file_lock
 
 from .history import append_run, runs_file
 from .job_file import Job, keys_of, models, read_job
@@ -117,7 +117,7 @@ def run_job(path: str | Path, *, quiet: bool = False, record: dict[str, Any] | N
     A head that misses a gate never replaces one that met it: it is kept beside it as ``<bundle>.rejected``.
 
     Raises:
-        LockedError: this job is running already.
+        LockedError: this job is running already, or another run makes its bundle.
         PenultError: whatever the steps raise.
 
     >>> import classifiers
@@ -132,14 +132,19 @@ def run_job(path: str | Path, *, quiet: bool = False, record: dict[str, Any] | N
     begin = time.perf_counter()
     with file_lock(path.with_name(f".{path.name}.lock"), what=str(path)):
         try:
-            with kept_warnings() as record["warnings"], _in_words_of(path):
+            with kept_warnings() as record["warnings"], _in_words_of(path), ExitStack() as stack:
+                for place in (job.paths.bundle, _rejected(job)):
+                    refuse_existing(place, overwrite=True)
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(reserved(place, overwrite=True))
                 result = _run(job, record, quiet=quiet)
             record["exit_code"] = result.exit_code
             if result.gate_missed:
                 record["error"] = result.gate_missed
             return result
-        except PenultError as error:
-            record |= {**error.facts, "exit_code": error.exit_code, "error": str(error)}
+        except BaseException as error:
+            code, text = outcome(error)
+            record |= {**getattr(error, "facts", {}), "exit_code": code, "error": text}
             raise
         finally:
             record |= {"seconds": round(time.perf_counter() - begin, 3), "versions": library_versions()}
@@ -166,7 +171,6 @@ def _in_words_of(path: Path) -> Iterator[None]:
 def _run(job: Job, record: dict[str, Any], *, quiet: bool) -> JobResult:
     served, rejected = job.paths.bundle, _rejected(job)
     for place in (served, rejected):
-        refuse_existing(place, overwrite=True)
         remove_leftovers(place)
     options = job.extract.part(Options).replace(quiet=quiet)
     summary = run_extract(job.source(), job.extract.network(), job.paths.cache, options)
@@ -174,21 +178,20 @@ def _run(job: Job, record: dict[str, Any], *, quiet: bool) -> JobResult:
     bundle = _made_already(job)
     trained = bundle is None
     staging = atomic.temporary(served)
-    with folder_lock(served.parent):
-        try:
-            if bundle is None:
-                bundle = train(_features(job), staging / served.name, job.head, job.train)
-            else:
-                log.info("features, labels and settings are unchanged: %s is kept", bundle.name)
-            evaluation, _ = evaluate_bundle(bundle, job.paths.cache, split=job.gate.split)
-            missed = missed_gates(job.gates, evaluation.to_json(), lambda gate: key_of(GateSettings, gate.name))
-            target = rejected if missed and bundle.path != served else served
-            if missed and target == rejected:
-                missed += f"; the new head is kept as {target.name}"
-            if bundle.path != target:  # a rejected one may meet gates that were changed
-                install(bundle.path, target)
-        finally:
-            remove_folder(staging)
+    try:
+        if bundle is None:
+            bundle = train(_features(job), staging / served.name, job.head, job.train)
+        else:
+            log.info("features, labels and settings are unchanged: %s is kept", bundle.name)
+        evaluation, _ = evaluate_bundle(bundle, job.paths.cache, split=job.gate.split)
+        missed = missed_gates(job.gates, evaluation.to_json(), lambda gate: key_of(GateSettings, gate.name))
+        target = rejected if missed and bundle.path != served else served
+        if missed and target == rejected:
+            missed += f"; the new head is kept as {target.name}"
+        if bundle.path != target:  # a rejected one may meet gates that were changed
+            install(bundle.path, target)
+    finally:
+        remove_folder(staging)
     record["trained"] = trained
     record["evaluation"] = _in_short(evaluation.to_json(), task_of_bundle(bundle).metric)
     return JobResult(summary, trained, evaluation, target, missed)

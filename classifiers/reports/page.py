@@ -1,4 +1,4 @@
-"""Self-contained HTML pages, rendered from sections; and output files, written atomically."""
+"""Self-contained HTML pages, rendered from sections."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
-
-from store.format import atomic
 
 from .illustrations import Mistake
 
@@ -57,14 +54,3 @@ def _template() -> Any:
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string((files(__package__) / "page.html.j2").read_text("utf-8"))
-
-
-def write_output(path: Path, data: bytes, *, overwrite: bool) -> None:
-    """Write one output file atomically.
-
-    Raises:
-        OutputExistsError: it exists and may not be replaced.
-        StorageError: it cannot be written.
-    """
-    atomic.require_free(path, overwrite=overwrite)
-    atomic.commit(path, data)

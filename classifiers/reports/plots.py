@@ -18,9 +18,7 @@ from classifiers.evaluation.intervals import wilson
 from classifiers.evaluation.scores import confidence_bins
 from classifiers.heads.registry import Search
 from store.errors import UsageError
-from store.format.atomic import require_free
-
-from .page import write_output
+from store.format.output import require_free, write_output
 
 if TYPE_CHECKING:
     from .feature_map import FeatureMap
@@ -281,7 +279,7 @@ def require_plot(path: Path, *, overwrite: bool) -> None:
 
     Raises:
         UsageError: its name does not end in one of `PLOT_FORMATS`.
-        OutputError: see `atomic.require_free`.
+        OutputError: see `output.require_free`.
     """
     if path.suffix.lower().lstrip(".") not in PLOT_FORMATS:
         message = f"{path}: a plot is written as {', '.join('.' + name for name in PLOT_FORMATS)}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from classifiers.bundles.bundle import Bundle, save_bundle
-from classifiers.bundles.bundle_folder import refuse_existing
+from classifiers.bundles.bundle_folder import reserved
 from classifiers.bundles.novelty import Novelty, novel_share
 from classifiers.bundles.predictions import Predictions
 from classifiers.evaluation.probabilities import averaged
@@ -136,19 +136,19 @@ def train(
         BadDataError: the data cannot be trained on, or int8 features cost too much accuracy; says why.
         UsageError: the head cannot be saved, is for another task than the samples, or needs more memory than it may have.
         OutputExistsError: the bundle exists.
-        LockedError: another run has replaced the cache meanwhile.
+        LockedError: another run has replaced the cache meanwhile, or makes a bundle there.
 
     >>> import classifiers
     >>> bundle = classifiers.train("pets.cache", "new.head", head="ridge")
     >>> bundle
     <Bundle new.head: ridge head for 2 classes, accuracy 1.0000 [0.6097, 1.0000] on 6 images of 'test'>
     """
-    refuse_existing(Path(bundle), overwrite=overwrite)
-    options, opened = options or TrainOptions(), cache if isinstance(cache, FeatureCache) else FeatureCache(cache)
-    named = head is None or isinstance(head, str)
-    estimator: Any = make_head(head, opened.samples.task.name, seed=options.seed) if named else head
-    prepared = prepare(opened, estimator, options)
-    return save(judge(fit(estimator, prepared), prepared), bundle, overwrite=overwrite)
+    with reserved(Path(bundle), overwrite=overwrite):
+        options, opened = options or TrainOptions(), cache if isinstance(cache, FeatureCache) else FeatureCache(cache)
+        named = head is None or isinstance(head, str)
+        estimator: Any = make_head(head, opened.samples.task.name, seed=options.seed) if named else head
+        prepared = prepare(opened, estimator, options)
+        return save(judge(fit(estimator, prepared), prepared), bundle, overwrite=overwrite)
 
 
 def prepare(cache: FeatureCache, head: Head, options: TrainOptions) -> Prepared:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from extractor.graphs import onnx_file
 from extractor.graphs.backbone_facts import BackboneFacts
 
-from .custom_onnx import run_whole
+from .custom_onnx import load_data, run_whole
 from .model_config import stated_by
 from .onnx_input import image_input
 from .registry import Backbone
@@ -52,7 +52,8 @@ def top_classes(backbone: Backbone, facts: BackboneFacts, pixels: NDArray[np.uin
         pixels: of the image, ``(s, s, 3)``.
 
     Returns:
-        JSON for each: ``name`` and ``probability``, the largest first; empty if the file gives no scores with known names.
+        JSON for each: ``name`` and ``probability``, the largest first; empty if the file gives no scores with known names, or
+        has over 2 GB.
 
     Raises:
         BadDataError: the file cannot be run any more.
@@ -67,6 +68,9 @@ def top_classes(backbone: Backbone, facts: BackboneFacts, pixels: NDArray[np.uin
         return []
     model = onnx_file.read_model(file)
     onnx_file.data_files(file, model)  # refuses those that lie elsewhere
+    load_data(model, file)
+    if not onnx_file.fits_inline(model):
+        return []
     begin = image_input(model, file, stated.settings.get("layout"), [])
     output = scores["output"]
     (row,) = run_whole(model, [output], begin, facts.preprocess.normalise(pixels[None]), file)[output].astype(np.float64)

@@ -8,7 +8,6 @@ say must be given by flags or in a TOML file of its name: a guess would silently
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -80,30 +79,30 @@ def import_onnx(backbone: Backbone, target: Path) -> BackboneFacts:
     if preprocess.input_range == 255:
         pixels = np.rint((pixels + 1) * 127.5)
     joins = token_joins(graph)
-    values = run_whole(model, [*tensors, *choice.scores, *joins], begin, pixels, file)
-    expected = [require_features(values, tensor, file) for tensor in tensors]
-    feature_sets, prefixes = _feature_sets(tensors, expected, [values[name] for name in joins], pooling or "average", file)
-    if prefixes:
-        reading["prefix_tokens"] = prefixes
-    if not pooling:
-        shapes = {tensor: rows.shape for tensor, rows in zip(tensors, expected, strict=True)}
-        reading["warnings"] += [prefix_warning(name, prefixes[name], shapes[name][1]) for name in prefixes]
-        reading["warnings"] += filter(None, (axes_warning(name, shapes[name], prefixes.get(name, 0)) for name in shapes))
-    doubts = warnings_of(graph, choice, [layer.dim for layer in feature_sets], file)
-    reading["warnings"] += doubts.values()
-    reading |= class_counts(choice, values) | ({"doubtful": list(doubts)} if doubts else {})
-    facts = BackboneFacts(
-        "onnx",
-        file.name,
-        digest,
-        tuple(feature_sets),
-        preprocess,
-        source=f"from {file.name}",
-        zero_padded_pooling=keep_zero_padding(model),
-        reading=reading,
-    )
-    say_warnings(facts)
     with onnx_file.replacing(target) as new:
+        values = run_whole(model, [*tensors, *choice.scores, *joins], begin, pixels, file, new)
+        expected = [require_features(values, tensor, file) for tensor in tensors]
+        feature_sets, prefixes = _feature_sets(tensors, expected, [values[name] for name in joins], pooling or "average", file)
+        if prefixes:
+            reading["prefix_tokens"] = prefixes
+        if not pooling:
+            shapes = {tensor: rows.shape for tensor, rows in zip(tensors, expected, strict=True)}
+            reading["warnings"] += [prefix_warning(name, prefixes[name], shapes[name][1]) for name in prefixes]
+            reading["warnings"] += filter(None, (axes_warning(name, shapes[name], prefixes.get(name, 0)) for name in shapes))
+        doubts = warnings_of(graph, choice, [layer.dim for layer in feature_sets], file)
+        reading["warnings"] += doubts.values()
+        reading |= class_counts(choice, values) | ({"doubtful": list(doubts)} if doubts else {})
+        facts = BackboneFacts(
+            "onnx",
+            file.name,
+            digest,
+            tuple(feature_sets),
+            preprocess,
+            source=f"from {file.name}",
+            zero_padded_pooling=keep_zero_padding(model),
+            reading=reading,
+        )
+        say_warnings(facts)
         return _write(model, begin, facts, pixels, expected, new, only_fixed=dynamic)
 
 
@@ -324,9 +323,17 @@ def load_data(model: Any, file: Path) -> None:
 
 
 def run_whole(
-    model: Any, tensors: Sequence[str], begin: Input, pixels: NDArray[np.float32], file: Path
+    model: Any, tensors: Sequence[str], begin: Input, pixels: NDArray[np.float32], file: Path, path: Path | None = None
 ) -> dict[str, NDArray[Any]]:
     """The values of tensors in the custom file's own graph, for normalised pixels ``(n, 3, s, s)``, one row per image.
+
+    Args:
+        model: the content of ``file``.
+        tensors: their names.
+        begin: its input.
+        pixels: what it is run on.
+        file: for messages.
+        path: where ONNX Runtime reads the graph from; it may stay there.
 
     Raises:
         BadDataError: ONNX Runtime cannot run it.
@@ -340,19 +347,18 @@ def run_whole(
     whole.graph.output.extend(ValueInfoProto(name=name) for name in names if name not in present)
     step = begin.batch or len(pixels)
     parts: dict[str, list[Any]] = {name: [] for name in names}
-    with tempfile.TemporaryDirectory(prefix="penult-") as folder:
-        path = Path(folder) / "whole.onnx"
+    if path is not None:
         onnx_file.save(whole, path)
-        try:
-            session = cpu_session(path, optimised=False)  # what the graph says, whatever an optimiser makes of it
-            for start in range(0, len(pixels), step):
-                part = pixels[start : start + step]
-                padded = np.concatenate([part, np.zeros((step - len(part), *part.shape[1:]), np.float32)])
-                for name, values in zip(names, session.run(names, {begin.name: begin.of(padded)}), strict=True):
-                    parts[name].append(values if np.shape(values)[:1] != (step,) else values[: len(part)])
-        except Exception as error:  # onnxruntime's exceptions have no common public base
-            message = f"{file} cannot be run: {reason(error)}"
-            raise BadDataError(message) from error
+    try:
+        session = cpu_session(path or whole.SerializeToString(), optimised=False)  # what the graph says, unoptimised
+        for start in range(0, len(pixels), step):
+            part = pixels[start : start + step]
+            padded = np.concatenate([part, np.zeros((step - len(part), *part.shape[1:]), np.float32)])
+            for name, values in zip(names, session.run(names, {begin.name: begin.of(padded)}), strict=True):
+                parts[name].append(values if np.shape(values)[:1] != (step,) else values[: len(part)])
+    except Exception as error:  # onnxruntime's exceptions have no common public base
+        message = f"{file} cannot be run: {reason(error)}"
+        raise BadDataError(message) from error
     return {name: np.concatenate(each) if np.ndim(each[0]) else np.asarray(each[0]) for name, each in parts.items()}
 
 

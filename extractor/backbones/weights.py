@@ -7,6 +7,7 @@ wherever the file comes from and whatever its name is now.
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import http.client
 import logging
@@ -23,10 +24,13 @@ from typing import Any
 from store.errors import BadDataError, InputMissingError
 from store.fingerprint import file_digest
 from store.format import atomic
+from store.format.lock import tidy
+from store.format.output import written
 
 log = logging.getLogger("penult.extractor")
 
 CHUNK = 1 << 20
+UNFINISHED = re.compile(r"\.[0-9a-f]{12}\.tmp\.[0-9a-f]{32}\.partial")  # what torch adds to the temporary name of a download
 NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 SHOWN = 3  # names of tensors in a message; there can be hundreds
 
@@ -101,17 +105,29 @@ def fetch(file: WeightsFile, folder: Path | None = None, *, progress: bool = Fal
     Raises:
         InputMissingError: it cannot be downloaded.
         BadDataError: the download is not this file.
+        LockedError: another run fetches it.
         OutputError, StorageError: it cannot be written.
     """
-    import torch
-
     path = (folder or checkpoints()) / file.name
     if path.is_file():
         digest = file_digest(path)
         if digest.startswith(file.prefix):
+            tidy(path)
             return path, digest, False
         log.warning("%s is damaged (its SHA-256 begins with %s) and is fetched again", path, digest[:8])
     _make_folder(path)
+    with written(path, overwrite=True):
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+            if UNFINISHED.fullmatch(left.name.removeprefix(f".{path.name}")):
+                with suppress(OSError):  # it may belong to another user
+                    left.unlink()
+        return path, _download(file, path, progress=progress), True
+
+
+def _download(file: WeightsFile, path: Path, *, progress: bool) -> str:
+    """Download a file to its place, which is held; return its SHA-256."""
+    import torch
+
     temporary = atomic.temporary(path)
     try:
         torch.hub.download_url_to_file(file.entry.url, str(temporary), file.prefix, progress=progress)
@@ -136,7 +152,7 @@ def fetch(file: WeightsFile, folder: Path | None = None, *, progress: bool = Fal
     finally:
         with suppress(OSError):
             temporary.unlink()
-    return path, digest, True
+    return digest
 
 
 def _make_folder(path: Path) -> None:
@@ -211,6 +227,7 @@ def install(path: Path, file: WeightsFile) -> tuple[Path, bool]:
 
     Raises:
         BadDataError: it changed since it was recognised.
+        LockedError: another run writes it.
         OutputError, StorageError: it cannot be written; no partial file remains.
     """
     target = file.place
@@ -218,9 +235,11 @@ def install(path: Path, file: WeightsFile) -> tuple[Path, bool]:
     if target.is_file():
         digest = file_digest(target)
         if digest.startswith(file.prefix):
+            tidy(target)
             return target, False
         log.warning("%s was damaged (its SHA-256 began with %s) and is replaced", target, digest[:8])
-    atomic.commit(target, _checked(path, file.prefix))
+    with written(target, overwrite=True):
+        atomic.commit(target, _checked(path, file.prefix))
     return target, True
 
 
@@ -251,7 +270,7 @@ def survey_files() -> list[dict[str, Any]]:
         if path.is_file():
             sound = file_digest(path).startswith(file.prefix)
             rows.append({"file": str(path), **facts, "bytes": path.stat().st_size, "state": "sound" if sound else "damaged"})
-        left = sorted([*path.parent.glob(f"{path.name}.*.partial"), *path.parent.glob(f".{path.name}.*")])
+        left = sorted([*path.parent.glob(f"{path.name}.*.partial"), *path.parent.glob(f".{path.name}.*.tmp*")])
         rows += [{"file": str(part), **facts, "bytes": part.stat().st_size, "state": "incomplete"} for part in left]
     return rows
 

@@ -92,7 +92,7 @@ def export(settings: ExportSettings, output: Path, *, overwrite: bool, as_json: 
     Example: penult export resnet50 -o resnet50.onnx
     """
     from extractor.backbones.export import export as export_backbone
-    from store.format.atomic import require_free
+    from store.format.output import require_free
 
     require_free(output, overwrite=overwrite)
     facts = export_backbone(settings.network(), output)

@@ -121,7 +121,7 @@ def compact(cache: Path, output: Path | None, dtype: str, layer: str | None, *, 
     from store.cache import FeatureCache
     from store.compact import prune as prune_cache
     from store.compact import write_compact
-    from store.format.atomic import require_free
+    from store.format.output import require_free
 
     if not output and not prune:
         message = "pass -o FILE.h5, --prune, or both"

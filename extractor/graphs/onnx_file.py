@@ -12,16 +12,15 @@ import re
 import secrets
 import shutil
 import stat
-import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from store.errors import BadDataError, InputMissingError, PenultError
+from store.errors import BadDataError, InputMissingError, LockedError, PenultError
 from store.fingerprint import file_digest
 from store.format import atomic
-from store.format.lock import folder_lock
+from store.format.lock import output_lock
 
 from .reasons import reason
 
@@ -89,6 +88,11 @@ def _tensors(graph: Any) -> Iterator[Any]:
 def _weight_bytes(model: Any) -> int:
     """Size of the constants; protobuf's own ByteSize fails if a message is too large."""
     return sum(len(tensor.raw_data) or 8 * math.prod(tensor.dims) for tensor in _tensors(model.graph))
+
+
+def fits_inline(model: Any) -> bool:
+    """Whether the weights of a model, which are in memory, fit into one file."""
+    return _weight_bytes(model) < MAX_INLINE
 
 
 def data_files(path: Path, model: Any | None = None) -> list[Path]:
@@ -161,21 +165,6 @@ def graph_digest(model: Any) -> str:
     return sha.hexdigest()
 
 
-def require_writable(target: Path) -> None:
-    """Check before minutes of work that a file can be created there.
-
-    Raises:
-        OutputError, StorageError: it cannot.
-    """
-    atomic.require_replaceable(target)
-    try:
-        with tempfile.TemporaryFile(dir=target.parent):
-            return
-    except OSError as error:
-        message = f"cannot create {target}: {error.strerror}"
-        raise atomic.write_error(error)(message) from error
-
-
 def save(model: Any, path: Path) -> None:
     """Write a model; weights that are too large for one file go into ``<name>-<random>.data`` beside it.
 
@@ -187,7 +176,7 @@ def save(model: Any, path: Path) -> None:
     """
     from onnx import external_data_helper
 
-    if _weight_bytes(model) < MAX_INLINE:
+    if fits_inline(model):
         atomic.commit(path, model.SerializeToString())
         return
     while os.path.lexists(data := path.with_name(f"{_stem(path)}-{secrets.token_hex(4)}.data")):
@@ -208,7 +197,8 @@ def save(model: Any, path: Path) -> None:
             partial.rename(data)
             atomic.fsync_directory(path.parent)
         except BaseException:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink()
             raise
     except OSError as error:
         if isinstance(error, PenultError):
@@ -224,29 +214,42 @@ def _stem(path: Path) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside a model; the file there replaces the model when the block ends without an exception."""
+    """A temporary path beside a model; the file there replaces the model when the block ends without an exception.
+
+    Raises:
+        LockedError: another process is replacing it.
+        OutputError, StorageError: it cannot be written.
+    """
     atomic.require_replaceable(path)
-    remove_unfinished(path)
-    new = atomic.temporary(path)
-    with folder_lock(path.parent):
+    with output_lock(_named(path)):
+        _remove_leftovers(path)
+        new = atomic.temporary(path)
         try:
             yield new
         except BaseException:
-            remove(new)
+            with suppress(OSError):
+                remove(new)
             raise
         install(new, path)
 
 
 def remove_unfinished(path: Path) -> None:
     """Delete the leftovers of processes that were killed while `replacing` this model, unless one is replacing it now."""
-    folder, model, prefix = path.parent, atomic.final_name(path.name), f"{_stem(path)}-"
-    with folder_lock(folder, alone=True) as alone:
-        if alone:
-            models = atomic.leftovers(folder, model.__eq__)
-            for name in {name for left in models for name in _named_data(left)}:
-                _discard(folder, name, models)
-            is_leftover = lambda name: name == model or (name.startswith(prefix) and DATA_NAME.fullmatch(name))  # noqa: E731
-            atomic.remove_leftovers(folder, is_leftover)
+    with suppress(LockedError, OSError), output_lock(_named(path)):
+        _remove_leftovers(path)
+
+
+def _named(path: Path) -> Path:
+    """The model that a path belongs to, which may be temporary."""
+    return path.with_name(atomic.final_name(path.name))
+
+
+def _remove_leftovers(path: Path) -> None:
+    folder, model, prefix = path.parent, _named(path).name, f"{_stem(path)}-"
+    models = atomic.leftovers(folder, model.__eq__)
+    for name in {name for left in models for name in _named_data(left)}:
+        _discard(folder, name, models)
+    atomic.remove_leftovers(folder, lambda name: name == model or (name.startswith(prefix) and DATA_NAME.fullmatch(name)))
 
 
 def remove(path: Path) -> None:
@@ -276,7 +279,8 @@ def install(new: Path, target: Path) -> None:
         message = f"cannot write {target}: {error.strerror}"
         raise atomic.write_error(error)(message) from error
     finally:
-        old.unlink(missing_ok=True)
+        with suppress(OSError):
+            old.unlink()
     if left:
         log.warning(
             "the file that was %s named %s as its data: left there, because another model names it too, or nothing in it says "
@@ -294,9 +298,9 @@ def _named_data(path: Path) -> list[str]:
 
 
 def is_marked(path: Path) -> bool:
-    """Whether a file begins as all external data that penult writes does."""
+    """Whether a file begins as all external data that penult writes does, or was cut off before that."""
     with path.open("rb") as file:
-        return file.read(len(MARKER)) == MARKER
+        return MARKER.startswith(file.read(len(MARKER)))
 
 
 def _discard(folder: Path, name: str, models: Collection[Path]) -> bool:

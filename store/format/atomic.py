@@ -6,6 +6,8 @@ import errno
 import os
 import re
 import secrets
+import stat
+import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -31,8 +33,8 @@ def leftovers(folder: Path, ours: Callable[[str], object]) -> list[Path]:
     """Unfinished files of killed processes in a folder: regular files with a name made by `temporary`, nothing else.
 
     Args:
-        folder: one that no process is writing to; see `lock.folder_lock`.
-        ours: tells whether penult writes files of a final name in this folder.
+        folder: of the files.
+        ours: tells whether penult writes a file of a final name in this folder, and no other process does so now (see `lock`).
     """
     unfinished = [item for item in folder.iterdir() if final_name(item.name) != item.name and ours(final_name(item.name))]
     return [item for item in unfinished if item.is_file() and not item.is_symlink()]
@@ -85,7 +87,7 @@ def require_free(path: Path, *, overwrite: bool) -> None:
 
     Raises:
         OutputExistsError: the path exists and may not be replaced.
-        OutputError: the folder does not exist or is not writable.
+        OutputError: the folder does not exist or is not writable, or only another user may replace what is there.
     """
     if path.exists() and not overwrite:
         message = f"{path} exists; choose another name or pass --overwrite"
@@ -94,18 +96,29 @@ def require_free(path: Path, *, overwrite: bool) -> None:
         message = f"cannot write {path}: there is no folder {path.parent}"
         raise OutputError(message)
     require_room(path)
+    if path.exists():
+        parent, owner = path.absolute().parent.stat(), path.lstat().st_uid
+        if parent.st_mode & stat.S_ISVTX and os.geteuid() not in (0, parent.st_uid, owner):  # as in /tmp
+            message = f"{path} belongs to another user (uid {owner}), who alone may replace it here; choose another name"
+            raise OutputError(message)
 
 
 def require_room(path: Path) -> None:
-    """Check, before any work is done, that a folder and its missing parents can be created.
+    """Check, before any work is done, that something can be created at a path: a file without a name is, in its folder.
+
+    What the permissions say is not all: a file system may be read-only, or refuse for reasons of its own.
 
     Raises:
-        OutputError: the nearest existing parent is a file or is not writable.
+        OutputError, StorageError: nothing can be created in the folder, or in the nearest one that exists.
     """
     nearest = next(each for each in path.absolute().parents if each.exists())
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
-        message = f"cannot create {path}: {nearest} is {'read-only' if nearest.is_dir() else 'not a folder'}"
-        raise OutputError(message)
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            return
+    except OSError as error:
+        reason = f"not writable ({error.strerror})" if nearest.is_dir() else "not a folder"
+        message = f"cannot create {path}: {nearest} is {reason}"
+        raise write_error(error)(message) from error
 
 
 def require_replaceable(path: Path) -> None:

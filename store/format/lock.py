@@ -1,21 +1,27 @@
-"""File locks: one writer per cache, and no cleanup of a folder that is being written to.
+"""File locks: one writer for each cache, job and output.
 
-They are locks of the operating system, so a killed process leaves no stale one.
+They are locks of the operating system (``flock``), so a killed process leaves no stale one. Where a file system has none,
+nothing is written: a file whose mere existence is the lock would outlive a killed process, or let two in.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from store.errors import LockedError
+from store.errors import LockedError, StorageError
 
 from .atomic import write_error
 
-_ours: set[Path] = set()  # the locks that this process holds
+BUSY = (errno.EWOULDBLOCK, errno.EACCES)  # of flock; the second where NFS emulates it
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+
+_ours: dict[Path, int] = {}  # the locks that this process holds, and the thread that took each
 
 
 @contextmanager
@@ -25,6 +31,7 @@ def writer_lock(directory: Path) -> Iterator[None]:
     Raises:
         LockedError: another process holds it; there is no waiting.
         OutputError: the directory cannot be written to.
+        StorageError: its file system has no locks.
     """
     with file_lock(directory / ".lock", what=str(directory)):
         yield
@@ -44,10 +51,8 @@ def is_locked(directory: Path) -> bool:
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks
-        return False
+    except OSError as error:
+        return error.errno in BUSY
     finally:
         os.close(descriptor)
     return False
@@ -64,43 +69,82 @@ def file_lock(path: Path, *, what: str) -> Iterator[None]:
     Raises:
         LockedError: another process holds it; there is no waiting.
         OutputError: it cannot be created.
+        StorageError: its file system has no locks.
     """
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        message = f"{what} is in use by another run; try again when it has ended"
-        raise LockedError(message) from error
-    except OSError as error:
-        message = f"cannot lock {what} with {path}: {error.strerror or error}"
-        raise write_error(error)(message) from error
-    _ours.add(path.absolute())
+    descriptor = _acquire(path, what)
+    _ours[path.absolute()] = threading.get_ident()
     try:
         yield
     finally:
-        _ours.discard(path.absolute())
-        lock.release()
+        del _ours[path.absolute()]
+        os.close(descriptor)
 
 
 @contextmanager
-def folder_lock(folder: Path, *, alone: bool = False) -> Iterator[bool]:
-    """Lock a folder: shared with others to write in it, or ``alone`` to remove the leftovers of killed processes.
+def output_lock(path: Path) -> Iterator[None]:
+    """Hold an output, a file or a folder, while it is made, so that every unfinished one of its name is a killed run's.
 
-    The lock is on the folder itself and leaves no file in it. On a file system without such locks it is never held, so that
-    nothing is removed.
+    The lock file beside it is gone afterwards. The thread that holds the lock may take it again.
 
-    Yields:
-        Whether it is held. With ``alone`` there is no waiting; writers wait until a cleanup is done.
+    Raises:
+        LockedError: another run makes it; there is no waiting.
+        OutputError: nothing can be created in its folder.
+        StorageError: its file system has no locks.
     """
-    descriptor, held = None, False
-    try:
-        with suppress(OSError):
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
-            held = True
-        yield held
-    finally:
-        if descriptor is not None:
+    place = lock_of(path.absolute())
+    if _ours.get(place) == threading.get_ident():
+        yield
+        return
+    with file_lock(place, what=str(path)):
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # another process that has opened it meanwhile sees that its name is gone, and starts over
+                if not place.stat().st_size:
+                    place.unlink()
+
+
+def lock_of(path: Path) -> Path:
+    """The lock file beside an output."""
+    return path.with_name(f".{path.name}.penult-lock")
+
+
+def tidy(path: Path) -> None:
+    """Delete the lock file of a run that was killed after its output was there: another that is refused for that comes here."""
+    with suppress(LockedError, OSError), output_lock(path):
+        pass
+
+
+def _acquire(path: Path, what: str) -> int:
+    """The descriptor by which this process holds the lock on a file."""
+    while True:
+        created = not os.path.lexists(path)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            message = f"cannot lock {what} with {path}: {error.strerror}"
+            raise write_error(error)(message) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.lstat()):  # else its holder has removed it: nobody else sees it
+                    return descriptor
+        except OSError as error:
             os.close(descriptor)
+            if created and error.errno in NO_LOCKS:  # so nobody holds it
+                with suppress(OSError):
+                    path.unlink()
+            raise _refusal(error, path, what) from error
+        os.close(descriptor)
+
+
+def _refusal(error: OSError, path: Path, what: str) -> Exception:
+    if error.errno in BUSY:
+        return LockedError(f"{what} is in use by another run; try again when it has ended")
+    if error.errno in NO_LOCKS:
+        return StorageError(
+            f"cannot lock {what}: the file system of {path.absolute().parent} has no file locks ({error.strerror}), and "
+            f"without them two runs could write at once. Choose a folder on a local disk, or have locks switched on where this "
+            f"one is mounted (NFS: its lock service; Lustre: -o flock)"
+        )
+    return write_error(error)(f"cannot lock {what} with {path}: {error.strerror}")

@@ -24,6 +24,7 @@ from store.compact import prune, write_compact
 from store.drift import compare_caches
 from store.errors import BadDataError, CorruptCacheError, OutputExistsError
 from store.fingerprint import Fingerprint
+from store.format import shard
 from store.format.samples import Row, SampleTable
 from store.testing import assert_features_match, assert_metrics_match
 from store.verify import verify_cache
@@ -145,6 +146,23 @@ def test_float16_is_refused_where_it_would_not_hold(tmp_path: Path) -> None:
 
 
 # --- drift -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_killed_prune_left_twice_is_counted_once_and_the_next_writer_removes_it(tmp_path: Path, X: np.ndarray) -> None:
+    for name in ("prune", "extract"):
+        cache = fill(tmp_path / name, X)
+        (old,) = cache.shards
+        digests = old.digests()[10:30]  # the rows that it had copied when it was killed before it removed the old shard
+        shard.write_shard(tmp_path / name / "shards", 1, X[10:30], digests, [b"x"] * 20, cache.fingerprint)
+        again = FeatureCache(tmp_path / name)
+        assert (sum(len(each.sha256) for each in again.shards), again.describe()["rows"]) == (80, 60)
+        np.testing.assert_array_equal(again.subset().X, X)
+        if name == "prune":
+            assert prune(tmp_path / name) == (0, 60)
+        else:
+            with open_writer(tmp_path / name) as writer:
+                writer.begin(cache.fingerprint, facts={})
+        assert [each.path for each in FeatureCache(tmp_path / name).shards] == [old.path]
 
 
 def test_equal_caches_do_not_drift(tmp_path: Path, X: np.ndarray) -> None:
