@@ -6,7 +6,6 @@ A command is imported when it is called, so that ``penult --help`` answers at on
 
 from __future__ import annotations
 
-import errno
 import gc
 import importlib
 import io
@@ -18,10 +17,9 @@ from typing import Any
 import click
 
 from extractor.commands.console import loudness, say
+from extractor.progress import leaving_in_time
 from store.environment import redirect_matplotlib
-from store.errors import PenultError, did_you_mean
-
-CANNOT_CREATE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+from store.errors import PenultError, did_you_mean, outcome
 
 # By heading and name: module and function, and the first sentence of the help, of at most 60 characters.
 COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
@@ -117,7 +115,7 @@ cli.params += loudness()
 
 
 def main() -> None:
-    """Run a command and exit with its code: a PenultError's own, 2 for usage, 70 for a bug with its traceback."""
+    """Run a command and exit with its code, at most 20 seconds after SIGTERM or Ctrl-C."""
     # Tables of many thousand rows are not garbage; scanning them for some took a tenth of the time of an unchanged extract.
     gc.set_threshold(100_000, 20, 100)
     # SIGTERM ends a command at once, with the code a scheduler expects; the pipeline finishes its batch first.
@@ -125,7 +123,8 @@ def main() -> None:
     redirect_matplotlib()
     _open_streams()
     try:
-        code = _run()
+        with leaving_in_time():
+            code = _run()
     except (ClosedPipeError, BrokenPipeError):  # `penult predict ... | head`; Python must not complain at exit
         for stream in (sys.stdout, sys.stderr):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -161,19 +160,16 @@ def _run() -> int:
         code = 2
     except (click.Abort, KeyboardInterrupt):
         code = 130
-    except PenultError as error:
-        say(f"error: {error}", err=True)
+    except (PenultError, OSError) as error:
+        code, text = outcome(error)
+        say(f"error: {text}", err=True)
         for note in getattr(error, "__notes__", ()):
             say(note, err=True)
-        code = error.exit_code
-    except OSError as error:
-        say(f"error: {error.filename or 'I/O'}: {error.strerror or error}", err=True)
-        code = 73 if error.errno in CANNOT_CREATE else 74
-    except Exception:
+    except Exception as error:
         import traceback
 
         say(traceback.format_exc().rstrip(), err=True, keep="\n\t")
-        code = 70
+        code, _ = outcome(error)
     return code
 
 

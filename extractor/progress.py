@@ -1,26 +1,32 @@
-"""Progress and logs of a run: a progress bar, a JSON log, Prometheus metrics, and a clean stop at a signal."""
+"""Progress and logs of a run: a progress bar, a JSON log, Prometheus metrics, and a stop at a signal, clean and in time."""
 
 from __future__ import annotations
 
 import logging
+import math
 import os
+import select
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from store.errors import PenultError, StorageError
-from store.format import atomic, json_text
+from store.errors import PenultError, StorageError, outcome
+from store.format import json_text
+from store.format.output import open_lines, write_output
 
 log = logging.getLogger("penult.extractor")
 
+GRACE = 20.0  # seconds from SIGTERM or Ctrl-C to the end of a command; Kubernetes kills after 30, systemd after 90
+TWICE = 0.5  # seconds; timeout(1) sends a signal to its command and to the group of processes that this is in
+OVER = b"\0"  # no signal has this number
 LAST_SUCCESS = "penult_last_success_timestamp_seconds"
 
 
@@ -60,6 +66,50 @@ def stop_on_signal(kept: str = "what is done is kept") -> Iterator[StopFlag]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def leaving_in_time() -> Iterator[None]:
+    """End the process `GRACE` seconds after the first SIGINT or SIGTERM inside the block, and at once at a second one.
+
+    Python runs the handler of a signal between two steps of its own, so a native call of ONNX Runtime or torch that takes an
+    hour would delay it for an hour. But the interpreter writes the signal's number into a pipe at once, and a thread reads it.
+    What is committed by then is complete, and temporary files are left to the next run.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    watch = threading.Thread(target=_leave_in_time, args=(reader, GRACE), name="penult-signals", daemon=True)
+    watch.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.write(writer, OVER)
+        watch.join()
+        for end in (reader, writer):
+            os.close(end)
+
+
+def _leave_in_time(pipe: int, grace: float) -> None:
+    """Read the numbers of signals from a pipe, until `OVER`."""
+    first, deadline = 0, math.inf
+    while select.select([pipe], [], [], max(deadline - time.monotonic(), 0) if first else None)[0]:
+        number = os.read(pipe, 1)
+        if number == OVER:
+            return
+        if number[0] in (signal.SIGINT, signal.SIGTERM):
+            now = time.monotonic()
+            if not first:
+                first, deadline = number[0], now + grace
+            elif now > deadline - grace + TWICE:
+                break
+    else:
+        message = f"error: this step has not ended {grace:g} s after signal {first}: it is given up; what is committed stays\n"
+        with suppress(OSError, ValueError):  # nobody may read it, which must not keep this process
+            if select.select([], [2], [], 0)[1]:
+                os.write(2, message.encode())
+    os._exit(128 + first)
 
 
 class Progress:
@@ -114,6 +164,8 @@ class Progress:
 class JsonLog(logging.Handler):
     """A log handler that writes each record as one line of JSON; `summary` writes the last line.
 
+    What cannot be written any more, on a full disk, is warned of once; it does not end the run, nor hide how that ends.
+
     Args:
         path: the file; a run appends to it.
 
@@ -123,8 +175,9 @@ class JsonLog(logging.Handler):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
+        self._path, self._failed = path, False
         try:
-            self._file = path.open("a", encoding="utf-8")
+            self._file = open_lines(path)
         except OSError as error:
             message = f"cannot write {path}: {error.strerror}"
             raise StorageError(message) from error
@@ -139,11 +192,17 @@ class JsonLog(logging.Handler):
 
     def _write(self, when: float, facts: dict[str, Any]) -> None:
         stamp = datetime.fromtimestamp(when, UTC).isoformat(timespec="milliseconds")
-        self._file.write(json_text.dumps({"time": stamp, **facts}) + "\n")
-        self._file.flush()
+        try:
+            if not self._failed:
+                self._file.write(json_text.dumps({"time": stamp, **facts}) + "\n")
+                self._file.flush()
+        except OSError as error:
+            self._failed = True
+            log.warning("cannot write %s: %s; it ends here", self._path, error.strerror)
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # what is left in memory cannot be written either
+            self._file.close()
         super().close()
 
 
@@ -218,7 +277,7 @@ class Metrics(logging.Handler):
             )
             gauge("penult_cache_bytes", "Size of the cache's shards.", extract["cache_bytes"])
         try:
-            atomic.commit(self._path, generate_latest(_Collected(list(families.values()))))
+            write_output(self._path, generate_latest(_Collected(list(families.values()))), overwrite=True)
         except PenultError as error:  # metrics that cannot be written do not end the run
             log.warning("%s", error)
 
@@ -265,11 +324,9 @@ def observed(*, log_json: Path | None = None, metrics: Path | None = None) -> It
     try:
         with kept_warnings() as facts["warnings"]:
             yield facts
-    except PenultError as error:
-        facts |= {**error.facts, "exit_code": error.exit_code, "error": str(error)}
-        raise
-    except KeyboardInterrupt:
-        facts["exit_code"] = 130
+    except BaseException as error:
+        code, text = outcome(error)
+        facts |= {**getattr(error, "facts", {}), "exit_code": code, "error": text}
         raise
     finally:
         facts["seconds"] = round(time.perf_counter() - begin, 3)

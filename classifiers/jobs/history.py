@@ -11,6 +11,7 @@ from typing import Any
 
 from store.errors import InputMissingError
 from store.format import json_text
+from store.format.output import open_lines
 
 log = logging.getLogger("penult.classifiers")
 
@@ -42,7 +43,7 @@ def runs_file(job: Path) -> Path:
 
 def append_run(path: Path, record: dict[str, Any]) -> None:
     try:
-        with path.open("a", encoding="utf-8") as file:
+        with open_lines(path) as file:
             file.write(json_text.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import subprocess
@@ -16,13 +17,14 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from classifiers.bundles.bundle import Bundle
+from classifiers.jobs import run
 from classifiers.jobs.history import read_runs, run_cells, runs_file
 from classifiers.jobs.job_file import read_job
 from classifiers.jobs.run import preview_job, run_job
 from extractor.pipeline.settings import Options
 from extractor.pixels.augment import STANDARD, Augmentation
 from extractor.progress import JsonLog, Metrics, observed
-from store.errors import BudgetExceededError, InputMissingError, JobFileError, LockedError, StorageError
+from store.errors import BadDataError, BudgetExceededError, InputMissingError, JobFileError, LockedError, StorageError
 from store.format.lock import file_lock
 
 REPO = Path(__file__).resolve().parents[3]
@@ -245,6 +247,51 @@ def test_the_structured_log_ends_with_a_summary_and_metrics_parse(job: Callable[
     assert 0 < found["penult_last_success_timestamp_seconds"] <= found["penult_heartbeat_timestamp_seconds"]
     assert {name for name in found if name.startswith("penult_stage_seconds")} >= {"penult_stage_seconds[total]"}
     assert "photos" not in prom.read_text()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (OSError(errno.EIO, "Input/output error", "x.jpg"), 74, "x.jpg: Input/output error"),
+        (PermissionError(errno.EACCES, "Permission denied", "c"), 73, "c: Permission denied"),
+        (KeyboardInterrupt(), 130, "interrupted by signal 2; run the same command again to start over"),
+        (SystemExit(143), 143, "interrupted by signal 15; run the same command again to start over"),
+        (ZeroDivisionError("0"), 70, "ZeroDivisionError: 0"),
+    ],
+)
+def test_a_run_is_recorded_with_the_code_it_ends_with(
+    error: BaseException,
+    code: int,
+    text: str,
+    tmp_path: Path,
+    job: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    penult: Callable[..., tuple[int, str, str]],
+) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(run, "run_extract", fails)
+    path = job()
+    log, prom = tmp_path / "log.jsonl", tmp_path / "run.prom"
+    ended = penult("run", path, "--log-json", log, "--metrics", prom)[0]
+    (record,) = read_runs(path)
+    summary = json.loads(log.read_text().splitlines()[-1])
+    assert (ended, record["exit_code"], summary["exit_code"], metrics(prom)["penult_exit_code"]) == (code,) * 4
+    assert record["error"] == summary["error"] == text
+
+
+def test_a_log_on_a_full_disk_does_not_hide_how_the_run_ends(
+    job: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, penult: Callable[..., tuple[int, str, str]]
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        message = "the reason"
+        raise BadDataError(message)
+
+    monkeypatch.setattr(run, "_run", fails)
+    code, _, err = penult("run", job(), "--log-json", "/dev/full")
+    assert (code, "error: the reason" in err) == (65, True)
+    assert "warning: cannot write /dev/full: No space left on device; it ends here" in err
 
 
 def test_a_log_that_cannot_be_written_is_said_before_any_work(tmp_path: Path) -> None:
