@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -54,6 +55,19 @@ def redirect_matplotlib() -> None:
         os.environ.setdefault("MPL_IGNORE_SYSTEM_FONTS", "1")
     # If it cannot write there, it uses a temporary folder and warns that this is slow, which costs a tenth of a second.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
+
+
+def end_with_parent(parent: int) -> None:
+    """End this process when the thread of ``parent`` that started it ends, even by SIGKILL; without that on macOS.
+
+    Else a child that writes, or that a hostile file hangs, would outlive a run that was killed.
+    """
+    import ctypes
+
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it was killed before that
+        os._exit(128 + signal.SIGKILL)
 
 
 def python(code: str, *arguments: object) -> list[str]:

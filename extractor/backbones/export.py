@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -24,8 +26,9 @@ from extractor.graphs.parity import check_parity
 from extractor.graphs.pooling import pooling_nodes, pooling_of, prefix_warning
 from extractor.progress import StopFlag
 from store.cache import PENULTIMATE
-from store.environment import python
+from store.environment import end_with_parent, python
 from store.errors import BadDataError, InterruptedRunError, PenultError, UsageError, answer_of, raise_answered
+from store.format.output import require_free
 
 from .custom_onnx import import_onnx, is_own, say_warnings
 from .layers import last_weighted, prefix_of, require_layers, shapes_of, tapped
@@ -64,8 +67,8 @@ def export(backbone: str | Backbone, path: str | Path, stop: StopFlag | None = N
     backbone, path = Backbone(backbone) if isinstance(backbone, str) else backbone, Path(path)
     if backbone.is_file and is_own(Path(backbone.name)):  # it is only copied
         return import_onnx(backbone, path)
-    onnx_file.require_writable(path)
-    request = json.dumps({"backbone": backbone.facts(), "path": str(path.absolute())})
+    require_free(path, overwrite=True)
+    request = json.dumps({"backbone": backbone.facts(), "path": str(path.absolute()), "parent": os.getpid()})
     status, out, err = _run_child(python("from extractor.backbones.export import _child; _child()"), request, stop)
     if stop:
         onnx_file.remove_unfinished(path)
@@ -103,13 +106,17 @@ def _run_child(command: list[str], request: str, stop: StopFlag | None) -> tuple
                     if stop:
                         polls += 1
                         process.terminate() if polls < PATIENCE else process.kill()
-        except BaseException:
+        except BaseException:  # the context then waits for it
             process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(PATIENCE * POLL_SECONDS)
+            process.kill()
             raise
 
 
 def _child() -> None:
     request = json.load(sys.stdin)
+    end_with_parent(request["parent"])
     # Exporters print; the answer must be the only thing on stdout.
     answer_to, sys.stdout = sys.stdout, sys.stderr
     signal.signal(signal.SIGTERM, _leave)  # so that a download under way removes its partial file

@@ -9,10 +9,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from store.environment import python
+from store.environment import end_with_parent, python
 from store.errors import CorruptCacheError, InterruptedRunError, NewerFormatError, StorageError, answer_of, raise_answered
 
 from . import calibration, compact_file, hdf5, samples, shard
@@ -47,12 +47,13 @@ def verify_files(paths: Sequence[Path], *, timeout: float = TIMEOUT) -> dict[Pat
 
 def _in_child(paths: Sequence[Path], timeout: float) -> list[tuple[Path, str]]:
     """Verify in one child, in order, until it ends, dies or hangs; the last result then is for the file that caused it."""
-    command = python("from store.format.integrity import _child; _child()")
+    command = python(f"from store.format.integrity import _child; _child({os.getpid()})")
     reader = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
     assert reader.stdin is not None
     assert reader.stdout is not None
     results: list[tuple[Path, str]] = []
-    with reader:
+    with reader, ExitStack() as stack:
+        stack.callback(reader.kill)  # whatever ends this: the context waits for it, and it may hang
         names = [os.fsencode(path).hex() for path in paths]
         with suppress(BrokenPipeError):  # it is dead already, which is noticed below
             reader.stdin.write(json.dumps(names).encode())
@@ -74,7 +75,8 @@ def _in_child(paths: Sequence[Path], timeout: float) -> list[tuple[Path, str]]:
     return results
 
 
-def _child() -> None:
+def _child(parent: int) -> None:
+    end_with_parent(parent)
     for name in json.load(sys.stdin):
         path = Path(os.fsdecode(bytes.fromhex(name)))
         kind = samples.ENCODING_TYPE if path.name == "samples.h5" else shard.ENCODING_TYPE
