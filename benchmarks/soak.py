@@ -39,7 +39,8 @@ if str(REPO) not in sys.path:
     sys.path.insert(0, str(REPO))
 
 import store.writer  # noqa: E402
-from benchmarks import crash_model, fuzz, home  # noqa: E402
+from benchmarks import crash_model, fuzz, home, kills  # noqa: E402
+from benchmarks.kills import NotMetError, require  # noqa: E402
 from extractor.backbones.export import export  # noqa: E402
 from extractor.backbones.registry import Backbone  # noqa: E402
 from extractor.data.folders import ImageFolder  # noqa: E402
@@ -57,15 +58,6 @@ BATCH = 4
 GRACE = 20.0  # seconds between SIGTERM and the end
 
 Contents = dict[bytes, tuple[Any, ...]]
-
-
-class NotMetError(Exception):
-    """A promise was broken."""
-
-
-def require(condition: object, what: str) -> None:
-    if not condition:
-        raise NotMetError(what)
 
 
 @dataclass
@@ -850,6 +842,53 @@ def part_memory(bench: Bench) -> list[str]:
     return lines
 
 
+def part_commands(bench: Bench) -> list[str]:
+    """SIGKILL before any call of a command"""
+    lines, kinds = [], list(kills.SCENARIOS)
+    with kills.serving(*kills.FOR_TORCH) as server:
+        for name in [kind for kind in kinds if kind != "finetune" or not bench.quick]:
+            found = kills.kill(name, server, bench.folder("commands"), 5 if bench.quick else 50, bench.seed)
+            lines.append(
+                f"`{name}`: {found.kills} kills before one of {found.calls} calls that change the disk: {found.old} times the "
+                f"old result, {found.kills - found.old} times the new one; {found.left} leftovers, which the next run removed"
+            )
+    return [*lines, "after each kill the same command gave the result of an uninterrupted run, and left what that leaves"]
+
+
+def part_pairs(bench: Bench) -> list[str]:
+    """Commands side by side"""
+    lines = []
+    with kills.serving() as server:
+        for name in kills.PAIRS:
+            found = kills.side_by_side(name, server, bench.folder("pairs"), 2 if bench.quick else 10, bench.seed)
+            lines.append(
+                f"{name}: {found.total()} times one was stopped at some call while the other ran: {found['both right']} times "
+                f"both ended well, {found['75']} times one exited with 75"
+            )
+    return [*lines, "each time the results were those of running one after the other, or of one alone; nothing was left behind"]
+
+
+def part_endless(bench: Bench) -> list[str]:
+    """SIGTERM in a call that does not end"""
+    bundle = kills.endless(bench.folder("endless"))
+    late = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        command = [sys.executable, "-c", kills.ANNOUNCED, "evaluate", bundle, kills.ARCHIVE / "photos.cache"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=REPO) as process:
+            assert process.stdout is not None
+            require(process.stdout.readline() == "running\n", "it does not run")
+            begin = time.monotonic()
+            process.send_signal(number)
+            code = process.wait()
+        late.append(time.monotonic() - begin)
+        require(code == 128 + number, f"exit {code} after signal {number}")
+        require(late[-1] <= GRACE + 1, f"{late[-1]:.1f} s from signal {number} to the end")
+    return [
+        "a bundle whose head counts to 2**62 in ONNX Runtime, which then looks at no signal: from SIGTERM to exit 143 "
+        f"{late[0]:.1f} s, from SIGINT to exit 130 {late[1]:.1f} s"
+    ]
+
+
 LOOK_UP = """
 import pathlib, socket
 socket.getaddrinfo("localhost", 80)
@@ -899,6 +938,9 @@ def part_fuzz(bench: Bench) -> list[str]:
 PARTS: dict[str, Callable[[Bench], list[str]]] = {
     "kills": part_kills,
     "terms": part_terms,
+    "commands": part_commands,
+    "pairs": part_pairs,
+    "endless": part_endless,
     "power": part_power,
     "flips": part_flips,
     "disk": part_disk,
@@ -912,7 +954,8 @@ PARTS: dict[str, Callable[[Bench], list[str]]] = {
 HEADER = """# Reliability
 
 Written by `make soak`, which injects each fault and checks what is left; a part that is not met says so and makes it fail.
-The seeded short form of the same checks is in `tests/test_durability.py` and runs with every `make test`.
+The seeded short form of the same checks is in `tests/test_durability.py` and `tests/test_interruptions.py`; it runs with every
+`make test`.
 """
 
 
