@@ -302,12 +302,13 @@ def open_writer(path: Path) -> Iterator[CacheWriter]:
         message = f"cannot create {path}: {error.strerror}"
         raise atomic.write_error(error)(message) from error
     with ExitStack() as stack:
+        if created:  # after the lock: NFS keeps a removed file under another name while it is open
+            stack.callback(_remove_if_empty, path)
         try:
             stack.enter_context(writer_lock(path))
         except StorageError:  # no locks here
-            for folder in (path / "shards", path) if created else ():
-                with suppress(OSError):  # it is not empty
-                    folder.rmdir()
+            if created:
+                _remove_if_empty(path / "shards")
             raise
         _remove_leftovers(path)
         writer = CacheWriter(path)
@@ -370,6 +371,11 @@ def _remove_leftovers(path: Path) -> None:
     """Delete the unfinished files of killed runs, except the backbone's; the writer's lock is held."""
     atomic.remove_leftovers(path, FILES.__contains__)
     atomic.remove_leftovers(path / "shards", _is_shard)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _remove_empty(path: Path) -> None:

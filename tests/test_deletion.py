@@ -337,6 +337,28 @@ def test_a_cache_that_nothing_came_of_goes_alone(tmp_path: Path) -> None:
     assert sorted(contents(tmp_path / "used")) == ["c", "c/.lock", "c/notes.txt", "c/shards"]
 
 
+def test_where_a_removed_file_stays_while_it_is_open_the_reason_is_said_and_the_folder_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS and FUSE rename such a file, so that its folder is not empty."""
+    unlink, close, hidden = Path.unlink, os.close, tmp_path / "c/.nfs0001"
+
+    def renamed(path: Path, missing_ok: bool = False) -> None:
+        path.rename(hidden) if path.name == ".lock" else unlink(path, missing_ok=missing_ok)
+
+    def closed(descriptor: int) -> None:
+        last = hidden.exists() and os.path.samestat(os.fstat(descriptor), hidden.stat())
+        close(descriptor)
+        if last:
+            unlink(hidden)
+
+    monkeypatch.setattr(Path, "unlink", renamed)
+    monkeypatch.setattr(os, "close", closed)
+    with pytest.raises(ZeroDivisionError), open_writer(tmp_path / "c"):
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_is_written_in_the_place_of_a_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()

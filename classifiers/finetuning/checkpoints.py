@@ -55,7 +55,7 @@ class Checkpoints:
     @contextmanager
     def passing(cls) -> Iterator[Self]:
         """Checkpoints in a temporary folder, for one run."""
-        with tempfile.TemporaryDirectory(prefix="penult-") as folder:
+        with tempfile.TemporaryDirectory(prefix="penult-", ignore_cleanup_errors=True) as folder:
             yield cls(Path(folder))
 
     @property

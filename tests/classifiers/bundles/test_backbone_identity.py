@@ -296,7 +296,8 @@ import json, sys
 stop, seen, cache = None, 0, sys.argv[2]
 def hook(event, arguments):
     global seen, stop
-    if event in ("os.rename", "os.remove") and stop is not None and str(arguments[0]).startswith(cache):
+    path = str(arguments[0]) if event in ("os.rename", "os.remove") and stop is not None else ""
+    if path.startswith(cache) and not path.endswith("penult-lock"):
         seen += 1
         if seen == stop:
             stop = None
