@@ -642,9 +642,9 @@ def test_a_forged_table_with_a_good_digest_is_refused(tmp_path: Path, datasets: 
         **column("code"),
     }
     path = tmp_path / "samples.h5"
-    path.write_bytes(hdf5.build("penult-samples", good, {"rows": 1, "facts": "{}"})[0])
+    path.write_bytes(hdf5.build("penult-samples", good, {"rows": 1, "facts": '{"root": "2f"}'})[0])
     assert len(SampleTable.read(path).rows) == 1
-    path.write_bytes(hdf5.build("penult-samples", {**good, **datasets}, {"rows": 1, "facts": "{}", **attrs})[0])
+    path.write_bytes(hdf5.build("penult-samples", {**good, **datasets}, {"rows": 1, "facts": '{"root": "2f"}', **attrs})[0])
     with pytest.raises(CorruptCacheError):
         SampleTable.read(path)
 
