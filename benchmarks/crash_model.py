@@ -20,6 +20,7 @@ from unittest.mock import patch
 from store.format import atomic
 
 SECTOR = 512
+UNNAMED = getattr(os, "O_TMPFILE", -1)  # a file that never has a name, by which it is tried whether a folder is writable
 
 
 class KilledError(BaseException):
@@ -117,7 +118,7 @@ class Recorder:
     def _os_open(self, real: Any, path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
         descriptor: int = real(path, flags, *args, **kwargs)
         name = self._relative(path)
-        if name is not None:
+        if name is not None and flags & UNNAMED != UNNAMED:
             self._open[descriptor] = name
             if name not in self._nodes:
                 self._new("create", name)
