@@ -189,8 +189,8 @@ def flip_test(balances: NDArray[np.float64]) -> float:
 
     >>> import numpy as np
     >>> from classifiers.evaluation.paired_tests import flip_test
-    >>> flip_test(np.array([1, 1, 1, 1, 1, 1])), flip_test(np.array([6, 0, 0]))
-    (0.03125, 1.0)
+    >>> [round(flip_test(np.array(balances)), 6) for balances in ([1, 1, 1, 1, 1, 1], [6, 0, 0])]
+    [0.03125, 1.0]
     """
     from scipy.signal import fftconvolve
     from scipy.stats import binom
