@@ -10,7 +10,7 @@ from typing import Any
 
 from extractor.pixels.pixel_drift import ProbeImage
 from extractor.pixels.preprocess import Preprocess
-from store.errors import BadDataError, UsageError
+from store.errors import BadDataError
 from store.fingerprint import Fingerprint
 
 from .onnx_file import read_model
@@ -94,14 +94,14 @@ class BackboneFacts:
         """The facts with only one of the feature sets.
 
         Raises:
-            UsageError: no such layer; names those there are.
+            BadDataError: no such layer; names those there are.
         """
         matches = [each for each in self.layers if each.layer == layer]
         if not matches:
             message = (
                 f"the backbone has no features of layer {layer!r}; it has {', '.join(repr(each.layer) for each in self.layers)}"
             )
-            raise UsageError(message)
+            raise BadDataError(message)
         return replace(self, layers=(matches[0],))
 
     def description(self) -> dict[str, Any]:

@@ -587,6 +587,8 @@ def test_two_feature_sets_in_one_cache(dataset: Callable[..., Path], tmp_path: P
     assert FeatureCache(tmp_path / "both").layers == ["relu", "flat"]
     with pytest.raises(UsageError, match="has no features of layer 'conv'; it has 'relu', 'flat'"):
         FeatureCache(tmp_path / "both", "conv")
+    with pytest.raises(BadDataError, match="the backbone has no features of layer 'conv'; it has 'relu', 'flat'"):
+        read_facts(tmp_path / "both/backbone.onnx").only("conv")
     with pytest.raises(PenultError, match="holds features of relu, flat, this run gives those of flat; use a new cache"):
         run_extract(ImageFolder(data), Backbone(str(file), **HALF, layers=("flat",)), tmp_path / "both", options)
 
