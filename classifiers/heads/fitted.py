@@ -123,10 +123,11 @@ class DenseHead(FittedHead):
         hidden = np.asarray(X, np.float32)
         hidden = ((unit_rows(hidden) if self.unit else hidden) - self.mean) / self.scale
         hidden = unit_rows(hidden) if self.unit else hidden
-        for weight, bias in self.layers[:-1]:
-            hidden = np.maximum(hidden @ weight.T + bias, 0)
-        weight, bias = self.layers[-1]
-        return np.asarray(hidden @ weight.T + bias, np.float32)
+        with np.errstate(invalid="ignore"):  # the BLAS may compute with what lies beside a small matrix, and throw it away
+            for weight, bias in self.layers[:-1]:
+                hidden = np.maximum(hidden @ weight.T + bias, 0)
+            weight, bias = self.layers[-1]
+            return np.asarray(hidden @ weight.T + bias, np.float32)
 
     def graph(self) -> tuple[int, list[Any], dict[str, NDArray[Any]], str]:
         from onnx import helper
