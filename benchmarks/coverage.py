@@ -201,12 +201,12 @@ def grouped_coverage(population: Grouped, draws: int) -> dict[str, float]:
     for number in range(draws):
         groups, (truth, probabilities), ((_, others),) = population.draw(rng, population.groups, heads=2)
         labels = np.array(classes)[truth]
-        for way, told in (("", groups), ("plain ", ()))[: 2 if number < PLAIN else 1]:
-            for name, entry in score(labels, probabilities, classes, groups=told).scores.items():
+        ways = (("", Units.of_groups(groups)), ("plain ", Units.each(len(truth))))
+        for way, units in ways[: 2 if number < PLAIN else 1]:
+            for name, entry in score(labels, probabilities, classes, units=units).scores.items():
                 if name in IN_GROUPS and entry["interval"]:
                     low, high = entry["interval"]
                     held[way + name].append(low <= known[name] <= high)
-            units = Units.known(told, len(truth))
             change = paired(truth, [probabilities, others], classes, 0, units)[0][1].change
             assert change is not None
             low, high = change.scores["accuracy"]["interval"]
@@ -270,7 +270,7 @@ def difference_coverage(pair: Pair, draws: int) -> tuple[float, float]:
         value = float(change.mean())
         drawn = np.concatenate([change.astype(np.float32) @ weights for weights in resampled(truth, RESAMPLES, seed)])
         values = drawn.astype(np.float64) / pair.n
-        units = Units.known((), pair.n)
+        units = Units.each(pair.n)
         found = difference_interval(change, values, units), bootstrap_interval(value, values) or (value, value)
         held.append([low - 1e-9 <= true <= high + 1e-9 for low, high in found])  # a difference is a multiple of 1 / n
     shown, alone = np.mean(held, axis=0).tolist()

@@ -183,7 +183,7 @@ def raw_pixels(cache: FeatureCache) -> tuple[Entrant, Evaluation]:
     classes, probabilities = [str(label) for label in head.classes_], head.predict_proba(Xt)
     predictions = Predictions(test.sha256, test.paths, test.y, probabilities, "test", groups=test.groups)
     cost = {"train_seconds": round(seconds, 3), "extract_seconds": 0.0, "images": 0}
-    evaluation = score(test.y, probabilities, classes, "test", groups=test.groups)
+    evaluation = score(test.y, probabilities, classes, "test", units=predictions.units)
     return Entrant("raw pixels", "no backbone", predictions, classes, cost), evaluation
 
 

@@ -160,13 +160,17 @@ def groups_of(rows: Sequence[Row]) -> list[bytes]:
     return merge_groups([row.group for row in rows], [row.sha256 for row in rows])
 
 
-def divided_groups(rows: Iterable[tuple[Row, str]]) -> list[str]:
-    """The names of the groups, as text, that have rows in more than one of the parts that each row comes with."""
+def divided_groups(samples: Iterable[tuple[bytes, str]]) -> dict[str, list[str]]:
+    """The groups that have samples in more than one part, and these parts.
+
+    Args:
+        samples: group and part of each; an empty group is none.
+    """
     parts: dict[bytes, set[str]] = defaultdict(set)
-    for row, part in rows:
-        if row.group:
-            parts[row.group].add(part)
-    return sorted(display(group) for group, names in parts.items() if len(names) > 1)
+    for group, part in samples:
+        if group:
+            parts[group].add(part)
+    return {display(group): sorted(names) for group, names in sorted(parts.items()) if len(names) > 1}
 
 
 def assign_splits(rows: Sequence[Row], *, val: float, test: float, seed: int, stratify: bool = True) -> list[str]:

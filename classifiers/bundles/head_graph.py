@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from classifiers.evaluation.probabilities import why_no_probabilities
 from classifiers.evaluation.task import HeadTask
 from extractor.graphs.cpu_session import cpu_session
 from extractor.graphs.onnx_file import external_files, read_model
 from extractor.graphs.reasons import reason
 from store.errors import BadDataError
-
-from .predictions import MORE_THAN_CERTAIN
 
 Head = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
@@ -80,17 +79,8 @@ def require_outputs(outputs: NDArray[np.float32], rows: int, task: HeadTask, pat
     if outputs.shape != (rows, len(task.names)):
         message = f"{path} gives outputs of shape {outputs.shape} for {rows} images and {len(task.names)} {task.plural}"
         raise BadDataError(message)
-    if task.intervals:
-        return outputs
-    known = outputs[np.isfinite(outputs).all(axis=1)]
-    odd = known[(known < 0) | (known > MORE_THAN_CERTAIN)]
-    if odd.size:
-        message = f"{path} gives {odd[0]:g} as a probability; expected numbers between 0 and 1"
+    why = "" if task.intervals else why_no_probabilities(outputs, exclusive=task.exclusive)
+    if why:
+        message = f"{path} gives {why}"
         raise BadDataError(message)
-    if task.exclusive and len(known):
-        sums = known.sum(axis=1, dtype=np.float64)
-        worst = sums[np.abs(sums - 1).argmax()]
-        if abs(worst - 1) > MORE_THAN_CERTAIN - 1:
-            message = f"{path} gives probabilities that add up to {worst:g}; those of one label add up to 1"
-            raise BadDataError(message)
     return outputs

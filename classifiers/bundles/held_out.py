@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from classifiers.evaluation.probabilities import averaged
 from classifiers.evaluation.single_label import score
 from classifiers.evaluation.task import Evaluation, Measured, need_single_label
+from classifiers.evaluation.units import Units
 from extractor.data.files import GONE, MOVED, Files
 from extractor.data.sources import Source, files_of, open_source
 from extractor.pipeline.run import survey
@@ -148,7 +149,7 @@ def evaluate_bundle(
         assert predictor is not None
         files = source.files if source is not None else files_of(table, root)
         predictions = predict_held_out(predictor, fresh, truth, files, name)
-    evaluation = task_of_bundle(bundle).score(truth, predictions.probabilities, name, predictions.groups)
+    evaluation = task_of_bundle(bundle).score(truth, predictions.probabilities, name, predictions.units)
     failed = 0 if cache is not None else table.counts["failed"]
     novel = None if predictions.novelty is None else novel_share(predictions.novelty)
     drift = predictor.pixel_drift.to_json() if predictor and predictor.pixel_drift else None
@@ -239,7 +240,7 @@ def evaluate(head: Any, subset: Subset) -> Evaluation:
         head.predict_proba(subset.X),
         [str(label) for label in head.classes_],
         subset.name,
-        groups=subset.groups,
+        units=Units.of_groups(subset.groups),
         temperature=head.temperature_ if own else None,
         conformal=head.conformal_ if own else None,
     )

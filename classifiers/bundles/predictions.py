@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from classifiers.evaluation.probabilities import why_no_probabilities
 from classifiers.evaluation.scores import require_finite
 from classifiers.evaluation.task import HeadTask
 from classifiers.evaluation.units import Units
@@ -19,7 +20,6 @@ from store.format import hdf5
 
 PREDICTIONS = "predictions.h5"
 ENCODING_TYPE = "penult-predictions"
-MORE_THAN_CERTAIN = 1.001  # sums of float32 may exceed 1 a little
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Predictions:
     @property
     def units(self) -> Units:
         """Which images belong together: those of one group, and copies."""
-        return Units.known(self.groups or self.sha256, len(self.sha256))
+        return Units.of_groups(self.groups or self.sha256)
 
     @property
     def ids(self) -> str:
@@ -152,8 +152,8 @@ def _misfit(held: Predictions, task: HeadTask, metrics: Mapping[str, Any]) -> st
         return f"it has the label {min(unknown)!r}, which the head does not know"
     if not task.exclusive and not np.isfinite(held.labels).all():
         return "its truth has NaN or infinity"
-    if not task.intervals and ((outputs < 0) | (outputs > MORE_THAN_CERTAIN)).any():
-        return "it has probabilities that are not between 0 and 1"
+    if not task.intervals and (why := why_no_probabilities(outputs, exclusive=task.exclusive)):
+        return f"it has {why}"
     if task.exclusive:
         correct = int((np.array(task.names)[outputs.argmax(axis=1)] == held.labels).sum())
         if correct != metrics["correct"]:

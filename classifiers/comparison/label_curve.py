@@ -80,7 +80,7 @@ def label_curve(bundle: Bundle, cache: FeatureCache, *, worthwhile: float, repea
             right.append(np.stack([_refit(head, train, each, held_out) for each in rows]))
             images.append(round(np.mean([len(each) for each in rows])))
             log.info("refitted on %d of %d training images, %d draw(s)", images[-1], len(train), len(rows))
-    units = Units.known(held_out.groups, len(held_out))
+    units = Units.of_groups(held_out.groups)
     drawn = _resampled_accuracies(held_out.y, right, seed, units)
     points = []
     for share, count, each, values in zip(SHARES, images, right, drawn, strict=True):

@@ -203,7 +203,7 @@ class Ranking:
             if best is None or right is None:
                 p_values.append(None)
             else:
-                units = self.lines[0].units or Units.known((), len(best))
+                units = self.lines[0].units or Units.each(len(best))
                 p_values.append(flip_test(units.sums(right.astype(np.int8) - best)))
         return p_values
 

@@ -284,8 +284,8 @@ class _Bench:
         self._groups = groups_of(roles.fit)
         self._folds = self._make_folds(seed)
         together, judged = groups_of(self._rows), np.concatenate([test for _, test in self._folds])
-        self._choice = Units.known([together[i] for i in judged.tolist()], len(judged))
-        self._reported = Units.known(groups_of(roles.report), len(roles.report))
+        self._choice = Units.of_groups([together[i] for i in judged.tolist()])
+        self._reported = Units.of_groups(groups_of(roles.report))
 
     def _make_folds(self, seed: int) -> list[Fold]:
         """Rows to fit on and rows to judge on: the validation images if there are any, else folds."""
@@ -358,7 +358,7 @@ class _Bench:
             require_finite(outputs)
             right = head.classes_[outputs.argmax(axis=1)] == truth
             return Headline(float(right.mean()), units.proportion(right), len(right), units.groups), right
-        measured = self._task.score(truth, outputs, "", [str(number).encode() for number in units.of.tolist()])
+        measured = self._task.score(truth, outputs, "", units)
         assert not isinstance(measured, Evaluation)
         score = measured.scores[self._task.metric]
         return Headline(float(score["value"] or 0.0), score["interval"], len(truth), units.groups), None

@@ -40,8 +40,8 @@ class MultiLabel(HeadTask):
                 )
                 raise BadDataError(message)
 
-    def score(self, truth: NDArray[Any], outputs: Outputs, split: str, groups: Sequence[bytes] = ()) -> Measured:
-        return measure(np.asarray(truth, bool), outputs, self.names, split, groups)
+    def score(self, truth: NDArray[Any], outputs: Outputs, split: str, units: Units | None = None) -> Measured:
+        return measure(np.asarray(truth, bool), outputs, self.names, split, units)
 
     def require_labels(self, labels: Sequence[str], split: str) -> None:
         known = set(self.names)
@@ -97,9 +97,11 @@ def weighted_scores(
 
 
 def measure(
-    truth: NDArray[np.bool_], probabilities: Outputs, names: Sequence[str], split: str = "", groups: Sequence[bytes] = ()
+    truth: NDArray[np.bool_], probabilities: Outputs, names: Sequence[str], split: str = "", units: Units | None = None
 ) -> Measured:
-    """Compare probabilities ``(n, k)`` with the labels that images of these groups have ``(n, k)``; see docs/metrics.md.
+    """Compare probabilities ``(n, k)`` with the labels that images have ``(n, k)``; see docs/metrics.md.
+
+    ``units`` says which images belong together; by default none.
 
     Raises:
         BadDataError: there are no images, or an output is not finite.
@@ -110,7 +112,7 @@ def measure(
         raise BadDataError(message)
     require_finite(probabilities)
     guess = probabilities >= THRESHOLD
-    resamples, units = resamples_for(n, k), Units.known(groups, n)
+    resamples, units = resamples_for(n, k), units or Units.each(n)
     once, once_each = weighted_scores(truth, probabilities, np.ones((n, 1), np.float32))
     blocks = [weighted_scores(truth, probabilities, w) for w in units.resampled(np.zeros(n, np.intp), resamples)]
     scores = {

@@ -77,7 +77,7 @@ def paired(
     Returns:
         A `Standing` for each head, and the number of resamples.
     """
-    n, resamples, units = len(truth), resamples_for(len(truth), len(classes)), units or Units.known((), len(truth))
+    n, resamples, units = len(truth), resamples_for(len(truth), len(classes)), units or Units.each(len(truth))
     right = np.stack([probabilities.argmax(axis=1) == truth for probabilities in outputs])
     changes = right.astype(np.int8) - right[baseline].astype(np.int8)
     once = [_scores(truth, probabilities, np.ones((n, 1), np.float32)) for probabilities in outputs]

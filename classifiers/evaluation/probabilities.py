@@ -11,10 +11,28 @@ from .scores import Probabilities
 
 Float32 = NDArray[np.float32]
 
+MORE_THAN_CERTAIN = 1.001  # sums of float32 may exceed 1 a little
+
 
 def averaged(outputs: NDArray[np.float32], views: int) -> NDArray[np.float32]:
     """The mean over its views of each image's outputs: ``(n * views, k)`` to ``(n, k)``."""
     return outputs if views == 1 else outputs.reshape(-1, views, outputs.shape[1]).mean(axis=1)
+
+
+def why_no_probabilities(outputs: NDArray[np.floating[Any]], *, exclusive: bool) -> str:
+    """Why outputs ``(n, k)`` cannot be probabilities, in words; empty if they can. Rows with NaN or infinity do not count.
+
+    ``exclusive``: whether an image has one label, so that those of an image add up to 1.
+    """
+    known = outputs[np.isfinite(outputs).all(axis=1)]
+    odd = known[(known < 0) | (known > MORE_THAN_CERTAIN)]
+    if odd.size:
+        return f"{odd[0]:g} as a probability; expected numbers between 0 and 1"
+    sums = known.sum(axis=1, dtype=np.float64) if exclusive else np.ones(1)
+    worst = float(sums[np.abs(sums - 1).argmax()]) if len(sums) else 1.0
+    if abs(worst - 1) > MORE_THAN_CERTAIN - 1:
+        return f"probabilities that add up to {worst:g}; those of one label add up to 1"
+    return ""
 
 
 def softmax(logits: NDArray[np.floating[Any]]) -> Float32:

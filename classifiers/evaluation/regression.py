@@ -78,8 +78,8 @@ class Regression(HeadTask):
                 message = f"target {name!r} is {column[0]:g} for every training image; there is nothing to learn"
                 raise BadDataError(message)
 
-    def score(self, truth: NDArray[Any], outputs: Outputs, split: str, groups: Sequence[bytes] = ()) -> Measured:
-        return measure(np.asarray(truth, np.float64), outputs, self.names, split, self.half_widths, groups)
+    def score(self, truth: NDArray[Any], outputs: Outputs, split: str, units: Units | None = None) -> Measured:
+        return measure(np.asarray(truth, np.float64), outputs, self.names, split, self.half_widths, units)
 
     def require_labels(self, labels: Sequence[str], split: str) -> None:
         """Regression has no labels to check."""
@@ -141,7 +141,7 @@ def measure(
     names: Sequence[str],
     split: str = "",
     half_widths: Sequence[float | None] = (),
-    groups: Sequence[bytes] = (),
+    units: Units | None = None,
 ) -> Measured:
     """Compare predicted numbers ``(n, t)`` with the true ones; see docs/metrics.md.
 
@@ -150,7 +150,7 @@ def measure(
         names: of the targets.
         split: name of the split, for the report.
         half_widths: of the prediction intervals, see `Intervals`.
-        groups: group of each image, see `Units`; none if all are independent.
+        units: which images belong together; by default none.
 
     Raises:
         BadDataError: there are no images, or an output is not finite.
@@ -160,7 +160,7 @@ def measure(
         message = "no images to evaluate on"
         raise BadDataError(message)
     require_finite(values)
-    resamples, units = resamples_for(n, t), Units.known(groups, n)
+    resamples, units = resamples_for(n, t), units or Units.each(n)
     once = weighted_scores(truth, values, np.ones((n, 1), np.float32))
     blocks = [weighted_scores(truth, values, weights) for weights in units.resampled(np.zeros(n, np.intp), resamples)]
     drawn = {name: np.concatenate([block[name] for block in blocks], axis=1) for name in once}

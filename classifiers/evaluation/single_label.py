@@ -49,7 +49,7 @@ def score(
     classes: list[str],
     split: str = "",
     *,
-    groups: Sequence[bytes] = (),
+    units: Units | None = None,
     temperature: float | None = None,
     conformal: Conformal | None = None,
 ) -> Evaluation:
@@ -60,7 +60,7 @@ def score(
         probabilities: ``(n, k)``.
         classes: label of each column.
         split: name of the split, for the report.
-        groups: group of each image, which are right and wrong together, see `Units`; none if all are independent.
+        units: which images belong together; by default none.
         temperature: what the logits behind the probabilities were divided by.
         conformal: decides which labels are in a prediction set.
 
@@ -75,7 +75,7 @@ def score(
     index = {label: i for i, label in enumerate(classes)}
     truth = np.array([index[label] for label in labels.tolist()])
     guess = probabilities.argmax(axis=1)
-    k, n, units = len(classes), len(labels), Units.known(groups, len(labels))
+    k, n, units = len(classes), len(labels), units or Units.each(len(labels))
     confusion = np.bincount(truth * k + guess, minlength=k * k).reshape(k, k)
     correct = int(np.trace(confusion))
     hits, support, taken = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
@@ -183,9 +183,9 @@ class SingleLabel(HeadTask):
             message = f"a classifier needs at least two classes; the training split has one, {labels.pop()!r}"
             raise BadDataError(message)
 
-    def score(self, truth: NDArray[Any], outputs: Outputs, split: str, groups: Sequence[bytes] = ()) -> Evaluation:
+    def score(self, truth: NDArray[Any], outputs: Outputs, split: str, units: Units | None = None) -> Evaluation:
         conformal, names = Conformal.from_json(self.conformal), list(self.names)
-        return score(truth, outputs, names, split, groups=groups, temperature=self.temperature, conformal=conformal)
+        return score(truth, outputs, names, split, units=units, temperature=self.temperature, conformal=conformal)
 
     def require_labels(self, labels: Sequence[str], split: str) -> None:
         require_known(labels, self.names, split)

@@ -20,7 +20,7 @@ from store.faces import html_table
 from store.format.samples import Row, SampleTable
 from store.tasks import TASKS
 
-from .units import Units
+from .units import Units, in_words
 
 Outputs = NDArray[np.floating[Any]]
 SCORE_COLUMNS = ("metric", "value", "95 % interval")
@@ -190,8 +190,10 @@ class HeadTask(ABC):
         """
 
     @abstractmethod
-    def score(self, truth: NDArray[Any], outputs: Outputs, split: str, groups: Sequence[bytes] = ()) -> Evaluation | Measured:
-        """Compare a head's outputs ``(n, k)`` with the truth of the same images, from `SampleTable.truth`, and their groups.
+    def score(self, truth: NDArray[Any], outputs: Outputs, split: str, units: Units | None = None) -> Evaluation | Measured:
+        """Compare a head's outputs ``(n, k)`` with the truth of the same images, from `SampleTable.truth`.
+
+        ``units`` says which of them belong together; by default none.
 
         Raises:
             BadDataError: there are no images, or an output is not finite.
@@ -265,8 +267,7 @@ def score_cells(scores: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]
 
 def images_of(metrics: Mapping[str, Any]) -> str:
     """How many images an evaluation, as JSON, is on, and how many groups they are of, in words."""
-    groups = metrics.get("groups")
-    return f"{metrics['n']} images" + (f" of {groups} group{'s' * (groups != 1)}" if groups else "")
+    return in_words(metrics["n"], metrics.get("groups"))
 
 
 def bootstrapped(value: float, drawn: NDArray[np.float64], units: Units) -> dict[str, Any]:

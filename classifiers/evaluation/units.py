@@ -30,23 +30,24 @@ class Units:
         of: number of the unit of each image ``(n,)``, from 0 without gaps.
 
     >>> from classifiers.evaluation.units import Units
-    >>> Units.known([b"ann", b"ann", b"bob"], 3).phrase
+    >>> Units.of_groups([b"ann", b"ann", b"bob"]).phrase
     '3 images of 2 groups'
-    >>> Units.known([], 3).phrase
+    >>> Units.each(3).phrase
     '3 images'
     """
 
     of: NDArray[np.intp]
 
     @classmethod
-    def known(cls, groups: Sequence[bytes], n: int) -> Self:
-        """The units of ``n`` images with these groups; with none, each image is one.
+    def each(cls, n: int) -> Self:
+        """``n`` images that are independent of each other."""
+        return cls(np.arange(n))
 
-        Images without a group of their own have a name that nobody else has, as `store.splits.groups_of` gives them.
-        """
-        if not len(groups):
-            return cls(np.arange(n))
-        return cls(np.unique(np.array([group.hex() for group in groups], dtype=str), return_inverse=True)[1])
+    @classmethod
+    def of_groups(cls, groups: Sequence[bytes]) -> Self:
+        """Images with these groups; one that is in none has a name that nobody else has (`store.splits.groups_of`)."""
+        numbers = {group: number for number, group in enumerate(sorted(set(groups)))}
+        return cls(np.array([numbers[group] for group in groups], np.intp))
 
     @cached_property
     def sizes(self) -> NDArray[np.intp]:
@@ -75,9 +76,7 @@ class Units:
     @property
     def phrase(self) -> str:
         """How many images and groups there are, in words."""
-        n = len(self.of)
-        groups = "" if self.single else f" of {self.count} group{'s' * (self.count != 1)}"
-        return f"{n} image{'s' * (n != 1)}{groups}"
+        return in_words(len(self.of), self.groups)
 
     @property
     def notes(self) -> list[str]:
@@ -154,3 +153,9 @@ class Units:
     def bootstrap(self, estimate: float, values: NDArray[np.float64]) -> Interval | None:
         """`intervals.bootstrap_interval` of values on `resampled`; None too if there is one unit."""
         return bootstrap_interval(estimate, values, self.reach) if self.count > 1 or self.single else None
+
+
+def in_words(n: int, groups: int | None) -> str:
+    """A number of images, and of the groups that they are of; None if they are independent."""
+    images = f"{n} image{'s' * (n != 1)}"
+    return images if groups is None else f"{images} of {groups} group{'s' * (groups != 1)}"

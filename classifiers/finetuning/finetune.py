@@ -382,8 +382,7 @@ def _judge_finetuned(tuned: FineTuned, images: _Images, settings: FineTuneSettin
     if roles.report:
         truth, name = images.table.truth(roles.report), str(roles.facts["reported_on"])
         predictions = predict_held_out(predictor, roles.report, truth, images.files, name)
-        facts_of = (predictions.labels, predictions.probabilities, predictions.split, predictions.groups)
-        evaluation = task.score(*facts_of)
+        evaluation = task.score(truth, predictions.probabilities, name, predictions.units)
         metrics = replace(evaluation, notes=[*evaluation.notes, *weight_notes(settings.class_weight)]).to_json()
         shown = illustrate(predictions, classes, files=images.files if settings.thumbnails else None)
     options = settings.part(FineTuneOptions)

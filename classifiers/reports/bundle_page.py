@@ -16,7 +16,7 @@ from classifiers.bundles.held_out import evaluate_bundle
 from classifiers.bundles.predictions import Predictions
 from classifiers.evaluation.intervals import interval, percent
 from classifiers.evaluation.probabilities import untempered
-from classifiers.evaluation.task import SCORE_COLUMNS
+from classifiers.evaluation.task import SCORE_COLUMNS, images_of
 from classifiers.heads.registry import Search, rows
 from extractor.data.sources import open_source
 from extractor.pixels.pixel_drift import PixelDrift
@@ -127,8 +127,7 @@ def _cards(metrics: dict[str, Any]) -> list[Card]:
 
 def _origin(metrics: dict[str, Any]) -> str:
     """The split and the number of groups of held-out images, in words."""
-    groups = metrics.get("groups")
-    return (f"of {groups} groups, " if groups else "") + f"split {metrics['split']!r}"
+    return f"{images_of(metrics)}, split {metrics['split']!r}" if metrics.get("groups") else f"split {metrics['split']!r}"
 
 
 def _reliability(bundle: Bundle, metrics: dict[str, Any], predictions: Predictions) -> Section:

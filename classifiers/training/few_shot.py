@@ -66,7 +66,7 @@ def learning_curve(
             message = f"--few-shot {most}: class {label!r} has {len(groups)} training image(s) or group(s); ask for fewer"
             raise BadDataError(message)
     every = views or train
-    n_views, units = len(every) // len(train), Units.known(held_out.groups, len(held_out))
+    n_views, units = len(every) // len(train), Units.of_groups(held_out.groups)
     fewest = min(map(len, members.values()))
     rng = np.random.default_rng(seed)
     draws = [_draw(members, most, rng) for _ in range(repeats)]

@@ -220,9 +220,9 @@ def judge(fitted: Fitted, prepared: Prepared) -> Judged:
     if held_out is not None:
         X = cache.lazy(held_out.sha256, views=True) if averaging else held_out.X
         probabilities = averaged(head.fitted_.probabilities(X), cache.views if averaging else 1)
-        groups = held_out.groups
-        predictions = Predictions(held_out.sha256, held_out.paths, held_out.y, probabilities, held_out.name, groups=groups)
-        evaluation = task.score(held_out.y, probabilities, held_out.name, groups)
+        facts = (held_out.sha256, held_out.paths, held_out.y, probabilities, held_out.name)
+        predictions = Predictions(*facts, groups=held_out.groups)
+        evaluation = task.score(held_out.y, probabilities, held_out.name, predictions.units)
         novel = novel_share(novelty.scores(held_out.X)) if novelty else None
         notes = [*evaluation.notes, *weight_notes(getattr(head, "class_weight", None))]
         metrics = replace(evaluation, novelty=novel, notes=notes).to_json()
@@ -230,7 +230,7 @@ def judge(fitted: Fitted, prepared: Prepared) -> Judged:
             files = files_or_none(cache.samples) if prepared.options.thumbnails else None
             shown = illustrate(predictions, names, X=held_out.X, fitted=prepared.fitted, files=files)
         if prepared.leaks is not None:
-            _with_leaks(metrics, prepared.leaks, held_out, probabilities, task)
+            _with_leaks(metrics, prepared.leaks, predictions, task)
     else:
         log.warning("nothing is held out, so this head gets no scores")
     spent = fitted.spent
@@ -339,24 +339,25 @@ def _look_for_leaks(cache: FeatureCache, roles: Roles, fitted: Sequence[Subset],
     for subset in fitted if held_out else []:
         more, looked = near_copies(subset, held_out) if held_out else ([], True)
         near, searched = near + more, searched and looked
+    parts = {"fitted": [*roles.fit, *roles.choose], "held out": roles.report}
     best = {leak.path: leak for leak in sorted(near, key=lambda leak: -leak.ratio)}  # the most suspicious one of each image
     return LeakReport(
         copies=[row.name for row in roles.copies],
         near=sorted(best.values(), key=lambda leak: leak.ratio),
         conflicts=conflicting_labels(cache.samples),
         searched=searched,
-        divided=divided_groups([(row, "fitted") for row in (*roles.fit, *roles.choose)] + [(row, "") for row in roles.report]),
+        divided=list(divided_groups((row.group, part) for part, rows in parts.items() for row in rows)),
     )
 
 
-def _with_leaks(metrics: dict[str, Any], leaks: LeakReport, held_out: Subset, probabilities: Any, task: HeadTask) -> None:
+def _with_leaks(metrics: dict[str, Any], leaks: LeakReport, held_out: Predictions, task: HeadTask) -> None:
     """Add the leaks to the metrics, and the score without the images that look like fitted ones."""
     metrics["leaks"] = leaks.to_json()
     suspicious = {leak.path for leak in leaks.near}
     keep = np.array([display(path) not in suspicious for path in held_out.paths])
     if leaks.near and keep.any():
-        groups = [held_out.groups[i] for i in np.flatnonzero(keep).tolist()]
-        without = task.score(held_out.y[keep], probabilities[keep], held_out.name, groups).to_json()
+        rest = (held_out.labels[keep], held_out.probabilities[keep], held_out.split, held_out.units.among(keep))
+        without = task.score(*rest).to_json()
         metrics["notes"].append(
             f"{task.headline(metrics)} with, {task.headline(without)} without the {len(leaks.near)} image(s) that look like "
             f"copies of fitted ones"

@@ -9,9 +9,9 @@ from typing import Any
 
 from extractor.data.samples import Sample, in_words
 from extractor.settings import flag_of
-from store.errors import BadDataError, display
+from store.errors import BadDataError
 from store.format.samples import Row, SampleTable
-from store.splits import assign_splits, require_sizes, rule_text, split_names, untrained_labels
+from store.splits import assign_splits, divided_groups, require_sizes, rule_text, split_names, untrained_labels
 from store.tasks import Task
 
 from .settings import Options
@@ -73,20 +73,17 @@ def say_splits(before: SampleTable | None, rows: Sequence[Row], rule: dict[str, 
 
 def say_own_splits(samples: Sequence[Sample] | Sequence[Row], options: Options, task: Task) -> None:
     """Warn about what the splits of a source do: classes without training images, groups on both sides, unused options."""
-    splits: dict[bytes, set[str]] = {}
-    for sample in samples:
-        if sample.split and sample.group:
-            splits.setdefault(sample.group, set()).add(sample.split)
     if task.stratifies:
         for sentence in untrained_labels((sample.label, sample.split) for sample in samples):
             log.warning("%s: `penult train` will refuse that", sentence)
-    if divided := sorted(group for group, names in splits.items() if len(names) > 1):
+    if divided := divided_groups((sample.group, sample.split) for sample in samples if sample.split):
+        group, splits = next(iter(divided.items()))
         log.warning(
             "%d of %d groups have images in more than one split of the data (such as %s in %s): what is held out is not new",
             len(divided),
-            len(splits),
-            display(divided[0]),
-            in_words(sorted(splits[divided[0]])),
+            len({sample.group for sample in samples if sample.group}),
+            group,
+            in_words(splits),
         )
     unused = options.explicit().keys() & {"val_fraction", "test_fraction"}
     if unused and any(sample.split for sample in samples):

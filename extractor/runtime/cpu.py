@@ -65,8 +65,3 @@ class Cpu:
 
     def reason(self, error: Exception) -> str:
         return reason(error)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error, or its type if it has no text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -26,10 +26,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from extractor.graphs import reasons
 from extractor.machine import nvidia_driver_present
 from store.errors import DeviceUnavailableError
 
-from .cpu import Cpu, first_line
+from .cpu import Cpu
 
 if TYPE_CHECKING:
     import numpy as np
@@ -207,9 +208,8 @@ def is_loaded(library: str) -> bool:
 
 def reason(error: Exception) -> str:
     """An error of ONNX Runtime in one line; a failure on a GPU without source location and host name."""
-    line = first_line(error)
-    failure = re.search(r"CU[A-Z_]+ failure -?\d+: [^;]*", line)
-    return failure.group().strip() if failure else line
+    failure = re.search(r"CU[A-Z_]+ failure -?\d+: [^;\n]*", str(error))
+    return failure.group().strip() if failure else reasons.reason(error)
 
 
 def _runtime(onnxruntime: Any) -> Any:

@@ -171,7 +171,10 @@ PREDICTIONS: dict[str, tuple[Change, str]] = {
         ),
         "it has 11 images, and head.json was measured on 12",
     ),
-    "not probabilities": (lambda d: d.update(probabilities=d["probabilities"] * 7), "are not between 0 and 1"),
+    "not probabilities": (
+        lambda d: d.update(probabilities=d["probabilities"] * 7),
+        "as a probability; expected numbers between 0 and 1",
+    ),
     "NaN": (lambda d: d.update(probabilities=d["probabilities"] * np.float32("nan")), "NaN or infinity"),
     "digests of another width": (lambda d: d.update(sha256=d["sha256"][:, :5]), "expected 32 bytes each"),
 }

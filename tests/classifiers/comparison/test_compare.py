@@ -201,7 +201,7 @@ def verdict(
     value: float, low: float, high: float, ratio: float | None, *, disputed: int = 100, n: int = 1000, p: float = 0.001
 ) -> Verdict:
     change = Change({"accuracy": {"value": value, "interval": (low, high)}}, disputed // 2, disputed // 2, p, p, [])
-    return judge(change, Units.known((), n), subject="fine-tuning", cost_ratio=ratio, worthwhile=0.01)
+    return judge(change, Units.each(n), subject="fine-tuning", cost_ratio=ratio, worthwhile=0.01)
 
 
 @pytest.mark.parametrize(
@@ -453,6 +453,6 @@ def test_draws_divide_no_group_and_hold_the_smaller_ones() -> None:
 def test_whether_more_labels_would_help(value: float, interval: tuple[float, float], expected: str) -> None:
     points = [{"images": 100}, {"images": 200}]
     assert (
-        _sentence(points, value, interval, Units.known((), 80), 0.01)
+        _sentence(points, value, interval, Units.each(80), 0.01)
         == f"From 100 to 200 training images accuracy changed by {expected}"
     )

@@ -49,10 +49,10 @@ def test_independent_images_are_judged_as_ever() -> None:
     truth, groups = np.arange(40) % 3, [bytes([i]) for i in range(40)]
     probabilities = np.random.default_rng(0).dirichlet([1, 1, 1], 40).astype(np.float32)
     labels, classes = np.array(["a", "b", "c"])[truth], ["a", "b", "c"]
-    one, other = score(labels, probabilities, classes, groups=groups), score(labels, probabilities, classes)
+    one, other = score(labels, probabilities, classes, units=Units.of_groups(groups)), score(labels, probabilities, classes)
     assert one == other
     assert one.groups is None
-    units = Units.known(groups, 40)
+    units = Units.of_groups(groups)
     assert (units.single, units.phrase, units.reach, units.notes) == (True, "40 images", Z95, [])
     assert units.proportion(truth == 0) == wilson(14, 40)
     drawn = zip(units.resampled(truth, 50), resampled(truth, 50), strict=True)
@@ -92,7 +92,7 @@ def test_copies_of_an_image_are_one_image() -> None:
     """Ten images in 20 copies each are no 200 images."""
     labels, digests = np.repeat(["a", "b"], 100), [bytes([i]) * 32 for i in range(10) for _ in range(20)]
     probabilities = np.repeat(np.eye(2, dtype=np.float32), 100, axis=0)
-    evaluation = score(labels, probabilities, ["a", "b"], "test", groups=digests)
+    evaluation = score(labels, probabilities, ["a", "b"], "test", units=Units.of_groups(digests))
     assert evaluation.accuracy == 1.0
     assert evaluation.accuracy_interval[0] < 0.7
     assert "of 10 groups" in repr(evaluation)
@@ -143,7 +143,7 @@ def test_heads_that_differ_by_the_luck_of_patients_are_not_told_apart() -> None:
     ours, plain = wrong / 200
     assert ours <= 0.08
     assert plain > 0.2
-    narrow, strata = Units.known((), 300), np.zeros(300, np.intp)
+    narrow, strata = Units.each(300), np.zeros(300, np.intp)
     drawn, alone = (
         np.concatenate([change @ weights / weights.sum(axis=0) for weights in each.resampled(strata, 300)])
         for each in (units, narrow)
@@ -169,13 +169,9 @@ def test_too_few_groups_decide_nothing(groups: int, decision: str) -> None:
     assert verdict.decision == decision
     if units.few:
         assert "cannot be told with 140 images of 7 groups, 10 groups are the least that can show it" in verdict.sentence
-    evaluation = task_of("single-label", ["a", "b"]).score(np.repeat(["a"], len(truth)), outputs(worse), "test", _names(units))
+    evaluation = task_of("single-label", ["a", "b"]).score(np.repeat(["a"], len(truth)), outputs(worse), "test", units)
     said = [note for note in evaluation.notes if note.startswith("nothing can be told from 140 images of 7 groups")]
     assert bool(said) == units.few
-
-
-def _names(units: Units) -> list[bytes]:
-    return [str(number).encode() for number in units.of.tolist()]
 
 
 def test_every_task_counts_groups() -> None:
@@ -183,10 +179,10 @@ def test_every_task_counts_groups() -> None:
     right = np.repeat(rng.random(12) < 0.6, 5)
     outputs = np.where(right[:, None], [0.9, 0.8], 0.1)
     task = task_of("multi-label", ["x", "y"])
-    tags, alone = (task.score(np.ones((60, 2), bool), outputs, "", names) for names in (_names(units), ()))
+    tags, alone = (task.score(np.ones((60, 2), bool), outputs, "", each) for each in (units, None))
     noise = np.repeat(rng.normal(size=12), 5)[:, None]
     truth = rng.normal(size=(60, 1))
-    numbers, plain = (task_of("regression", ["t"]).score(truth, truth + noise, "", names) for names in (_names(units), ()))
+    numbers, plain = (task_of("regression", ["t"]).score(truth, truth + noise, "", each) for each in (units, None))
 
     def width(result: object, name: str, j: int | None = None) -> float:
         scores = result.scores if j is None else result.per_output[j]["scores"]  # type: ignore[attr-defined]

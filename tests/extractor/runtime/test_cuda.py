@@ -653,7 +653,7 @@ def test_what_the_libraries_say_is_out_of_memory_too(backbone_file: Path, stage:
 def test_the_reason_is_one_line_without_the_source_and_the_host() -> None:
     text = "/src/cuda_call.cc:121 onnxruntime::CudaCall() CUDA failure 100: no CUDA-capable device is detected ; GPU=0 ; x"
     assert reason(RuntimeError(text)) == "CUDA failure 100: no CUDA-capable device is detected"
-    assert (reason(RuntimeError("one\ntwo")), reason(RuntimeError())) == ("one", "RuntimeError")
+    assert (reason(RuntimeError("one\ntwo")), reason(RuntimeError())) == ("one two", "RuntimeError")
 
 
 def test_out_of_memory_halves_the_batch_and_loses_nothing(
