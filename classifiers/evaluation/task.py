@@ -20,7 +20,7 @@ from store.faces import html_table
 from store.format.samples import Row, SampleTable
 from store.tasks import TASKS
 
-from .units import Units, in_words
+from .units import Units, images_in_words
 
 Outputs = NDArray[np.floating[Any]]
 SCORE_COLUMNS = ("metric", "value", "95 % interval")
@@ -267,7 +267,7 @@ def score_cells(scores: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]
 
 def images_of(metrics: Mapping[str, Any]) -> str:
     """How many images an evaluation, as JSON, is on, and how many groups they are of, in words."""
-    return in_words(metrics["n"], metrics.get("groups"))
+    return images_in_words(metrics["n"], metrics.get("groups"))
 
 
 def bootstrapped(value: float, drawn: NDArray[np.float64], units: Units) -> dict[str, Any]:

@@ -76,7 +76,7 @@ class Units:
     @property
     def phrase(self) -> str:
         """How many images and groups there are, in words."""
-        return in_words(len(self.of), self.groups)
+        return images_in_words(len(self.of), self.groups)
 
     @property
     def notes(self) -> list[str]:
@@ -155,7 +155,7 @@ class Units:
         return bootstrap_interval(estimate, values, self.reach) if self.count > 1 or self.single else None
 
 
-def in_words(n: int, groups: int | None) -> str:
+def images_in_words(n: int, groups: int | None) -> str:
     """A number of images, and of the groups that they are of; None if they are independent."""
     images = f"{n} image{'s' * (n != 1)}"
     return images if groups is None else f"{images} of {groups} group{'s' * (groups != 1)}"
