@@ -18,11 +18,12 @@ lint: install
 docs: install  ## what is generated in docs/: the keys of job files, the options of commands, the layouts of images
 	$(BIN)/python docs/reference.py
 
-bench: install  ## minutes; writes the tables in docs/benchmarks.md, docs/metrics.md and docs/pixel-paths.md
+bench: install  ## minutes; writes the tables in docs/benchmarks.md, docs/metrics.md, docs/splits.md and others
 	$(BIN)/python benchmarks/cpu.py
 	$(BIN)/python benchmarks/pixels.py
 	$(BIN)/python benchmarks/ridge.py
 	$(BIN)/python benchmarks/coverage.py
+	$(BIN)/python benchmarks/splits.py
 	$(BIN)/python benchmarks/heads.py
 	$(BIN)/python benchmarks/finetuning.py
 

@@ -23,7 +23,7 @@ from store.format.samples import Row, SampleTable
 from .errors import BadDataError, CorruptCacheError, InputMissingError, LockedError, PenultError, UsageError
 from .faces import html_table
 from .fingerprint import Fingerprint, file_digest, short
-from .splits import assign_splits, groups_of
+from .splits import assign_splits, groups_of, version_of
 
 PENULTIMATE = "penultimate"  # how --layer names the default
 SHOWN = 5  # labels in a line
@@ -424,7 +424,8 @@ class FeatureCache:
             BadDataError: a class is too small for the requested splits.
         """
         rows = self.rows()
-        names = assign_splits(rows, val=val, test=test, seed=seed, stratify=self.samples.task.stratifies)
+        version, stratify = version_of(self.samples.facts.get("split")), self.samples.task.stratifies
+        names = assign_splits(rows, val=val, test=test, seed=seed, stratify=stratify, version=version)
         splits = ["train", *(["val"] if val else []), *(["test"] if test else [])]
         return tuple(
             self.of_rows([row for row, name in zip(rows, names, strict=True) if name == split], split) for split in splits

@@ -30,7 +30,7 @@ from extractor.pipeline.settings import Options
 from store.cache import FeatureCache, Subset, is_cache
 from store.errors import BadDataError, InputMissingError
 from store.format.samples import Row, SampleTable
-from store.splits import assign_splits, groups_of, with_splits
+from store.splits import groups_of, with_splits
 from store.tasks import ONE_LABEL
 
 from .bundle import Bundle, task_of_bundle
@@ -190,8 +190,8 @@ def _split_of(bundle: Bundle, have: Set[str | None], split: str | None) -> str |
 def _rows_of(table: SampleTable, bundle: Bundle, split: str | None) -> tuple[list[Row], str]:
     rows = [row for row in table.rows if row.ok]
     if bundle.split.get("override") and _is_own_data(bundle, rows):  # it was trained on splits of its own
-        fractions = {key: bundle.split[key] for key in ("val", "test", "seed")}
-        rows = with_splits(rows, assign_splits(rows, **fractions, stratify=table.task.stratifies))
+        reported = set(bundle.predictions().sha256) if bundle.metrics is not None else set[bytes]()
+        rows = with_splits(rows, [bundle.split["reported_on"] if row.sha256 in reported else "train" for row in rows])
     have: set[str | None] = {row.split for row in rows if row.split}
     name = _split_of(bundle, have, split)
     if name is not None:

@@ -269,7 +269,7 @@ def _finish(
     """
     source, options, before, computed = request.source, request.options, opened.before, streamed.computed
     require_groups(None if options.overwrite else before, streamed.rows, resplit=options.resplit)
-    rows, rule = resolve_splits(streamed.rows, options, source.task)
+    rows, rule = resolve_splits(streamed.rows, options, source.task, None if options.overwrite else before)
     changes = say_splits(before, rows, rule, source.task)
     if rule["rule"] == "source":
         say_own_splits([row for row in rows if row.ok], options, source.task)

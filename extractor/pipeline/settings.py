@@ -49,7 +49,7 @@ class ResplitSettings(Settings):
     section: ClassVar[str] = "extract"
     heading: ClassVar[str] = "Split, if the data has none"
 
-    resplit: bool = setting(False, "Split again without the groups that the samples had in the last run.")
+    resplit: bool = setting(False, "Split again by today's rule, and without groups if the samples have none any more.")
 
 
 def _precision(value: str) -> str:

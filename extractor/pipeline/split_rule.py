@@ -11,7 +11,17 @@ from extractor.data.samples import Sample, in_words
 from extractor.settings import flag_of
 from store.errors import BadDataError
 from store.format.samples import Row, SampleTable
-from store.splits import assign_splits, divided_groups, require_sizes, rule_text, split_names, untrained_labels
+from store.splits import (
+    assign_splits,
+    divided_groups,
+    hash_rank_rule,
+    missed_shares,
+    require_sizes,
+    rule_text,
+    split_names,
+    untrained_labels,
+    version_of,
+)
 from store.tasks import Task
 
 from .settings import Options
@@ -19,21 +29,35 @@ from .settings import Options
 log = logging.getLogger("penult.extractor")
 
 
-def resolve_splits(rows: Sequence[Row], options: Options, task: Task) -> tuple[list[Row], dict[str, Any]]:
+def resolve_splits(
+    rows: Sequence[Row], options: Options, task: Task, before: SampleTable | None = None
+) -> tuple[list[Row], dict[str, Any]]:
     """The rows with their split, and the rule that decided it.
 
     Splits of the source win. Otherwise, if there are labels or numeric targets, the ok rows are split by hash rank, within
     each class if a sample has one. A class that became too small because its files failed is an error that names it.
+
+    Args:
+        rows: of this run.
+        options: with the fractions and the seed.
+        task: what the samples are for.
+        before: the sample table of the last run; its version of the rule stays, unless another split is asked for.
     """
     if any(row.split for row in rows):
         return list(rows), {"rule": "source"}
     good = [row for row in rows if row.ok]
     if not good or not task.can_be_trained_on([row.label for row in good]):
         return list(rows), {"rule": "none"}
-    fractions = {"val": options.val_fraction, "test": options.test_fraction}
-    names = assign_splits(good, **fractions, seed=options.seed, stratify=task.stratifies)
+    val, test, seed = options.val_fraction, options.test_fraction, options.seed
+    previous = before.facts.get("split", {}) if before and not options.resplit else {}
+    same = {"val": val, "test": test, "seed": seed}.items() <= previous.items()
+    rule = hash_rank_rule(val=val, test=test, seed=seed, version=version_of(previous if same else None))
+    version = version_of(rule)
+    names = assign_splits(good, val=val, test=test, seed=seed, stratify=task.stratifies, version=version)
+    labels = [row.label or "" if task.stratifies else "" for row in good]
+    for sentence in missed_shares(zip(labels, names, strict=True), val=val, test=test):
+        log.warning("%s", sentence)
     split_of = {row.path: name for row, name in zip(good, names, strict=True)}
-    rule = {"rule": "hash-rank", "val": options.val_fraction, "test": options.test_fraction, "seed": options.seed}
     return [row.with_split(split_of.get(row.path)) for row in rows], rule
 
 

@@ -124,9 +124,10 @@ class Calibrator(TrainingImages):
                     known.setdefault(digest, sample)
                     rows.append(Row(sample.path, sample.label, None, sample.group, sha256=digest))
         self._check()
-        val = self.val + (1 - self.val - self.test) * CLEARANCE
-        names = assign_splits(rows, val=val, test=self.test, seed=self.seed, stratify=self.source.task.stratifies)
-        train = {row.sha256 for row, name in zip(rows, names, strict=True) if name == "train"}
+        train = set(known)
+        for val in (self.val, self.val + (1 - self.val - self.test) * CLEARANCE):
+            names = assign_splits(rows, val=val, test=self.test, seed=self.seed, stratify=self.source.task.stratifies)
+            train &= {row.sha256 for row, name in zip(rows, names, strict=True) if name == "train"}
         return [known[digest] for digest in sorted(train)]
 
     def _in_turn(self, pool: ThreadPoolExecutor) -> Iterator[bytes | None]:

@@ -1,16 +1,13 @@
-"""The cache directory: writing, reading by content and by split, fingerprints, hash-rank splits, the lock."""
+"""The cache directory: writing, reading by content and by split, fingerprints, the lock."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import signal
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +24,12 @@ from store.errors import (
     LockedError,
     OutputError,
     OutputExistsError,
-    UsageError,
 )
 from store.fingerprint import Fingerprint, short
 from store.format import shard
 from store.format.lock import writer_lock
 from store.format.metadata import FORMAT_VERSION, meta_bytes, read_meta, shard_paths
 from store.format.samples import Row, SampleTable
-from store.splits import assign_splits, hash_rank_split, merge_groups
 from store.writer import CacheWriter, open_writer
 
 REPO = Path(__file__).resolve().parents[2]
@@ -511,111 +506,6 @@ def test_another_fingerprint_is_refused_before_anything_changes(tmp_path: Path) 
     assert {path: path.read_bytes() for path in (tmp_path / "c").rglob("*") if path.is_file()} == before
 
 
-# --- splits ------------------------------------------------------------------------------------------------------------
-
-
-def split_of(names: Sequence[int], *, seed: int = 0, val: float = 0.2, test: float = 0.2, classes: int = 4) -> dict[int, str]:
-    labels, groups = [f"class {i % classes}" for i in names], [key(i) for i in names]
-    return dict(zip(names, hash_rank_split(labels, groups, val=val, test=test, seed=seed), strict=True))
-
-
-@pytest.mark.parametrize(("val", "test"), [(0.2, 0.2), (0.0, 0.2), (0.1, 0.3), (0.2, 0.0), (0.0, 0.0)])
-@pytest.mark.parametrize("count", [40, 403])
-def test_each_class_is_divided_by_its_fractions(count: int, val: float, test: float) -> None:
-    found = split_of(range(count), val=val, test=test)
-    for label in range(4):
-        members = [i for i in range(count) if i % 4 == label]
-        have = Counter(found[i] for i in members)
-        assert have["test"] == math.ceil(test * len(members))
-        assert have["val"] == math.ceil(val * len(members))
-        assert sum(have.values()) == len(members)
-
-
-def test_the_split_is_the_one_the_contract_describes() -> None:
-    """Ordered by sha256(seed + group) within the class: the first ceil(f n) to test, the next to val."""
-    ranked = sorted(range(0, 40, 4), key=lambda i: hashlib.sha256(b"7:" + key(i)).digest())
-    found = split_of(range(40), seed=7)
-    assert [found[i] for i in ranked] == ["test"] * 2 + ["val"] * 2 + ["train"] * 6
-
-
-@pytest.mark.parametrize("change", ["add", "remove"])
-def test_one_file_more_or_less_moves_at_most_a_few(change: str) -> None:
-    names = list(range(400))
-    before = split_of(names)
-    worst = 0
-    for i in range(20):
-        after = split_of([*names, 1000 + i] if change == "add" else [name for name in names if name != 17 * i])
-        worst = max(worst, sum(before[name] != split for name, split in after.items() if name in before))
-    assert worst <= 3  # both quotas grow by one: one sample from val to test, two from train to val
-
-
-def test_the_order_and_place_of_files_do_not_matter() -> None:
-    names = list(range(100))
-    assert split_of(names) == split_of(names[::-1])
-    rows = [Row(b"here/%d" % i, str(i % 3), sha256=key(i)) for i in names]
-    moved = [Row(b"there/deeper/%d" % (1000 - i), str(i % 3), sha256=key(i)) for i in names]
-    assert assign_splits(rows, val=0.2, test=0.2, seed=0) == assign_splits(moved, val=0.2, test=0.2, seed=0)
-
-
-def test_another_seed_is_another_split() -> None:
-    a, b = split_of(range(400)), split_of(range(400), seed=1)
-    assert 100 < sum(a[i] != b[i] for i in a) < 300
-    assert a == split_of(range(400), seed=0)
-
-
-def test_groups_are_never_divided_even_across_classes() -> None:
-    rng = np.random.default_rng(0)
-    labels = [f"class {i}" for i in rng.integers(0, 3, 300)]
-    groups = [b"group %d" % i for i in rng.integers(0, 60, 300)]
-    for seed in range(5):
-        found = hash_rank_split(labels, groups, val=0.2, test=0.2, seed=seed)
-        of_group: dict[bytes, set[str]] = {}
-        for group, split in zip(groups, found, strict=True):
-            of_group.setdefault(group, set()).add(split)
-        assert all(len(splits) == 1 for splits in of_group.values())
-        assert set(found) == {"train", "val", "test"}
-
-
-def test_duplicates_stay_together_without_a_group() -> None:
-    rows = [Row(b"%d" % i, "ab"[i // 4 % 2], sha256=key(i // 4)) for i in range(80)]
-    found = assign_splits(rows, val=0.2, test=0.2, seed=0)
-    assert all(len(set(found[i : i + 4])) == 1 for i in range(0, 80, 4))
-
-
-def test_a_group_counts_with_all_its_samples() -> None:
-    """One group of 50 in front of 50 single ones must not leave test with one sample more than it asked for, fifty times."""
-    labels = ["a"] * 100
-    groups = [b"big"] * 50 + [key(i) for i in range(50)]
-    for seed in range(10):
-        have = Counter(hash_rank_split(labels, groups, val=0.0, test=0.2, seed=seed))
-        assert have["test"] >= 20
-        assert have["test"] <= 20 - 1 + 50
-        assert have["train"] >= 1
-
-
-@pytest.mark.parametrize(("count", "val", "test", "fits"), [(1, 0.2, 0.2, False), (2, 0.2, 0.2, False), (3, 0.2, 0.2, True)])
-def test_a_class_too_small_is_named(count: int, val: float, test: float, fits: bool) -> None:
-    labels = ["big"] * 50 + ["small class"] * count
-    groups = [key(i) for i in range(len(labels))]
-    if fits:
-        found = hash_rank_split(labels, groups, val=val, test=test)
-        assert sorted(found[50:]) == ["test", "train", "val"]
-        return
-    with pytest.raises(BadDataError, match=f"class 'small class' has {count} distinct .* too few for train, test, val"):
-        hash_rank_split(labels, groups, val=val, test=test)
-
-
-def test_copies_do_not_make_a_class_large_enough() -> None:
-    with pytest.raises(BadDataError, match="'small' has 1 distinct"):
-        hash_rank_split(["small"] * 9, [key(0)] * 9, val=0.2, test=0.2)
-
-
-@pytest.mark.parametrize(("val", "test"), [(0.5, 0.5), (1.0, 0.0), (-0.1, 0.2), (0.0, 1.5), (float("nan"), 0.2)])
-def test_fractions_that_leave_nothing_are_a_usage_error(val: float, test: float) -> None:
-    with pytest.raises(UsageError, match="leave nothing to train on"):
-        hash_rank_split(["a"] * 10, [key(i) for i in range(10)], val=val, test=test)
-
-
 # --- the lock ----------------------------------------------------------------------------------------------------------
 
 HOLDER = """
@@ -664,41 +554,3 @@ def test_a_leftover_lock_file_means_nothing(tmp_path: Path) -> None:
     (tmp_path / "c/.lock").write_text("12345")
     with open_writer(tmp_path / "c"):
         pass
-
-
-def test_groups_that_span_classes_are_split_whole_and_every_split_has_every_class() -> None:
-    """Patients with three benign images and a malignant one: no group has a malignant majority."""
-    labels = ["benign", "benign", "benign", "malignant"] * 30
-    groups = [f"patient{i // 4}".encode() for i in range(len(labels))]
-    split = hash_rank_split(labels, groups, val=0.2, test=0.2)
-    assert all(len({split[i] for i in range(4 * p, 4 * p + 4)}) == 1 for p in range(30))
-    assert Counter(split) == {"train": 72, "test": 24, "val": 24}
-
-
-def test_a_tie_within_a_group_goes_to_either_class() -> None:
-    labels = ["a", "b"] * 40
-    groups = [f"pair{i // 2}".encode() for i in range(len(labels))]
-    split = hash_rank_split(labels, groups, val=0.0, test=0.25)
-    assert 16 <= Counter(split)["test"] <= 24
-    assert Counter(zip(labels, split, strict=True))["a", "test"] == Counter(split)["test"] // 2
-
-
-def test_a_class_that_comes_into_no_test_group_is_named() -> None:
-    labels = ["common"] * 40 + ["common", "rare"] * 2
-    groups = [f"g{i}".encode() for i in range(40)] + [b"x", b"x", b"y", b"y"]
-    refused = []
-    for seed in range(50):  # two groups have it; with most seeds both are on the same side
-        try:
-            hash_rank_split(labels, groups, val=0.0, test=0.1, seed=seed)
-        except BadDataError as error:
-            refused.append(str(error))
-    assert 10 < len(refused) < 50
-    assert all("class 'rare'" in message for message in refused)
-
-
-def test_copies_of_an_image_join_their_groups() -> None:
-    assert merge_groups([b"a", b"b", b"", b"c", b""], [b"1", b"1", b"2", b"2", b"3"]) == [b"a", b"a", b"c", b"c", b"3"]
-    chain = merge_groups([b"a", b"a", b"b", b"b", b"c"], [b"1", b"2", b"2", b"3", b"3"])
-    assert set(chain) == {b"a"}
-    many = merge_groups([f"g{i // 2}".encode() for i in range(5000)], [f"{(i + 1) // 2}".encode() for i in range(5000)])
-    assert set(many) == {b"g0"}, "a long chain is one set"

@@ -9,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,7 @@ from store.errors import (
 )
 from store.format import hdf5
 from store.format.metadata import shard_paths
+from store.splits import assign_splits, with_splits
 
 REPO = Path(__file__).resolve().parents[3]
 SIZE = 4  # images per inference call; with SHARD_BYTES = 1 also per shard
@@ -453,8 +456,8 @@ def splits(cache: Path) -> dict[bytes, str]:
 def test_splits_are_stored_and_follow_the_options(run: Run, mine: tuple[Path, Path], reference: Path) -> None:
     data, cache = mine
     opened = FeatureCache(reference)
-    assert opened.samples.facts["split"] == {"rule": "hash-rank", "val": 0.2, "test": 0.2, "seed": 0}
-    assert [len(opened.subset(name)) for name in ("train", "val", "test")] == [4, 4, 4]  # ceil(0.2 * 6) of each class
+    assert opened.samples.facts["split"] == {"rule": "hash-rank", "val": 0.2, "test": 0.2, "seed": 0, "version": 2}
+    assert [len(opened.subset(name)) for name in ("train", "val", "test")] == [8, 2, 2]
     assert run(data, cache, seed=1).computed == 0
     assert splits(cache) != splits(reference)
     run(data, cache, val_fraction=0.0)
@@ -472,9 +475,31 @@ def test_a_split_that_changes_is_said_with_both_rules(
     moved = sum(before[path] != after[path] for path in before)
     assert moved > 0
     assert (
-        "the split was by hash rank (val 0.2, test 0.2, seed 0), it is by hash rank (val 0.2, test 0.3, seed 1) now: "
-        f"{moved} samples changed split" in caplog.text
+        "the split was by hash rank (val 0.2, test 0.2, seed 0, version 2), "
+        f"it is by hash rank (val 0.2, test 0.3, seed 1, version 2) now: {moved} samples changed split" in caplog.text
     )
+
+
+def test_a_cache_keeps_the_version_of_the_rule_that_it_was_split_by(
+    run: Run, mine: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    data, cache = mine
+    run(data, cache)
+    table = FeatureCache(cache).samples
+    first = {"rule": "hash-rank", "val": 0.2, "test": 0.2, "seed": 0}  # as it was recorded then
+    names = assign_splits(table.rows, val=0.2, test=0.2, seed=0, version=1)
+    rows = with_splits(table.rows, names)
+    (cache / "samples.h5").write_bytes(replace(table, rows=rows, facts={**table.facts, "split": first}).to_bytes())
+    expected = splits(cache)
+    assert Counter(expected.values()) == {"train": 4, "val": 4, "test": 4}
+    run(data, cache)
+    assert (splits(cache), FeatureCache(cache).samples.facts["split"]) == (expected, first)
+    assert Counter(map(len, FeatureCache(cache).split(test=0.2))) == {4: 1, 8: 1}
+    assert "the nearest" in caplog.text
+    caplog.clear()
+    assert run(data, cache, resplit=True).changes["split"] == 4
+    assert "seed 0), it is by hash rank (val 0.2, test 0.2, seed 0, version 2) now: 4 samples changed split" in caplog.text
+    assert "the nearest" not in caplog.text
 
 
 def test_a_class_that_is_only_held_out_is_said_when_it_is_extracted(
