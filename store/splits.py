@@ -221,13 +221,14 @@ def version_of(rule: Mapping[str, Any] | None) -> int:
     return int(rule.get("version", 1)) if rule and rule.get("rule") == "hash-rank" else VERSION
 
 
-def missed_shares(samples: Iterable[tuple[str, str]], *, val: float, test: float) -> list[str]:
-    """A sentence if whole groups, and one of each class for each split, leave a split far from what was asked for.
+def missed_shares(samples: Iterable[tuple[str, str]], *, val: float, test: float, version: int = VERSION) -> list[str]:
+    """A sentence if a split is far from what was asked for, with the reason.
 
     Args:
         samples: label and split of each.
         val: fraction that was asked for validation.
         test: fraction that was asked to be held out.
+        version: of the rule by which it was made.
     """
     classes: dict[str, Counter[str]] = defaultdict(Counter)
     for label, split in samples:
@@ -243,10 +244,10 @@ def missed_shares(samples: Iterable[tuple[str, str]], *, val: float, test: float
     have = ", ".join(f"{every[name]} {name}" for name in ("train", "test", "val") if every[name])
     worst = max(sorted(classes), key=lambda label: distance(classes[label]))
     where = "" if len(classes) == 1 else f" (most of all of class {worst!r}: {sum(classes[worst].values())} samples)"
-    return [
-        f"{wanted} of {every.total()} samples were asked for, and the nearest is {have}: groups stay whole, and each split has "
-        f"at least one of each class{where}"
-    ]
+    why = "groups stay whole, and each split has at least one of each class"
+    if version == 1:
+        why = "the cache was split by an earlier rule, and --resplit comes nearer"
+    return [f"{wanted} of {every.total()} samples were asked for, and the split is {have}: {why}{where}"]
 
 
 def rule_text(rule: Mapping[str, Any]) -> str:

@@ -59,7 +59,7 @@ def assign_roles(table: SampleTable, *, val: float | None = None, test: float | 
         names = assign_splits(rows, val=val, test=test, seed=seed, stratify=table.task.stratifies, version=version)
         rows = with_splits(rows, names)
         labels = [row.label or "" if table.task.stratifies else "" for row in rows]
-        for sentence in missed_shares(zip(labels, names, strict=True), val=val, test=test):
+        for sentence in missed_shares(zip(labels, names, strict=True), val=val, test=test, version=version):
             log.warning("%s", sentence)
     by_name: dict[str, list[Row]] = {}
     for row in rows:

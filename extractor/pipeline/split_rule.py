@@ -55,7 +55,7 @@ def resolve_splits(
     version = version_of(rule)
     names = assign_splits(good, val=val, test=test, seed=seed, stratify=task.stratifies, version=version)
     labels = [row.label or "" if task.stratifies else "" for row in good]
-    for sentence in missed_shares(zip(labels, names, strict=True), val=val, test=test):
+    for sentence in missed_shares(zip(labels, names, strict=True), val=val, test=test, version=version):
         log.warning("%s", sentence)
     split_of = {row.path: name for row, name in zip(good, names, strict=True)}
     return [row.with_split(split_of.get(row.path)) for row in rows], rule

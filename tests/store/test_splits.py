@@ -106,7 +106,7 @@ def test_shares_that_cannot_be_had_are_named() -> None:
     assert missed_shares([("a", name) for name in ["train"] * 60 + ["test"] * 22 + ["val"] * 18], val=0.2, test=0.2) == []
     thirds = [(label, name) for label in "abcd" for name in ("train", "test", "val")]
     [sentence] = missed_shares([*thirds, *[("big", "train")] * 3], val=0.2, test=0.1)
-    assert sentence.startswith("10% test and 20% val of 15 samples were asked for, and the nearest is 7 train, 4 test, 4 val:")
+    assert sentence.startswith("10% test and 20% val of 15 samples were asked for, and the split is 7 train, 4 test, 4 val:")
     assert "most of all of class 'a': 3 samples" in sentence
     assert missed_shares([], val=0.2, test=0.2) == []
 

@@ -495,11 +495,11 @@ def test_a_cache_keeps_the_version_of_the_rule_that_it_was_split_by(
     run(data, cache)
     assert (splits(cache), FeatureCache(cache).samples.facts["split"]) == (expected, first)
     assert Counter(map(len, FeatureCache(cache).split(test=0.2))) == {4: 1, 8: 1}
-    assert "the nearest" in caplog.text
+    assert "the split is 4 train, 4 test, 4 val: the cache was split by an earlier rule" in caplog.text
     caplog.clear()
-    assert run(data, cache, resplit=True).changes["split"] == 4
-    assert "seed 0), it is by hash rank (val 0.2, test 0.2, seed 0, version 2) now: 4 samples changed split" in caplog.text
-    assert "the nearest" not in caplog.text
+    assert run(data, cache, resplit=True).changes["split"] == 6
+    assert "seed 0), it is by hash rank (val 0.2, test 0.2, seed 0, version 2) now: 6 samples changed split" in caplog.text
+    assert "the split is" not in caplog.text
 
 
 def test_a_class_that_is_only_held_out_is_said_when_it_is_extracted(
