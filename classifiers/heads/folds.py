@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,30 +15,42 @@ from store.format.lazy_features import LazyFeatures
 
 Fold = tuple[NDArray[np.intp], NDArray[np.intp]]  # row numbers to fit on, and to judge on
 
+NOTHING_TO_JUDGE = "fewer than two classes have two training samples or groups"  # then `stratified_folds` has no folds
+
 
 def stratified_folds(targets: NDArray[np.intp], groups: Sequence[bytes] | None, most: int, seed: int) -> list[Fold]:
     """Folds with about the same share of each class.
 
+    A class with fewer groups than there are folds is judged in some of them only. One with a single group cannot be judged,
+    since a fit without that group would not know the class: all rows of the group are always fitted.
+
     Args:
         targets: class indices ``(n,)``, each from 0 to the last at least once.
         groups: the group of each row, which is never divided; None if each row is its own group.
-        most: number of folds; fewer if a class has fewer groups.
+        most: number of folds; fewer if every class has fewer groups.
         seed: of the shuffling.
 
     Returns:
-        Folds; none if a class has a single group, since a fit without that group could not know the class.
+        Folds; none if fewer than two classes can be judged.
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
     owners = _owners(len(targets), groups)
     classes = np.unique(targets)
-    n_splits = min(most, *(len(np.unique(owners[targets == k])) for k in classes))
-    if n_splits < 2:
+    own = [np.unique(owners[targets == k]) for k in classes]
+    n_splits = min(most, max(map(len, own)))
+    alone = [each for each in own if len(each) == 1]
+    fixed = np.isin(owners, np.concatenate(alone)) if alone else np.zeros(len(targets), bool)
+    movable, always = np.flatnonzero(~fixed), np.flatnonzero(fixed)
+    if n_splits < 2 or len(np.unique(targets[movable])) < 2:
         return []
     splitter = StratifiedGroupKFold(n_splits=n_splits, shuffle=True, random_state=seed)
-    # If groups span classes, a fold may take all of one class.
-    folds = splitter.split(targets[:, None], targets, owners)
-    return [(train, test) for train, test in folds if len(np.unique(targets[train])) == len(classes)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The least populated class", UserWarning)
+        parts = list(splitter.split(movable[:, None], targets[movable], owners[movable]))
+    folds = [(np.sort(np.concatenate([movable[train], always])), movable[test]) for train, test in parts]
+    # If groups span classes, a fold may take all of one class; if there are few of them, it may take none.
+    return [(train, test) for train, test in folds if len(test) and len(np.unique(targets[train])) == len(classes)]
 
 
 def group_folds(n: int, groups: Sequence[bytes] | None, count: int, seed: int) -> list[Fold]:

@@ -27,7 +27,15 @@ from classifiers.heads.solvers.threads import threads_for
 from store.format.lazy_features import LazyFeatures
 
 from .fitted import DenseHead, calibrate
-from .folds import Fold, class_indices, lazy_with_validation, on_first_views, stratified_folds, with_validation
+from .folds import (
+    NOTHING_TO_JUDGE,
+    Fold,
+    class_indices,
+    lazy_with_validation,
+    on_first_views,
+    stratified_folds,
+    with_validation,
+)
 from .search import ClassifierHead
 
 log = logging.getLogger("penult.classifiers")
@@ -303,7 +311,7 @@ class LogisticHead(ClassifierHead):
             return list(self.cv)
         folds = stratified_folds(targets, groups, self.cv, self.seed)
         if not folds and self.C is None:
-            log.warning("a class has a single training sample or group, so C cannot be chosen and is 1, without calibration")
+            log.warning("%s, so C cannot be chosen and is 1, without calibration", NOTHING_TO_JUDGE)
         return folds
 
     def _path(

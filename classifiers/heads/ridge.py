@@ -20,7 +20,7 @@ from store.tasks import RegressionTask
 
 from .fitted import DenseHead, FittedHead
 from .folds import group_folds, on_first_views
-from .search import JUDGED, Head, SearchHead, Tried
+from .search import JUDGED, Head, SearchHead, Tried, drawing
 
 log = logging.getLogger("penult.classifiers")
 
@@ -82,7 +82,7 @@ class RidgeHead(SearchHead):
         if not alone or np.bincount(targets).min() < 2:
             return super()._by_folds(X, targets, groups, views)
         spectrum = Spectrum(X, _signs(targets, len(self.classes_)))
-        settings, rows = self._settings(len(X)), self._drawing(len(X))(np.arange(len(X)))
+        settings, rows = self._settings(len(X)), drawing(len(X), len(self.classes_), self.seed)(np.arange(len(X)))
         logits = list(spectrum.left_out(rows, [setting["alpha"] for setting in settings]))
         names = [str(label) for label in self.classes_]
         return Tried(settings, logits, targets[rows], "leave-one-out", lambda setting: _head(spectrum, setting["alpha"], names))

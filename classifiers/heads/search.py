@@ -20,7 +20,7 @@ from classifiers.heads.solvers.threads import threads_for
 from store.tasks import ONE_LABEL, TASKS
 
 from .fitted import FittedHead, calibrate
-from .folds import Fold, class_indices, on_first_views, stratified_folds, with_validation
+from .folds import NOTHING_TO_JUDGE, Fold, class_indices, on_first_views, stratified_folds, with_validation
 
 log = logging.getLogger("penult.classifiers")
 
@@ -45,6 +45,13 @@ class Tried:
     targets: NDArray[np.intp]
     by: str = "folds"
     fit: Callable[[dict[str, Any]], FittedHead] | None = None
+
+
+def drawing(total: int, outputs: int, seed: int) -> Callable[[NDArray[np.intp]], NDArray[np.intp]]:
+    """A function that draws, from any part of ``total`` held-out rows, those that settings are judged on."""
+    share = min(1.0, JUDGED / total, LOGITS / outputs / total)
+    rng = np.random.default_rng(seed)
+    return lambda rows: rows if share == 1 else np.sort(rng.choice(rows, max(round(share * len(rows)), 1), replace=False))
 
 
 class Head(BaseEstimator, ABC):  # type: ignore[misc]
@@ -204,17 +211,11 @@ class SearchHead(ClassifierHead):
 
     def _by(self, folds: Sequence[Fold], X: Float32, targets: NDArray[np.intp]) -> Tried:
         settings = self._settings(min(len(train) for train, _ in folds))
-        draw = self._drawing(sum(len(test) for _, test in folds))
+        draw = drawing(sum(len(test) for _, test in folds), len(self.classes_), self.seed)
         drawn = [(train, draw(test)) for train, test in folds]
         parts = [self._judge(X[train], targets[train], X[test], settings) for train, test in drawn]
         logits = [np.concatenate(each) for each in zip(*parts, strict=True)]
         return Tried(settings, logits, targets[np.concatenate([test for _, test in drawn])])
-
-    def _drawing(self, total: int) -> Callable[[NDArray[np.intp]], NDArray[np.intp]]:
-        """A function that draws, from any part of ``total`` held-out rows, those that settings are judged on."""
-        share = min(1.0, JUDGED / total, LOGITS / len(self.classes_) / total)
-        rng = np.random.default_rng(self.seed)
-        return lambda rows: rows if share == 1 else np.sort(rng.choice(rows, max(round(share * len(rows)), 1), replace=False))
 
     def _choose_and_fit(self, X: Float32, targets: NDArray[np.intp], tried: Tried | None) -> None:
         classes = [str(label) for label in self.classes_]
@@ -223,7 +224,8 @@ class SearchHead(ClassifierHead):
         if tried is None:
             self.setting_, self.history_ = self._unchosen(len(X)), []
             log.warning(
-                "a class has a single training sample or group, so nothing can be chosen or calibrated; the %s head uses %s",
+                "%s, so nothing can be chosen or calibrated; the %s head uses %s",
+                NOTHING_TO_JUDGE,
                 self.name,
                 ", ".join(f"{key} {value:.4g}" for key, value in self.setting_.items()) or "its defaults",
             )
