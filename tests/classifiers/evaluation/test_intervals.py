@@ -7,6 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import betabinom, binom
 from sklearn import metrics
+from sklearn.base import clone
 from sklearn.datasets import load_digits
 
 from classifiers.evaluation.conformal import Conformal
@@ -203,18 +204,21 @@ def test_temperature_calibrates_an_overconfident_mlp() -> None:
         found = score(truth, head.predict_proba(held), list(head.classes_), temperature=head.temperature_).scores
         assert head.temperature_ > 1
         assert head.conformal_ is not None
-        assert 20 < head.conformal_.n < 60, "the fifth that was held out to stop on"
+        assert head.conformal_.n == 200
         before.append(found["ece_before"]["value"])
         after.append(found["ece"]["value"])
-    assert np.mean(before) > 0.08
-    assert np.mean(after) < 0.75 * np.mean(before)
+    assert np.mean(before) > 0.05
+    assert np.mean(after) < 0.75 * np.mean(before), (before, after)
 
 
-def test_sets_calibrated_out_of_fold_cover_images_of_another_set() -> None:
+@pytest.mark.parametrize(
+    "head", [LogisticHead(Cs=(1e-3, 1e-2)), MlpHead((16,), lr=1e-2, max_epochs=15)], ids=["logistic", "mlp"]
+)
+def test_sets_calibrated_out_of_fold_cover_images_of_another_set(head: LogisticHead | MlpHead) -> None:
     X, y, held, truth = digits(400, 0)
     rng = np.random.default_rng(0)
     X, held = (part + 6 * rng.normal(size=part.shape).astype(np.float32) for part in (X, held))
-    head = LogisticHead(Cs=(1e-3, 1e-2)).fit(X, y)
+    head = clone(head).fit(X, y)
     found = score(truth, head.predict_proba(held), list(head.classes_), conformal=head.conformal_).sets
     assert found is not None
     assert found["calibrated_on"] == 400

@@ -121,11 +121,28 @@ def test_mlp_tries_what_is_left_open_and_keeps_what_was_best() -> None:
     assert tried == [([128], 1e-3), ([128], 3e-3), ([512], 1e-3), ([512], 3e-3)]
     best = min(head.tried_, key=lambda each: float(each["val_loss"]))
     assert {**head.setting_, "hidden": list(head.setting_["hidden"])}.items() <= best.items()
-    assert head.best_epoch_ == best["epoch"]
-    assert min(point["val_loss"] for point in head.history_) == best["val_loss"]
     assert json.loads(json.dumps(head.hyperparameters_))["tried"] == head.tried_
     stated = MlpHead(hidden=(16,), lr=1e-2, max_epochs=3).fit(*blobs(noise=3.0))
     assert [(each["hidden"], each["lr"]) for each in stated.tried_] == [([16], 1e-2)]
+
+
+@pytest.mark.parametrize("with_validation", [False, True])
+def test_mlp_is_calibrated_on_every_row_out_of_fold(with_validation: bool) -> None:
+    """Each row is there twice, in a group with itself: networks that know it would find that they are right about it."""
+    X, y = blobs(n=60, d=40, noise=8.0)
+    twice, labels, groups = np.repeat(X, 2, axis=0), np.repeat(y, 2), [bytes([i // 2]) for i in range(120)]
+    validation = blobs(n=30, d=40, noise=8.0, seed=1) if with_validation else None
+    head = MlpHead((32,), lr=1e-2, max_epochs=20)
+    honest = clone(head).fit(twice, labels, groups=groups, validation=validation)
+    leaking = clone(head).fit(twice, labels, validation=validation)
+    assert honest.conformal_ is not None
+    assert honest.conformal_.n == (150 if with_validation else 120)
+    assert honest.temperature_ is not None
+    assert min(point["val_loss"] for point in honest.history_) > 1.1 * min(point["val_loss"] for point in leaking.history_)
+    held, truth = blobs(n=600, d=40, noise=8.0, seed=2)
+    logits = honest.fitted_.logits(held)
+    best = log_loss(logits / fit_temperature(logits, np.unique(truth, return_inverse=True)[1]), np.arange(600) % 3)
+    assert log_loss(logits / honest.temperature_, np.arange(600) % 3) < 1.3 * best
 
 
 def test_mlp_lowers_its_learning_rate_where_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,14 +155,15 @@ def test_mlp_lowers_its_learning_rate_where_it_is_told_to(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(torch.optim.AdamW, "step", noted)
     X, y = blobs()
-    MlpHead((8,), lr=0.1, batch_size=len(X), max_epochs=4, patience=4, schedule="cosine").fit(X, y, validation=(X, y))
+    stated = MlpHead((8,), lr=0.1, batch_size=len(X), max_epochs=4, patience=4, schedule="cosine", validation_fraction=0)
+    stated.fit(X, y, validation=(X, y))
     np.testing.assert_allclose(rates[:4], [0.1, 0.0853553, 0.05, 0.0146447], rtol=1e-5)
     with pytest.raises(ValueError, match="expected 'constant' or 'cosine'"):
         MlpHead(schedule="step").fit(X, y)
 
 
 def test_mlp_stops_early_and_refits_for_the_best_number_of_epochs() -> None:
-    head = MlpHead(max_epochs=200, patience=3, lr=1e-2).fit(*blobs(noise=3.0), validation=blobs(seed=1, noise=3.0))
+    head = MlpHead((64,), max_epochs=200, patience=3, lr=1e-2).fit(*blobs(noise=3.0), validation=blobs(seed=1, noise=3.0))
     losses = [point["val_loss"] for point in head.history_]
     assert len(losses) < 200
     assert head.best_epoch_ == int(np.argmin(losses)) + 1
