@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from classifiers.evaluation.intervals import RESAMPLES, Interval, bounds, signed
+from classifiers.evaluation.paired_tests import difference_interval
+from classifiers.evaluation.units import Units
+from classifiers.heads.folds import Fold, stratified_folds
 from store.cache import FeatureCache
 from store.errors import BadDataError, PenultError
 from store.format.calibration import read_calibration
@@ -23,7 +26,7 @@ log = logging.getLogger("penult.classifiers")
 
 FOLDS = 5
 FEWEST = 20  # images; with fewer, one error weighs too much to judge anything
-MAX_LOSS = 0.005  # of accuracy; one image is always allowed
+MAX_LOSS = 0.005  # of accuracy
 
 
 def judge_rounding(cache: FeatureCache, head: Head, fitted: Sequence[Row]) -> dict[str, Any] | None:
@@ -35,10 +38,11 @@ def judge_rounding(cache: FeatureCache, head: Head, fitted: Sequence[Row]) -> di
         fitted: the rows it was fitted on; only those that int8 was calibrated and judged on are used.
 
     Returns:
-        ``fp32`` and ``int8`` accuracy and ``n``, the number of images; None if there is nothing to judge.
+        ``fp32`` and ``int8`` accuracy, ``n``, the number of images, and ``change_interval``, the paired 95 % interval of the
+        difference of the accuracies; None if there is nothing to judge.
 
     Raises:
-        BadDataError: int8 costs more than half a point and more than one image.
+        BadDataError: int8 costs more than half a point, and chance is no explanation: the whole interval is beyond.
     """
     if cache.fingerprint.fields.get("precision") != "int8":
         return None
@@ -55,43 +59,49 @@ def judge_rounding(cache: FeatureCache, head: Head, fitted: Sequence[Row]) -> di
         return None
     place = {digest: i for i, digest in enumerate(kept.sha256)}
     rows = list({row.sha256: row for row in fitted if row.sha256 in place}.values())
-    several = {label for label, count in Counter(row.label for row in rows).items() if count > 1}
-    rows = [row for row in rows if row.label in several]
-    if len(several) < 2 or len(rows) < FEWEST:
-        log.warning("the accuracy that int8 costs cannot be measured: only %d training images have float features", len(rows))
-        return None
     classes, targets = np.unique([str(row.label) for row in rows], return_inverse=True)
-    owners = np.unique(np.array(groups_of(rows), dtype=object), return_inverse=True)[1]
+    groups = groups_of(rows)
+    folds = stratified_folds(targets, groups, FOLDS, seed=0)
+    judged = np.concatenate([test for _, test in folds]) if folds else np.empty(0, np.intp)
+    if len(judged) < FEWEST:
+        log.warning("the accuracy that int8 costs cannot be measured: only %d training images have float features", len(judged))
+        return None
     places = [place[row.sha256] for row in rows]
     layer = list(kept.layers).index(cache.layer)
-    right = {
-        name: _correct(head, features[layer][places], targets, owners, classes)
-        for name, features in (("fp32", kept.exact), ("int8", kept.rounded))
-    }
-    scores = {**{name: round(count / len(rows), 6) for name, count in right.items()}, "n": len(rows)}
-    lost = right["fp32"] - right["int8"]
-    if lost > 1 and lost > MAX_LOSS * len(rows):
+    exact, rounded = (
+        _correct(head, features[layer][places], classes[targets], folds) for features in (kept.exact, kept.rounded)
+    )
+    units = Units.of_groups([groups[i] for i in judged.tolist()])
+    low, high = change_interval(exact, rounded, targets[judged], units)
+    accuracies = {"fp32": round(float(exact.mean()), 6), "int8": round(float(rounded.mean()), 6)}
+    on = f"cross-validated on {units.phrase.replace('image', 'training image')}"
+    lost = f"{signed(float(rounded.mean() - exact.mean()))} points, {bounds((low, high))}"
+    if high < -MAX_LOSS:
         message = (
-            f"int8 costs this head too much: cross-validated on {len(rows)} training images it is right on {right['int8']} "
-            f"with int8 features and on {right['fp32']} with float ones. Extract with --precision fp32 into another cache"
+            f"int8 costs this head too much: {on}, it is right on {rounded.sum()} with int8 features and on {exact.sum()} with "
+            f"float ones ({lost}). Extract with --precision fp32 into another cache"
         )
         raise BadDataError(message)
-    log.info("on %(n)d training images, cross-validated: accuracy %(int8).4f with int8 features, %(fp32).4f with float", scores)
-    return scores
+    log.info("%s: accuracy %.4f with int8 features, %.4f with float (%s)", on, accuracies["int8"], accuracies["fp32"], lost)
+    return {**accuracies, "n": len(judged), "change_interval": [round(low, 6), round(high, 6)]}
 
 
-def _correct(
-    head: Head, X: NDArray[np.float32], targets: NDArray[np.intp], owners: NDArray[np.intp], classes: NDArray[Any]
-) -> int:
-    """How many rows are classified correctly by heads that were fitted without their fold."""
-    from sklearn.model_selection import StratifiedGroupKFold
+def change_interval(exact: NDArray[np.bool_], rounded: NDArray[np.bool_], targets: NDArray[np.intp], units: Units) -> Interval:
+    """The paired 95 % interval of what rounding does to the accuracy.
 
-    fewest = min(len(np.unique(owners[targets == k])) for k in range(len(classes)))
-    splitter = StratifiedGroupKFold(n_splits=max(min(FOLDS, fewest), 2), shuffle=True, random_state=0)
-    right = 0
-    for train, test in splitter.split(X, targets, owners):
-        present = np.unique(targets[train])  # leaving out a group may leave out a whole class
-        if len(present) > 1:
-            logits = head.refit(X[train], classes[targets[train]]).logits(X[test])
-            right += int((present[logits.argmax(axis=1)] == targets[test]).sum())
-    return right
+    Args:
+        exact, rounded: which images are classified correctly with float and with int8 features ``(n,)``.
+        targets: their class indices.
+        units: which of them belong together.
+    """
+    change = rounded.astype(np.int8) - exact.astype(np.int8)
+    drawn = [change @ weights / weights.sum(axis=0) for weights in units.resampled(targets, RESAMPLES)]
+    return difference_interval(change, np.concatenate(drawn).astype(np.float64), units)
+
+
+def _correct(head: Head, X: NDArray[np.float32], labels: NDArray[Any], folds: Sequence[Fold]) -> NDArray[np.bool_]:
+    """Which rows are classified correctly by heads that were fitted without their fold, in the order of the folds."""
+    classes = np.unique(labels)
+    return np.concatenate(
+        [classes[head.refit(X[train], labels[train]).logits(X[test]).argmax(axis=1)] == labels[test] for train, test in folds]
+    )
