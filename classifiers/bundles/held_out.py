@@ -151,7 +151,7 @@ def evaluate_bundle(
         predictions = predict_held_out(predictor, fresh, truth, files, name)
     evaluation = task_of_bundle(bundle).score(truth, predictions.probabilities, name, predictions.units)
     failed = 0 if cache is not None else table.counts["failed"]
-    novel = None if predictions.novelty is None else novel_share(predictions.novelty)
+    novel = None if predictions.novelty is None else novel_share(predictions.novelty, predictions.units)
     drift = predictor.pixel_drift.to_json() if predictor and predictor.pixel_drift else None
     return replace(evaluation, failed=failed, novelty=novel, pixel_drift=drift), predictions
 

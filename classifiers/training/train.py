@@ -223,7 +223,7 @@ def judge(fitted: Fitted, prepared: Prepared) -> Judged:
         facts = (held_out.sha256, held_out.paths, held_out.y, probabilities, held_out.name)
         predictions = Predictions(*facts, groups=held_out.groups)
         evaluation = task.score(held_out.y, probabilities, held_out.name, predictions.units)
-        novel = novel_share(novelty.scores(held_out.X)) if novelty else None
+        novel = novel_share(novelty.scores(held_out.X), predictions.units) if novelty else None
         notes = [*evaluation.notes, *weight_notes(getattr(head, "class_weight", None))]
         metrics = replace(evaluation, novelty=novel, notes=notes).to_json()
         if task.exclusive:

@@ -18,8 +18,10 @@ import classifiers
 from classifiers.bundles import novelty
 from classifiers.bundles.bundle import Bundle
 from classifiers.bundles.held_out import evaluate_bundle
-from classifiers.bundles.novelty import FALSE_ALARMS, REFERENCE, Novelty
+from classifiers.bundles.novelty import FALSE_ALARMS, REFERENCE, Novelty, novel_share
 from classifiers.bundles.predictor import Predictor
+from classifiers.evaluation.intervals import wilson
+from classifiers.evaluation.units import Units
 from classifiers.heads.registry import make_head
 from extractor.backbones.registry import Backbone
 from extractor.data.folders import ImageFolder
@@ -35,9 +37,9 @@ def features(n: int, seed: int, centre: int = 0, d: int = 16) -> NDArray[np.floa
     return (3 * direction + np.random.default_rng(seed).normal(size=(n, d))).astype(np.float32)
 
 
-def subset(X: NDArray[np.float32], groups: list[bytes] | None = None) -> Subset:
+def subset(X: NDArray[np.float32], groups: list[bytes] | None = None, labels: NDArray[np.str_] | None = None) -> Subset:
     names = [b"%d" % i for i in range(len(X))]
-    return Subset(X, np.repeat("a", len(X)), names, names, groups or names)
+    return Subset(X, np.repeat("a", len(X)) if labels is None else labels, names, names, groups or names)
 
 
 @pytest.mark.parametrize("n", [400, REFERENCE + 1500])
@@ -62,6 +64,53 @@ def test_pictures_of_the_same_thing_do_not_make_it_usual() -> None:
     assert alone is not None
     assert grouped.usual > 100 * alone.usual
     assert np.mean(grouped.scores(features(500, 2)) > 1) < 0.2
+
+
+@pytest.mark.parametrize("rare", [6, 30])
+def test_a_rare_class_has_a_bound_of_its_own(rare: int, tmp_path: Path) -> None:
+    """The fifth nearest of its images is far away: by the common bound most of its new images were unlike."""
+    alarms, common, other, plain = [], [], [], []
+    for seed in range(8):
+        shares = (600, 400 - rare, rare)
+        X = np.concatenate([features(n, 10 * seed + k, centre=k, d=64) for k, n in enumerate(shares)])
+        labels = np.repeat(["a", "b", "rare"], shares)
+        found = Novelty.fit([subset(X, labels=labels)])
+        assert found is not None
+        fresh = features(200, 1000 + seed, centre=2, d=64)
+        alarms.append(np.mean(found.scores(fresh) > 1))
+        common.append(np.mean(Novelty(found.reference, found.usual, X[:0], X[:0, 0]).scores(fresh) > 1))
+        other.append(np.mean(found.scores(features(200, 2000 + seed, centre=3, d=64)) > 1))
+        plain.append(np.mean(found.scores(features(200, 3000 + seed, centre=0, d=64)) > 1))
+    assert np.mean(alarms) < 0.08 < 0.15 < np.mean(common)
+    assert np.mean(other) > 0.95
+    assert np.mean(plain) < 0.08
+    (tmp_path / "novelty.h5").write_bytes(found.to_bytes())
+    np.testing.assert_array_equal(Novelty.load(tmp_path / "novelty.h5").scores(fresh), found.scores(fresh))
+
+
+def test_where_no_class_is_rare_there_is_one_bound_for_all() -> None:
+    X = np.concatenate([features(100, 0), features(100, 1, centre=1)])
+    found, plain = Novelty.fit([subset(X, labels=np.repeat(["a", "b"], 100))]), Novelty.fit([subset(X)])
+    assert found is not None
+    assert plain is not None
+    assert (len(found.own), found.usual) == (0, plain.usual)
+
+
+def test_a_class_of_one_group_cannot_show_what_is_usual(caplog: pytest.LogCaptureFixture) -> None:
+    X = np.concatenate([features(100, 0), features(3, 1, centre=1)])
+    groups = [bytes([min(i, 100)]) for i in range(103)]
+    found = Novelty.fit([subset(X, groups, np.repeat(["a", "lone"], [100, 3]))])
+    assert found is not None
+    assert len(found.own) == 0
+    assert "new images of 'lone' may be called unlike the training images" in caplog.text
+
+
+def test_the_share_of_novel_images_counts_by_group() -> None:
+    scores = np.where(np.arange(200) < 20, 2, 0.5).astype(np.float32)
+    alone, together = novel_share(scores, Units.each(200)), novel_share(scores, Units(np.arange(200) // 10))
+    assert alone["interval"] == wilson(20, 200)
+    assert (alone["novel"], alone["share"], alone["expected"]) == (20, 0.1, 0.05)
+    assert together["interval"][0] < alone["interval"][0] < alone["interval"][1] < together["interval"][1]
 
 
 def test_scores_do_not_depend_on_the_length_of_features_and_survive_the_file(tmp_path: Path) -> None:
