@@ -64,7 +64,8 @@ class Bundle:
         hyperparameters, history: the settings in use, and each setting tried.
         metrics: the held-out evaluation as JSON; None if nothing was held out.
         cost: ``train_seconds``, ``extract_seconds``, ``images`` (passed through the backbone), and of both together
-            ``peak_memory`` and ``energy`` (see `machine.Spent`; older bundles have neither).
+            ``peak_memory`` and ``energy`` (see `machine.Spent`; older bundles have neither). Extraction is that of the whole
+            cache, and ``extract_energy`` its part; ``init_head`` is what the head took from which a network was fine-tuned.
         conformal: calibration of prediction sets (see `Conformal`), or of the intervals of a regression (see
             `regression.Intervals`), as JSON; None if no row was out of fold.
         rounding: cross-validated accuracy on float and on int8 features, if it needs int8 features (see `int8_check`).

@@ -95,7 +95,7 @@ class Checkpoints:
             return None
         try:
             state: dict[str, Any] = torch.load(self.file, map_location="cpu", weights_only=True)
-            state["run"], state["training"]
+            state["run"], state["training"]["history"]
         except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, ...
             log.warning("%s cannot be used (%s): starting over", self.file, str(error).partition("\n")[0])
             return None
@@ -116,7 +116,8 @@ class Checkpoints:
         differences = Fingerprint(json.loads(state["run"]["decided"])).differences(Fingerprint(_plain(facts)))
         epoch = state["training"]["history"][-1]["epoch"]
         if not differences:
-            log.info("continuing after epoch %d of an unfinished run (%s)", epoch, self.folder)
+            part = " of the refit" if state["training"]["choice"] else ""
+            log.info("continuing after epoch %d%s of an unfinished run (%s)", epoch, part, self.folder)
             return state
         listing = "; ".join(f"{name}: {short(then)}, now {short(now)}" for name, (then, now) in differences.items())
         if not self.overwrite:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import time
-import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from classifiers.evaluation.registry import task_of
 from classifiers.evaluation.task import need_single_label
 from classifiers.heads.fitted import DenseHead
 from classifiers.reports.illustrations import illustrate
+from classifiers.training.cost import fitted_share, needed
 from classifiers.training.roles import Roles, assign_roles, inner_validation
 from classifiers.training.train import INNER, Judged, require_roles, save, weight_notes
 from extractor.backbones import networks
@@ -37,14 +37,12 @@ from extractor.backbones.networks import Loaded
 from extractor.backbones.registry import Backbone
 from extractor.data.files import Files, Located
 from extractor.data.sources import Source, files_of, open_source
-from extractor.machine import Meter, nvidia_driver_present
+from extractor.machine import Meter
 from extractor.pipeline.plan import list_samples
 from extractor.pipeline.prepare import fingerprints
 from extractor.pipeline.run import survey
 from extractor.pixels.settings import AugmentSettings
 from extractor.progress import StopFlag, stop_on_signal
-from extractor.runtime.cuda import number_of
-from extractor.runtime.devices import parse_devices
 from extractor.runtime.session import resolve_device
 from store.cache import FeatureCache, is_cache
 from store.errors import BadDataError, DeviceUnavailableError, InterruptedRunError, UsageError
@@ -56,23 +54,26 @@ from .loader import Item
 from .module import DivergedError, end_to_end
 from .ranks import run_on_all
 from .settings import HEAD_FACTOR, FineTuneOptions, FineTuneSettings
-from .trainer import Plan, isolated, run_epochs
+from .trainer import Choice, Plan, devices_of, isolated, run_epochs
 
 log = logging.getLogger("penult.classifiers")
 
 
 @dataclass(frozen=True)
 class FineTuned:
-    """A fine-tuned network and its head, as of the epoch with the lowest validation loss.
+    """A fine-tuned network and its head: refitted on all images until the best epoch, or as of that epoch.
 
     Attributes:
         loaded: on the CPU, in eval mode, with torchvision's architecture (its own classifier is still there, not trained).
         weight, bias: the head on penultimate features, ``(k, d)`` and ``(k,)`` float32; logits = features @ weight.T + bias.
+        temperature: of these logits, fitted on the validation images with the network that was not fitted on them; None if
+            the head that it started from was.
         history: a row for each epoch; epoch 0 is validation before any training: epoch, train_loss (of augmented images,
-            with label smoothing), val_loss, val_accuracy, lr (of the transferred layers, at its beginning), head_lr, seconds.
+            with label smoothing), val_loss, val_accuracy, lr (of the transferred layers, at its beginning), head_lr, seconds;
+            with a refit, refit_loss is its train_loss.
         best_epoch: the one with the lowest validation loss, epoch 0 excluded.
         seconds: wall time with loading and decoding; of interrupted runs, up to their last finished epoch.
-        images: images passed through the network, training and validation.
+        images: images passed through the network, training and validation, and the refit.
         trained_parameters: number of trained parameters, those of the head included.
         head_lr_factor: the factor that was used.
     """
@@ -80,6 +81,7 @@ class FineTuned:
     loaded: Loaded
     weight: NDArray[np.float32]
     bias: NDArray[np.float32]
+    temperature: float | None
     history: list[dict[str, Any]]
     best_epoch: int
     seconds: float
@@ -99,7 +101,7 @@ def train_network(
     checkpoints: Checkpoints | None = None,
     log_dir: Path | None = None,
 ) -> FineTuned:
-    """Train backbone and head end to end on images, with early stopping on the validation loss.
+    """Train backbone and head end to end on images, with early stopping on the validation loss; then refit on all of them.
 
     Args:
         train, validation: paths and labels, 0 to n_classes - 1.
@@ -133,8 +135,7 @@ def train_network(
         stack.enter_context(kept.held())
         try:
             plan = Plan(train, validation, n_classes, backbone, options, devices, start, kept, log_dir)
-            with isolated(devices, options.seed):
-                tuned = _fit(plan, stop)
+            tuned = _tune(plan, stop)
         except BaseException as error:
             # Lightning turns a signal into exceptions of its own, one of them a SystemExit.
             if stop:
@@ -181,52 +182,8 @@ def _check_share(train: Sequence[Item], validation: Sequence[Item], options: Fin
         raise UsageError(message)
 
 
-def devices_of(options: FineTuneOptions) -> list[str]:
-    """The devices to train on.
-
-    Raises:
-        DeviceUnavailableError: torch cannot use one of them.
-        UsageError: the precision needs a GPU, and there is none.
-    """
-    devices = [_device(device) for device in parse_devices(options.device)]
-    if devices[0] == "cpu" and options.precision == "fp16":
-        message = "--precision fp16 needs a GPU; bf16 works on a CPU too"
-        raise UsageError(message)
-    return devices
-
-
-def _device(device: str) -> str:
-    """Resolve ``auto``: ``cuda`` if torch can use a GPU, else ``cpu``, and the log says why; other names stay.
-
-    Raises:
-        DeviceUnavailableError: torch cannot use it; says why.
-    """
-    if device not in ("auto", "cpu") and not nvidia_driver_present():
-        message = f"--device {device}: this machine has no NVIDIA driver. Install it, or pass --device cpu"
-        raise DeviceUnavailableError(message)
-    import torch
-
-    cuda: Any = torch.cuda
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about a driver that is too old: the log has it below
-        count = cuda.device_count() if cuda.is_available() else 0
-    if device == "cpu" or number_of(device) < count:
-        return "cuda" if device == "auto" else device
-    why = f"it finds {count} such devices"
-    try:
-        cuda.init()
-    except (RuntimeError, AssertionError) as error:
-        why = str(error).strip().splitlines()[0]
-    if device == "auto":
-        level = logging.WARNING if nvidia_driver_present() else logging.INFO
-        log.log(level, "torch has no GPU here: training on the CPU. %s", why)
-        return "cpu"
-    message = f"--device {device}: torch {torch.__version__} does not compute there: {why}. Try --device cpu"
-    raise DeviceUnavailableError(message)
-
-
-def _fit(plan: Plan, stop: StopFlag) -> FineTuned:
-    """Train by a plan; ``seconds`` is that of earlier runs only."""
+def _tune(plan: Plan, stop: StopFlag) -> FineTuned:
+    """Train by a plan, then refit from the same start; ``seconds`` is that of earlier runs only."""
     options, checkpoints = plan.options, plan.checkpoints
     loaded = networks.load(plan.backbone)
     facts = {
@@ -241,31 +198,50 @@ def _fit(plan: Plan, stop: StopFlag) -> FineTuned:
     }
     state = checkpoints.resume(facts)
     earlier = float(state["run"]["seconds"]) if state else 0.0
-    model = end_to_end(loaded, plan.counts, options, plan.start)
-    if not (state and state["run"]["finished"]):
-        if len(plan.devices) > 1:
-            run_on_all(plan, facts, stop)
-        else:
-            run_epochs(plan, loaded, model, facts, stop)
-        state = checkpoints.read()
-    assert state is not None  # every epoch writes one
-    training = state["training"]
+    if state and state["training"]["choice"]:  # a refit had begun
+        model, ended = None, state
+    else:
+        model, ended = _fit(plan, loaded, facts, stop)
+    choice, rows, images = Choice.of(ended), {}, 0
+    if options.refit:
+        log.info("refit on all %d images, for %d epochs", len(plan.train) + len(plan.validation), choice.best_epoch)
+        loaded = networks.load(plan.backbone) if model else loaded
+        model, ended = _fit(plan.refit(choice), loaded, facts, stop)
+        rows, images = {row["epoch"]: row for row in ended["training"]["history"]}, ended["training"]["images"]
+    assert model is not None
     model.hook.remove()
-    model.cpu().load_state_dict(training["best_state"])
+    model.cpu().load_state_dict(ended["training"]["best_state"])
     network = loaded.network.eval().requires_grad_()
     network.zero_grad()
     digest = networks.digest(network.state_dict())
+    refitted = [{"refit_loss": rows[row["epoch"]]["train_loss"] if row["epoch"] in rows else None} for row in choice.history]
     return FineTuned(
         loaded=Loaded(network, loaded.preprocess, f"fine-tuned from {loaded.weights_name}", digest, loaded.source),
         weight=model.head.weight.detach().numpy(),
         bias=model.head.bias.detach().numpy(),
-        history=training["history"],
-        best_epoch=training["best"]["epoch"],
+        temperature=choice.temperature,
+        history=[{**row, **(more if rows else {})} for row, more in zip(choice.history, refitted, strict=True)],
+        best_epoch=choice.best_epoch,
         seconds=earlier,
-        images=training["images"],
+        images=choice.images + images,
         trained_parameters=sum(parameter.numel() for group in model.groups for parameter in group["params"]),
         head_lr_factor=options.head_lr_factor or HEAD_FACTOR,
     )
+
+
+def _fit(plan: Plan, loaded: Loaded, facts: dict[str, Any], stop: StopFlag) -> tuple[Any, dict[str, Any]]:
+    """Train by a plan, from its last checkpoint if it has one: the module of `end_to_end`, and the last checkpoint."""
+    with isolated(plan.devices, plan.options.seed):
+        model = end_to_end(loaded, plan)
+        state = plan.state()
+        if not (state and state["run"]["finished"]):
+            if len(plan.devices) > 1:
+                run_on_all(plan, facts, stop)
+            else:
+                run_epochs(plan, loaded, model, facts, stop)
+            state = plan.state()
+    assert state is not None  # every epoch writes one
+    return model, state
 
 
 def finetune(
@@ -330,8 +306,12 @@ def _finetune(data: FeatureCache | Source, out: Path, settings: FineTuneSettings
         log_dir=settings.log_dir,
     )
     spent = meter.read()
+    if init_head and init_head.fitted() & {row.sha256 for row in images.roles.choose}:
+        tuned = replace(tuned, temperature=None)  # it would be that of logits which have seen the answers
     judged = _judge_finetuned(tuned, images, settings, checkpoints.folder / NETWORK)
     cost = {**judged.bundle.cost, **spent.facts()}
+    if init_head:
+        cost["init_head"] = needed(init_head.cost, fitted_share(init_head))
     hyperparameters = {**judged.bundle.hyperparameters, "init_head": start and start.name}
     facts = replace(judged.bundle, cost=cost, hyperparameters=hyperparameters)
     saved = save(replace(judged, bundle=facts), out, overwrite=overwrite)
@@ -371,12 +351,12 @@ def _prepare_images(data: FeatureCache | Source, settings: FineTuneSettings) -> 
 def _judge_finetuned(tuned: FineTuned, images: _Images, settings: FineTuneSettings, network: Path) -> Judged:
     """Export the network to ONNX, evaluate it on the held-out images, and collect what goes into the bundle."""
     zeros, ones = np.zeros(tuned.weight.shape[1], np.float32), np.ones(tuned.weight.shape[1], np.float32)
-    head = DenseHead(zeros, ones, [(tuned.weight, tuned.bias)], images.classes)
+    head = DenseHead(zeros, ones, [(tuned.weight, tuned.bias)], images.classes, tuned.temperature or 1.0)
     backbone, roles, classes = settings.network(), images.roles, images.classes
     facts = to_onnx(tuned.loaded, backbone.name, network)
     storage = "float32"  # its features are never cached, so never rounded
     device = settings.device.partition(",")[0]
-    task = task_of(images.table.task.name, classes)
+    task = task_of(images.table.task.name, classes, temperature=tuned.temperature)
     predictor = Predictor(Recipe(network, facts.preprocess, head.probabilities, task, storage), device=device)
     predictions = metrics = shown = None
     if roles.report:
@@ -399,6 +379,7 @@ def _judge_finetuned(tuned: FineTuned, images: _Images, settings: FineTuneSettin
             "head_lr_factor": tuned.head_lr_factor,
             "augment": options.augmentation.facts() if options.augmentation else None,
             "best_epoch": tuned.best_epoch,
+            "temperature": tuned.temperature,
             "trained_parameters": tuned.trained_parameters,
             "weights": backbone.weights and Path(backbone.weights).name,
         },

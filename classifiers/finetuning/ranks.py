@@ -64,7 +64,7 @@ def _run(rank: int, plan: Plan, facts: dict[str, Any], rendezvous: Path) -> None
         try:
             with isolated([plan.devices[rank]], plan.options.seed):
                 loaded = networks.load(plan.backbone)
-                model = end_to_end(loaded, plan.counts, plan.options, plan.start)
+                model = end_to_end(loaded, plan)
                 run_epochs(plan, loaded, model, facts, StopFlag(), rank)
         except PenultError as error:
             Path(plan.checkpoints.folder / FAILURE).write_text(json.dumps(answer_of(error)), "utf-8")

@@ -61,6 +61,7 @@ class FineTuneOptions(AugmentSettings, DeviceSettings):
     batch_statistics: bool = setting(False, "Update the statistics of batch normalisation in layers that are not frozen.")
     patience: int = setting(3, "Epochs without improvement before it stops.", ge=1, metavar="N")
     min_delta: float = setting(0.0, "What counts as an improvement of the validation loss.", ge=0, only="python")
+    refit: bool = setting(True, "Then train again, on the images that chose the number of epochs too, for as many epochs.")
     seed: int = seed_setting("Seed of the training, and of the split of DATA without one.")
     quiet: bool = setting(False, "No progress line.", only="python")
 

@@ -259,6 +259,7 @@ def judge(fitted: Fitted, prepared: Prepared) -> Judged:
             "train_seconds": round(spent.seconds, 3) if spent else 0.0,
             "extract_seconds": cache.samples.facts.get("extract_seconds", 0.0),
             "images": cache.samples.counts["ok"] * cache.views,
+            "extract_energy": (cache.samples.facts.get("extract_cost") or {}).get("energy"),
             **together(cache.samples.facts.get("extract_cost"), spent.facts() if spent else None),
         },
     )

@@ -209,7 +209,9 @@ def test_a_fine_tuned_network(photos: Path, tmp_path: Path) -> None:
     tuned = finetune(
         ImageFolder(photos),
         tmp_path / "t.head",
-        FineTuneSettings(backbone="resnet18", weights="random:0", resize=40, crop=32, epochs=1, device="cpu", quiet=True),
+        FineTuneSettings(
+            backbone="resnet18", weights="random:0", resize=40, crop=32, epochs=1, device="cpu", quiet=True, refit=False
+        ),
     )
     fused = fuse(tuned, tmp_path / "t.onnx")
     assert (fused.kind, fused.fingerprint["storage"]) == ("fine-tuned", "float32")

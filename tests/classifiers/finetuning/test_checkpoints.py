@@ -28,7 +28,7 @@ from tests.conftest import Once
 
 SQUEEZE = Backbone("squeezenet1_1", "random:0", resize=40, crop=32)  # it has dropout of its own
 SHUFFLE = Backbone("shufflenet_v2_x0_5", "random:0", resize=40, crop=32)
-FAST = FineTuneOptions(epochs=4, batch_size=8, lr=0.01, head_lr_factor=2.0, patience=9, device="cpu", quiet=True)
+FAST = FineTuneOptions(epochs=4, batch_size=8, lr=0.01, head_lr_factor=2.0, patience=9, device="cpu", quiet=True, refit=False)
 IN_AN_EPOCH = 3  # batches: two of training, one of validation
 Items = list[tuple[Path, int]]
 RUN = """
@@ -46,13 +46,13 @@ told, made, original = json.loads(sys.argv[1]), [], Batches._batch
 
 def batch(self, part):
     made.append(part)
-    if len(made) == told["kill_at"]:
+    if len(made) == kill_at:
         os.kill(os.getpid(), signal.SIGKILL)
     return original(self, part)
 
 Batches._batch = batch
 items = [[(Path(path), label) for path, label in part] for part in told["items"]]
-for backbone, options, folder in told["runs"]:
+for backbone, options, folder, kill_at in told["runs"]:
     if os.fork():
         _, status = os.wait()
         print(os.waitstatus_to_exitcode(status))
@@ -61,12 +61,11 @@ for backbone, options, folder in told["runs"]:
     train_network(*items, 2, backbone, options, checkpoints=Checkpoints(Path(folder)))
     break
 """
-RUNS = {
-    "dropout-cosine": (SQUEEZE, FAST.replace(dropout=0.3, warmup=1.0)),
-    "plateau-average": (
-        SHUFFLE,
-        FAST.replace(optimizer="adamw", schedule="plateau", min_delta=9.0, ema=0.8, batch_statistics=True),
-    ),
+AVERAGE = FAST.replace(optimizer="adamw", schedule="plateau", min_delta=9.0, ema=0.8, batch_statistics=True)
+RUNS = {  # each with the batch at which it is killed, and what is said of where it continues
+    "dropout-cosine": (SQUEEZE, FAST.replace(dropout=0.3, warmup=1.0), 1 + 2 * IN_AN_EPOCH + 2, "epoch 2 of an"),
+    "plateau-average": (SHUFFLE, AVERAGE, 1 + 2 * IN_AN_EPOCH + 2, "epoch 2 of an"),
+    "refit": (SQUEEZE, AVERAGE.replace(epochs=2, dropout=0.3, refit=True), 1 + 2 * IN_AN_EPOCH + 3 + 2, "epoch 1 of the refit"),
 }
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -81,12 +80,12 @@ def pictures(tmp_path_factory: pytest.TempPathFactory, make_image: Callable[...,
 
 @pytest.fixture(scope="module")
 def killed(pictures: tuple[Items, Items], once: Once) -> Path:
-    """A folder with what each of `RUNS` had kept when it was killed, in its third epoch; one process imports torch for all."""
+    """A folder with what each of `RUNS` had kept when it was killed; one process imports torch for all."""
     items = [[(str(path), label) for path, label in part] for part in pictures]
 
     def make(folder: Path) -> None:
-        runs = [(backbone.facts(), options.explicit(), str(folder / name)) for name, (backbone, options) in RUNS.items()]
-        told = {"items": items, "runs": runs, "kill_at": 1 + 2 * IN_AN_EPOCH + 2}
+        runs = [(each[0].facts(), each[1].explicit(), str(folder / name), each[2]) for name, each in RUNS.items()]
+        told = {"items": items, "runs": runs}
         done = subprocess.run(
             [sys.executable, "-c", RUN, json.dumps(told)],
             capture_output=True,
@@ -127,18 +126,20 @@ def test_killed_in_an_epoch_it_ends_as_if_it_had_not_been(
     made: list[Any],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    backbone, options = RUNS[run]
+    backbone, options, _, where = RUNS[run]
     kept = Checkpoints(shutil.copytree(killed / run, tmp_path / "kept"))
     whole = train_network(*pictures, 2, backbone, options)
-    assert len(made) == 1 + 4 * IN_AN_EPOCH
+    in_all = len(made)
+    assert in_all == 1 + (4 * IN_AN_EPOCH if run != "refit" else 2 * IN_AN_EPOCH + 2 * 3)
     made.clear()
     caplog.set_level(logging.INFO, "penult")
     resumed = train_network(*pictures, 2, backbone, options, checkpoints=kept)
-    assert "continuing after epoch 2" in caplog.text
-    assert len(made) == 2 * IN_AN_EPOCH
+    assert f"continuing after {where}" in caplog.text
+    assert len(made) == (2 * IN_AN_EPOCH if run != "refit" else 3)
     for ours, theirs in zip(numbers(whole), numbers(resumed), strict=True):
         assert ours == pytest.approx(theirs, abs=1e-6)
-    assert (resumed.best_epoch, resumed.images) == (whole.best_epoch, whole.images)
+    assert (resumed.best_epoch, resumed.images, resumed.temperature) == (whole.best_epoch, whole.images, whole.temperature)
+    assert resumed.loaded.weights_digest == whole.loaded.weights_digest
     assert np.abs(resumed.weight - whole.weight).max() <= 1e-6
     assert np.abs(resumed.bias - whole.bias).max() <= 1e-6
     states = [tuned.loaded.network.state_dict() for tuned in (whole, resumed)]

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from classifiers.evaluation.probabilities import fit_temperature
 from classifiers.finetuning import loader as loading
 from classifiers.finetuning.finetune import FineTuned, train_network
 from classifiers.finetuning.freezing import modules_before, parameter_groups
@@ -42,7 +43,7 @@ SHUFFLE = Backbone("shufflenet_v2_x0_5", "random:0", resize=40, crop=32)
 SQUEEZE = Backbone("squeezenet1_1", "random:0", resize=40, crop=32)
 RESNET = Backbone("resnet18", "random:0", resize=40, crop=32)  # few nodes, so it is exported fast
 COLOURS = ((200, 60, 60), (60, 60, 200))
-FAST = FineTuneOptions(epochs=2, lr=0.01, head_lr_factor=2.0, device="cpu", quiet=True)
+FAST = FineTuneOptions(epochs=2, lr=0.01, head_lr_factor=2.0, device="cpu", quiet=True, refit=False)
 Items = list[tuple[Path, int]]
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -297,6 +298,25 @@ def test_early_stopping_restores_the_best_epoch(photos: tuple[Items, Items]) -> 
     logits = embed(tuned, wrong) @ tuned.weight.T + tuned.bias
     loss = np.mean([np.log(np.exp(row - row[label]).sum()) for row, (_, label) in zip(logits, wrong, strict=True)])
     assert loss == pytest.approx(min(losses), abs=1e-4)
+
+
+def test_a_refit_is_the_same_training_on_all_images_until_the_best_epoch(photos: tuple[Items, Items]) -> None:
+    train, validation = photos
+    options = FAST.replace(epochs=3, schedule="constant", min_delta=0.0)
+    chosen, refit = (run(photos, SQUEEZE, **options.explicit() | {"refit": each}) for each in (False, True))
+    best = refit.best_epoch
+    assert numbers(chosen) == [{key: row[key] for key in row if key not in ("seconds", "refit_loss")} for row in refit.history]
+    assert refit.temperature == chosen.temperature
+    logits = embed(chosen, validation) @ chosen.weight.T + chosen.bias
+    truth = np.array([label for _, label in validation])
+    assert refit.temperature == pytest.approx(fit_temperature(logits, truth), rel=1e-3)
+    everything = train_network([*train, *validation], validation, 2, SQUEEZE, options.replace(epochs=best))
+    assert everything.best_epoch == best
+    assert refit.loaded.weights_digest == everything.loaded.weights_digest != chosen.loaded.weights_digest
+    assert (refit.weight == everything.weight).all()
+    losses = [row["train_loss"] for row in everything.history[1:]]
+    assert [row["refit_loss"] for row in refit.history] == [None, *losses, *[None] * (3 - best)]
+    assert refit.images == chosen.images + best * 43
 
 
 @pytest.mark.parametrize("backbone", [RESNET, SQUEEZE], ids=lambda backbone: backbone.name)

@@ -18,6 +18,7 @@ from classifiers.finetuning.finetune import finetune, train_network
 from classifiers.finetuning.init_head import AffineHead, start_from
 from classifiers.finetuning.settings import FineTuneOptions, FineTuneSettings
 from classifiers.heads.registry import make_head
+from classifiers.training.cost import needed
 from classifiers.training.settings import TrainOptions
 from classifiers.training.train import save_head
 from extractor.backbones import networks
@@ -29,7 +30,7 @@ from store.cache import FeatureCache
 from store.errors import BadDataError, FingerprintMismatchError, UsageError
 
 NETWORK = Backbone("squeezenet1_1", "random:0", resize=72, crop=64)
-FAST = FineTuneOptions(epochs=1, batch_size=8, device="cpu", quiet=True)
+FAST = FineTuneOptions(epochs=1, batch_size=8, device="cpu", quiet=True, refit=False)
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
@@ -95,6 +96,10 @@ def test_a_bundle_from_a_bundle(
     settings_kept = {key: facts["hyperparameters"][key] for key in ("init_head", "head_lr_factor", "ema", "schedule")}
     assert settings_kept == {"init_head": "logistic.head", "head_lr_factor": 1.0, "ema": 0.9, "schedule": "step"}
     assert [row["epoch"] for row in facts["history"]] == [0, 1]
+    assert (facts["hyperparameters"]["refit"], facts["history"][1]["refit_loss"] > 0) == (True, True)
+    assert facts["hyperparameters"]["temperature"] is None  # the head was fitted on the images that it would be fitted on
+    assert facts["cost"]["init_head"] == needed(probe.cost, 32 / 40)
+    assert facts["cost"]["init_head"]["images"] == 32  # of the 40 of the cache
     assert Bundle.load(out).predictions().ids == probe.predictions().ids
     assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", "tuned.head"]  # no checkpoints are left
     code, _, err = penult("finetune", cache.path, *network, "--init-head", tmp_path / "logs", "-o", tmp_path / "x")

@@ -19,7 +19,9 @@ from extractor.backbones.registry import Backbone
 
 SQUEEZE = Backbone("squeezenet1_1", "random:0", resize=40, crop=32)
 SHUFFLE = Backbone("shufflenet_v2_x0_5", "random:0", resize=40, crop=32)
-FAST = FineTuneOptions(epochs=2, batch_size=8, lr=0.01, head_lr_factor=2.0, augment="none", device="cpu", quiet=True)
+FAST = FineTuneOptions(
+    epochs=2, batch_size=8, lr=0.01, head_lr_factor=2.0, augment="none", device="cpu", quiet=True, refit=False
+)
 Items = list[tuple[Path, int]]
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -119,6 +121,8 @@ def test_plateau_lowers_the_rates_where_nothing_improves(
     shares = [1 / 3, 2 / 3, 1, 1, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01]
     assert [body for body, _ in rates] == pytest.approx([0.01 * share for share in shares])
     assert [head for _, head in rates] == pytest.approx([0.02 * share for share in shares])
+    repeated = module.share_of_rate(FAST.replace(epochs=4, schedule="plateau", warmup=1.0), 4, tuned.history)  # in a refit
+    assert [repeated(step) for step in range(17)] == pytest.approx([0.25, 0.5, 0.75, 1, *[1] * 4, *[0.1] * 4, *[0.01] * 5])
 
 
 @pytest.mark.parametrize("follow", [True, False], ids=["statistics-follow", "statistics-kept"])

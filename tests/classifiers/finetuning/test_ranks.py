@@ -19,7 +19,7 @@ from extractor.backbones.registry import Backbone
 from store.errors import BadDataError, UsageError
 
 REGNET = Backbone("regnet_x_400mf", "random:0", resize=40, crop=32)  # no dropout, which would differ
-FAST = FineTuneOptions(epochs=2, batch_size=8, lr=0.01, device="cpu", quiet=True)
+FAST = FineTuneOptions(epochs=2, batch_size=8, lr=0.01, device="cpu", quiet=True, refit=False)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,7 @@ def test_two_processes_train_as_one(pictures: list[tuple[Path, int]], tmp_path: 
     for key in ("val_loss", "val_accuracy"):
         assert [row[key] for row in both.history] == pytest.approx([row[key] for row in one.history], abs=1e-4)
     assert both.images == one.images
+    assert both.temperature == pytest.approx(one.temperature, rel=1e-2)
     assert np.abs(both.weight - one.weight).max() < 1e-3 * np.abs(one.weight).max()
     assert (tmp_path / "logs" / "metrics.csv").read_text().count("\n") == 4
     again = train_network(*parts, 2, REGNET, two, checkpoints=kept)

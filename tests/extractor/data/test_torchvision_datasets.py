@@ -306,7 +306,7 @@ def test_fine_tuning_takes_the_images_of_a_cache_wherever_they_are(backbone: Bac
     write_mnist(tmp_path / "data")
     cache = features(source("MNIST", tmp_path / "data"), backbone, tmp_path / "c")
     network: dict[str, Any] = {"backbone": "resnet18", "weights": "random:0", "resize": 40, "crop": 32}
-    settings = FineTuneSettings(**network, epochs=1, freeze_until="head", device="cpu", quiet=True)
+    settings = FineTuneSettings(**network, epochs=1, freeze_until="head", device="cpu", quiet=True, refit=False)
     bundle = finetune(cache, tmp_path / "h", settings)
     assert bundle.metrics is not None
     assert bundle.metrics["n"] == 6
