@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from classifiers.bundles.bundle import Bundle
 from classifiers.bundles.predictions import Predictions
 from classifiers.evaluation.intervals import bounds, percent, signed
-from classifiers.evaluation.paired_tests import Change, Standing, paired
+from classifiers.evaluation.paired_tests import Change, paired
 from classifiers.evaluation.task import images_of, need_single_label
 from classifiers.evaluation.units import Units
+from classifiers.training.cost import fitted_share, needed
 from store.cache import FeatureCache
 from store.errors import BadDataError, UsageError
 from store.faces import html_table
@@ -36,6 +37,8 @@ class Entrant:
     Attributes:
         name, kind, classes, cost, history, split: as in `Bundle`.
         predictions: on the held-out images.
+        share: of its extraction that it needed, see `cost.fitted_share`.
+        caveats: what is uneven about it, by kind, as it is said if it is not so of all; see `CAVEATS`.
     """
 
     name: str
@@ -45,6 +48,8 @@ class Entrant:
     cost: Mapping[str, Any]
     history: Sequence[dict[str, Any]] = ()
     split: Mapping[str, Any] = field(default_factory=dict)
+    share: float = 1.0
+    caveats: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, bundle: Bundle) -> Entrant:
@@ -56,12 +61,49 @@ class Entrant:
         """
         need_single_label(bundle.task, f"penult compare ({bundle.name})")
         facts = (bundle.classes, bundle.cost, bundle.history, bundle.split)
-        return cls(bundle.name, bundle.kind, bundle.predictions(), *facts)
+        return cls(bundle.name, bundle.kind, bundle.predictions(), *facts, fitted_share(bundle), _caveats(bundle))
+
+    @property
+    def needed(self) -> dict[str, Any]:
+        """The part of the cost that is compared, see `cost.needed`."""
+        return needed(self.cost, self.share)
 
     @property
     def seconds(self) -> float:
-        """Wall time of extraction and training."""
-        return float(self.cost["train_seconds"] + self.cost["extract_seconds"])
+        """Wall time of extraction and training, as far as this head needed them."""
+        return float(self.needed["train_seconds"] + self.needed["extract_seconds"])
+
+
+CAVEATS = {
+    "fitted": "{names} was fitted on fewer images: not on those that chose its epoch ({what}), on which the others were fitted "
+    "too. `penult finetune` without --no-refit fits them as well",
+    "temperature": "{names} has no temperature, so its log-loss, Brier score and ECE cannot be compared with the others'; "
+    "{what}",
+    "start": "{names} started from {what}, and what that head took is not known here and not in its cost",
+}
+
+
+def _caveats(bundle: Bundle) -> dict[str, str]:
+    chosen, caveats = bundle.hyperparameters, {}
+    if bundle.kind == FINE_TUNED and not chosen.get("refit"):
+        caveats["fitted"] = str(bundle.split.get("chosen_on"))
+    averaged = bool((chosen.get("views") or {}).get("averaged"))  # each of its outputs is calibrated
+    if (chosen.get("temperature") is None and not averaged) or chosen.get("chosen_by", "") is None:
+        caveats["temperature"] = "bundles from before, and heads without images that they were not fitted on, have none"
+    if chosen.get("init_head") and "init_head" not in bundle.cost:
+        caveats["start"] = str(chosen["init_head"])
+    return caveats
+
+
+def _notes(entrants: Sequence[Entrant]) -> list[str]:
+    """What is not the same for all of them, in words."""
+    notes = []
+    for kind, text in CAVEATS.items():
+        concerned = [entrant for entrant in entrants if kind in entrant.caveats]
+        if concerned and len(concerned) < len(entrants):
+            whats = dict.fromkeys(entrant.caveats[kind] for entrant in concerned)
+            notes.append(text.format(names=", ".join(each.name for each in concerned), what=", ".join(whats)))
+    return notes
 
 
 @dataclass(frozen=True)
@@ -72,9 +114,10 @@ class Compared:
         name, kind: those of the bundle.
         accuracy, accuracy_interval: accuracy, and its 95 % Wilson interval.
         scores: by name, see docs/metrics.md; among them ``f1_macro``, ``log_loss``, ``brier`` and ``ece``.
-        seconds: wall time of extraction and training.
-        cost: as in `Bundle`. ``images`` counts passes through the backbone: each image once for cached features, once an epoch
-            when fine-tuning.
+        seconds: wall time of extraction and training, as far as it needed them.
+        needed: the cost that is compared, see `cost.needed`. ``images`` counts passes through the backbone: each image once for
+            cached features, once an epoch when fine-tuning.
+        cost: as in `Bundle`, with the extraction of everything.
         change, verdict: against the baseline; None for the baseline itself.
         history: as in `Bundle`.
         probabilities: ``(n, k)``, in the order of the comparison's classes; not in JSON.
@@ -86,6 +129,7 @@ class Compared:
     accuracy_interval: tuple[float, float]
     scores: dict[str, float]
     seconds: float
+    needed: dict[str, Any]
     cost: dict[str, Any]
     change: Change | None
     verdict: Verdict | None
@@ -112,6 +156,7 @@ class Comparison:
         worthwhile: the smallest difference of accuracy that matters, as a share.
         resamples: of the bootstrap.
         lines: the baseline first, then the others, best first.
+        notes: what is not the same for all of them.
         curve: accuracy by number of labelled images; None without one.
         truth: class index of each image ``(n,)``; not in JSON.
     """
@@ -125,6 +170,7 @@ class Comparison:
     resamples: int
     lines: list[Compared]
     truth: NDArray[np.intp]
+    notes: list[str] = field(default_factory=list)
     curve: LabelCurve | None = None
 
     def __repr__(self) -> str:
@@ -229,6 +275,13 @@ def compare_entrants(entrants: Sequence[Entrant], *, baseline: int = 0, worthwhi
     units = Units(held[first].units.of[orders[first]])
     standings, resamples = paired(truth, outputs, classes, baseline, units)
     tuned = [i for i, entrant in enumerate(entrants) if entrant.kind == FINE_TUNED and i != baseline]
+    least, others = worthwhile / 100, len(entrants) - 1
+
+    def verdict(change: Change, subject: str, entrant: Entrant) -> Verdict:
+        mine, theirs = entrant.seconds, entrants[baseline].seconds
+        ratio = mine / theirs if mine and theirs else None
+        return judge(change, units, subject=subject, cost_ratio=ratio, worthwhile=least, comparisons=others)
+
     lines = []
     for i, (entrant, standing) in enumerate(zip(entrants, standings, strict=True)):
         subject = "fine-tuning" if tuned == [i] and entrants[baseline].kind == "frozen" else entrant.name
@@ -240,9 +293,10 @@ def compare_entrants(entrants: Sequence[Entrant], *, baseline: int = 0, worthwhi
                 accuracy_interval=units.proportion(outputs[i].argmax(axis=1) == truth),
                 scores=standing.scores,
                 seconds=entrant.seconds,
+                needed=entrant.needed,
                 cost=dict(entrant.cost),
                 change=standing.change,
-                verdict=_verdict(standing, units, subject, entrant, entrants[baseline], worthwhile),
+                verdict=verdict(standing.change, subject, entrant) if standing.change else None,
                 history=list(entrant.history),
                 probabilities=outputs[i],
             )
@@ -254,10 +308,11 @@ def compare_entrants(entrants: Sequence[Entrant], *, baseline: int = 0, worthwhi
         n=len(truth),
         groups=units.groups,
         classes=classes,
-        worthwhile=worthwhile / 100,
+        worthwhile=least,
         resamples=resamples,
         lines=[against, *sorted(lines, key=lambda line: (-line.accuracy, line.seconds))],
         truth=truth,
+        notes=_notes(entrants),
     )
 
 
@@ -265,15 +320,6 @@ def _order(predictions: Predictions) -> list[int]:
     """Row indices that bring predictions into the same order, whatever order they were saved in."""
     keys = list(zip(predictions.sha256, map(str, predictions.labels.tolist()), strict=True))
     return sorted(range(len(keys)), key=keys.__getitem__)
-
-
-def _verdict(
-    standing: Standing, units: Units, subject: str, entrant: Entrant, baseline: Entrant, worthwhile: float
-) -> Verdict | None:
-    if standing.change is None:
-        return None
-    ratio = entrant.seconds / baseline.seconds if entrant.seconds and baseline.seconds else None
-    return judge(standing.change, units, subject=subject, cost_ratio=ratio, worthwhile=worthwhile / 100)
 
 
 def _need_same_images(entrants: Sequence[Entrant]) -> None:

@@ -20,6 +20,7 @@ from .label_curve import LabelCurve
 ACCURACY_COLUMNS = ("bundle", "kind", "accuracy, %", "difference, points", "p", "cost")
 CURVE_COLUMNS = ("training images", "accuracy", "95 % interval", "draws")
 SCORES = {"f1_macro": "macro F1", "log_loss": "log-loss", "brier": "Brier", "ece": "ECE"}
+SECONDS = "Seconds of extraction and training, without the held-out images."
 CARDS = 4  # differences that are shown large
 PAIRS = 6  # heads whose reliability is drawn
 
@@ -54,15 +55,15 @@ def _short(value: float, unit: str) -> str:
 
 def cost_table(lines: Sequence[Compared]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the table of the other scores and the cost of each head."""
-    energy = any(line.cost.get("energy") is not None for line in lines)
+    energy = any(line.needed["energy"] is not None for line in lines)
     columns = ["bundle", *SCORES.values(), "extract", "train", "images", "memory", *(["energy"] if energy else [])]
     rows = []
     for line in lines:
-        cost, memory = line.cost, line.cost.get("peak_memory")
+        cost, memory = line.needed, line.cost.get("peak_memory")
         row = [line.name, *(f"{line.scores[name]:.3f}" for name in SCORES)]
         row += [_seconds(cost["extract_seconds"]) if cost["extract_seconds"] else "-", _seconds(cost["train_seconds"])]
         row += [str(cost["images"]), "-" if memory is None else _short(memory / 1e9, "GB")]
-        row += [_joules(cost.get("energy"))] if energy else []
+        row += [_joules(cost["energy"])] if energy else []
         rows.append(row)
     return columns, rows
 
@@ -89,7 +90,7 @@ def comparison_text(comparison: Comparison, *, width: int | None = None) -> str:
     ]
     if comparison.curve:
         parts += [table(CURVE_COLUMNS, _curve_rows(comparison.curve), left=0, width=width), comparison.curve.sentence]
-    parts += [line.verdict.sentence for line in comparison.lines if line.verdict]
+    parts += [*comparison.notes, *(line.verdict.sentence for line in comparison.lines if line.verdict)]
     return "\n\n".join(parts)
 
 
@@ -117,7 +118,12 @@ def comparison_report(comparison: Comparison, *, notes: Sequence[str] = (), titl
     sections = [
         Section("Is it worth it?", rule, rows=words),
         Section("Differences", _forest_text(comparison), plot=_forest(comparison, others), half=True),
-        Section("Accuracy and cost", "Seconds of extraction and training.", plot=_cost_plot(comparison), half=True),
+        Section(
+            "Accuracy and cost",
+            "Seconds of extraction and training, without the held-out images.",
+            plot=_cost_plot(comparison),
+            half=True,
+        ),
         Section(
             "Accuracy", _tests(comparison), columns=ACCURACY_COLUMNS, rows=[accuracy_cells(line) for line in comparison.lines]
         ),
@@ -128,7 +134,7 @@ def comparison_report(comparison: Comparison, *, notes: Sequence[str] = (), titl
         *_curve(comparison.curve),
         *_per_class(comparison, others),
     ]
-    return page(title, lead, sections, cards=cards, notes=notes)
+    return page(title, lead, sections, cards=cards, notes=[*comparison.notes, *notes])
 
 
 _DIFFERENT = {"accuracy": "accuracy, points", **{name: SCORES[name] for name in COMPARED if name in SCORES}}
@@ -149,7 +155,8 @@ def _cell(line: Compared, name: str) -> str:
 
 def _cost_text() -> str:
     return (
-        "Images: passes through the backbone. Memory: the peak of the process until then. "
+        "Extract, train, images (passes through the backbone): without the held-out images, which no head needs. "
+        "Memory: the peak of the process until then. "
         "Log-loss, Brier and ECE: lower is better."
     )
 

@@ -11,6 +11,7 @@ from classifiers.evaluation.units import FEWEST, Units
 
 SIGNIFICANT = 0.05
 ALIKE = 1.5  # costs within this factor are about the same
+MOST = 10**6  # images; nobody is told to get more
 WORTH, NOT_WORTH, UNKNOWN = "worth it", "not worth it", "cannot be told"
 
 
@@ -21,7 +22,8 @@ class Verdict:
     Attributes:
         decision: ``worth it``, ``not worth it`` or ``cannot be told``: the higher cost or, if it costs less, the saving.
         cost_ratio: seconds divided by those of the baseline, extraction included; None if one of them is not known.
-        needed: how many held-out images would decide it, if more images can.
+        needed: how many held-out images would decide it in four of five cases, if the true difference is the measured one;
+            None if it is decided, or too close to call for any number that can be had.
         sentence: the verdict in words.
     """
 
@@ -31,7 +33,9 @@ class Verdict:
     sentence: str
 
 
-def judge(change: Change, units: Units, *, subject: str, cost_ratio: float | None, worthwhile: float) -> Verdict:
+def judge(
+    change: Change, units: Units, *, subject: str, cost_ratio: float | None, worthwhile: float, comparisons: int = 1
+) -> Verdict:
     """Weigh a difference of accuracy against its cost.
 
     A more expensive head is worth it if its gain is at least ``worthwhile`` and is proven: the paired interval and the exact
@@ -45,6 +49,7 @@ def judge(change: Change, units: Units, *, subject: str, cost_ratio: float | Non
         subject: what is judged; the sentence begins with it.
         cost_ratio: as in `Verdict`.
         worthwhile: the smallest difference of accuracy that matters, as a share.
+        comparisons: for so many heads p is adjusted.
     """
     difference = change.scores["accuracy"]
     value, (low, high) = difference["value"], difference["interval"]
@@ -59,23 +64,27 @@ def judge(change: Change, units: Units, *, subject: str, cost_ratio: float | Non
         decision = WORTH if saving else NOT_WORTH
     else:
         decision = UNKNOWN
-        needed = math.ceil(needed_images(_discordant(change, n), worthwhile) * change.effect)
-        needed = needed if needed > n else None
+        needed = _needed(change, n, gain, worthwhile, comparisons)
     price = "" if cost_ratio is None else f" and {_price(cost_ratio)}"
     what = "the saving is " if saving else ""
     if decision == UNKNOWN:
-        more = f"about {_rounded(needed)} would be needed" if needed else f"because it is too close to {points(worthwhile)}"
+        way = "is" if (gain > worthwhile) != saving else "is not"
+        more = f"it is so close to {points(worthwhile)} that {MOST:,} would not be enough"
+        if needed:
+            more = f"if this is the true difference, about {_rounded(needed)} would show that it {way}"
         more = f"{FEWEST} groups are the least that can show it" if units.few else more
-        ending = f"whether {what or 'it is '}worth it cannot be told with {units.phrase}, {more}"
+        ending = f"whether {what or 'it is '}worth it cannot be told with {units.phrase}; {more}"
     else:
         ending = f"{what}{decision} on this data"
     sentence = f"{subject} changes accuracy by {signed(value)} points {bounds((low, high))}{price}: {ending}."
     return Verdict(decision, cost_ratio, needed, sentence)
 
 
-def _discordant(change: Change, n: int) -> float:
-    """Share of images that the two disagree on: the middle of its Wilson interval, because zero of few is no proof of none."""
-    return sum(wilson(change.wins + change.losses, n)) / 2
+def _needed(change: Change, n: int, gain: float, worthwhile: float, comparisons: int) -> int | None:
+    """See `Verdict.needed`. Of what the two disagree on, the middle of the Wilson interval: zero of few is no proof of none."""
+    discordant = sum(wilson(change.wins + change.losses, n)) / 2
+    needed = needed_images(discordant, gain, worthwhile, comparisons) * change.effect
+    return max(math.ceil(needed), n + 1) if needed <= MOST else None
 
 
 def _price(ratio: float) -> str:

@@ -214,13 +214,28 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def needed_images(discordant: float, difference: float) -> int:
-    """How many images McNemar's test needs to show a difference of two accuracies at the 5 % level, with a power of 80 %.
+def needed_images(discordant: float, gain: float, worthwhile: float = 0.0, comparisons: int = 1) -> float:
+    """How many images decide, in four of five samples, whether a gain of accuracy is at least ``worthwhile``.
+
+    A larger gain must be measured as one and be shown by McNemar's test at the 5 % level (Connor 1987; with the correction for
+    continuity, because the test is exact). A smaller one must leave ``worthwhile`` outside of the interval of the difference.
 
     Args:
         discordant: share of images on which one head is right and the other wrong.
-        difference: of the accuracies, positive. (Connor 1987.)
+        gain: the true difference of the accuracies; infinitely many are needed if it is ``worthwhile`` itself.
+        worthwhile: the smallest gain that matters; 0 for the test alone.
+        comparisons: for so many heads p is adjusted.
+
+    >>> from classifiers.evaluation.paired_tests import needed_images
+    >>> [round(needed_images(0.12, gain, worthwhile=0.01)) for gain in (0.04, 0.02, 0.0)]
+    [636, 2452, 9419]
     """
-    share = max(discordant, difference)
-    root = Z95 * math.sqrt(share) + Z80 * math.sqrt(share - difference**2)
-    return math.ceil((root / difference) ** 2)
+    from scipy.special import ndtri
+
+    share = max(discordant, abs(gain))
+    spread = math.sqrt(share - gain**2)
+    if gain <= worthwhile:
+        return ((Z95 + Z80) * spread / (worthwhile - gain)) ** 2 if gain < worthwhile else math.inf
+    test = -float(ndtri(0.025 / comparisons)) * math.sqrt(share) + Z80 * spread
+    shown = (test + math.sqrt(test**2 + 4 * gain)) / (2 * gain)
+    return max(shown, Z80 * spread / (gain - worthwhile)) ** 2
