@@ -18,12 +18,13 @@ lint: install
 docs: install  ## what is generated in docs/: the keys of job files, the options of commands, the layouts of images
 	$(BIN)/python docs/reference.py
 
-bench: install  ## minutes; writes the tables in docs/benchmarks.md, docs/metrics.md, docs/splits.md and others
+bench: install  ## minutes; writes the tables of many pages of docs/
 	$(BIN)/python benchmarks/cpu.py
 	$(BIN)/python benchmarks/pixels.py
 	$(BIN)/python benchmarks/ridge.py
 	$(BIN)/python benchmarks/coverage.py
 	$(BIN)/python benchmarks/splits.py
+	$(BIN)/python benchmarks/selection.py
 	$(BIN)/python benchmarks/heads.py
 	$(BIN)/python benchmarks/finetuning.py
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from classifiers.evaluation.intervals import Interval
-from classifiers.evaluation.paired_tests import flip_test
+from classifiers.evaluation.intervals import Interval, resamples_for, wilson
 from classifiers.evaluation.registry import KINDS
 from classifiers.evaluation.task import images_of
 from classifiers.evaluation.units import Units
 from store.errors import PenultError
+
+from .selection import Weighted, all_against_first, luck_of_best
 
 SCORES = {"logme": "LogME", "h_score": "H-score, not shrunk", "h_score_shrunk": "H-score"}
 SHOWN = ("logme", "h_score_shrunk")  # without shrinkage, the H-score is the same for all if features outnumber images
@@ -51,6 +54,7 @@ class Line:
         train_seconds, score_seconds: time of training the head, with its search; time of the scores.
         right: which images of ``choice`` it classifies correctly, in one order for all sources; None if the score does
             not count single images.
+        weighted: the score of ``choice`` if its images count so often, see `selection.Weighted`; None if it is not known.
         units: which images of ``choice`` belong together, in that order.
     """
 
@@ -68,6 +72,7 @@ class Line:
     score_seconds: float
     right: NDArray[np.bool_] | None = None
     units: Units | None = None
+    weighted: Weighted | None = None
 
     @property
     def cost(self) -> str:
@@ -195,28 +200,60 @@ class Ranking:
         names = [name for name, value in self.lines[0].scores.items() if value is not None]
         return [agreement(name, [line.scores[name] or 0.0 for line in self.lines], achieved) for name in names]
 
+    @cached_property
+    def expected(self) -> Headline:
+        """The score of the first on other images, see `selection.luck_of_best`; its own if nothing was chosen.
+
+        The interval reaches from the lower bound for this score to the upper bound for its own: a source that is really the
+        best loses too much.
+        """
+        choice, right = self.lines[0].choice, self.lines[0].right
+        units = self.lines[0].units or Units.each(choice.n)
+        candidates = sorted(self.lines, key=lambda line: line.extract_seconds)  # of equal ones, the fastest comes first
+        weighted = [line.weighted for line in candidates if line.weighted]
+        if len(weighted) < 2:
+            return choice
+        value = choice.value - luck_of_best(weighted, units, resamples_for(choice.n, len(weighted)))
+        if choice.interval is None:
+            return replace(choice, value=value)
+        low, high = choice.interval
+        effect, z = units.design(right.astype(np.float64)) if right is not None else (1.0, math.inf)
+        low = wilson(value * choice.n / effect, choice.n / effect, z)[0] if math.isfinite(z) else low - choice.value + value
+        return replace(choice, value=value, interval=(low, high))
+
+    @cached_property
     def against_best(self) -> list[float | None]:
-        """The p-value of `flip_test` of each line against the first; None if not possible."""
-        best = self.lines[0].right
-        p_values: list[float | None] = []
-        for right in (line.right for line in self.lines):
-            if best is None or right is None:
-                p_values.append(None)
-            else:
-                units = self.lines[0].units or Units.each(len(best))
-                p_values.append(flip_test(units.sums(right.astype(np.int8) - best)))
-        return p_values
+        """The p-value of each line against the first, see `selection.all_against_first`; None if not possible."""
+        right = [line.right for line in self.lines if line.right is not None]
+        if len(right) < len(self.lines):
+            return [None] * len(self.lines)
+        return [*all_against_first(right, self.lines[0].units or Units.each(len(right[0])))]
+
+    @property
+    def luck(self) -> list[str]:
+        """How much of the score of the first is the luck of being chosen, in words."""
+        own, expected = self.text(self.lines[0].choice), self.text(self.expected)
+        if len(self.lines) < 2 or self.lines[0].weighted is None:
+            return []
+        if own == expected:
+            return [f"1 leads so clearly that being the best of {len(self.lines)} adds nothing to its {self.metric}."]
+        return [
+            f"To be the best of {len(self.lines)} on these images takes some luck: on others, expect {expected} of 1 "
+            f"(bootstrap bias correction)."
+        ]
 
     def notes(self) -> list[str]:
         """Notes on how to read the table."""
         held = "nothing is held out" if self.reported_on is None else f"{self.reported_on!r} was not used for it"
         images = images_of(vars(self.lines[0].choice))
         notes = [f"Ranked by {self.metric} on {images}, by heads fitted without them ({self.chosen_on}); {held}."]
-        p = self.against_best()
+        notes += [*self.luck, *(self.lines[0].units.notes if self.lines[0].units else [])]
+        p = self.against_best
         tied = [str(rank) for rank, each in enumerate(p, 1) if rank > 1 and each is not None and each >= UNLIKELY]
         if tied:
             notes.append(
-                f"No significant difference from 1 on these images: {', '.join(tied)} (exact test, p >= {UNLIKELY} each)."
+                f"No significant difference from 1 on these images: {', '.join(tied)} (exact tests of all pairs, Holm's "
+                f"method, p >= {UNLIKELY})."
             )
         if len({line.cache for line in self.lines}) < len(self.lines):
             notes.append("Layers of one backbone come from one pass, and each has the time of all of it.")
@@ -236,11 +273,19 @@ class Ranking:
             name: getattr(self, name) for name in ("data", "task", "head", "metric", "chosen_on", "reported_on", "unusable")
         }
         sources = []
-        for rank, (line, best, p) in enumerate(zip(self.lines, self.front(), self.against_best(), strict=True), 1):
-            known = {key: value for key, value in asdict(line).items() if key not in ("right", "units")}
+        for rank, (line, best, p) in enumerate(zip(self.lines, self.front(), self.against_best, strict=True), 1):
+            known = asdict(replace(line, right=None, units=None, weighted=None))
+            known = {key: value for key, value in known.items() if key not in ("right", "units", "weighted")}
             sources.append({"rank": rank, **known, "pareto": best, "p_against_best": p})
         agreements = [asdict(each) | {"so": each.so} for each in self.agreements()]
-        return {**facts, "sources": sources, "failed": [asdict(each) for each in self.failed], "agreement": agreements}
+        expected = asdict(self.expected)
+        return {
+            **facts,
+            "expected": expected,
+            "sources": sources,
+            "failed": [asdict(each) for each in self.failed],
+            "agreement": agreements,
+        }
 
 
 def ranked(lines: Sequence[Line]) -> list[Line]:

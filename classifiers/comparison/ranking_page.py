@@ -26,7 +26,8 @@ def ranking_page(ranking: Ranking) -> str:
     best, agreements = ranking.lines[0], ranking.agreements()
     lead = f"{len(ranking.lines)} feature sources on {ranking.data}, a {ranking.head} head on each. First: {best.source}"
     cards: list[Card] = []
-    for score, where in ((best.choice, ranking.chosen_on), (best.held_out, f"{ranking.reported_on}, held out")):
+    chosen = ranking.chosen_on + (", without the luck of the best" if ranking.luck else "")
+    for score, where in ((ranking.expected, chosen), (best.held_out, f"{ranking.reported_on}, held out")):
         if score is not None:
             value, _, bounds = ranking.text(score).partition(" [")
             cards.append((f"{ranking.metric} of the first", value, f"95 % [{bounds or ']'}, {images_of(vars(score))}: {where}"))

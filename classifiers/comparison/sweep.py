@@ -7,17 +7,22 @@ import hashlib
 import logging
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from classifiers.evaluation import multi_label, regression
+from classifiers.evaluation.multi_label import MultiLabel
 from classifiers.evaluation.registry import task_of
-from classifiers.evaluation.scores import require_finite
+from classifiers.evaluation.regression import Regression
+from classifiers.evaluation.scores import Values, Weights, require_finite
+from classifiers.evaluation.single_label import SingleLabel
 from classifiers.evaluation.task import Evaluation, HeadTask
 from classifiers.evaluation.units import Units
 from classifiers.heads.folds import Fold, group_folds, stratified_folds
@@ -128,6 +133,13 @@ def cache_paths(backbones: Sequence[Backbone], folder: Path) -> list[Path]:
             raise UsageError(message)
         paths.append(path)
     return paths
+
+
+WEIGHTED: dict[str, Callable[[NDArray[Any], NDArray[np.float32], Weights], Values]] = {  # the score that sources are ranked by
+    SingleLabel.name: lambda right, _, weights: (right @ weights) / weights.sum(axis=0),
+    MultiLabel.name: lambda truth, outputs, weights: multi_label.weighted_scores(truth, outputs, weights)[0][MultiLabel.metric],
+    Regression.name: lambda truth, outputs, weights: regression.weighted_scores(truth, outputs, weights)["r2"].mean(axis=0),
+}
 
 
 @dataclass(frozen=True)
@@ -315,6 +327,7 @@ class _Bench:
         scored = time.perf_counter()
         truth, outputs = self._out_of_fold(head, X)
         choice, right = self._headline(head, truth, outputs, self._choice)
+        numbers = truth if right is None else right.astype(np.float32)
         held_out = None
         if self._held_out is not None:
             features = cache.features([row.sha256 for row in self._roles.report])
@@ -334,6 +347,7 @@ class _Bench:
             score_seconds=round(scored - trained, 3),
             right=right,
             units=self._choice,
+            weighted=partial(WEIGHTED[self._task.name], numbers, outputs),
         )
 
     def _out_of_fold(self, head: Any, X: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[np.float32]]:

@@ -178,6 +178,7 @@ def test_scores_of_other_tasks() -> None:
 def line(source: str, value: float, seconds: float, score: float = 0.0, right: list[int] | None = None) -> Line:
     scores: dict[str, float | None] = {"logme": score, "h_score": 1.0, "h_score_shrunk": score}
     rows = None if right is None else np.array(right, bool)
+    weighted = None if rows is None else lambda weights: rows.astype(np.float32) @ weights / weights.sum(axis=0)
     return Line(
         source,
         f"{source}.cache",
@@ -186,12 +187,13 @@ def line(source: str, value: float, seconds: float, score: float = 0.0, right: l
         100,
         seconds,
         0,
-        Headline(value, (value - 0.1, value + 0.1), 50),
+        Headline(value, (value - 0.1, value + 0.1), 50 if right is None else len(right)),
         None,
         scores,
         1,
         1,
         rows,
+        weighted=weighted,
     )
 
 
@@ -213,8 +215,19 @@ def test_sources_that_the_images_do_not_tell_from_the_best_are_named() -> None:
     best = [1] * 18 + [0] * 2
     near, far = [0] * 3 + [1] * 16 + [0], [0] * 12 + [1] * 6 + [0] * 2
     found = ranking([line("far", 0.3, 1, right=far), line("near", 0.8, 1, right=near), line("best", 0.9, 1, right=best)])
-    assert found.against_best() == pytest.approx([1.0, 0.625, 2**-11])  # 3 against 1, and 12 against 0
+    # 3 against 1, 12 against 0, and of the other two 10 against 0
+    assert found.against_best == pytest.approx([1.0, 0.625, 3 * 2**-11])
     assert any("No significant difference from 1 on these images: 2 (" in note for note in found.notes())
+    assert 0.8 < found.expected.value < 0.9  # the second is sometimes chosen
+    low, high = found.expected.interval or (0, 0)
+    assert (low < 0.8, high) == (True, 1.0)
+    assert f"takes some luck: on others, expect {found.text(found.expected)} of 1 (" in found.notes()[1]
+    assert found.to_json()["expected"]["value"] == found.expected.value
+    alone = ranking([line("best", 0.9, 1, right=best)])
+    assert (alone.expected, alone.luck) == (alone.lines[0].choice, [])
+    clear = ranking([line("far", 0.3, 1, right=far * 9), line("best", 0.9, 1, right=best * 9)])
+    assert clear.expected == clear.lines[0].choice
+    assert clear.luck == ["1 leads so clearly that being the best of 2 adds nothing to its accuracy."]
 
 
 def test_rank_correlation_says_when_it_says_nothing() -> None:
