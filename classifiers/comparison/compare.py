@@ -75,11 +75,11 @@ class Entrant:
 
 
 CAVEATS = {
-    "fitted": "{names} was fitted on fewer images: not on those that chose its epoch ({what}), on which the others were fitted "
-    "too. `penult finetune` without --no-refit fits them as well",
-    "temperature": "{names} has no temperature, so its log-loss, Brier score and ECE cannot be compared with the others'; "
-    "{what}",
-    "start": "{names} started from {what}, and what that head took is not known here and not in its cost",
+    "fitted": "{names}: fitted on fewer images than the others, without those that chose the epoch ({what}). `penult finetune` "
+    "without --no-refit fits these too",
+    "temperature": "{names}: without a temperature, so log-loss, Brier score and ECE cannot be compared with those of the "
+    "others, which are {what}",
+    "start": "{names}: started from {what}; what that head took is not known here, and is not in the cost",
 }
 
 
@@ -89,7 +89,7 @@ def _caveats(bundle: Bundle) -> dict[str, str]:
         caveats["fitted"] = str(bundle.split.get("chosen_on"))
     averaged = bool((chosen.get("views") or {}).get("averaged"))  # each of its outputs is calibrated
     if (chosen.get("temperature") is None and not averaged) or chosen.get("chosen_by", "") is None:
-        caveats["temperature"] = "bundles from before, and heads without images that they were not fitted on, have none"
+        caveats["temperature"] = "calibrated"
     if chosen.get("init_head") and "init_head" not in bundle.cost:
         caveats["start"] = str(chosen["init_head"])
     return caveats

@@ -303,10 +303,10 @@ def test_bundles_line_up_behind_the_baseline(bundles: Sequence[Bundle]) -> None:
     old = replace(bundles[1], kind="fine-tuned", hyperparameters={"temperature": None, "init_head": "knn.head"})
     uneven = compare([old, bundles[0]])
     assert uneven.baseline == "logistic.head"
-    assert [note.split(":")[0].split(",")[0] for note in uneven.notes] == [
-        "ridge.head was fitted on fewer images",
-        "ridge.head has no temperature",
-        "ridge.head started from knn.head",
+    assert [note.partition(",")[0].partition(";")[0] for note in uneven.notes] == [
+        "ridge.head: fitted on fewer images than the others",
+        "ridge.head: without a temperature",
+        "ridge.head: started from knn.head",
     ]
     assert uneven.to_json()["notes"] == uneven.notes
     assert all(note in comparison_text(uneven, width=100) for note in uneven.notes)
