@@ -13,7 +13,7 @@ from store.format.samples import Row, SampleTable
 from store.tasks import LABEL_SEPARATOR, MultiLabelTask
 
 from .intervals import resamples_for
-from .scores import Values, Weights, average_precision, ratio, require_finite
+from .scores import Values, Weights, average_precision, mean_of, ratio, require_finite, surprise
 from .task import FEW, HeadTask, Measured, Outputs, Prediction, bootstrapped, headline_of, proportion
 from .units import Units
 
@@ -75,23 +75,23 @@ def weighted_scores(
         weights: how often each image counts ``(n, b)``.
 
     Returns:
-        Scores over all labels ``(b,)``, and of each label ``(k, b)``; average precision is NaN if no image has the label,
-        and its mean is over the others.
+        Scores over all labels ``(b,)``, and of each label ``(k, b)``. Average precision is NaN if no image has the label, F1 if
+        none is predicted to have it either; means are over the other labels.
     """
     guess = probabilities >= THRESHOLD
     hits, support, taken = ((mask.T.astype(np.float32) @ weights) for mask in (truth & guess, truth, guess))
     columns = range(truth.shape[1])
     precise = np.stack([average_precision(truth[:, k], probabilities[:, k], weights) for k in columns])
-    defined = ~np.isnan(precise)
-    each = {"average_precision": precise, "f1": ratio(2 * hits, support + taken)}
+    present = support + taken > 0
+    each = {"average_precision": precise, "f1": np.where(present, ratio(2 * hits, support + taken), np.nan)}
     total = weights.sum(axis=0, dtype=np.float64)
-    own = np.where(truth, probabilities, 1 - probabilities).astype(np.float64)
+    own = np.where(truth, probabilities, 1 - probabilities)
     whole = {
-        "mean_average_precision": ratio(np.where(defined, precise, 0).sum(axis=0), defined.sum(axis=0)),
+        "mean_average_precision": mean_of(precise, ~np.isnan(precise)),
         "f1_micro": ratio(2 * hits.sum(axis=0), (support + taken).sum(axis=0)),
-        "f1_macro": each["f1"].mean(axis=0),
+        "f1_macro": mean_of(each["f1"], present),
         "hamming_loss": (truth != guess).mean(axis=1) @ weights / total,
-        "log_loss": -np.log(np.maximum(own, np.finfo(np.float32).tiny)).mean(axis=1) @ weights / total,
+        "log_loss": surprise(own).mean(axis=1) @ weights / total,
     }
     return whole, each
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .intervals import Z95, Interval, resamples_for, wilson
-from .scores import Probabilities, Values, weighted_scores
+from .scores import Probabilities, Values, decision_scores, probability_scores, weighted_scores
 from .units import Units
 
 COMPARED = (
@@ -80,7 +80,8 @@ def paired(
     n, resamples, units = len(truth), resamples_for(len(truth), len(classes)), units or Units.each(len(truth))
     right = np.stack([probabilities.argmax(axis=1) == truth for probabilities in outputs])
     changes = right.astype(np.int8) - right[baseline].astype(np.int8)
-    once = [_scores(truth, probabilities, np.ones((n, 1), np.float32)) for probabilities in outputs]
+    ones = np.ones((n, 1), np.float32)
+    once = [_scores(truth, each, ones) | weighted_scores(truth, each, ones) for each in outputs]
     drawn: list[list[dict[str, Values]]] = [[] for _ in outputs]
     recalls: list[list[Values]] = [[] for _ in outputs]
     for weights in units.resampled(truth, resamples):
@@ -113,7 +114,8 @@ def paired(
 def _scores(truth: NDArray[np.intp], probabilities: Probabilities, weights: NDArray[np.float32]) -> dict[str, Values]:
     right = (probabilities.argmax(axis=1) == truth).astype(np.float32)
     accuracy = (right @ weights).astype(np.float64) / weights.sum(axis=0, dtype=np.float64)
-    return {"accuracy": accuracy, **weighted_scores(truth, probabilities, weights)}
+    decided, probable = (scores(truth, probabilities, weights) for scores in (decision_scores, probability_scores))
+    return {"accuracy": accuracy, **decided, **probable}
 
 
 def _recall_changes(truth: NDArray[np.intp], change: NDArray[np.int8], k: int, weights: NDArray[np.float32]) -> Values:
@@ -147,20 +149,34 @@ def _class_changes(
 def difference_interval(change: NDArray[Any], drawn: Values, units: Units) -> Interval:
     """The paired bootstrap interval of the mean of ``change``, extended to `score_interval` if that is wider.
 
-    If two heads disagree on few images, resampling shows too little spread.
+    If two heads disagree on few images, resampling shows too little spread. Images of groups have `score_interval` alone: what
+    few groups hide is in its quantile, and with both it holds 98 to 99 % instead of 95.
 
     Args:
-        change: of each image ``(n,)`` 1 if only this head is right, -1 if only the other one is, else 0; or means of these.
+        change: of each image ``(n,)`` 1 if only this head is right, -1 if only the other one is, else 0.
         drawn: the mean on resamples ``(b,)``.
         units: which images belong together.
+    """
+    low, high = mean_change_interval(change, units)
+    if not units.single:
+        return low, high
+    resampled_low, resampled_high = units.bootstrap(float(change.mean()), drawn) or (low, high)
+    return min(low, resampled_low), max(high, resampled_high)
+
+
+def mean_change_interval(change: NDArray[Any], units: Units) -> Interval:
+    """`score_interval` of the mean of ``change`` by units; it may also hold fractions, which are means of several changes.
+
+    These vary less than changes of 1 or -1, and count for more.
     """
     effect, z = units.design(change.astype(np.float64))
     if not math.isfinite(z):
         return -1.0, 1.0
+    n = len(change)
     wins, losses = float(change[change > 0].sum()), -float(change[change < 0].sum())
-    low, high = score_interval(wins / effect, losses / effect, len(change) / effect, z)
-    resampled_low, resampled_high = units.bootstrap(float(change.mean()), drawn) or (low, high)
-    return min(low, resampled_low), max(high, resampled_high)
+    if change.dtype.kind == "f" and change.var() > 0:
+        effect *= float(change.var()) / ((wins + losses) / n - ((wins - losses) / n) ** 2)
+    return score_interval(wins / effect, losses / effect, n / effect, z)
 
 
 def score_interval(wins: float, losses: float, n: float, z: float = Z95) -> Interval:

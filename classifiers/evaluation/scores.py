@@ -88,17 +88,18 @@ def weighted_scores(
     Returns:
         Scores ``(b,)`` by name. ROC-AUC and PR-AUC are missing if all images are of one class.
     """
-    scores = _decisions(truth, probabilities.argmax(axis=1), probabilities.shape[1], weights)
-    scores |= _areas(truth, probabilities, weights)
-    scores |= {
-        "log_loss": _mean(_surprise(truth, probabilities), weights),
-        "brier": _mean(_squared_error(truth, probabilities), weights),
-        "ece": _calibration_error(truth, probabilities, weights),
-    }
+    scores = decision_scores(truth, probabilities, weights) | _areas(truth, probabilities, weights)
+    scores |= probability_scores(truth, probabilities, weights) | {"ece": _calibration_error(truth, probabilities, weights)}
     if before is not None:
         scores["log_loss_before"] = _mean(_surprise(truth, before), weights)
         scores["ece_before"] = _calibration_error(truth, before, weights)
     return scores
+
+
+def probability_scores(truth: NDArray[np.intp], probabilities: Probabilities, weights: Weights) -> dict[str, Values]:
+    """The scores of `weighted_scores` that are means over the images."""
+    each = {"log_loss": _surprise(truth, probabilities), "brier": _squared_error(truth, probabilities)}
+    return {name: _mean(values, weights) for name, values in each.items()}
 
 
 def ranks(truth: NDArray[np.intp], probabilities: Probabilities) -> NDArray[np.intp]:
@@ -125,8 +126,9 @@ def _mean(values: Values, weights: Weights) -> Values:
     return np.asarray(values @ weights / weights.sum(axis=0, dtype=np.float64))
 
 
-def _decisions(truth: NDArray[np.intp], guess: NDArray[np.intp], k: int, weights: Weights) -> dict[str, Values]:
-    rows = np.arange(len(truth))
+def decision_scores(truth: NDArray[np.intp], probabilities: Probabilities, weights: Weights) -> dict[str, Values]:
+    """The scores of `weighted_scores` that depend on the most probable class alone."""
+    guess, k, rows = probabilities.argmax(axis=1), probabilities.shape[1], np.arange(len(truth))
     right = rows[truth == guess]
     hits, support, taken = (
         _sums(truth[right], k, right, weights),
@@ -136,17 +138,17 @@ def _decisions(truth: NDArray[np.intp], guess: NDArray[np.intp], k: int, weights
     parts = {"precision": ratio(hits, taken), "recall": ratio(hits, support), "f1": ratio(2 * hits, support + taken)}
     true_here, drawn = np.isin(np.arange(k), truth)[:, None], support > 0
     present = true_here | np.isin(np.arange(k), guess)[:, None]  # as scikit-learn: classes that appear in truth or prediction
-    scores = {"balanced_accuracy": _mean_of(parts["recall"], drawn)}
+    scores = {"balanced_accuracy": mean_of(parts["recall"], drawn)}
     for name, values in parts.items():
-        scores[f"{name}_macro"] = _mean_of(values, present & (drawn | ~true_here))
+        scores[f"{name}_macro"] = mean_of(values, present & (drawn | ~true_here))
         if name != "recall":  # whose mean by class size is the accuracy
             scores[f"{name}_weighted"] = (values * support).sum(axis=0) / support.sum(axis=0, dtype=np.float64)
     return scores
 
 
-def _mean_of(values: Values, counted: NDArray[np.bool_]) -> Values:
+def mean_of(values: Values, counted: NDArray[np.bool_]) -> Values:
     """Means ``(b,)`` over those of the classes ``(k, b)`` that are counted; NaN where none is."""
-    if (counted == counted[:, :1]).all():
+    if counted[:, 0].any() and (counted == counted[:, :1]).all():
         return np.asarray(values[counted[:, 0]].mean(axis=0))
     number = counted.sum(axis=0)
     return np.where(number > 0, np.where(counted, values, 0).sum(axis=0) / np.maximum(number, 1), np.nan)
@@ -161,7 +163,7 @@ def _areas(truth: NDArray[np.intp], probabilities: Probabilities, weights: Weigh
         classes = classes[1:]
     with np.errstate(divide="ignore", invalid="ignore"):  # a class without a weight
         areas = [_area(truth == c, probabilities[:, c], weights) for c in classes]
-    roc, pr = (_mean_of(np.stack(values), ~np.isnan(values)) for values in zip(*areas, strict=True))
+    roc, pr = (mean_of(np.stack(values), ~np.isnan(values)) for values in zip(*areas, strict=True))
     return {"roc_auc": roc, "pr_auc": pr}
 
 
@@ -194,8 +196,17 @@ def average_precision(positive: NDArray[np.bool_], scores: Probabilities, weight
 
 
 def _surprise(truth: NDArray[np.intp], probabilities: Probabilities) -> Values:
-    own = probabilities[np.arange(len(truth)), truth].astype(np.float64)
-    return np.asarray(-np.log(np.maximum(own, np.finfo(np.float32).tiny)))
+    return surprise(probabilities[np.arange(len(truth)), truth])
+
+
+def surprise(own: Probabilities) -> Values:
+    """Minus the logarithm of the probability of what is true, in nats.
+
+    Probabilities are kept from 0 and 1 by the precision of their type, as in scikit-learn's ``log_loss``: in float32 an image
+    costs at most 15.9.
+    """
+    least = np.finfo(own.dtype).eps
+    return np.asarray(-np.log(np.clip(own, least, 1 - least).astype(np.float64)))
 
 
 def _squared_error(truth: NDArray[np.intp], probabilities: Probabilities) -> Values:
