@@ -74,8 +74,9 @@ SHAPE = {  # what is read of head.json
 }
 EPOCHS = [{"epoch": int, "train_loss": NUMBER, "val_loss": NUMBER}]
 SPLIT_AGAIN = {"val": float, "test": float, "seed": int}
-INTERVALS = {"coverage": float, "n": int, "half_width": [NUMBER]}
-SETS = {"coverage": float, "n": int, "marginal": float, "per_class": [float]}
+INTERVALS = {"coverage": float, "n": int, "half_width": [[NUMBER]], "edges": [[float]], "effective?": float}
+ONE_WIDTH = {"coverage": float, "n": int, "half_width": [NUMBER]}  # of older files
+SETS = {"coverage": float, "n": int, "marginal": float, "per_class": [float], "effective?": float}
 
 
 def require_head(facts: dict[str, Any]) -> None:
@@ -161,12 +162,17 @@ def require_calibration(conformal: dict[str, Any] | None, task: HeadTask) -> Non
     """
     if not conformal or not (task.intervals or task.exclusive):
         return
-    shape, key = (INTERVALS, "half_width") if task.intervals else (SETS, "per_class")
-    reason = misfit(conformal, shape, "conformal")
-    if not reason and set(conformal) != set(shape):
-        reason = f"'conformal' has {', '.join(sorted(map(repr, conformal)))}; expected {', '.join(sorted(map(repr, shape)))}"
+    shape: dict[str, Any]
+    shape, key = (INTERVALS if "edges" in conformal else ONE_WIDTH, "half_width") if task.intervals else (SETS, "per_class")
+    reason, known = misfit(conformal, shape, "conformal"), {name.removesuffix("?") for name in shape}
+    if not reason and set(conformal) - known:
+        reason = f"'conformal' has {', '.join(sorted(map(repr, conformal)))}; expected {', '.join(sorted(map(repr, known)))}"
     if not reason and len(conformal[key]) != len(task.names):
         reason = f"'conformal.{key}' is for {len(conformal[key])} {task.plural}, and the head has {len(task.names)}"
+    if not reason and "edges" in conformal:
+        parts = [len(each) for each in conformal[key]], [len(each) + 1 for each in conformal["edges"]]
+        rising = all(each == sorted(each) for each in conformal["edges"])
+        reason = "" if parts[0] == parts[1] and rising else "'conformal.edges' are not those between the parts of 'half_width'"
     if reason:
         raise ValueError(reason)
 

@@ -49,7 +49,7 @@ class Gate:
         An undefined score does not pass. If resampling shows no spread, as for a share without errors, the Wilson interval of
         that many images is used.
         """
-        from .intervals import wilson
+        from .intervals import modified_wilson
         from .task import images_of
 
         if self.metric in metrics["scores"]:
@@ -60,7 +60,7 @@ class Gate:
             value, interval = score["value"], score["interval"]
             if interval is None and value is not None and (self.least, self.most) == (0, 1):
                 n = metrics.get("groups") or metrics["n"]
-                interval = wilson(value * n, n)
+                interval = modified_wilson(value * n, n)
             compared = value if not self.bound else interval and interval[1 if self.error else 0]
             if compared is not None and (compared <= limit if self.error else compared >= limit):
                 continue

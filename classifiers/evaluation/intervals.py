@@ -14,6 +14,7 @@ Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 RESAMPLES = 1000
 FEWEST_RESAMPLES = 200  # the 2.5 % quantile still has five values below it
 WORK = 4 * 10**9  # about ten seconds, in resamples x images x (classes + 100); larger data gets fewer resamples
+RARE = 3  # successes or failures that are so few follow Poisson's law
 BLOCK = 10**7  # numbers in one block of weights: 40 MB
 
 
@@ -28,6 +29,23 @@ def wilson(successes: float, n: float, z: float = Z95) -> Interval:
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
     return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
+
+
+def modified_wilson(successes: float, n: float, z: float = Z95) -> Interval:
+    """Wilson's interval, whose far bound is Poisson's if at most three are, or are not, successes.
+
+    There Wilson's excludes values that it should hold: of shares near 0.1 / n from an end it holds 84 % instead of 95 (Brown,
+    Cai & DasGupta 2001, "Interval estimation for a binomial proportion", section 4.1.1).
+    """
+    from scipy.special import gammaincinv, ndtr
+
+    low, high = wilson(successes, n, z)
+    alpha, failures = 2 * float(ndtr(-z)), n - successes
+    if 0 < successes <= RARE:
+        low = min(low, float(gammaincinv(successes, alpha)) / n)
+    if 0 < failures <= RARE:
+        high = max(high, 1 - float(gammaincinv(failures, alpha)) / n)
+    return low, high
 
 
 def resamples_for(n: int, classes: int) -> int:

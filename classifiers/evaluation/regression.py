@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -14,42 +14,89 @@ from store.errors import BadDataError
 from store.format.samples import Row, SampleTable
 from store.tasks import RegressionTask
 
-from .conformal import COVERAGE
+from .conformal import COVERAGE, bound, spread_notes
 from .intervals import resamples_for
 from .scores import Values, Weights, require_finite
 from .task import FEW, HeadTask, Measured, Outputs, Prediction, bootstrapped, headline_of, proportion
 from .units import Units
 
+PARTS = 5  # of predicted values, that have intervals of their own
+LEAST = 50  # images in each: then a coverage of 90 % is met to four points
+
 
 @dataclass(frozen=True)
 class Intervals:
-    """Split-conformal prediction intervals of constant width (Vovk et al. 2005; Lei et al. 2018).
+    """Split-conformal prediction intervals (Vovk et al. 2005; Lei et al. 2018), as wide as images with like predictions need.
+
+    Numbers often scatter more where they are larger. So images are parted by their predicted value, with equally many in each
+    part, and each part has a width of its own (Mondrian conformal: Boström & Johansson 2020). Few images have one part.
 
     Attributes:
-        coverage: share of images whose interval should contain the true number.
+        coverage: share of images whose interval should contain the true number, in each part.
         n: number of images it was calibrated on.
-        half_width: for each target, in its unit; None if there were too few images to guarantee the coverage.
+        half_width: of each part, for each target, in its unit; None if there were too few images to promise the coverage.
+        edges: the predicted values between the parts, for each target.
+        effective: as how many independent images these images of groups count, for the target where these are fewest; None if
+            they are independent.
     """
 
     coverage: float
     n: int
-    half_width: list[float | None]
+    half_width: list[list[float | None]]
+    edges: list[list[float]]
+    effective: float | None = None
 
     @classmethod
-    def fit(cls, residuals: NDArray[np.floating[Any]], coverage: float = COVERAGE) -> Self:
-        """Calibrate on the residuals ``(n, t)`` of images that the head was not fitted on."""
-        n = len(residuals)
-        place = math.ceil((n + 1) * coverage)  # one more than n for the image to come
-        far = np.sort(np.abs(residuals), axis=0)
-        return cls(coverage, n, [float(far[place - 1, j]) if place <= n else None for j in range(residuals.shape[1])])
+    def fit(
+        cls,
+        values: NDArray[np.floating[Any]],
+        residuals: NDArray[np.floating[Any]],
+        coverage: float = COVERAGE,
+        units: Units | None = None,
+    ) -> Self:
+        """Calibrate on the predicted numbers ``(n, t)`` of images that the head was not fitted on, and on their errors.
+
+        ``units`` says which of these images belong together; by default none.
+        """
+        units = units or Units.each(len(values))
+        half_width, edges, effects = [], [], []
+        for predicted, far in zip(values.T, np.abs(residuals).T.astype(np.float64), strict=True):
+            whole, effect = bound(far, coverage, units)
+            inner, own = next(_parted(predicted, far, coverage, units), ([], [whole]))
+            half_width.append([value if math.isfinite(value) else None for value in own])
+            edges.append(inner)
+            effects.append(effect)
+        return cls(coverage, len(values), half_width, edges, None if units.single else len(values) / max(effects))
 
     @classmethod
     def from_json(cls, facts: dict[str, Any] | None) -> Self | None:
-        """The inverse of `to_json`; None stays None."""
+        """The inverse of `to_json`; None stays None. Bundles from before have one width for each target."""
+        if facts and "edges" not in facts:
+            widths = facts["half_width"]
+            facts = {**facts, "half_width": [[value] for value in widths], "edges": [[] for _ in widths]}
         return cls(**facts) if facts else None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        facts = asdict(self)
+        return facts if self.effective is not None else {name: facts[name] for name in facts if name != "effective"}
+
+    def half_widths(self, values: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+        """Of the interval of each predicted number ``(n, t)``; NaN where nothing can be promised."""
+        columns = zip(self.half_width, self.edges, values.T, strict=True)
+        widths = [np.array(own, np.float64)[np.searchsorted(inner, column, side="right")] for own, inner, column in columns]
+        return np.stack(widths, axis=1)
+
+
+def _parted(
+    predicted: NDArray[np.floating[Any]], far: NDArray[np.float64], coverage: float, units: Units
+) -> Iterator[tuple[list[float], list[float]]]:
+    """The edges and the bounds of as many parts as there are enough images for, then of fewer."""
+    for parts in range(min(len(far) // LEAST, PARTS), 1, -1):
+        inner = np.quantile(predicted, np.arange(1, parts) / parts).tolist()
+        part = np.searchsorted(inner, predicted, side="right")
+        own = [bound(far[part == p], coverage, units.among(part == p))[0] for p in range(parts)]
+        if np.bincount(part, minlength=parts).min() >= LEAST // 2 and np.isfinite(own).all():  # not if many are equal
+            yield inner, own
 
 
 class Regression(HeadTask):
@@ -66,11 +113,10 @@ class Regression(HeadTask):
         deviation = truth.std(axis=0)
         return np.asarray((truth - truth.mean(axis=0)) / np.where(deviation > 0, deviation, 1))
 
-    @property
-    def half_widths(self) -> list[float | None]:
-        """Half-width of each target's interval."""
+    def half_widths(self, outputs: Outputs) -> NDArray[np.float64]:
+        """Of the interval of each predicted number ``(n, t)``; NaN where there is none."""
         intervals = Intervals.from_json(self.conformal)
-        return intervals.half_width if intervals else [None] * len(self.names)
+        return intervals.half_widths(outputs) if intervals else np.full(outputs.shape, np.nan)
 
     def require(self, table: SampleTable, parts: Sequence[tuple[Sequence[Row], str]]) -> None:
         for name, column in zip(table.outputs, table.truth(parts[0][0]).T, strict=True):
@@ -79,7 +125,10 @@ class Regression(HeadTask):
                 raise BadDataError(message)
 
     def score(self, truth: NDArray[Any], outputs: Outputs, split: str, units: Units | None = None) -> Measured:
-        return measure(np.asarray(truth, np.float64), outputs, self.names, split, self.half_widths, units)
+        measured = measure(np.asarray(truth, np.float64), outputs, self.names, split, self.half_widths(outputs), units)
+        fit = Intervals.from_json(self.conformal)
+        notes = spread_notes("intervals", fit.coverage, fit.n, fit.effective) if fit else []
+        return replace(measured, notes=[*measured.notes, *notes])
 
     def require_labels(self, labels: Sequence[str], split: str) -> None:
         """Regression has no labels to check."""
@@ -93,8 +142,8 @@ class Regression(HeadTask):
     def text(self, prediction: Prediction) -> str:
         assert prediction.probabilities is not None
         parts = []
-        for name, value, half in zip(self.names, prediction.probabilities.tolist(), self.half_widths, strict=True):
-            parts.append(f"{name} {value:.6g}" + ("" if half is None else f" [{value - half:.6g}, {value + half:.6g}]"))
+        for name, value, half in self._with_half_widths(prediction.probabilities):
+            parts.append(f"{name} {value:.6g}" + ("" if np.isnan(half) else f" [{value - half:.6g}, {value + half:.6g}]"))
         return ", ".join(parts)
 
     def columns(self) -> list[str]:
@@ -106,10 +155,13 @@ class Regression(HeadTask):
     def facts(self, outputs: NDArray[np.float32] | None) -> dict[str, Any]:
         return {"values": {} if outputs is None else self._values(outputs)}
 
+    def _with_half_widths(self, outputs: NDArray[np.float32]) -> Iterator[tuple[str, float, float]]:
+        return zip(self.names, outputs.tolist(), self.half_widths(outputs[None])[0].tolist(), strict=True)
+
     def _values(self, outputs: NDArray[np.float32]) -> dict[str, dict[str, Any]]:
         facts = {}
-        for name, value, half in zip(self.names, outputs.tolist(), self.half_widths, strict=True):
-            bounds = None if half is None else [_short(value - half), _short(value + half)]
+        for name, value, half in self._with_half_widths(outputs):
+            bounds = None if np.isnan(half) else [_short(value - half), _short(value + half)]
             facts[name] = {"value": _short(value), "interval": bounds}
         return facts
 
@@ -140,7 +192,7 @@ def measure(
     values: Outputs,
     names: Sequence[str],
     split: str = "",
-    half_widths: Sequence[float | None] = (),
+    half_widths: NDArray[np.float64] | None = None,
     units: Units | None = None,
 ) -> Measured:
     """Compare predicted numbers ``(n, t)`` with the true ones; see docs/metrics.md.
@@ -149,7 +201,7 @@ def measure(
         truth, values: ``(n, t)``.
         names: of the targets.
         split: name of the split, for the report.
-        half_widths: of the prediction intervals, see `Intervals`.
+        half_widths: of the prediction intervals ``(n, t)``, see `Intervals.half_widths`; NaN or None where there are none.
         units: which images belong together; by default none.
 
     Raises:
@@ -167,10 +219,11 @@ def measure(
     per_output = []
     for j, name in enumerate(names):
         own = {score: bootstrapped(float(estimates[j, 0]), drawn[score][j], units) for score, estimates in once.items()}
-        half = half_widths[j] if half_widths else None
-        if half is not None:
-            own["coverage"] = proportion(np.abs(values[:, j] - truth[:, j]) <= half, units)
-            own["half_width"] = {"value": half, "interval": None, "method": None}
+        if half_widths is not None and not np.isnan(half_widths).all():
+            known = ~np.isnan(half_widths[:, j])
+            half = half_widths[known, j]
+            own["coverage"] = proportion(np.abs(values[known, j] - truth[known, j]) <= half, units.among(known))
+            own["half_width"] = {"value": float(half.mean()) if known.any() else None, "interval": None, "method": None}
         per_output.append({"name": name, "n": n, "scores": own})
     scores = {"r2": bootstrapped(float(once["r2"][:, 0].mean()), drawn["r2"].mean(axis=0), units)}
     notes = units.notes or ([f"too few to conclude: {n} images"] if n < FEW else [])

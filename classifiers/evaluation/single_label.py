@@ -14,7 +14,7 @@ from store.format.samples import Row, SampleTable
 from store.splits import untrained_labels
 from store.tasks import ONE_LABEL
 
-from .conformal import Conformal
+from .conformal import Conformal, spread_notes
 from .intervals import Interval, distance_interval, resamples_for
 from .probabilities import untempered
 from .scores import chance_calibration_errors, classwise_calibration_error, ranks, require_finite, weighted_scores
@@ -107,7 +107,10 @@ def score(
         ],
         confusion=confusion.tolist(),
         classes=list(classes),
-        notes=_notes(scores["accuracy"]["interval"], correct, units, [(classes[i], int(support[i])) for i in range(k)]),
+        notes=[
+            *_notes(scores["accuracy"]["interval"], correct, units, [(classes[i], int(support[i])) for i in range(k)]),
+            *(spread_notes("sets", conformal.coverage, conformal.n, conformal.effective) if conformal else []),
+        ],
         scores=scores,
         resamples=resamples,
         temperature=temperature,
@@ -121,7 +124,7 @@ def _proportions(truth: NDArray[np.intp], probabilities: NDArray[np.floating[Any
 
     def within(top: int) -> dict[str, Any]:
         hits = places < top
-        return {"value": int(hits.sum()) / n, "interval": units.proportion(hits), "method": "wilson"}
+        return {"value": int(hits.sum()) / n, "interval": units.proportion(hits), "method": "modified wilson"}
 
     names = ("accuracy", "precision_micro", "recall_micro", "f1_micro", "recall_weighted")  # with one label an image
     return {name: within(1) for name in names} | {f"top_{top}": within(top) for top in TOPS if k > top}
@@ -155,7 +158,7 @@ def _bootstrapped(
 def _notes(bounds: Interval, correct: int, units: Units, support: list[tuple[str, int]]) -> list[str]:
     notes = units.notes
     low, high = bounds
-    if high - low > WIDE and not notes:
+    if high - low > WIDE and not units.few:
         sure = correct == len(units.of)
         without = " without an error" if sure else ""
         claim = f"at least {low:.0%}" if sure else f"between {low:.0%} and {high:.0%}"

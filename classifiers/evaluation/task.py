@@ -278,7 +278,7 @@ def bootstrapped(value: float, drawn: NDArray[np.float64], units: Units) -> dict
 
 
 def proportion(hits: NDArray[np.bool_], units: Units) -> dict[str, Any]:
-    """The share of images that are hits ``(n,)``, with its Wilson interval; undefined without images."""
+    """The share of images that are hits ``(n,)``, with its interval; undefined without images."""
     if not len(hits):
         return {"value": None, "interval": None, "method": None}
-    return {"value": int(hits.sum()) / len(hits), "interval": units.proportion(hits), "method": "wilson"}
+    return {"value": int(hits.sum()) / len(hits), "interval": units.proportion(hits), "method": "modified wilson"}

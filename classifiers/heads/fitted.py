@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from classifiers.evaluation.conformal import Conformal
 from classifiers.evaluation.probabilities import Float32, fit_temperature, sigmoid, softmax
+from classifiers.evaluation.units import Units
 from classifiers.heads.solvers.cosines import SHORTEST, unit_rows
 from store.errors import BadDataError
 from store.format.lazy_features import LazyFeatures
@@ -188,10 +189,12 @@ def calibrate(
     *,
     weights: NDArray[np.float64] | None = None,
     unscaled: bool = False,
+    units: Units | None = None,
 ) -> tuple[H, Conformal]:
     """A head with its temperature, and its prediction sets, both from logits ``(n, k)`` of samples it was not fitted on.
 
-    Row weights count for the temperature only; the coverage of the sets is for unweighted images.
+    Row weights count for the temperature only; the coverage of the sets is for unweighted images. ``units`` says which of the
+    samples belong together; by default none.
     """
     calibrated = head.calibrated(logits, targets, weights=weights, unscaled=unscaled)
-    return calibrated, Conformal.fit(softmax(logits / np.float32(calibrated.temperature)), targets)
+    return calibrated, Conformal.fit(softmax(logits / np.float32(calibrated.temperature)), targets, units=units)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from classifiers.evaluation.probabilities import Float32
+from classifiers.evaluation.units import Units
 from store.errors import BadDataError
 from store.format.lazy_features import LazyFeatures
 
@@ -70,8 +71,15 @@ def on_first_views(folds: Sequence[Fold], views: int) -> list[Fold]:
 
 
 def _owners(n: int, groups: Sequence[bytes] | None) -> NDArray[np.intp]:
-    """The number of the group of each row."""
-    return np.arange(n) if groups is None else np.unique(np.array(groups, dtype=object), return_inverse=True)[1]
+    """The number of the group of each of the first ``n`` rows; validation rows may follow."""
+    return np.arange(n) if groups is None else np.unique(np.array(groups[:n], dtype=object), return_inverse=True)[1]
+
+
+def units_of(groups: Sequence[bytes] | None, rows: NDArray[np.intp]) -> Units | None:
+    """Which of some rows belong together; None if no groups are known. A row whose group is not named is alone."""
+    if groups is None:
+        return None
+    return Units.of_groups([b"of " + groups[i] if i < len(groups) else b"%d" % i for i in rows.tolist()])
 
 
 def class_indices(y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.intp]]:
@@ -120,10 +128,10 @@ def lazy_with_validation(
     validation: tuple[LazyFeatures, Any],
     classes: NDArray[Any],
     views: int = 1,
-) -> tuple[LazyFeatures, NDArray[np.intp], list[Fold]]:
-    """`with_validation` for lazy features, in the order on disk; the views of an image stay together."""
+) -> tuple[LazyFeatures, NDArray[np.intp], list[Fold], NDArray[np.intp]]:
+    """`with_validation` for lazy features, in the order on disk, which comes last; the views of an image stay together."""
     held, labels = validation
     every = X.joined(held)
     order = every.order_of_runs(views)
     fold = np.flatnonzero(order < len(X)), np.flatnonzero(order >= len(X))
-    return every[order], np.concatenate([targets, validation_targets(labels, classes)])[order], [fold]
+    return every[order], np.concatenate([targets, validation_targets(labels, classes)])[order], [fold], order

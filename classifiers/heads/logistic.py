@@ -34,6 +34,7 @@ from .folds import (
     lazy_with_validation,
     on_first_views,
     stratified_folds,
+    units_of,
     with_validation,
 )
 from .search import ClassifierHead
@@ -225,7 +226,7 @@ class LogisticHead(ClassifierHead):
             y: labels ``(n,)``.
             sample_weight: how many times each row counts ``(n,)``, in fitting, choosing and calibrating; None is once.
             validation: ``(X, y)`` to choose on, each row once; the final fit uses both. Without it, k-fold inside ``X``.
-            groups: the group of each row of ``X``; folds never divide a group.
+            groups: as in `Head.fit`.
             views: number of consecutive rows that are views of one image, all of one group. All are fitted; choosing and
                 calibrating use the first of each.
 
@@ -276,7 +277,7 @@ class LogisticHead(ClassifierHead):
         if validation is None:
             folds = self._folds(targets, groups)
         else:
-            features, targets, folds = self._with_validation(features, targets, validation, views)
+            features, targets, folds, groups = self._with_validation(features, targets, validation, groups, views)
             weights = None if weights is None else np.append(weights, np.ones(len(targets) - len(weights)))
         folds = on_first_views(folds, views)
         self.path_, heads = self._path(features, targets, weights, folds)
@@ -290,17 +291,25 @@ class LogisticHead(ClassifierHead):
             rows = np.concatenate([test for _, test in folds])
             row_weights = None if weights is None else weights[rows]
             logits = [head.logits(features[test]) for head, (_, test) in zip(heads[self.C_], folds, strict=True)]
-            fitted, self.conformal_ = calibrate(fitted, np.concatenate(logits), targets[rows], weights=row_weights)
+            held = np.concatenate(logits), targets[rows]
+            fitted, self.conformal_ = calibrate(fitted, *held, weights=row_weights, units=units_of(groups, rows))
         self.fitted_ = fitted
         self.temperature_ = fitted.temperature
 
     def _with_validation(
-        self, features: Features, targets: NDArray[np.intp], validation: tuple[ArrayLike, ArrayLike], views: int
-    ) -> tuple[Features, NDArray[np.intp], list[Fold]]:
+        self,
+        features: Features,
+        targets: NDArray[np.intp],
+        validation: tuple[ArrayLike, ArrayLike],
+        groups: Sequence[bytes] | None,
+        views: int,
+    ) -> tuple[Features, NDArray[np.intp], list[Fold], Sequence[bytes] | None]:
         held, labels = validation
         if isinstance(features, LazyFeatures) and isinstance(held, LazyFeatures):
-            return lazy_with_validation(features, targets, (held, labels), self.classes_, views)
-        return with_validation(np.asarray(features), targets, validation, self.classes_)
+            every, truth, folds, order = lazy_with_validation(features, targets, (held, labels), self.classes_, views)
+            named = groups and len(groups) == len(order)
+            return every, truth, folds, [groups[i] for i in order.tolist()] if groups and named else None
+        return *with_validation(np.asarray(features), targets, validation, self.classes_), groups
 
     def _rank(self, point: Mapping[str, float | bool]) -> tuple[float, float]:
         """The rank of a point of the path; the least is chosen."""

@@ -21,7 +21,7 @@ from classifiers.heads.solvers.standardise import standardisation
 from store.tasks import MultiLabelTask
 
 from .fitted import DenseHead, calibrate
-from .folds import Fold, class_indices, group_folds, on_first_views, stratified_folds, with_validation
+from .folds import Fold, class_indices, group_folds, on_first_views, stratified_folds, units_of, with_validation
 from .search import ClassifierHead, drawing
 
 log = logging.getLogger("penult.classifiers")
@@ -230,7 +230,7 @@ class MlpHead(ClassifierHead):
         self.fitted_, logits = self._search(features, targets, folds)
         if logits is not None:
             rows = np.concatenate([test for _, test in folds])
-            self.fitted_, self.conformal_ = calibrate(self.fitted_, logits, targets[rows])
+            self.fitted_, self.conformal_ = calibrate(self.fitted_, logits, targets[rows], units=units_of(groups, rows))
         self.temperature_: float | None = self.fitted_.temperature
         return self
 

@@ -19,7 +19,7 @@ from classifiers.heads.solvers.threads import threads_for
 from store.tasks import RegressionTask
 
 from .fitted import DenseHead, FittedHead
-from .folds import group_folds, on_first_views
+from .folds import group_folds, on_first_views, units_of
 from .search import JUDGED, Head, SearchHead, Tried, drawing
 
 log = logging.getLogger("penult.classifiers")
@@ -157,13 +157,13 @@ class RidgeRegressionHead(RegressorMixin, Head):  # type: ignore[misc]
         self,
         X: Float32,
         numbers: NDArray[np.float64],
-        held: tuple[Float32, NDArray[np.float64]] | None,
+        validation: tuple[Float32, NDArray[np.float64]] | None,
         groups: Sequence[bytes] | None,
         views: int,
     ) -> None:
         n, whole = len(X), None
-        if held is not None:
-            X, numbers = np.concatenate([X, held[0]]), np.concatenate([numbers, held[1]])
+        if validation is not None:
+            X, numbers = np.concatenate([X, validation[0]]), np.concatenate([numbers, validation[1]])
         centre, unit = standardisation(numbers)
         targets = (numbers - centre) / unit
         alphas = [float(alpha) for alpha in ([self.alpha] if self.alpha is not None else sorted(self.alphas))]
@@ -171,12 +171,13 @@ class RidgeRegressionHead(RegressorMixin, Head):  # type: ignore[misc]
         self.chosen_by_: str | None = None
         self.conformal_: Intervals | None = None
         self.history_: list[dict[str, float]] = []
-        if held is None and views == 1 and n > 2 and (groups is None or len(set(groups)) == n):
+        if validation is None and views == 1 and n > 2 and (groups is None or len(set(groups)) == n):
             whole, by = Spectrum(X, targets), "leave-one-out"
             rows = np.sort(np.random.default_rng(self.seed).permutation(n)[:JUDGED])
-            self._choose(by, alphas, list(whole.left_out(rows, alphas)), targets[rows], unit)
-        elif folds := group_folds(n, groups, self.cv, self.seed) if held is None else [(np.arange(n), np.arange(n, len(X)))]:
-            by = "folds" if held is None else "validation"
+            held = self._choose(by, alphas, list(whole.left_out(rows, alphas)), targets[rows])
+            self.conformal_ = Intervals.fit(held * unit + centre, (held - targets[rows]) * unit)
+        elif folds := [(np.arange(n), np.arange(n, len(X)))] if validation else group_folds(n, groups, self.cv, self.seed):
+            by = "validation" if validation else "folds"
             folds = on_first_views(folds, views)
             spectra = (Spectrum(X[train], targets[train]) for train, _ in folds)
             parts = [
@@ -184,20 +185,22 @@ class RidgeRegressionHead(RegressorMixin, Head):  # type: ignore[misc]
                 for spectrum, (_, test) in zip(spectra, folds, strict=True)
             ]
             rows = np.concatenate([test for _, test in folds])
-            self._choose(by, alphas, [np.concatenate(each) for each in zip(*parts, strict=True)], targets[rows], unit)
+            held = self._choose(by, alphas, [np.concatenate(each) for each in zip(*parts, strict=True)], targets[rows])
+            units = units_of(groups, rows)
+            self.conformal_ = Intervals.fit(held * unit + centre, (held - targets[rows]) * unit, units=units)
         elif self.alpha is None:
             log.warning("there is a single training sample or group, so lambda cannot be chosen and is %g", self.alpha_)
         self.fitted_ = self._fitted(whole or Spectrum(X, targets), centre, unit)
 
     def _choose(
-        self, by: str, alphas: Sequence[float], predictions: Sequence[Float32], targets: NDArray[np.float64], unit: Float32
-    ) -> None:
-        """Choose lambda and calibrate intervals, by predictions ``(m, t)`` of left-out rows for each lambda."""
+        self, by: str, alphas: Sequence[float], predictions: Sequence[Float32], targets: NDArray[np.float64]
+    ) -> Float32:
+        """Choose lambda by predictions ``(m, t)`` of left-out rows for each lambda; returns those of the best."""
         errors = [float(np.mean((values - targets) ** 2)) for values in predictions]
         best = int(np.argmin(errors))
         self.chosen_by_, self.alpha_ = by, alphas[best]
         self.history_ = [{"alpha": alpha, "squared_error": error} for alpha, error in zip(alphas, errors, strict=True)]
-        self.conformal_ = Intervals.fit((predictions[best] - targets) * unit)
+        return predictions[best]
 
     def _fitted(self, spectrum: Spectrum, centre: Float32, unit: Float32) -> DenseHead:
         """The fitted head, with outputs in the units of y."""

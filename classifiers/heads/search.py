@@ -16,11 +16,12 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from classifiers.evaluation.conformal import Conformal
 from classifiers.evaluation.probabilities import Float32, log_loss
+from classifiers.evaluation.units import Units
 from classifiers.heads.solvers.threads import threads_for
 from store.tasks import ONE_LABEL, TASKS
 
 from .fitted import FittedHead, calibrate
-from .folds import NOTHING_TO_JUDGE, Fold, class_indices, on_first_views, stratified_folds, with_validation
+from .folds import NOTHING_TO_JUDGE, Fold, class_indices, on_first_views, stratified_folds, units_of, with_validation
 
 log = logging.getLogger("penult.classifiers")
 
@@ -38,6 +39,7 @@ class Tried:
         targets: class indices of the m rows ``(m,)``.
         by: how these rows were held out: ``folds``, ``validation`` or ``leave-one-out``.
         fit: fits the head on all rows with one setting, if trying them has done most of that work.
+        units: which of the m rows belong together; None if each is independent.
     """
 
     settings: Sequence[dict[str, Any]]
@@ -45,6 +47,7 @@ class Tried:
     targets: NDArray[np.intp]
     by: str = "folds"
     fit: Callable[[dict[str, Any]], FittedHead] | None = None
+    units: Units | None = None
 
 
 def drawing(total: int, outputs: int, seed: int) -> Callable[[NDArray[np.intp]], NDArray[np.intp]]:
@@ -99,7 +102,8 @@ class Head(BaseEstimator, ABC):  # type: ignore[misc]
             X: features ``(n, d)``.
             y: as `Task.truth` returns it: labels ``(n,)``, indicators ``(n, k)`` or numbers ``(n, t)``.
             validation: ``(X, y)`` to choose on; the final fit uses both. Without it, folds inside ``X``.
-            groups: the group of each row of ``X``; folds never divide a group.
+            groups: the group of each row of ``X``, and then of the validation rows; folds never divide a group, and prediction
+                sets and intervals are calibrated by groups.
             views: number of consecutive rows that are views of one image, all of one group. All are fitted; choosing and
                 calibrating use the first of each.
         """
@@ -178,7 +182,7 @@ class SearchHead(ClassifierHead):
                 tried = self._by_folds(features, targets, groups, views)
             else:
                 features, targets, folds = with_validation(features, targets, validation, self.classes_)
-                tried = replace(self._by(on_first_views(folds, views), features, targets), by="validation")
+                tried = replace(self._by(on_first_views(folds, views), features, targets, groups), by="validation")
             self._choose_and_fit(features, targets, tried)
         return self
 
@@ -207,15 +211,16 @@ class SearchHead(ClassifierHead):
     def _by_folds(self, X: Float32, targets: NDArray[np.intp], groups: Sequence[bytes] | None, views: int) -> Tried | None:
         """Try every setting on rows it was not fitted on; None if a class is too small for that."""
         folds = on_first_views(stratified_folds(targets, groups, self.cv, self.seed), views)
-        return self._by(folds, X, targets) if folds else None
+        return self._by(folds, X, targets, groups) if folds else None
 
-    def _by(self, folds: Sequence[Fold], X: Float32, targets: NDArray[np.intp]) -> Tried:
+    def _by(self, folds: Sequence[Fold], X: Float32, targets: NDArray[np.intp], groups: Sequence[bytes] | None) -> Tried:
         settings = self._settings(min(len(train) for train, _ in folds))
         draw = drawing(sum(len(test) for _, test in folds), len(self.classes_), self.seed)
         drawn = [(train, draw(test)) for train, test in folds]
         parts = [self._judge(X[train], targets[train], X[test], settings) for train, test in drawn]
         logits = [np.concatenate(each) for each in zip(*parts, strict=True)]
-        return Tried(settings, logits, targets[np.concatenate([test for _, test in drawn])])
+        rows = np.concatenate([test for _, test in drawn])
+        return Tried(settings, logits, targets[rows], units=units_of(groups, rows))
 
     def _choose_and_fit(self, X: Float32, targets: NDArray[np.intp], tried: Tried | None) -> None:
         classes = [str(label) for label in self.classes_]
@@ -243,7 +248,8 @@ class SearchHead(ClassifierHead):
             best = int(np.argmin(np.nan_to_num(losses, nan=np.inf)))  # `min` would keep a NaN that comes first
             self.setting_ = tried.settings[best]
             fitted = tried.fit(self.setting_) if tried.fit else self._fitted(X, targets, classes, self.setting_)
-            self.fitted_, self.conformal_ = calibrate(fitted, tried.logits[best], tried.targets, unscaled=self.unscaled)
+            held = tried.logits[best], tried.targets
+            self.fitted_, self.conformal_ = calibrate(fitted, *held, unscaled=self.unscaled, units=tried.units)
         self.temperature_ = self.fitted_.temperature
 
     def _refit(self, X: Float32, targets: NDArray[np.intp], classes: list[str]) -> FittedHead:

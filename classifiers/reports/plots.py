@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from classifiers.evaluation.intervals import wilson
+from classifiers.evaluation.intervals import modified_wilson
 from classifiers.evaluation.scores import confidence_bins
 from classifiers.heads.registry import Search
 from store.errors import UsageError
@@ -165,9 +165,8 @@ def _calibration(truth: NDArray[np.intp], probabilities: NDArray[np.floating[Any
     rows = []
     for each in np.unique(bins):
         here = bins == each
-        rows.append(
-            (confidence[here].mean(), right[here].mean(), *wilson(int(right[here].sum()), int(here.sum())), here.mean())
-        )
+        bounds = modified_wilson(int(right[here].sum()), int(here.sum()))
+        rows.append((confidence[here].mean(), right[here].mean(), *bounds, here.mean()))
     return tuple(np.array(rows).T)
 
 

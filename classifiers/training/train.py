@@ -199,7 +199,8 @@ def fit(head: Head, prepared: Prepared) -> Fitted:
         curve = learning_curve(head, prepared.fitted[0], prepared.held_out, *sizes, seed=options.seed, views=train_views)
     meter = Meter(head.device)
     validation = (chosen_on.X, chosen_on.y) if chosen_on else None
-    head.fit(train_views.X, train_views.y, validation=validation, groups=train_views.groups, views=prepared.cache.views)
+    groups = [*train_views.groups, *(chosen_on.groups if chosen_on else ())]
+    head.fit(train_views.X, train_views.y, validation=validation, groups=groups, views=prepared.cache.views)
     spent = meter.read()
     return Fitted(head, spent, judge_rounding(prepared.cache, head, prepared.rows), curve)
 

@@ -173,7 +173,7 @@ def test_numbers_from_a_csv_to_a_fused_file(numbers: Path, listed: Path, penult:
     metrics: dict[str, Any] = bundle.metrics or {}
     assert metrics["scores"]["r2"]["value"] > 0.7
     assert [entry["name"] for entry in metrics["per_output"]] == ["warmth", "gap"]
-    widths = (bundle.conformal or {})["half_width"]
+    widths = [width for (width,) in (bundle.conformal or {})["half_width"]]
     assert 1 < widths[0] < 20 < widths[1] < 200  # red is worth 22 and 215 of these
     saved = bundle.predictions()
     assert saved.labels.dtype == np.float64

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from classifiers.evaluation.intervals import wilson
+from classifiers.evaluation.intervals import modified_wilson, wilson
 from classifiers.evaluation.single_label import score
 from classifiers.reports.tables import class_rows
 from store.errors import BadDataError
@@ -18,6 +18,10 @@ def test_wilson_matches_published_values() -> None:
     assert wilson(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
     assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
     assert wilson(1, 29) == pytest.approx((0.0061, 0.1718), abs=5e-5)
+    # Brown, Cai & DasGupta 2001, section 4.1.1: 0.051, 0.355 and 0.818 for one, two and three; four are Wilson's
+    assert [100 * modified_wilson(x, 100)[0] for x in (1, 2, 3)] == pytest.approx([0.0513, 0.3554, 0.8177], abs=5e-5)
+    assert modified_wilson(4, 100) == wilson(4, 100)
+    assert modified_wilson(99, 100) == (pytest.approx(1 - modified_wilson(1, 100)[1]), pytest.approx(1 - 0.000513, abs=5e-7))
 
 
 def test_scores_are_scikit_learns() -> None:

@@ -154,6 +154,16 @@ def test_a_label_that_no_image_has_is_undefined_and_not_zero() -> None:
     b = found.per_output[1]["scores"]
     assert (b["average_precision"]["value"], b["recall"]["value"], b["precision"]["value"]) == (None, None, 0.0)
     assert found.to_json()["per_output"][1]["n"] == 0
+    assert (b["f1"]["value"], found.scores["f1_macro"]["value"]) == (0.0, 0.5), "it is predicted where it is not"
+    guess = np.array([[0.9, 0.4], [0.2, 0.1], [0.8, 0.2]])
+    absent = multi_label.measure(truth, guess, ["a", "b"])
+    assert absent.per_output[1]["scores"]["f1"] == {"value": None, "interval": None, "method": None}
+    assert absent.scores["f1_macro"]["value"] == 1.0
+    nowhere = multi_label.measure(truth[:, 1:], guess[:, 1:], ["b"])
+    assert nowhere.scores["f1_macro"]["value"] is None
+    certain = np.array([[1.0, 1.0], [1.0, 0.0], [0.0, 0.5]], np.float32)
+    theirs = np.mean([log_loss(truth[:, k], certain[:, k], labels=[0, 1]) for k in range(2)])
+    assert multi_label.measure(truth, certain, ["a", "b"]).scores["log_loss"]["value"] == pytest.approx(theirs, rel=1e-6)
     with pytest.raises(BadDataError, match="no images to evaluate on"):
         multi_label.measure(truth[:0], np.zeros((0, 2)), ["a", "b"])
 
@@ -208,10 +218,11 @@ def test_scores_of_numbers_are_scikit_learns() -> None:
         w = weights[:, b]
         for name, theirs in (("r2", r2_score), ("mae", mean_absolute_error), ("rmse", root_mean_squared_error)):
             assert found[name][:, b] == pytest.approx(theirs(truth, values, sample_weight=w, multioutput="raw_values"))
-    measured = regression.measure(truth, values, ["a", "b"], half_widths=[0.5, None])
+    measured = regression.measure(truth, values, ["a", "b"], half_widths=np.tile([0.5, np.nan], (50, 1)))
     a, b = (entry["scores"] for entry in measured.per_output)
     assert a["coverage"]["value"] == (np.abs(values - truth)[:, 0] <= 0.5).mean()
-    assert "coverage" not in b
+    assert (b["coverage"]["value"], b["half_width"]["value"]) == (None, None)
+    assert "coverage" not in regression.measure(truth, values, ["a", "b"]).per_output[0]["scores"]
     low, high = a["rmse"]["interval"]
     assert low < a["rmse"]["value"] < high
     constant = regression.measure(np.full((20, 1), 7.0), rng.normal(size=(20, 1)), ["c"])
@@ -227,14 +238,54 @@ def test_intervals_hold_nine_of_ten_new_numbers() -> None:
         head = RidgeRegressionHead().fit(X[:200], numbers[:200])
         assert head.conformal_ is not None
         far = np.abs(head.predict(X[200:]) - numbers[200:])
-        covered.append((far <= np.array(head.conformal_.half_width)).mean(axis=0))
+        covered.append((far <= head.conformal_.half_widths(head.predict(X[200:]))).mean(axis=0))
     assert np.mean(covered, axis=0) == pytest.approx([0.9, 0.9], abs=0.015)
 
 
 def test_too_few_numbers_promise_nothing() -> None:
     residuals = np.arange(9.0)[:, None] - 4
-    assert Intervals.fit(residuals[:8]).half_width == [None]
-    assert Intervals.fit(residuals).half_width == [4.0]
-    task = task_of("regression", ["a"], Intervals.fit(residuals[:8]).to_json())
+    assert Intervals.fit(residuals[:8], residuals[:8]).half_width == [[None]]
+    assert Intervals.fit(residuals, residuals).half_width == [[4.0]]
+    task = task_of("regression", ["a"], Intervals.fit(residuals[:8], residuals[:8]).to_json())
     assert task.cells(np.array([1.5], np.float32)) == [1.5, "", ""]
     assert task.facts(np.array([1.5], np.float32)) == {"values": {"a": {"value": 1.5, "interval": None}}}
+
+
+def test_intervals_are_as_wide_as_numbers_of_their_size_scatter() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.uniform(0, 10, (500, 2))
+    residuals = np.stack([values[:, 0] * rng.uniform(-1, 1, 500), rng.uniform(-1, 1, 500)], axis=1)
+    fitted = Intervals.fit(values, residuals)
+    assert [len(edges) for edges in fitted.edges] == [4, 4]
+    assert fitted.half_width[0] == sorted(fitted.half_width[0])
+    first, last = fitted.half_widths(np.array([[0.5, 0.5], [9.5, 9.5]]))
+    assert last[0] > 4 * first[0]
+    assert last[1] == pytest.approx(first[1], rel=0.1)
+    assert Intervals.from_json(fitted.to_json()) == fitted
+    facts = task_of("regression", ["a", "b"], fitted.to_json()).facts(np.array([9.5, 0.5], np.float32))["values"]
+    assert facts["a"]["interval"] == pytest.approx([9.5 - last[0], 9.5 + last[0]])
+    equal = Intervals.fit(np.repeat([[1.0], [2.0]], 250, axis=0), residuals[:, :1])
+    assert [len(edges) for edges in equal.edges] == [1], "as many parts as different numbers make"
+    constant = Intervals.fit(np.ones((500, 1)), residuals[:, :1])
+    assert constant.edges == [[]]
+
+
+def test_intervals_from_before_have_one_width() -> None:
+    task = task_of("regression", ["a", "b"], {"coverage": 0.9, "n": 40, "half_width": [0.5, None]})
+    values = task.facts(np.array([1.0, 2.0], np.float32))["values"]
+    assert (values["a"]["interval"], values["b"]["interval"]) == ([0.5, 1.5], None)
+
+
+def test_intervals_of_images_of_groups_count_groups_and_say_how_far_they_vary() -> None:
+    rng, groups = np.random.default_rng(0), [b"%d" % (i // 20) for i in range(400)]
+    X = rng.normal(size=(400, 5)).astype(np.float32)
+    numbers = X[:, :1] + np.repeat(rng.normal(size=20), 20)[:, None]
+    together, alone = (RidgeRegressionHead().fit(X, numbers, groups=each).conformal_ for each in (groups, None))
+    assert 15 < together.effective < 100
+    assert alone.effective is None
+    task = task_of("regression", ["x"], together.to_json())
+    note = task.score(numbers, X[:, :1], "test").notes[-1]
+    assert note.startswith("the prediction intervals were calibrated on 400 images of groups, which count as ")
+    held_out = [b"%d" % i for i in range(300)] + [b"of one group"] * 100
+    validated = RidgeRegressionHead().fit(X[:300], numbers[:300], validation=(X[300:], numbers[300:]), groups=held_out)
+    assert validated.conformal_.effective == pytest.approx(1), "the validation rows have their groups, too"
