@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,11 +14,11 @@ from numpy.typing import NDArray
 
 from classifiers.bundles.bundle import Bundle
 from classifiers.bundles.held_out import ACCEPTED
-from classifiers.evaluation.intervals import Interval, bounds, resamples_for, signed
-from classifiers.evaluation.paired_tests import difference_interval
+from classifiers.evaluation.intervals import Interval, bounds, signed
+from classifiers.evaluation.paired_tests import mean_change_interval
 from classifiers.evaluation.units import Units
 from classifiers.heads.registry import make_head
-from classifiers.training.few_shot import each_warning_once
+from classifiers.training.few_shot import draw_reach, each_warning_once, mean_interval
 from store.cache import FeatureCache, Subset
 from store.errors import BadDataError, FingerprintMismatchError
 
@@ -52,7 +53,8 @@ def label_curve(bundle: Bundle, cache: FeatureCache, *, worthwhile: float, repea
     """Refit the head of a frozen bundle, with the settings it was trained with, on shares of its training images.
 
     The head chooses its settings by folds inside the draw. Draws take the same share of each class and split no group;
-    larger draws contain the smaller ones. Intervals are of a bootstrap over both held-out images and draws (Owen 2007).
+    larger draws contain the smaller ones. Intervals are for these training images: what other draws from them give, on other
+    held-out images.
 
     Args:
         bundle: the frozen bundle.
@@ -71,30 +73,64 @@ def label_curve(bundle: Bundle, cache: FeatureCache, *, worthwhile: float, repea
             "%s does not record the settings it was trained with; the learning curve uses the current defaults", bundle.name
         )
     head = make_head(bundle.head, bundle.task, **bundle.hyperparameters.get("asked", {}))
+    points, gain = measured_curve(head, train, held_out, repeats=repeats, seed=seed)
+    sentence = _sentence(points, gain["value"], gain["interval"], Units.of_groups(held_out.groups), worthwhile)
+    return LabelCurve(bundle.name, points, gain, sentence)
+
+
+def measured_curve(
+    head: Any, train: Subset, held_out: Subset, *, repeats: int = REPEATS, seed: int = 0
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The points and the gain of a `LabelCurve`, of clones of an unfitted head."""
     rng = np.random.default_rng(seed)
-    draws = [_ranked_groups(train, rng) for _ in range(repeats)]
+    classes = groups_by_class(train)
+    draws = [shuffled(classes, rng) for _ in range(repeats)]
     right, images = [], []
     with each_warning_once():
         for share in SHARES:
-            rows = [_rows(train, draw, share) for draw in (draws if share < 1 else draws[:1])]
+            rows = [rows_of(train, draw, share) for draw in (draws if share < 1 else draws[:1])]
             right.append(np.stack([_refit(head, train, each, held_out) for each in rows]))
             images.append(round(np.mean([len(each) for each in rows])))
             log.info("refitted on %d of %d training images, %d draw(s)", images[-1], len(train), len(rows))
     units = Units.of_groups(held_out.groups)
-    drawn = _resampled_accuracies(held_out.y, right, seed, units)
     points = []
-    for share, count, each, values in zip(SHARES, images, right, drawn, strict=True):
-        accuracy = float(each.mean())
-        interval = units.bootstrap(accuracy, values) or units.proportion(each.mean(axis=0))
-        accuracies = each.mean(axis=1).tolist()
-        points.append(
-            {"share": share, "images": count, "accuracy": accuracy, "accuracy_interval": interval, "accuracies": accuracies}
-        )
-    value = points[-1]["accuracy"] - points[-2]["accuracy"]
-    gained = right[-1].mean(axis=0) - right[-2].mean(axis=0)  # by each image
-    interval = difference_interval(gained, drawn[-1] - drawn[-2], units)
-    sentence = _sentence(points, value, interval, units, worthwhile)
-    return LabelCurve(bundle.name, points, {"value": value, "interval": interval}, sentence)
+    for share, count, each in zip(SHARES, images, right, strict=True):
+        interval = mean_interval(each, units, by_draw(each, units)) if len(each) > 1 else units.proportion(each[0])
+        facts = {"share": share, "images": count, "accuracy": float(each.mean()), "accuracy_interval": interval}
+        points.append({**facts, "accuracies": each.mean(axis=1).tolist()})
+    gain = {"value": points[-1]["accuracy"] - points[-2]["accuracy"], "interval": gain_interval(right[-2], right[-1], units)}
+    return points, gain
+
+
+def gain_interval(before: NDArray[np.bool_], after: NDArray[np.bool_], units: Units) -> Interval:
+    """The 95 % interval of the difference of mean accuracies, of what varies by draw and by image (Zou & Donner 2008).
+
+    Args:
+        before, after: which held-out images ``(draws, n)`` each draw's head classifies correctly; one draw is all images.
+        units: which of these images belong together.
+    """
+    gained = after.mean(axis=0) - before.mean(axis=0)
+    low, high = mean_change_interval(gained, units)
+    reaches = (draw_reach(len(each), by_draw(each, units)) for each in (before, after) if len(each) > 1)
+    value, reach = float(gained.mean()), math.hypot(*reaches)
+    return max(value - math.hypot(reach, value - low), -1.0), min(value + math.hypot(reach, high - value), 1.0)
+
+
+def by_draw(right: NDArray[np.bool_], units: Units) -> float:
+    """Variance of the mean accuracy of some draws by which training images they take.
+
+    Draws also differ by which of the held-out images each happens to get right. That is in the interval over images already,
+    and counting it twice made it too wide.
+
+    Args:
+        right: which held-out images ``(draws, n)`` each draw's head classifies correctly.
+        units: which of these images belong together.
+    """
+    count, n = right.shape
+    own = right - right.mean(axis=0)
+    by_image = sum(units.design(each)[0] * float(each.var()) for each in own) / (n * (count - 1))
+    variance: float = right.mean(axis=1).var(ddof=1) - by_image
+    return max(variance, 0.0) / len(right)
 
 
 def _samples(bundle: Bundle, cache: FeatureCache) -> tuple[Subset, Subset]:
@@ -115,21 +151,27 @@ def _samples(bundle: Bundle, cache: FeatureCache) -> tuple[Subset, Subset]:
         )
         raise BadDataError(message)
     X = cache.features(held.sha256)
-    return cache.of_rows(rows, "train"), Subset(X, held.labels, held.sha256, held.paths, list(held.sha256), held.split)
+    groups = list(held.groups or held.sha256)
+    return cache.of_rows(rows, "train"), Subset(X, held.labels, held.sha256, held.paths, groups, held.split)
 
 
-def _ranked_groups(train: Subset, rng: np.random.Generator) -> list[list[bytes]]:
-    """Groups in random order for each class; a group belongs to its most frequent class."""
+def groups_by_class(train: Subset) -> list[list[bytes]]:
+    """The groups of each class; a group belongs to its most frequent class."""
     labels: dict[bytes, Counter[str]] = defaultdict(Counter)
     for group, label in zip(train.groups, train.y.tolist(), strict=True):
         labels[group][label] += 1
     of_class: dict[str, list[bytes]] = defaultdict(list)
     for group in sorted(labels):
         of_class[labels[group].most_common(1)[0][0]].append(group)
-    return [[groups[i] for i in rng.permutation(len(groups))] for _, groups in sorted(of_class.items())]
+    return [groups for _, groups in sorted(of_class.items())]
 
 
-def _rows(train: Subset, ranked: Sequence[Sequence[bytes]], share: float) -> NDArray[np.intp]:
+def shuffled(classes: Sequence[Sequence[bytes]], rng: np.random.Generator) -> list[list[bytes]]:
+    """The groups of each class in random order."""
+    return [[groups[i] for i in rng.permutation(len(groups))] for groups in classes]
+
+
+def rows_of(train: Subset, ranked: Sequence[Sequence[bytes]], share: float) -> NDArray[np.intp]:
     chosen = {group for groups in ranked for group in groups[: int(np.ceil(share * len(groups)))]}
     return np.array([i for i, group in enumerate(train.groups) if group in chosen], np.intp)
 
@@ -140,21 +182,6 @@ def _refit(head: Any, train: Subset, rows: NDArray[np.intp], held_out: Subset) -
 
     fitted = clone(head).fit(train.X[rows], train.y[rows], groups=[train.groups[i] for i in rows])
     return np.asarray(fitted.predict(held_out.X) == held_out.y)
-
-
-def _resampled_accuracies(
-    labels: NDArray[np.str_], right: Sequence[NDArray[np.bool_]], seed: int, units: Units
-) -> list[NDArray[np.float64]]:
-    """Mean accuracy ``(b,)`` of each share, with images and draws resampled alike for all shares."""
-    strata = np.unique(labels, return_inverse=True)[1]
-    rng = np.random.default_rng(seed)
-    blocks = []
-    for weights in units.resampled(strata, resamples_for(len(labels), int(strata.max()) + 1)):
-        repeats = max(map(len, right))
-        times = rng.multinomial(repeats, np.full(repeats, 1 / repeats), size=weights.shape[1]).T / repeats
-        accuracies = [each.astype(np.float32) @ weights / weights.sum(axis=0) for each in right]  # (draws, b)
-        blocks.append([(each * (times if len(each) > 1 else 1)).sum(axis=0) for each in accuracies])
-    return [np.concatenate(parts).astype(np.float64) for parts in zip(*blocks, strict=True)]
 
 
 def _sentence(points: Sequence[dict[str, Any]], value: float, interval: Interval, units: Units, worthwhile: float) -> str:

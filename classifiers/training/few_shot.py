@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from classifiers.evaluation.intervals import wilson
+from classifiers.evaluation.intervals import Interval
 from classifiers.evaluation.units import Units
 from store.cache import Subset
 from store.errors import BadDataError, UsageError
@@ -110,8 +110,7 @@ def _point(shots: int, right: NDArray[np.bool_], units: Units, share: float) -> 
     """The accuracies of some draws, and the interval of their mean.
 
     Draws from the same few images are alike. Two of them that have a share f of their images in common are taken to correlate
-    by f squared: their variance is too small by a factor of 1 - f^2, and f^2 of it does not average out. What varies with the
-    held-out images is added, side by side (Zou & Donner 2008).
+    by f squared: their variance is too small by a factor of 1 - f^2, and f^2 of it does not average out.
 
     Args:
         shots: images of each class in a draw.
@@ -119,22 +118,34 @@ def _point(shots: int, right: NDArray[np.bool_], units: Units, share: float) -> 
         units: which of these belong together.
         share: of the class that has fewest images, how much a draw takes; if it is all, nothing is known of other images.
     """
+    accuracies, alike, bounds = right.mean(axis=1), share**2, (0.0, 1.0)
+    if share < 1:
+        bounds = mean_interval(right, units, accuracies.var(ddof=1) / (1 - alike) * (1 / len(right) + alike))
+    facts = {"shots": shots, "accuracy": float(accuracies.mean()), "accuracy_interval": list(bounds)}
+    return {**facts, "accuracies": accuracies.tolist(), "n": len(units.of)}
+
+
+def mean_interval(right: NDArray[np.bool_], units: Units, by_draw: float) -> Interval:
+    """The 95 % interval of the accuracy that heads of other draws have on average, on other held-out images.
+
+    What varies by image and what varies by draw are added, side by side (Zou & Donner 2008).
+
+    Args:
+        right: which held-out images ``(draws, n)`` each draw's head classifies correctly.
+        units: which of these images belong together.
+        by_draw: variance of the mean accuracy by draw.
+    """
+    each = right.mean(axis=0)
+    mean, reach = float(each.mean()), draw_reach(len(right), by_draw)
+    low, high = units.proportion(each)
+    return max(mean - math.hypot(reach, mean - low), 0.0), min(mean + math.hypot(reach, high - mean), 1.0)
+
+
+def draw_reach(count: int, by_draw: float) -> float:
+    """Half of the 95 % interval of a mean over some draws that has this variance."""
     from scipy.stats import t
 
-    accuracies = right.mean(axis=1)
-    mean, alike = float(accuracies.mean()), share**2
-    bounds = [0.0, 1.0]
-    each = right.mean(axis=0)
-    effect, z = units.design(each)
-    if share < 1 and math.isfinite(z):
-        by_draw = accuracies.var(ddof=1) / (1 - alike) * (1 / len(right) + alike)
-        reach = float(t.ppf(0.975, len(right) - 1)) * math.sqrt(by_draw)
-        certain = each.var() == 0  # else an image that some draws get right counts for more than one that is right or wrong
-        counted = len(each) / effect * (1 if certain else mean * (1 - mean) / float(each.var()))
-        low, high = wilson(mean * counted, counted, z)
-        bounds = [max(mean - math.hypot(reach, mean - low), 0.0), min(mean + math.hypot(reach, high - mean), 1.0)]
-    facts = {"shots": shots, "accuracy": mean, "accuracy_interval": bounds, "accuracies": accuracies.tolist()}
-    return {**facts, "n": len(units.of)}
+    return float(t.ppf(0.975, count - 1)) * math.sqrt(by_draw)
 
 
 @contextmanager

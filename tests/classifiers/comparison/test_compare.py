@@ -21,7 +21,7 @@ from classifiers.bundles.bundle import Bundle
 from classifiers.bundles.predictions import Predictions
 from classifiers.comparison.compare import Comparison, Entrant, compare, compare_entrants
 from classifiers.comparison.compare_page import comparison_report, comparison_text
-from classifiers.comparison.label_curve import SHARES, _ranked_groups, _rows, _sentence, label_curve
+from classifiers.comparison.label_curve import SHARES, _sentence, groups_by_class, label_curve, rows_of, shuffled
 from classifiers.comparison.verdict import NOT_WORTH, UNKNOWN, WORTH, Verdict, judge
 from classifiers.evaluation.paired_tests import Change, flip_test, holm, needed_images, paired, score_interval
 from classifiers.evaluation.units import Units
@@ -453,9 +453,9 @@ def test_draws_divide_no_group_and_hold_the_smaller_ones() -> None:
     groups = [bytes([i // 3]) for i in range(120)]  # forty groups of three
     labels = np.array(["rare" if i < 30 else "common" for i in range(120)])
     train = Subset(np.zeros((120, 1)), labels, groups, groups, groups)
-    ranked = _ranked_groups(train, np.random.default_rng(0))
+    ranked = shuffled(groups_by_class(train), np.random.default_rng(0))
     assert sorted(map(len, ranked)) == [10, 30]
-    drawn = [set(_rows(train, ranked, share).tolist()) for share in SHARES]
+    drawn = [set(rows_of(train, ranked, share).tolist()) for share in SHARES]
     assert [len(rows) for rows in drawn] == [12, 33, 60, 120]  # a tenth of ten groups and of thirty, and so on, rounded up
     for smaller, larger in pairwise(drawn):
         assert smaller < larger
