@@ -37,7 +37,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 BEGIN, END = "<!-- {}: made by `make bench` -->", "<!-- end -->"
 TRUE = 400_000  # draws; half at a time
 SCORES = {
-    "accuracy": "accuracy (Wilson)",
+    "accuracy": "accuracy",
     "balanced_accuracy": "balanced accuracy",
     "precision_macro": "macro precision",
     "f1_macro": "macro F1",

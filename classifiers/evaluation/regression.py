@@ -80,6 +80,14 @@ class Intervals:
         facts = asdict(self)
         return facts if self.effective is not None else {name: facts[name] for name in facts if name != "effective"}
 
+    @property
+    def notes(self) -> list[str]:
+        """For which images they do not hold, where that is known."""
+        if all(self.edges) or None in (own[0] for own in self.half_width):
+            return []
+        few = f"calibrated on {self.n} images, prediction intervals are as wide for every number"
+        return [f"{few}: they hold for {100 * self.coverage:.0f} % of all images, and for fewer of those that scatter more"]
+
     def half_widths(self, values: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
         """Of the interval of each predicted number ``(n, t)``; NaN where nothing can be promised."""
         columns = zip(self.half_width, self.edges, values.T, strict=True)
@@ -127,7 +135,7 @@ class Regression(HeadTask):
     def score(self, truth: NDArray[Any], outputs: Outputs, split: str, units: Units | None = None) -> Measured:
         measured = measure(np.asarray(truth, np.float64), outputs, self.names, split, self.half_widths(outputs), units)
         fit = Intervals.from_json(self.conformal)
-        notes = spread_notes("intervals", fit.coverage, fit.n, fit.effective) if fit else []
+        notes = [*spread_notes("intervals", fit.coverage, fit.n, fit.effective), *fit.notes] if fit else []
         return replace(measured, notes=[*measured.notes, *notes])
 
     def require_labels(self, labels: Sequence[str], split: str) -> None:

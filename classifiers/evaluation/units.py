@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from .intervals import Z95, Interval, bootstrap_interval, modified_wilson, resampled
 
-MANY = 30  # with fewer groups resampling shows too little, as benchmarks/coverage.py measures
 FEWEST = 10  # with fewer groups an interval cannot be trusted, and nothing is concluded
 
 
@@ -82,10 +81,8 @@ class Units:
     @property
     def notes(self) -> list[str]:
         """What is to be said of every score on these images."""
-        if self.single or self.count >= MANY:
-            return []
         if not self.few:
-            return [f"with {self.count} groups, intervals of all but shares of images hold in about 90 % of cases, not in 95"]
+            return []
         because = f"images of one group are right and wrong together, and no interval holds with fewer than {FEWEST} groups"
         return [f"nothing can be told from {self.phrase}: {because}"]
 

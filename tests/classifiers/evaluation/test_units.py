@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from scipy.stats import t
 import classifiers
 from classifiers.bundles.bundle import Bundle
 from classifiers.comparison.verdict import UNKNOWN, WORTH, judge
+from classifiers.evaluation.conformal import Conformal, bound
 from classifiers.evaluation.gates import GATES
 from classifiers.evaluation.intervals import Z95, resampled, wilson
 from classifiers.evaluation.paired_tests import difference_interval, flip_test, paired
@@ -195,6 +197,35 @@ def test_every_task_counts_groups() -> None:
     assert width(numbers, "mae", 0) > 1.5 * width(plain, "mae", 0)
 
 
+def test_what_does_not_hold_with_so_few_groups_is_said() -> None:
+    rng, units = np.random.default_rng(0), together(12, 25)
+    truth, sure = rng.integers(0, 2, 300), np.repeat(rng.uniform(0.3, 1, 12), 25)
+    probabilities = np.where(truth[:, None] == [0, 1], sure[:, None], 1 - sure[:, None])
+    conformal = Conformal.fit(probabilities, truth, units=units)
+    assert conformal.effective is not None
+    assert 10 < conformal.effective < 40
+    evaluation = score(np.array(["a", "b"])[truth], probabilities, ["a", "b"], units=units, conformal=conformal)
+    assert evaluation.notes[-2:] == [
+        "with 12 groups, intervals of macro precision, log-loss and areas under curves hold in about 90 % of cases, not in 95",
+        f"the prediction sets were calibrated on 300 images of groups, which count as {conformal.effective:.0f} images: "
+        f"they hold for 90 ± {100 * np.sqrt(0.09 / conformal.effective):.0f} % (one standard error) of images of other groups",
+    ]
+    assert (evaluation.sets or {})["spread"] == pytest.approx(np.sqrt(0.09 / conformal.effective))
+    assert Conformal.from_json(conformal.to_json()) == conformal
+    alone = Conformal.fit(probabilities, truth)
+    assert "effective" not in alone.to_json()
+    assert "spread" not in alone.measured(probabilities, truth, units)
+
+
+def test_a_bound_counts_whole_groups_where_their_images_are_alike() -> None:
+    """One more image is one more group: nine in ten of ten groups is the largest of them, and of eight none."""
+    scores = np.repeat(np.arange(10.0), 5)
+    assert bound(scores, 0.9, together(10, 5)) == (9.0, 5.0)
+    assert bound(scores[:40], 0.9, together(8, 5)) == (math.inf, 5.0)
+    assert bound(scores, 0.9, Units.each(50)) == (9.0, 1.0)
+    assert bound(scores[:0], 0.9, Units.each(0)) == (math.inf, 1.0)
+
+
 def test_a_gate_without_an_interval_counts_groups() -> None:
     gate = next(each for each in GATES if each.name == "min_balanced_accuracy_lower")
     metrics = {"n": 200, "split": "test", "scores": {"balanced_accuracy": {"value": 1.0, "interval": None}}}
@@ -232,6 +263,10 @@ def test_groups_are_kept_with_predictions_and_said_wherever_a_score_is(grouped: 
     assert "exact test that exchanges the heads group by group" in penult("compare", bundle, other)[1]
     assert penult("report", bundle, "-o", tmp_path / "page.html")[0] == 0
     assert f"of {held.units.count} groups" in (tmp_path / "page.html").read_text()
+    metrics = Bundle.load(bundle).metrics or {}
+    curve = classifiers.compare([bundle, other], curve=FeatureCache(grouped / "p.cache")).curve
+    assert curve is not None
+    assert curve.points[-1]["accuracy_interval"] == pytest.approx(tuple(metrics["accuracy_interval"]))
     train, test = (FeatureCache(grouped / "p.cache").subset(split) for split in ("train", "test"))
     assert classifiers.evaluate(classifiers.CentroidHead().fit(train.X, train.y), test).groups == held.units.count
 
