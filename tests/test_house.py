@@ -31,7 +31,8 @@ ROOMS = {
     "store": "errors environment faces fingerprint tasks format splits writer cache compact verify drift testing",
     "extractor": "machine progress text_table futures settings "
     "pixels data graphs runtime backbones precision pipeline commands",
-    "classifiers": "evaluation heads.solvers heads bundles reports training finetuning comparison jobs demo commands",
+    "classifiers": "evaluation heads.solvers heads near_copies bundles "
+    "reports training finetuning comparison jobs demo commands",
 }
 
 

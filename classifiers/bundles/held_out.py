@@ -21,16 +21,18 @@ from numpy.typing import NDArray
 
 from classifiers.evaluation.probabilities import averaged
 from classifiers.evaluation.single_label import score
-from classifiers.evaluation.task import Evaluation, Measured, need_single_label
+from classifiers.evaluation.task import Evaluation, HeadTask, Measured, need_single_label
 from classifiers.evaluation.units import Units
+from classifiers.heads.solvers.cosines import unit_rows
+from classifiers.near_copies import most_images, near_copies
 from extractor.data.files import GONE, MOVED, Files
 from extractor.data.sources import Source, files_of, open_source
 from extractor.pipeline.run import survey
 from extractor.pipeline.settings import Options
 from store.cache import FeatureCache, Subset, is_cache
-from store.errors import BadDataError, InputMissingError
+from store.errors import BadDataError, InputMissingError, display
 from store.format.samples import Row, SampleTable
-from store.splits import groups_of, with_splits
+from store.splits import groups_of, merge_groups, with_splits
 from store.tasks import ONE_LABEL
 
 from .bundle import Bundle, task_of_bundle
@@ -40,6 +42,7 @@ from .predictor import Predictor
 
 log = logging.getLogger("penult.classifiers")
 
+SHOWN = 5
 ACCEPTED = ("provider",)  # a difference of these is logged and accepted: CUDA and CPU agree to 1e-4
 
 
@@ -50,7 +53,7 @@ def predict_held_out(predictor: Predictor, rows: Sequence[Row], truth: NDArray[A
         InputMissingError: one of them can no longer be read.
         BadDataError: one of them can no longer be decoded.
     """
-    probabilities, novelty = [], []
+    probabilities, novelty, features = [], [], []
     for prediction in predictor.predict((row.path for row in rows), files):
         if prediction.code in GONE:
             message = f"cannot read {prediction.name}: {prediction.message}; {MOVED}"
@@ -59,10 +62,13 @@ def predict_held_out(predictor: Predictor, rows: Sequence[Row], truth: NDArray[A
             message = f"{prediction.name}: {prediction.code}: {prediction.message}"
             raise BadDataError(message)
         probabilities.append(prediction.probabilities)
-        novelty.append(prediction.novelty)
+        if prediction.novelty is not None and prediction.features is not None:
+            novelty.append(prediction.novelty)
+            features.append(prediction.features)
     digests, paths = [row.sha256 for row in rows], [row.path for row in rows]
-    scores = None if None in novelty else np.array(novelty, np.float32)
-    return Predictions(digests, paths, truth, np.stack(probabilities), split, scores, groups=groups_of(rows))
+    scores = np.array(novelty, np.float32) if novelty else None
+    X = np.stack(features) if features else None
+    return Predictions(digests, paths, truth, np.stack(probabilities), split, scores, X, groups_of(rows))
 
 
 def evaluate_bundle(
@@ -149,11 +155,75 @@ def evaluate_bundle(
         assert predictor is not None
         files = source.files if source is not None else files_of(table, root)
         predictions = predict_held_out(predictor, fresh, truth, files, name)
-    evaluation = task_of_bundle(bundle).score(truth, predictions.probabilities, name, predictions.units)
+    task = task_of_bundle(bundle)
+    predictions, leaks, near = _near_copies(bundle, predictions)
+    evaluation = task.score(truth, predictions.probabilities, name, predictions.units)
+    notes = evaluation.notes
+    if leaks and near.any():
+        note, without = score_without(task, evaluation.to_json(), predictions, near)
+        notes, leaks = [*notes, note], leaks | without
     failed = 0 if cache is not None else table.counts["failed"]
     novel = None if predictions.novelty is None else novel_share(predictions.novelty, predictions.units)
     drift = predictor.pixel_drift.to_json() if predictor and predictor.pixel_drift else None
-    return replace(evaluation, failed=failed, novelty=novel, pixel_drift=drift), predictions
+    return replace(evaluation, failed=failed, novelty=novel, pixel_drift=drift, notes=notes, leaks=leaks), predictions
+
+
+def _near_copies(bundle: Bundle, held: Predictions) -> tuple[Predictions, dict[str, Any] | None, NDArray[np.bool_]]:
+    """Look for near copies of fitted images among held-out ones, and of these among each other.
+
+    Fitted images are those that the bundle keeps features of, at most `novelty.REFERENCE`. Their classes are what the head
+    says; their length is not kept, so it is that of the others.
+
+    Returns:
+        The predictions with near copies as one group; what was seen, as JSON, or None without features; and which are copies.
+    """
+    near = np.zeros(len(held.paths), bool)
+    if held.features is None:
+        return held, None, near
+    novelty, X = bundle.novelty(), np.asarray(held.features, np.float32)
+    reference = np.empty((0, X.shape[1]), np.float32) if novelty is None else novelty.reference
+    first = np.unique(np.array(held.sha256, dtype=object), return_index=True)[1]
+    first = np.sort(first)[: max(most_images(len(reference) + len(first), X.shape[1]) - len(reference), 0)]
+    labels = None
+    if task_of_bundle(bundle).exclusive:
+        length = np.float32(np.median(np.linalg.norm(X, axis=1)))
+        guessed = bundle.head_function()(reference * length).argmax(axis=1) if len(reference) else []
+        labels = [*(str(bundle.classes[k]) for k in guessed), *held.labels[first].tolist()]
+    copies = near_copies(np.concatenate([reference, unit_rows(X[first])]), labels)
+    units, known = copies.units[len(reference) :], set(copies.units[: len(reference)].tolist())
+    name = {unit: held.sha256[i] for unit, i in zip(units.tolist(), first.tolist(), strict=True)}
+    of = {held.sha256[i]: unit for unit, i in zip(units.tolist(), first.tolist(), strict=True)}
+    near[:] = [of.get(digest) in known for digest in held.sha256]
+    groups = merge_groups(held.groups, [name[of[each]] if each in of else each for each in held.sha256])
+    together = len(set(held.groups)) - len(set(groups))
+    fitted = len(bundle.fitted())
+    names = [display(path) for path, copy in zip(held.paths, near.tolist(), strict=True) if copy]
+    searched = f"{len(reference)} of {fitted} fitted images"
+    if names:
+        shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+        log.warning("%d of %d images look like copies of fitted ones (of %s): %s", len(names), len(near), searched, shown)
+    elif len(reference) < fitted:
+        log.info("near copies of fitted images were looked for among %s", searched)
+    if together:
+        what = "some images look like near copies of each other, and count as one: %d images are of %d groups"
+        log.warning(what, len(near), len(set(groups)))
+    leaks = {"near": names, "fitted_searched": len(reference), "fitted": fitted, "searched": len(of) == len(set(held.sha256))}
+    return replace(held, groups=groups), leaks, near
+
+
+def score_without(
+    task: HeadTask, metrics: dict[str, Any], held: Predictions, near: NDArray[np.bool_]
+) -> tuple[str, dict[str, Any]]:
+    """What the score is without images that look like fitted ones, in words and as JSON; there is none if all do."""
+    keep = ~near
+    if not keep.any():
+        return f"all {len(near)} images look like copies of fitted ones, so this says nothing of new images", {"n_without": 0}
+    without = task.score(held.labels[keep], held.probabilities[keep], held.split, held.units.among(keep)).to_json()
+    note = (
+        f"{task.headline(metrics)} with, {task.headline(without)} without the {int(near.sum())} image(s) that look like "
+        f"copies of fitted ones"
+    )
+    return note, {"n_without": without["n"]} | ({"accuracy_without": without["accuracy"]} if "accuracy" in without else {})
 
 
 def _is_own_data(bundle: Bundle, rows: Sequence[Row]) -> bool:

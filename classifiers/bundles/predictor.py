@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, Self
 
@@ -253,17 +253,19 @@ class Predictor:
             if isinstance(pixels, ImageError):
                 yield Prediction(path, code=pixels.code, message=str(pixels))
                 continue
-            row, novelty = next(rows)
+            row, novelty, known = next(rows)
             if not np.isfinite(row).all():
                 yield Prediction(path, code="not_finite", message=NOT_FINITE)
                 continue
-            yield Prediction(path, *self.task.decide(row), row, novelty=novelty)
+            yield Prediction(path, *self.task.decide(row), row, novelty=novelty, features=known)
 
-    def _judged(self, features: NDArray[Any]) -> Iterator[tuple[NDArray[np.float32], float | None]]:
+    def _judged(self, features: NDArray[Any]) -> Iterator[tuple[NDArray[np.float32], float | None, NDArray[np.float32] | None]]:
         outputs, stored = self._outputs(features)
+        rows = averaged(outputs, self._count)
+        if self.recipe.novelty is None:
+            return zip(rows, repeat(None), repeat(None), strict=False)
         first = np.nan_to_num(stored[:: self._count], nan=0, posinf=0, neginf=0)
-        novelty = [None] * len(first) if self.recipe.novelty is None else self.recipe.novelty.scores(first).tolist()
-        return zip(averaged(outputs, self._count), novelty, strict=True)
+        return zip(rows, self.recipe.novelty.scores(first).tolist(), first, strict=True)
 
     def _changed(self, outputs: NDArray[np.float32], others: NDArray[np.float32]) -> int | None:
         """How many images get another label from other outputs; None if there are no images, or the task has no labels."""

@@ -19,6 +19,8 @@ from classifiers.evaluation.paired_tests import mean_change_interval
 from classifiers.evaluation.units import Units
 from classifiers.heads.registry import make_head
 from classifiers.training.few_shot import draw_reach, each_warning_once, mean_interval
+from classifiers.training.leaks import look
+from classifiers.training.roles import Roles
 from store.cache import FeatureCache, Subset
 from store.errors import BadDataError, FingerprintMismatchError
 
@@ -151,6 +153,10 @@ def _samples(bundle: Bundle, cache: FeatureCache) -> tuple[Subset, Subset]:
         )
         raise BadDataError(message)
     X = cache.features(held.sha256)
+    if bundle.split.get("near_copies", {}).get("grouped"):  # as in training
+        here = set(held.sha256)
+        report = [row for row in cache.rows() if row.sha256 in here]
+        rows = look(cache, Roles(rows, [], report, {}))[0].fit
     groups = list(held.groups or held.sha256)
     return cache.of_rows(rows, "train"), Subset(X, held.labels, held.sha256, held.paths, groups, held.split)
 

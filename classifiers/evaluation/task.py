@@ -38,6 +38,7 @@ class Prediction:
         probabilities: ``(k,)`` in the order of the bundle's classes; for a regression, the numbers.
         code, message: why the file cannot be used.
         novelty: how unlike the training images it is; above 1 it is unusual. None if the bundle cannot tell.
+        features: of the image ``(d,)``, where there is a ``novelty``.
     """
 
     path: bytes
@@ -47,6 +48,7 @@ class Prediction:
     code: str | None = None
     message: str = ""
     novelty: float | None = None
+    features: NDArray[np.float32] | None = field(default=None, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -98,6 +100,7 @@ class Evaluation(_Shown):
         sets: coverage and size of the head's prediction sets here, see `Conformal.measured`; None if it has none.
         novelty: how many images are unlike the training images, see `novel_share`; None if the bundle cannot tell.
         pixel_drift: as JSON, if pixels that differ from those of training were accepted, see `PixelDrift`.
+        leaks: images that look like fitted ones, and the score without them, see docs/leaks.md; None if nothing was searched.
     """
 
     split: str
@@ -119,6 +122,7 @@ class Evaluation(_Shown):
     novelty: dict[str, Any] | None = None
     pixel_drift: dict[str, Any] | None = None
     groups: int | None = None
+    leaks: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -134,7 +138,7 @@ class Measured(_Shown):
         per_output: for each label or target: ``name``, ``n`` (the images that count for it) and its own ``scores``.
         resamples: number of bootstrap resamples.
         notes: why these scores may not be conclusive.
-        failed, novelty, pixel_drift, groups: as in `Evaluation`.
+        failed, novelty, pixel_drift, groups, leaks: as in `Evaluation`.
     """
 
     task: str
@@ -148,6 +152,7 @@ class Measured(_Shown):
     novelty: dict[str, Any] | None = None
     pixel_drift: dict[str, Any] | None = None
     groups: int | None = None
+    leaks: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from classifiers.evaluation.task import need_single_label
 from classifiers.heads.fitted import DenseHead
 from classifiers.reports.illustrations import illustrate
 from classifiers.training.cost import fitted_share, needed
+from classifiers.training.leaks import guard, look
 from classifiers.training.roles import Roles, assign_roles, inner_validation
 from classifiers.training.train import INNER, Judged, require_roles, save, weight_notes
 from extractor.backbones import networks
@@ -341,6 +342,11 @@ def _prepare_images(data: FeatureCache | Source, settings: FineTuneSettings) -> 
     roles = assign_roles(table)
     files = files_of(table, settings.root) if isinstance(data, FeatureCache) else data.files
     require_roles(table, roles)
+    if isinstance(data, FeatureCache):
+        roles, leaks = look(data, roles)
+        guard(leaks, "allow")
+    else:
+        log.info("near copies are not looked for: that needs the features of a cache")
     classes = sorted({str(row.label) for row in roles.fit})
     if not roles.choose:
         fitted, choose = inner_validation(roles.fit, seed=settings.seed)

@@ -1,25 +1,25 @@
-"""A search of a cache, before training, for images on both sides of the split and images with two labels."""
+"""A search of a cache, before training, for images on both sides of the split, images with two labels, and repeated scenes."""
 
 from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from classifiers.heads.solvers.cosines import nearest, unit_rows
-from store.cache import Subset
-from store.errors import BadDataError, display
+from classifiers.near_copies import NearCopies, most_images, near_copies
+from store.cache import FeatureCache
+from store.errors import BadDataError
 from store.format.samples import Row, SampleTable
+from store.splits import divided_groups, groups_of, merge_groups
+
+from .roles import FOLDS, Roles
 
 log = logging.getLogger("penult.classifiers")
 
-NEIGHBOURS = 10
-NEAR = 0.65  # unrelated photos with MobileNetV2: 0.73 and above; docs/leaks.md has the table
-MOST_PRODUCTS = 4e12  # multiplications, about a minute on two cores; beyond, only exact copies are searched
 SHOWN = 5
 
 
@@ -29,13 +29,37 @@ class Leak:
 
     Attributes:
         path: the held-out image, for people.
-        fitted: the image it was taken from.
-        ratio: distance to it over the distance to the tenth nearest; small is suspicious, 0 is the same features.
+        fitted: the image it was taken from, or one of the same burst.
+        ratio: distance to it as a share of the distance to what is not of their unit (`NearCopies`); 0 is the same features.
     """
 
     path: str
     fitted: str
     ratio: float
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Images that look like near copies of others on their side of the split.
+
+    Attributes:
+        images: how many there are.
+        groups: how many groups they are.
+        grouped: whether each of these groups counts as one, or every image of it.
+        examples: the first images of some groups.
+    """
+
+    images: int
+    groups: int
+    grouped: bool
+    examples: list[list[str]]
+
+    @property
+    def sentence(self) -> str:
+        same = ", ".join(" ~ ".join(names) for names in self.examples)
+        what = f"{self.images} images look like near copies of others (versions of one image, or a burst): {self.groups} groups"
+        then = "each counts as one" if self.grouped else "every image counts (--near-copies ignore)"
+        return f"{what}, such as {same}; {then}"
 
 
 @dataclass(frozen=True)
@@ -46,8 +70,11 @@ class LeakReport:
         copies: held-out (and validation) images whose exact bytes are among the fitted ones; they are left out.
         near: held-out images that look like fitted ones: recompressed, resized, cropped or mirrored, or taken in a burst.
         conflicts: images whose bytes have more than one label.
+        searched: whether all images were searched for near copies.
         divided: groups that have fitted and held-out images, by a split of the user's own.
-        searched: False if there were too many images to search for near copies.
+        images: how many images with different bytes there are, and how many of these were searched.
+        repeats: near copies on one side of the split, which are no leak; None if there are none.
+        moved: validation images that are fitted only, because images of their unit are.
     """
 
     copies: list[str] = field(default_factory=list)
@@ -55,6 +82,9 @@ class LeakReport:
     conflicts: list[list[str]] = field(default_factory=list)
     searched: bool = True
     divided: list[str] = field(default_factory=list)
+    images: tuple[int, int] = (0, 0)
+    repeats: Repeats | None = None
+    moved: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.copies or self.near or self.conflicts or self.divided)
@@ -77,9 +107,18 @@ class LeakReport:
         if self.divided:
             what = "group(s) have fitted and held-out images, so that the scores are too good"
             sentences.append(f"{len(self.divided)} {what}: {_few(self.divided)}")
-        if not self.searched:
-            sentences.append("too many images to look for near copies between fitted and held-out ones")
         return sentences
+
+    def remarks(self) -> list[str]:
+        """What else is to be said: no leak, and nothing to refuse."""
+        remarks = [self.repeats.sentence] if self.repeats else []
+        if self.moved:
+            what = "validation image(s) are of a group that is fitted, so no setting is chosen on them"
+            remarks.append(f"{len(self.moved)} {what}: {_few(self.moved)}")
+        if not self.searched:
+            some = f"near copies were looked for among {self.images[1]} of {self.images[0]} images, because all take too long"
+            remarks.append(some if self.images[1] else "near copies were not looked for: the features do not fit in memory")
+        return remarks
 
 
 def _few(items: Sequence[str]) -> str:
@@ -99,31 +138,96 @@ def conflicting_labels(table: SampleTable) -> list[list[str]]:
     return [[row.name for row in same] for same in by_content.values() if len(labellings(same)) > 1]
 
 
-def near_copies(fitted: Subset, held_out: Subset) -> tuple[list[Leak], bool]:
-    """Held-out images whose nearest fitted image is far nearer than all others.
+def look(cache: FeatureCache, roles: Roles, *, group: bool = True, in_memory: bool = True) -> tuple[Roles, LeakReport]:
+    """Look for leaks and repeated scenes, before anything is fitted.
 
-    The ratio test of Lowe 2004 ("Distinctive Image Features from Scale-Invariant Keypoints", section 7.1), on unit-length
-    features, against the tenth neighbour, so that a burst of copies does not hide itself. It needs no threshold of its own
-    for each backbone, as a bound on the cosine would: untrained and ReLU features have cosines near 1 for any pair.
+    Args:
+        cache: the features of these images.
+        roles: what each image is for.
+        group: whether near copies are a unit: they get a group in common, joined with their groups and exact copies.
+        in_memory: whether all features fit in memory; near copies are searched only then.
 
     Returns:
-        The leaks, the most suspicious first, and whether they were searched at all (`MOST_PRODUCTS`, and features in memory).
+        The same roles, with these groups; validation images whose group is fitted too are fitted only, since a setting that is
+        chosen on them is chosen on images that the head knows. And what there is to say.
     """
-    n, m = len(fitted), len(held_out)
-    if n < 3 or m == 0:
-        return [], True
-    if not isinstance(fitted.X, np.ndarray) or not isinstance(held_out.X, np.ndarray):
-        return [], False
-    if float(n) * m * fitted.X.shape[1] > MOST_PRODUCTS:
-        return [], False
-    cosines, which = nearest(held_out.X, unit_rows(fitted.X), min(NEIGHBOURS, n))
-    least, far = (np.sqrt(np.maximum(2 - 2 * cosines[:, place], 0)) for place in (0, -1))
-    ratio = np.divide(least, far, out=np.ones_like(least), where=far > 0)
-    leaks = [
-        Leak(display(held_out.paths[i]), display(fitted.paths[which[i, 0]]), round(float(ratio[i]), 3))
-        for i in np.flatnonzero(ratio < NEAR).tolist()
-    ]
-    return sorted(leaks, key=lambda leak: leak.ratio), True
+    parts = {"fitted": [*roles.fit, *roles.choose], "held out": roles.report}
+    contents = {row.sha256: row for rows in parts.values() for row in rows}
+    count = most_images(len(contents), cache.dim) if in_memory else 0
+    searched = [contents[digest] for digest in sorted(contents)[:count]]
+    labels = [str(row.label) for row in searched] if cache.samples.task.stratifies else None
+    copies = near_copies(cache.features([row.sha256 for row in searched]), labels) if searched else None
+    near, repeats, units = _described(copies, searched, {row.sha256 for row in roles.report}, group=group)
+    divided = list(divided_groups((row.group, part) for part, rows in parts.items() for row in rows))
+    if group and units:
+        roles = _grouped(roles, units)
+    roles, moved = _whole(roles)
+    if repeats:
+        roles = replace(roles, facts={**roles.facts, "near_copies": asdict(repeats)})
+    report = LeakReport(
+        copies=[row.name for row in roles.copies],
+        near=near,
+        conflicts=conflicting_labels(cache.samples),
+        searched=count == len(contents),
+        divided=divided,
+        images=(len(contents), count),
+        repeats=repeats,
+        moved=moved,
+    )
+    return roles, report
+
+
+def _described(
+    copies: NearCopies | None, rows: Sequence[Row], held_out: set[bytes], *, group: bool
+) -> tuple[list[Leak], Repeats | None, dict[bytes, bytes]]:
+    """Leaks, repeats, and of each image that has near copies the name of its unit."""
+    if copies is None:
+        return [], None, {}
+    members: dict[int, list[int]] = defaultdict(list)
+    for i in np.flatnonzero(copies.sizes > 1).tolist():
+        members[int(copies.units[i])].append(i)
+    near: list[Leak] = []
+    repeated: list[list[str]] = []
+    units: dict[bytes, bytes] = {}
+    for unit in members.values():
+        units |= {rows[i].sha256: rows[unit[0]].sha256 for i in unit}
+        out = [i for i in unit if rows[i].sha256 in held_out]
+        fitted = [i for i in unit if rows[i].sha256 not in held_out]
+        for i in out if fitted else []:
+            best, ratio = copies.nearest(i, np.array(fitted))
+            near.append(Leak(rows[i].name, rows[best].name, round(ratio, 3)))
+        repeated += [sorted(rows[i].name for i in side) for side in (out, fitted) if len(side) > 1]
+    repeats = None
+    if repeated:
+        examples = [names[:SHOWN] for names in sorted(repeated)[:SHOWN]]
+        repeats = Repeats(sum(map(len, repeated)), len(repeated), group, examples)
+    return sorted(near, key=lambda leak: (leak.ratio, leak.path)), repeats, units
+
+
+def grouped(rows: Sequence[Row], units: Mapping[bytes, bytes]) -> list[Row]:
+    """The rows, with one group for each unit of contents, joined with the groups that they have."""
+    names = groups_of(rows)
+    joined = merge_groups(names, [units.get(row.sha256, row.sha256) for row in rows])
+    return [row if name == new else replace(row, group=new) for row, name, new in zip(rows, names, joined, strict=True)]
+
+
+def _grouped(roles: Roles, units: Mapping[bytes, bytes]) -> Roles:
+    rows = grouped([*roles.fit, *roles.choose, *roles.report], units)
+    a, b = len(roles.fit), len(roles.fit) + len(roles.choose)
+    return replace(roles, fit=rows[:a], choose=rows[a:b], report=rows[b:])
+
+
+def _whole(roles: Roles) -> tuple[Roles, list[str]]:
+    """The roles with no unit in both parts of what is fitted, and the validation images that are fitted only."""
+    names = groups_of([*roles.fit, *roles.choose])
+    fitted = set(names[: len(roles.fit)])
+    within = [name in fitted for name in names[len(roles.fit) :]]
+    moved = [row for row, inside in zip(roles.choose, within, strict=True) if inside]
+    if not moved:
+        return roles, []
+    choose = [row for row, inside in zip(roles.choose, within, strict=True) if not inside]
+    facts = roles.facts if choose else {**roles.facts, "chosen_on": FOLDS}
+    return replace(roles, fit=[*roles.fit, *moved], choose=choose, facts=facts), [row.name for row in moved]
 
 
 def guard(report: LeakReport, mode: str) -> None:
@@ -131,7 +235,7 @@ def guard(report: LeakReport, mode: str) -> None:
 
     Args:
         report: the leaks.
-        mode: ``warn``, ``refuse`` or ``allow`` (silence).
+        mode: ``warn``, ``refuse`` or ``allow`` (silence about leaks; the remarks are made in any case).
 
     Raises:
         BadDataError: mode is ``refuse`` and the report is not empty.
@@ -139,6 +243,5 @@ def guard(report: LeakReport, mode: str) -> None:
     if mode == "refuse" and report:
         message = "; ".join(report.sentences()) + " (--leaks refuse)"
         raise BadDataError(message)
-    if mode != "allow":
-        for sentence in report.sentences():
-            log.warning("%s", sentence)
+    for sentence in [*(report.sentences() if mode != "allow" else []), *report.remarks()]:
+        log.warning("%s", sentence)

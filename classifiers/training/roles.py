@@ -14,6 +14,8 @@ from store.splits import assign_splits, hash_rank_rule, missed_shares, version_o
 
 log = logging.getLogger("penult.classifiers")
 
+FOLDS = "folds of train"  # what choices are made on where nothing is set apart for them
+
 
 @dataclass(frozen=True)
 class Roles:
@@ -77,7 +79,7 @@ def assign_roles(table: SampleTable, *, val: float | None = None, test: float | 
     digests |= {row.sha256 for row in choose}
     copies += [row for row in report if row.sha256 in digests]
     report = [row for row in report if row.sha256 not in digests]
-    facts = {"fit": "train", "chosen_on": chosen_on or "folds of train", "reported_on": reported_on, **rule}
+    facts = {"fit": "train", "chosen_on": chosen_on or FOLDS, "reported_on": reported_on, **rule}
     return Roles(fit, choose, report, facts, copies)
 
 

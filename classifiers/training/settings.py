@@ -37,6 +37,9 @@ class TrainOptions(ThumbnailSettings):
     leaks: Literal["warn", "refuse", "allow"] = setting(
         "warn", "What to do about images on both sides of the split, or under two labels."
     )
+    near_copies: Literal["group", "ignore"] = setting(
+        "group", "What versions of one image and frames of a burst are: one group, or images like any other (docs/leaks.md)."
+    )
     few_shot: Annotated[tuple[Annotated[int, Field(ge=1, le=MAX_SHOTS)], ...], BeforeValidator(as_tuple)] = setting(
         (), "Learning curve: fit the head on this many training images of each class.", metavar="N,N"
     )

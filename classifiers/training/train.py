@@ -14,6 +14,7 @@ import numpy as np
 
 from classifiers.bundles.bundle import Bundle, save_bundle
 from classifiers.bundles.bundle_folder import reserved
+from classifiers.bundles.held_out import score_without
 from classifiers.bundles.novelty import Novelty, novel_share
 from classifiers.bundles.predictions import Predictions
 from classifiers.evaluation.probabilities import averaged
@@ -27,11 +28,10 @@ from store.cache import FeatureCache, Subset
 from store.errors import UsageError, display
 from store.fingerprint import VIEWS
 from store.format.samples import Row, SampleTable
-from store.splits import divided_groups
 
 from .few_shot import learning_curve
 from .int8_check import judge_rounding
-from .leaks import Leak, LeakReport, conflicting_labels, guard, near_copies
+from .leaks import LeakReport, guard, look
 from .memory import must_stream
 from .roles import Roles, assign_roles, inner_validation
 from .settings import TrainOptions
@@ -58,7 +58,7 @@ class Prepared:
         rows: of these images.
         chosen_on: what choices are made on, in all views; None for folds of ``train_views``.
         views: their part of the fingerprint, and whether outputs are ``averaged``; None if each image has one view.
-        leaks: images on both sides of the split; None if they were not searched.
+        leaks: images on both sides of the split, and repeated scenes; None if they were not searched.
         origin: the digest of `made_from`, by which a later run recognises this one.
     """
 
@@ -170,14 +170,14 @@ def prepare(cache: FeatureCache, head: Head, options: TrainOptions) -> Prepared:
     cache.require_backbone()
     rows = len(roles.fit) + len(roles.choose) + len(roles.report)
     lazy = must_stream(head, rows * cache.views, cache.dim, cache.dtype.itemsize, options.max_memory)
+    roles, leaks = look(cache, roles, group=options.near_copies == "group", in_memory=not lazy)
+    guard(leaks, options.leaks)
     if lazy:
         roles = _for_streaming(roles, options.few_shot, seed=options.seed)
     train_views = fit = cache.of_rows(roles.fit, "train", lazy=lazy)
     chosen_on = choose = cache.of_rows(roles.choose, "val", lazy=lazy) if roles.choose else None
     held_out = cache.of_rows(roles.report, str(roles.facts["reported_on"]), lazy=lazy) if roles.report else None
     fitted, views = [fit, *([choose] if choose else [])], None
-    leaks = _look_for_leaks(cache, roles, fitted, held_out)
-    guard(leaks, options.leaks)
     if cache.views > 1:  # only for fitting and choosing; everything else uses the first view
         log.info("all %d views of each training image are fitted; choices are judged on the first", cache.views)
         train_views = cache.of_rows(roles.fit, "train", lazy=lazy, views=True)
@@ -335,38 +335,17 @@ def _for_streaming(roles: Roles, few_shot: Sequence[int], *, seed: int) -> Roles
     return replace(roles, fit=fit, choose=choose, facts={**roles.facts, "chosen_on": INNER})
 
 
-def _look_for_leaks(cache: FeatureCache, roles: Roles, fitted: Sequence[Subset], held_out: Subset | None) -> LeakReport:
-    near: list[Leak] = []
-    searched = True
-    for subset in fitted if held_out else []:
-        more, looked = near_copies(subset, held_out) if held_out else ([], True)
-        near, searched = near + more, searched and looked
-    parts = {"fitted": [*roles.fit, *roles.choose], "held out": roles.report}
-    best = {leak.path: leak for leak in sorted(near, key=lambda leak: -leak.ratio)}  # the most suspicious one of each image
-    return LeakReport(
-        copies=[row.name for row in roles.copies],
-        near=sorted(best.values(), key=lambda leak: leak.ratio),
-        conflicts=conflicting_labels(cache.samples),
-        searched=searched,
-        divided=list(divided_groups((row.group, part) for part, rows in parts.items() for row in rows)),
-    )
-
-
 def _with_leaks(metrics: dict[str, Any], leaks: LeakReport, held_out: Predictions, task: HeadTask) -> None:
     """Add the leaks to the metrics, and the score without the images that look like fitted ones."""
     metrics["leaks"] = leaks.to_json()
-    suspicious = {leak.path for leak in leaks.near}
-    keep = np.array([display(path) not in suspicious for path in held_out.paths])
-    if leaks.near and keep.any():
-        rest = (held_out.labels[keep], held_out.probabilities[keep], held_out.split, held_out.units.among(keep))
-        without = task.score(*rest).to_json()
-        metrics["notes"].append(
-            f"{task.headline(metrics)} with, {task.headline(without)} without the {len(leaks.near)} image(s) that look like "
-            f"copies of fitted ones"
-        )
-        metrics["leaks"] |= {"n_without": without["n"]}
-        if "accuracy" in without:
-            metrics["leaks"]["accuracy_without"] = without["accuracy"]
+    if leaks.repeats and leaks.repeats.grouped:
+        metrics["notes"].append(f"{leaks.repeats.images} images count as {leaks.repeats.groups}: they look like near copies")
+    names = {leak.path for leak in leaks.near}
+    near = np.array([display(path) in names for path in held_out.paths])
+    if near.any():
+        note, without = score_without(task, metrics, held_out, near)
+        metrics["notes"].append(note)
+        metrics["leaks"] |= without
 
 
 def weight_notes(class_weight: Any) -> list[str]:
@@ -393,6 +372,7 @@ def made_from(cache: FeatureCache, head: Any, options: TrainOptions) -> str:
     ]
     facts += [] if options.thumbnails else ["no pictures"]
     facts += ["average views"] if options.average_views else []
+    facts += ["near copies are images"] if options.near_copies == "ignore" else []
     facts += [["few shot", options.few_shot, options.repeats, options.seed]] if options.few_shot else []
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -7,59 +7,20 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
 import classifiers
 from classifiers.heads.registry import make_head
-from classifiers.training.leaks import LeakReport, guard, near_copies
+from classifiers.training.leaks import LeakReport, guard, look
+from classifiers.training.roles import assign_roles
 from classifiers.training.settings import TrainOptions
 from extractor.backbones.registry import Backbone
 from extractor.data.folders import ImageFolder
 from extractor.pipeline.run import extract
 from extractor.pipeline.settings import Options
-from store.cache import FeatureCache, Subset
+from store.cache import FeatureCache
 from store.errors import BadDataError
-
-
-def subset(X: np.ndarray, prefix: str) -> Subset:
-    names = [f"{prefix}{i}".encode() for i in range(len(X))]
-    digests = [name.ljust(32) for name in names]
-    return Subset(X.astype(np.float32), np.array(["a"] * len(X)), digests, names, digests)
-
-
-def test_a_perturbed_copy_is_found_among_unrelated_features() -> None:
-    rng = np.random.default_rng(0)
-    fitted = rng.exponential(size=(400, 64))
-    held = np.concatenate([rng.exponential(size=(300, 64)), fitted[7:8] * 3 + 0.2 * rng.normal(size=(1, 64))])
-    leaks, searched = near_copies(subset(fitted, "f"), subset(held, "h"))
-    assert searched
-    assert [(leak.path, leak.fitted) for leak in leaks] == [("h300", "f7")]
-
-
-def test_a_burst_does_not_hide_itself() -> None:
-    rng = np.random.default_rng(1)
-    fitted = rng.normal(size=(100, 64))
-    fitted[:5] = fitted[0] + 0.05 * rng.normal(size=(5, 64))  # five shots of one scene
-    leaks, _ = near_copies(subset(fitted, "f"), subset(fitted[:1] + 0.05 * rng.normal(size=(1, 64)), "h"))
-    assert len(leaks) == 1
-
-
-def test_untrained_features_raise_no_alarm() -> None:
-    """Random ReLU networks give any two images a cosine near 1."""
-    rng = np.random.default_rng(2)
-    fitted, held = 10 + rng.normal(size=(200, 64)), 10 + rng.normal(size=(100, 64))
-    cosine = (fitted[0] @ held[0]) / np.linalg.norm(fitted[0]) / np.linalg.norm(held[0])
-    assert cosine > 0.98
-    assert near_copies(subset(fitted, "f"), subset(held, "h")) == ([], True)
-
-
-def test_too_many_pairs_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("classifiers.training.leaks.MOST_PRODUCTS", 10)
-    leaks, searched = near_copies(subset(np.eye(20), "f"), subset(np.eye(20), "h"))
-    assert (leaks, searched) == ([], False)
-    assert "too many images" in LeakReport(searched=False).sentences()[0]
 
 
 @pytest.fixture(scope="module")
@@ -135,5 +96,5 @@ def test_no_false_alarm_on_real_photos_and_a_planted_copy_is_found(assets: Path,
         smaller = image.convert("RGB").resize((image.width * 3 // 4, image.height * 3 // 4), Image.Resampling.LANCZOS)
         smaller.save(root / "val/ants/planted.jpg", quality=85)
     cache = extract(ImageFolder(root), Backbone(str(imagenet)), tmp_path / "c", Options(quiet=True))
-    leaks, _ = near_copies(cache.subset("train"), cache.subset("val"))
-    assert [(leak.path, leak.fitted) for leak in leaks] == [("val/ants/planted.jpg", "train/ants/0013035.jpg")]
+    _, report = look(cache, assign_roles(cache.samples))
+    assert [(leak.path, leak.fitted) for leak in report.near] == [("val/ants/planted.jpg", "train/ants/0013035.jpg")]

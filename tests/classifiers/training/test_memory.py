@@ -136,7 +136,7 @@ def test_a_head_from_disk_is_the_one_from_memory(
         FeatureCache(synthetic.path), tmp_path / "disk.head", LogisticHead(), TrainOptions(max_memory=TINY)
     )
     assert "the features stay on disk" in caplog.text
-    assert "too many images to look for near copies" in caplog.text
+    assert "near copies were not looked for" in caplog.text
     assert bundle.split["chosen_on"] == in_memory.split["chosen_on"] == "val"
     assert bundle.hyperparameters["C"] == in_memory.hyperparameters["C"]
     assert len(bundle.history) == len(in_memory.history)
