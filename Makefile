@@ -23,6 +23,7 @@ bench: install  ## minutes; writes the tables of many pages of docs/
 	$(BIN)/python benchmarks/pixels.py
 	$(BIN)/python benchmarks/ridge.py
 	$(BIN)/python benchmarks/coverage.py
+	$(BIN)/python benchmarks/leaks.py
 	$(BIN)/python benchmarks/splits.py
 	$(BIN)/python benchmarks/selection.py
 	$(BIN)/python benchmarks/heads.py

@@ -197,17 +197,18 @@ def _near_copies(bundle: Bundle, held: Predictions) -> tuple[Predictions, dict[s
     groups = merge_groups(held.groups, [name[of[each]] if each in of else each for each in held.sha256])
     together = len(set(held.groups)) - len(set(groups))
     fitted = len(bundle.fitted())
+    kept = min(len(reference), fitted)  # of exact copies, all are kept
     names = [display(path) for path, copy in zip(held.paths, near.tolist(), strict=True) if copy]
-    searched = f"{len(reference)} of {fitted} fitted images"
+    searched = f"{kept} of {fitted} fitted images"
     if names:
         shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
         log.warning("%d of %d images look like copies of fitted ones (of %s): %s", len(names), len(near), searched, shown)
-    elif len(reference) < fitted:
+    elif kept < fitted:
         log.info("near copies of fitted images were looked for among %s", searched)
     if together:
         what = "some images look like near copies of each other, and count as one: %d images are of %d groups"
         log.warning(what, len(near), len(set(groups)))
-    leaks = {"near": names, "fitted_searched": len(reference), "fitted": fitted, "searched": len(of) == len(set(held.sha256))}
+    leaks = {"near": names, "fitted_searched": kept, "fitted": fitted, "searched": len(of) == len(set(held.sha256))}
     return replace(held, groups=groups), leaks, near
 
 
