@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from classifiers.evaluation.intervals import Interval, resamples_for, wilson
+from classifiers.evaluation.intervals import FEWEST_RESAMPLES, Interval, resamples_for, wilson
 from classifiers.evaluation.registry import KINDS
 from classifiers.evaluation.task import images_of
 from classifiers.evaluation.units import Units
@@ -213,7 +213,9 @@ class Ranking:
         weighted = [line.weighted for line in candidates if line.weighted]
         if len(weighted) < 2:
             return choice
-        value = choice.value - luck_of_best(weighted, units, resamples_for(choice.n, len(weighted)))
+        # Other scores than accuracy take longer, and a mean of few resamples is good enough.
+        resamples = FEWEST_RESAMPLES if right is None else resamples_for(choice.n, len(weighted))
+        value = choice.value - luck_of_best(weighted, units, resamples)
         if choice.interval is None:
             return replace(choice, value=value)
         low, high = choice.interval

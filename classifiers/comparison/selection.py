@@ -37,10 +37,12 @@ def luck_of_best(weighted: Sequence[Weighted], units: Units, resamples: int) -> 
         inside = np.stack([score(weights) for score in weighted])
         chosen = np.where(np.isnan(inside), -np.inf, inside).argmax(axis=0)
         left_out = (weights == 0).astype(np.float32)
-        filled = left_out.any(axis=0)  # of two units, every fourth sample has both
+        filled = left_out.any(axis=0)  # of two units, every second sample has both
+        if not filled.any():
+            continue
         outside = np.stack([score(left_out[:, filled]) for score in weighted])
         lost.append(outside[best] - outside[chosen[filled], np.arange(outside.shape[1])])
-    losses = np.concatenate(lost)
+    losses = np.concatenate([np.zeros(0), *lost])
     losses = losses[~np.isnan(losses)]
     return max(float(losses.mean()), 0.0) if len(losses) else 0.0
 

@@ -36,6 +36,9 @@ def test_the_luck_of_a_choice_by_groups_is_that_of_the_groups() -> None:
     of_groups, of_images = (luck_of_best(weighted, units, 500) for units in (groups, Units.each(200)))
     assert of_groups > 1.5 * of_images > 0
     assert luck_of_best(weighted[:1], groups, 50) == 0
+    assert luck_of_best(weighted, Units(np.zeros(200, np.intp)), 50) == 0  # nothing is ever left out
+    of_few = Sweep(3, n=40, size=10).draw(rng)
+    assert any(note.startswith("nothing can be told from 40 images of 4 groups") for note in of_few.notes())
 
 
 def test_tests_of_all_pairs_are_those_of_each_by_holm() -> None:
