@@ -209,14 +209,15 @@ class Ranking:
         """
         choice, right = self.lines[0].choice, self.lines[0].right
         units = self.lines[0].units or Units.each(choice.n)
-        candidates = sorted(self.lines, key=lambda line: line.extract_seconds)  # of equal ones, the fastest comes first
+        candidates = sorted(self.lines, key=lambda line: (line.extract_seconds, line.source))  # as `ranked` takes equal ones
         weighted = [line.weighted for line in candidates if line.weighted]
         if len(weighted) < 2:
             return choice
         # Other scores than accuracy take longer, and a mean of few resamples is good enough.
         resamples = FEWEST_RESAMPLES if right is None else resamples_for(choice.n, len(weighted))
-        value = choice.value - luck_of_best(weighted, units, resamples)
-        if choice.interval is None:
+        luck = luck_of_best(weighted, units, resamples)
+        value = choice.value - luck
+        if choice.interval is None or not luck:
             return replace(choice, value=value)
         low, high = choice.interval
         effect, z = units.design(right.astype(np.float64)) if right is not None else (1.0, math.inf)

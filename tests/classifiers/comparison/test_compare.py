@@ -148,13 +148,13 @@ def test_a_truly_better_head_is_found() -> None:
 
 def test_noise_alone_is_covered_as_often_as_promised() -> None:
     truth, covered = classes_of(150), 0
-    for seed in range(100):
+    for seed in range(60):
         outputs = [says(truth, 0.85, 2 * seed), says(truth, 0.85, 2 * seed + 1)]
         (_, standing), _ = paired(truth, outputs, CLASSES)
         assert standing.change is not None
         low, high = standing.change.scores["accuracy"]["interval"]
         covered += low <= 0 <= high
-    assert 90 <= covered <= 99
+    assert 54 <= covered < 60
 
 
 def test_rows_and_classes_in_another_order_change_nothing() -> None:
