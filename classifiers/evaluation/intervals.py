@@ -32,18 +32,18 @@ def wilson(successes: float, n: float, z: float = Z95) -> Interval:
 
 
 def modified_wilson(successes: float, n: float, z: float = Z95) -> Interval:
-    """Wilson's interval, whose far bound is Poisson's if at most three are, or are not, successes.
+    """Wilson's interval, whose bound on the side of 0 is Poisson's if at most three, and a quarter, are successes; so at n.
 
-    There Wilson's excludes values that it should hold: of shares near 0.1 / n from an end it holds 84 % instead of 95 (Brown,
-    Cai & DasGupta 2001, "Interval estimation for a binomial proportion", section 4.1.1).
+    Wilson's bound there excludes shares that it should hold: of those near 0.2 / n it holds 84 % (Brown, Cai & DasGupta 2001,
+    "Interval estimation for a binomial proportion", section 4.1.1).
     """
     from scipy.special import gammaincinv, ndtr
 
     low, high = wilson(successes, n, z)
-    alpha, failures = 2 * float(ndtr(-z)), n - successes
-    if 0 < successes <= RARE:
+    alpha, failures, rare = 2 * float(ndtr(-z)), n - successes, min(RARE, n / 4)
+    if 0 < successes <= rare:
         low = min(low, float(gammaincinv(successes, alpha)) / n)
-    if 0 < failures <= RARE:
+    if 0 < failures <= rare:
         high = max(high, 1 - float(gammaincinv(failures, alpha)) / n)
     return low, high
 

@@ -166,7 +166,7 @@ def _notes(bounds: Interval, correct: int, units: Units, support: list[tuple[str
         notes.append(f"too few to conclude: {units.phrase}{without} only show an accuracy of {claim}")
     if units.groups and not units.few and units.count < MANY:
         scores = "macro precision, log-loss and areas under curves"
-        notes.append(f"with {units.count} groups, intervals of {scores} hold in about 90 % of cases, not in 95")
+        notes.append(f"with {units.count} groups, intervals of {scores} hold in about 90 % of cases, others in 92 to 97")
     few = [f"{label} ({count})" for label, count in support if count < FEW]
     if few:
         shown = ", ".join(few[:5]) + (f" and {len(few) - 5} more" if len(few) > 5 else "")
