@@ -27,6 +27,7 @@ bench: install  ## minutes; writes the tables of many pages of docs/
 	$(BIN)/python benchmarks/splits.py
 	$(BIN)/python benchmarks/selection.py
 	$(BIN)/python benchmarks/heads.py
+	$(BIN)/python benchmarks/promises.py
 	$(BIN)/python benchmarks/finetuning.py
 
 backbones: install  ## about an hour; exports every torchvision network and rewrites the table of docs/backbones.md

@@ -44,30 +44,39 @@ Weights = NDArray[np.floating]
 Part = tuple[Floats, NDArray[np.intp]]
 
 
-def hymenoptera() -> tuple[Part, Part]:
-    """Penultimate features of MobileNetV2: the train and the val photos.
+def embedded(files: Sequence[Path]) -> Floats:
+    """Penultimate features of MobileNetV2 of photos.
 
     Raises:
-        FileNotFoundError: the photos or the weights are not there.
+        FileNotFoundError: the weights are not there.
     """
     from extractor.backbones.export import export
     from extractor.backbones.registry import Backbone
-    from extractor.data.folders import ImageFolder
     from extractor.runtime.session import Embedder
 
-    weights, photos = ASSETS / "weights/mobilenet_v2-imagenet.pth", ASSETS / "data/hymenoptera"
-    if missing := [str(path) for path in (weights, photos) if not path.exists()]:
-        raise FileNotFoundError(", ".join(missing))
-    source = ImageFolder(photos)
-    samples = source.samples()
+    weights = ASSETS / "weights/mobilenet_v2-imagenet.pth"
+    if not weights.exists():
+        raise FileNotFoundError(weights)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "backbone.onnx"
         preprocess = export(Backbone("mobilenet_v2", str(weights), "IMAGENET1K_V1"), file).preprocess
         embed = Embedder(file, device="cpu")
-        pixels = np.stack([preprocess.read(source.files.read(sample.path)[0]) for sample in samples])
-        features = embed(preprocess.normalise(pixels))
-    targets = np.unique([str(sample.label) for sample in samples], return_inverse=True)[1]
-    train = np.array([sample.split == "train" for sample in samples])
+        pixels = np.stack([preprocess.read(path.read_bytes()) for path in files])
+        return np.asarray(embed(preprocess.normalise(pixels)), np.float32)
+
+
+def hymenoptera() -> tuple[Part, Part]:
+    """Features of the train and the val photos.
+
+    Raises:
+        FileNotFoundError: the photos or the weights are not there.
+    """
+    folder = ASSETS / "data/hymenoptera"
+    if not folder.exists():
+        raise FileNotFoundError(folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    features, targets = embedded(files), np.unique([path.parent.name for path in files], return_inverse=True)[1]
+    train = np.array([path.parent.parent.name == "train" for path in files])
     return (features[train], targets[train]), (features[~train], targets[~train])
 
 

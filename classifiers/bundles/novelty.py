@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -82,30 +82,21 @@ class Novelty:
         usual = float(np.sort(radii)[min(math.ceil((len(radii) + 1) * (1 - FALSE_ALARMS)), len(radii)) - 1])
         if usual <= 0:
             return None
-        none = cls(reference, usual, np.empty((0, X.shape[1]), np.float32), np.empty(0, np.float32))
-        if not all(subset.y.ndim == 1 and subset.y.dtype.kind == "U" for subset in fitted):
-            return none  # without one label an image there are no classes
-        labels = np.unique(np.concatenate([subset.y for subset in fitted]), return_inverse=True)
-        distances[labels[1][chosen][judged, None] != labels[1][chosen][:REFERENCE]] = np.inf
-        classes = _Classes(*labels, owners)
-        own = classes.judged_wrongly(chosen[judged], radii > usual)
-        spread = classes.spread(chosen[judged], distances.min(axis=1))
-        kept = [order[classes.of[order] == k][: max(REFERENCE // len(own), NEIGHBOUR)] for k in own]
-        bounds = [classes.bound(rows, _as_saved(_rows(fitted, rows)), spread) for rows in kept]
-        able = [(rows, bound) for rows, bound in zip(kept, bounds, strict=True) if bound]
-        if len(able) < len(own):
-            lone = [str(classes.names[k]) for k, bound in zip(own, bounds, strict=True) if not bound]
-            log.warning(
-                "new images of %s may be called unlike the training images: one image, or group, does not show how different "
-                "its images are",
-                ", ".join(map(repr, lone[:SHOWN])) + (f" and {len(lone) - SHOWN} more classes" if len(lone) > SHOWN else ""),
-            )
-        if not able:
-            return none
-        features = _as_saved(_rows(fitted, np.concatenate([rows for rows, _ in able])))
-        return replace(
-            none, own=features, bounds=np.concatenate([np.full(len(rows), bound, np.float32) for rows, bound in able])
-        )
+        own, bounds = np.empty((0, X.shape[1]), np.float32), np.empty(0, np.float32)
+        if all(subset.y.ndim == 1 and subset.y.dtype.kind == "U" for subset in fitted):  # else there are no classes
+            names, of = np.unique(np.concatenate([subset.y for subset in fitted]), return_inverse=True)
+            distances[of[chosen][judged, None] != of[chosen][:REFERENCE]] = np.inf
+            classes = _Classes(names, of, owners)
+            wrong = classes.judged_wrongly(chosen[judged], radii > usual)
+            spread = classes.spread(chosen[judged], distances.min(axis=1))
+            kept = [order[of[order] == k][: max(REFERENCE // len(wrong), NEIGHBOUR)] for k in wrong]
+            parts = [_as_saved(_rows(fitted, rows)) for rows in kept]
+            limits = [classes.bound(rows, part, spread) for rows, part in zip(kept, parts, strict=True)]
+            _warn([str(names[k]) for k, limit in zip(wrong, limits, strict=True) if limit is None])
+            for part, limit in zip(parts, limits, strict=True):
+                if limit is not None:
+                    own, bounds = np.append(own, part, axis=0), np.append(bounds, np.full(len(part), limit, np.float32))
+        return cls(reference, usual, own, bounds)
 
     def scores(self, X: NDArray[np.floating[Any]] | LazyFeatures) -> NDArray[np.float32]:
         """How unlike the training images features ``(n, d)`` are ``(n,)``: distances in units of the bound, the least that is.
@@ -190,15 +181,23 @@ class _Classes:
         means = np.bincount(of, logs, minlength=len(self.names)) / np.maximum(counts, 1)
         return math.sqrt(float(((logs - means[of]) ** 2).sum()) / max(int(np.maximum(counts - 1, 0).sum()), 1))
 
-    def bound(self, rows: NDArray[np.intp], X: NDArray[np.float32], spread: float) -> float:
-        """The own bound of a class with these images; 0 if they are of a single group."""
+    def bound(self, rows: NDArray[np.intp], X: NDArray[np.float32], spread: float) -> float | None:
+        """The own bound of a class with these images; None if they are of a single group."""
         distances = 1 - X @ X.T
         distances[self.owners[rows][:, None] == self.owners[rows]] = np.inf
         nearest_of_each = distances.min(axis=1)
         if not np.isfinite(nearest_of_each).all():
-            return 0.0
+            return None
         units = len(np.unique(self.owners[rows]))
         return math.exp(np.log(np.maximum(nearest_of_each, CLOSEST)).mean() + Z95 * spread * math.sqrt(1 + 1 / units))
+
+
+def _warn(lone: Sequence[str]) -> None:
+    """Say of which classes nothing is known, if there are any."""
+    if lone:
+        more = f" and {len(lone) - SHOWN} more classes" if len(lone) > SHOWN else ""
+        what = "may be called unlike the training images: one image, or group, does not show how different its images are"
+        log.warning("new images of %s%s %s", ", ".join(map(repr, lone[:SHOWN])), more, what)
 
 
 def _rows(fitted: Sequence[Subset], rows: NDArray[np.intp]) -> NDArray[np.float32]:
