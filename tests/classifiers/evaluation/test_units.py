@@ -170,7 +170,7 @@ def test_too_few_groups_decide_nothing(groups: int, decision: str) -> None:
     verdict = judge(change, units, subject="fine-tuning", cost_ratio=5.0, worthwhile=0.01)
     assert verdict.decision == decision
     if units.few:
-        assert "cannot be told with 140 images of 7 groups, 10 groups are the least that can show it" in verdict.sentence
+        assert "cannot be told with 140 images of 7 groups; 10 groups are the least that can show it" in verdict.sentence
     evaluation = task_of("single-label", ["a", "b"]).score(np.repeat(["a"], len(truth)), outputs(worse), "test", units)
     said = [note for note in evaluation.notes if note.startswith("nothing can be told from 140 images of 7 groups")]
     assert bool(said) == units.few
