@@ -201,9 +201,8 @@ class Photos:
             for path in self.burst:
                 frames(path, data / "other" / "burst" / path.parent.name / path.stem, rng)
         cache = folder / f"{network[1]}-{Path(network[3]).stem}.cache"
-        names = "\n".join(
-            ["path,label", *(f"{p},{p.parts[-2]}" for p in sorted(map(str, data.rglob("*.jpg"))) for p in [Path(p)])]
-        )
+        paths = sorted(path.relative_to(folder) for path in data.rglob("*.jpg"))
+        names = "\n".join(["path,label", *(f"{path},{path.parts[-2]}" for path in paths)])
         (folder / "list.csv").write_text(names)
         penult("extract", folder / "list.csv", *network, "-o", cache, "--val-fraction", 0, "--test-fraction", 0)
         opened = FeatureCache(cache)

@@ -72,7 +72,8 @@ class LeakReport:
         conflicts: images whose bytes have more than one label.
         searched: whether all images were searched for near copies.
         divided: groups that have fitted and held-out images, by a split of the user's own.
-        images: how many images with different bytes there are, and how many of these were searched.
+        images: with different bytes.
+        images_searched: how many of these were searched for near copies.
         repeats: near copies on one side of the split, which are no leak; None if there are none.
         moved: validation images that are fitted only, because images of their unit are.
     """
@@ -82,7 +83,8 @@ class LeakReport:
     conflicts: list[list[str]] = field(default_factory=list)
     searched: bool = True
     divided: list[str] = field(default_factory=list)
-    images: tuple[int, int] = (0, 0)
+    images: int = 0
+    images_searched: int = 0
     repeats: Repeats | None = None
     moved: list[str] = field(default_factory=list)
 
@@ -116,8 +118,11 @@ class LeakReport:
             what = "validation image(s) are of a group that is fitted, so no setting is chosen on them"
             remarks.append(f"{len(self.moved)} {what}: {_few(self.moved)}")
         if not self.searched:
-            some = f"near copies were looked for among {self.images[1]} of {self.images[0]} images, because all take too long"
-            remarks.append(some if self.images[1] else "near copies were not looked for: the features do not fit in memory")
+            some = (
+                f"near copies were looked for among {self.images_searched} of {self.images} images, because all take too long"
+            )
+            none = "near copies were not looked for: the features do not fit in memory"
+            remarks.append(some if self.images_searched else none)
         return remarks
 
 
@@ -170,7 +175,8 @@ def look(cache: FeatureCache, roles: Roles, *, group: bool = True, in_memory: bo
         conflicts=conflicting_labels(cache.samples),
         searched=count == len(contents),
         divided=divided,
-        images=(len(contents), count),
+        images=len(contents),
+        images_searched=count,
         repeats=repeats,
         moved=moved,
     )

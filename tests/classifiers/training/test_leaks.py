@@ -109,8 +109,8 @@ def test_nothing_is_chosen_on_images_whose_unit_is_fitted(planted: FeatureCache)
 def test_only_as_many_images_are_searched_as_there_is_time_for(planted: FeatureCache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("classifiers.near_copies.MOST_PRODUCTS", 50 * 50 * planted.dim)
     _, report = look(planted, assign_roles(planted.samples))
-    assert (report.searched, report.images[1]) == (False, 50)
-    assert f"among 50 of {report.images[0]} images" in report.remarks()[-1]
+    assert (report.searched, report.images_searched) == (False, 50)
+    assert f"among 50 of {report.images} images" in report.remarks()[-1]
 
 
 def test_evaluate_names_copies_of_fitted_images_in_new_data(
