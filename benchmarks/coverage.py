@@ -553,7 +553,7 @@ REPORTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--draws", type=int, default=1000, help="of each population (default 1000: about five minutes)")
+    parser.add_argument("--draws", type=int, default=1000, help="of each population (default 1000: about half an hour)")
     parser.add_argument("--only", choices=REPORTS, help="this table alone")
     parser.add_argument("--no-page", action="store_true", help="print only")
     options = parser.parse_args()

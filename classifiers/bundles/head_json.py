@@ -173,6 +173,8 @@ def require_calibration(conformal: dict[str, Any] | None, task: HeadTask) -> Non
         parts = [len(each) for each in conformal[key]], [len(each) + 1 for each in conformal["edges"]]
         rising = all(each == sorted(each) for each in conformal["edges"])
         reason = "" if parts[0] == parts[1] and rising else "'conformal.edges' are not those between the parts of 'half_width'"
+    if not reason and "effective" in conformal and not (conformal["effective"] > 0 and 0 < conformal["coverage"] < 1):
+        reason = f"'conformal' is of {conformal['effective']:g} images for a coverage of {conformal['coverage']:g}"
     if reason:
         raise ValueError(reason)
 

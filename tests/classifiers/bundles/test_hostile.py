@@ -16,6 +16,8 @@ import pytest
 
 from classifiers.bundles import fused
 from classifiers.bundles.bundle import Bundle
+from classifiers.bundles.head_json import require_calibration
+from classifiers.evaluation.registry import task_of
 from extractor.graphs.backbone_facts import PREFIX
 from store.errors import BadDataError
 from store.format import hdf5
@@ -243,6 +245,28 @@ def test_a_regression_whose_lists_do_not_fit_its_targets_is_refused(name: str, r
     edit(bundle, {"half_width": "conformal.half_width", "per_output": "metrics.per_output"}[name], [])
     with pytest.raises(BadDataError, match=reason):
         Bundle.load(bundle)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, ""),
+        ({"half_width": [[1.0], [2.0]]}, "'conformal.half_width' is for 2 targets, and the head has 1"),
+        ({"edges": [[3.0, 2.0]]}, "'conformal.edges' are not those between the parts"),
+        ({"edges": [[2.0]]}, "'conformal.edges' are not those between the parts"),
+        ({"edges": []}, "'conformal.edges' are not those between the parts"),
+        ({"half_width": [1.0]}, r"'conformal.half_width\[0\]' is a number; expected a list"),
+        ({"effective": -1.0}, "'conformal' is of -1 images for a coverage of 0.9"),
+        ({"more": 1}, "'conformal' has 'coverage', .* expected "),
+    ],
+)
+def test_intervals_whose_parts_do_not_fit_are_refused(changes: dict[str, Any], reason: str) -> None:
+    facts = {"coverage": 0.9, "n": 150, "half_width": [[1.0, 2.0, None]], "edges": [[2.0, 3.0]], "effective": 40.0}
+    if not reason:
+        require_calibration(facts, task_of("regression", ["a"]))
+        return
+    with pytest.raises(ValueError, match=reason):
+        require_calibration({**facts, **changes}, task_of("regression", ["a"]))
 
 
 @pytest.mark.parametrize(("name", "value"), [("history.0.C", ...), ("history.0.log_loss", "x"), ("hyperparameters.C", ...)])
