@@ -46,7 +46,7 @@ def job(tmp_path: Path, backbone_file: Path) -> Callable[[str, str], Path]:
     rng, rows = np.random.default_rng(0), ["path,label,warmth,size"]
     for i in range(40):
         red, bright = i % 2, (i // 2) % 2
-        tint = np.array([60 + 130 * red, 60, 60 + 90 * bright])
+        tint = np.array([60 + 130 * red, 60, 60 + 90 * bright]) + rng.integers(0, 40, 3)  # none is a copy of another
         pixels = np.clip(tint + rng.normal(0, 10, (24, 24, 3)), 0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{i:02d}.png")
         labels = "|".join(name for name, there in (("red", red), ("bright", bright)) if there)
