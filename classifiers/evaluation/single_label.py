@@ -22,7 +22,6 @@ from .task import FEW, Evaluation, HeadTask, Outputs, Prediction
 from .units import Units
 
 WIDE = 0.10  # an accuracy interval wider than ten points does not separate good from mediocre
-MANY = 30  # with fewer groups resampling shows too little of some scores, as benchmarks/coverage.py measures
 TOPS = (3, 5)  # top-k accuracy is computed for these k, if there are more classes
 
 
@@ -164,7 +163,7 @@ def _notes(bounds: Interval, correct: int, units: Units, support: list[tuple[str
         without = " without an error" if sure else ""
         claim = f"at least {low:.0%}" if sure else f"between {low:.0%} and {high:.0%}"
         notes.append(f"too few to conclude: {units.phrase}{without} only show an accuracy of {claim}")
-    if units.groups and not units.few and units.count < MANY:
+    if units.scarce:
         scores = "macro precision, log-loss and areas under curves"
         notes.append(f"with {units.count} groups, intervals of {scores} hold in about 90 % of cases, others in 92 to 97")
     few = [f"{label} ({count})" for label, count in support if count < FEW]

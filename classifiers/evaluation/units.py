@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from .intervals import Z95, Interval, bootstrap_interval, modified_wilson, resampled
 
 FEWEST = 10  # with fewer groups an interval cannot be trusted, and nothing is concluded
+MANY = 30  # with fewer groups resampling shows too little of some scores, as benchmarks/coverage.py measures
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +73,11 @@ class Units:
     def few(self) -> bool:
         """Whether there are too few groups to conclude anything."""
         return not self.single and self.count < FEWEST
+
+    @property
+    def scarce(self) -> bool:
+        """Whether something can be concluded, and there are too few groups for all intervals to hold as often as they say."""
+        return not self.single and FEWEST <= self.count < MANY
 
     @property
     def phrase(self) -> str:

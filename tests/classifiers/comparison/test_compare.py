@@ -482,3 +482,5 @@ def test_whether_more_labels_would_help(value: float, interval: tuple[float, flo
         _sentence(points, value, interval, Units.each(80), 0.01)
         == f"From 100 to 200 training images accuracy changed by {expected}"
     )
+    twelve = Units(np.repeat(np.arange(12), 7)[:80])
+    assert _sentence(points, value, interval, twelve, 0.01).endswith(" hold in 92 to 99 % of cases.")
