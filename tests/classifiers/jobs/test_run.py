@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -91,11 +92,12 @@ def test_nothing_is_done_again_unless_it_changed(job: Callable[..., Path], tmp_p
     moved = tmp_path / "photos/red/9-000.png"
     moved.rename(tmp_path / "photos/blue/9-000.png")  # the same image under another label
     (tmp_path / "photos/empty").mkdir()
+    shutil.copy(tmp_path / "photos/red/1-000.png", tmp_path / "photos/blue/again.png")
     relabelled = run_job(job(C=0.5), record=(record := {}))
     assert (relabelled.trained, relabelled.extract.computed) == (True, 0)
-    assert relabelled.extract.changes["label"] == 1
+    assert relabelled.extract.changes["label"] == 2  # the moved one, and the copy
     assert f"the folder empty in {tmp_path / 'photos'} is empty" in record["warnings"]
-    assert any("look like copies of fitted ones" in text for text in record["warnings"]), "of the training, too"
+    assert any("have more than one label" in text for text in record["warnings"]), "of the training, too"
 
 
 def test_a_job_that_wants_no_thumbnails_trains_again_without(job: Callable[..., Path], tmp_path: Path) -> None:
