@@ -27,6 +27,7 @@ from classifiers.evaluation.task import Evaluation, HeadTask
 from classifiers.evaluation.units import Units
 from classifiers.heads.folds import Fold, group_folds, stratified_folds
 from classifiers.heads.registry import make_head, name_of
+from classifiers.training.leaks import look
 from classifiers.training.roles import Roles, assign_roles
 from extractor.backbones.registry import WEIGHTS_SUFFIXES, Backbone, check_request
 from extractor.data.sources import Source
@@ -207,7 +208,7 @@ def run_sweep(
     list_samples(source, options)
     extracted, failed, unusable = _extract(source, backbones, folder, options)
     table = common_samples([each.cache.samples for each in extracted])
-    roles = assign_roles(table)
+    roles = _with_near_copies(assign_roles(table), extracted)
     task = task_of(table.task.name, table.outputs)
     chosen_on, reported_on = roles.facts["chosen_on"], roles.facts["reported_on"]
     task.require(table, [(roles.fit, "train"), (roles.choose, str(chosen_on)), (roles.report, str(reported_on))])
@@ -276,6 +277,15 @@ def common_samples(tables: Sequence[SampleTable]) -> SampleTable:
     return SampleTable([row for row in first.rows if row.ok and key(row) in shared], first.facts, first.target_names)
 
 
+def _with_near_copies(roles: Roles, extracted: Sequence[_Extracted]) -> Roles:
+    """The roles with what looks like near copies to any of the sources as one group, so that all have the same."""
+    for each in extracted:
+        roles, report = look(each.cache, roles)
+        for sentence in [*report.sentences(), *report.remarks()]:
+            log.warning("%s: %s", each.source, sentence)
+    return roles
+
+
 class _Bench:
     """Trains and measures heads on the same images in the same roles for every source.
 
@@ -293,10 +303,10 @@ class _Bench:
         self._truth = table.truth(self._rows)
         self._distinct = list({digest: i for i, digest in enumerate(self._digests)}.values())  # copies add no evidence
         self._held_out = table.truth(roles.report) if roles.report else None
-        self._groups = groups_of(roles.fit)
+        self._groups = groups_of(self._rows)
         self._folds = self._make_folds(seed)
-        together, judged = groups_of(self._rows), np.concatenate([test for _, test in self._folds])
-        self._choice = Units.of_groups([together[i] for i in judged.tolist()])
+        judged = np.concatenate([test for _, test in self._folds])
+        self._choice = Units.of_groups([self._groups[i] for i in judged.tolist()])
         self._reported = Units.of_groups(groups_of(roles.report))
 
     def _make_folds(self, seed: int) -> list[Fold]:
@@ -305,13 +315,11 @@ class _Bench:
         if self._roles.choose:
             return [(np.arange(n), np.arange(n, total))]
         if self._task.exclusive:
-            folds = stratified_folds(np.unique(self._truth, return_inverse=True)[1], self._groups, FOLDS, seed)
+            folds = stratified_folds(np.unique(self._truth, return_inverse=True)[1], self._groups[:n], FOLDS, seed)
         else:
-            folds = group_folds(n, self._groups, FOLDS, seed)
+            folds = group_folds(n, self._groups[:n], FOLDS, seed)
         if not folds:
-            message = (
-                "a class has a single training image or group: there is nothing to rank by. Add images, or remove the class"
-            )
+            message = "fewer than two classes have two training images, or groups, so there is nothing to rank by. Add images"
             raise BadDataError(message)
         return folds
 

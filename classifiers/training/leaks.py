@@ -57,7 +57,8 @@ class Repeats:
     @property
     def sentence(self) -> str:
         same = ", ".join(" ~ ".join(names) for names in self.examples)
-        what = f"{self.images} images look like near copies of others (versions of one image, or a burst): {self.groups} groups"
+        counted = f"{self.groups} group{'s' * (self.groups != 1)}"
+        what = f"{self.images} images look like near copies of others (versions of one image, or a burst): {counted}"
         then = "each counts as one" if self.grouped else "every image counts (--near-copies ignore)"
         return f"{what}, such as {same}; {then}"
 

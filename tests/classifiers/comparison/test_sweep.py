@@ -25,6 +25,8 @@ from classifiers.evaluation.multi_label import MultiLabel
 from classifiers.evaluation.regression import Regression
 from classifiers.evaluation.single_label import SingleLabel
 from classifiers.heads.registry import make_head
+from classifiers.training.leaks import look
+from classifiers.training.roles import assign_roles
 from extractor.backbones.registry import Backbone
 from extractor.data.folders import ImageFolder
 from extractor.pipeline.settings import Options
@@ -417,7 +419,8 @@ def test_out_of_fold_accuracy_is_that_of_heads_fitted_without_the_fold(
     assert best.right is not None
     assert best.right.mean() == best.choice.value
     if head == "logistic":  # its own folds are the same
-        train = FeatureCache(best.cache).subset("train")
+        cache = FeatureCache(best.cache)
+        train = cache.of_rows(look(cache, assign_roles(cache.samples))[0].fit, "train")
         fitted = make_head(head).fit(train.X, train.y, groups=train.groups)
         assert best.choice.value == next(point["accuracy"] for point in fitted.path_ if point["C"] == fitted.C_)
 
