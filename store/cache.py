@@ -44,9 +44,9 @@ class Subset:
     >>> from store import FeatureCache
     >>> train = FeatureCache("pets.cache").subset("train")
     >>> train
-    <Subset 'train': 12 images, 16 float16 features>
+    <Subset 'train': 18 images, 16 float16 features>
     >>> train.X.shape, train.y[:2].tolist()
-    ((12, 16), ['cat', 'cat'])
+    ((18, 16), ['cat', 'cat'])
     """
 
     X: NDArray[np.floating[Any]] | LazyFeatures
@@ -84,7 +84,7 @@ class FeatureCache:
     >>> from store import FeatureCache
     >>> cache = FeatureCache("pets.cache")
     >>> cache
-    <FeatureCache pets.cache: 24 images, labels cat, dog, features of 'last'>
+    <FeatureCache pets.cache: 30 images, labels cat, dog, features of 'last'>
     >>> cache.subset("test").X.dtype
     dtype('float16')
     """

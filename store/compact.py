@@ -43,9 +43,9 @@ def write_compact(cache: FeatureCache, out: str | Path, *, dtype: str = "float32
 
     >>> import store
     >>> store.write_compact(store.FeatureCache("pets.cache"), "pets.h5")
-    24
+    30
     >>> store.FeatureCache("pets.h5")
-    <FeatureCache pets.h5: 24 images, labels cat, dog, features of 'last'>
+    <FeatureCache pets.h5: 30 images, labels cat, dog, features of 'last'>
     """
     out = Path(out)
     if cache.path.is_dir():

@@ -30,12 +30,12 @@ NAMES = [f"{face}.{name}" for face, module in FACES.items() for name in module._
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the examples use: 24 pictures of two kinds, a network, a cache of the one by the other, and two bundles."""
+    """What the examples use: 30 pictures of two kinds, a network, a cache of the one by the other, and two bundles."""
     folder = tmp_path_factory.mktemp("examples")
     rng = np.random.default_rng(0)
     for label, colour in (("cat", (200, 120, 40)), ("dog", (40, 120, 200))):
         (folder / "pets" / label).mkdir(parents=True)
-        for i in range(12):
+        for i in range(15):
             own = np.add(colour, rng.normal(0, 20, 3))  # no two are near copies
             pixels = np.clip(rng.normal(own, 60, (40, 40, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / "pets" / label / f"{i:03d}.png")
@@ -111,8 +111,8 @@ def test_objects_show_themselves_in_a_notebook() -> None:
     comparison = classifiers.compare(["pets.head", "centroid.head"])
     shown = [each._repr_html_() for each in (cache, cache.subset("train"), bundle, evaluation, comparison)]
     assert all(html.startswith("<b>") and html.endswith("</table>") for html in shown)
-    assert "<tr><td>cat</td><td>6</td><td>3</td><td>3</td></tr>" in shown[0]
-    assert "<tr><td>dog</td><td>6</td></tr>" in shown[1]
+    assert "<tr><td>cat</td><td>9</td><td>3</td><td>3</td></tr>" in shown[0]
+    assert "<tr><td>dog</td><td>9</td></tr>" in shown[1]
     for html in shown[2:4]:
         assert "<tr><td>accuracy</td><td>1.0000</td><td>0.6097 to 1.0000</td></tr>" in html
     assert "<td>baseline</td>" in shown[4]

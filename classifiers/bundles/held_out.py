@@ -297,7 +297,7 @@ def evaluate(head: Any, subset: Subset) -> Evaluation:
         UsageError: the head is for several labels or for numbers; for these, use `HeadTask.score`.
 
     >>> import classifiers, store
-    >>> train, test = store.FeatureCache("pets.cache").split(test=0.25)
+    >>> train, test = store.FeatureCache("pets.cache").split(test=0.2)
     >>> head = classifiers.CentroidHead().fit(train.X, train.y)
     >>> classifiers.evaluate(head, test).n
     6

@@ -244,7 +244,7 @@ def needed_images(discordant: float, gain: float, worthwhile: float = 0.0, compa
 
     >>> from classifiers.evaluation.paired_tests import needed_images
     >>> [round(needed_images(0.12, gain, worthwhile=0.01)) for gain in (0.04, 0.02, 0.0)]
-    [636, 2452, 9419]
+    [635, 2451, 9419]
     """
     from scipy.special import ndtri
 

@@ -72,7 +72,7 @@ def extract(
 
     >>> import extractor
     >>> extractor.extract("pets/", "tiny.onnx", "new.cache", extractor.Options(device="cpu", quiet=True))
-    <FeatureCache new.cache: 24 images, labels cat, dog, features of 'last'>
+    <FeatureCache new.cache: 30 images, labels cat, dog, features of 'last'>
     """
     source = open_source(data) if isinstance(data, str | Path) else data
     run_extract(source, Backbone(backbone) if isinstance(backbone, str) else backbone, Path(cache), options or Options())

@@ -22,7 +22,7 @@ import pytest
 
 import classifiers
 from classifiers.bundles.predictor import Predictor
-from classifiers.finetuning import finetune
+from classifiers.finetuning import trainer
 from classifiers.heads.logistic import LogisticHead
 from extractor import machine
 from extractor.backbones.export import export
@@ -370,14 +370,14 @@ def test_fine_tuning_goes_on_with_the_cpu_where_torch_has_no_card(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for present, level in ((True, logging.WARNING), (False, logging.INFO)):
-        monkeypatch.setattr(finetune, "nvidia_driver_present", lambda: present)  # noqa: B023
+        monkeypatch.setattr(trainer, "nvidia_driver_present", lambda: present)  # noqa: B023
         caplog.clear()
         with caplog.at_level(logging.INFO):
-            assert finetune._device("auto") == "cpu"
+            assert trainer._device("auto") == "cpu"
         assert [(each.levelno, "training on the CPU. " in each.getMessage()) for each in caplog.records] == [(level, True)]
         why = r"torch .* does not compute there: .* Try" if present else "this machine has no NVIDIA driver"
         with pytest.raises(DeviceUnavailableError, match=rf"--device cuda:1: {why}"):
-            finetune._device("cuda:1")
+            trainer._device("cuda:1")
 
 
 def test_a_card_that_has_no_cudnn_is_refused(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
