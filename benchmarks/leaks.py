@@ -22,6 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 
+from classifiers.bundles.bundle import Bundle
+from classifiers.evaluation.paired_tests import flip_test
+from classifiers.evaluation.units import Units
 from classifiers.near_copies import LONGEST, near_copies
 from store.cache import FeatureCache
 
@@ -319,6 +322,50 @@ def new_data(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def held_out(folder: Path) -> str:
+    """Ten new photos stand for hundreds: copies of each, on one of which two heads differ."""
+    penult("extract", PHOTOS, *NETWORK, "-o", folder / "both.cache")
+    rights = []
+    for head in ("logistic", "centroid"):
+        penult("train", folder / "both.cache", "--head", head, "--no-thumbnails", "-o", folder / f"both-{head}.head")
+        shown = Bundle.load(folder / f"both-{head}.head").predictions()
+        rights.append(np.array(["ants", "bees"])[shown.probabilities.argmax(axis=1)] == shown.labels)
+    alike = np.flatnonzero(rights[0] & rights[1])
+    chosen = [int(np.flatnonzero(rights[0] & ~rights[1])[0]), *alike[:: len(alike) // 9][:9].tolist()]
+    lines = [
+        "| held out | accuracy, each image for itself | accuracy now | p of the two heads | p now |",
+        "|---|---|---|---|---|",
+    ]
+    for what, versions in (("20 exact copies of each", ["same"] * 20), ("10 versions of each", ["same", *VERSIONS])):
+        data = folder / what.replace(" ", "-")
+        for path in sorted((PHOTOS / "train").rglob("*.jpg")):
+            out = data / "train" / path.parent.name / path.name
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_bytes(path.read_bytes())
+        for path in (PHOTOS / os.fsdecode(shown.paths[i]) for i in chosen):
+            for k, name in enumerate(versions):
+                out = data / "test" / path.parent.name / f"{path.stem}.{k}.jpg"
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.write_bytes(path.read_bytes()) if name == "same" else changed(path, name, out)
+        cache = folder / f"{data.name}.cache"
+        penult("extract", data, *NETWORK, "-o", cache)
+        bundles, hits = [], []
+        for head in ("logistic", "centroid"):
+            bundles.append(folder / f"{data.name}-{head}.head")
+            made = penult("train", cache, "--head", head, "--no-thumbnails", "-o", bundles[-1])
+            of_ten = Bundle.load(bundles[-1]).predictions()
+            hits.append(np.array(made["classes"])[of_ten.probabilities.argmax(axis=1)] == of_ten.labels)
+        compared = penult("compare", *bundles)
+        before, (low, high) = Units.each(len(hits[0])).proportion(hits[0]), compared["bundles"][0]["accuracy_interval"]
+        p = flip_test(hits[0].astype(np.int8) - hits[1])
+        lines.append(
+            f"| {what}: {len(hits[0])} images | {100 * hits[0].mean():.1f} % [{100 * before[0]:.1f}, {100 * before[1]:.1f}] "
+            f"| [{100 * low:.1f}, {100 * high:.1f}], of {compared['groups']} groups | {p:.1g} "
+            f"| {compared['bundles'][1]['change']['p_adjusted']:.2g} |"
+        )
+    return "\n".join(lines)
+
+
 def seconds() -> str:
     rng = np.random.default_rng(0)
     lines = ["| images | features | CPU seconds |", "|---|---|---|"]
@@ -350,6 +397,7 @@ def main() -> None:
                 "untrained": lambda: Photos(folder, untrained).table(),
                 "train": lambda: inside_train(folder),
                 "evaluate": lambda: new_data(folder),
+                "held-out": lambda: held_out(folder),
             }
         for name, table in tables.items():
             if options.only and name not in options.only:

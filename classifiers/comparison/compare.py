@@ -312,7 +312,7 @@ def compare_entrants(entrants: Sequence[Entrant], *, baseline: int = 0, worthwhi
         resamples=resamples,
         lines=[against, *sorted(lines, key=lambda line: (-line.accuracy, line.seconds))],
         truth=truth,
-        notes=_notes(entrants),
+        notes=[*_notes(entrants), *units.compared_notes],
     )
 
 

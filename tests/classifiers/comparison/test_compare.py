@@ -464,6 +464,17 @@ def test_draws_divide_no_group_and_hold_the_smaller_ones() -> None:
         assert {labels[i] for i in rows} == {"rare", "common"}
 
 
+@pytest.mark.parametrize(("groups", "expected"), [(9, 0), (12, 1), (40, 0), (0, 0)])
+def test_a_comparison_on_few_groups_says_how_often_its_intervals_hold(groups: int, expected: int) -> None:
+    truth = classes_of(80)
+    pair = [entrant(name, truth, says(truth, 0.8, seed)) for seed, name in enumerate("ab")]
+    if groups:
+        of = [b"%d" % (i % groups) for i in range(80)]
+        pair = [replace(each, predictions=replace(each.predictions, groups=of)) for each in pair]
+    notes = compare_entrants(pair).to_json()["notes"]
+    assert len([note for note in notes if "intervals of differences hold in 94 to 98 % of cases" in note]) == expected
+
+
 @pytest.mark.parametrize(
     ("value", "interval", "expected"),
     [
