@@ -21,7 +21,7 @@ NEIGHBOURS = 60  # distances that are looked at
 LONGEST = 30  # copies of an image; more of them look like images of their own kind
 BEYOND = 4  # a gap is measured to this neighbour after it, because the next one may be near by chance
 WINDOW = 9  # neighbours from which the dimension is learned
-FALSE_ALARMS = 0.005  # data sets without copies in which some are seen; where images do not lie evenly it is more
+FALSE_ALARMS = 0.002  # data sets without copies in which some are seen; where images do not lie evenly it is more
 FURTHEST = 0.7  # a copy is nearer than this share of the distance behind the gap, however many dimensions there are
 FEWEST = 16  # images of a class; with fewer, what belongs to one class looks like copies
 MOST_PRODUCTS = 4e12  # multiplications, a minute or two on two cores; beyond, only as many images as this allows
@@ -134,7 +134,17 @@ def _units(distances: Float32, which: NDArray[np.intp], spacing: float, classes:
     least = max(spacing * math.log(BEYOND / _bound(p)), -math.log(FURTHEST))
     kept = pairs.data >= least
     edges = csr_array((kept[kept], (pairs.row[kept], pairs.col[kept])), shape=(n, n))
-    return np.asarray(connected_components(edges, directed=False)[1], np.intp)
+    units = np.asarray(connected_components(edges, directed=False)[1], np.intp)
+    return units if classes is None else _without_classes(units, classes)
+
+
+def _without_classes(units: NDArray[np.intp], classes: NDArray[np.intp]) -> NDArray[np.intp]:
+    """Units of which none holds more than half of a class; the images of one that does are alone."""
+    counts = np.zeros((units.max() + 1, classes.max() + 1), np.intp)
+    np.add.at(counts, (units, classes), 1)
+    whole = np.asarray((2 * counts > np.bincount(classes)).any(axis=1))[units]
+    alone = units.max() + 1 + np.arange(len(units))
+    return np.asarray(np.unique(np.where(whole, alone, units), return_inverse=True)[1], np.intp)
 
 
 def _bound(p: NDArray[np.float64]) -> float:

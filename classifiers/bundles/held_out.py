@@ -177,9 +177,9 @@ def _near_copies(bundle: Bundle, held: Predictions) -> tuple[Predictions, dict[s
     Returns:
         The predictions with near copies as one group; what was seen, as JSON, or None without features; and which are copies.
     """
-    near = np.zeros(len(held.paths), bool)
+    near, recorded = np.zeros(len(held.paths), bool), _recorded_groups(bundle, held)
     if held.features is None:
-        return held, None, near
+        return replace(held, groups=recorded or held.groups), None, near
     novelty, X = bundle.novelty(), np.asarray(held.features, np.float32)
     reference = np.empty((0, X.shape[1]), np.float32) if novelty is None else novelty.reference
     first = np.unique(np.array(held.sha256, dtype=object), return_index=True)[1]
@@ -194,7 +194,7 @@ def _near_copies(bundle: Bundle, held: Predictions) -> tuple[Predictions, dict[s
     name = {unit: held.sha256[i] for unit, i in zip(units.tolist(), first.tolist(), strict=True)}
     of = {held.sha256[i]: unit for unit, i in zip(units.tolist(), first.tolist(), strict=True)}
     near[:] = [of.get(digest) in known for digest in held.sha256]
-    groups = merge_groups(held.groups, [name[of[each]] if each in of else each for each in held.sha256])
+    groups = recorded or merge_groups(held.groups, [name[of[each]] if each in of else each for each in held.sha256])
     together = len(set(held.groups)) - len(set(groups))
     fitted = len(bundle.fitted())
     kept = min(len(reference), fitted)  # of exact copies, all are kept
@@ -205,11 +205,18 @@ def _near_copies(bundle: Bundle, held: Predictions) -> tuple[Predictions, dict[s
         log.warning("%d of %d images look like copies of fitted ones (of %s): %s", len(names), len(near), searched, shown)
     elif kept < fitted:
         log.info("near copies of fitted images were looked for among %s", searched)
-    if together:
+    if together and not recorded:
         what = "some images look like near copies of each other, and count as one: %d images are of %d groups"
         log.warning(what, len(near), len(set(groups)))
     leaks = {"near": names, "fitted_searched": kept, "fitted": fitted, "searched": len(of) == len(set(held.sha256))}
     return replace(held, groups=groups), leaks, near
+
+
+def _recorded_groups(bundle: Bundle, held: Predictions) -> list[bytes]:
+    """The groups of training, if these are images that the bundle was reported on, so that both say the same; else none."""
+    reported = bundle.predictions() if bundle.metrics is not None else None
+    groups = dict(zip(reported.sha256, reported.groups, strict=True)) if reported and reported.groups else {}
+    return [groups[digest] for digest in held.sha256] if set(held.sha256) <= groups.keys() else []
 
 
 def score_without(

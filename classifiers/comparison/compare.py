@@ -21,6 +21,7 @@ from classifiers.training.cost import fitted_share, needed
 from store.cache import FeatureCache
 from store.errors import BadDataError, UsageError
 from store.faces import html_table
+from store.splits import merge_groups
 
 from .label_curve import LabelCurve, label_curve
 from .verdict import Verdict, judge
@@ -271,8 +272,10 @@ def compare_entrants(entrants: Sequence[Entrant], *, baseline: int = 0, worthwhi
         columns = np.zeros((len(truth), len(classes)), np.float32)
         columns[:, [index[label] for label in entrant.classes]] = entrant.predictions.probabilities[order]
         outputs.append(columns)
-    first = next((i for i, each in enumerate(held) if each.groups), 0)  # bundles from before know none
-    units = Units(held[first].units.of[orders[first]])
+    groups = [held[0].sha256[i] for i in orders[0]]
+    for each, order in zip(held, orders, strict=True):  # bundles from before know none
+        groups = merge_groups([each.groups[i] for i in order], groups) if each.groups else groups
+    units = Units.of_groups(groups)
     standings, resamples = paired(truth, outputs, classes, baseline, units)
     tuned = [i for i, entrant in enumerate(entrants) if entrant.kind == FINE_TUNED and i != baseline]
     least, others = worthwhile / 100, len(entrants) - 1

@@ -279,8 +279,10 @@ def common_samples(tables: Sequence[SampleTable]) -> SampleTable:
 
 def _with_near_copies(roles: Roles, extracted: Sequence[_Extracted]) -> Roles:
     """The roles with what looks like near copies to any of the sources as one group, so that all have the same."""
-    for each in extracted:
+    for number, each in enumerate(extracted):
         roles, report = look(each.cache, roles)
+        if number:  # what does not depend on features has been said, and groups are those of the sources before, too
+            report = replace(report, copies=[], conflicts=[], divided=[])
         for sentence in [*report.sentences(), *report.remarks()]:
             log.warning("%s: %s", each.source, sentence)
     return roles

@@ -61,7 +61,7 @@ class Conformal:
         per_class = [bound(far[targets == k], coverage, units.among(targets == k))[0] for k in range(probabilities.shape[1])]
         marginal, effect = bound(far, coverage, units)
         least, *each = (max(-value, 0.0) for value in (marginal, *per_class))
-        return cls(coverage, n, least, each, None if units.single else n / effect)
+        return cls(coverage, n, least, each, effective(units, effect))
 
     @classmethod
     def from_json(cls, facts: dict[str, Any] | None) -> Self | None:
@@ -129,6 +129,17 @@ def bound(scores: NDArray[np.float64], coverage: float, units: Units) -> tuple[f
     effect, _ = units.design(scores <= ordered[math.ceil(n * coverage) - 1])
     place = math.ceil((n + effect) * coverage)
     return (float(ordered[place - 1]) if place <= n else math.inf), effect
+
+
+def effective(units: Units, effect: float) -> float | None:
+    """As how many independent images these count, with a design effect; None if they are independent.
+
+    Too few groups do not show the effect, and then count as one image each.
+    """
+    if units.single:
+        return None
+    n = len(units.of) / effect
+    return min(n, float(units.count)) if units.few else n
 
 
 def spread_notes(what: str, coverage: float, n: int, effective: float | None) -> list[str]:

@@ -14,7 +14,7 @@ from store.errors import BadDataError
 from store.format.samples import Row, SampleTable
 from store.tasks import RegressionTask
 
-from .conformal import COVERAGE, bound, spread_notes
+from .conformal import COVERAGE, bound, effective, spread_notes
 from .intervals import resamples_for
 from .scores import Values, Weights, require_finite
 from .task import FEW, HeadTask, Measured, Outputs, Prediction, bootstrapped, headline_of, proportion
@@ -66,7 +66,7 @@ class Intervals:
             half_width.append([value if math.isfinite(value) else None for value in own])
             edges.append(inner)
             effects.append(effect)
-        return cls(coverage, len(values), half_width, edges, None if units.single else len(values) / max(effects))
+        return cls(coverage, len(values), half_width, edges, effective(units, max(effects)))
 
     @classmethod
     def from_json(cls, facts: dict[str, Any] | None) -> Self | None:

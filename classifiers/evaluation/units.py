@@ -47,7 +47,7 @@ class Units:
     @classmethod
     def of_groups(cls, groups: Sequence[bytes]) -> Self:
         """Images with these groups; one that is in none has a name that nobody else has (`store.splits.groups_of`)."""
-        numbers = {group: number for number, group in enumerate(sorted(set(groups)))}
+        numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}  # whatever their names are
         return cls(np.array([numbers[group] for group in groups], np.intp))
 
     @cached_property

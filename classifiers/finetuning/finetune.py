@@ -29,9 +29,9 @@ from classifiers.evaluation.task import need_single_label
 from classifiers.heads.fitted import DenseHead
 from classifiers.reports.illustrations import illustrate
 from classifiers.training.cost import fitted_share, needed
-from classifiers.training.leaks import guard, look
+from classifiers.training.leaks import LeakReport, guard, look
 from classifiers.training.roles import Roles, assign_roles, inner_validation
-from classifiers.training.train import INNER, Judged, require_roles, save, weight_notes
+from classifiers.training.train import INNER, Judged, add_leaks, require_roles, save, weight_notes
 from extractor.backbones import networks
 from extractor.backbones.export import to_onnx
 from extractor.backbones.networks import Loaded
@@ -322,12 +322,13 @@ def _finetune(data: FeatureCache | Source, out: Path, settings: FineTuneSettings
 
 @dataclass(frozen=True)
 class _Images:
-    """Images by role, the files they are read from, and their classes."""
+    """Images by role, the files they are read from, their classes, and leaks if there are features to look for them."""
 
     table: SampleTable
     roles: Roles
     files: Files
     classes: list[str]
+    leaks: LeakReport | None = None
 
 
 def _prepare_images(data: FeatureCache | Source, settings: FineTuneSettings) -> _Images:
@@ -342,16 +343,17 @@ def _prepare_images(data: FeatureCache | Source, settings: FineTuneSettings) -> 
     roles = assign_roles(table)
     files = files_of(table, settings.root) if isinstance(data, FeatureCache) else data.files
     require_roles(table, roles)
+    leaks = None
     if isinstance(data, FeatureCache):
         roles, leaks = look(data, roles)
-        guard(leaks, "allow")
+        guard(leaks, "warn")
     else:
         log.info("near copies are not looked for: that needs the features of a cache")
     classes = sorted({str(row.label) for row in roles.fit})
     if not roles.choose:
         fitted, choose = inner_validation(roles.fit, seed=settings.seed)
         roles = replace(roles, fit=fitted, choose=choose, facts={**roles.facts, "chosen_on": INNER})
-    return _Images(table, roles, files, classes)
+    return _Images(table, roles, files, classes, leaks)
 
 
 def _judge_finetuned(tuned: FineTuned, images: _Images, settings: FineTuneSettings, network: Path) -> Judged:
@@ -370,6 +372,8 @@ def _judge_finetuned(tuned: FineTuned, images: _Images, settings: FineTuneSettin
         predictions = predict_held_out(predictor, roles.report, truth, images.files, name)
         evaluation = task.score(truth, predictions.probabilities, name, predictions.units)
         metrics = replace(evaluation, notes=[*evaluation.notes, *weight_notes(settings.class_weight)]).to_json()
+        if images.leaks is not None:
+            add_leaks(metrics, images.leaks, predictions, task)
         shown = illustrate(predictions, classes, files=images.files if settings.thumbnails else None)
     options = settings.part(FineTuneOptions)
     bundle = Bundle(

@@ -76,7 +76,7 @@ class LeakReport:
         images: with different bytes.
         images_searched: how many of these were searched for near copies.
         repeats: near copies on one side of the split, which are no leak; None if there are none.
-        moved: validation images that are fitted only, because images of their unit are.
+        moved: validation images that are fitted only, because images of their unit are, or of the unit of most others.
     """
 
     copies: list[str] = field(default_factory=list)
@@ -116,7 +116,7 @@ class LeakReport:
         """What else is to be said: no leak, and nothing to refuse."""
         remarks = [self.repeats.sentence] if self.repeats else []
         if self.moved:
-            what = "validation image(s) are of a group that is fitted, so no setting is chosen on them"
+            what = "validation image(s) are fitted and choose no setting: they, or most of the others, are of a fitted group"
             remarks.append(f"{len(self.moved)} {what}: {_few(self.moved)}")
         if not self.searched:
             some = (
@@ -225,16 +225,21 @@ def _grouped(roles: Roles, units: Mapping[bytes, bytes]) -> Roles:
 
 
 def _whole(roles: Roles) -> tuple[Roles, list[str]]:
-    """The roles with no unit in both parts of what is fitted, and the validation images that are fitted only."""
+    """The roles with no unit in both parts of what is fitted, and the validation images that are fitted only.
+
+    If these are half of them or more, the others show too little to choose by: then choices are made by folds of all.
+    """
     names = groups_of([*roles.fit, *roles.choose])
     fitted = set(names[: len(roles.fit)])
     within = [name in fitted for name in names[len(roles.fit) :]]
     moved = [row for row, inside in zip(roles.choose, within, strict=True) if inside]
     if not moved:
         return roles, []
+    if 2 * len(moved) >= len(roles.choose):
+        facts = {**roles.facts, "chosen_on": FOLDS}
+        return replace(roles, fit=[*roles.fit, *roles.choose], choose=[], facts=facts), [row.name for row in roles.choose]
     choose = [row for row, inside in zip(roles.choose, within, strict=True) if not inside]
-    facts = roles.facts if choose else {**roles.facts, "chosen_on": FOLDS}
-    return replace(roles, fit=[*roles.fit, *moved], choose=choose, facts=facts), [row.name for row in moved]
+    return replace(roles, fit=[*roles.fit, *moved], choose=choose), [row.name for row in moved]
 
 
 def guard(report: LeakReport, mode: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from extractor.pipeline.settings import FRACTION
 from store.errors import BadDataError
 from store.format.samples import Row, SampleTable
-from store.splits import assign_splits, hash_rank_rule, missed_shares, version_of, with_splits
+from store.splits import assign_splits, hash_rank_rule, missed_shares, with_splits
 
 log = logging.getLogger("penult.classifiers")
 
@@ -56,12 +56,11 @@ def assign_roles(table: SampleTable, *, val: float | None = None, test: float | 
     rule = dict(table.facts.get("split", {}))
     if val is not None or test is not None:
         val, test = (FRACTION if each is None else each for each in (val, test))
-        rule = {**hash_rank_rule(val=val, test=test, seed=seed, version=version_of(rule)), "override": True}
-        version = version_of(rule)
-        names = assign_splits(rows, val=val, test=test, seed=seed, stratify=table.task.stratifies, version=version)
+        rule = {**hash_rank_rule(val=val, test=test, seed=seed), "override": True}
+        names = assign_splits(rows, val=val, test=test, seed=seed, stratify=table.task.stratifies)
         rows = with_splits(rows, names)
         labels = [row.label or "" if table.task.stratifies else "" for row in rows]
-        for sentence in missed_shares(zip(labels, names, strict=True), val=val, test=test, version=version):
+        for sentence in missed_shares(zip(labels, names, strict=True), val=val, test=test):
             log.warning("%s", sentence)
     by_name: dict[str, list[Row]] = {}
     for row in rows:

@@ -231,7 +231,7 @@ def judge(fitted: Fitted, prepared: Prepared) -> Judged:
             files = files_or_none(cache.samples) if prepared.options.thumbnails else None
             shown = illustrate(predictions, names, X=held_out.X, fitted=prepared.fitted, files=files)
         if prepared.leaks is not None:
-            _with_leaks(metrics, prepared.leaks, predictions, task)
+            add_leaks(metrics, prepared.leaks, predictions, task)
     else:
         log.warning("nothing is held out, so this head gets no scores")
     spent = fitted.spent
@@ -335,7 +335,7 @@ def _for_streaming(roles: Roles, few_shot: Sequence[int], *, seed: int) -> Roles
     return replace(roles, fit=fit, choose=choose, facts={**roles.facts, "chosen_on": INNER})
 
 
-def _with_leaks(metrics: dict[str, Any], leaks: LeakReport, held_out: Predictions, task: HeadTask) -> None:
+def add_leaks(metrics: dict[str, Any], leaks: LeakReport, held_out: Predictions, task: HeadTask) -> None:
     """Add the leaks to the metrics, and the score without the images that look like fitted ones."""
     metrics["leaks"] = leaks.to_json()
     if leaks.repeats and leaks.repeats.grouped:

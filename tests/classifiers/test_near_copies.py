@@ -16,7 +16,7 @@ def classes(rng: np.random.Generator, n: int) -> Labels:
 
 @pytest.mark.parametrize("d", [8, 128, 512])
 def test_no_alarm_without_copies(d: int) -> None:
-    """About one data set of 200 has one; benchmarks/leaks.py counts."""
+    """About one data set of 500 has one; benchmarks/leaks.py counts."""
     rng = np.random.default_rng(d)
     alarms = [near_copies(rng.normal(size=(200, d)), classes(rng, 200)).sizes.max() > 1 for _ in range(20)]
     assert sum(alarms) <= 1
@@ -64,6 +64,13 @@ def test_a_class_is_no_burst_and_in_small_classes_nothing_is_seen() -> None:
     small[1] = small[0] + 0.1
     assert near_copies(small, [str(i // 10) for i in range(60)]).sizes.max() == 1
     assert near_copies(small, [str(i // 30) for i in range(60)]).sizes.tolist()[:3] == [2, 2, 1]
+
+
+def test_a_class_of_fewer_dimensions_is_no_burst() -> None:
+    rng = np.random.default_rng(4)
+    sheet = rng.normal(size=(40, 2)) @ rng.normal(size=(2, 64)) + 0.02 * rng.normal(size=(40, 64))
+    units = near_copies(np.concatenate([rng.normal(size=(200, 64)), sheet]), ["a"] * 200 + ["b"] * 40).units
+    assert np.bincount(units[200:]).max() <= 20
 
 
 def test_the_number_of_images_is_bounded() -> None:

@@ -471,6 +471,8 @@ def test_a_comparison_on_few_groups_says_how_often_its_intervals_hold(groups: in
     if groups:
         of = [b"%d" % (i % groups) for i in range(80)]
         pair = [replace(each, predictions=replace(each.predictions, groups=of)) for each in pair]
+    found = compare_entrants([entrant("c", truth, says(truth, 0.8, 2)), *pair])  # the first one knows no groups
+    assert found.groups == compare_entrants([*pair]).groups == (groups or None)
     notes = compare_entrants(pair).to_json()["notes"]
     assert len([note for note in notes if "intervals of differences hold in 94 to 98 % of cases" in note]) == expected
 

@@ -295,3 +295,7 @@ def test_bundles_from_before_are_compared_by_the_groups_of_the_other(grouped: Pa
     new = grouped / "ridge.head"
     groups = {classifiers.compare(pair).groups for pair in ([old, new], [new, old])}
     assert groups == {Bundle.load(new).predictions().units.count}
+
+
+def test_the_names_of_groups_change_nothing() -> None:
+    assert Units.of_groups([b"z", b"z", b"a", b"m", b"a"]).of.tolist() == [0, 0, 1, 2, 1]

@@ -90,20 +90,26 @@ def test_repeated_scenes_are_one_unit_and_said(planted: FeatureCache, tmp_path: 
     assert "every image counts (--near-copies ignore)" in caplog.text
     assert ignored.made_from != bundle.made_from
     assert [row.group for row in look(planted, assign_roles(planted.samples), group=False)[0].fit] == [b""] * len(units)
+    for each in (bundle, ignored):  # what is evaluated again counts as it did
+        evaluation, _ = classifiers.evaluate_bundle(each, planted)
+        for name, score in (each.metrics or {})["scores"].items():
+            assert list(evaluation.scores[name]["interval"] or ()) == pytest.approx(score["interval"] or [], abs=1e-5), name
 
 
 def test_nothing_is_chosen_on_images_whose_unit_is_fitted(planted: FeatureCache) -> None:
     roles = assign_roles(planted.samples)
-    chosen = {"train/a/010.80.jpg", "train/a/020.jpg"}
+    chosen = {"train/a/010.80.jpg", "train/a/020.jpg", "train/b/020.jpg"}
     choose = [row for row in roles.fit if row.name in chosen]
     fit = [row for row in roles.fit if row.name not in chosen]
     apart, report = look(planted, replace(roles, fit=fit, choose=choose))
     assert report.moved == ["train/a/010.80.jpg"]
-    assert "no setting is chosen on them: train/a/010.80.jpg" in " ".join(report.remarks())
-    assert [row.name for row in apart.choose] == ["train/a/020.jpg"]
-    assert len(apart.fit) == len(roles.fit) - 1
-    none, _ = look(planted, replace(roles, fit=fit, choose=choose[:1]))
-    assert (none.choose, none.facts["chosen_on"]) == ([], "folds of train")
+    assert "are of a fitted group: train/a/010.80.jpg" in " ".join(report.remarks())
+    assert [row.name for row in apart.choose] == ["train/a/020.jpg", "train/b/020.jpg"]
+    assert len(apart.fit) == len(roles.fit) - 2
+    for few in (choose[:1], choose[:2]):  # one image is left at most: too few to choose by
+        none, report = look(planted, replace(roles, fit=fit, choose=few))
+        assert (none.choose, none.facts["chosen_on"]) == ([], "folds of train")
+        assert (len(none.fit), len(report.moved)) == (len(fit) + len(few), len(few))
 
 
 def test_only_as_many_images_are_searched_as_there_is_time_for(planted: FeatureCache, monkeypatch: pytest.MonkeyPatch) -> None:
