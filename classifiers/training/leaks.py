@@ -77,6 +77,7 @@ class LeakReport:
         images_searched: how many of these were searched for near copies.
         repeats: near copies on one side of the split, which are no leak; None if there are none.
         moved: validation images that are fitted only, because images of their unit are, or of the unit of most others.
+        joined: how many groups the data has and how many are left, if near copies join some of them.
     """
 
     copies: list[str] = field(default_factory=list)
@@ -88,6 +89,7 @@ class LeakReport:
     images_searched: int = 0
     repeats: Repeats | None = None
     moved: list[str] = field(default_factory=list)
+    joined: list[int] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.copies or self.near or self.conflicts or self.divided)
@@ -115,6 +117,9 @@ class LeakReport:
     def remarks(self) -> list[str]:
         """What else is to be said: no leak, and nothing to refuse."""
         remarks = [self.repeats.sentence] if self.repeats else []
+        if self.joined:
+            what = "near copies join groups that the data has: {} are {} now. If that is wrong, --near-copies ignore"
+            remarks.append(what.format(*self.joined))
         if self.moved:
             what = "validation image(s) are fitted and choose no setting: they, or most of the others, are of a fitted group"
             remarks.append(f"{len(self.moved)} {what}: {_few(self.moved)}")
@@ -165,8 +170,10 @@ def look(cache: FeatureCache, roles: Roles, *, group: bool = True, in_memory: bo
     copies = near_copies(cache.features([row.sha256 for row in searched]), labels) if searched else None
     near, repeats, units = _described(copies, searched, {row.sha256 for row in roles.report}, group=group)
     divided = list(divided_groups((row.group, part) for part, rows in parts.items() for row in rows))
+    joined: list[int] = []
     if group and units:
-        roles = _grouped(roles, units)
+        before, roles = roles, _grouped(roles, units)
+        joined = _joined(before, roles)
     roles, moved = _whole(roles)
     if repeats:
         roles = replace(roles, facts={**roles.facts, "near_copies": asdict(repeats)})
@@ -180,6 +187,7 @@ def look(cache: FeatureCache, roles: Roles, *, group: bool = True, in_memory: bo
         images_searched=count,
         repeats=repeats,
         moved=moved,
+        joined=joined,
     )
     return roles, report
 
@@ -222,6 +230,15 @@ def _grouped(roles: Roles, units: Mapping[bytes, bytes]) -> Roles:
     rows = grouped([*roles.fit, *roles.choose, *roles.report], units)
     a, b = len(roles.fit), len(roles.fit) + len(roles.choose)
     return replace(roles, fit=rows[:a], choose=rows[a:b], report=rows[b:])
+
+
+def _joined(before: Roles, after: Roles) -> list[int]:
+    """How many groups the data has, and how many are left of them, if near copies join some."""
+    rows = [*before.fit, *before.choose, *before.report]
+    names = zip(rows, groups_of(rows), groups_of([*after.fit, *after.choose, *after.report]), strict=True)
+    pairs = [(old, new) for row, old, new in names if row.group]
+    counts = [len(set(each)) for each in zip(*pairs, strict=True)]
+    return counts if pairs and counts[1] < counts[0] else []
 
 
 def _whole(roles: Roles) -> tuple[Roles, list[str]]:

@@ -96,6 +96,17 @@ def test_repeated_scenes_are_one_unit_and_said(planted: FeatureCache, tmp_path: 
             assert list(evaluation.scores[name]["interval"] or ()) == pytest.approx(score["interval"] or [], abs=1e-5), name
 
 
+def test_groups_of_the_data_that_near_copies_join_are_said(planted: FeatureCache) -> None:
+    roles = assign_roles(planted.samples)
+    assert look(planted, roles)[1].joined == []
+    each = [replace(row, group=row.path if row.name in REPEATS[0] else b"") for row in roles.fit]
+    joined, report = look(planted, replace(roles, fit=each))
+    assert report.joined == [3, 1]
+    assert "near copies join groups that the data has: 3 are 1 now" in " ".join(report.remarks())
+    assert len({row.group for row in joined.fit if row.name in REPEATS[0]}) == 1
+    assert look(planted, replace(roles, fit=each), group=False)[1].joined == []
+
+
 def test_nothing_is_chosen_on_images_whose_unit_is_fitted(planted: FeatureCache) -> None:
     roles = assign_roles(planted.samples)
     chosen = {"train/a/010.80.jpg", "train/a/020.jpg", "train/b/020.jpg"}
