@@ -26,6 +26,7 @@ from classifiers.evaluation.units import Units
 from classifiers.heads.solvers.cosines import unit_rows
 from classifiers.near_copies import most_images, near_copies
 from extractor.data.files import GONE, MOVED, Files
+from extractor.data.samples import in_words
 from extractor.data.sources import Source, files_of, open_source
 from extractor.pipeline.run import survey
 from extractor.pipeline.settings import Options
@@ -42,7 +43,6 @@ from .predictor import Predictor
 
 log = logging.getLogger("penult.classifiers")
 
-SHOWN = 5
 ACCEPTED = ("provider",)  # a difference of these is logged and accepted: CUDA and CPU agree to 1e-4
 
 
@@ -201,8 +201,8 @@ def _near_copies(bundle: Bundle, held: Predictions) -> tuple[Predictions, dict[s
     names = [display(path) for path, copy in zip(held.paths, near.tolist(), strict=True) if copy]
     searched = f"{kept} of {fitted} fitted images"
     if names:
-        shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
-        log.warning("%d of %d images look like copies of fitted ones (of %s): %s", len(names), len(near), searched, shown)
+        what = "%d of %d images look like copies of fitted ones (of %s): %s"
+        log.warning(what, len(names), len(near), searched, in_words(names))
     elif kept < fitted:
         log.info("near copies of fitted images were looked for among %s", searched)
     if together and not recorded:

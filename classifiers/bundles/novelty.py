@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from classifiers.evaluation.units import Units
 from classifiers.heads.solvers.cosines import BLOCK, nearest, unit_rows
+from extractor.data.samples import in_words
 from store.cache import Subset
 from store.errors import CorruptCacheError
 from store.format import hdf5
@@ -38,7 +39,6 @@ FEWEST = 20  # with fewer training images of other groups, or of a class, a shar
 RARE = 0.5  # of the images that a class has on average: one with fewer, and fewer than FEWEST, has its own bound
 Z95 = 1.6448536269514722  # one-sided 95 % quantile of the normal distribution
 CLOSEST = 1e-6  # a smaller distance is rounding
-SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -195,9 +195,8 @@ class _Classes:
 def _warn(lone: Sequence[str]) -> None:
     """Say of which classes nothing is known, if there are any."""
     if lone:
-        more = f" and {len(lone) - SHOWN} more classes" if len(lone) > SHOWN else ""
         what = "may be called unlike the training images: one image, or group, does not show how different its images are"
-        log.warning("new images of %s%s %s", ", ".join(map(repr, lone[:SHOWN])), more, what)
+        log.warning("new images of %s %s", in_words(list(map(repr, lone))), what)
 
 
 def _rows(fitted: Sequence[Subset], rows: NDArray[np.intp]) -> NDArray[np.float32]:

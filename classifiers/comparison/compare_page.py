@@ -20,7 +20,6 @@ from .label_curve import LabelCurve
 ACCURACY_COLUMNS = ("bundle", "kind", "accuracy, %", "difference, points", "p", "cost")
 CURVE_COLUMNS = ("training images", "accuracy", "95 % interval", "draws")
 SCORES = {"f1_macro": "macro F1", "log_loss": "log-loss", "brier": "Brier", "ece": "ECE"}
-SECONDS = "Seconds of extraction and training, without the held-out images."
 CARDS = 4  # differences that are shown large
 PAIRS = 6  # heads whose reliability is drawn
 

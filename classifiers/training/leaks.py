@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from classifiers.near_copies import NearCopies, most_images, near_copies
+from extractor.data.samples import in_words
 from store.cache import FeatureCache
 from store.errors import BadDataError
 from store.format.samples import Row, SampleTable
@@ -102,16 +103,16 @@ class LeakReport:
         sentences = []
         if self.copies:
             what = "held-out image(s) are exact copies of fitted ones and are left out"
-            sentences.append(f"{len(self.copies)} {what}: {_few(self.copies)}")
+            sentences.append(f"{len(self.copies)} {what}: {in_words(self.copies)}")
         if self.near:
             pairs = [f"{leak.path} ~ {leak.fitted}" for leak in self.near]
-            sentences.append(f"{len(self.near)} held-out image(s) look like copies of fitted ones: {_few(pairs)}")
+            sentences.append(f"{len(self.near)} held-out image(s) look like copies of fitted ones: {in_words(pairs)}")
         if self.conflicts:
             same = [" = ".join(paths) for paths in self.conflicts]
-            sentences.append(f"{len(same)} image(s) have more than one label: {_few(same)}")
+            sentences.append(f"{len(same)} image(s) have more than one label: {in_words(same)}")
         if self.divided:
             what = "group(s) have fitted and held-out images, so that the scores are too good"
-            sentences.append(f"{len(self.divided)} {what}: {_few(self.divided)}")
+            sentences.append(f"{len(self.divided)} {what}: {in_words(self.divided)}")
         return sentences
 
     def remarks(self) -> list[str]:
@@ -122,7 +123,7 @@ class LeakReport:
             remarks.append(what.format(*self.joined))
         if self.moved:
             what = "validation image(s) are fitted and choose no setting: they, or most of the others, are of a fitted group"
-            remarks.append(f"{len(self.moved)} {what}: {_few(self.moved)}")
+            remarks.append(f"{len(self.moved)} {what}: {in_words(self.moved)}")
         if not self.searched:
             some = (
                 f"near copies were looked for among {self.images_searched} of {self.images} images, because all take too long"
@@ -130,10 +131,6 @@ class LeakReport:
             none = "near copies were not looked for: the features do not fit in memory"
             remarks.append(some if self.images_searched else none)
         return remarks
-
-
-def _few(items: Sequence[str]) -> str:
-    return ", ".join(items[:SHOWN]) + (f" and {len(items) - SHOWN} more" if len(items) > SHOWN else "")
 
 
 def conflicting_labels(table: SampleTable) -> list[list[str]]:

@@ -167,7 +167,7 @@ def test_a_split_of_ones_own_that_divides_groups_is_named(
     assert [each for each in json.loads(out)["warnings"] if said in each]
     code, out, err = penult("train", cache, "--head", "centroid", "-o", tmp_path / "x.head", "--json")
     assert code == 0
-    assert "4 group(s) have fitted and held-out images, so that the scores are too good: a 0, a 1, b 0, b 1" in err
+    assert "4 group(s) have fitted and held-out images, so that the scores are too good: a 0, a 1, b 0 and b 1" in err
     assert json.loads(out)["metrics"]["leaks"]["divided"] == ["a 0", "a 1", "b 0", "b 1"]
     code, _, err = penult("train", cache, "--head", "centroid", "-o", tmp_path / "y.head", "--leaks", "refuse")
     assert code == 65
