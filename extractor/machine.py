@@ -7,9 +7,10 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,15 @@ def cores() -> int:
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
         count = min(count, math.ceil(quota / period))
     return max(count, 1)
+
+
+def versions_of(libraries: Iterable[str]) -> dict[str, str]:
+    """The versions of those libraries that are installed, without importing one."""
+    versions = {}
+    for name in libraries:
+        with suppress(PackageNotFoundError):  # onnxruntime has one of two names
+            versions[name] = version(name)
+    return versions
 
 
 def nvidia_driver_present() -> bool:

@@ -74,14 +74,27 @@ def assets() -> Path:
 
 
 @pytest.fixture(scope="session")
-def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
-    """``once(name, make) -> path``: what takes long is made by ``make(path)`` once for all processes of a test run."""
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of a test run share."""
     base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache_folder(shared_folder: Path) -> Iterator[None]:
+    """Prepared backbones are kept for one test run, whose processes share them; nothing is read from the home folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PENULT_CACHE", str(shared_folder / "penult"))
+        yield
+
+
+@pytest.fixture(scope="session")
+def once(shared_folder: Path) -> Once:
+    """``once(name, make) -> path``: what takes long is made by ``make(path)`` once for all processes of a test run."""
 
     def path_of(name: str, make: Callable[[Path], object]) -> Path:
-        path, unfinished = shared / name, shared / f"unfinished-{name}"
-        with FileLock(shared / f"{name}.lock"):
+        path, unfinished = shared_folder / name, shared_folder / f"unfinished-{name}"
+        with FileLock(shared_folder / f"{name}.lock"):
             if not path.exists():
                 make(unfinished)
                 unfinished.rename(path)
@@ -91,7 +104,7 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
 
 
 def export_here(backbone: Backbone, path: Path, *_: object) -> BackboneFacts:
-    """`export` without its child, whose start and import of torch take longer than its work."""
+    """`in_child` without a child, whose start and import of torch take longer than its work."""
     if backbone.is_file:
         return import_onnx(backbone, path)
     with warnings.catch_warnings():
@@ -112,8 +125,7 @@ def as_theirs(own: Path, path: Path, *layers: str) -> Backbone:
 def exports_here() -> Iterator[None]:
     """Whatever exports a network does it in this process: where the child is not the subject."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("backbones.export", "pipeline.prepare"):
-            patch.setattr(f"extractor.{module}.export", export_here)
+        patch.setattr("extractor.backbones.export.in_child", export_here)
         yield
 
 

@@ -1,6 +1,7 @@
 """Export of torch networks to ONNX without the classification layer, checked against torch before use.
 
-It runs in a child process: torch and torchvision cost a gigabyte and seconds that the extracting process does not need.
+It runs in a child process: torch and torchvision cost a gigabyte and seconds that the extracting process does not need. What
+was exported is kept (`prepared`), and without torch copied from there the next time.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 
@@ -24,21 +26,26 @@ from extractor.graphs.classification_layer import Graph
 from extractor.graphs.graph import cut
 from extractor.graphs.parity import check_parity
 from extractor.graphs.pooling import pooling_nodes, pooling_of, prefix_warning
+from extractor.machine import versions_of
 from extractor.progress import StopFlag
 from store.cache import PENULTIMATE
 from store.environment import end_with_parent, python
 from store.errors import BadDataError, InterruptedRunError, PenultError, UsageError, answer_of, raise_answered
+from store.fingerprint import file_digest
 from store.format.output import require_free
 
+from . import prepared
 from .custom_onnx import import_onnx, is_own, say_warnings
 from .layers import last_weighted, prefix_of, require_layers, shapes_of, tapped
 from .networks import Loaded, load
-from .registry import Backbone
+from .registry import Backbone, check_request, choose_name
 
 log = logging.getLogger("penult.extractor")
 
 PARITY_BATCHES = (1, 7)
 OPSET = 20
+EXPORTER = 1  # version of the files that are written here: raised when a request gives another file, so that kept ones go
+DECIDING = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")  # libraries that decide the file
 POLL_SECONDS = 0.2
 PATIENCE = 25  # polls that a child has to clean up
 
@@ -64,9 +71,59 @@ def export(backbone: str | Backbone, path: str | Path, stop: StopFlag | None = N
     >>> facts.dim, facts.layer
     (16, 'last')
     """
-    backbone, path = Backbone(backbone) if isinstance(backbone, str) else backbone, Path(path)
-    if backbone.is_file and is_own(Path(backbone.name)):  # it is only copied
-        return import_onnx(backbone, path)
+    return obtain(Backbone(backbone) if isinstance(backbone, str) else backbone, Path(path), stop)[0]
+
+
+def obtain(backbone: Backbone, path: Path, stop: StopFlag | None = None) -> tuple[BackboneFacts, str]:
+    """`export`, and where the file is from: ``exported`` or ``imported`` now, or from the ``store`` of prepared backbones."""
+    if backbone.is_file:
+        own = is_own(Path(backbone.name))  # then it is only copied
+        return import_onnx(backbone, path) if own else in_child(backbone, path, stop), "imported"
+    check_request(backbone)
+    require_free(path, overwrite=True)
+    request = request_of(backbone)
+    taken = prepared.take(request, path)
+    if taken:
+        feature_sets = ", ".join(f"{layer.dim} of {layer.layer}" for layer in taken.facts.layers)
+        log.info("using %s (%s) as prepared before; features: %s", taken.facts.name, taken.facts.weights, feature_sets)
+        say_warnings(taken.facts)
+        return taken.facts, "store"
+    facts = in_child(backbone, path, stop)
+    if (request["weights_sha256"] or "") in facts.source:  # else the file of the weights was replaced meanwhile
+        prepared.keep(request, path, facts)
+    return facts, "exported"
+
+
+def request_of(backbone: Backbone) -> dict[str, Any]:
+    """Everything that decides the export of a torchvision network, as JSON, without importing torch.
+
+    Raises:
+        UsageError: no such network or weights.
+        InputMissingError: the file of its weights cannot be read.
+    """
+    name, file = backbone.name, backbone.weights_file
+    preset = backbone.preset and choose_name(name, backbone.preset, "--preset")
+    if backbone.seed is not None:
+        weights = f"random:{backbone.seed}"
+        preset = preset or choose_name(name, None, "--preset")
+    elif file is not None:
+        weights = file.name  # the facts have it
+    else:
+        weights, preset = choose_name(name, backbone.weights or preset, "--weights"), None
+    return {
+        "name": name,
+        "weights": weights,
+        "weights_sha256": file_digest(file) if file else None,
+        "preset": preset,
+        "layers": list(backbone.layers) or [PENULTIMATE],
+        **{each: getattr(backbone, each) for each in ("pooling", "resize", "crop", "pixel_path")},
+        "exporter": [EXPORTER, OPSET],
+        "libraries": versions_of(DECIDING),
+    }
+
+
+def in_child(backbone: Backbone, path: Path, stop: StopFlag | None = None) -> BackboneFacts:
+    """Export or import a backbone in a child process; arguments and errors as of `export`."""
     require_free(path, overwrite=True)
     request = json.dumps({"backbone": backbone.facts(), "path": str(path.absolute()), "parent": os.getpid()})
     status, out, err = _run_child(python("from extractor.backbones.export import _child; _child()"), request, stop)

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from extractor.pixels.pixel_drift import ProbeImage
-from extractor.pixels.preprocess import Preprocess
+from extractor.pixels.pixel_drift import ProbeImage, libraries
+from extractor.pixels.preprocess import Preprocess, probe
 from store.errors import BadDataError
 from store.fingerprint import Fingerprint
 
@@ -156,6 +156,19 @@ def write_facts(model: Any, facts: BackboneFacts) -> None:
     for name, value in entries.items():
         entry = model.metadata_props.add()
         entry.key, entry.value = name, json.dumps(value)
+
+
+def renew_probe_image(model: Any, facts: BackboneFacts) -> bool:
+    """Replace the test image in a model by the one that this machine decodes; return whether it was another."""
+    entries = entries_in(model)
+    image = ProbeImage.parse(entries.get(PROBE_IMAGE), probe(facts.preprocess))
+    if image is not None and image.libraries == libraries():
+        return False
+    del model.metadata_props[:]
+    for name, value in {**entries, PROBE_IMAGE: json.dumps(ProbeImage.here(facts.preprocess).to_json())}.items():
+        entry = model.metadata_props.add()
+        entry.key, entry.value = name, value
+    return True
 
 
 def entries_in(model: Any) -> dict[str, str]:

@@ -12,7 +12,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -205,6 +205,37 @@ def save(model: Any, path: Path) -> None:
             raise
         message = f"cannot write {path}: {error.strerror}"
         raise atomic.write_error(error)(message) from error
+
+
+def save_beside(model: Any, path: Path, data: Mapping[str, Iterable[bytes]]) -> None:
+    """Write a model whose external data comes in blocks; its files get new names beside it, as those of `save`.
+
+    Args:
+        model: ``onnx.ModelProto``; it refers to the new files afterwards.
+        path: of the file; it may be temporary.
+        data: the content of each file that the model names.
+
+    Raises:
+        OutputError, StorageError: it cannot be written; nothing is left.
+    """
+    names = {name: path.with_name(f"{_stem(path)}-{secrets.token_hex(4)}.data") for name in data}
+    partials = {name: atomic.temporary(new) for name, new in names.items()}
+    try:
+        for name, blocks in data.items():
+            atomic.commit(partials[name], blocks)
+        for tensor in itertools.chain.from_iterable(map(_tensors, (model.graph, *model.functions))):
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = names[entry.value].name
+        atomic.commit(path, model.SerializeToString())  # before the renames, so that a model always names its data files
+        for name, partial in partials.items():
+            partial.rename(names[name])
+        atomic.fsync_directory(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            for partial in partials.values():
+                partial.unlink(missing_ok=True)
+        raise
 
 
 def _stem(path: Path) -> str:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from extractor.backbones.custom_onnx import say_warnings
-from extractor.backbones.export import export
+from extractor.backbones.export import obtain
 from extractor.backbones.model_config import stated_by
 from extractor.backbones.registry import Backbone
 from extractor.graphs.backbone_facts import BackboneFacts, read_facts
 from extractor.graphs.graph import keep_zero_padding
 from extractor.graphs.onnx_file import data_files, digest, install, read_model, remove, remove_unfinished
+from extractor.machine import versions_of
 from extractor.pixels.pixel_drift import libraries
 from extractor.pixels.views import Views
 from extractor.precision.calibration import without
@@ -41,7 +42,7 @@ def prepare_backbone(
     stop: StopFlag | None = None,
     precision: Precision = ROWS[0],
     conversion: Conversion | None = None,
-) -> tuple[BackboneFacts, dict[str, Any]]:
+) -> tuple[BackboneFacts, dict[str, Any], str]:
     """Put ``backbone.onnx`` into a cache; keep the one there, without importing torch, if it matches the request.
 
     Args:
@@ -53,7 +54,8 @@ def prepare_backbone(
         conversion: makes it of a float32 file; called once in the life of a cache if the precision is made ``once``.
 
     Returns:
-        The facts that the file records, and notes for cache.json by which the next run recognises the request.
+        The facts that the file records; notes for cache.json by which the next run recognises the request; and where the file
+        is from: the ``cache``, or as `obtain` says.
     """
     path = writer.path / BACKBONE
     remove_unfinished(path)
@@ -79,7 +81,7 @@ def prepare_backbone(
         log.info("using %s as exported before", path)
         facts = read_facts(path)
         say_warnings(facts)
-        return facts, {key: before[key] for key in NOTES if key in before}
+        return facts, {key: before[key] for key in NOTES if key in before}, "cache"
     if backbone.seed is not None:
         log.warning(
             "RANDOM WEIGHTS (seed %d): %s is untrained, its features are a random projection", backbone.seed, backbone.name
@@ -88,7 +90,7 @@ def prepare_backbone(
     new, converted = atomic.temporary(path), atomic.temporary(path)
     calibration: Calibration | None = None
     try:
-        facts = export(backbone, new, stop)
+        facts, origin = obtain(backbone, new, stop)
         frozen = _frozen(path, before, facts, precision) if precision.once and not overwrite else None
         if conversion and not frozen and facts.precision == "fp32":
             if precision.once and not overwrite:
@@ -108,7 +110,7 @@ def prepare_backbone(
         facts = frozen
     else:
         install(new, path)
-    for layer in facts.layers:
+    for layer in facts.layers if origin != "store" else ():
         pooling = "" if layer.pooling == "none" else f" ({layer.pooling})"
         log.info("exported %s (%s), %d features: %s%s", facts.name, facts.weights, layer.dim, layer.layer, pooling)
     data = data_files(path)
@@ -122,7 +124,7 @@ def prepare_backbone(
         notes["backbone_data"] = [file.name for file in data]
     if facts.calibration:
         notes["calibration"] = facts.calibration
-    return facts, notes
+    return facts, notes, origin
 
 
 def _from_before_zero_padding(path: Path, backbone: Backbone) -> bool:
@@ -191,10 +193,4 @@ def fingerprints(
 
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that decide the numbers."""
-    versions = {}
-    for name in LIBRARIES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:  # onnxruntime has one of two names
-            continue
-    return {**versions, **libraries()}
+    return {**versions_of(LIBRARIES), **libraries()}

@@ -100,6 +100,7 @@ class _Opened:
         decoder, embedder: started.
         before: the sample table of the last run; None if there was none.
         look: what the backbone sees in the first photo, see `first_look`.
+        origin: where the backbone is from, see `prepare_backbone`.
     """
 
     facts: BackboneFacts
@@ -107,6 +108,7 @@ class _Opened:
     embedder: Embedder | DevicePool
     before: SampleTable | None
     look: dict[str, Any]
+    origin: str
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ def _run(source: Source, backbone: Backbone, cache: Path, options: Options, warn
         unlabelled=labels.unlabelled,
         changes=changes,
         subfolders=labels.subfolder_counts,
-        backbone=opened.facts.description() | ({"look": opened.look} if opened.look else {}),
+        backbone={**opened.facts.description(), "prepared": opened.origin} | ({"look": opened.look} if opened.look else {}),
         warnings=warnings,
     )
     if not table.counts["ok"]:
@@ -197,7 +199,7 @@ def _open(request: _Request, writer: CacheWriter, stop: StopFlag) -> Iterator[_O
     tf32, split = precision.tf32, (options.val_fraction, options.test_fraction, options.seed)
     conversion = precision.conversion(TrainingImages(request.source, request.samples, *split, options.workers, stop))
     require_groups(None if options.overwrite else writer.samples, request.samples, resplit=options.resplit)
-    facts, notes = prepare_backbone(
+    facts, notes, origin = prepare_backbone(
         writer, request.backbone, overwrite=options.overwrite, stop=stop, precision=precision, conversion=conversion
     )
     if drawn:
@@ -216,7 +218,7 @@ def _open(request: _Request, writer: CacheWriter, stop: StopFlag) -> Iterator[_O
         writer.begin(*sets, facts={**notes, **({"look": look} if look else {}), "versions": library_versions()})
         numbers = len(request.samples) * options.views * sum(embedder.dims)
         _check_disk(request.cache, numbers * (4 if options.storage == "float32" else 2))
-        yield _Opened(facts, decoder, embedder, writer.samples, look)
+        yield _Opened(facts, decoder, embedder, writer.samples, look, origin)
 
 
 def _stream(request: _Request, writer: CacheWriter, opened: _Opened, stop: StopFlag) -> _Streamed:

@@ -32,7 +32,8 @@ class Summary:
         backbone: its name, weights, layers and preprocessing; of a custom ONNX file also where each feature set was found
             (``features``) and where each setting was said (``settings``), tokens before the patches (``prefix_tokens``),
             feature sets that may be class scores (``doubtful``), its class scores (``scores``), and what it sees in the
-            first photo (``look``: ``image`` and ``classes``).
+            first photo (``look``: ``image`` and ``classes``). ``prepared`` says where it is from: ``exported`` or ``imported``
+            in this run, the ``store`` of prepared backbones, or this ``cache``.
         warnings: what was warned of, in order.
     """
 
