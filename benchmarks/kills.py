@@ -16,12 +16,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -33,6 +35,8 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from classifiers.bundles.bundle import Bundle  # noqa: E402
 from classifiers.bundles.fused import Fused  # noqa: E402
+from extractor.backbones import prepared  # noqa: E402
+from extractor.graphs import onnx_file  # noqa: E402
 from store.cache import FeatureCache  # noqa: E402
 from store.errors import InputMissingError, OutputExistsError, PenultError  # noqa: E402
 from store.format.samples import SampleTable  # noqa: E402
@@ -50,6 +54,7 @@ MODULES = (
     "classifiers.comparison.sweep",
     "classifiers.jobs.run",
     "classifiers.reports.bundle_page",
+    "extractor.backbones.prepared",
     "store.compact",
     "store.drift",
 )
@@ -378,6 +383,79 @@ def _sweep(folder: Path, server: Server) -> None:
     _run("sweep", "photos", "-m", "network.onnx", "-o", "sweep", "--head", "centroid", "-q")(folder, server)
 
 
+# What a run does with the store of prepared backbones: take a network, or make and keep it. `MAX_INLINE` is as small as this
+# network, so that it has external data; the limit leaves room for it and for no other.
+PREPARED = """
+import os
+os.environ |= {{"PENULT_CACHE": os.path.abspath("penult"), "PENULT_CACHE_GIB": str(60000 / 2**30)}}
+from pathlib import Path
+from extractor.backbones import prepared
+from extractor.graphs import onnx_file
+from extractor.graphs.backbone_facts import read_facts
+onnx_file.MAX_INLINE, prepared.SPARE = 1000, 0
+request, target = {{"network": "{name}"}}, Path("{target}")
+if not prepared.take(request, target):
+    with onnx_file.replacing(target) as new:
+        onnx_file.save(onnx_file.read_model(Path("network.onnx")), new)
+    prepared.keep(request, target, read_facts(target), {{"notes": bytes(20000)}})
+"""
+
+
+def prepared_code(name: str = "ours", target: str = "out.onnx") -> Command:
+    return Command(code=PREPARED.format(name=name, target=target))
+
+
+def prepared_state(folder: Path, name: str = "ours", target: str = "out.onnx") -> object:
+    """What the store has, read from a copy, because reading removes what is damaged; and what was made of it.
+
+    Raises:
+        NotMetError: the store gives something else than what was kept.
+    """
+    made = [network_digest(path) for path in (folder / "network.onnx", folder / target) if path.exists()]
+    require(len(set(made)) == 1, f"{target} is another network")
+    with tempfile.TemporaryDirectory() as copy:
+        if (folder / "penult").is_dir():
+            shutil.copytree(folder / "penult", Path(copy, "penult"))
+        with mock.patch.dict(os.environ, {"PENULT_CACHE": str(Path(copy, "penult"))}):
+            taken = prepared.take({"network": name}, Path(copy, "taken.onnx"))
+        if taken is None:
+            message = f"{name} is not in the store"
+            raise InputMissingError(message)
+        require(network_digest(Path(copy, "taken.onnx")) == made[0], f"the store gives another network for {name}")
+        require(taken.others == {"notes": bytes(20000)}, f"the store gives other notes for {name}")
+    return sorted(taken.others)
+
+
+def network_digest(path: Path) -> str:
+    model = onnx_file.read_model(path)
+    return onnx_file.graph_digest(model) + onnx_file.weights_digest(model, path.parent)
+
+
+def _second_prepared(folder: Path) -> object:
+    return prepared_state(folder, target="other.onnx")
+
+
+def _damaged(folder: Path, server: Server) -> None:
+    """A store that has another network, and a damaged copy of ours."""
+    for name in ("theirs", "ours"):
+        ended = server.run(prepared_code(name), folder)
+        require(ended.code == 0, ended.stderr[-800:])
+        kept = folder / "penult" / name
+        (folder / "penult/backbones" / prepared.key_of({"network": name})).rename(kept)
+    for name in ("theirs", "ours"):
+        (folder / "penult" / name).rename(folder / "penult/backbones" / prepared.key_of({"network": name}))
+    data = next((folder / "penult/backbones" / prepared.key_of({"network": "ours"})).glob("*.data"))
+    data.write_bytes(data.read_bytes()[:-1] + b"?")
+    for path in folder.glob("out*"):
+        path.unlink()
+
+
+def _prepared(folder: Path, server: Server) -> None:
+    ended = server.run(prepared_code(), folder)
+    require(ended.code == 0, ended.stderr[-800:])
+
+
+NETWORK = {"network.onnx": "photos.cache/backbone.onnx"}
 IMAGES = {"photos": "photos", "network.onnx": "network.onnx", "network.toml": "network.toml"}
 CACHE = {"photos.cache": "photos.cache"}
 TUNE = ["-m", "squeezenet1_1", "--weights", "random:0", "--resize", "40", "--crop", "32", "--epochs", "1"]
@@ -423,6 +501,7 @@ SCENARIOS = {
     "check --update": Scenario(
         _penult("check", "photos.cache", "--against", "golden.h5", "--update"), CACHE, _features("golden.h5"), _golden
     ),
+    "prepared backbone": Scenario(prepared_code(), NETWORK, prepared_state, _damaged),
     "run": Scenario(_penult("run", "job.toml", "-q"), {**CACHE, **IMAGES}, _bundle("job.head"), _job),
 }
 
@@ -550,6 +629,7 @@ EVALUATE = _penult("evaluate", "ridge.head", "photos.cache", "--json", "-q")
 PREDICT = _penult("predict", "ridge.head", "extra.jpg", "--format", "jsonl")
 KNN, RIDGE = (_penult("fuse", f"{name}.head", "-o", "a.onnx", "--overwrite") for name in ("knn", "ridge"))
 ALL = {**CACHE, **IMAGES, "ridge.head": "ridge.head", "extra.jpg": "extra.jpg"}
+PRUNE_PREPARED = Command(code=PREPARED.partition("request, target")[0].format() + "prepared.prune()\n")
 HEADS = {"knn.head": "knn.head", "ridge.head": "ridge.head"}
 OF_CACHE = _features("photos.cache")
 PAIRS = {
@@ -565,6 +645,10 @@ PAIRS = {
         {**CACHE, "a.h5": "photos.h5"},
         _both(_features("a.h5"), _bundle("a.head")),
     ),
+    "prepared backbone, twice": Pair(
+        prepared_code(), prepared_code(target="other.onnx"), NETWORK, _both(prepared_state, _second_prepared), _damaged
+    ),
+    "prepared backbone + prune": Pair(prepared_code(), PRUNE_PREPARED, NETWORK, _both(prepared_state), _prepared),
     "fuse + fuse": Pair(KNN, RIDGE, HEADS, lambda folder: Fused.load(folder / "a.onnx").head),
     "train + train": Pair(
         TRAIN,

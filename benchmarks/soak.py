@@ -39,7 +39,7 @@ if str(REPO) not in sys.path:
     sys.path.insert(0, str(REPO))
 
 import store.writer  # noqa: E402
-from benchmarks import crash_model, fuzz, home, kills  # noqa: E402
+from benchmarks import crash_model, fuzz, home, kills, prepared  # noqa: E402
 from benchmarks.kills import NotMetError, require  # noqa: E402
 from extractor.backbones.export import export  # noqa: E402
 from extractor.backbones.registry import Backbone  # noqa: E402
@@ -921,6 +921,24 @@ def part_home(bench: Bench) -> list[str]:
     ]
 
 
+def part_prepared(bench: Bench) -> list[str]:
+    """The store of prepared backbones"""
+    with kills.serving() as server:
+        bits = prepared.flips(bench.folder("prepared"), server, 8 if bench.quick else 50, bench.seed)
+        cut = prepared.full_disk(bench.folder("prepared"), server, 4 if bench.quick else 1)
+        closed = prepared.only_read(bench.folder("prepared"), server)
+    names = ", ".join(f"{kind} {number}" for kind, number in sorted(bits.items()))
+    reading = "what it has is taken without a word, what it has not is made, with one warning"
+    return [
+        f"{bits.total()} random bits, one at a time, over all files of an entry ({names}): each was noticed before the network "
+        "was used, the entry was removed, and the network was made and kept again",
+        f"a file size limit (RLIMIT_FSIZE) that cuts each of the {cut} writes into the store short: the run went on with the "
+        "right network and one warning, and nothing was left; the next run kept it",
+        f"a store in which nothing may be written: {reading if closed else 'skipped, it takes a process without rights'}",
+        "kills, and two processes at once: `prepared backbone` in the parts about commands above",
+    ]
+
+
 def part_fuzz(bench: Bench) -> list[str]:
     """Damaged and hostile files"""
     count = 20 if bench.quick else 2000
@@ -948,6 +966,7 @@ PARTS: dict[str, Callable[[Bench], list[str]]] = {
     "unchanged": part_unchanged,
     "memory": part_memory,
     "home": part_home,
+    "prepared": part_prepared,
     "fuzz": part_fuzz,
 }
 
@@ -995,6 +1014,7 @@ def main() -> None:
     results: dict[str, tuple[str, list[str]]] = {}
     failed = []
     with tempfile.TemporaryDirectory(prefix="penult-soak-") as scratch:
+        os.environ["PENULT_CACHE"] = str(Path(scratch, "penult"))  # what is exported here is not kept in the home folder
         bench = Bench(Path(scratch), given.seed, given.quick, given.photos)
         for name in given.only or PARTS:
             begin = time.monotonic()

@@ -64,7 +64,8 @@ def test_commands_look_no_host_up_and_leave_a_fresh_home_folder_as_it_was(backbo
     assert codes == [command.code for command in chosen], done.stderr
     assert asked == []
     assert home.strangers(tmp_path / "home") == []
-    assert (tmp_path / "home/.cache/penult/matplotlib").is_dir(), "plots were drawn, and their list of fonts was kept"
+    kept = sorted(path.name for path in (tmp_path / "home/.cache/penult").iterdir())
+    assert kept == ["backbones", "matplotlib"], "a network was exported, and plots were drawn with a list of fonts"
 
 
 def test_every_command_is_among_those() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import kills
+from benchmarks import kills, prepared
 from benchmarks.kills import ARCHIVE, Command, Scenario, Server
 from store.cache import FeatureCache
 
@@ -24,7 +24,7 @@ from .test_house import REPO
 
 KILLS = 5
 SOAKED = ("train, the first time",)
-TOGETHER = ("prune + evaluate", "fuse + fuse")
+TOGETHER = ("prune + evaluate", "fuse + fuse", "prepared backbone, twice", "prepared backbone + prune")
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +49,22 @@ def test_killed_at_any_call_it_leaves_the_old_or_the_new_result_and_after_the_ne
 @pytest.mark.parametrize("name", TOGETHER)
 def test_side_by_side_both_are_right_or_one_is_told_to_try_again(name: str, server: Server, tmp_path: Path) -> None:
     assert kills.side_by_side(name, server, tmp_path, 3).total() == 6
+
+
+# --- the store of prepared backbones -----------------------------------------------------------------------------------
+
+
+def test_a_flipped_bit_in_a_prepared_backbone_is_noticed_and_it_is_made_again(server: Server, tmp_path: Path) -> None:
+    assert sorted(prepared.flips(tmp_path / "work", server, 8)) == ["data", "json", "notes", "onnx"]
+
+
+def test_a_disk_that_is_full_at_any_write_costs_the_run_a_warning(server: Server, tmp_path: Path) -> None:
+    assert prepared.full_disk(tmp_path / "work", server) == 4
+
+
+def test_a_store_that_is_only_read_gives_what_it_has(server: Server, tmp_path: Path) -> None:
+    if not prepared.only_read(tmp_path / "work", server):
+        pytest.skip("not possible on this system")
 
 
 # --- a call that does not end ------------------------------------------------------------------------------------------
@@ -94,13 +110,6 @@ steps = [(0x20, 0, 0, 0), (0x15, 0, 1, flock), (0x06, 0, 0, 0x50000 | {errno.EOP
 program = Program(len(steps), b"".join(struct.pack("HBBI", *step) for step in steps))
 libc = ctypes.CDLL(None, use_errno=True)
 if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, ctypes.byref(program)):
-    sys.exit(99)
-"""
-WITHOUT_POWER = """
-import ctypes, struct, sys
-
-# Root obeys the permissions of files, too, without its capabilities.
-if ctypes.CDLL(None).capset(struct.pack("Ii", 0x20080522, 0), bytes(24)):
     sys.exit(99)
 """
 CALL = """
@@ -182,7 +191,7 @@ def test_without_file_locks_all_can_be_read(place: Path, server: Server) -> None
     ],
 )
 def test_that_nothing_can_be_written_is_found_before_anything_is_read(line: str, place: Path, server: Server) -> None:
-    ended = refused(WITHOUT_POWER, line, place, server)
+    ended = refused(prepared.WITHOUT_POWER, line, place, server)
     assert ended.code == 73, ended.stderr
     assert "closed is not writable (Permission denied)" in ended.stderr
 
@@ -190,7 +199,7 @@ def test_that_nothing_can_be_written_is_found_before_anything_is_read(line: str,
 def test_a_cache_whose_shards_belong_to_others_is_refused_at_once(place: Path, server: Server) -> None:
     shards = place / "photos.cache/shards"
     shards.chmod(0o555)
-    ended = refused(WITHOUT_POWER, "extract photos -m network.onnx -o photos.cache", place, server)
+    ended = refused(prepared.WITHOUT_POWER, "extract photos -m network.onnx -o photos.cache", place, server)
     shards.chmod(0o755)
     assert ended.code == 73
     assert "shards is not writable" in ended.stderr

@@ -31,7 +31,7 @@ from store.environment import cache_folder
 from store.errors import BadDataError, LockedError, PenultError, StorageError, UsageError
 from store.fingerprint import Fingerprint, file_digest
 from store.format import atomic
-from store.format.lock import output_lock, tidy
+from store.format.lock import lock_of, output_lock, tidy
 
 log = logging.getLogger("penult.extractor")
 
@@ -165,6 +165,8 @@ def take(request: Mapping[str, Any], path: Path) -> Taken | None:
         return None
     with suppress(OSError):  # a store that is only read
         os.utime(place / ENTRY)
+        if lock_of(place).exists():  # of a run that was killed when it had written the entry
+            tidy(place)
     return Taken(entry.facts, others)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,12 +27,22 @@ if TYPE_CHECKING:
 @click.command(cls=Command)
 @click.argument("name", required=False)
 @click.option("--layers", "with_layers", is_flag=True, help="List the layers of this backbone that can give features.")
+@click.option("--prepared", "list_prepared", is_flag=True, help="List the exported networks that are kept for the next cache.")
+@click.option("--prune", is_flag=True, help="With --prepared: remove them all.")
 @json_option
-def backbones(name: str | None, *, with_layers: bool, as_json: bool) -> None:
+def backbones(name: str | None, *, with_layers: bool, list_prepared: bool, prune: bool, as_json: bool) -> None:
     """List the backbones, or show one.
 
     Example: penult backbones resnet50 --layers
     """
+    if prune and not list_prepared:
+        message = "--prune needs --prepared: it removes the prepared backbones"
+        raise click.UsageError(message)
+    if list_prepared:
+        if name or with_layers:
+            message = "--prepared lists all prepared backbones: leave the name and --layers out"
+            raise click.UsageError(message)
+        return _prune(as_json=as_json) if prune else _list_prepared(as_json=as_json)
     from extractor.backbones.layers import list_layers
     from extractor.backbones.networks import row, rows
 
@@ -78,6 +89,49 @@ def backbones(name: str | None, *, with_layers: bool, as_json: bool) -> None:
     return None
 
 
+def _list_prepared(*, as_json: bool) -> None:
+    from extractor.backbones import prepared
+
+    place, limit = prepared.folder(), prepared.limit()
+    entries, damaged = prepared.entries()
+    size = sum(entry.bytes for entry in entries)
+    if as_json:
+        listing = [entry.to_json() for entry in entries]
+        facts = {"folder": place and str(place), "bytes": size, "limit": limit, "damaged": list(map(str, damaged))}
+        return print_json({**facts, "prepared": listing})
+    if not limit:
+        return say(f"prepared backbones are switched off by {prepared.LIMIT_VARIABLE}={os.environ[prepared.LIMIT_VARIABLE]}")
+    if place is None:
+        return None  # a warning says why
+    rows = [
+        (
+            entry.facts.name,
+            entry.facts.weights,
+            ", ".join(layer.layer for layer in entry.facts.layers),
+            entry.facts.precision,
+            str(entry.facts.preprocess.crop),
+            f"{entry.bytes / 2**20:.0f} MiB",
+            f"{entry.used.astimezone():%Y-%m-%d %H:%M}",
+        )
+        for entry in entries
+    ]
+    if rows:
+        print_table(("backbone", "weights", "features", "precision", "input", "size", "last used"), rows, left=4)
+    for path in damaged:
+        say(f"{path} is damaged; it is made again when it is needed")
+    return say(f"{len(rows)} prepared, {size / 2**20:.0f} MiB of at most {limit / 2**30:g} GiB, in {place}")
+
+
+def _prune(*, as_json: bool) -> None:
+    from extractor.backbones import prepared
+
+    place = prepared.folder()
+    count, size = prepared.prune()
+    if as_json:
+        return print_json({"folder": place and str(place), "removed": count, "bytes": size})
+    return say(f"{place}: {count} removed, {size / 2**20:.0f} MiB") if place else None
+
+
 @click.command(cls=SettingsCommand, model="extractor.backbones.settings:ExportSettings", leave=["backbone"])
 @click.argument("backbone")
 @output_option("The ONNX file.")
@@ -91,13 +145,13 @@ def export(settings: ExportSettings, output: Path, *, overwrite: bool, as_json: 
 
     Example: penult export resnet50 -o resnet50.onnx
     """
-    from extractor.backbones.export import export as export_backbone
+    from extractor.backbones.export import obtain
     from store.format.output import require_free
 
     require_free(output, overwrite=overwrite)
-    facts = export_backbone(settings.network(), output)
+    facts, origin = obtain(settings.network(), output)
     if as_json:
-        return print_json({"output": str(output), **facts.description(), "warnings": facts.reading.get("warnings", [])})
+        return print_json({"output": str(output), **facts.description(), "prepared": origin})
     for layer in facts.layers:
         say(f"{output}: {facts.name} ({facts.weights}), {layer.dim} features, {layer.layer}, pooling {layer.pooling}")
     return None

@@ -22,7 +22,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from extractor import machine
-from extractor.backbones import networks
+from extractor.backbones import networks, prepared
 from extractor.backbones.export import export, to_onnx
 from extractor.backbones.layers import list_layers, torch_penultimate
 from extractor.backbones.networks import load, row, with_classifier
@@ -49,6 +49,12 @@ from tests.conftest import export_here
 
 REPO = Path(__file__).resolve().parents[3]
 SQUEEZENET = Backbone("squeezenet1_1", "random:0", resize=72, crop=64)  # what conftest's backbone_file was made from
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is exported here is exported anew."""
+    monkeypatch.setenv(prepared.LIMIT_VARIABLE, "0")
 
 
 def batch(count: int, side: int = 64, seed: int = 1) -> Any:
