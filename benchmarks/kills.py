@@ -60,6 +60,7 @@ MODULES = (
 )
 FOR_TORCH = ("torchvision", "lightning.pytorch", "classifiers.finetuning.finetune", "torch.onnx", "onnxscript")
 VARIES = re.compile(r"\d{5}-[0-9a-f]{12}(?=\.h5)|(?<=-)[0-9a-f]{8}(?=\.data)")  # parts of names that no two runs share
+OF_STORE = "prepared backbone"  # with this, the names of scenarios and pairs that are about the store of these begin
 DONE = (0, 3)  # 3: with recorded failures, some of which the archive has
 LOCKED = 75
 
@@ -501,7 +502,7 @@ SCENARIOS = {
     "check --update": Scenario(
         _penult("check", "photos.cache", "--against", "golden.h5", "--update"), CACHE, _features("golden.h5"), _golden
     ),
-    "prepared backbone": Scenario(prepared_code(), NETWORK, prepared_state, _damaged),
+    OF_STORE: Scenario(prepared_code(), NETWORK, prepared_state, _damaged),
     "run": Scenario(_penult("run", "job.toml", "-q"), {**CACHE, **IMAGES}, _bundle("job.head"), _job),
 }
 
@@ -645,10 +646,10 @@ PAIRS = {
         {**CACHE, "a.h5": "photos.h5"},
         _both(_features("a.h5"), _bundle("a.head")),
     ),
-    "prepared backbone, twice": Pair(
+    f"{OF_STORE}, twice": Pair(
         prepared_code(), prepared_code(target="other.onnx"), NETWORK, _both(prepared_state, _second_prepared), _damaged
     ),
-    "prepared backbone + prune": Pair(prepared_code(), PRUNE_PREPARED, NETWORK, _both(prepared_state), _prepared),
+    f"{OF_STORE} + prune": Pair(prepared_code(), PRUNE_PREPARED, NETWORK, _both(prepared_state), _prepared),
     "fuse + fuse": Pair(KNN, RIDGE, HEADS, lambda folder: Fused.load(folder / "a.onnx").head),
     "train + train": Pair(
         TRAIN,

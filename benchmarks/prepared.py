@@ -100,8 +100,8 @@ def flips(folder: Path, server: Server, count: int, seed: int = 0) -> Counter[st
     return outcomes
 
 
-def full_disk(folder: Path, server: Server, step: int = 1) -> int:
-    """Let the disk be full at every ``step``-th write into the store: the run goes on, warns once, and leaves nothing there.
+def full_disk(folder: Path, server: Server) -> int:
+    """Let the disk be full at each write into the store: the run goes on, warns once, and leaves nothing there.
 
     Returns:
         How many writes were cut short.
@@ -115,8 +115,8 @@ def full_disk(folder: Path, server: Server, step: int = 1) -> int:
         require(ended.code == 0, f"write {at}: exit {ended.code}: {ended.stderr[-800:]}")
         return ended.stdout, ended.stderr
 
-    writes, tried = int(run(0)[0]), 0
-    for at in range(1, writes + 1, step):
+    writes = int(run(0)[0])
+    for at in range(1, writes + 1):
         _, stderr = run(at)
         require(stderr.count("cannot be kept in") == 1, f"write {at}: it says {stderr!r}")
         left = list((folder / "penult/backbones").iterdir())
@@ -126,8 +126,7 @@ def full_disk(folder: Path, server: Server, step: int = 1) -> int:
         again = server.run(prepared_code(), folder)
         require(again.code == 0 and not again.stderr, f"write {at}: the next run: exit {again.code}: {again.stderr[-800:]}")
         prepared_state(folder)
-        tried += 1
-    return tried
+    return writes
 
 
 def only_read(folder: Path, server: Server) -> bool:

@@ -846,7 +846,7 @@ def part_commands(bench: Bench) -> list[str]:
     """SIGKILL before any call of a command"""
     lines, kinds = [], list(kills.SCENARIOS)
     with kills.serving(*kills.FOR_TORCH) as server:
-        for name in [kind for kind in kinds if kind != "finetune" or not bench.quick]:
+        for name in [kind for kind in kinds if kind != kills.OF_STORE and (kind != "finetune" or not bench.quick)]:
             found = kills.kill(name, server, bench.folder("commands"), 5 if bench.quick else 50, bench.seed)
             lines.append(
                 f"`{name}`: {found.kills} kills before one of {found.calls} calls that change the disk: {found.old} times the "
@@ -859,7 +859,7 @@ def part_pairs(bench: Bench) -> list[str]:
     """Commands side by side"""
     lines = []
     with kills.serving() as server:
-        for name in kills.PAIRS:
+        for name in [each for each in kills.PAIRS if not each.startswith(kills.OF_STORE)]:
             found = kills.side_by_side(name, server, bench.folder("pairs"), 2 if bench.quick else 10, bench.seed)
             lines.append(
                 f"{name}: {found.total()} times one was stopped at some call while the other ran: {found['both right']} times "
@@ -924,18 +924,28 @@ def part_home(bench: Bench) -> list[str]:
 def part_prepared(bench: Bench) -> list[str]:
     """The store of prepared backbones"""
     with kills.serving() as server:
-        bits = prepared.flips(bench.folder("prepared"), server, 8 if bench.quick else 50, bench.seed)
-        cut = prepared.full_disk(bench.folder("prepared"), server, 4 if bench.quick else 1)
-        closed = prepared.only_read(bench.folder("prepared"), server)
+        place = bench.folder("prepared")
+        killed = kills.kill(kills.OF_STORE, server, place / "kills", 5 if bench.quick else 50, bench.seed)
+        beside = Counter[str]()
+        for name in [each for each in kills.PAIRS if each.startswith(kills.OF_STORE)]:
+            beside += kills.side_by_side(name, server, place / name, 2 if bench.quick else 25, bench.seed)
+        bits = prepared.flips(place / "flips", server, 8 if bench.quick else 50, bench.seed)
+        cut = prepared.full_disk(place / "disk", server)
+        closed = prepared.only_read(place / "closed", server)
     names = ", ".join(f"{kind} {number}" for kind, number in sorted(bits.items()))
     reading = "what it has is taken without a word, what it has not is made, with one warning"
     return [
+        "a run finds the entry of its network damaged and the store full: it removes the entry and another one, makes the "
+        "network and keeps it",
+        f"{killed.kills} kills before one of {killed.calls} calls that change the disk: {killed.old} times there was no entry, "
+        f"{killed.kills - killed.old} times the new one, never another; {killed.left} leftovers, which the next run removed",
+        f"{beside.total()} times such a run was stopped at some call while another one, or `penult backbones --prepared "
+        f"--prune`, ran: {beside['both right']} times both ended well, with the right network; nothing was left behind",
         f"{bits.total()} random bits, one at a time, over all files of an entry ({names}): each was noticed before the network "
         "was used, the entry was removed, and the network was made and kept again",
         f"a file size limit (RLIMIT_FSIZE) that cuts each of the {cut} writes into the store short: the run went on with the "
         "right network and one warning, and nothing was left; the next run kept it",
         f"a store in which nothing may be written: {reading if closed else 'skipped, it takes a process without rights'}",
-        "kills, and two processes at once: `prepared backbone` in the parts about commands above",
     ]
 
 
