@@ -24,7 +24,7 @@ from .test_house import REPO
 
 KILLS = 5
 SOAKED = ("train, the first time",)
-TOGETHER = ("prune + evaluate", "fuse + fuse", "prepared backbone, twice", "prepared backbone + prune")
+TOGETHER = ("prune + evaluate", "fuse + fuse", "prepared backbone, twice")
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from typing import IO, Any
 from extractor.graphs import backbone_facts, onnx_file
 from extractor.graphs.backbone_facts import BackboneFacts
 from store.environment import cache_folder
-from store.errors import BadDataError, LockedError, PenultError, StorageError, UsageError
+from store.errors import BadDataError, LockedError, OutputError, PenultError, StorageError, UsageError
 from store.fingerprint import Fingerprint, file_digest
 from store.format import atomic
 from store.format.lock import lock_of, output_lock, tidy
@@ -46,7 +46,7 @@ LIMIT_VARIABLE = "PENULT_CACHE_GIB"
 SPARE = 4  # times the size of an entry must be free: what a run writes itself comes first
 BLOCK = 1 << 20
 
-_warned: set[str] = set()  # of this process: a sweep says each once
+_warned: set[str] = set()  # what this process has warned of: a sweep says each once
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,9 @@ def folder() -> Path | None:
         return cache_folder() / FOLDER
     except RuntimeError:
         _warn_once(
+            "home",
             "there is no home folder to keep prepared backbones in, so networks are exported for every cache; "
-            "PENULT_CACHE=FOLDER in the environment chooses one"
+            "PENULT_CACHE=FOLDER in the environment chooses one",
         )
         return None
 
@@ -124,8 +125,8 @@ def limit() -> int:
 
 
 def key_of(request: Mapping[str, Any]) -> str:
-    """The name of the entry of a request."""
-    return Fingerprint(request).key
+    """The name of the entry of a request; another one in another format, so that no version removes what another can read."""
+    return Fingerprint({"format": FORMAT, "request": request}).key
 
 
 # --- reading -----------------------------------------------------------------------------------------------------------
@@ -153,15 +154,14 @@ def take(request: Mapping[str, Any], path: Path) -> Taken | None:
             # All of them first: what is removed meanwhile, because it was used longest ago, stays readable.
             files = {name: opened.enter_context((place / name).open("rb")) for name in entry.files}
             others = _copy(entry, files, new)
-    except FileNotFoundError:  # it was removed just now, or a file is missing
-        if os.path.lexists(place):
-            _discard(place, "a file is missing")
-        return None
+    except (LockedError, OutputError, StorageError):
+        raise
     except PermissionError as error:
-        _warn_once(f"cannot read the prepared backbones in {store}: {error.strerror}")
+        _warn_once("read", f"cannot read the prepared backbones in {store}: {error.strerror}")
         return None
-    except BadDataError as error:
-        _discard(place, str(error))
+    except (BadDataError, OSError) as error:
+        if os.path.lexists(place):  # else it was removed just now
+            _discard(place, str(error))
         return None
     with suppress(OSError):  # a store that is only read
         os.utime(place / ENTRY)
@@ -187,15 +187,16 @@ def read_entry(place: Path) -> Entry:
             raise ValueError(message)
         facts = BackboneFacts.from_json(json.dumps(content["facts"]))
         files = {str(name): (int(size), str(sha256)) for name, (size, sha256) in content["files"].items()}
-        made, request = datetime.fromisoformat(content["made"]), content["request"]
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        made, last = datetime.fromisoformat(content["made"]), datetime.fromtimestamp(used, UTC)
+        request = dict(content["request"])
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         message = f"{ENTRY} cannot be read ({error})"
         raise BadDataError(message) from error
     fits = all(request.get(name, value) == value for name, value in (("name", facts.name), ("weights", facts.weights)))
     if not fits or key_of(request) != place.name or MODEL not in files or not all(map(NAME.fullmatch, files)):
         message = "it is not what its name says"
         raise BadDataError(message)
-    return Entry(place, request, facts, files, made, datetime.fromtimestamp(used, UTC))
+    return Entry(place, request, facts, files, made, last)
 
 
 def _copy(entry: Entry, files: Mapping[str, IO[bytes]], new: Path) -> dict[str, bytes]:
@@ -290,7 +291,7 @@ def keep(request: Mapping[str, Any], path: Path, facts: BackboneFacts, others: M
         log.debug("%s is kept by another run", place)
     except (PenultError, OSError) as error:
         reason = error if isinstance(error, PenultError) else error.strerror
-        _warn_once(f"prepared backbones cannot be kept in {store}, so the next run makes them again: {reason}")
+        _warn_once("keep", f"prepared backbones cannot be kept in {store}, so the next run makes them again: {reason}")
 
 
 def _make_folder(store: Path) -> None:
@@ -329,7 +330,7 @@ def _write(request: Mapping[str, Any], path: Path, facts: BackboneFacts, others:
         unfinished.rename(place)
         atomic.fsync_directory(place.parent)
     except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        _delete(unfinished)
         raise
 
 
@@ -413,7 +414,12 @@ def _remove(place: Path) -> None:
     """Remove an entry, which is held: it is gone under its name before its first file is."""
     unfinished = atomic.temporary(place)
     place.rename(unfinished)
-    shutil.rmtree(unfinished, ignore_errors=True)
+    _delete(unfinished)
+
+
+def _delete(item: Path) -> None:
+    with suppress(OSError):
+        shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
 
 
 def _remove_leftovers(store: Path) -> None:
@@ -423,7 +429,7 @@ def _remove_leftovers(store: Path) -> None:
             place = store / atomic.final_name(item.name)
             if KEY.fullmatch(place.name) and item != place:
                 with suppress(LockedError, OSError), output_lock(place):
-                    shutil.rmtree(item, ignore_errors=True)
+                    _delete(item)
             elif lock := LOCK.fullmatch(item.name):
                 tidy(store / lock[1])
 
@@ -435,7 +441,7 @@ def _discard(place: Path, reason: str) -> None:
         _remove(place)
 
 
-def _warn_once(text: str) -> None:
-    if text not in _warned:
-        _warned.add(text)
+def _warn_once(what: str, text: str) -> None:
+    if what not in _warned:
+        _warned.add(what)
         log.warning("%s", text)

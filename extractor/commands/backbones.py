@@ -118,7 +118,7 @@ def _list_prepared(*, as_json: bool) -> None:
     if rows:
         print_table(("backbone", "weights", "features", "precision", "input", "size", "last used"), rows, left=4)
     for path in damaged:
-        say(f"{path} is damaged; it is made again when it is needed")
+        say(f"{path} cannot be read: it is damaged, or of another version of penult")
     return say(f"{len(rows)} prepared, {size / 2**20:.0f} MiB of at most {limit / 2**30:g} GiB, in {place}")
 
 

@@ -240,6 +240,28 @@ def test_the_test_image_is_of_the_machine_that_takes_it(
     assert len(exports) == 1
 
 
+def test_whatever_lies_in_the_place_of_an_entry_is_replaced(
+    store: Path, exports: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    entry = store / prepared.key_of(request_of(SQUEEZENET))
+    makers: list[Callable[[], object]] = [
+        entry.touch,
+        entry.mkdir,
+        lambda: (entry / prepared.ENTRY).mkdir(parents=True),
+        lambda: entry.symlink_to(tmp_path),
+        lambda: shutil.copytree(store / prepared.key_of({"of": "another"}), entry),
+    ]
+    obtain(SQUEEZENET, tmp_path / "m.onnx")
+    prepared.keep({"of": "another"}, tmp_path / "m.onnx", read_facts(tmp_path / "m.onnx"))
+    for make in makers:
+        shutil.rmtree(entry)
+        make()
+        caplog.clear()
+        assert [obtain(SQUEEZENET, tmp_path / "m.onnx")[1] for _ in range(2)] == ["exported", "store"]
+        assert caplog.text.count("is damaged and is made again") == 1
+    assert sorted(path.name for path in store.iterdir()) == sorted([entry.name, prepared.key_of({"of": "another"})])
+
+
 def test_large_networks_bring_their_data(
     store: Path, exports: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,7 +359,7 @@ def test_they_are_listed_and_removed(
     code, out, err = penult("backbones", "--prepared")
     assert (code, err) == (0, "")
     assert "resnet18" in out
-    assert "is damaged; it is made again when it is needed" in out
+    assert "cannot be read: it is damaged, or of another version of penult" in out
     assert f"1 prepared, 3 MiB of at most 4 GiB, in {store}" in out
     facts = json.loads(penult("backbones", "--prepared", "--json")[1])
     assert [row["name"] for row in facts["prepared"]] == ["resnet18"]
