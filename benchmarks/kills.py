@@ -37,6 +37,7 @@ from classifiers.bundles.bundle import Bundle  # noqa: E402
 from classifiers.bundles.fused import Fused  # noqa: E402
 from extractor.backbones import prepared  # noqa: E402
 from extractor.graphs import onnx_file  # noqa: E402
+from extractor.graphs.prepared_entry import key_of  # noqa: E402
 from store.cache import FeatureCache  # noqa: E402
 from store.errors import InputMissingError, OutputExistsError, PenultError  # noqa: E402
 from store.format.samples import SampleTable  # noqa: E402
@@ -398,7 +399,7 @@ request, target = {{"network": "{name}"}}, Path("{target}")
 if not prepared.take(request, target):
     with onnx_file.replacing(target) as new:
         onnx_file.save(onnx_file.read_model(Path("network.onnx")), new)
-    prepared.keep(request, target, read_facts(target), {{"notes": bytes(20000)}})
+    prepared.keep(request, target, read_facts(target), {{"notes.h5": bytes(20000)}})
 """
 
 
@@ -423,7 +424,7 @@ def prepared_state(folder: Path, name: str = "ours", target: str = "out.onnx") -
             message = f"{name} is not in the store"
             raise InputMissingError(message)
         require(network_digest(Path(copy, "taken.onnx")) == made[0], f"the store gives another network for {name}")
-        require(taken.others == {"notes": bytes(20000)}, f"the store gives other notes for {name}")
+        require(taken.others == {"notes.h5": bytes(20000)}, f"the store gives other notes for {name}")
     return sorted(taken.others)
 
 
@@ -442,10 +443,10 @@ def _damaged(folder: Path, server: Server) -> None:
         ended = server.run(prepared_code(name), folder)
         require(ended.code == 0, ended.stderr[-800:])
         kept = folder / "penult" / name
-        (folder / "penult/backbones" / prepared.key_of({"network": name})).rename(kept)
+        (folder / "penult/backbones" / key_of({"network": name})).rename(kept)
     for name in ("theirs", "ours"):
-        (folder / "penult" / name).rename(folder / "penult/backbones" / prepared.key_of({"network": name}))
-    data = next((folder / "penult/backbones" / prepared.key_of({"network": "ours"})).glob("*.data"))
+        (folder / "penult" / name).rename(folder / "penult/backbones" / key_of({"network": name}))
+    data = next((folder / "penult/backbones" / key_of({"network": "ours"})).glob("*.data"))
     data.write_bytes(data.read_bytes()[:-1] + b"?")
     for path in folder.glob("out*"):
         path.unlink()

@@ -16,6 +16,7 @@ from unittest import mock
 
 from benchmarks.kills import ARCHIVE, Command, Server, network_digest, prepared_code, prepared_state, require
 from extractor.backbones import prepared
+from extractor.graphs.prepared_entry import key_of
 from store.errors import InputMissingError
 
 # From write number AT below the store on nothing more fits on the disk, until a write fails; what is written elsewhere fits.
@@ -61,7 +62,7 @@ def place(folder: Path) -> Path:
 def store_of(folder: Path) -> Iterator[Path]:
     """The store of a place in this process, and the folder of the entry that `kills.PREPARED` keeps in it."""
     with mock.patch.dict(os.environ, {"PENULT_CACHE": str(folder / "penult")}):
-        yield folder / "penult/backbones" / prepared.key_of(REQUEST)
+        yield folder / "penult/backbones" / key_of(REQUEST)
 
 
 def flips(folder: Path, server: Server, count: int, seed: int = 0) -> Counter[str]:

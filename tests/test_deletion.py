@@ -480,10 +480,12 @@ PLACES = {  # where something is deleted or replaced; whoever adds one says in i
     "store/writer.py": {"unlink": 5, "rmdir": 3},
     "store/compact.py": {"unlink": 1},  # a shard that was verified and whose rows stand in a new one
     "extractor/graphs/onnx_file.py": {
-        "unlink": 4,
-        "rename": 1,
+        "unlink": 5,
+        "rename": 2,
         "replace": 1,
     },  # a model under a temporary name; data that is marked as ours
+    # folders with the name of an entry, in which every file has a name that an entry's files have
+    "extractor/graphs/prepared_entry.py": {"rename": 2, "unlink": 1, "rmdir": 1},
     "extractor/pipeline/prepare.py": {"replace": 1},  # one temporary name by another
     "extractor/backbones/weights.py": {"unlink": 2, "rename": 1},  # downloads; a file of torchvision's that is damaged
     # the files of a bundle, and its empty lock file; a folder of nothing else; the old bundle that is replaced

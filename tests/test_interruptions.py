@@ -55,7 +55,7 @@ def test_side_by_side_both_are_right_or_one_is_told_to_try_again(name: str, serv
 
 
 def test_a_flipped_bit_in_a_prepared_backbone_is_noticed_and_it_is_made_again(server: Server, tmp_path: Path) -> None:
-    assert sorted(prepared.flips(tmp_path / "work", server, 8)) == ["data", "json", "notes", "onnx"]
+    assert sorted(prepared.flips(tmp_path / "work", server, 8)) == ["data", "h5", "json", "onnx"]
 
 
 def test_a_disk_that_is_full_at_any_write_costs_the_run_a_warning(server: Server, tmp_path: Path) -> None:

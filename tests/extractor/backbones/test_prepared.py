@@ -22,6 +22,7 @@ from extractor.backbones.export import obtain, request_of
 from extractor.backbones.registry import Backbone
 from extractor.graphs import backbone_facts, onnx_file
 from extractor.graphs.backbone_facts import BackboneFacts, read_facts, write_facts
+from extractor.graphs.prepared_entry import ENTRY, MODEL, key_of
 from extractor.pixels.pixel_drift import ProbeImage
 from store.errors import UsageError
 
@@ -161,7 +162,7 @@ def test_a_network_is_exported_once_and_then_taken(
     entries, damaged = prepared.entries()
     assert len(entries) == 2
     assert damaged == []
-    assert {path.name for entry in entries for path in entry.path.iterdir()} == {prepared.MODEL, prepared.ENTRY}
+    assert {path.name for entry in entries for path in entry.path.iterdir()} == {MODEL, ENTRY}
     assert len(list(store.iterdir())) == 2
 
 
@@ -171,7 +172,7 @@ def test_a_file_of_the_user_is_never_kept(store: Path, backbone: Backbone, tmp_p
 
 
 def key(**changes: Any) -> str:
-    return prepared.key_of(request_of(replace(Backbone("resnet50"), **changes)))
+    return key_of(request_of(replace(Backbone("resnet50"), **changes)))
 
 
 def test_names_for_the_same_network_have_one_entry() -> None:
@@ -240,26 +241,33 @@ def test_the_test_image_is_of_the_machine_that_takes_it(
     assert len(exports) == 1
 
 
-def test_whatever_lies_in_the_place_of_an_entry_is_replaced(
+def test_what_is_wrong_in_the_place_of_an_entry_is_replaced_and_what_is_not_ours_stays(
     store: Path, exports: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    entry = store / prepared.key_of(request_of(SQUEEZENET))
-    makers: list[Callable[[], object]] = [
-        entry.touch,
-        entry.mkdir,
-        lambda: (entry / prepared.ENTRY).mkdir(parents=True),
-        lambda: entry.symlink_to(tmp_path),
-        lambda: shutil.copytree(store / prepared.key_of({"of": "another"}), entry),
+    entry, another = (store / key_of(request) for request in (request_of(SQUEEZENET), {"of": "another"}))
+    target = tmp_path / "m.onnx"
+    obtain(SQUEEZENET, target)
+    prepared.keep({"of": "another"}, target, read_facts(target))
+    makers: list[tuple[Callable[[], object], bool]] = [
+        (entry.mkdir, True),
+        (lambda: shutil.copytree(another, entry), True),
+        (lambda: (entry / ENTRY).mkdir(parents=True), False),
+        (lambda: (entry.mkdir(), (entry / "thesis.txt").touch()), False),
+        (entry.touch, False),
+        (lambda: (entry.unlink(), entry.symlink_to(another)), False),
     ]
-    obtain(SQUEEZENET, tmp_path / "m.onnx")
-    prepared.keep({"of": "another"}, tmp_path / "m.onnx", read_facts(tmp_path / "m.onnx"))
-    for make in makers:
-        shutil.rmtree(entry)
+    for make, ours in makers:
+        shutil.rmtree(entry, ignore_errors=True)
         make()
+        before = sorted(store.rglob("*"))
         caplog.clear()
-        assert [obtain(SQUEEZENET, tmp_path / "m.onnx")[1] for _ in range(2)] == ["exported", "store"]
-        assert caplog.text.count("is damaged and is made again") == 1
-    assert sorted(path.name for path in store.iterdir()) == sorted([entry.name, prepared.key_of({"of": "another"})])
+        assert [obtain(SQUEEZENET, target)[1] for _ in range(2)] == ["exported", "store" if ours else "exported"]
+        assert caplog.text.count("is damaged") == (1 if ours else 2)
+        assert caplog.text.count("it cannot be removed") == (0 if ours else 2)
+        if not ours:
+            assert prepared.prune()[0] == 1, "the other one"
+            assert sorted(store.rglob("*")) == [path for path in before if another not in (path, *path.parents)]
+            prepared.keep({"of": "another"}, target, read_facts(target))
 
 
 def test_large_networks_bring_their_data(
@@ -290,7 +298,7 @@ def test_what_was_used_longest_ago_goes(
         taken = prepared.take({"of": name}, tmp_path / "m.onnx")
         if taken is None:
             prepared.keep({"of": name}, backbone_file, facts)
-        entry = store / prepared.key_of({"of": name}) / prepared.ENTRY
+        entry = store / key_of({"of": name}) / ENTRY
         os.utime(entry, (seconds, seconds))
         return taken is not None
 
@@ -355,7 +363,7 @@ def test_they_are_listed_and_removed(
     _, out, _ = penult("export", *NET, "--weights", "random:0", "-o", tmp_path / "a.onnx", "--json")
     assert json.loads(out)["prepared"] == "exported"
     obtain(replace(SQUEEZENET, name="resnet18"), tmp_path / "b.onnx")
-    (store / prepared.key_of(request_of(SQUEEZENET)) / prepared.ENTRY).write_text("{")
+    (store / key_of(request_of(SQUEEZENET)) / ENTRY).write_text("{")
     code, out, err = penult("backbones", "--prepared")
     assert (code, err) == (0, "")
     assert "resnet18" in out
