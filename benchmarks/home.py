@@ -42,6 +42,7 @@ COMMANDS = (
     Command("--help", quick=True),
     Command("backbones"),
     Command("backbones resnet18 --layers"),
+    Command("backbones --prepared", quick=True),
     Command("weights list"),
     Command("weights import list.csv", 65),  # a file that it takes is not at hand
     Command(f"export {NET} -o exported.onnx", quick=True),

@@ -67,7 +67,7 @@ def export(backbone: str | Backbone, path: str | Path, stop: StopFlag | None = N
         PenultError: whatever `load`, `to_onnx` and `import_onnx` raise, from the child.
 
     >>> import extractor
-    >>> facts = extractor.export("tiny.onnx", "copy.onnx")  # a name such as "resnet50" takes half a minute
+    >>> facts = extractor.export("tiny.onnx", "copy.onnx")  # a name such as "resnet50" takes half a minute the first time
     >>> facts.dim, facts.layer
     (16, 'last')
     """
