@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from extractor.commands.console import loudness, say
-from extractor.progress import leaving_in_time
+from extractor.signals import leaving_in_time
 from store.environment import redirect_matplotlib
 from store.errors import PenultError, did_you_mean, outcome
 

@@ -43,9 +43,9 @@ from extractor.machine import cores
 from extractor.pipeline.run import run_extract
 from extractor.pipeline.settings import Options
 from extractor.precision.float16 import compare, to_float16
-from extractor.progress import StopFlag
 from extractor.runtime.cuda import number_of
 from extractor.runtime.session import Embedder
+from extractor.signals import StopFlag
 
 PRECISIONS = ("fp32", "fp16")
 MIB = 2**20

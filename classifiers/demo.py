@@ -32,6 +32,7 @@ from extractor.pipeline.summary import Summary
 from store.cache import FeatureCache, Subset
 from store.errors import InputMissingError, OutputExistsError
 from store.format.output import write_output
+from store.progress.stages import Stage
 
 log = logging.getLogger("penult.classifiers")
 
@@ -120,7 +121,8 @@ def run_demo(
     """
     check_request(Backbone(BACKBONE, weights))
     make_room(out, overwrite=overwrite)
-    count = write_digits(out / "digits", limit=limit)
+    with Stage("writing the digits"):
+        count = write_digits(out / "digits", limit=limit)
     log.info("wrote %d digits as PNG files into %s", count, out / "digits")
     backbone, notes = choose_backbone(weights)
     cache_path = out / "digits.cache"

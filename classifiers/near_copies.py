@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from classifiers.heads.solvers.cosines import Float32, nearest, unit_rows
+from classifiers.heads.solvers.cosines import BLOCK, Float32, nearest, unit_rows
+from store.progress.stages import Stage, staged
 
 NEIGHBOURS = 60  # distances that are looked at
 LONGEST = 30  # copies of an image; more of them look like images of their own kind
@@ -25,6 +26,7 @@ FALSE_ALARMS = 0.002  # data sets without copies in which some are seen; where i
 FURTHEST = 0.7  # a copy is nearer than this share of the distance behind the gap, however many dimensions there are
 FEWEST = 16  # images of a class; with fewer, what belongs to one class looks like copies
 MOST_PRODUCTS = 4e12  # multiplications, a minute or two on two cores; beyond, only as many images as this allows
+STEP = 8 * BLOCK  # images between two counts of progress
 NEAREST = 1e-6  # squared distances below are rounding
 
 
@@ -66,6 +68,7 @@ def most_images(n: int, dim: int) -> int:
     return min(n, math.isqrt(int(MOST_PRODUCTS / max(dim, 1))))
 
 
+@staged("looking for near copies")
 def near_copies(X: NDArray[np.floating], labels: Sequence[str] | None = None) -> NearCopies:
     """Search images for near copies among each other.
 
@@ -92,7 +95,12 @@ def near_copies(X: NDArray[np.floating], labels: Sequence[str] | None = None) ->
 def _neighbours(rows: Float32) -> tuple[Float32, NDArray[np.intp]]:
     """Distances ``(n, k)`` to the nearest others in rising order, and which they are."""
     count = min(NEIGHBOURS, len(rows) - 1)
-    cosines, which = nearest(rows, rows, count + 1)
+    with Stage("searching for near copies", len(rows), "images") as stage:
+        parts = []
+        for begin in range(0, len(rows), STEP):
+            parts.append(nearest(rows[begin : begin + STEP], rows, count + 1))
+            stage.step(len(parts[-1][0]))
+    cosines, which = (np.concatenate(each) for each in zip(*parts, strict=True))
     others = np.argsort(which == np.arange(len(rows))[:, None], axis=1, kind="stable")[:, :count]  # the image itself last
     cosines, which = np.take_along_axis(cosines, others, axis=1), np.take_along_axis(which, others, axis=1)
     return np.sqrt(np.maximum(2 - 2 * cosines, NEAREST)), which

@@ -19,6 +19,7 @@ from store.format.lazy_features import LazyFeatures
 from store.format.lock import is_locked
 from store.format.metadata import BACKBONE, all_fingerprints, read_meta, shard_paths
 from store.format.samples import Row, SampleTable
+from store.progress.stages import Stage
 
 from .errors import BadDataError, CorruptCacheError, InputMissingError, LockedError, PenultError, UsageError
 from .faces import html_table
@@ -107,7 +108,8 @@ class FeatureCache:
             raise self.blamed(InputMissingError(message))
         try:
             self.meta = read_meta(self.path)
-            self.samples = SampleTable.read(self.path / "samples.h5")
+            with Stage("reading the sample table"):
+                self.samples = SampleTable.read(self.path / "samples.h5")
         except (CorruptCacheError, InputMissingError) as error:
             raise self.blamed(error) from error
         if self._state() != self._opened_as:  # the table may be of another cache than the description
@@ -130,8 +132,9 @@ class FeatureCache:
         return html_table(title, [*rows, *failed], ["label", *splits])
 
     def _open_compact(self, layer: str | None) -> None:
-        self.samples = SampleTable.read(self.path, compact_file.ENCODING_TYPE)
-        whole, self.meta = compact_file.open_compact(self.path)
+        with Stage("reading the compact file"):
+            self.samples = SampleTable.read(self.path, compact_file.ENCODING_TYPE)
+            whole, self.meta = compact_file.open_compact(self.path)
         if self._state() != self._opened_as:
             message = f"{self.path} changed while it was opened"
             raise self.blamed(CorruptCacheError(message))
@@ -279,7 +282,9 @@ class FeatureCache:
     def shards(self) -> list[shard.Shard]:
         """The shards of this cache's fingerprint, in the order of writing."""
         try:
-            shards = [shard.read_shard(path) for path in shard_paths(self.path)]
+            paths = shard_paths(self.path)
+            with Stage("opening the shards", len(paths), "shards") as stage:
+                shards = [shard.read_shard(path) for path in stage.each(paths)]
         except (CorruptCacheError, InputMissingError) as error:
             raise self.blamed(error) from error
         mine = [s for s in shards if s.fingerprint == self.fingerprint.canonical]
@@ -327,7 +332,8 @@ class FeatureCache:
         Raises:
             CorruptCacheError: some are missing, or a shard is damaged; names it.
         """
-        vectors = np.asarray(self.lazy(sha256, views=views))
+        with Stage("reading features"):
+            vectors = np.asarray(self.lazy(sha256, views=views))
         return vectors.reshape(len(sha256), self.views, -1) if views else vectors
 
     def lazy(self, sha256: Sequence[bytes], *, views: bool = False) -> LazyFeatures:
@@ -458,8 +464,10 @@ class FeatureCache:
         if lazy:
             order = located.order_of_runs(each)
             located, rows = located[order], [rows[i] for i in order.tolist()]
+        with Stage("reading features"):
+            X = located if lazy else np.asarray(located)
         return Subset(
-            X=located if lazy else np.asarray(located),
+            X=X,
             y=self.samples.truth(rows),
             sha256=[row.sha256 for row in rows],
             paths=[row.path for row in rows],

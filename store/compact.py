@@ -12,6 +12,7 @@ from store.format import atomic, hdf5, output, shard
 from store.format.compact_file import ENCODING_TYPE
 from store.format.metadata import shard_paths
 from store.format.samples import SampleTable
+from store.progress.stages import Stage, staged
 
 from .cache import FeatureCache
 from .errors import BadDataError
@@ -20,6 +21,7 @@ from .writer import open_writer, without_copies
 log = logging.getLogger("penult.store")
 
 
+@staged("writing the compact file")
 def write_compact(cache: FeatureCache, out: str | Path, *, dtype: str = "float32", overwrite: bool = False) -> int:
     """Write a cache as one file, which every reading command accepts in place of the folder.
 
@@ -103,24 +105,26 @@ def prune(path: Path) -> tuple[int, int]:
         removed = kept = 0
         number = max((int(p.name.partition("-")[0]) for p in shard_paths(path)), default=-1) + 1
         sets = [(without_copies(each.shards), each.fingerprint) for each in map(cache.with_layer, cache.layers)]
-        for old, fingerprint in [(old, fingerprint) for shards, fingerprint in sets for old in shards]:
-            digests = old.digests()
-            keep = np.array([digest in referenced for digest in digests], bool)
-            kept += int(keep.sum())
-            removed += int((~keep).sum())
-            if keep.all():
-                continue
-            shard.require_sound(old)
-            if keep.any():
-                with hdf5.open_checked(old.path, shard.ENCODING_TYPE) as (datasets, _):
-                    names = hdf5.unpack_strings(datasets, "path")
-                places = np.flatnonzero(keep)
-                features = shard.read_rows(old, old.vectors(places))
-                features = features.reshape(len(places), old.views, -1) if old.views > 1 else features
-                chosen = places.tolist()
-                parts = ([digests[i] for i in chosen], [names[i] for i in chosen])
-                shard.write_shard(path / "shards", number, features, *parts, fingerprint)
-                number += 1
-            old.path.unlink()
+        every = [(old, fingerprint) for shards, fingerprint in sets for old in shards]
+        with Stage("removing unused features", len(every), "shards") as stage:
+            for old, fingerprint in stage.each(every):
+                digests = old.digests()
+                keep = np.array([digest in referenced for digest in digests], bool)
+                kept += int(keep.sum())
+                removed += int((~keep).sum())
+                if keep.all():
+                    continue
+                shard.require_sound(old)
+                if keep.any():
+                    with hdf5.open_checked(old.path, shard.ENCODING_TYPE) as (datasets, _):
+                        names = hdf5.unpack_strings(datasets, "path")
+                    places = np.flatnonzero(keep)
+                    features = shard.read_rows(old, old.vectors(places))
+                    features = features.reshape(len(places), old.views, -1) if old.views > 1 else features
+                    chosen = places.tolist()
+                    parts = ([digests[i] for i in chosen], [names[i] for i in chosen])
+                    shard.write_shard(path / "shards", number, features, *parts, fingerprint)
+                    number += 1
+                old.path.unlink()
         atomic.fsync_directory(path / "shards")
     return removed, kept

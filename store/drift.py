@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from store.format.samples import Row
+from store.progress.stages import staged
 
 from .cache import FeatureCache
 from .errors import BadDataError, display
@@ -103,6 +104,7 @@ class Drift:
         return rows
 
 
+@staged("comparing the caches")
 def compare_caches(a: FeatureCache, b: FeatureCache, *, predict: Predict | None = None, bound: float | None = None) -> Drift:
     """Compare two caches by image content; only the first view of each image counts.
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import CorruptCacheError, FingerprintMismatchError, InputMissingError
+from store.progress.stages import Stage
+
+from .errors import CorruptCacheError, FingerprintMismatchError, InputMissingError, display
 
 VIEWS = "views"  # the field with how the views of an image were drawn; absent if there is one view
 MAX_VIEWS = 64  # decoded images wait in memory with all their views
@@ -122,7 +125,7 @@ def file_digest(*paths: Path) -> str:
     parts = []
     for path in paths:
         try:
-            with path.open("rb") as file:
+            with Stage(f"reading {display(os.fsencode(path.name))}"), path.open("rb") as file:
                 parts.append(hashlib.file_digest(file, "sha256").hexdigest())
         except OSError as error:
             message = f"cannot read {path}: {error.strerror}"

@@ -10,6 +10,7 @@ from store.format import calibration
 from store.format.integrity import verify_files
 from store.format.lock import is_locked
 from store.format.metadata import BACKBONE, holds, ledger_bytes, meta_bytes, shard_paths
+from store.progress.stages import staged
 
 from .cache import FeatureCache
 from .errors import CorruptCacheError, InputMissingError, LockedError, PenultError, StorageError
@@ -31,6 +32,7 @@ class Finding:
         return asdict(self)
 
 
+@staged("verifying")
 def verify_cache(cache: str | Path) -> list[Finding]:
     """List everything that is wrong with a cache: damaged files, a changed backbone, missing features.
 

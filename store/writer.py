@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from store.format import atomic, calibration, shard
+from store.format import atomic, calibration, hdf5, shard
 from store.format.integrity import verify_files
 from store.format.lock import writer_lock
 from store.format.metadata import (
@@ -31,6 +31,7 @@ from store.format.metadata import (
     shard_paths,
 )
 from store.format.samples import Row, SampleTable
+from store.progress.stages import Stage, staged
 
 from .errors import BadDataError, CorruptCacheError, InputMissingError, OutputExistsError, StorageError
 from .fingerprint import Fingerprint, require_same
@@ -115,14 +116,16 @@ class CacheWriter:
         self._sets = [_FeatureSet(each) for each in fingerprints]
         damaged = verify_files(shard_paths(self.path))
         sound: dict[str, list[shard.Shard]] = {}
-        for path in shard_paths(self.path):
-            self._number = max(self._number, int(path.name.partition("-")[0]) + 1)
-            if path in damaged:
-                log.warning("%s; its images are computed again", damaged[path])
-                path.unlink()
-                continue
-            index = shard.read_shard(path)
-            sound.setdefault(index.fingerprint, []).append(index)
+        paths = shard_paths(self.path)
+        with Stage("opening the shards", len(paths), "shards") as stage:
+            for path in stage.each(paths):
+                self._number = max(self._number, int(path.name.partition("-")[0]) + 1)
+                if path in damaged:
+                    log.warning("%s; its images are computed again", damaged[path])
+                    path.unlink()
+                    continue
+                index = shard.read_shard(path)
+                sound.setdefault(index.fingerprint, []).append(index)
         for each in self._sets:
             indices = sound.get(each.fingerprint.canonical, [])
             for index in indices:
@@ -132,6 +135,16 @@ class CacheWriter:
         # with one feature set they are one object: a set of a million digests is not kept twice
         self.known = self._sets[0].known if len(self._sets) == 1 else set.intersection(*(each.known for each in self._sets))
         self.write_meta(facts)
+
+    def stored_paths(self) -> set[bytes]:
+        """The paths of all images whose features are stored, as they were when they were extracted."""
+        paths = set[bytes]()
+        files = shard_paths(self.path)
+        with Stage("looking for images of an unfinished run", len(files), "shards") as stage:
+            for path in stage.each(files):
+                with hdf5.open_checked(path, shard.ENCODING_TYPE) as (datasets, _):
+                    paths.update(hdf5.unpack_strings(datasets, "path"))
+        return paths
 
     def write_meta(self, facts: dict[str, Any]) -> None:
         """Replace cache.json, if it would change."""
@@ -237,6 +250,7 @@ class CacheWriter:
         self._number += 1
         rows.known.update(digests)
 
+    @staged("writing the sample table")
     def finish(self, table: SampleTable) -> bool:
         """Replace the sample table and the ledger; False if nothing would change."""
         current = self.samples
@@ -254,7 +268,8 @@ class CacheWriter:
     def samples(self) -> SampleTable | None:
         """The current sample table; None if it is missing or damaged (it can be made again)."""
         try:
-            return SampleTable.read(self.path / "samples.h5")
+            with Stage("reading the sample table"):
+                return SampleTable.read(self.path / "samples.h5")
         except InputMissingError:
             return None
         except CorruptCacheError as error:

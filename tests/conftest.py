@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import itertools
 import json
 import logging
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -28,6 +32,7 @@ from extractor.backbones.registry import Backbone
 from extractor.graphs import onnx_file
 from extractor.graphs.backbone_facts import PREFIX, BackboneFacts, facts_in, read_facts, write_facts
 from extractor.machine import nvidia_driver_present
+from store.progress.stages import WATCH, Clock
 
 REPO = Path(__file__).resolve().parent.parent
 ASSETS = Path(os.environ.get("PENULT_TEST_ASSETS") or REPO.parent / "shared")
@@ -207,6 +212,71 @@ def backbone_file(once: Once) -> Path:
 def backbone(backbone_file: Path) -> Backbone:
     """`backbone_file` as `extract` takes it; making a cache with it costs milliseconds and no torch."""
     return Backbone(str(backbone_file))
+
+
+class SlowClock(Clock):
+    """A clock on which time passes only where a test says that work takes long; and what was said, and when."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.time, self.lines = 0.0, list[tuple[float, str]]()
+        self._patch, self._lock = patch, threading.RLock()
+
+    def now(self) -> float:
+        return self.time
+
+    def wait(self, change: threading.Condition, seconds: float) -> None:
+        change.wait()  # for the end: what is due until then, `sleep` has written at its time
+
+    def sleep(self, seconds: float) -> None:
+        """Work for so long, in any thread."""
+        with self._lock:
+            end = self.time + seconds
+            while WATCH.due <= end:
+                self.time = max(self.time, WATCH.due)
+                WATCH.tick()
+            self.time = end
+
+    def slow(self, where: str, seconds: float) -> None:
+        """Make every call of ``module:name`` take so much longer."""
+        module, _, name = where.partition(":")
+        *owners, last = name.split(".")
+        owner: Any = functools.reduce(getattr, owners, importlib.import_module(module))
+        function = getattr(owner, last)
+
+        @functools.wraps(function)
+        def slowly(*arguments: Any, **named: Any) -> Any:
+            self.sleep(seconds)
+            return function(*arguments, **named)
+
+        self._patch.setattr(owner, last, slowly)
+
+    @property
+    def longest_silence(self) -> float:
+        times = [0.0, *(time for time, _ in self.lines), self.time]
+        return max(after - before for before, after in itertools.pairwise(times))
+
+    @property
+    def text(self) -> str:
+        return "\n".join(text for _, text in self.lines)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowClock]:
+    """The clock of all progress, see `SlowClock`."""
+    slow = SlowClock(monkeypatch)
+
+    class Heard(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            slow.lines.append((slow.time, record.getMessage()))
+
+    handler, logger = Heard(logging.INFO), logging.getLogger("penult")
+    level = logger.level
+    monkeypatch.setattr(WATCH, "clock", slow)
+    logger.setLevel(logging.INFO)
+    logging.getLogger().addHandler(handler)  # a command replaces those of penult's own logger
+    yield slow
+    logging.getLogger().removeHandler(handler)
+    logger.setLevel(level)
 
 
 @pytest.fixture

@@ -28,8 +28,8 @@ MOST_PARAMETERS = 8  # of a function; a scikit-learn estimator's __init__ has al
 MOST_LINES = 200  # of cli.py
 # The rooms of each floor, modules or sub-packages: each imports what stands before it, and any room of a floor below.
 ROOMS = {
-    "store": "errors environment faces fingerprint tasks format splits writer cache compact verify drift testing",
-    "extractor": "machine progress text_table futures settings "
+    "store": "errors environment faces progress fingerprint tasks format splits writer cache compact verify drift testing",
+    "extractor": "machine signals prometheus run_log text_table futures settings "
     "pixels data graphs runtime backbones precision pipeline commands",
     "classifiers": "evaluation heads.solvers heads near_copies bundles "
     "reports training finetuning comparison jobs demo commands",

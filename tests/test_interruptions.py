@@ -69,7 +69,7 @@ def test_a_store_that_is_only_read_gives_what_it_has(server: Server, tmp_path: P
 
 # --- a call that does not end ------------------------------------------------------------------------------------------
 
-SHORT = "from extractor import progress; progress.GRACE, progress.TWICE = {}, 0\n"
+SHORT = "from extractor import signals; signals.GRACE, signals.TWICE = {}, 0\n"
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from store.errors import BadDataError
 from store.format.atomic import require_no_part_of
 from store.format.output import require_free
 from store.format.shard import MAX_ROUNDING
+from store.progress.stages import staged
 
 from .bundle import Bundle, task_of_bundle
 from .bundle_folder import BUNDLE_FILES
@@ -69,6 +70,7 @@ def fuse(bundle: str | Path | Bundle, out: str | Path, *, overwrite: bool = Fals
         return _fuse(bundle, out, new)
 
 
+@staged("making one file of the bundle")
 def _fuse(bundle: Bundle, out: Path, new: Path) -> Fused:
     """Write ``new``, which becomes ``out``."""
     if bundle.views:

@@ -28,11 +28,13 @@ from classifiers.near_copies import most_images, near_copies
 from extractor.data.files import GONE, MOVED, Files
 from extractor.data.samples import in_words
 from extractor.data.sources import Source, files_of, open_source
+from extractor.pipeline.plan import listed_samples
 from extractor.pipeline.run import survey
 from extractor.pipeline.settings import Options
 from store.cache import FeatureCache, Subset, is_cache
 from store.errors import BadDataError, InputMissingError, display
 from store.format.samples import Row, SampleTable
+from store.progress.stages import Stage, staged
 from store.splits import groups_of, merge_groups, with_splits
 from store.tasks import ONE_LABEL
 
@@ -54,23 +56,25 @@ def predict_held_out(predictor: Predictor, rows: Sequence[Row], truth: NDArray[A
         BadDataError: one of them can no longer be decoded.
     """
     probabilities, novelty, features = [], [], []
-    for prediction in predictor.predict((row.path for row in rows), files):
-        if prediction.code in GONE:
-            message = f"cannot read {prediction.name}: {prediction.message}; {MOVED}"
-            raise InputMissingError(message)
-        if prediction.probabilities is None:
-            message = f"{prediction.name}: {prediction.code}: {prediction.message}"
-            raise BadDataError(message)
-        probabilities.append(prediction.probabilities)
-        if prediction.novelty is not None and prediction.features is not None:
-            novelty.append(prediction.novelty)
-            features.append(prediction.features)
+    with Stage("predicting", len(rows), "images") as stage:
+        for prediction in stage.each(predictor.predict((row.path for row in rows), files)):
+            if prediction.code in GONE:
+                message = f"cannot read {prediction.name}: {prediction.message}; {MOVED}"
+                raise InputMissingError(message)
+            if prediction.probabilities is None:
+                message = f"{prediction.name}: {prediction.code}: {prediction.message}"
+                raise BadDataError(message)
+            probabilities.append(prediction.probabilities)
+            if prediction.novelty is not None and prediction.features is not None:
+                novelty.append(prediction.novelty)
+                features.append(prediction.features)
     digests, paths = [row.sha256 for row in rows], [row.path for row in rows]
     scores = np.array(novelty, np.float32) if novelty else None
     X = np.stack(features) if features else None
     return Predictions(digests, paths, truth, np.stack(probabilities), split, scores, X, groups_of(rows))
 
 
+@staged("evaluating")
 def evaluate_bundle(
     bundle: str | Path | Bundle,
     data: str | Path | FeatureCache,
@@ -253,7 +257,7 @@ def _require_classes(source: Source, bundle: Bundle, split: str | None) -> None:
     Raises:
         BadDataError: see `HeadTask.require_labels`.
     """
-    samples = [sample for sample in source.samples() if sample.label is not None]
+    samples = [sample for sample in listed_samples(source) if sample.label is not None]
     name = _split_of(bundle, {sample.split for sample in samples}, split)
     labels = [str(sample.label) for sample in samples if name in (None, sample.split)]
     task_of_bundle(bundle).require_labels(labels, name or "")

@@ -28,6 +28,7 @@ from store.cache import Subset
 from store.errors import CorruptCacheError
 from store.format import hdf5
 from store.format.lazy_features import LazyFeatures
+from store.progress.stages import staged
 
 log = logging.getLogger("penult.classifiers")
 
@@ -58,6 +59,7 @@ class Novelty:
     bounds: NDArray[np.float32]
 
     @classmethod
+    @staged("measuring how unlike images are")
     def fit(cls, fitted: Sequence[Subset], seed: int = 0) -> Self | None:
         """Learn the usual distance from everything that was fitted.
 

@@ -35,8 +35,8 @@ from extractor.pixels.pixel_drift import PixelDrift, PixelOrigin, ProbeImage, li
 from extractor.pixels.preprocess import Preprocess
 from extractor.pixels.views import Views
 from extractor.precision.registry import precision_of
-from extractor.progress import StopFlag
 from extractor.runtime.session import Embedder, resolve_device
+from extractor.signals import StopFlag
 from store.errors import BadDataError, FingerprintMismatchError, InputMissingError
 from store.fingerprint import Fingerprint
 from store.format.shard import as_stored
@@ -380,6 +380,11 @@ def list_images(inputs: Sequence[str | Path]) -> Iterator[bytes]:
         message = f"{', '.join(map(str, inputs[:3]))}: no such file"
         raise InputMissingError(message)
     return _files_of(paths)
+
+
+def count_images(inputs: Sequence[str | Path]) -> int:
+    """How many files `list_images` gives; a walk through the folders, which takes far less time than the images in them."""
+    return sum(1 for _ in _files_of(map(Path, inputs)))
 
 
 def _files_of(paths: Iterable[Path]) -> Iterator[bytes]:

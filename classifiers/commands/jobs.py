@@ -33,7 +33,7 @@ def run(job: Path, log_json: Path | None, metrics: Path | None, *, dry_run: bool
     Example: penult run nightly.toml --log-json nightly.jsonl --metrics nightly.prom
     """
     from classifiers.jobs.run import preview_job, run_job
-    from extractor.progress import observed
+    from extractor.run_log import observed
     from store.errors import GateError
 
     if dry_run:

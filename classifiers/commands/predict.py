@@ -12,6 +12,7 @@ import click
 
 from extractor.commands.console import FOLDER, WITH_FAILURES, Command, SettingsCommand, output_option, overwrite_option, say
 from store.format import json_text
+from store.progress.stages import Stage
 
 if TYPE_CHECKING:
     from classifiers.bundles.settings import PredictSettings
@@ -38,49 +39,53 @@ def predict(bundle: Path, images: Sequence[Path], settings: PredictSettings, for
     Example: penult predict photos.head new/ --format csv > predictions.csv
     """
     from classifiers.bundles.fuse import selftest
-    from classifiers.bundles.predictor import Predictor, list_images
+    from classifiers.bundles.predictor import Predictor, count_images, list_images
 
     if not (images or testing):
         message = "no images: name files or folders, or pass --selftest"
         raise click.UsageError(message)
-    listed = list_images(images) if images else []
+    with Stage("listing the images"):
+        listed, count = (list_images(images), count_images(images)) if images else (iter(()), 0)
     if testing:
         say(selftest(bundle, **settings.runtime()), err=bool(images))
         if not images:
             return 0
     predictor = Predictor.load(bundle, **settings.runtime())
-    results = predictor.predict(listed)
+    predictions = predictor.predict(listed)
     failed = 0
     writer = csv.writer(sys.stdout, lineterminator="\n")
     if form == "csv":
         extra = ["novelty"] if predictor.recipe.novelty else []
         writer.writerow(["path", "label", "probability", "code", "message", *extra, *predictor.task.columns()])
-    for p in results:
-        failed += p.code is not None
-        if form == "csv":
-            best = "" if p.probability is None else f"{p.probability:.6f}"
-            blank = [""] * len(predictor.task.columns())
-            columns: list[Any] = blank if p.probabilities is None else predictor.task.cells(p.probabilities)
-            if predictor.recipe.novelty:
-                columns = ["" if p.novelty is None else f"{p.novelty:.4f}", *columns]
-            writer.writerow([*map(_quoted, (_exact(p.path), p.label or "")), best, p.code or "", _quoted(p.message), *columns])
-        elif form == "jsonl":
-            facts: dict[str, Any] = {
-                "path": _exact(p.path),
-                "label": p.label,
-                "probability": p.probability,
-                "code": p.code,
-                "message": p.message,
-            }
-            if predictor.recipe.novelty:
-                facts["novelty"] = None if p.novelty is None else round(p.novelty, 4)
-            if predictor.pixel_drift:
-                facts["pixel_drift"] = predictor.pixel_drift.to_json()
-            click.echo(json_text.dumps({**facts, **predictor.task.facts(p.probabilities)}))
-        else:
-            unlike = " (unlike the training images)" if p.novelty and p.novelty > 1 else ""
-            novelty = "" if p.novelty is None else f"\tnovelty {p.novelty:.2f}{unlike}"
-            say(f"{p.name}\t{p.code}: {p.message}" if p.code else f"{p.name}\t{predictor.task.text(p)}{novelty}")
+    with Stage("predicting", count, "images", bar=not sys.stdout.isatty()) as stage:
+        for p in stage.each(predictions):
+            failed += p.code is not None
+            if form == "csv":
+                best = "" if p.probability is None else f"{p.probability:.6f}"
+                blank = [""] * len(predictor.task.columns())
+                columns: list[Any] = blank if p.probabilities is None else predictor.task.cells(p.probabilities)
+                if predictor.recipe.novelty:
+                    columns = ["" if p.novelty is None else f"{p.novelty:.4f}", *columns]
+                writer.writerow(
+                    [*map(_quoted, (_exact(p.path), p.label or "")), best, p.code or "", _quoted(p.message), *columns]
+                )
+            elif form == "jsonl":
+                facts: dict[str, Any] = {
+                    "path": _exact(p.path),
+                    "label": p.label,
+                    "probability": p.probability,
+                    "code": p.code,
+                    "message": p.message,
+                }
+                if predictor.recipe.novelty:
+                    facts["novelty"] = None if p.novelty is None else round(p.novelty, 4)
+                if predictor.pixel_drift:
+                    facts["pixel_drift"] = predictor.pixel_drift.to_json()
+                click.echo(json_text.dumps({**facts, **predictor.task.facts(p.probabilities)}))
+            else:
+                unlike = " (unlike the training images)" if p.novelty and p.novelty > 1 else ""
+                novelty = "" if p.novelty is None else f"\tnovelty {p.novelty:.2f}{unlike}"
+                say(f"{p.name}\t{p.code}: {p.message}" if p.code else f"{p.name}\t{predictor.task.text(p)}{novelty}")
     return WITH_FAILURES if failed else 0
 
 

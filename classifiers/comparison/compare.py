@@ -21,6 +21,7 @@ from classifiers.training.cost import fitted_share, needed
 from store.cache import FeatureCache
 from store.errors import BadDataError, UsageError
 from store.faces import html_table
+from store.progress.stages import staged
 from store.splits import merge_groups
 
 from .label_curve import LabelCurve, label_curve
@@ -195,6 +196,7 @@ class Comparison:
         return dict(json.loads(json.dumps({**facts, "bundles": lines, "curve": curve})))
 
 
+@staged("comparing the bundles")
 def compare(
     bundles: Sequence[str | Path | Bundle],
     *,

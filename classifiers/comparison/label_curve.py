@@ -23,6 +23,7 @@ from classifiers.training.leaks import look
 from classifiers.training.roles import Roles
 from store.cache import FeatureCache, Subset
 from store.errors import BadDataError, FingerprintMismatchError
+from store.progress.stages import Stage
 
 log = logging.getLogger("penult.classifiers")
 
@@ -88,10 +89,11 @@ def measured_curve(
     classes = groups_by_class(train)
     draws = [shuffled(classes, rng) for _ in range(repeats)]
     right, images = [], []
-    with each_warning_once():
+    fits = sum(repeats if share < 1 else 1 for share in SHARES)
+    with each_warning_once(), Stage("measuring the learning curve", fits, "fits") as stage:
         for share in SHARES:
             rows = [rows_of(train, draw, share) for draw in (draws if share < 1 else draws[:1])]
-            right.append(np.stack([_refit(head, train, each, held_out) for each in rows]))
+            right.append(np.stack([_refit(head, train, each, held_out) for each in stage.each(rows)]))
             images.append(round(np.mean([len(each) for each in rows])))
             log.info("refitted on %d of %d training images, %d draw(s)", images[-1], len(train), len(rows))
     units = Units.of_groups(held_out.groups)

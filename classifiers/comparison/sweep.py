@@ -48,6 +48,7 @@ from store.errors import (
 from store.format import atomic
 from store.format.output import write_output
 from store.format.samples import Row, SampleTable
+from store.progress.stages import Stage, staged
 from store.splits import groups_of
 
 from .ranking import Failure, Headline, Line, Ranking, failure, ranked
@@ -175,6 +176,7 @@ def require_ready(backbones: Sequence[Backbone], folder: Path, options: Options)
     devices_of(options)
 
 
+@staged("comparing backbones")
 def run_sweep(
     source: Source,
     backbones: Sequence[Backbone],
@@ -206,7 +208,8 @@ def run_sweep(
     make_head(head, source.task.name, seed=seed)  # a misspelt name is refused before the work
     require_ready(backbones, folder, options)
     list_samples(source, options)
-    extracted, failed, unusable = _extract(source, backbones, folder, options)
+    with Stage("extracting with each backbone", len(backbones), "backbones", quiet=options.quiet) as stage:
+        extracted, failed, unusable = _extract(source, backbones, folder, options, stage)
     table = common_samples([each.cache.samples for each in extracted])
     roles = _with_near_copies(assign_roles(table), extracted)
     task = task_of(table.task.name, table.outputs)
@@ -214,10 +217,12 @@ def run_sweep(
     task.require(table, [(roles.fit, "train"), (roles.choose, str(chosen_on)), (roles.report, str(reported_on))])
     bench = _Bench(table, roles, task, seed)
     lines = []
-    for each in extracted:
-        fitted = make_head(head, table.task.name, seed=seed)
-        lines.append(bench.line(each, fitted))
-        log.info("%s: %s %.4f", each.source, task.ranked_by, lines[-1].choice.value)
+    with Stage("training a head on each", len(extracted), "sources", quiet=options.quiet) as stage:
+        for each in stage.each(extracted):
+            stage.at(each.source)
+            fitted = make_head(head, table.task.name, seed=seed)
+            lines.append(bench.line(each, fitted))
+            log.info("%s: %s %.4f", each.source, task.ranked_by, lines[-1].choice.value)
     ranking = Ranking(
         data or str(source.root),
         table.task.name,
@@ -233,15 +238,16 @@ def run_sweep(
 
 
 def _extract(
-    source: Source, backbones: Sequence[Backbone], folder: Path, options: Options
+    source: Source, backbones: Sequence[Backbone], folder: Path, options: Options, stage: Stage
 ) -> tuple[list[_Extracted], list[Failure], int]:
     """The feature sets that were extracted, those that failed, and the largest number of failed images."""
     extracted: list[_Extracted] = []
     failed: list[Failure] = []
     errors: list[PenultError] = []
     unusable = 0
-    for number, (backbone, path) in enumerate(zip(backbones, cache_paths(backbones, folder), strict=True), 1):
+    for number, (backbone, path) in enumerate(stage.each(zip(backbones, cache_paths(backbones, folder), strict=True)), 1):
         label = label_of(backbone)
+        stage.at(label)
         log.info("%d of %d: %s", number, len(backbones), "@".join([label, *backbone.layers]))
         try:
             summary = run_extract(source, backbone, path, options)
@@ -331,11 +337,13 @@ class _Bench:
         X = np.asarray(cache.features(self._digests), np.float32)
         begin = time.perf_counter()
         validation = (X[n:], self._truth[n:]) if self._roles.choose else None
-        head.fit(X[:n], self._truth[:n], validation=validation, groups=self._groups)
+        with Stage(f"fitting the {name_of(head)} head"):
+            head.fit(X[:n], self._truth[:n], validation=validation, groups=self._groups)
         trained = time.perf_counter()
         scores = transferability(X[self._distinct], self._truth[self._distinct], self._task)
         scored = time.perf_counter()
-        truth, outputs = self._out_of_fold(head, X)
+        with Stage("judging the head"):
+            truth, outputs = self._out_of_fold(head, X)
         choice, right = self._headline(head, truth, outputs, self._choice)
         numbers = truth if right is None else right.astype(np.float32)
         held_out = None

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from classifiers.evaluation.task import HeadTask
 from classifiers.heads.solvers.threads import threads_for
 from store.errors import BadDataError
+from store.progress.stages import staged
 
 Float64 = NDArray[np.float64]
 
@@ -147,6 +148,7 @@ def _shrinkage(spectrum: _Spectrum, lengths: Float64) -> float:
     return float(np.clip(noise / apart, 0, 1)) if apart > 0 else 0.0
 
 
+@staged("measuring how good the features are")
 def transferability(X: NDArray[np.floating[Any]], truth: NDArray[Any], task: HeadTask) -> dict[str, float | None]:
     """All scores of features by name, larger is better; the H-scores are None unless each row has one label.
 

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from store.progress.stages import staged
+
 from .intervals import Z95, Interval, resamples_for, wilson
 from .scores import Probabilities, Values, decision_scores, probability_scores, weighted_scores
 from .units import Units
@@ -58,6 +60,7 @@ class Standing:
     change: Change | None
 
 
+@staged("comparing the heads")
 def paired(
     truth: NDArray[np.intp],
     outputs: Sequence[Probabilities],

@@ -43,11 +43,12 @@ from extractor.pipeline.plan import list_samples
 from extractor.pipeline.prepare import fingerprints
 from extractor.pipeline.run import survey
 from extractor.pixels.settings import AugmentSettings
-from extractor.progress import StopFlag, stop_on_signal
 from extractor.runtime.session import resolve_device
+from extractor.signals import StopFlag, stop_on_signal
 from store.cache import FeatureCache, is_cache
 from store.errors import BadDataError, DeviceUnavailableError, InterruptedRunError, UsageError
 from store.format.samples import Row, SampleTable
+from store.progress.stages import Stage
 
 from .checkpoints import NETWORK, Checkpoints
 from .init_head import AffineHead, start_from
@@ -239,7 +240,8 @@ def _fit(plan: Plan, loaded: Loaded, facts: dict[str, Any], stop: StopFlag) -> t
             if len(plan.devices) > 1:
                 run_on_all(plan, facts, stop)
             else:
-                run_epochs(plan, loaded, model, facts, stop)
+                with plan.stage() as stage:
+                    run_epochs(plan, loaded, model, facts, stop, stage.step)
             state = plan.state()
     assert state is not None  # every epoch writes one
     return model, state
@@ -284,7 +286,8 @@ def finetune(
                 data = open_source(
                     data, root=settings.root, follow_symlinks=settings.follow_symlinks, group_by=settings.group_by
                 )
-        return _finetune(data, out, settings, overwrite=overwrite)
+        with Stage("fine-tuning", bar=False, quiet=settings.quiet):
+            return _finetune(data, out, settings, overwrite=overwrite)
 
 
 def _finetune(data: FeatureCache | Source, out: Path, settings: FineTuneSettings, *, overwrite: bool) -> Bundle:
@@ -361,7 +364,8 @@ def _judge_finetuned(tuned: FineTuned, images: _Images, settings: FineTuneSettin
     zeros, ones = np.zeros(tuned.weight.shape[1], np.float32), np.ones(tuned.weight.shape[1], np.float32)
     head = DenseHead(zeros, ones, [(tuned.weight, tuned.bias)], images.classes, tuned.temperature or 1.0)
     backbone, roles, classes = settings.network(), images.roles, images.classes
-    facts = to_onnx(tuned.loaded, backbone.name, network)
+    with Stage(f"exporting the fine-tuned {backbone.name}"):
+        facts = to_onnx(tuned.loaded, backbone.name, network)
     storage = "float32"  # its features are never cached, so never rounded
     device = settings.device.partition(",")[0]
     task = task_of(images.table.task.name, classes, temperature=tuned.temperature)

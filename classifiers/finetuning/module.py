@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from classifiers.evaluation.probabilities import fit_temperature
 from extractor.backbones.layers import last_weighted
 from extractor.backbones.networks import Loaded
-from extractor.progress import Progress, StopFlag
+from extractor.signals import StopFlag
 from store.errors import BadDataError, InterruptedRunError
 
 from .freezing import modules_before, parameter_groups
 
 if TYPE_CHECKING:
     from .settings import FineTuneOptions
-    from .trainer import Plan
+    from .trainer import Advance, Plan
 
 log = logging.getLogger("penult.classifiers")
 
@@ -140,9 +140,9 @@ def end_to_end(loaded: Loaded, plan: Plan) -> Any:
             self.rates: list[float | None] = [None, None]
             self.sums: Counter[str] = Counter()
 
-        def watch(self, progress: Progress, stop: StopFlag) -> None:
-            """Advance ``progress`` by every image, and end the training when ``stop`` is set."""
-            self.progress, self.stop = progress, stop
+        def watch(self, advance: Advance, stop: StopFlag) -> None:
+            """Call ``advance`` with the images of every batch, and end the training when ``stop`` is set."""
+            self.advance, self.stop = advance, stop
 
         def catch(self, _module: Any, inputs: tuple[Any, ...]) -> None:
             self.penultimate = inputs[0]
@@ -186,7 +186,7 @@ def end_to_end(loaded: Loaded, plan: Plan) -> Any:
             mass = n if self.balance is None else float(self.balance[labels].sum())
             right = int((logits.argmax(dim=1) == labels).sum())
             self.sums.update(dict(zip(SUMS[part], (n, mass, value * mass, right), strict=True)))
-            self.progress.advance(n * self.trainer.world_size)
+            self.advance(n * self.trainer.world_size)
             if part == "val":
                 self.validated.append((logits.detach().float().cpu(), labels.cpu()))
             return loss

@@ -11,12 +11,13 @@ import signal
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from extractor.backbones import networks
-from extractor.progress import StopFlag
 from extractor.runtime.cuda import number_of
+from extractor.signals import StopFlag
 from store.errors import InterruptedRunError, PenultError, answer_of, raise_answered
 
 from .checkpoints import FAILURE, RENDEZVOUS
@@ -40,11 +41,14 @@ def run_on_all(plan: Plan, facts: dict[str, Any], stop: StopFlag) -> None:
         left.unlink(missing_ok=True)
     count = len(plan.devices)
     start: Any = start_processes
-    context = start(_run, (plan, facts, rendezvous), count, join=False, start_method="spawn")
+    state, passed = plan.state(), get_context("spawn").Value("q", 0)
+    before = int(state["training"]["images"]) if state else 0
+    context = start(_run, (plan, facts, rendezvous, passed), count, join=False, start_method="spawn")
     try:
-        while not context.join(timeout=LOOK):
-            if stop:
-                raise InterruptedRunError(stop.signum)
+        with plan.stage(measure=lambda: before + passed.value):
+            while not context.join(timeout=LOOK):
+                if stop:
+                    raise InterruptedRunError(stop.signum)
     except ProcessException:
         if failure.exists():
             raise_answered(json.loads(failure.read_text("utf-8")), DivergedError)
@@ -55,8 +59,13 @@ def run_on_all(plan: Plan, facts: dict[str, Any], stop: StopFlag) -> None:
             process.join()
 
 
-def _run(rank: int, plan: Plan, facts: dict[str, Any], rendezvous: Path) -> None:
-    """The work of one process."""
+def _run(rank: int, plan: Plan, facts: dict[str, Any], rendezvous: Path, passed: Any) -> None:
+    """The work of one process; the first counts the images in ``passed``, a number that it shares with the parent."""
+
+    def advance(images: int) -> None:
+        if rank == 0:
+            passed.value += images
+
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the parent ends it
     os.environ |= {"NODE_RANK": "0", "LOCAL_RANK": str(rank)}  # with these set, Lightning starts no processes of its own
@@ -65,7 +74,7 @@ def _run(rank: int, plan: Plan, facts: dict[str, Any], rendezvous: Path) -> None
             with isolated([plan.devices[rank]], plan.options.seed):
                 loaded = networks.load(plan.backbone)
                 model = end_to_end(loaded, plan)
-                run_epochs(plan, loaded, model, facts, StopFlag(), rank)
+                run_epochs(plan, loaded, model, facts, StopFlag(), advance, rank)
         except PenultError as error:
             Path(plan.checkpoints.folder / FAILURE).write_text(json.dumps(answer_of(error)), "utf-8")
             raise

@@ -63,7 +63,7 @@ class FineTuneOptions(AugmentSettings, DeviceSettings):
     min_delta: float = setting(0.0, "What counts as an improvement of the validation loss.", ge=0, only="python")
     refit: bool = setting(True, "Then train again, on the images that chose the number of epochs too, for as many epochs.")
     seed: int = seed_setting("Seed of the training, and of the split of DATA without one.")
-    quiet: bool = setting(False, "No progress line.", only="python")
+    quiet: bool = setting(False, "No progress bar, and no progress lines.", only="python")
 
     @rule
     def _training_begins(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,10 +19,11 @@ from extractor.backbones.networks import Loaded
 from extractor.backbones.registry import Backbone
 from extractor.machine import nvidia_driver_present
 from extractor.pixels.decoder import Decoder
-from extractor.progress import Progress, StopFlag
 from extractor.runtime.cuda import number_of
 from extractor.runtime.devices import parse_devices
+from extractor.signals import StopFlag
 from store.errors import DeviceUnavailableError, UsageError
+from store.progress.stages import Stage
 
 from .checkpoints import Checkpoints, checkpoint_io
 from .history import history_writer
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("penult.classifiers")
 
+Advance = Callable[[int], None]  # how many more images have passed
 PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # Lightning's names
 
 
@@ -102,6 +104,14 @@ class Plan:
         """The last checkpoint of this training; None if it has none yet."""
         state = self.checkpoints.read()
         return state if state and bool(state["training"]["choice"]) == bool(self.choice) else None
+
+    def stage(self, measure: Callable[[], int] | None = None) -> Stage:
+        """The training as a stage; its steps are images, of all epochs."""
+        state, validated = self.state(), len(self.validation)
+        done = int(state["training"]["images"]) if state else 0
+        total = self.epochs * (len(self.train) + validated) + validated
+        name = "refitting" if self.choice else "fine-tuning"
+        return Stage(name, total, "images", done=done, quiet=self.options.quiet, measure=measure)
 
     @property
     def counts(self) -> NDArray[np.intp]:
@@ -181,27 +191,25 @@ def isolated(devices: Sequence[str], seed: int) -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def run_epochs(plan: Plan, loaded: Loaded, model: Any, facts: dict[str, Any], stop: StopFlag, rank: int = 0) -> None:
+def run_epochs(
+    plan: Plan, loaded: Loaded, model: Any, facts: dict[str, Any], stop: StopFlag, advance: Advance, rank: int = 0
+) -> None:
     """Train a module of `end_to_end` from the plan's last checkpoint, or from the start, to the end.
 
     Args:
         facts: what `Checkpoints.resume` compares.
         stop: ends the training at the next batch.
+        advance: is told of all images that have passed through the network, on all devices.
         rank: index of this process's device in the plan.
     """
     options, state = plan.options, plan.state()
-    validated, earlier = len(plan.validation), plan.choice.seconds if plan.choice else 0.0
-    total, share = plan.epochs * (len(plan.train) + validated) + validated, (rank, len(plan.devices))
-    with (
-        Progress(total, "refit" if plan.choice else "fine-tune", quiet=options.quiet or rank > 0) as progress,
-        Decoder(loaded.preprocess, crop=False, stop=stop) as decoder,
-    ):
-        progress.advance(state["training"]["images"] if state else 0)
+    earlier, share = plan.choice.seconds if plan.choice else 0.0, (rank, len(plan.devices))
+    with Decoder(loaded.preprocess, crop=False, stop=stop) as decoder:
         batches = [
             Batches(items, decoder, options, train=items is plan.train, share=share) for items in (plan.train, plan.validation)
         ]
         batches[0].skip(state["training"]["history"][-1]["epoch"] if state else 0)
-        model.watch(progress, stop)
+        model.watch(advance, stop)
         keeper = plan.checkpoints.keeper(facts, earlier=state["run"]["seconds"] if state else earlier)
         path = plan.checkpoints.file if state else None
         _trainer(plan, keeper, rank, resumed=state is not None).fit(model, *batches, ckpt_path=path, weights_only=True)

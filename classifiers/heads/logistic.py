@@ -25,6 +25,7 @@ from classifiers.heads.solvers.softmax import Optimum, SoftmaxPath
 from classifiers.heads.solvers.standardise import StandardisedRows, lazy_standardisation, standardisation
 from classifiers.heads.solvers.threads import threads_for
 from store.format.lazy_features import LazyFeatures
+from store.progress.stages import Stage
 
 from .fitted import DenseHead, calibrate
 from .folds import (
@@ -332,11 +333,12 @@ class LogisticHead(ClassifierHead):
         grid = (NET if self.l1_ratio else CS) if self.Cs is None else self.Cs
         Cs = sorted({float(C) for C in (grid if self.C is None else [self.C])})
         tried: list[list[_Point]] = []
-        for fold in folds:  # one standardised copy at a time; each fold goes at least as far as those before
-            tried.append(self._path_of_fold(X, targets, weights, fold, Cs, max(map(len, tried), default=0)))
-        for fold, points in zip(folds, tried, strict=True):
-            missing = Cs[len(points) : len(tried[-1])]
-            points += self._path_of_fold(X, targets, weights, fold, missing, len(missing)) if missing else []
+        with Stage(f"choosing C of the {self.name} head", len(folds), "folds") as stage:
+            for fold in stage.each(folds):  # one standardised copy at a time; each goes at least as far as those before
+                tried.append(self._path_of_fold(X, targets, weights, fold, Cs, max(map(len, tried), default=0)))
+            for fold, points in zip(folds, tried, strict=True):
+                missing = Cs[len(points) : len(tried[-1])]
+                points += self._path_of_fold(X, targets, weights, fold, missing, len(missing)) if missing else []
         path: list[dict[str, float | bool]] = []
         heads: dict[float, list[DenseHead]] = {}
         for each_fold in zip(*tried, strict=True):

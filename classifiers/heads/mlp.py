@@ -18,6 +18,7 @@ from sklearn.utils.validation import validate_data
 from classifiers.evaluation.conformal import Conformal
 from classifiers.evaluation.probabilities import Float32
 from classifiers.heads.solvers.standardise import standardisation
+from store.progress.stages import Stage
 from store.tasks import MultiLabelTask
 
 from .fitted import DenseHead, calibrate
@@ -253,7 +254,8 @@ class MlpHead(ClassifierHead):
             self.setting_, self.history_, self.tried_, self.best_epoch_ = settings[0], [], [], self.max_epochs
             return self._refit(X, targets, [str(label) for label in self.classes_]), None
         part = folds[:1] if len(settings) > 1 else folds
-        runs = [self._try(X, targets, part, setting) for setting in settings]
+        with Stage(f"choosing settings of the {self.name} head", len(settings), "settings") as stage:
+            runs = [self._try(X, targets, part, setting) for setting in stage.each(settings)]
         self.tried_ = [run.summary for run in runs]
         chosen = min(runs, key=lambda run: run.best["val_loss"])
         if len(part) < len(folds):
@@ -270,11 +272,12 @@ class MlpHead(ClassifierHead):
         """Train a network for each fold, all in step, until the loss of their held-out rows together stops improving."""
         import torch
 
-        with self._training(X, targets, len(self.classes_), setting) as training:
+        stage = Stage(f"training the {self.name} head", self.max_epochs, "epochs at most")
+        with self._training(X, targets, len(self.classes_), setting) as training, stage:
             networks = [_Network(training, train) for train, _ in folds]
             rows = np.concatenate([test for _, test in folds])
             truth, run, best_loss, waited = training.truth[rows], _Run(setting, np.empty((0, 0), np.float32)), np.inf, 0
-            for epoch in range(1, self.max_epochs + 1):
+            for epoch in stage.each(range(1, self.max_epochs + 1)):
                 totals = [network.epoch(self._rate(setting, epoch), self.batch_size) for network in networks]
                 with torch.inference_mode():
                     logits = torch.cat([network.logits(test) for network, (_, test) in zip(networks, folds, strict=True)])
@@ -309,9 +312,10 @@ class MlpHead(ClassifierHead):
             yield _Training(X, targets, outputs, setting, device)
 
     def _refit(self, X: Float32, targets: NDArray[Any], classes: list[str]) -> DenseHead:
-        with self._training(X, targets, len(classes), self.setting_) as training:
+        stage = Stage(f"fitting the {self.name} head", self.best_epoch_, "epochs")
+        with self._training(X, targets, len(classes), self.setting_) as training, stage:
             network = _Network(training, np.arange(len(X)))
-            for epoch in range(1, self.best_epoch_ + 1):
+            for epoch in stage.each(range(1, self.best_epoch_ + 1)):
                 network.epoch(self._rate(self.setting_, epoch), self.batch_size)
             activation = "Sigmoid" if targets.ndim == 2 else "Softmax"
             return DenseHead(training.mean, training.scale, network.arrays(), classes, activation=activation)

@@ -17,6 +17,7 @@ from classifiers.evaluation.probabilities import Float32
 from classifiers.heads.solvers.row_sums import Float64
 from classifiers.heads.solvers.sigmoid import SigmoidProblem, losses_of
 from classifiers.heads.solvers.threads import threads_for
+from store.progress.stages import Stage
 from store.tasks import MultiLabelTask
 
 from .fitted import DenseHead
@@ -115,7 +116,8 @@ class MultiLabelLogisticHead(ClassifierMixin, Head):  # type: ignore[misc]
 
     def _path(self, X: Float32, truth: NDArray[np.bool_], folds: Sequence[Fold]) -> list[dict[str, Any]]:
         """Log-losses out of fold for every C, from small to large."""
-        tried = [self._path_of_fold(X, truth, fold) for fold in folds]
+        with Stage(f"choosing C of the {self.name} head", len(folds), "folds") as stage:
+            tried = [self._path_of_fold(X, truth, fold) for fold in stage.each(folds)]
         path = []
         for points in zip(*tried, strict=False):  # as far as the shortest
             losses = np.concatenate([point.losses for point in points]).mean(axis=0)

@@ -16,6 +16,7 @@ from classifiers.evaluation.regression import Intervals
 from classifiers.heads.solvers.spectrum import Spectrum
 from classifiers.heads.solvers.standardise import standardisation
 from classifiers.heads.solvers.threads import threads_for
+from store.progress.stages import Stage
 from store.tasks import RegressionTask
 
 from .fitted import DenseHead, FittedHead
@@ -180,10 +181,11 @@ class RidgeRegressionHead(RegressorMixin, Head):  # type: ignore[misc]
             by = "validation" if validation else "folds"
             folds = on_first_views(folds, views)
             spectra = (Spectrum(X[train], targets[train]) for train, _ in folds)
-            parts = [
-                [_head(spectrum, alpha, []).logits(X[test]) for alpha in alphas]
-                for spectrum, (_, test) in zip(spectra, folds, strict=True)
-            ]
+            with Stage(f"choosing lambda of the {self.name} head", len(folds), "folds") as stage:
+                parts = [
+                    [_head(spectrum, alpha, []).logits(X[test]) for alpha in alphas]
+                    for spectrum, (_, test) in zip(spectra, stage.each(folds), strict=True)
+                ]
             rows = np.concatenate([test for _, test in folds])
             held = self._choose(by, alphas, [np.concatenate(each) for each in zip(*parts, strict=True)], targets[rows])
             units = units_of(groups, rows)

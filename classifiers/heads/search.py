@@ -18,6 +18,7 @@ from classifiers.evaluation.conformal import Conformal
 from classifiers.evaluation.probabilities import Float32, log_loss
 from classifiers.evaluation.units import Units
 from classifiers.heads.solvers.threads import threads_for
+from store.progress.stages import Stage
 from store.tasks import ONE_LABEL, TASKS
 
 from .fitted import FittedHead, calibrate
@@ -217,7 +218,8 @@ class SearchHead(ClassifierHead):
         settings = self._settings(min(len(train) for train, _ in folds))
         draw = drawing(sum(len(test) for _, test in folds), len(self.classes_), self.seed)
         drawn = [(train, draw(test)) for train, test in folds]
-        parts = [self._judge(X[train], targets[train], X[test], settings) for train, test in drawn]
+        with Stage(f"choosing settings of the {self.name} head", len(drawn), "folds") as stage:
+            parts = [self._judge(X[train], targets[train], X[test], settings) for train, test in stage.each(drawn)]
         logits = [np.concatenate(each) for each in zip(*parts, strict=True)]
         rows = np.concatenate([test for _, test in drawn])
         return Tried(settings, logits, targets[rows], units=units_of(groups, rows))

@@ -24,12 +24,13 @@ from extractor.pipeline.prepare import library_versions
 from extractor.pipeline.run import run_extract
 from extractor.pipeline.settings import Options
 from extractor.pipeline.summary import Summary
-from extractor.progress import kept_warnings
+from extractor.run_log import kept_warnings
 from extractor.settings import flag_of, key_of
 from store.cache import FeatureCache
 from store.errors import BadDataError, GateError, InputMissingError, JobFileError, PenultError, UsageError, outcome
 from store.format import atomic
 from store.format.lock import file_lock
+from store.progress.stages import staged
 
 from .history import append_run, runs_file
 from .job_file import Job, keys_of, models, read_job
@@ -106,6 +107,7 @@ def _features(job: Job) -> FeatureCache:
     return FeatureCache(job.paths.cache, job.train.layer)
 
 
+@staged("running the job")
 def run_job(path: str | Path, *, quiet: bool = False, record: dict[str, Any] | None = None) -> JobResult:
     """Extract, train if anything changed, evaluate, and check the result against the gates; each run is recorded.
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from classifiers.heads.solvers.cosines import unit_rows
 from store.format.lazy_features import LazyFeatures
+from store.progress.stages import staged
 
 POINTS = 1000  # more images take seconds and show no more
 FEWEST = 3
@@ -33,6 +34,7 @@ class FeatureMap:
     method: str
 
 
+@staged("making the map of features")
 def feature_map(X: NDArray[np.floating[Any]] | LazyFeatures, seed: int = 0) -> FeatureMap | None:
     """Map features ``(n, d)``, scaled to length 1, to a plane; of many images, a seeded draw of `POINTS`.
 

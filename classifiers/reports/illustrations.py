@@ -20,6 +20,7 @@ from store.cache import Subset
 from store.errors import PenultError, display
 from store.format.lazy_features import LazyFeatures
 from store.format.samples import SampleTable
+from store.progress.stages import staged
 
 from .feature_map import FeatureMap, feature_map
 from .thumbnails import thumbnails
@@ -71,6 +72,7 @@ class Illustrations:
     map: FeatureMap | None = None
 
 
+@staged("making pictures for the report")
 def illustrate(
     predictions: Predictions,
     classes: Sequence[str],

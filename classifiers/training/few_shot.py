@@ -16,6 +16,7 @@ from classifiers.evaluation.intervals import Interval
 from classifiers.evaluation.units import Units
 from store.cache import Subset
 from store.errors import BadDataError, UsageError
+from store.progress.stages import Stage
 
 log = logging.getLogger("penult.classifiers")
 
@@ -71,16 +72,17 @@ def learning_curve(
     rng = np.random.default_rng(seed)
     draws = [_draw(members, most, rng) for _ in range(repeats)]
     curve = []
-    for n in sorted(set(shots)):
-        right = []
-        with each_warning_once():
-            for draw in draws:
-                images = np.concatenate([order[:n] for order in draw])
-                rows = (images[:, None] * n_views + np.arange(n_views)).ravel()
-                owners = [every.groups[i] for i in rows.tolist()]
-                fitted = clone(head).fit(every.X[rows], every.y[rows], groups=owners, views=n_views)
-                right.append(fitted.predict(held_out.X) == held_out.y)
-        curve.append(_point(n, np.stack(right), units, n / fewest))
+    with Stage("measuring the learning curve", len(set(shots)) * repeats, "fits") as stage:
+        for n in sorted(set(shots)):
+            right = []
+            with each_warning_once():
+                for draw in stage.each(draws):
+                    images = np.concatenate([order[:n] for order in draw])
+                    rows = (images[:, None] * n_views + np.arange(n_views)).ravel()
+                    owners = [every.groups[i] for i in rows.tolist()]
+                    fitted = clone(head).fit(every.X[rows], every.y[rows], groups=owners, views=n_views)
+                    right.append(fitted.predict(held_out.X) == held_out.y)
+            curve.append(_point(n, np.stack(right), units, n / fewest))
     return curve
 
 

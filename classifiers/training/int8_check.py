@@ -17,6 +17,7 @@ from store.cache import FeatureCache
 from store.errors import BadDataError, PenultError
 from store.format.calibration import read_calibration
 from store.format.samples import Row
+from store.progress.stages import staged
 from store.splits import groups_of
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ FEWEST = 20  # images; with fewer, one error weighs too much to judge anything
 MAX_LOSS = 0.005  # of accuracy
 
 
+@staged("measuring what int8 costs")
 def judge_rounding(cache: FeatureCache, head: Head, fitted: Sequence[Row]) -> dict[str, Any] | None:
     """Cross-validate a fitted head's settings on float and on int8 features of the same training images, with the same folds.
 

@@ -28,6 +28,7 @@ from store.cache import FeatureCache, Subset
 from store.errors import UsageError, display
 from store.fingerprint import VIEWS
 from store.format.samples import Row, SampleTable
+from store.progress.stages import Stage, staged
 
 from .few_shot import learning_curve
 from .int8_check import judge_rounding
@@ -115,6 +116,7 @@ class Judged:
     novelty: Novelty | None = None
 
 
+@staged("training")
 def train(
     cache: str | Path | FeatureCache,
     bundle: str | Path,
@@ -200,11 +202,13 @@ def fit(head: Head, prepared: Prepared) -> Fitted:
     meter = Meter(head.device)
     validation = (chosen_on.X, chosen_on.y) if chosen_on else None
     groups = [*train_views.groups, *(chosen_on.groups if chosen_on else ())]
-    head.fit(train_views.X, train_views.y, validation=validation, groups=groups, views=prepared.cache.views)
+    with Stage(f"fitting the {name_of(head)} head"):
+        head.fit(train_views.X, train_views.y, validation=validation, groups=groups, views=prepared.cache.views)
     spent = meter.read()
     return Fitted(head, spent, judge_rounding(prepared.cache, head, prepared.rows), curve)
 
 
+@staged("judging the head")
 def judge(fitted: Fitted, prepared: Prepared) -> Judged:
     """Evaluate a fitted head on the held-out images, and collect what goes into the bundle."""
     from extractor.graphs.backbone_facts import read_facts
@@ -268,6 +272,7 @@ def judge(fitted: Fitted, prepared: Prepared) -> Judged:
     return Judged(bundle, cache, head.fitted_.to_onnx(), digests, predictions, shown, novelty)
 
 
+@staged("saving the bundle and its report")
 def save(judged: Judged, out: str | Path, *, overwrite: bool = False) -> Bundle:
     """Write the bundle, with its report.
 

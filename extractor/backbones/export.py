@@ -27,7 +27,7 @@ from extractor.graphs.graph import cut
 from extractor.graphs.parity import check_parity
 from extractor.graphs.pooling import pooling_nodes, pooling_of, prefix_warning
 from extractor.machine import versions_of
-from extractor.progress import StopFlag
+from extractor.signals import StopFlag
 from store.cache import PENULTIMATE
 from store.environment import end_with_parent, python
 from store.errors import BadDataError, InterruptedRunError, PenultError, UsageError, answer_of, raise_answered

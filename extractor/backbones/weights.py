@@ -26,6 +26,7 @@ from store.fingerprint import file_digest
 from store.format import atomic
 from store.format.lock import tidy
 from store.format.output import written
+from store.progress.stages import Stage, staged
 
 log = logging.getLogger("penult.extractor")
 
@@ -89,7 +90,7 @@ def all_files() -> list[WeightsFile]:
     return [WeightsFile(network, entry) for network in known for entry in models.get_model_weights(network)]
 
 
-def fetch(file: WeightsFile, folder: Path | None = None, *, progress: bool = False) -> tuple[Path, str, bool]:
+def fetch(file: WeightsFile, folder: Path | None = None) -> tuple[Path, str, bool]:
     """Download one of torchvision's files, unless a sound one is there; a damaged one is replaced.
 
     The final name appears only when the content is complete and its digest is right.
@@ -97,7 +98,6 @@ def fetch(file: WeightsFile, folder: Path | None = None, *, progress: bool = Fal
     Args:
         file: the one to download.
         folder: of the result; None for `checkpoints`.
-        progress: show torch's progress bar on stderr.
 
     Returns:
         Where it is, its SHA-256, and whether it was downloaded now.
@@ -121,16 +121,21 @@ def fetch(file: WeightsFile, folder: Path | None = None, *, progress: bool = Fal
             if UNFINISHED.fullmatch(left.name.removeprefix(f".{path.name}")):
                 with suppress(OSError):  # it may belong to another user
                     left.unlink()
-        return path, _download(file, path, progress=progress), True
+        return path, _download(file, path), True
 
 
-def _download(file: WeightsFile, path: Path, *, progress: bool) -> str:
+def _download(file: WeightsFile, path: Path) -> str:
     """Download a file to its place, which is held; return its SHA-256."""
     import torch
 
-    temporary = atomic.temporary(path)
+    temporary, megabytes = atomic.temporary(path), round(file.entry.meta["_file_size"])
+
+    def arrived() -> int:
+        return sum(part.stat().st_size for part in path.parent.glob(f"{glob.escape(temporary.name)}*")) >> 20
+
     try:
-        torch.hub.download_url_to_file(file.entry.url, str(temporary), file.prefix, progress=progress)
+        with Stage(f"downloading {file.name}", megabytes, "MiB", measure=arrived):
+            torch.hub.download_url_to_file(file.entry.url, str(temporary), file.prefix, progress=False)
         digest = file_digest(temporary)
         with temporary.open("rb") as complete:
             os.fsync(complete.fileno())
@@ -238,7 +243,7 @@ def install(path: Path, file: WeightsFile) -> tuple[Path, bool]:
             tidy(target)
             return target, False
         log.warning("%s was damaged (its SHA-256 began with %s) and is replaced", target, digest[:8])
-    with written(target, overwrite=True):
+    with written(target, overwrite=True), Stage(f"copying {file.name}"):
         atomic.commit(target, _checked(path, file.prefix))
     return target, True
 
@@ -275,6 +280,7 @@ def survey_files() -> list[dict[str, Any]]:
     return rows
 
 
+@staged("loading the weights")
 def read_state(path: Path) -> dict[str, Any]:
     """The state dict in a ``.pth`` file, loaded without executing anything in it (``weights_only``).
 

@@ -19,6 +19,7 @@ from extractor.commands.console import (
     print_table,
     say,
 )
+from store.progress.stages import Stage
 
 if TYPE_CHECKING:
     from extractor.backbones.settings import ExportSettings
@@ -149,7 +150,8 @@ def export(settings: ExportSettings, output: Path, *, overwrite: bool, as_json: 
     from store.format.output import require_free
 
     require_free(output, overwrite=overwrite)
-    facts, origin = obtain(settings.network(), output)
+    with Stage(f"exporting {settings.network().name}"):
+        facts, origin = obtain(settings.network(), output)
     if as_json:
         return print_json({"output": str(output), **facts.description(), "prepared": origin})
     for layer in facts.layers:

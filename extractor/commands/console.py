@@ -17,6 +17,8 @@ import click
 
 from store.errors import printable
 from store.format import json_text
+from store.progress.stages import Stage
+from store.progress.terminal import BAR
 
 if TYPE_CHECKING:
     from extractor.settings import Settings
@@ -94,6 +96,10 @@ class Command(click.Command):
     def __init__(self, *arguments: Any, **facts: Any) -> None:
         super().__init__(*arguments, **facts)
         self.params += loudness()
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with Stage(f"running {ctx.command_path}", bar=False, quiet=bool(ctx.meta["penult.quiet"])):
+            return super().invoke(ctx)
 
 
 class CommandGroup(click.Group):
@@ -210,7 +216,8 @@ def say(text: str = "", *, err: bool = False, keep: str = "\t") -> None:
         err: on stderr.
         keep: characters that are printed as they are; with the newline, of a text of several lines.
     """
-    click.echo(printable(text, keep), err=err)
+    with BAR.cleared():
+        click.echo(printable(text, keep), err=err)
 
 
 def say_text(text: str) -> None:

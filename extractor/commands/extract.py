@@ -42,7 +42,7 @@ def extract(data: Path, settings: ExtractSettings, output: Path, *, as_json: boo
     from extractor.pipeline.plan import preview
     from extractor.pipeline.run import run_extract
     from extractor.pipeline.settings import Options
-    from extractor.progress import observed
+    from extractor.run_log import observed
 
     source, backbone = settings.source(data), settings.network()
     chosen = settings.part(Options).replace(overwrite=overwrite, quiet=is_quiet())

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
-from extractor.commands.console import FOLDER, CommandGroup, is_quiet, json_option, print_json, print_table, say
+from extractor.commands.console import FOLDER, CommandGroup, json_option, print_json, print_table, say
 
 
 @click.group(cls=CommandGroup)
@@ -35,7 +34,7 @@ def weights_fetch(name: str, weights_name: str | None, output: Path | None, *, a
     from extractor.backbones.weights import WeightsFile, fetch
 
     file = WeightsFile(name, choose_weights(name, weights_name, "--weights"))
-    path, digest, new = fetch(file, output, progress=sys.stderr.isatty() and not is_quiet())
+    path, digest, new = fetch(file, output)
     if as_json:
         facts = {"network": name, "weights": file.entry.name, "licence": file.licence, "source": file.entry.url}
         return print_json({"file": str(path), "bytes": path.stat().st_size, "sha256": digest, "downloaded": new, **facts})

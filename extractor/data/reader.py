@@ -26,7 +26,7 @@ from extractor.pixels.decoder import Decoder
 from extractor.pixels.images import ImageError
 from extractor.pixels.preprocess import Preprocess
 from extractor.pixels.views import Views
-from extractor.progress import StopFlag
+from extractor.signals import StopFlag
 from store.errors import InterruptedRunError
 from store.format.samples import Row
 

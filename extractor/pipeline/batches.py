@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from extractor.data.reader import Outcome
 from extractor.futures import in_flight
 from extractor.machine import Clock, timed
-from extractor.progress import Progress
 from extractor.runtime.batch_size import Pace
 from extractor.runtime.devices import DevicePool
 from extractor.runtime.session import Embedder
 from store.format.samples import Row
+from store.progress.stages import Stage
 from store.writer import CacheWriter
 
 AHEAD = 2  # batches under way per lane at most: results are taken in order, and a slow one must not idle the other lanes
@@ -42,7 +42,7 @@ def embedded(
     stream: Iterator[Outcome],
     embedder: Embedder | DevicePool,
     pace: Pace,
-    progress: Progress,
+    progress: Stage,
     clock: Clock,
     *,
     views: int = 1,
@@ -76,7 +76,8 @@ def embedded(
                 outcome = next(stream, None)
             if outcome is None:
                 break
-            progress.advance()
+            known = outcome.row.ok and outcome.pixels is None
+            (progress.skip if known else progress.step)()
             if outcome.pixels is not None:
                 waiting.extend(outcome.pixels.reshape(-1, *outcome.pixels.shape[-3:]))
                 came += views

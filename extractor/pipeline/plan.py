@@ -16,11 +16,12 @@ from extractor.data.samples import Sample, in_words
 from extractor.data.sources import Source
 from extractor.pixels.views import require_reference
 from extractor.precision.registry import Precision, precision_of
-from extractor.progress import kept_warnings
+from extractor.run_log import kept_warnings
 from extractor.runtime.devices import resolve_devices
 from store.cache import FeatureCache
 from store.errors import InputMissingError, UsageError
 from store.format.samples import Row, SampleTable
+from store.progress.stages import Stage, staged
 from store.writer import require_place
 
 from .settings import Options
@@ -37,13 +38,19 @@ def limited(samples: list[Sample], limit: int | None) -> list[Sample]:
     return sorted(ranked, key=lambda sample: sample.path)
 
 
+@staged("listing the images")
+def listed_samples(source: Source) -> list[Sample]:
+    """The samples of a source; a large folder takes its time."""
+    return source.samples()
+
+
 def list_samples(source: Source, options: Options) -> list[Sample]:
     """The samples of a run, by name and label alone.
 
     Raises:
         BadDataError: classes that are too small for the split.
     """
-    samples = limited(source.samples(), options.limit)
+    samples = limited(listed_samples(source), options.limit)
     check_splits_possible(samples, options, source.task)
     return samples
 
@@ -54,7 +61,7 @@ def list_labelled(source: Source, options: Options) -> tuple[list[Sample], Label
     Raises:
         BadDataError: classes that are too small for the split.
     """
-    listed = source.samples()
+    listed = listed_samples(source)
     samples = limited(listed, options.limit)
     labels = labels_of(source, listed, samples)
     say_labels(source, labels, samples)
@@ -64,7 +71,8 @@ def list_labelled(source: Source, options: Options) -> tuple[list[Sample], Label
 
 def count_missing(source: Manifest, samples: Sequence[Sample]) -> int:
     """The number of files of a manifest that are not there; a warning names the first."""
-    missing = [sample.name for sample in samples if source.files.stat(sample.path) is None]
+    with Stage("looking for missing files", len(samples), "files") as stage:
+        missing = [sample.name for sample in stage.each(samples) if source.files.stat(sample.path) is None]
     if missing:
         log.warning("%d of %d files of %s are not there: %s", len(missing), len(samples), source.path, in_words(missing))
     return len(missing)
@@ -129,16 +137,17 @@ def plan(
     known = {row.path: row for row in before.rows} if before and not options.verify_content else {}
     rows: list[Row | None] = []
     todo = []
-    for index, sample in enumerate(samples):
-        row = known.get(sample.path)
-        if row is not None and (row.sha256 in cached if row.ok else not options.retry_failed):
-            stat = files.stat(sample.path)
-            if row.stat == stat:
-                outcome = (row.sha256, row.code, row.message, stat)
-                rows.append(Row(sample.path, sample.label, sample.split, sample.group, *outcome, sample.targets))
-                continue
-        rows.append(None)
-        todo.append((index, sample))
+    with Stage("looking for changed files", len(samples), "files") as stage:
+        for index, sample in enumerate(stage.each(samples)):
+            row = known.get(sample.path)
+            if row is not None and (row.sha256 in cached if row.ok else not options.retry_failed):
+                stat = files.stat(sample.path)
+                if row.stat == stat:
+                    outcome = (row.sha256, row.code, row.message, stat)
+                    rows.append(Row(sample.path, sample.label, sample.split, sample.group, *outcome, sample.targets))
+                    continue
+            rows.append(None)
+            todo.append((index, sample))
     return rows, todo
 
 

@@ -20,7 +20,7 @@ from extractor.pixels.pixel_drift import libraries
 from extractor.pixels.views import Views
 from extractor.precision.calibration import without
 from extractor.precision.registry import ROWS, Conversion, Precision
-from extractor.progress import StopFlag
+from extractor.signals import StopFlag
 from store.errors import PenultError
 from store.fingerprint import Fingerprint, file_digest, require_same
 from store.format import atomic

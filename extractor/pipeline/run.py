@@ -30,14 +30,16 @@ from extractor.pixels.preprocess import Preprocess
 from extractor.pixels.views import require_reference
 from extractor.precision.calibration import count_moved
 from extractor.precision.registry import TrainingImages, precision_of
-from extractor.progress import Progress, StopFlag, kept_warnings, stop_on_signal
+from extractor.run_log import kept_warnings
 from extractor.runtime.batch_size import Pace
 from extractor.runtime.devices import DevicePool, open_embedder
 from extractor.runtime.session import Embedder
+from extractor.signals import StopFlag, stop_on_signal
 from store.cache import FeatureCache
 from store.errors import BudgetExceededError, InterruptedRunError, StorageError
 from store.format.metadata import BACKBONE, shard_paths
 from store.format.samples import Row, SampleTable
+from store.progress.stages import Stage
 from store.writer import CacheWriter, open_writer
 
 from .batches import embedded, run_shard
@@ -47,6 +49,7 @@ from .prepare import fingerprints, library_versions, prepare_backbone
 from .settings import Options
 from .split_rule import require_groups, resolve_splits, say_own_splits, say_splits
 from .summary import Summary, bottleneck
+from .tally import Resumed, Tally, resumed
 
 log = logging.getLogger("penult.extractor")
 
@@ -120,12 +123,14 @@ class _Streamed:
         computed: images that went through the backbone.
         clock: seconds by stage.
         workers: decoding threads.
+        resumed: what earlier runs had left.
     """
 
     rows: list[Row]
     computed: int
     clock: Clock
     workers: int
+    resumed: Resumed
 
     @property
     def working(self) -> float:
@@ -142,7 +147,7 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
         InterruptedRunError: SIGINT or SIGTERM came; everything embedded until then is committed.
         PenultError: see the tree in ``store.errors``.
     """
-    with kept_warnings() as warnings:
+    with kept_warnings() as warnings, Stage("extracting", bar=False, quiet=options.quiet):
         return _run(source, backbone, cache, options, warnings)
 
 
@@ -159,6 +164,7 @@ def _run(source: Source, backbone: Backbone, cache: Path, options: Options, warn
         cache=str(cache),
         **table.counts,
         computed=streamed.computed,
+        cached=streamed.resumed.cached,
         inference_calls=opened.embedder.calls,
         provider=opened.embedder.provider,
         images_per_second=round(streamed.computed / max(streamed.working, 1e-9), 1),
@@ -199,12 +205,14 @@ def _open(request: _Request, writer: CacheWriter, stop: StopFlag) -> Iterator[_O
     tf32, split = precision.tf32, (options.val_fraction, options.test_fraction, options.seed)
     conversion = precision.conversion(TrainingImages(request.source, request.samples, *split, options.workers, stop))
     require_groups(None if options.overwrite else writer.samples, request.samples, resplit=options.resplit)
-    facts, notes, origin = prepare_backbone(
-        writer, request.backbone, overwrite=options.overwrite, stop=stop, precision=precision, conversion=conversion
-    )
+    with Stage(f"preparing {Path(request.backbone.name).name}"):
+        facts, notes, origin = prepare_backbone(
+            writer, request.backbone, overwrite=options.overwrite, stop=stop, precision=precision, conversion=conversion
+        )
     if drawn:
         require_reference(facts.preprocess.pixel_path)  # an ONNX file may have another one
-    with ExitStack() as stack:
+    with ExitStack() as stack, ExitStack() as opening:
+        opening.enter_context(Stage("starting the session"))
         decoder = stack.enter_context(Decoder(facts.preprocess, crop=drawn is None, stop=stop))
         decoder.start()  # while the session opens, which takes as long
         # The session checks the device before any image is read.
@@ -217,6 +225,7 @@ def _open(request: _Request, writer: CacheWriter, stop: StopFlag) -> Iterator[_O
         look = notes.get("look") or first_look(request.backbone, facts, decoder, request.source.files, request.samples)
         writer.begin(*sets, facts={**notes, **({"look": look} if look else {}), "versions": library_versions()})
         numbers = len(request.samples) * options.views * sum(embedder.dims)
+        opening.close()
         _check_disk(request.cache, numbers * (4 if options.storage == "float32" else 2))
         yield _Opened(facts, decoder, embedder, writer.samples, look, origin)
 
@@ -232,24 +241,28 @@ def _stream(request: _Request, writer: CacheWriter, opened: _Opened, stop: StopF
         counts = len(request.samples), len(before.rows)
         log.warning("--limit leaves %d of the %d samples in the sample table; features are kept", *counts)
     outcomes, todo = plan(request.samples, before, writer.known, request.source.files, options)
+    cached = resumed(outcomes, todo, before, writer)
+    cached.say()
     pace = Pace(embedder, options.views * len(todo) if options.batch_size is None else 0)
     workers = WorkerPool(options.workers, shares_cores=embedder.shares_cores)
     ahead = 2 * math.ceil(embedder.batch_size / options.views)
     files, preprocess = request.source.files, opened.facts.preprocess
     reader = Reader(files, preprocess, writer.known, workers, ahead=ahead, views=options.drawn)
     clock: Clock = defaultdict(float)
-    computed, fail_fast = 0, options.on_error == "fail"
+    total, computed, fail_fast = len(request.samples), 0, options.on_error == "fail"
+    tally = Tally(outcomes, total)
     with (
-        Progress(len(todo), "extract", quiet=options.quiet) as progress,
+        Stage("extracting", total, "images", done=total - len(todo), cached=cached.stored) as progress,
         closing(reader.stream(todo, stop, opened.decoder)) as stream,
     ):
         batches = embedded(stream, embedder, pace, progress, clock, views=options.views, fail_fast=fail_fast)
         while result := run_shard(batches, writer, clock):
             for outcome in result.outcomes:
                 outcomes[outcome.index] = outcome.row
+                tally.add(outcome.row)
             computed += result.computed
-            done = {"event": "shard", "inputs": len(result.outcomes), "computed": result.computed}
-            log.debug("%(inputs)d inputs done, %(computed)d computed", done, extra={"facts": done})
+            done = {"event": "shard", "inputs": len(result.outcomes), "computed": result.computed, **tally.facts()}
+            log.debug("%(done)d of %(total)d inputs done, %(computed)d computed", done, extra={"facts": done})
         with timed(clock, "settle"):
             writer.settle()
     clock |= {**reader.seconds, "backbone": embedder.seconds, "write": writer.seconds}
@@ -258,7 +271,7 @@ def _stream(request: _Request, writer: CacheWriter, opened: _Opened, stop: StopF
     rows = _fail_copies([row for row in outcomes if row is not None], writer.known)
     if fail_fast:
         _fail_fast(rows)
-    return _Streamed(rows, computed, clock, workers.size)
+    return _Streamed(rows, computed, clock, workers.size, cached)
 
 
 def _finish(
@@ -290,7 +303,9 @@ def survey(source: Source, preprocess: Preprocess, options: Options) -> SampleTa
     """Read, hash and decode every input without embedding any: the sample table that `run_extract` would write."""
     samples = list_samples(source, options)
     reader = Reader(source.files, preprocess, set(), WorkerPool(options.workers or cores()))
-    rows = _fail_copies([outcome.row for outcome in reader.stream(list(enumerate(samples)), StopFlag())], set())
+    with Stage("reading images", len(samples), "images") as stage:
+        outcomes = stage.each(reader.stream(list(enumerate(samples)), StopFlag()))
+        rows = _fail_copies([outcome.row for outcome in outcomes], set())
     rows, rule = resolve_splits(rows, options, source.task)
     return SampleTable(rows, _facts(source, rule, rows, options), source.task.targets)
 

@@ -98,7 +98,7 @@ class Options(LimitSettings, ResplitSettings, SplitSettings, ViewSettings, Devic
     )
     storage: Literal["auto", "float32"] = setting("auto", "float16 if the values fit, or always float32.")
     overwrite: bool = setting(False, "Start a new cache in place of an old one.", only="python")
-    quiet: bool = setting(False, "No progress line.", only="python")
+    quiet: bool = setting(False, "No progress bar, and no progress lines.", only="python")
 
     @property
     def drawn(self) -> Views | None:

@@ -16,6 +16,7 @@ class Summary:
     Attributes:
         inputs, ok, duplicates, failed: outcome of every input; ok counts distinct contents.
         computed: images that went through the backbone in this run.
+        cached: inputs whose features were in the cache when the run began.
         inference_calls: calls of the backbone in this run.
         images_per_second: computed images over the time spent on them; 0 if there were none.
         cache_bytes: size of all shards.
@@ -43,6 +44,7 @@ class Summary:
     duplicates: int = 0
     failed: int = 0
     computed: int = 0
+    cached: int = 0
     inference_calls: int = 0
     provider: str = ""
     images_per_second: float = 0.0

@@ -35,7 +35,7 @@ from .images import MAX_BYTES, MEMORY, ImageError
 from .preprocess import Preprocess
 
 if TYPE_CHECKING:  # a worker need not import it
-    from extractor.progress import StopFlag
+    from extractor.signals import StopFlag
 
 TIMEOUT = 60.0  # seconds that a worker may be silent
 START_TIMEOUT = 60.0  # seconds until it first answers

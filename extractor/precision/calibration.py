@@ -21,6 +21,7 @@ from extractor.pixels.images import ImageError
 from store.errors import BadDataError, InterruptedRunError, PenultError
 from store.format.calibration import Calibration, read_calibration
 from store.format.samples import Row
+from store.progress.stages import Stage
 from store.splits import assign_splits
 
 from .int8 import Pixels, quantise
@@ -70,7 +71,8 @@ class Calibrator(TrainingImages):
             raise BadDataError(message)
         count = min(CALIBRATED, len(digests) // 2)
         log.info("calibrating int8 on %d training images, judging it on %d others", count, len(digests) - count)
-        made = quantise(source, out, facts, pixels[:count], pixels[count:], self._check)
+        with Stage("calibrating int8"):
+            made = quantise(source, out, facts, pixels[:count], pixels[count:], self._check)
         calibration = made.facts.calibration
         log.info(
             "int8 by %s, %d layer(s) in float: cosine to float %.4f at worst, %.4f on average",
@@ -88,8 +90,9 @@ class Calibrator(TrainingImages):
         workers = self.workers or cores()
         reader = Reader(self.source.files, facts.preprocess, set(), WorkerPool(workers))
         digests, pixels = [], []
-        with closing(reader.stream(list(enumerate(self._candidates(workers))), self.stop)) as stream:
-            for outcome in stream:
+        todo = list(enumerate(self._candidates(workers)))
+        with closing(reader.stream(todo, self.stop)) as stream, Stage("reading images for int8", limit, "images") as stage:
+            for outcome in stage.each(stream):
                 if outcome.row.ok and outcome.pixels is not None:
                     digests.append(outcome.row.sha256)
                     pixels.append(outcome.pixels)
@@ -118,8 +121,9 @@ class Calibrator(TrainingImages):
         log.info("reading %d files to know which will be training images", len(self.samples))
         known: dict[bytes, Sample] = {}
         rows = []
-        with ThreadPoolExecutor(workers, "penult-hash") as pool:
-            for sample, digest in zip(self.samples, self._in_turn(pool), strict=False):
+        count = len(self.samples)
+        with ThreadPoolExecutor(workers, "penult-hash") as pool, Stage("looking for training images", count, "files") as stage:
+            for sample, digest in zip(self.samples, stage.each(self._in_turn(pool)), strict=False):
                 if digest is not None:
                     known.setdefault(digest, sample)
                     rows.append(Row(sample.path, sample.label, None, sample.group, sha256=digest))

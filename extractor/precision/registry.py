@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from extractor.data.samples import Sample
     from extractor.data.sources import Source
     from extractor.graphs.backbone_facts import BackboneFacts
-    from extractor.progress import StopFlag
+    from extractor.signals import StopFlag
     from store.format.calibration import Calibration
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from store.environment import end_with_parent, python
 from store.errors import CorruptCacheError, InterruptedRunError, NewerFormatError, StorageError, answer_of, raise_answered
+from store.progress.stages import Stage
 
 from . import calibration, compact_file, hdf5, samples, shard
 
@@ -37,15 +38,16 @@ def verify_files(paths: Sequence[Path], *, timeout: float = TIMEOUT) -> dict[Pat
         InterruptedRunError: the child was ended by SIGINT or SIGTERM, which is not damage either.
     """
     pending, problems = list(paths), {}
-    while pending:
-        for path, problem in _in_child(pending, timeout):
-            pending.remove(path)
-            if problem:
-                problems[path] = problem
+    with Stage("verifying", len(paths), "files") as stage:
+        while pending:
+            for path, problem in _in_child(pending, timeout, stage):
+                pending.remove(path)
+                if problem:
+                    problems[path] = problem
     return problems
 
 
-def _in_child(paths: Sequence[Path], timeout: float) -> list[tuple[Path, str]]:
+def _in_child(paths: Sequence[Path], timeout: float, stage: Stage) -> list[tuple[Path, str]]:
     """Verify in one child, in order, until it ends, dies or hangs; the last result then is for the file that caused it."""
     command = python(f"from store.format.integrity import _child; _child({os.getpid()})")
     reader = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
@@ -62,6 +64,7 @@ def _in_child(paths: Sequence[Path], timeout: float) -> list[tuple[Path, str]]:
             patience = timeout + path.stat().st_size / SLOWEST
             ready, _, _ = select.select([reader.stdout], [], [], patience)
             line = reader.stdout.readline() if ready else b""
+            stage.step()
             if not line:
                 reader.kill()
                 status = reader.wait()

@@ -24,7 +24,8 @@ from classifiers.jobs.job_file import read_job
 from classifiers.jobs.run import preview_job, run_job
 from extractor.pipeline.settings import Options
 from extractor.pixels.augment import STANDARD, Augmentation
-from extractor.progress import JsonLog, Metrics, observed
+from extractor.prometheus import Metrics
+from extractor.run_log import JsonLog, observed
 from store.errors import BadDataError, BudgetExceededError, InputMissingError, JobFileError, LockedError, StorageError
 from store.format.lock import file_lock
 

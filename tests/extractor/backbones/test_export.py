@@ -34,8 +34,8 @@ from extractor.graphs.classification_layer import Graph
 from extractor.graphs.graph import cut
 from extractor.graphs.parity import PARITY, check_parity, relative_l2
 from extractor.graphs.pooling import pooling_nodes, pooling_of
-from extractor.progress import StopFlag
 from extractor.runtime.session import Embedder
+from extractor.signals import StopFlag
 from store.errors import (
     BadDataError,
     DeviceUnavailableError,

@@ -32,7 +32,7 @@ from extractor.pixels import decoder as decoding
 from extractor.pixels.decoder import Decoder
 from extractor.pixels.images import ImageError, decode
 from extractor.pixels.preprocess import Preprocess
-from extractor.progress import StopFlag
+from extractor.signals import StopFlag
 from store.cache import FeatureCache
 from store.errors import InterruptedRunError, PenultError
 

@@ -19,10 +19,10 @@ from extractor.pipeline.settings import Options
 from extractor.pipeline.summary import ADVICE, bottleneck
 from extractor.pixels.decoder import Decoder
 from extractor.pixels.preprocess import Preprocess
-from extractor.progress import StopFlag
 from extractor.runtime import batch_size
 from extractor.runtime.batch_size import ENOUGH, SIZES, TRIALS, Pace
 from extractor.runtime.session import Embedder
+from extractor.signals import StopFlag
 from store.cache import FeatureCache
 
 PIXELS = Preprocess(64, 64, "bilinear", (0.5,) * 3, (0.5,) * 3)
