@@ -271,6 +271,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowClock]:
 
     handler, logger = Heard(logging.INFO), logging.getLogger("penult")
     level = logger.level
+    WATCH.forget()
     monkeypatch.setattr(WATCH, "clock", slow)
     logger.setLevel(logging.INFO)
     logging.getLogger().addHandler(handler)  # a command replaces those of penult's own logger

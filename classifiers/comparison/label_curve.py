@@ -91,6 +91,7 @@ def measured_curve(
     right, images = [], []
     fits = sum(repeats if share < 1 else 1 for share in SHARES)
     with each_warning_once(), Stage("measuring the learning curve", fits, "fits") as stage:
+        stage.at("learning curve")
         for share in SHARES:
             rows = [rows_of(train, draw, share) for draw in (draws if share < 1 else draws[:1])]
             right.append(np.stack([_refit(head, train, each, held_out) for each in stage.each(rows)]))

@@ -241,7 +241,11 @@ def _fit(plan: Plan, loaded: Loaded, facts: dict[str, Any], stop: StopFlag) -> t
                 run_on_all(plan, facts, stop)
             else:
                 with plan.stage() as stage:
-                    run_epochs(plan, loaded, model, facts, stop, stage.step)
+
+                    def advance(images: int) -> None:  # Lightning copies the module: a method would bring the stage along
+                        stage.step(images)
+
+                    run_epochs(plan, loaded, model, facts, stop, advance)
             state = plan.state()
     assert state is not None  # every epoch writes one
     return model, state

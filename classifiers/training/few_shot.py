@@ -73,6 +73,7 @@ def learning_curve(
     draws = [_draw(members, most, rng) for _ in range(repeats)]
     curve = []
     with Stage("measuring the learning curve", len(set(shots)) * repeats, "fits") as stage:
+        stage.at("learning curve")
         for n in sorted(set(shots)):
             right = []
             with each_warning_once():

@@ -91,7 +91,10 @@ class Calibrator(TrainingImages):
         reader = Reader(self.source.files, facts.preprocess, set(), WorkerPool(workers))
         digests, pixels = [], []
         todo = list(enumerate(self._candidates(workers)))
-        with closing(reader.stream(todo, self.stop)) as stream, Stage("reading images for int8", limit, "images") as stage:
+        with (
+            closing(reader.stream(todo, self.stop)) as stream,
+            Stage("reading images for int8", min(limit, len(todo)), "images") as stage,
+        ):
             for outcome in stage.each(stream):
                 if outcome.row.ok and outcome.pixels is not None:
                     digests.append(outcome.row.sha256)

@@ -29,6 +29,7 @@ SOON = 1.0  # seconds until a terminal shows a bar: what is over by then needs n
 DRAWN = 0.25  # seconds between changes of the bar
 RECENT = 120.0  # seconds that decide the rate ..
 FEWEST = 10  # .. and at least this many steps
+PATIENCE = 2.0  # times what a step takes; then the work has become slower
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -83,7 +84,7 @@ class Stage:
         self.item = ""
         self._cached, self._steps = cached, 0
         self._lock = threading.Lock()
-        self._began = 0.0
+        self._began = self._stepped = 0.0
         self._marks: deque[tuple[float, int]] = deque()  # times, and the steps until then
 
     def __enter__(self) -> Self:
@@ -100,6 +101,7 @@ class Stage:
         with self._lock:
             self.done += count
             self._steps += count
+            self._stepped = WATCH.clock.now()
 
     def skip(self, count: int = 1) -> None:
         """Count steps as done that needed next to no time, so that they say nothing of the speed."""
@@ -122,11 +124,14 @@ class Stage:
     def standing(self, now: float, within: tuple[str, ...] = ()) -> Standing:
         """How far it is."""
         if self._measure:
-            self.step(max(self._measure() - self.done, 0))
+            arrived = self._measure() - self.done
+            if arrived > 0:
+                self.step(arrived)
         with self._lock:
-            rate = self._rate(now)
-            done, to_come = self.done, None if self.total is None else max(self.total - self.done - self._cached, 0)
-        left = None if rate is None or to_come is None else to_come / rate
+            rate, done, since = self._rate(now), self.done, now - self._stepped
+            to_come = None if self.total is None else max(self.total - self.done - self._cached, 0)
+        left = None if rate is None or to_come is None else to_come / rate - since
+        left = None if left is None or left <= 0 < (to_come or 0) else max(left, 0.0)  # it was expected before now
         return Standing(self.name, done, self.total, self.unit, now - self._began, rate, left, within)
 
     @property
@@ -135,14 +140,19 @@ class Stage:
         return f"{self.done + 1} of {self.total}: {self.item}" if self.item and self.total else self.item
 
     def _rate(self, now: float) -> float | None:
-        """Steps a second over the last two minutes, or ten steps if these took longer."""
-        marks, steps = self._marks, self._steps
+        """Steps a second over the last two minutes, or ten steps if these took longer, until the last step.
+
+        If nothing came for twice as long as a step takes, the time until now counts.
+        """
+        marks, steps, end = self._marks, self._steps, self._stepped
         while len(marks) > 1 and now - marks[1][0] >= RECENT and steps - marks[1][1] >= FEWEST:
             marks.popleft()
         (begin, before), (last, _) = marks[0], marks[-1]
-        if now - last >= SOON:
-            marks.append((now, steps))
-        return (steps - before) / (now - begin) if steps > before and now > begin else None
+        if end - last >= SOON:
+            marks.append((end, steps))
+        if steps > before and now - end > PATIENCE * (end - begin) / (steps - before):
+            end = now
+        return (steps - before) / (end - begin) if steps > before and end > begin else None
 
 
 class Watch:
@@ -163,6 +173,7 @@ class Watch:
         self._stacks: dict[int, list[Stage]] = {}
         self._thread: threading.Thread | None = None
         self._line = self._draw = math.inf
+        self._ended = self._next = -math.inf  # when nothing was under way any more, and when a line would have come
 
     @property
     def due(self) -> float:
@@ -175,7 +186,8 @@ class Watch:
             stack.append(stage)
             if self._thread is None:
                 now = self.clock.now()
-                self._line, self._draw = now + EVERY, now + SOON if is_terminal() else math.inf
+                self._line = self._next if 0 <= now - self._ended < SOON else now + EVERY  # short stages in a row are one wait
+                self._draw = now + SOON if is_terminal() else math.inf
                 self._thread = threading.Thread(target=self._run, name="penult-progress", daemon=True)
                 self._thread.start()
 
@@ -190,6 +202,7 @@ class Watch:
                         del self._stacks[thread]
             if not self._stacks:
                 over, self._thread = self._thread, None
+                self._ended, self._next = self.clock.now(), self._line
                 self._line = self._draw = math.inf
                 self._change.notify_all()
         if over:

@@ -43,7 +43,7 @@ class Standing:
         if self.total is None and not self.done:
             return f"{where}still {self.stage}, {span(self.seconds)}"
         counted = f"{where}{self.stage}: {self.done:,}{'' if self.total is None else f' of {self.total:,}'} {self.unit}"
-        if self.rate is None:
+        if self.rate is None or self.done == self.total:
             return f"{counted}, {span(self.seconds)}"
         left = "" if self.left is None else f", {about(self.left)} left"
         return f"{counted}, {_rate(self.rate)}{left}"
@@ -81,7 +81,6 @@ def about(seconds: float) -> str:
 
 
 def _rate(each_second: float) -> str:
-    for rate, unit in ((each_second, "a second"), (60 * each_second, "a minute")):
-        if rate >= 1:
-            return f"{rate:,.0f} {unit}" if rate >= 10 else f"{rate:.1f} {unit}"
-    return f"{3600 * each_second:.1f} an hour"
+    rates = (each_second, "a second"), (60 * each_second, "a minute"), (3600 * each_second, "an hour")
+    rate, unit = next(((rate, unit) for rate, unit in rates if rate >= 1), rates[-1])
+    return f"{rate:,.0f} {unit}" if rate >= 10 else f"{rate:.1f} {unit}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -83,15 +84,24 @@ def test_epoch_0_is_the_bundles_head(cache: FeatureCache, probe: Bundle) -> None
 
 
 def test_a_bundle_from_a_bundle(
-    cache: FeatureCache, probe: Bundle, tmp_path: Path, penult: Callable[..., tuple[int, str, str]]
+    cache: FeatureCache, probe: Bundle, tmp_path: Path, penult: Callable[..., tuple[int, str, str]], clock: Any
 ) -> None:
     out = tmp_path / "tuned.head"
+    clock.slow("classifiers.finetuning.finetune:networks.load", 100)
+    clock.slow("torch.nn.functional:cross_entropy", 25)
+    clock.slow("classifiers.finetuning.finetune:to_onnx", 100)
+    clock.slow("extractor.runtime.session:Embedder.embed", 20)
     network = ("-m", "squeezenet1_1", "--weights", "random:0", "--resize", 72, "--crop", 64)
     settings = ("--epochs", 1, "--batch-size", 8, "--log-dir", tmp_path / "logs", "--schedule", "step", "--ema", 0.9)
     code, stdout, err = penult(
         "finetune", cache.path, *network, *settings, "--init-head", probe.path, "-o", out, "--device", "cpu", "--json"
     )
     assert code == 0, err
+    assert clock.longest_silence <= 40, clock.lines
+    assert re.search(r"fine-tuning: \d+ of 40 images, .* left", clock.text), clock.text
+    assert re.search(r"refitting: \d+ of 32 images", clock.text), clock.text
+    assert "still exporting the fine-tuned squeezenet1_1, 1 min " in clock.text
+    assert re.search(r"predicting: \d+ of 8 images", clock.text), clock.text
     facts = json.loads(stdout)
     settings_kept = {key: facts["hyperparameters"][key] for key in ("init_head", "head_lr_factor", "ema", "schedule")}
     assert settings_kept == {"init_head": "logistic.head", "head_lr_factor": 1.0, "ema": 0.9, "schedule": "step"}

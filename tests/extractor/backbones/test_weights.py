@@ -131,6 +131,32 @@ def test_fetch_on_one_machine_import_on_the_other_then_no_flag(
     assert [(f["network"], f["state"]) for f in json.loads(out)] == [(NETWORK, "sound")]
 
 
+def test_a_slow_download_is_not_silent(
+    served: WeightsFile, home: Path, penult: Penult, clock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    clock.slow("extractor.backbones.weights:file_digest", 100)
+    connect = torch.hub.urlopen
+
+    def slow(*arguments: Any) -> Any:
+        answer = connect(*arguments)
+        read = answer.read
+
+        def reads(size: int) -> bytes:
+            clock.sleep(100)
+            return bytes(read(size))
+
+        answer.read = reads
+        return answer
+
+    monkeypatch.setattr(torch.hub, "urlopen", slow)
+    assert penult("weights", "fetch", NETWORK)[0] == 0
+    assert clock.longest_silence <= 40, clock.lines
+    assert f"downloading {served.name}: 0 of " in clock.text
+    assert content(home) == [served.name]
+
+
 def test_a_renamed_file_is_recognised_by_its_content(served: WeightsFile, home: Path, tmp_path: Path) -> None:
     renamed = source(served).rename(tmp_path / "download (1)")
     assert recognise(renamed).name == served.name

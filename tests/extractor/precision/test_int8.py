@@ -227,17 +227,22 @@ def test_only_training_images_are_looked_at(made: Pair) -> None:
     assert 8 <= len(looked_at) < sum(name == "train" for name in split.values())
 
 
-def test_files_that_fail_later_move_no_calibration_image(network: Path, tmp_path: Path) -> None:
+def test_files_that_fail_later_move_no_calibration_image(network: Path, tmp_path: Path, clock: Any) -> None:
     write_digits(tmp_path / "digits", limit=200)
     damaged = sorted((tmp_path / "digits").rglob("*.png"))[::60]
     for path in damaged:
         path.write_bytes(path.read_bytes()[:-40])
+    clock.slow("extractor.data.files:FolderFiles.read", 2)
+    clock.slow("extractor.precision.calibration:quantise", 100)
     run_extract(
         ImageFolder(tmp_path / "digits"),
         Backbone(str(network)),
         tmp_path / "cache",
         Options(precision="int8", max_failures="9"),
     )
+    assert clock.longest_silence <= 40
+    for words in ("looking for training images: ", "reading images for int8: ", "still calibrating int8, 1 min"):
+        assert words in clock.text
     cache = FeatureCache(tmp_path / "cache")
     assert cache.samples.counts["failed"] == len(damaged)
     split = {row.sha256: row.split for row in cache.rows()}

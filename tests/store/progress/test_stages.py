@@ -28,9 +28,9 @@ def test_a_line_every_half_minute_says_how_far_how_fast_and_how_long(clock: Any)
         for _ in stage.each(range(50)):
             clock.sleep(2)
     assert clock.lines == [
-        (30, "extracting: 14 of 100 images, 28 a minute, 3 min left"),
-        (60, "extracting: 29 of 100 images, 29 a minute, 2 min left"),
-        (90, "extracting: 44 of 100 images, 29 a minute, 2 min left"),
+        (30, "extracting: 14 of 100 images, 30 a minute, 3 min left"),
+        (60, "extracting: 29 of 100 images, 30 a minute, 2 min left"),
+        (90, "extracting: 44 of 100 images, 30 a minute, 2 min left"),
     ]
     assert watchers() == []
 
@@ -64,8 +64,8 @@ def test_the_rate_is_that_of_the_last_minutes_and_of_what_is_really_done(clock: 
             stage.step()
     texts = dict(clock.lines)
     assert texts[30] == "extracting: 60 of 100 images, 30 s", "nothing is known of the speed yet"
-    assert texts[60] == "extracting: 81 of 100 images, 41 a minute, 28 s left"
-    assert texts[180] == "extracting: 93 of 100 images, 6.0 a minute, 70 s left"
+    assert texts[60] == "extracting: 81 of 100 images, 42 a minute, 26 s left"
+    assert texts[180] == "extracting: 93 of 100 images, 6.0 a minute, 69 s left"
 
 
 def test_what_is_expected_to_be_recognised_takes_no_time(clock: Any) -> None:
@@ -92,7 +92,7 @@ def test_the_facts_of_a_line(clock: Any, caplog: pytest.LogCaptureFixture) -> No
         for _ in stage.each(range(20)):
             clock.sleep(2)
     facts = {"stage": "extracting", "within": ["1 of 2: vit"], "done": 14, "total": 60, "unit": "images"}
-    assert caplog.records[0].facts == {"event": "progress", **facts, "seconds": 30, "rate": 0.4667, "left": 99}
+    assert caplog.records[0].facts == {"event": "progress", **facts, "seconds": 30, "rate": 0.5, "left": 90}
 
 
 def test_a_stage_that_an_error_has_left_ends_with_the_one_around_it(clock: Any) -> None:
@@ -100,6 +100,12 @@ def test_a_stage_that_an_error_has_left_ends_with_the_one_around_it(clock: Any) 
         Stage("abandoned").__enter__()
         assert watchers()
     assert (WATCH.due, watchers()) == (float("inf"), [])
+
+
+def test_short_stages_in_a_row_are_no_silence(clock: Any) -> None:
+    for _ in range(4):
+        staged("reading")(clock.sleep)(20)
+    assert clock.lines == [(30, "still reading, 10 s"), (60, "still reading, 20 s")]
 
 
 def test_stages_of_two_threads_are_shown_side_by_side(clock: Any) -> None:
@@ -186,19 +192,23 @@ class Hurried(stages.Clock):
     def now(self):
         return self.time
     def wait(self, change, seconds):
-        if drawn.is_set():
+        if drawn.is_set() or not stepped.is_set():
             change.wait()
-        self.time += seconds
-drawn = threading.Event()
+        else:
+            self.time += seconds
+drawn, stepped = threading.Event(), threading.Event()
 draw = stages.BAR.draw
 def watched(standing):
     draw(standing)
-    if standing.done == standing.total // 2 and standing.rate:
+    if standing.done == 15:
         drawn.set()
 stages.BAR.draw = watched
 stages.WATCH.clock = Hurried()
 with stages.Stage("running", bar=False), stages.Stage("extracting", 30, "images", quiet={quiet}) as stage:
     stage.step(15)
+    with stages.WATCH._change:
+        stepped.set()
+        stages.WATCH._change.notify_all()
     {wait}
     say("a message", err=True)
 say("the end", err=True)
