@@ -65,7 +65,7 @@ class Pace:
         typical = {size: statistics.median(self._seconds[size]) for size in SIZES}
         rates = ", ".join(f"{size} gives {1 / seconds:.1f} images/s" for size, seconds in sorted(typical.items()))
         fastest = min(typical, key=typical.__getitem__)
-        doubt = f"; that of {fastest} is not reliable" if typical[best] > GAIN * typical[fastest] else ""
+        doubt = f"; the advantage of {fastest} is not certain" if typical[best] > GAIN * typical[fastest] else ""
         log.info("batches of %d: %s%s", best, rates, doubt)
         return best
 

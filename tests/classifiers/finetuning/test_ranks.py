@@ -15,8 +15,10 @@ from classifiers.finetuning import ranks
 from classifiers.finetuning.checkpoints import Checkpoints
 from classifiers.finetuning.finetune import train_network
 from classifiers.finetuning.settings import FineTuneOptions
+from classifiers.finetuning.trainer import Plan
 from extractor.backbones.registry import Backbone
 from store.errors import BadDataError, UsageError
+from store.progress.stages import Stage
 
 REGNET = Backbone("regnet_x_400mf", "random:0", resize=40, crop=32)  # no dropout, which would differ
 FAST = FineTuneOptions(epochs=2, batch_size=8, lr=0.01, device="cpu", quiet=True, refit=False)
@@ -33,7 +35,13 @@ def test_two_processes_train_as_one(pictures: list[tuple[Path, int]], tmp_path: 
     parts = pictures[:20], pictures[20:]
     one = train_network(*parts, 2, REGNET, FAST)
     kept, two = Checkpoints(tmp_path / "kept"), FAST.replace(device="cpu,cpu")
+    make, stages = Plan.stage, list[Stage]()
+    monkeypatch.setattr(Plan, "stage", lambda *arguments, **named: stages.append(make(*arguments, **named)) or stages[-1])
     both = train_network(*parts, 2, REGNET, two, checkpoints=kept, log_dir=tmp_path / "logs")
+    (passed,) = [stage.standing(0) for stage in stages]
+    assert (passed.stage, passed.done, passed.total) == ("fine-tuning", both.images, both.images), (
+        "counted by the first process"
+    )
     assert [row["epoch"] for row in both.history] == [0, 1, 2]
     assert abs(one.history[2]["val_loss"] - one.history[0]["val_loss"]) > 0.001
     for key in ("val_loss", "val_accuracy"):

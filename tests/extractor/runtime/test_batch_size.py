@@ -102,7 +102,7 @@ def test_what_is_not_believed_is_said(embedder: Embedder, caplog: pytest.LogCapt
             embedder.on_batch(size, size / BUSY[size][turn])
     pace.begin()
     rates = "1 gives 17.0 images/s, 2 gives 175.5 images/s, 4 gives 34.0 images/s, 8 gives 34.0 images/s"
-    assert caplog.messages == [f"batches of 4: {rates}; that of 2 is not reliable"]
+    assert caplog.messages == [f"batches of 4: {rates}; the advantage of 2 is not certain"]
 
 
 def test_nothing_is_tried_in_a_short_run_or_where_the_size_is_given(embedder: Embedder) -> None:
