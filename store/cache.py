@@ -332,8 +332,7 @@ class FeatureCache:
         Raises:
             CorruptCacheError: some are missing, or a shard is damaged; names it.
         """
-        with Stage("reading features"):
-            vectors = np.asarray(self.lazy(sha256, views=views))
+        vectors = _read(self.lazy(sha256, views=views))
         return vectors.reshape(len(sha256), self.views, -1) if views else vectors
 
     def lazy(self, sha256: Sequence[bytes], *, views: bool = False) -> LazyFeatures:
@@ -464,16 +463,19 @@ class FeatureCache:
         if lazy:
             order = located.order_of_runs(each)
             located, rows = located[order], [rows[i] for i in order.tolist()]
-        with Stage("reading features"):
-            X = located if lazy else np.asarray(located)
         return Subset(
-            X=X,
+            X=located if lazy else _read(located),
             y=self.samples.truth(rows),
             sha256=[row.sha256 for row in rows],
             paths=[row.path for row in rows],
             groups=groups_of(rows),
             name=name,
         )
+
+
+def _read(located: LazyFeatures) -> NDArray[np.floating[Any]]:
+    with Stage("reading features", len(located), "rows") as stage:
+        return located.read(advance=stage.step)
 
 
 def is_cache(path: str | Path) -> bool:

@@ -53,15 +53,22 @@ class LazyFeatures:
         return replace(self, owner=self.owner[rows], row=self.row[rows])
 
     def __array__(self, dtype: np.dtype[Any] | None = None, *, copy: bool | None = None) -> NDArray[np.floating[Any]]:
+        if copy is False:
+            message = "features on disk cannot become an array without a copy"
+            raise ValueError(message)
+        return self.read(dtype)
+
+    def read(self, dtype: np.dtype[Any] | None = None, advance: Callable[[int], None] | None = None) -> NDArray[Any]:
         """Read all of them, ``(n, d)``.
+
+        Args:
+            dtype: of the array; by default their own.
+            advance: is called with the number of rows of each shard that has been read.
 
         Raises:
             CorruptCacheError: a shard is damaged; names it.
             LockedError: another run has replaced the cache.
         """
-        if copy is False:
-            message = "features on disk cannot become an array without a copy"
-            raise ValueError(message)
         out = np.empty(self.shape, dtype or self.dtype)
         for i in np.unique(self.owner).tolist():
             mine = np.flatnonzero(self.owner == i)
@@ -78,6 +85,8 @@ class LazyFeatures:
                 shard.widen(vectors, out[whole])
             else:
                 out[whole] = vectors
+            if advance:
+                advance(len(mine))
         return out
 
     @property

@@ -123,9 +123,8 @@ class Stage:
 
     def standing(self, now: float, within: tuple[str, ...] = ()) -> Standing:
         """How far it is."""
-        if self._measure:
-            arrived = self._measure() - self.done
-            if arrived > 0:
+        with suppress(OSError):  # a file that was there a moment ago
+            if self._measure and (arrived := self._measure() - self.done) > 0:
                 self.step(arrived)
         with self._lock:
             rate, done, since = self._rate(now), self.done, now - self._stepped
@@ -189,7 +188,10 @@ class Watch:
                 self._line = self._next if 0 <= now - self._ended < SOON else now + EVERY  # short stages in a row are one wait
                 self._draw = now + SOON if is_terminal() else math.inf
                 self._thread = threading.Thread(target=self._run, name="penult-progress", daemon=True)
-                self._thread.start()
+                try:
+                    self._thread.start()
+                except RuntimeError:  # no more threads here, or Python is about to end: the work goes on in silence
+                    self._thread, self._line, self._draw = None, math.inf, math.inf
 
     def end(self, stage: Stage) -> None:
         """The stage is over, and every stage inside it that an error has left."""
@@ -205,7 +207,7 @@ class Watch:
                 self._ended, self._next = self.clock.now(), self._line
                 self._line = self._draw = math.inf
                 self._change.notify_all()
-        if over:
+        if over and over is not threading.current_thread():
             over.join()  # nothing is written after the end
         BAR.clear()
 
@@ -218,7 +220,7 @@ class Watch:
             self._draw = now + DRAWN if draw else self._draw
             stacks = [(stack[-1], stack[-1].standing(now, _within(stack))) for stack in self._stacks.values()] * (line or draw)
         if draw:
-            shown = [standing for stage, standing in stacks if stage.bar and not stage.quiet]
+            shown = [standing for stage, standing in stacks if stage.bar and not stage.quiet and not log.disabled]
             BAR.draw(shown[0]) if shown else BAR.clear()
         for stage, standing in stacks if line else ():
             level = logging.DEBUG if stage.quiet or BAR.drawn else logging.INFO

@@ -171,6 +171,27 @@ def test_a_forked_child_watches_nothing() -> None:
         child.join()
 
 
+def test_a_process_that_may_start_no_thread_works_in_silence(clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: threading.Thread) -> None:
+        message = "can't start new thread"
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with Stage("extracting", 2, "images") as stage:
+        for _ in stage.each(range(2)):
+            clock.sleep(40)
+    assert (stage.done, clock.lines) == (2, [])
+
+
+def test_a_measure_that_fails_is_tried_again(clock: Any, tmp_path: Path) -> None:
+    file = tmp_path / "part"
+    with Stage("downloading", 10, "MiB", measure=lambda: file.stat().st_size):
+        clock.sleep(30)
+        file.write_bytes(b"12345")
+        clock.sleep(30)
+    assert [text.partition(",")[0] for _, text in clock.lines] == ["downloading: 0 of 10 MiB", "downloading: 5 of 10 MiB"]
+
+
 def test_nobody_who_reads_does_not_end_the_work(clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     class Gone(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
