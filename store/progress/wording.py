@@ -19,6 +19,11 @@ class Standing:
         rate: steps a second of the recent past; None if it cannot be told yet.
         left: seconds until the end at this rate; None if that cannot be told.
         within: the parts of larger stages that it belongs to, such as ``2 of 4: resnet50``.
+
+    >>> print(Standing("extracting", 12000, 30000, "images", 86, 140.2, 128.4, ("2 of 4: resnet50",)).text)
+    2 of 4: resnet50: extracting: 12,000 of 30,000 images, 140 a second, 2 min left
+    >>> print(Standing("fitting the logistic head", 0, None, "", 90).text)
+    still fitting the logistic head, 1 min 30 s
     """
 
     stage: str
@@ -32,13 +37,7 @@ class Standing:
 
     @property
     def text(self) -> str:
-        """One line for people.
-
-        >>> print(Standing("extracting", 12000, 30000, "images", 86, 140.2, 128.4, ("2 of 4: resnet50",)).text)
-        2 of 4: resnet50: extracting: 12,000 of 30,000 images, 140 a second, 2 min left
-        >>> print(Standing("fitting the logistic head", 0, None, "", 90).text)
-        still fitting the logistic head, 1 min 30 s
-        """
+        """One line for people."""
         where = "".join(f"{each}: " for each in self.within)
         if self.total is None and not self.done:
             return f"{where}still {self.stage}, {span(self.seconds)}"
