@@ -213,11 +213,13 @@ class Hurried(stages.Clock):
     def now(self):
         return self.time
     def wait(self, change, seconds):
-        if drawn.is_set() or not stepped.is_set():
+        if self.time > 20:
+            passed.set()
+        if drawn.is_set() or passed.is_set() or not stepped.is_set():
             change.wait()
         else:
             self.time += seconds
-drawn, stepped = threading.Event(), threading.Event()
+drawn, stepped, passed = threading.Event(), threading.Event(), threading.Event()
 draw = stages.BAR.draw
 def watched(standing):
     draw(standing)
@@ -239,7 +241,7 @@ say("the end", err=True)
 @pytest.mark.parametrize("quiet", [False, True])
 def test_a_terminal_has_one_bar_that_messages_do_not_garble(quiet: bool) -> None:
     terminal, end = pty.openpty()
-    code = BAR.format(quiet=quiet, wait="drawn.wait()" if not quiet else "pass")
+    code = BAR.format(quiet=quiet, wait="passed.wait()" if quiet else "drawn.wait()")
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, stderr=end, env=environment)
     os.close(end)
