@@ -60,14 +60,14 @@ class _StderrHandler(logging.Handler):
 
     def __init__(self, level: int) -> None:
         super().__init__(level)
-        self.warnings: list[str] = []
+        self.warnings: dict[str, None] = {}  # in order
 
     def emit(self, record: logging.LogRecord) -> None:
         text, is_warning = record.getMessage(), record.levelno >= logging.WARNING
         if is_warning and text in self.warnings:  # the samples were listed again
             return
         if is_warning:
-            self.warnings.append(text)
+            self.warnings[text] = None
         say(f"warning: {text}" if is_warning else text, err=True)
 
 

@@ -70,11 +70,13 @@ class ImageFolder:
             samples = [Sample(name) for name in top_files]
         elif top_files:
             log.warning("%d file(s) beside the class folders of %s are not samples", len(top_files), root)
+        others = self._others(base, folders)
+        empty: list[bytes] = []
         for folder in folders:
             split = SPLITS[os.fsdecode(folder).lower()] if splits else None
             before = len(samples)
             names: dict[bytes, str] = {}
-            for path in self._walk(base, folder, folders, links):
+            for path in self._walk(base, folder, others, links):
                 parts = path.split(b"/")
                 label = parts[1] if splits else parts[0]
                 if splits and len(parts) < 3:
@@ -83,13 +85,15 @@ class ImageFolder:
                 if label not in names:
                     names[label] = display(label)
                 samples.append(Sample(path, names[label], split))
-            empty = [folder] if len(samples) == before else []
-            if splits and not empty:
+            if len(samples) == before:
+                empty.append(folder)
+            elif splits:
                 classes = _scan(base + b"/" + folder, follow=self.follow_symlinks, links=[0])[1]
-                used = {sample.path.split(b"/")[1] for sample in samples[before:]}
-                empty = [folder + b"/" + name for name in classes if name not in used]
-            for name in empty:
-                log.warning("the folder %s in %s is empty", display(name), root)
+                empty += [folder + b"/" + name for name in classes if name not in names]
+        if len(empty) == 1:
+            log.warning("the folder %s in %s is empty", display(empty[0]), root)
+        elif empty:
+            log.warning("%d folders in %s are empty: %s", len(empty), root, in_words(list(map(display, empty))))
         if links[0]:
             log.warning("%d symbolic link(s) in %s were not followed (--follow-symlinks follows them)", links[0], root)
         if samples and folders and not splits:
@@ -177,13 +181,28 @@ class ImageFolder:
         base, links = os.fsencode(self.root), [0]
         files, folders = _scan(base, follow=self.follow_symlinks, links=links)
         yield from files
+        others = self._others(base, folders)
         for folder in folders:
-            yield from self._walk(base, folder, folders, links)
+            yield from self._walk(base, folder, others, links)
 
-    def _walk(self, base: bytes, top: bytes, tops: list[bytes], links: list[int]) -> Iterator[bytes]:
-        """Relative paths of the regular files below a folder; with links followed, each real folder is visited once."""
-        # A link back to the root, or to another class, must not bring that class's files in under this label.
-        pending, visited = [top], {os.path.realpath(base), *(os.path.realpath(base + b"/" + folder) for folder in tops)}
+    def _others(self, base: bytes, tops: list[bytes]) -> frozenset[bytes]:
+        """The real paths of the root and its folders, into which no link in one of them is followed.
+
+        A link back to the root, or to another class, must not bring that class's files in under this label.
+        """
+        if not self.follow_symlinks:  # then every folder is met once
+            return frozenset()
+        return frozenset([os.path.realpath(base), *(os.path.realpath(base + b"/" + folder) for folder in tops)])
+
+    def _walk(self, base: bytes, top: bytes, others: frozenset[bytes], links: list[int]) -> Iterator[bytes]:
+        """Relative paths of the regular files below a folder; with links followed, each real folder is visited once.
+
+        Args:
+            base, top: the root, and the folder in it.
+            others: from `_others`, which resolves them once for all folders.
+            links: counts the links that are not followed.
+        """
+        pending, visited = [top], set[bytes]()
         while pending:
             folder = pending.pop()
             files, folders = _scan(base + b"/" + folder, follow=self.follow_symlinks, links=links)
@@ -191,10 +210,12 @@ class ImageFolder:
                 yield folder + b"/" + name
             below = []
             for name in folders:
-                real = os.path.realpath(b"/".join((base, folder, name)))
-                if real not in visited:
+                if self.follow_symlinks:
+                    real = os.path.realpath(b"/".join((base, folder, name)))
+                    if real in others or real in visited:
+                        continue
                     visited.add(real)
-                    below.append(folder + b"/" + name)
+                below.append(folder + b"/" + name)
             pending += reversed(below)  # the last one is taken first
 
 

@@ -237,6 +237,50 @@ def test_a_broken_link_that_is_followed_is_an_input(tmp_path: Path) -> None:
     assert [path for path, _, _ in listing(tmp_path, follow_symlinks=True)] == [b"ants/a.jpg", b"ants/gone.jpg"]
 
 
+def calls_of(function: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> int:
+    """How often a function asks the file system for a folder, or for facts about a path."""
+    count = 0
+
+    def counted(call: Callable[..., object]) -> Callable[..., object]:
+        def counting(*arguments: object, **options: object) -> object:
+            nonlocal count
+            count += 1
+            return call(*arguments, **options)
+
+        return counting
+
+    with monkeypatch.context() as patched:
+        for name in ("scandir", "stat", "lstat", "readlink", "listdir"):
+            patched.setattr(os, name, counted(getattr(os, name)))
+        function()
+    return count
+
+
+@pytest.mark.parametrize("follow_symlinks", [False, True])
+@pytest.mark.parametrize("split", ["", "train/"])
+def test_listing_is_linear_in_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str, *, follow_symlinks: bool
+) -> None:
+    """With 2,000 classes it took 33 seconds when every class looked at all others."""
+    counts = []
+    for begin, end in ((0, 20), (20, 40), (40, 80)):
+        for i in range(begin, end):
+            tree(tmp_path, f"{split}k{i}/a.jpg", f"{split}k{i}/deeper/b.jpg")
+            (tmp_path / f"{split}k{i}/another").symlink_to(tmp_path / f"{split}k{i // 2}")
+        source = open_source(tmp_path, follow_symlinks=follow_symlinks)
+        assert len(source.samples()) == 2 * end
+        counts.append(calls_of(source.samples, monkeypatch))
+    assert counts[2] - counts[1] == 2 * (counts[1] - counts[0])
+
+
+def test_listing_for_predict_is_linear_in_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+    for begin, end in ((0, 20), (20, 40), (40, 80)):
+        tree(tmp_path, *(f"k{i}/deeper/b.jpg" for i in range(begin, end)))
+        counts.append(calls_of(lambda: list(ImageFolder(tmp_path).everything()), monkeypatch))
+    assert counts[2] - counts[1] == 2 * (counts[1] - counts[0])
+
+
 @pytest.mark.parametrize("name", ["nowhere", "file", "empty", "classes"])
 def test_no_input_at_all_is_said(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_bytes(b"x")
@@ -441,6 +485,10 @@ def test_a_class_folder_of_a_split_that_is_empty_is_named(tmp_path: Path, caplog
     (tree(tmp_path, "train/ants/a.jpg", "train/bees/b.jpg", "test/ants/c.jpg") / "test/bees").mkdir()
     assert len(listing(tmp_path)) == 3
     assert caplog.messages == [f"the folder test/bees in {tmp_path} is empty"]
+    caplog.clear()
+    (tmp_path / "train/wasps").mkdir()
+    listing(tmp_path)
+    assert caplog.messages == [f"2 folders in {tmp_path} are empty: test/bees and train/wasps"]
 
 
 def test_a_class_folder_called_nan_is_refused(tmp_path: Path) -> None:
