@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,7 +19,6 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 
 from classifiers.evaluation.conformal import Conformal
 from classifiers.evaluation.probabilities import log_loss
-from classifiers.heads.solvers.elastic import ElasticPath
 from classifiers.heads.solvers.row_sums import Float32, Float64, gpu_for
 from classifiers.heads.solvers.softmax import Optimum, SoftmaxPath
 from classifiers.heads.solvers.standardise import StandardisedRows, lazy_standardisation, standardisation
@@ -39,6 +38,9 @@ from .folds import (
     with_validation,
 )
 from .search import ClassifierHead
+
+if TYPE_CHECKING:
+    from classifiers.heads.solvers.elastic import ElasticPath
 
 log = logging.getLogger("penult.classifiers")
 
@@ -65,11 +67,12 @@ class _Problem:
             return
         self._mean, self._scale = standardisation(X, rows)
         inputs = (X - self._mean) / self._scale
-        self._path = (
-            ElasticPath(inputs, targets, len(classes), weights, l1=head.l1_ratio, seed=head.seed)
-            if head.l1_ratio
-            else SoftmaxPath(inputs, targets, len(classes), weights, device=gpu_for(head.device, inputs.size))
-        )
+        if not head.l1_ratio:
+            self._path = SoftmaxPath(inputs, targets, len(classes), weights, device=gpu_for(head.device, inputs.size))
+            return
+        from classifiers.heads.solvers.elastic import ElasticPath  # scikit-learn's linear models take time to import
+
+        self._path = ElasticPath(inputs, targets, len(classes), weights, l1=head.l1_ratio, seed=head.seed)
 
     def heads(self, Cs: Sequence[float]) -> Iterator[tuple[DenseHead, Optimum]]:
         """A head for each C, in rising order, and its optimum."""
