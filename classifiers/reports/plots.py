@@ -33,6 +33,7 @@ COLOURS = ("#2b6cb0", "#dd8a1d", "#2f855a", "#b83280", "#6b46c1", "#0f9bb3", "#a
 WIDTH = 4.6  # inches: two plots stand side by side on a wide screen, and the text of one can be read on a telephone
 MANY_CLASSES = 40  # more do not fit a readable matrix; those with the most errors are shown
 MANY_BARS = 24
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 NUMBERED = 25  # a matrix of more classes has no room for counts
 
 
@@ -47,6 +48,15 @@ def plain_log(axes: Any, values: Sequence[float]) -> None:
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5) if decades < 3 else (1,)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:g}")
+
+
+def powers_of_ten(power: float) -> str:
+    """A power of ten as text; matplotlib's own formatter sets it as mathematics, a quarter of the time of a page.
+
+    >>> powers_of_ten(0.001), powers_of_ten(1e6)
+    ('10⁻³', '10⁶')
+    """
+    return "10" + str(round(math.log10(power))).translate(SUPERSCRIPTS)
 
 
 def history_svg(history: Sequence[dict[str, Any]], chosen: dict[str, Any], search: Search | None = None) -> str:
@@ -64,6 +74,7 @@ def history_svg(history: Sequence[dict[str, Any]], chosen: dict[str, Any], searc
             line = [p for p in history if p.get("tau") == chosen.get("tau")]  # knn has one for each tau
             axes.semilogx([p[key] for p in line], [p[loss] for p in line], "o-", color=BLUE, ms=4)
             axes.minorticks_off()
+            axes.xaxis.set_major_formatter(lambda power, _: powers_of_ten(power))
             for value in chosen[key] if isinstance(chosen[key], list) else [chosen[key]]:  # one for each label
                 axes.axvline(value, color=ORANGE, ls="--", lw=1)
             axes.set_xlabel(search.label)

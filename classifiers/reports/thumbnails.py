@@ -6,7 +6,6 @@ import base64
 import hashlib
 import io
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +19,6 @@ from store.errors import PenultError
 
 SIDE = 160  # pixels: sharp at half that size on a screen of double density
 QUALITY = 80  # of the JPEG; 5 KB each
-WORKERS = 2  # a page has a few dozen thumbnails; more processes would take longer to start than they save
 SQUARE = Preprocess(SIDE, SIDE, "bilinear", (0.0,) * 3, (1.0,) * 3, pixel_path="pillow-draft")
 
 
@@ -36,7 +34,7 @@ def thumbnails(paths: Mapping[bytes, bytes], files: Files) -> tuple[dict[bytes, 
     """
     if not paths:
         return {}, {}
-    with Decoder(SQUARE) as decoder, ThreadPoolExecutor(WORKERS, "penult-thumbnail") as pool:
+    with Decoder(SQUARE) as decoder:  # one process: a page has a few dozen thumbnails, and a second would cost more to start
 
         def one(item: tuple[bytes, bytes]) -> tuple[str, str]:
             digest, path = item
@@ -50,7 +48,7 @@ def thumbnails(paths: Mapping[bytes, bytes], files: Files) -> tuple[dict[bytes, 
             except (PenultError, OSError) as error:
                 return "", str(error)
 
-        results = dict(zip(paths, pool.map(one, paths.items()), strict=True))
+        results = dict(zip(paths, map(one, paths.items()), strict=True))
     return {key: uri for key, (uri, _) in results.items() if uri}, {key: why for key, (uri, why) in results.items() if not uri}
 
 
