@@ -29,6 +29,10 @@ os.environ.setdefault(NO_REPORTS, "1")
 # A file may name a filter, and HDF5 would load the shared library that implements it. "::" switches that off.
 os.environ.setdefault("HDF5_PLUGIN_PRELOAD", "::")
 
+# OpenBLAS has a thread for each core, and each spins for 2**26 ticks (25 ms) after it starts and after every product, on cores
+# that others could use: importing NumPy took 0.06 core-seconds more on two cores, and a second on 64. 2**16 ticks are 25 us.
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")
+
 
 def cache_folder() -> Path:
     """penult's only folder in the home folder: ``PENULT_CACHE``, or else ``penult`` in ``XDG_CACHE_HOME`` or ``~/.cache``.
@@ -70,10 +74,12 @@ def end_with_parent(parent: int) -> None:
         os._exit(128 + signal.SIGKILL)
 
 
-def python(code: str, *arguments: object) -> list[str]:
+def python(code: str, *arguments: object, site: bool = True) -> list[str]:
     """A command that runs ``code`` in a new Python process; ``sys.argv[1:]`` there are the arguments, as text.
 
-    No module in its working directory or beside a script can shadow one of penult's.
+    No module in its working directory or beside a script can shadow one of penult's. Without ``site`` it starts sooner: it
+    does not look through the files that packages have installed for the start of Python.
     """
     start = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); "
-    return [sys.executable, "-P", "-c", start + code, json.dumps(sys.path), *map(str, arguments)]
+    path = sys.path if site else [*sys.path, str(Path(__file__).resolve().parents[1])]  # last, so that it shadows nothing
+    return [sys.executable, "-P", *([] if site else ["-S"]), "-c", start + code, json.dumps(path), *map(str, arguments)]

@@ -101,6 +101,39 @@ def test_the_cheap_mistake_is_named_first(
     assert not_yet not in done.stderr
 
 
+# Runs a command for which importing some modules fails, as if they were not installed.
+WITHOUT = """
+import json, sys
+names = set(json.loads(sys.argv.pop(1)))
+class Missing:
+    def find_spec(self, name, *_):
+        if name in names:
+            raise ModuleNotFoundError(f"No module named {name!r}")
+sys.meta_path.insert(0, Missing())
+import cli
+cli.main()
+"""
+TORCH = ("torch", "torchvision", "lightning")
+PLOTS = ("scipy", "sklearn", "matplotlib", "jinja2")
+LINEAR = ("linear_model", "model_selection", "decomposition", "manifold", "neighbors", "metrics")
+OURS = ("extractor.backbones.export", "extractor.pipeline.run", "extractor.data.sources", "classifiers.reports")
+
+
+@pytest.mark.parametrize(
+    ("line", "without"),
+    [
+        ("info many.cache", (*TORCH, *PLOTS, *OURS, "onnx", "onnxruntime", "PIL", "pydantic", "classifiers.bundles")),
+        ("predict a.head many/ants/0.jpg", (*TORCH, *PLOTS, *OURS, "rich", "classifiers.training", "classifiers.bundles.fuse")),
+        ("train many.cache --head logistic -o b.head", (*TORCH, *(f"sklearn.{name}" for name in LINEAR), OURS[1])),
+    ],
+)
+def test_quick_commands_do_without_what_takes_long_to_import(line: str, without: tuple[str, ...], place: Path) -> None:
+    """Every one of these costs from 0.02 to 2 core-seconds; docs/benchmarks.md has what the commands cost."""
+    arguments = [json.dumps(without), *line.split()]
+    done = subprocess.run([sys.executable, "-c", WITHOUT, *arguments], cwd=place, capture_output=True, text=True, check=False)
+    assert (done.returncode, "No module" in done.stderr) == (0, False), done.stderr
+
+
 @pytest.mark.skipif(nvidia_driver_present(), reason="this machine has an NVIDIA driver")
 @pytest.mark.parametrize("command", ["extract", "finetune"])
 def test_a_device_that_is_not_there_is_named_before_classes_that_are_too_small(command: str, place: Path) -> None:

@@ -77,12 +77,19 @@ def test_every_command_is_among_those() -> None:
 
 @pytest.mark.parametrize("package", ["store", "extractor", "classifiers"])
 def test_importing_a_package_of_ours_first_silences_onnxruntime(package: str, tmp_path: Path) -> None:
-    show = "import os; print(os.environ['ORT_DISABLE_TELEMETRY'], os.environ['HDF5_PLUGIN_PRELOAD'])"
+    names = ("ORT_DISABLE_TELEMETRY", "HDF5_PLUGIN_PRELOAD", "OPENBLAS_THREAD_TIMEOUT")
+    show = f"import os; print(*map(os.environ.get, {names}))"
     done = python(f"import {package}, onnxruntime; {show}", folder=tmp_path)
-    assert (done.stdout, done.stderr) == ("1 ::\n", "")
+    assert (done.stdout, done.stderr) == ("1 :: 16\n", "")
     assert home.strangers(tmp_path / "home") == []
-    theirs = python(f"import {package}; {show}", folder=tmp_path, ORT_DISABLE_TELEMETRY="0", HDF5_PLUGIN_PRELOAD="/plugins")
-    assert theirs.stdout == "0 /plugins\n", "what the user has set stays"
+    theirs = python(
+        f"import {package}; {show}",
+        folder=tmp_path,
+        ORT_DISABLE_TELEMETRY="0",
+        HDF5_PLUGIN_PRELOAD="/plugins",
+        OPENBLAS_THREAD_TIMEOUT="9",
+    )
+    assert theirs.stdout == "0 /plugins 9\n", "what the user has set stays"
 
 
 def test_who_imports_onnxruntime_before_us_is_told_once(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import re
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -46,7 +45,7 @@ def install(finished: Path, target: Path) -> None:
 
 
 def _replace(finished: Path, target: Path) -> None:
-    old = target.with_name(f".{target.name}.{secrets.token_hex(6)}.old")
+    old = target.with_name(f".{target.name}.{os.urandom(6).hex()}.old")
     try:
         target.rename(old)
     except OSError as error:

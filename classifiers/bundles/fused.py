@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from classifiers.evaluation.registry import task_of
 from classifiers.evaluation.task import HeadTask
-from extractor.backbones.custom_onnx import require_domains
 from extractor.graphs import onnx_file
 from extractor.graphs.backbone_facts import PREFIX
 from extractor.pixels.preprocess import Preprocess
@@ -135,6 +134,8 @@ class Fused:
             BadDataError: it is not a fused classifier, has a newer format, uses operators that are not standard, or is not the
                 file that was saved.
         """
+        from extractor.backbones.custom_onnx import require_domains
+
         model = onnx_file.read_model(path)
         metadata = {str(entry.key): str(entry.value) for entry in model.metadata_props}
         entries = {key.removeprefix(PREFIX): value for key, value in metadata.items() if key.startswith(PREFIX)}

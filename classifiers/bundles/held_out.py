@@ -28,9 +28,6 @@ from classifiers.near_copies import most_images, near_copies
 from extractor.data.files import GONE, MOVED, Files
 from extractor.data.samples import in_words
 from extractor.data.sources import Source, files_of, open_source
-from extractor.pipeline.plan import listed_samples
-from extractor.pipeline.run import survey
-from extractor.pipeline.settings import Options
 from store.cache import FeatureCache, Subset, is_cache
 from store.errors import BadDataError, InputMissingError, display
 from store.format.samples import Row, SampleTable
@@ -122,6 +119,9 @@ def evaluate_bundle(
         assert cache is not None
         table = cache.samples
     else:
+        from extractor.pipeline.run import survey
+        from extractor.pipeline.settings import Options
+
         table = survey(source, bundle.backbone.preprocess, Options(val_fraction=0, test_fraction=0))
         if table.facts["budget_exceeded"]:
             message = f"{_failures(table)} of {data}: more than 1 %, so scores would not represent this dataset"
@@ -257,6 +257,8 @@ def _require_classes(source: Source, bundle: Bundle, split: str | None) -> None:
     Raises:
         BadDataError: see `HeadTask.require_labels`.
     """
+    from extractor.pipeline.plan import listed_samples
+
     samples = [sample for sample in listed_samples(source) if sample.label is not None]
     name = _split_of(bundle, {sample.split for sample in samples}, split)
     labels = [str(sample.label) for sample in samples if name in (None, sample.split)]

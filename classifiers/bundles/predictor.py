@@ -21,9 +21,8 @@ from PIL import Image
 from classifiers.evaluation.probabilities import averaged
 from classifiers.evaluation.task import HeadTask, Prediction
 from extractor.data.files import Files, FolderFiles
-from extractor.data.folders import ImageFolder
+from extractor.data.folders import ImageFolder, refuse_archive, refuse_ours
 from extractor.data.reader import WorkerPool, ahead
-from extractor.data.sources import refuse_archive, refuse_ours
 from extractor.futures import in_flight
 from extractor.graphs.backbone_facts import PROBE_IMAGE, facts_of, require_features
 from extractor.graphs.graph import keep_zero_padding

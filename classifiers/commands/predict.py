@@ -38,7 +38,6 @@ def predict(bundle: Path, images: Sequence[Path], settings: PredictSettings, for
 
     Example: penult predict photos.head new/ --format csv > predictions.csv
     """
-    from classifiers.bundles.fuse import selftest
     from classifiers.bundles.predictor import Predictor, count_images, list_images
 
     if not (images or testing):
@@ -47,6 +46,8 @@ def predict(bundle: Path, images: Sequence[Path], settings: PredictSettings, for
     with Stage("listing the images"):
         listed, count = (list_images(images), count_images(images)) if images else (iter(()), 0)
     if testing:
+        from classifiers.bundles.fuse import selftest
+
         say(selftest(bundle, **settings.runtime()), err=bool(images))
         if not images:
             return 0

@@ -10,6 +10,7 @@ import importlib
 import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -129,7 +130,7 @@ class SettingsCommand(Command):
 
     def __init__(self, *arguments: Any, model: str, leave: Sequence[str] = (), **facts: Any) -> None:
         super().__init__(*arguments, **facts)
-        self._model, self._leave = model, leave
+        self._model, self._leave = model, tuple(leave)
 
     @property
     def model(self) -> type[Settings]:
@@ -168,7 +169,8 @@ class SettingsCommand(Command):
                 formatter.write_dl(records, col_max=34)
 
 
-def options_of(model: type[Settings], leave: Sequence[str] = ()) -> list[SettingsOption]:
+@cache
+def options_of(model: type[Settings], leave: tuple[str, ...] = ()) -> tuple[SettingsOption, ...]:
     """The settings of a model as click options, in sections."""
     from extractor.settings import groups
 
@@ -176,7 +178,7 @@ def options_of(model: type[Settings], leave: Sequence[str] = ()) -> list[Setting
     for group, names in groups(model, "cli"):
         group_options = [_option(model, name, group.heading) for name in names if name not in leave]
         sections.setdefault(group.heading, []).extend(group_options)
-    return [option for each in sections.values() for option in each]
+    return tuple(option for each in sections.values() for option in each)
 
 
 def _option(model: type[Settings], name: str, heading: str) -> SettingsOption:

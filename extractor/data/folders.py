@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from store.errors import BadDataError, InputMissingError, display
+from store.cache import is_cache
+from store.errors import BadDataError, InputMissingError, UsageError, display
 from store.tasks import ONE_LABEL, Task
 
 from .files import Files, FolderFiles
@@ -217,6 +218,33 @@ class ImageFolder:
                     visited.add(real)
                 below.append(folder + b"/" + name)
             pending += reversed(below)  # the last one is taken first
+
+
+def refuse_ours(path: Path) -> None:
+    """Refuse a cache or a bundle as a dataset: each of its ONNX and HDF5 files would be a failed image.
+
+    Raises:
+        UsageError: the path is one.
+    """
+    kind = None
+    if is_cache(path) or ((path / "cache.json").is_file() and (path / "shards").is_dir()):
+        kind = "a cache of features"
+    elif (path / "head.json").is_file() and (path / "backbone.onnx").is_file():
+        kind = "a bundle"
+    if kind:
+        message = f"{os.fspath(path)} is {kind}, not images; expected a folder, a manifest or tar shards (see docs/data.md)"
+        raise UsageError(message)
+
+
+def refuse_archive(path: Path) -> None:
+    """Refuse a dataset in one file where single images are expected.
+
+    Raises:
+        UsageError: the path is one.
+    """
+    if path.suffix == ".tar" and not path.is_dir():
+        message = f"{path}: `penult predict` takes images and folders of them; `penult evaluate` takes tar shards"
+        raise UsageError(message)
 
 
 def kind_of_split(name: str) -> str | None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from store.cache import is_cache
 from store.errors import InputMissingError, UsageError
 from store.format.samples import SampleTable
 from store.tasks import ONE_LABEL, Task
 
 from .files import Files, FolderFiles
-from .folders import ImageFolder
+from .folders import ImageFolder, refuse_ours
 from .manifest import SUFFIXES, Manifest
 from .samples import Sample
 from .tar_shards import COMPRESSED, TarFiles, TarShards, find_shards
@@ -138,30 +136,3 @@ def files_of(table: SampleTable, root: Path | None = None) -> Files:
             raise
     message = f"the images come from {origin!r}, which this penult does not know; upgrade it"
     raise UsageError(message)
-
-
-def refuse_ours(path: Path) -> None:
-    """Refuse a cache or a bundle as a dataset: each of its ONNX and HDF5 files would be a failed image.
-
-    Raises:
-        UsageError: the path is one.
-    """
-    kind = None
-    if is_cache(path) or ((path / "cache.json").is_file() and (path / "shards").is_dir()):
-        kind = "a cache of features"
-    elif (path / "head.json").is_file() and (path / "backbone.onnx").is_file():
-        kind = "a bundle"
-    if kind:
-        message = f"{os.fspath(path)} is {kind}, not images; expected a folder, a manifest or tar shards (see docs/data.md)"
-        raise UsageError(message)
-
-
-def refuse_archive(path: Path) -> None:
-    """Refuse a dataset in one file where single images are expected.
-
-    Raises:
-        UsageError: the path is one.
-    """
-    if path.suffix == ".tar" and not path.is_dir():
-        message = f"{path}: `penult predict` takes images and folders of them; `penult evaluate` takes tar shards"
-        raise UsageError(message)

@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import re
-import secrets
 import shutil
 import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -179,7 +178,7 @@ def save(model: Any, path: Path) -> None:
     if fits_inline(model):
         atomic.commit(path, model.SerializeToString())
         return
-    while os.path.lexists(data := path.with_name(f"{_stem(path)}-{secrets.token_hex(4)}.data")):
+    while os.path.lexists(data := path.with_name(f"{_stem(path)}-{os.urandom(4).hex()}.data")):
         pass
     partial = atomic.temporary(data)
     external_data_helper.convert_model_to_external_data(model, location=partial.name)

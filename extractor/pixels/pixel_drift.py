@@ -12,7 +12,6 @@ import json
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from typing import Any, Self
 
 import numpy as np
@@ -163,6 +162,8 @@ class PixelDrift:
 
 def libraries() -> dict[str, str]:
     """Versions of Pillow and of what it decodes with."""
+    from importlib.metadata import version
+
     from PIL import features
 
     versions = {name: features.version(key) for name, key in LIBRARIES.items()}

@@ -5,9 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-import secrets
 import stat
-import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +17,7 @@ TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{12}\.tmp", re.DOTALL)  # what `tempora
 
 def temporary(path: Path) -> Path:
     """A new temporary name beside a file or folder, which it has until it is complete."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    return path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")
 
 
 def final_name(name: str) -> str:
@@ -111,6 +109,8 @@ def require_room(path: Path) -> None:
     Raises:
         OutputError, StorageError: nothing can be created in the folder, or in the nearest one that exists.
     """
+    import tempfile
+
     nearest = next(each for each in path.absolute().parents if each.exists())
     try:
         with tempfile.TemporaryFile(dir=nearest):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-import secrets
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,7 +54,7 @@ def build(encoding_type: str, datasets: Mapping[str, Array], attrs: Mapping[str,
     full["payload-sha256"] = digest
     nbytes = sum(array.nbytes for array in datasets.values())
     with h5py.File(
-        f"{secrets.token_hex(8)}.h5", "w", driver="core", backing_store=False, block_size=max(nbytes, 1 << 16)
+        f"{os.urandom(8).hex()}.h5", "w", driver="core", backing_store=False, block_size=max(nbytes, 1 << 16)
     ) as file:
         for name, array in datasets.items():
             file.create_dataset(name, data=array)
