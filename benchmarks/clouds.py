@@ -135,7 +135,11 @@ def penult(command: str, folder: Path, hidden: str) -> str:
         kept = [line for line in shown if line.startswith(("accuracy", "Prediction sets", "warning"))]
         kept.insert(1, "...")
     else:
-        kept = [line for line in shown if not line.startswith(("bottleneck", "report:")) and " computed on " not in line]
+        kept = [
+            line
+            for line in shown
+            if not line.startswith(("bottleneck", "report:")) and " a second (" not in line and " in all: " not in line
+        ]
     return "\n".join([f"$ penult {command}", *kept])
 
 

@@ -33,7 +33,7 @@ def test_the_whole_way(penult: Penult, photos: Path, backbone_file: Path, tmp_pa
     cache, bundle = tmp_path / "p.cache", tmp_path / "p.head"
     code, out, err = penult("extract", photos, "-m", backbone_file, "-o", cache)
     assert code == 0, err
-    assert out.startswith("20 inputs = 20 ok + 0 duplicates + 0 failed\n20 computed on cpu")
+    assert out.startswith("20 inputs = 20 ok + 0 duplicates + 0 failed\n20 images on cpu")
     code, out, err = penult("extract", photos, "-m", backbone_file, "-o", cache, "--json")
     assert code == 0
     again = json.loads(out)

@@ -217,7 +217,7 @@ def save_beside(model: Any, path: Path, data: Mapping[str, Iterable[bytes]]) -> 
     Raises:
         OutputError, StorageError: it cannot be written; nothing is left.
     """
-    names = {name: path.with_name(f"{_stem(path)}-{secrets.token_hex(4)}.data") for name in data}
+    names = {name: path.with_name(f"{_stem(path)}-{os.urandom(4).hex()}.data") for name in data}
     partials = {name: atomic.temporary(new) for name, new in names.items()}
     try:
         for name, blocks in data.items():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import time
+from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from extractor.backbones.registry import Backbone
 from extractor.graphs.backbone_facts import BackboneFacts, read_facts
 from extractor.graphs.graph import keep_zero_padding
 from extractor.graphs.onnx_file import data_files, digest, install, read_model, remove, remove_unfinished
-from extractor.machine import versions_of
+from extractor.machine import Clock, timed, versions_of
 from extractor.pixels.pixel_drift import libraries
 from extractor.pixels.views import Views
 from extractor.precision.calibration import without
@@ -30,6 +32,7 @@ from store.writer import CacheWriter
 
 log = logging.getLogger("penult.extractor")
 
+OBTAINING = {"exported": "export", "imported": "import", "store": "copy"}  # stages, by where the file is from
 NOTES = ("request", "backbone_sha256", "weights", "source", "backbone_data", "calibration", "look")
 LIBRARIES = ("penult", "torch", "torchvision", "onnx", "onnxruntime-gpu", "onnxruntime", "h5py", "numpy", "pillow")
 
@@ -42,6 +45,7 @@ def prepare_backbone(
     stop: StopFlag | None = None,
     precision: Precision = ROWS[0],
     conversion: Conversion | None = None,
+    clock: Clock | None = None,
 ) -> tuple[BackboneFacts, dict[str, Any], str]:
     """Put ``backbone.onnx`` into a cache; keep the one there, without importing torch, if it matches the request.
 
@@ -52,12 +56,13 @@ def prepare_backbone(
         stop: ends an export.
         precision: of the features.
         conversion: makes it of a float32 file; called once in the life of a cache if the precision is made ``once``.
+        clock: gets the seconds of the stages in `OBTAINING`, and ``convert``.
 
     Returns:
         The facts that the file records; notes for cache.json by which the next run recognises the request; and where the file
         is from: the ``cache``, or as `obtain` says.
     """
-    path = writer.path / BACKBONE
+    path, clock = writer.path / BACKBONE, defaultdict(float) if clock is None else clock
     remove_unfinished(path)
     request = backbone.facts()
     file = Path(backbone.name) if backbone.is_file else backbone.weights_file
@@ -90,12 +95,15 @@ def prepare_backbone(
     new, converted = atomic.temporary(path), atomic.temporary(path)
     calibration: Calibration | None = None
     try:
+        began = time.perf_counter()
         facts, origin = obtain(backbone, new, stop)
+        clock[OBTAINING[origin]] += time.perf_counter() - began
         frozen = _frozen(path, before, facts, precision) if precision.once and not overwrite else None
         if conversion and not frozen and facts.precision == "fp32":
             if precision.once and not overwrite:
                 _require_precision(writer, precision)
-            facts, calibration = conversion(new, converted, facts)
+            with timed(clock, "convert"):
+                facts, calibration = conversion(new, converted, facts)
             converted.replace(new)
         if overwrite:
             writer.clear()

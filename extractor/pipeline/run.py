@@ -48,7 +48,7 @@ from .plan import check_cheaply, list_labelled, list_samples, plan, require_devi
 from .prepare import fingerprints, library_versions, prepare_backbone
 from .settings import Options
 from .split_rule import require_groups, resolve_splits, say_own_splits, say_splits
-from .summary import Summary, bottleneck
+from .summary import Summary, bottleneck, stages
 from .tally import Resumed, Tally, resumed
 
 log = logging.getLogger("penult.extractor")
@@ -121,21 +121,16 @@ class _Streamed:
     Attributes:
         rows: of all inputs, unless the run stopped.
         computed: images that went through the backbone.
-        clock: seconds by stage.
+        working: seconds spent on the images themselves.
         workers: decoding threads.
         resumed: what earlier runs had left.
     """
 
     rows: list[Row]
     computed: int
-    clock: Clock
+    working: float
     workers: int
     resumed: Resumed
-
-    @property
-    def working(self) -> float:
-        """Seconds spent on the images themselves."""
-        return sum(self.clock[name] for name in ("wait", "embed", "settle"))
 
 
 def run_extract(source: Source, backbone: Backbone, cache: Path, options: Options) -> Summary:
@@ -152,14 +147,16 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
 
 
 def _run(source: Source, backbone: Backbone, cache: Path, options: Options, warnings: list[str]) -> Summary:
-    started = time.perf_counter()
+    started, clock = time.perf_counter(), defaultdict[str, float](float)
     devices = check_cheaply(backbone, cache, options)
-    samples, labels = list_labelled(source, options)
+    with timed(clock, "list"):
+        samples, labels = list_labelled(source, options)
     request = _Request(source, backbone, cache, options, devices, samples)
     meter = Meter(*devices)
-    with open_writer(cache) as writer, stop_on_signal() as stop, _open(request, writer, stop) as opened:
-        streamed = _stream(request, writer, opened, stop)
-        table, unchanged, changes = _finish(request, writer, opened, streamed, meter)
+    with open_writer(cache) as writer, stop_on_signal() as stop, _open(request, writer, stop, clock) as opened:
+        streamed = _stream(request, writer, opened, stop, clock)
+        with timed(clock, "finish"):
+            table, unchanged, changes = _finish(request, writer, opened, streamed, meter)
     summary = Summary(
         cache=str(cache),
         **table.counts,
@@ -173,9 +170,8 @@ def _run(source: Source, backbone: Backbone, cache: Path, options: Options, warn
         lanes=opened.embedder.lanes,
         workers=streamed.workers,
         views=options.views,
-        bottleneck=bottleneck(streamed.clock, shares_cores=opened.embedder.shares_cores) if streamed.computed else "",
-        seconds={name: round(value, 3) for name, value in streamed.clock.items()}
-        | {"total": round(time.perf_counter() - started, 3)},
+        bottleneck=bottleneck(clock, shares_cores=opened.embedder.shares_cores) if streamed.computed else "",
+        seconds=stages(clock, time.perf_counter() - started),
         codes=dict(Counter(row.code for row in table.rows if row.code)),
         labels=labels.counts,
         unlabelled=labels.unlabelled,
@@ -199,7 +195,7 @@ def _run(source: Source, backbone: Backbone, cache: Path, options: Options, warn
 
 
 @contextmanager
-def _open(request: _Request, writer: CacheWriter, stop: StopFlag) -> Iterator[_Opened]:
+def _open(request: _Request, writer: CacheWriter, stop: StopFlag, clock: Clock) -> Iterator[_Opened]:
     """Put the backbone into the cache, start its session and the decoder, and agree with the cache on the fingerprint."""
     options, drawn, precision = request.options, request.options.drawn, precision_of(request.options.precision)
     tf32, split = precision.tf32, (options.val_fraction, options.test_fraction, options.seed)
@@ -207,10 +203,17 @@ def _open(request: _Request, writer: CacheWriter, stop: StopFlag) -> Iterator[_O
     require_groups(None if options.overwrite else writer.samples, request.samples, resplit=options.resplit)
     with Stage(f"preparing {Path(request.backbone.name).name}"):
         facts, notes, origin = prepare_backbone(
-            writer, request.backbone, overwrite=options.overwrite, stop=stop, precision=precision, conversion=conversion
+            writer,
+            request.backbone,
+            overwrite=options.overwrite,
+            stop=stop,
+            precision=precision,
+            conversion=conversion,
+            clock=clock,
         )
     if drawn:
         require_reference(facts.preprocess.pixel_path)  # an ONNX file may have another one
+    began = time.perf_counter()
     with ExitStack() as stack, ExitStack() as opening:
         opening.enter_context(Stage("starting the session"))
         decoder = stack.enter_context(Decoder(facts.preprocess, crop=drawn is None, stop=stop))
@@ -227,10 +230,11 @@ def _open(request: _Request, writer: CacheWriter, stop: StopFlag) -> Iterator[_O
         numbers = len(request.samples) * options.views * sum(embedder.dims)
         opening.close()
         _check_disk(request.cache, numbers * (4 if options.storage == "float32" else 2))
+        clock["start"] += time.perf_counter() - began
         yield _Opened(facts, decoder, embedder, writer.samples, look, origin)
 
 
-def _stream(request: _Request, writer: CacheWriter, opened: _Opened, stop: StopFlag) -> _Streamed:
+def _stream(request: _Request, writer: CacheWriter, opened: _Opened, stop: StopFlag, clock: Clock) -> _Streamed:
     """Read, decode, embed and write what is not cached yet.
 
     Raises:
@@ -240,15 +244,15 @@ def _stream(request: _Request, writer: CacheWriter, opened: _Opened, stop: StopF
     if before and options.limit and len(request.samples) < len(before.rows):
         counts = len(request.samples), len(before.rows)
         log.warning("--limit leaves %d of the %d samples in the sample table; features are kept", *counts)
-    outcomes, todo = plan(request.samples, before, writer.known, request.source.files, options)
-    cached = resumed(outcomes, todo, before, writer)
+    with timed(clock, "compare"):
+        outcomes, todo = plan(request.samples, before, writer.known, request.source.files, options)
+        cached = resumed(outcomes, todo, before, writer)
     cached.say()
     pace = Pace(embedder, options.views * len(todo) if options.batch_size is None else 0)
     workers = WorkerPool(options.workers, shares_cores=embedder.shares_cores)
     ahead = 2 * math.ceil(embedder.batch_size / options.views)
     files, preprocess = request.source.files, opened.facts.preprocess
     reader = Reader(files, preprocess, writer.known, workers, ahead=ahead, views=options.drawn)
-    clock: Clock = defaultdict(float)
     total, computed, fail_fast = len(request.samples), 0, options.on_error == "fail"
     tally = Tally(outcomes, total)
     with (
@@ -266,12 +270,13 @@ def _stream(request: _Request, writer: CacheWriter, opened: _Opened, stop: StopF
         with timed(clock, "settle"):
             writer.settle()
     clock |= {**reader.seconds, "backbone": embedder.seconds, "write": writer.seconds}
+    working = clock["images"] = sum(clock[name] for name in ("wait", "embed", "settle"))
     if stop:
         raise InterruptedRunError(stop.signum)
     rows = _fail_copies([row for row in outcomes if row is not None], writer.known)
     if fail_fast:
         _fail_fast(rows)
-    return _Streamed(rows, computed, clock, workers.size, cached)
+    return _Streamed(rows, computed, working, workers.size, cached)
 
 
 def _finish(

@@ -18,12 +18,13 @@ class Summary:
         computed: images that went through the backbone in this run.
         cached: inputs whose features were in the cache when the run began.
         inference_calls: calls of the backbone in this run.
-        images_per_second: computed images over the time spent on them; 0 if there were none.
+        images_per_second: ``computed`` over ``seconds["images"]``; 0 if there were none.
         cache_bytes: size of all shards.
         batch_size, lanes, workers: as used.
         views: of each image.
-        seconds: wall time by stage. ``read+decode`` and ``backbone`` are summed over workers and lanes, ``write`` is
-            beside them; ``wait`` was spent waiting for pixels, ``embed`` for features, ``settle`` for the disk.
+        seconds: wall time by stage; ``total`` is the sum of ``images`` and of those in `PARTS`. ``images`` is the sum of
+            ``wait``, for pixels, ``embed``, for features, and ``settle``, for the disk. ``read+decode`` and ``backbone`` are
+            summed over workers and lanes, ``write`` is beside them.
         bottleneck: the stage that decided the speed: ``decoding``, ``backbone``, ``writing``, or none.
         codes: number of failures by code.
         labels: number of inputs by label.
@@ -74,21 +75,63 @@ class Summary:
     def text(self) -> str:
         """The summary for people: a line of counts, a line about what was computed, and the bottleneck of a long run."""
         lines = [f"{self.inputs} inputs = {self.ok} ok + {self.duplicates} duplicates + {self.failed} failed{self.codes_text}"]
-        total = self.seconds["total"]
         if not self.computed:
             what = "nothing to compute" if self.ok else "no input could be used"
-            return "\n".join([*lines, f"{what}, 0 inference calls, {total:.1f} s"])
+            return "\n".join([*lines, f"{what}, 0 inference calls, {seconds_text(self.seconds['total'])}", *self._rest()])
         each = {name: 1000 * self.seconds[name] / self.computed for name in ("read+decode", "backbone", "write")}
         views = f" in {self.views} views each" if self.views > 1 else ""
         lines.append(
-            f"{self.computed} computed{views} on {self.provider} in {total:.1f} s, {self.images_per_second:.0f} images/s "
+            f"{self.computed} images{views} on {self.provider} in {seconds_text(self.seconds['images'])}, "
+            f"{self.images_per_second:.0f} a second "
             f"(ms an image: decoding {each['read+decode']:.1f} in {self.workers} workers, "
             f"backbone {each['backbone']:.1f} in {self.lanes} lanes of {self.batch_size}, writing {each['write']:.1f})"
         )
-        if total >= ADVICE_SECONDS:
+        lines += self._rest()
+        if self.seconds["images"] >= ADVICE_SECONDS:
             advice = ADVICE[self.bottleneck, "cpu" if provider_of(self.provider).shares_cores else "gpu"]
             lines.append(f"bottleneck: {self.bottleneck}; {advice}")
         return "\n".join(lines)
+
+    def _rest(self) -> list[str]:
+        """What the time went to beside the images, if that was long."""
+        total = self.seconds["total"]
+        if total - self.seconds["images"] < max(REST_SECONDS, REST_SHARE * total):
+            return []
+        parts = {name: self.seconds[name] for name in PARTS if self.seconds[name] >= REST_SHARE * total}
+        named = [f"{seconds_text(parts[name])} {PARTS[name]}" for name in sorted(parts, key=lambda name: -parts[name])]
+        return [f"{seconds_text(total)} in all: {', '.join(named)}"] if named else []
+
+
+REST_SECONDS = 1.0  # less is not said ..
+REST_SHARE = 0.05  # .. nor less than this share of the whole time
+PARTS = {  # stages of a run beside the images, with what they are for
+    "list": "to list the images",
+    "export": "to export the network once",
+    "import": "to import the network",
+    "copy": "to copy the network that was prepared before",
+    "convert": "to convert it once",
+    "start": "to open the network",
+    "compare": "to see which are cached",
+    "finish": "to split and save the list",
+    "other": "for everything else",
+}
+
+
+def stages(clock: Clock, total: float) -> dict[str, float]:
+    """The seconds of every stage of a run: those beside the images, ``images`` and ``other`` make the ``total``."""
+    known = {name: clock.get(name, 0.0) for name in (*PARTS, "images") if name != "other"}
+    every = {**clock, **known, "other": max(total - sum(known.values()), 0.0), "total": total}
+    return {name: round(seconds, 3) for name, seconds in every.items()}
+
+
+def seconds_text(seconds: float) -> str:
+    """A time, with as many digits as a rate needs that is computed from it.
+
+    >>> seconds_text(0.0412), seconds_text(2.688), seconds_text(12.93), seconds_text(151.2)
+    ('0.041 s', '2.69 s', '12.9 s', '151 s')
+    """
+    digits = next((digits for digits, least in enumerate((100, 10, 0.1)) if seconds >= least), 3)
+    return f"{seconds:.{digits}f} s"
 
 
 ADVICE_SECONDS = 20.0  # shorter runs need no advice

@@ -343,7 +343,7 @@ def test_auto_goes_on_with_the_cpu_where_a_card_does_not_work(
     assert code == 0
     assert f"warning: there is a GPU, and it cannot be used: running on the CPU. ONNX Runtime made a session on {CPU}" in err
     assert why in err
-    assert "2 computed on cpu" in out
+    assert "2 images on cpu" in out
     assert "[E:onnxruntime" not in err
     code, _, err = penult(*command, tmp_path / "b.cache", "--device", "cuda")
     assert code == 69
