@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -122,14 +123,28 @@ def resident() -> int:
 Clock = dict[str, float]  # seconds by stage
 
 
+def new_clock() -> Clock:
+    return defaultdict(float)
+
+
 @contextmanager
 def timed(clock: Clock, stage: str) -> Iterator[None]:
-    """Add the time that the block takes to a stage."""
-    begin = time.perf_counter()
+    """Add the time that the block takes to a stage, but for what it adds to others."""
+    begin = time.perf_counter() - sum(clock.values())
     try:
         yield
     finally:
-        clock[stage] += time.perf_counter() - begin
+        clock[stage] += time.perf_counter() - sum(clock.values()) - begin
+
+
+def seconds_text(seconds: float) -> str:
+    """A time, with as many digits as a rate needs that is computed from it.
+
+    >>> seconds_text(0.0412), seconds_text(2.688), seconds_text(12.93), seconds_text(151.2)
+    ('0.041 s', '2.69 s', '12.9 s', '151 s')
+    """
+    digits = next((digits for digits, least in enumerate((100, 10, 0.1)) if seconds >= least), 3)
+    return f"{seconds:.{digits}f} s"
 
 
 def cores() -> int:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -53,7 +54,12 @@ def test_the_whole_way(penult: Penult, photos: Path, backbone_file: Path, tmp_pa
     assert code == 0
     assert "on 4 images of 'test'" in out
     assert "too few to conclude" in err
+    assert re.search(r"2 classes, in [\d.]+ s \(.*report [\d.]+ s", out)
     assert penult("train", cache, "-o", bundle)[0] == 73
+    seconds = json.loads(penult("train", cache, "-o", tmp_path / "s", "--few-shot", "1,2", "--json")[1])["seconds"]
+    assert seconds.keys() == {"data", "leaks", "few_shot", "head", "int8_check", "scores", "report", "save", "total"}
+    assert seconds["total"] == pytest.approx(sum(each for stage, each in seconds.items() if stage != "total"), abs=0.01)
+    assert "seconds" not in json.loads((tmp_path / "s/head.json").read_text()), "a bundle says what it is"
 
     plot = tmp_path / "confusion.png"
     code, out, err = penult("evaluate", bundle, cache, "--plot", plot)

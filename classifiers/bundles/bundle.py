@@ -45,7 +45,13 @@ from .predictions import ENCODING_TYPE, PREDICTIONS, Predictions, digests_in, pr
 log = logging.getLogger("penult.classifiers")
 
 FORMAT_VERSION = 1
-APART = ("path", "backbone", "fingerprint", "state")  # fields of a `Bundle` that head.json has otherwise, or not at all
+APART = (
+    "path",
+    "backbone",
+    "fingerprint",
+    "state",
+    "seconds",
+)  # fields of a `Bundle` that head.json has otherwise, or not at all
 
 
 @dataclass(frozen=True, repr=False)
@@ -73,6 +79,7 @@ class Bundle:
         few_shot: accuracy by number of training images, if requested (see `few_shot`).
         files: SHA-256 of the ONNX files, ``novelty.h5`` and ``predictions.h5``; of the last not in older bundles.
         versions: of the libraries.
+        seconds: of the run that made it by stage, with their ``total``; empty if it was loaded.
         state: of ``head.json`` when it was read, see `shard.state_of`; None if it was not read.
 
     >>> from classifiers import Bundle
@@ -101,6 +108,7 @@ class Bundle:
     few_shot: list[dict[str, Any]] | None = None
     files: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict, compare=False)
     state: tuple[int, int, int] | None = field(default=None, compare=False)
 
     @property

@@ -38,7 +38,7 @@ from extractor.backbones.networks import Loaded
 from extractor.backbones.registry import Backbone
 from extractor.data.files import Files, Located
 from extractor.data.sources import Source, files_of, open_source
-from extractor.machine import Meter
+from extractor.machine import Clock, Meter, new_clock, timed
 from extractor.pipeline.plan import list_samples
 from extractor.pipeline.prepare import fingerprints
 from extractor.pipeline.run import survey
@@ -295,9 +295,10 @@ def finetune(
 
 
 def _finetune(data: FeatureCache | Source, out: Path, settings: FineTuneSettings, *, overwrite: bool) -> Bundle:
-    options = settings.part(FineTuneOptions)
+    options, clock = settings.part(FineTuneOptions), new_clock()
     devices_of(options)
-    images = _prepare_images(data, settings)
+    with timed(clock, "data"):
+        images = _prepare_images(data, settings)
     init_head = Bundle.load(settings.init_head) if settings.init_head else None
     start = start_from(init_head, images.classes, [row.sha256 for row in images.roles.report]) if init_head else None
     pairs = [[(row.sha256.hex(), row.label) for row in rows] for rows in (images.roles.fit, images.roles.choose)]
@@ -314,9 +315,11 @@ def _finetune(data: FeatureCache | Source, out: Path, settings: FineTuneSettings
         log_dir=settings.log_dir,
     )
     spent = meter.read()
+    clock["training"] = spent.seconds
     if init_head and init_head.fitted() & {row.sha256 for row in images.roles.choose}:
         tuned = replace(tuned, temperature=None)  # it would be that of logits which have seen the answers
-    judged = _judge_finetuned(tuned, images, settings, checkpoints.folder / NETWORK)
+    with timed(clock, "scores"):
+        judged = _judge_finetuned(tuned, images, settings, checkpoints.folder / NETWORK, clock)
     cost = {**judged.bundle.cost, **spent.facts()}
     if init_head:
         cost["init_head"] = needed(init_head.cost, fitted_share(init_head))
@@ -363,12 +366,12 @@ def _prepare_images(data: FeatureCache | Source, settings: FineTuneSettings) -> 
     return _Images(table, roles, files, classes, leaks)
 
 
-def _judge_finetuned(tuned: FineTuned, images: _Images, settings: FineTuneSettings, network: Path) -> Judged:
+def _judge_finetuned(tuned: FineTuned, images: _Images, settings: FineTuneSettings, network: Path, clock: Clock) -> Judged:
     """Export the network to ONNX, evaluate it on the held-out images, and collect what goes into the bundle."""
     zeros, ones = np.zeros(tuned.weight.shape[1], np.float32), np.ones(tuned.weight.shape[1], np.float32)
     head = DenseHead(zeros, ones, [(tuned.weight, tuned.bias)], images.classes, tuned.temperature or 1.0)
     backbone, roles, classes = settings.network(), images.roles, images.classes
-    with Stage(f"exporting the fine-tuned {backbone.name}"):
+    with Stage(f"exporting the fine-tuned {backbone.name}"), timed(clock, "export"):
         facts = to_onnx(tuned.loaded, backbone.name, network)
     storage = "float32"  # its features are never cached, so never rounded
     device = settings.device.partition(",")[0]
@@ -382,7 +385,8 @@ def _judge_finetuned(tuned: FineTuned, images: _Images, settings: FineTuneSettin
         metrics = replace(evaluation, notes=[*evaluation.notes, *weight_notes(settings.class_weight)]).to_json()
         if images.leaks is not None:
             add_leaks(metrics, images.leaks, predictions, task)
-        shown = illustrate(predictions, classes, files=images.files if settings.thumbnails else None)
+        with timed(clock, "report"):
+            shown = illustrate(predictions, classes, files=images.files if settings.thumbnails else None)
     options = settings.part(FineTuneOptions)
     bundle = Bundle(
         path=Path(),
@@ -405,7 +409,8 @@ def _judge_finetuned(tuned: FineTuned, images: _Images, settings: FineTuneSettin
         metrics=metrics,
         cost={"train_seconds": round(tuned.seconds, 3), "extract_seconds": 0.0, "images": tuned.images},
     )
-    return Judged(bundle, network, head.to_onnx(), [row.sha256 for row in [*roles.fit, *roles.choose]], predictions, shown)
+    digests = [row.sha256 for row in [*roles.fit, *roles.choose]]
+    return Judged(bundle, network, head.to_onnx(), digests, predictions, shown, clock=clock)
 
 
 def _labelled(rows: Sequence[Row], images: _Images) -> list[Item]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from classifiers.evaluation.task import HeadTask, need_single_label
 from classifiers.heads.registry import make_head, name_of, need_saveable, need_task, settings_of
 from classifiers.reports.bundle_page import bundle_report
 from classifiers.reports.illustrations import Illustrations, files_or_none, illustrate
-from extractor.machine import Meter, Spent, together
+from extractor.machine import Clock, Meter, Spent, new_clock, timed, together
 from store.cache import FeatureCache, Subset
 from store.errors import UsageError, display
 from store.fingerprint import VIEWS
@@ -61,6 +61,7 @@ class Prepared:
         views: their part of the fingerprint, and whether outputs are ``averaged``; None if each image has one view.
         leaks: images on both sides of the split, and repeated scenes; None if they were not searched.
         origin: the digest of `made_from`, by which a later run recognises this one.
+        clock: seconds by stage.
     """
 
     cache: FeatureCache
@@ -74,6 +75,7 @@ class Prepared:
     views: dict[str, Any] | None = None
     leaks: LeakReport | None = None
     origin: str = ""
+    clock: Clock = field(default_factory=new_clock)
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ class Judged:
         predictions: for the held-out images.
         shown: mistakes and map of these images.
         novelty: the detector of images that are unlike the fitted ones.
+        clock: seconds by stage.
     """
 
     bundle: Bundle
@@ -114,6 +117,7 @@ class Judged:
     predictions: Predictions | None = None
     shown: Illustrations | None = None
     novelty: Novelty | None = None
+    clock: Clock = field(default_factory=new_clock)
 
 
 @staged("training")
@@ -149,12 +153,18 @@ def train(
         options, opened = options or TrainOptions(), cache if isinstance(cache, FeatureCache) else FeatureCache(cache)
         named = head is None or isinstance(head, str)
         estimator: Any = make_head(head, opened.samples.task.name, seed=options.seed) if named else head
-        prepared = prepare(opened, estimator, options)
-        return save(judge(fit(estimator, prepared), prepared), bundle, overwrite=overwrite)
+        clock = new_clock()
+        with timed(clock, "data"):
+            prepared = prepare(opened, estimator, options, clock)
+        with timed(clock, "head"):
+            fitted = fit(estimator, prepared)
+        with timed(clock, "scores"):
+            judged = judge(fitted, prepared)
+        return save(judged, bundle, overwrite=overwrite)
 
 
-def prepare(cache: FeatureCache, head: Head, options: TrainOptions) -> Prepared:
-    """Collect the rows of a cache by role, after checking that the head can be trained on them.
+def prepare(cache: FeatureCache, head: Head, options: TrainOptions, clock: Clock) -> Prepared:
+    """Collect the rows of a cache by role, after checking that the head can be trained on them; ``leaks`` are timed apart.
 
     Raises:
         BadDataError, UsageError, LockedError: as `train`.
@@ -172,7 +182,8 @@ def prepare(cache: FeatureCache, head: Head, options: TrainOptions) -> Prepared:
     cache.require_backbone()
     rows = len(roles.fit) + len(roles.choose) + len(roles.report)
     lazy = must_stream(head, rows * cache.views, cache.dim, cache.dtype.itemsize, options.max_memory)
-    roles, leaks = look(cache, roles, group=options.near_copies == "group", in_memory=not lazy)
+    with timed(clock, "leaks"):
+        roles, leaks = look(cache, roles, group=options.near_copies == "group", in_memory=not lazy)
     guard(leaks, options.leaks)
     if lazy:
         roles = _for_streaming(roles, options.few_shot, seed=options.seed)
@@ -185,7 +196,8 @@ def prepare(cache: FeatureCache, head: Head, options: TrainOptions) -> Prepared:
         train_views = cache.of_rows(roles.fit, "train", lazy=lazy, views=True)
         chosen_on = cache.of_rows(roles.choose, "val", lazy=lazy, views=True) if roles.choose else None
         views = {**cache.fingerprint.fields[VIEWS], "averaged": options.average_views}
-    return Prepared(cache, options, roles.facts, fitted, held_out, train_views, roles.fit, chosen_on, views, leaks, origin)
+    facts = (roles.facts, fitted, held_out, train_views, roles.fit, chosen_on, views, leaks, origin, clock)
+    return Prepared(cache, options, *facts)
 
 
 def fit(head: Head, prepared: Prepared) -> Fitted:
@@ -198,14 +210,17 @@ def fit(head: Head, prepared: Prepared) -> Fitted:
     curve = None
     if options.few_shot:
         sizes = options.few_shot, options.repeats
-        curve = learning_curve(head, prepared.fitted[0], prepared.held_out, *sizes, seed=options.seed, views=train_views)
+        with timed(prepared.clock, "few_shot"):
+            curve = learning_curve(head, prepared.fitted[0], prepared.held_out, *sizes, seed=options.seed, views=train_views)
     meter = Meter(head.device)
     validation = (chosen_on.X, chosen_on.y) if chosen_on else None
     groups = [*train_views.groups, *(chosen_on.groups if chosen_on else ())]
     with Stage(f"fitting the {name_of(head)} head"):
         head.fit(train_views.X, train_views.y, validation=validation, groups=groups, views=prepared.cache.views)
     spent = meter.read()
-    return Fitted(head, spent, judge_rounding(prepared.cache, head, prepared.rows), curve)
+    with timed(prepared.clock, "int8_check"):
+        rounding = judge_rounding(prepared.cache, head, prepared.rows)
+    return Fitted(head, spent, rounding, curve)
 
 
 @staged("judging the head")
@@ -233,7 +248,8 @@ def judge(fitted: Fitted, prepared: Prepared) -> Judged:
         metrics = replace(evaluation, novelty=novel, notes=notes).to_json()
         if task.exclusive:
             files = files_or_none(cache.samples) if prepared.options.thumbnails else None
-            shown = illustrate(predictions, names, X=held_out.X, fitted=prepared.fitted, files=files)
+            with timed(prepared.clock, "report"):
+                shown = illustrate(predictions, names, X=held_out.X, fitted=prepared.fitted, files=files)
         if prepared.leaks is not None:
             add_leaks(metrics, prepared.leaks, predictions, task)
     else:
@@ -269,18 +285,27 @@ def judge(fitted: Fitted, prepared: Prepared) -> Judged:
         },
     )
     digests = [digest for subset in prepared.fitted for digest in subset.sha256]
-    return Judged(bundle, cache, head.fitted_.to_onnx(), digests, predictions, shown, novelty)
+    return Judged(bundle, cache, head.fitted_.to_onnx(), digests, predictions, shown, novelty, prepared.clock)
 
 
 @staged("saving the bundle and its report")
 def save(judged: Judged, out: str | Path, *, overwrite: bool = False) -> Bundle:
-    """Write the bundle, with its report.
+    """Write the bundle, with its report, and add up the times.
 
     Raises:
         OutputExistsError: it exists, or something else does.
         LockedError: another run has replaced the cache meanwhile.
     """
-    bundle = replace(judged.bundle, path=Path(out))
+    bundle, clock = replace(judged.bundle, path=Path(out)), judged.clock
+    with timed(clock, "report"):
+        page = bundle_report(bundle, judged.predictions, judged.shown)
+    with timed(clock, "save"):
+        saved = _saved(judged, bundle, page, overwrite=overwrite)
+    every = {**clock, "total": sum(clock.values())}
+    return replace(saved, seconds={stage: round(seconds, 3) for stage, seconds in every.items()})
+
+
+def _saved(judged: Judged, bundle: Bundle, page: str, *, overwrite: bool) -> Bundle:
     return save_bundle(
         bundle,
         backbone=judged.backbone,
@@ -288,7 +313,7 @@ def save(judged: Judged, out: str | Path, *, overwrite: bool = False) -> Bundle:
         predictions=judged.predictions,
         fitted=judged.fitted,
         novelty=judged.novelty.to_bytes() if judged.novelty else None,
-        page=bundle_report(bundle, judged.predictions, judged.shown),
+        page=page,
         overwrite=overwrite,
     )
 

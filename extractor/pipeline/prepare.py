@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from extractor.backbones.registry import Backbone
 from extractor.graphs.backbone_facts import BackboneFacts, read_facts
 from extractor.graphs.graph import keep_zero_padding
 from extractor.graphs.onnx_file import data_files, digest, install, read_model, remove, remove_unfinished
-from extractor.machine import Clock, timed, versions_of
+from extractor.machine import Clock, new_clock, timed, versions_of
 from extractor.pixels.pixel_drift import libraries
 from extractor.pixels.views import Views
 from extractor.precision.calibration import without
@@ -62,7 +61,7 @@ def prepare_backbone(
         The facts that the file records; notes for cache.json by which the next run recognises the request; and where the file
         is from: the ``cache``, or as `obtain` says.
     """
-    path, clock = writer.path / BACKBONE, defaultdict(float) if clock is None else clock
+    path, clock = writer.path / BACKBONE, new_clock() if clock is None else clock
     remove_unfinished(path)
     request = backbone.facts()
     file = Path(backbone.name) if backbone.is_file else backbone.weights_file

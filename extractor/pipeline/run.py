@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ from extractor.data.reader import Reader, WorkerPool
 from extractor.data.samples import Sample
 from extractor.data.sources import Source, open_source
 from extractor.graphs.backbone_facts import BackboneFacts
-from extractor.machine import Clock, Meter, cores, timed, together
+from extractor.machine import Clock, Meter, cores, new_clock, timed, together
 from extractor.pixels.decoder import Decoder
 from extractor.pixels.preprocess import Preprocess
 from extractor.pixels.views import require_reference
@@ -147,7 +147,7 @@ def run_extract(source: Source, backbone: Backbone, cache: Path, options: Option
 
 
 def _run(source: Source, backbone: Backbone, cache: Path, options: Options, warnings: list[str]) -> Summary:
-    started, clock = time.perf_counter(), defaultdict[str, float](float)
+    started, clock = time.perf_counter(), new_clock()
     devices = check_cheaply(backbone, cache, options)
     with timed(clock, "list"):
         samples, labels = list_labelled(source, options)

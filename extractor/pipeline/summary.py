@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from extractor.machine import Clock
+from extractor.machine import Clock, seconds_text
 from extractor.runtime.provider import provider_of
 
 
@@ -122,16 +122,6 @@ def stages(clock: Clock, total: float) -> dict[str, float]:
     known = {name: clock.get(name, 0.0) for name in (*PARTS, "images") if name != "other"}
     every = {**clock, **known, "other": max(total - sum(known.values()), 0.0), "total": total}
     return {name: round(seconds, 3) for name, seconds in every.items()}
-
-
-def seconds_text(seconds: float) -> str:
-    """A time, with as many digits as a rate needs that is computed from it.
-
-    >>> seconds_text(0.0412), seconds_text(2.688), seconds_text(12.93), seconds_text(151.2)
-    ('0.041 s', '2.69 s', '12.9 s', '151 s')
-    """
-    digits = next((digits for digits, least in enumerate((100, 10, 0.1)) if seconds >= least), 3)
-    return f"{seconds:.{digits}f} s"
 
 
 ADVICE_SECONDS = 20.0  # shorter runs need no advice
