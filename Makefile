@@ -20,6 +20,7 @@ docs: install  ## what is generated in docs/: the keys of job files, the options
 
 bench: install  ## minutes; writes the tables of many pages of docs/
 	$(BIN)/python benchmarks/cpu.py
+	$(BIN)/python benchmarks/start.py
 	$(BIN)/python benchmarks/pixels.py
 	$(BIN)/python benchmarks/ridge.py
 	$(BIN)/python benchmarks/coverage.py

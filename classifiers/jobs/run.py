@@ -183,6 +183,7 @@ def _run(job: Job, record: dict[str, Any], *, quiet: bool) -> JobResult:
     try:
         if bundle is None:
             bundle = train(_features(job), staging / served.name, job.head, job.train)
+            record["train"] = {"seconds": bundle.seconds}
         else:
             log.info("features, labels and settings are unchanged: %s is kept", bundle.name)
         evaluation, _ = evaluate_bundle(bundle, job.paths.cache, split=job.gate.split)

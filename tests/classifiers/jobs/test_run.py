@@ -243,6 +243,7 @@ def test_the_structured_log_ends_with_a_summary_and_metrics_parse(job: Callable[
     assert lines[-1] == summaries[-1]
     assert [line["computed"] for line in lines if line.get("event") == "shard"] == [30, 0]
     assert summaries[0]["evaluation"]["n"] == 6
+    assert summaries[0]["train"]["seconds"].keys() > {"head", "report", "total"}
     found = metrics(prom)
     assert found["penult_exit_code"] == 65
     assert (found["penult_rows[ok]"], found["penult_rows[failed]"]) == (30, 1)
