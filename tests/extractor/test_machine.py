@@ -12,7 +12,7 @@ import pytest
 
 from extractor.backbones.registry import Backbone
 from extractor.data.folders import ImageFolder
-from extractor.machine import Meter, drawn, peak_memory, together
+from extractor.machine import Meter, drawn, new_clock, peak_memory, timed, together
 from extractor.pipeline.run import extract
 from extractor.pipeline.settings import Options
 
@@ -117,3 +117,14 @@ def test_a_cache_keeps_what_extraction_cost(dataset: Callable[..., Path], backbo
     assert cost[0]["energy"] is None
     assert cost[1] == cost[0], "nothing was computed"
     assert cost[2]["peak_memory"] >= cost[0]["peak_memory"]
+
+
+def test_a_stage_does_not_count_the_time_of_those_inside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 1.0, 4.0, 4.5, 10.0, 12.0])
+    monkeypatch.setattr("extractor.machine.time.perf_counter", lambda: next(now))
+    clock = new_clock()
+    with timed(clock, "head"), timed(clock, "few_shot"):  # from 0 and 1 to 4.5 and 4
+        pass
+    with timed(clock, "head"):  # 10 to 12
+        pass
+    assert clock == {"few_shot": 3.0, "head": 3.5}

@@ -6,11 +6,13 @@ import hashlib
 import io
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -212,7 +214,9 @@ def test_neighbours_are_the_training_images_of_least_angle() -> None:
         assert [int(picture.name) for picture in mistake.neighbours] == nearest.tolist()
 
 
-def test_thumbnails_are_small_squares_upright(tmp_path: Path) -> None:
+def test_thumbnails_are_small_squares_upright(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = Mock(wraps=subprocess.Popen)
+    monkeypatch.setattr(subprocess, "Popen", start)
     image = Image.new("RGB", (900, 600), "red")
     image.paste("blue", (0, 0, 900, 300))
     exif = Image.Exif()
@@ -223,6 +227,7 @@ def test_thumbnails_are_small_squares_upright(tmp_path: Path) -> None:
     wanted[b"?" * 32] = b"absent.jpg"
     shown, missing = thumbnails(wanted, FolderFiles(tmp_path))
     assert sorted(missing.values()) == ["not_an_image", "not_found"]
+    assert start.call_count == 1, "a second decode worker costs more than it saves"
     (uri,) = shown.values()
     with Image.open(io.BytesIO(_content(uri))) as small:
         assert (small.format, small.size) == ("JPEG", (SIDE, SIDE))
