@@ -12,20 +12,22 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from extractor.graphs import backbone_facts, onnx_file
 from extractor.graphs.backbone_facts import BackboneFacts, Layer
 from extractor.graphs.classification_layer import Graph
 from extractor.graphs.graph import cut
 from extractor.graphs.parity import check_parity
-from extractor.graphs.pooling import pooling_nodes, pooling_of, prefix_warning
+from extractor.graphs.pooling import pooled, pooling_nodes, pooling_of, prefix_warning
+from extractor.graphs.torch_exporters import EXPORTERS, LOGITS, OPSET, Exporter, layer_output
 from extractor.machine import versions_of
 from extractor.signals import StopFlag
 from store.cache import PENULTIMATE
@@ -36,14 +38,12 @@ from store.format.output import require_free
 
 from . import prepared
 from .custom_onnx import import_onnx, is_own, say_warnings
-from .layers import last_weighted, prefix_of, require_layers, shapes_of, tapped
-from .networks import Loaded, load
+from .layers import observe, prefix_of, require_layers, tapped
+from .networks import Loaded, import_without_compiler, load
 from .registry import Backbone, check_request, choose_name
 
 log = logging.getLogger("penult.extractor")
 
-PARITY_BATCHES = (1, 7)
-OPSET = 20
 EXPORTER = 1  # version of the files that are written here: raised when a request gives another file, so that kept ones go
 DECIDING = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")  # libraries that decide the file
 POLL_SECONDS = 0.2
@@ -67,7 +67,7 @@ def export(backbone: str | Backbone, path: str | Path, stop: StopFlag | None = N
         PenultError: whatever `load`, `to_onnx` and `import_onnx` raise, from the child.
 
     >>> import extractor
-    >>> facts = extractor.export("tiny.onnx", "copy.onnx")  # a name such as "resnet50" takes half a minute the first time
+    >>> facts = extractor.export("tiny.onnx", "copy.onnx")  # a name such as "resnet50" takes some seconds the first time
     >>> facts.dim, facts.layer
     (16, 'last')
     """
@@ -150,7 +150,9 @@ def in_child(backbone: Backbone, path: Path, stop: StopFlag | None = None) -> Ba
 def _run_child(command: list[str], request: str, stop: StopFlag | None) -> tuple[int, str, str]:
     """Exit status, stdout and stderr of a child that is ended when ``stop`` is set: an export may take minutes."""
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+    # Otherwise torch's threads spin while they wait for the next operator, which doubles the core-seconds of an export.
+    policy = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=os.environ | policy) as process:
         unsent: str | None = request
         polls = 0
         try:
@@ -187,6 +189,7 @@ def _child() -> None:
         if backbone.is_file:
             facts = import_onnx(backbone, path)
         else:
+            import_without_compiler()
             loaded = load(backbone)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what torch does next may swallow exceptions
             facts = to_onnx(loaded, backbone.name, path, layers=backbone.layers, pooling=backbone.pooling)
@@ -200,11 +203,20 @@ def _leave(signum: int, _frame: FrameType | None) -> None:
     raise SystemExit(128 + signum)
 
 
-def to_onnx(loaded: Loaded, name: str, path: Path, *, layers: Sequence[str] = (), pooling: str | None = None) -> BackboneFacts:
+def to_onnx(
+    loaded: Loaded,
+    name: str,
+    path: Path,
+    *,
+    layers: Sequence[str] = (),
+    pooling: str | None = None,
+    exporters: Sequence[Exporter] = EXPORTERS,
+) -> BackboneFacts:
     """Export a loaded network up to the requested layers.
 
     The penultimate layer is located twice: in the exported graph, which is cut there (`Graph.penultimate`), and in torch, by a
-    hook on the last Linear or Conv2d that runs. Both must agree at batch 1 and 7, as must every other layer.
+    hook on the last Linear or Conv2d that runs. Both must agree on three images at once and on one of them alone, as must
+    every other layer.
 
     Args:
         loaded: the network.
@@ -212,26 +224,25 @@ def to_onnx(loaded: Loaded, name: str, path: Path, *, layers: Sequence[str] = ()
         path: the ONNX file; beyond `onnx_file.MAX_INLINE` its weights go into a second one, see `onnx_file.save`.
         layers: module names, or ``penultimate``, which is the default.
         pooling: one of `POOLINGS`, for layers that are not vectors; the average if it is None.
+        exporters: tried in turn, until the file of one is right.
 
     Raises:
         UsageError: no such layer, or it has no class token.
         BadDataError: torch and ONNX Runtime differ by more than `parity.PARITY`; a layer cannot be pooled.
         StorageError: the file cannot be written.
     """
-    import onnx
     import torch
 
     layers = list(layers) or [PENULTIMATE]
     require_layers(loaded.network, layers, pooling)
     side = loaded.preprocess.crop
-    generator = torch.Generator().manual_seed(0)
-    batches = [torch.randn(n, 3, side, side, generator=generator) for n in PARITY_BATCHES]
+    pixels = _unlike_images(side)
     try:
-        last = last_weighted(loaded.network, batches[0])
+        last, values = observe(loaded.network, layers, pixels)
     except (AssertionError, RuntimeError) as error:  # a transformer has a parameter for every position in its image
         message = f"{name} with these weights does not take {side} x {side} pixels: {str(error).strip().splitlines()[0]}"
         raise UsageError(message) from error
-    shapes = shapes_of(loaded.network, layers, last, batches[0])
+    shapes = {layer: tuple(tensor.shape) for layer, tensor in values.items()}
     kinds: dict[str, tuple[str, int]] = {}
     warnings = []
     for layer in layers:
@@ -243,31 +254,15 @@ def to_onnx(loaded: Loaded, name: str, path: Path, *, layers: Sequence[str] = ()
         before = prefix_of(loaded.network, shapes[layer])
         kinds[layer] = pooling_of(shapes[layer], layer, pooling or "average", before)
         warnings += [prefix_warning(layer, before, shapes[layer][1])] if before and not pooling else []
-    network = tapped(loaded.network, {layer: kind for layer, (kind, _) in kinds.items()}, last)
-    program = torch.onnx.export(
-        network,
-        (torch.randn(2, 3, side, side, generator=generator),),
-        dynamo=True,
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        input_names=["pixels"],
-        output_names=["logits", *(f"tapped_{i}" for i in range(len(layers)))],
-        opset_version=OPSET,
-        verbose=False,
-    )
-    if program is None:
-        message = f"torch exported nothing for {name}"
-        raise BadDataError(message)
-    model = program.model_proto
-    del program
-    ends, feature_sets = [], []
-    for i, (layer, output) in enumerate(zip(layers, backbone_facts.name_outputs(len(layers)), strict=True)):
-        kind, dim = kinds[layer]
-        nodes = [onnx.helper.make_node("Identity", [f"tapped_{i}"], [output])]
-        if layer == PENULTIMATE:
-            nodes = pooling_nodes(Graph(model).penultimate("logits"), shapes[PENULTIMATE], kind, output, OPSET)
-        ends.append((nodes, output, dim))
-        feature_sets.append(Layer(f"input of {last}" if layer == PENULTIMATE else layer, kind, dim, output))
-    cut(model, ends)
+    poolings = {layer: kind for layer, (kind, _) in kinds.items()}
+    with torch.inference_mode():
+        expected = [np.asarray(pooled(values[layer], kind, layer)) for layer, kind in poolings.items()]
+    del values
+    outputs = backbone_facts.name_outputs(len(layers))
+    feature_sets = [
+        Layer(f"input of {last}" if layer == PENULTIMATE else layer, kind, dim, output)
+        for (layer, (kind, dim)), output in zip(kinds.items(), outputs, strict=True)
+    ]
     facts = BackboneFacts(
         name,
         loaded.weights_name,
@@ -278,12 +273,59 @@ def to_onnx(loaded: Loaded, name: str, path: Path, *, layers: Sequence[str] = ()
         reading={"warnings": warnings} if warnings else {},
     )
     say_warnings(facts)
-    backbone_facts.write_facts(model, facts)
-    with onnx_file.replacing(path) as new:
+    network = tapped(loaded.network, poolings, last, shapes)
+
+    def write(exporter: Exporter, new: Path) -> None:
+        model = exporter(network, side, len(layers))
+        _finish(model, facts, layers, shapes)
         onnx_file.save(model, new)
         del model
-        onnx.checker.check_model(str(new))
-        with torch.inference_mode():
-            expected = [[np.asarray(features) for features in network(batch)[1:]] for batch in batches]
-        check_parity(new, [batch.numpy() for batch in batches], expected, name)
+        _check(new, pixels.numpy(), expected, name)
+
+    *others, last_resort = exporters
+    with onnx_file.replacing(path) as new:
+        for exporter in others:
+            try:
+                write(exporter, new)
+                return facts
+            except BadDataError as error:
+                log.debug("%s: %s", name, error)
+        write(last_resort, new)
     return facts
+
+
+def _unlike_images(side: int) -> Any:
+    """Three images ``(3, 3, side, side)``, normalised: coarse, middling and fine noise, differing in brightness and contrast.
+
+    They are as unlike as photos are, so that axes that changed places and rows that mix show.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for cells, brightness, contrast in ((3, -0.5, 1.0), (side // 8 + 1, 0.3, 0.5), (side, 0.0, 1.0)):
+        noise = torch.randn(1, 3, cells, cells, generator=generator)
+        rows.append(brightness + contrast * torch.nn.functional.interpolate(noise, side, mode="bilinear"))
+    return torch.cat(rows)
+
+
+def _finish(model: Any, facts: BackboneFacts, layers: Sequence[str], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Cut what an exporter made at the layers, and write the facts into it."""
+    from onnx import helper
+
+    ends = []
+    for i, (layer, features) in enumerate(zip(layers, facts.layers, strict=True)):
+        nodes = [helper.make_node("Identity", [layer_output(i)], [features.output])]
+        if layer == PENULTIMATE:
+            nodes = pooling_nodes(Graph(model).penultimate(LOGITS), shapes[layer], features.pooling, features.output, OPSET)
+        ends.append((nodes, features.output, features.dim))
+    cut(model, ends)
+    backbone_facts.write_facts(model, facts)
+
+
+def _check(file: Path, pixels: NDArray[np.float32], expected: Sequence[NDArray[np.float32]], name: str) -> None:
+    """Compare a file with torch on all images at once and on the last one alone: no batch size exporters see, no row mixed."""
+    import onnx
+
+    onnx.checker.check_model(str(file))
+    check_parity(file, [pixels, pixels[-1:]], [expected, [rows[-1:] for rows in expected]], name)

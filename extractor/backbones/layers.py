@@ -1,4 +1,4 @@
-"""Layers of a torch network: their list and shapes, and forward hooks that return their features."""
+"""Layers of a torch network: their list and shapes, and hooks that return their features."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def torch_penultimate(network: Any, example: Any) -> tuple[str, Callable[[NDArra
     """
     import torch
 
-    last = last_weighted(network, example)
-    kind, _ = pooling_of(shapes_of(network, [PENULTIMATE], last, example)[PENULTIMATE], PENULTIMATE, "average")
+    last, values = observe(network, [PENULTIMATE], example)
+    kind, _ = pooling_of(values[PENULTIMATE].shape, PENULTIMATE, "average")
 
     def features(batch: NDArray[np.float32]) -> NDArray[np.float32]:
         with torch.inference_mode():
@@ -39,54 +39,58 @@ def torch_penultimate(network: Any, example: Any) -> tuple[str, Callable[[NDArra
 
 def last_weighted(network: Any, example: Any) -> str:
     """The name of the last Linear or Conv2d that runs: the classification layer of all of torchvision's networks."""
+    return observe(network, (), example)[0]
+
+
+def observe(network: Any, layers: Sequence[str], pixels: Any) -> tuple[str, dict[str, Any]]:
+    """Run a network once: its `last_weighted`, and the outputs of layers, of `PENULTIMATE` the input of that last one.
+
+    The outputs are copies, because what follows may work in place. Layers that do not run or give no tensor are left out.
+    """
     import torch
 
     ran: list[str] = []
-    layers = {n: m for n, m in network.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
-    hooks = [m.register_forward_pre_hook(lambda *_, name=n: ran.append(name)) for n, m in layers.items()]
-    try:
-        with torch.inference_mode():
-            network(example)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return ran[-1]
-
-
-def shapes_of(network: Any, layers: Sequence[str], last: str, pixels: Any) -> dict[str, tuple[int, ...]]:
-    """The output shapes of layers for some pixels, in one pass; without layers that do not run or give no tensor."""
-    import torch
-
-    shapes: dict[str, tuple[int, ...]] = {}
+    values: dict[str, Any] = {}
 
     def note(layer: str, tensor: Any) -> None:
-        shapes.pop(layer, None)
+        values.pop(layer, None)
         if isinstance(tensor, torch.Tensor):
-            shapes[layer] = tuple(tensor.shape)
+            values[layer] = tensor.clone()
+
+    def before(name: str) -> Callable[[Any, Any], None]:
+        def hook(_module: Any, inputs: Any) -> None:
+            ran.append(name)
+            if PENULTIMATE in layers:
+                note(PENULTIMATE, inputs[0] if inputs else None)
+
+        return hook
 
     def after(layer: str) -> Callable[[Any, Any, Any], None]:
         return lambda _module, _inputs, output: note(layer, output)
 
-    hooks = [
-        network.get_submodule(last).register_forward_pre_hook(lambda _module, inputs: note(PENULTIMATE, inputs[0]))
-        if layer == PENULTIMATE
-        else network.get_submodule(layer).register_forward_hook(after(layer))
-        for layer in layers
-    ]
+    weighted = {n: m for n, m in network.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
+    hooks = [module.register_forward_pre_hook(before(name)) for name, module in weighted.items()]
+    hooks += [network.get_submodule(each).register_forward_hook(after(each)) for each in layers if each != PENULTIMATE]
     try:
         with torch.inference_mode():
             network(pixels)
     finally:
         for hook in hooks:
             hook.remove()
-    return shapes
+    return ran[-1], values
 
 
-def tapped(network: Any, kinds: Mapping[str, str], last: str) -> Any:
-    """A module that returns the network's output and, pooled to ``(n, d)``, layers: their names and `pooling.pooled`'s kinds.
+def tapped(network: Any, kinds: Mapping[str, str], last: str, shapes: Mapping[str, Sequence[int]] | None = None) -> Any:
+    """A module that returns the network's output and, pooled to ``(n, d)``, layers.
 
     A layer is the output of the last call of the module of that name; `PENULTIMATE` is the input of ``last``. It is copied
     when it appears, because what follows may work in place.
+
+    Args:
+        network: ``torch.nn.Module``.
+        kinds: the layers, and how each is pooled, as `pooling.pooling_of` names it.
+        last: see `last_weighted`.
+        shapes: of the layers in any run, for an exporter that would take the use of the sizes of its own run for a computation.
     """
     import torch
 
@@ -115,7 +119,7 @@ def tapped(network: Any, kinds: Mapping[str, str], last: str) -> Any:
             finally:
                 for hook in hooks:
                     hook.remove()
-            return (output, *(pooled(caught[name], kind, name) for name, kind in kinds.items()))
+            return (output, *(pooled(caught[name], kind, name, (shapes or {}).get(name)) for name, kind in kinds.items()))
 
     return Tapped().eval()
 
@@ -143,10 +147,9 @@ def list_layers(name: str) -> list[dict[str, Any]]:
     with on_meta(), torch.inference_mode():
         network = untrained(name, side).eval()
         pixels = torch.empty(2, 3, side, side)  # two images: a layer that changes the batch size gives no features of an image
-        last = last_weighted(network, pixels)
         candidates = [layer for layer, module in network.named_modules() if layer and type(module).__name__ not in INERT]
-        all_shapes = shapes_of(network, [PENULTIMATE, *candidates], last, pixels)
-    shapes = {layer: shape for layer, shape in all_shapes.items() if shape[0] == 2}
+        last, values = observe(network, [PENULTIMATE, *candidates], pixels)
+    shapes = {layer: tuple(tensor.shape) for layer, tensor in values.items() if tensor.shape[0] == 2}
     kinds = {layer: type(module).__name__ for layer, module in network.named_modules()}
     kinds[PENULTIMATE] = f"input of {last}"
     rows = []

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -19,12 +22,50 @@ from . import weights as weight_files
 from .registry import Backbone, check_request, choose_weights, names, weights_of
 from .weights import WeightsFile, read_state
 
+COMPILER = "torch._dynamo"
+
+
+def import_without_compiler() -> None:
+    """Import torchvision without torch's compiler, which takes 1 core-second; for a process that uses neither detection nor it.
+
+    torchvision's ``ops.roi_align`` imports it for one function, which says whether a device can compile. While torchvision is
+    imported, modules that hold this function alone take the compiler's place; when called, it asks the real one.
+    """
+    import torch  # noqa: F401 - with whatever it needs itself
+
+    if COMPILER in sys.modules:
+        return
+    package, utils = ModuleType(COMPILER), ModuleType(f"{COMPILER}.utils")
+    package.__path__ = []
+    utils.is_compile_supported = lambda device: import_module(utils.__name__).is_compile_supported(device)  # type: ignore[attr-defined]
+    sys.modules |= {module.__name__: module for module in (package, utils)}
+    try:
+        with suppress(ImportError):  # a release that needs more of the compiler; the next import is the usual one
+            import torchvision  # noqa: F401
+    finally:
+        for module in (package, utils):
+            del sys.modules[module.__name__]
+
 
 @contextmanager
 def on_meta() -> Iterator[None]:
-    """Build networks on torch's meta device: shapes without values, at almost no cost."""
+    """Build networks on torch's meta device: shapes without values, at almost no cost.
+
+    Their initialisation is left out: there are no values, and on this device it would import torch's compiler (1 core-second).
+    """
     import torch
+    from torch.overrides import TorchFunctionMode
     from torchvision.models.regnet import BlockParams
+
+    fill, init = torch.Tensor, torch.nn.init
+    fillers = {fill.normal_, fill.uniform_, fill.erfinv_, fill.mul_, fill.add_, fill.clamp_, fill.fill_, fill.zero_}
+    fillers |= {init.normal_, init.uniform_, init.constant_, init.kaiming_uniform_}
+
+    class WithoutValues(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+            if function in fillers:
+                return (named or {}).get("tensor", *arguments[:1])
+            return function(*arguments, **(named or {}))
 
     computed = BlockParams.from_init_params
 
@@ -32,7 +73,7 @@ def on_meta() -> Iterator[None]:
         with torch.device("cpu"):  # RegNets compute their widths with tensors, which have no values on meta
             return computed(*arguments, **named)
 
-    with mock.patch.object(BlockParams, "from_init_params", on_cpu), torch.device("meta"):
+    with mock.patch.object(BlockParams, "from_init_params", on_cpu), torch.device("meta"), WithoutValues():
         yield
 
 

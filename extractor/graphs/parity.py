@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from store.errors import BadDataError
 
 from .cpu_session import cpu_session
+from .reasons import reason
 
 log = logging.getLogger("penult.extractor")
 
@@ -34,12 +35,16 @@ def check_parity(
         The largest relative L2 of a row.
 
     Raises:
-        BadDataError: a row differs by more than `PARITY`.
+        BadDataError: a row differs by more than `PARITY`, or the file does not take a batch.
     """
     session = cpu_session(model)
     largest = 0.0
     for batch, references in zip(batches, expected, strict=True):
-        outputs = session.run(None, {session.get_inputs()[0].name: batch})
+        try:
+            outputs = session.run(None, {session.get_inputs()[0].name: batch})
+        except Exception as error:  # onnxruntime's exceptions have no common public base
+            message = f"the exported {name} does not take a batch of {len(batch)}: {reason(error)}"
+            raise BadDataError(message) from error
         worst = max(float(relative_l2(*pair).max()) for pair in zip(outputs, references, strict=True))
         log.debug("%s: ONNX Runtime against torch at batch %d: %.1e", name, len(batch), worst)
         if not worst <= PARITY:

@@ -70,20 +70,21 @@ def spatial_axes(shape: Sequence[int], name: str, pooling: str) -> tuple[list[in
     raise BadDataError(message)
 
 
-def pooled(values: Any, kind: str, name: str = "") -> Any:
+def pooled(values: Any, kind: str, name: str = "", shape: Sequence[int] | None = None) -> Any:
     """Pool values of NumPy or torch as `pooling_nodes` does.
 
     Args:
         values: of a layer.
         kind: as `pooling_of` names it.
         name: of the layer, for messages.
+        shape: of the values in any run, if not their own.
     """
     operation, _, prefix = kind.partition(AFTER)
     if operation == "none":
         return values
     if operation == "token":
         return values[:, 0]
-    axes, _ = spatial_axes(values.shape, name, operation)
+    axes, _ = spatial_axes(shape or values.shape, name, operation)
     if operation == "max":
         return values.max(tuple(axes)) if isinstance(values, np.ndarray) else values.amax(dim=axes)
     mean = values[:, int(prefix) :].mean(1) if prefix else values.mean(tuple(axes))
