@@ -29,7 +29,7 @@ from extractor.pixels.decoder import Decoder
 from extractor.pixels.preprocess import Preprocess
 from extractor.pixels.views import require_reference
 from extractor.precision.calibration import count_moved
-from extractor.precision.registry import TrainingImages, precision_of
+from extractor.precision.registry import Report, TrainingImages, precision_of
 from extractor.run_log import kept_warnings
 from extractor.runtime.batch_size import Pace
 from extractor.runtime.devices import DevicePool, open_embedder
@@ -37,6 +37,7 @@ from extractor.runtime.session import Embedder
 from extractor.signals import StopFlag, stop_on_signal
 from store.cache import FeatureCache
 from store.errors import BudgetExceededError, InterruptedRunError, StorageError
+from store.format.calibration import read_calibration
 from store.format.metadata import BACKBONE, shard_paths
 from store.format.samples import Row, SampleTable
 from store.progress.stages import Stage
@@ -104,6 +105,7 @@ class _Opened:
         before: the sample table of the last run; None if there was none.
         look: what the backbone sees in the first photo, see `first_look`.
         origin: where the backbone is from, see `prepare_backbone`.
+        report: of the conversion to the precision, if it was made in this run.
     """
 
     facts: BackboneFacts
@@ -112,6 +114,7 @@ class _Opened:
     before: SampleTable | None
     look: dict[str, Any]
     origin: str
+    report: Report
 
 
 @dataclass(frozen=True)
@@ -121,13 +124,15 @@ class _Streamed:
     Attributes:
         rows: of all inputs, unless the run stopped.
         computed: images that went through the backbone.
-        working: seconds spent on the images themselves.
+        adopted: images that went through it when it was calibrated in this run.
+        working: seconds spent on both.
         workers: decoding threads.
         resumed: what earlier runs had left.
     """
 
     rows: list[Row]
     computed: int
+    adopted: int
     working: float
     workers: int
     resumed: Resumed
@@ -160,11 +165,12 @@ def _run(source: Source, backbone: Backbone, cache: Path, options: Options, warn
     summary = Summary(
         cache=str(cache),
         **table.counts,
-        computed=streamed.computed,
+        computed=streamed.computed + streamed.adopted,
+        calibrated=streamed.adopted,
         cached=streamed.resumed.cached,
         inference_calls=opened.embedder.calls,
         provider=opened.embedder.provider,
-        images_per_second=round(streamed.computed / max(streamed.working, 1e-9), 1),
+        images_per_second=round(streamed.computed / max(clock["images"], 1e-9), 1),
         cache_bytes=sum(path.stat().st_size for path in shard_paths(cache)),
         batch_size=opened.embedder.batch_size,
         lanes=opened.embedder.lanes,
@@ -177,12 +183,14 @@ def _run(source: Source, backbone: Backbone, cache: Path, options: Options, warn
         unlabelled=labels.unlabelled,
         changes=changes,
         subfolders=labels.subfolder_counts,
-        backbone={**opened.facts.description(), "prepared": opened.origin} | ({"look": opened.look} if opened.look else {}),
+        conversion=opened.report.facts(len(samples), options.views),
+        backbone={**opened.facts.description(), "precision": opened.facts.precision, "prepared": opened.origin}
+        | ({"look": opened.look} if opened.look else {}),
         warnings=warnings,
     )
     if not table.counts["ok"]:
         log.warning("there are no features: none of the %d inputs could be used", len(table.rows))
-    elif not streamed.computed:
+    elif not streamed.computed + opened.adopted:
         log.info("nothing to compute: all features are cached%s", ", and the dataset is unchanged" if unchanged else "")
     budget = options.budget(len(request.samples))
     if summary.failed > budget:
@@ -199,7 +207,8 @@ def _open(request: _Request, writer: CacheWriter, stop: StopFlag, clock: Clock) 
     """Put the backbone into the cache, start its session and the decoder, and agree with the cache on the fingerprint."""
     options, drawn, precision = request.options, request.options.drawn, precision_of(request.options.precision)
     tf32, split = precision.tf32, (options.val_fraction, options.test_fraction, options.seed)
-    conversion = precision.conversion(TrainingImages(request.source, request.samples, *split, options.workers, stop))
+    images = TrainingImages(request.source, request.samples, *split, options.workers, stop)
+    conversion = precision.conversion(images)
     require_groups(None if options.overwrite else writer.samples, request.samples, resplit=options.resplit)
     with Stage(f"preparing {Path(request.backbone.name).name}"):
         facts, notes, origin = prepare_backbone(
@@ -231,7 +240,18 @@ def _open(request: _Request, writer: CacheWriter, stop: StopFlag, clock: Clock) 
         opening.close()
         _check_disk(request.cache, numbers * (4 if options.storage == "float32" else 2))
         clock["start"] += time.perf_counter() - began
-        yield _Opened(facts, decoder, embedder, writer.samples, look, origin)
+        yield _Opened(facts, decoder, embedder, writer.samples, look, origin, images.report)
+
+
+def _adopt(writer: CacheWriter, report: Report) -> int:
+    """Write the features that the calibration has computed, so that its images are not computed twice; return their number."""
+    if not report.paths:
+        return 0
+    kept = read_calibration(writer.path)
+    places = [i for i, digest in enumerate(kept.sha256) if digest not in writer.known]
+    digests = [kept.sha256[i] for i in places]
+    writer.append([rows[places] for rows in kept.rounded], digests, [report.paths[digest] for digest in digests])
+    return writer.commit()
 
 
 def _stream(request: _Request, writer: CacheWriter, opened: _Opened, stop: StopFlag, clock: Clock) -> _Streamed:
@@ -248,6 +268,9 @@ def _stream(request: _Request, writer: CacheWriter, opened: _Opened, stop: StopF
         outcomes, todo = plan(request.samples, before, writer.known, request.source.files, options)
         cached = resumed(outcomes, todo, before, writer)
     cached.say()
+    if pays_from := opened.report.facts(len(request.samples), options.views).get("pays_from"):
+        log.info("%s pays from about %d images on; this run has %d", opened.facts.precision, pays_from, len(request.samples))
+    adopted = _adopt(writer, opened.report) if options.drawn is None else 0
     pace = Pace(embedder, options.views * len(todo) if options.batch_size is None else 0)
     workers = WorkerPool(options.workers, shares_cores=embedder.shares_cores)
     ahead = 2 * math.ceil(embedder.batch_size / options.views)
@@ -256,7 +279,7 @@ def _stream(request: _Request, writer: CacheWriter, opened: _Opened, stop: StopF
     total, computed, fail_fast = len(request.samples), 0, options.on_error == "fail"
     tally = Tally(outcomes, total)
     with (
-        Stage("extracting", total, "images", done=total - len(todo), cached=cached.stored) as progress,
+        Stage("extracting", total, "images", done=total - len(todo), cached=cached.stored + adopted) as progress,
         closing(reader.stream(todo, stop, opened.decoder)) as stream,
     ):
         batches = embedded(stream, embedder, pace, progress, clock, views=options.views, fail_fast=fail_fast)
@@ -270,13 +293,14 @@ def _stream(request: _Request, writer: CacheWriter, opened: _Opened, stop: StopF
         with timed(clock, "settle"):
             writer.settle()
     clock |= {**reader.seconds, "backbone": embedder.seconds, "write": writer.seconds}
-    working = clock["images"] = sum(clock[name] for name in ("wait", "embed", "settle"))
+    clock["images"] = sum(clock[name] for name in ("wait", "embed", "settle"))
     if stop:
         raise InterruptedRunError(stop.signum)
     rows = _fail_copies([row for row in outcomes if row is not None], writer.known)
     if fail_fast:
         _fail_fast(rows)
-    return _Streamed(rows, computed, working, workers.size, cached)
+    working = clock["images"] + (clock["convert"] if adopted else 0.0)
+    return _Streamed(rows, computed, adopted, working, workers.size, cached)
 
 
 def _finish(
@@ -287,7 +311,8 @@ def _finish(
     Raises:
         BadDataError: images that were moved belonged to groups in the last run and have none now; the table stays as it was.
     """
-    source, options, before, computed = request.source, request.options, opened.before, streamed.computed
+    source, options, before = request.source, request.options, opened.before
+    computed = streamed.computed + streamed.adopted
     require_groups(None if options.overwrite else before, streamed.rows, resplit=options.resplit)
     rows, rule = resolve_splits(streamed.rows, options, source.task, None if options.overwrite else before)
     changes = say_splits(before, rows, rule, source.task)

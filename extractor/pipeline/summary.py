@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from extractor.machine import Clock, seconds_text
+from extractor.pixels.preprocess import PIXEL_PATHS
 from extractor.runtime.provider import provider_of
 
 
@@ -16,9 +17,10 @@ class Summary:
     Attributes:
         inputs, ok, duplicates, failed: outcome of every input; ok counts distinct contents.
         computed: images that went through the backbone in this run.
+        calibrated: how many of them did so when it was calibrated: their time is in ``seconds["convert"]``.
         cached: inputs whose features were in the cache when the run began.
         inference_calls: calls of the backbone in this run.
-        images_per_second: ``computed`` over ``seconds["images"]``; 0 if there were none.
+        images_per_second: ``computed`` without ``calibrated`` over ``seconds["images"]``; 0 if there were none.
         cache_bytes: size of all shards.
         batch_size, lanes, workers: as used.
         views: of each image.
@@ -31,11 +33,14 @@ class Summary:
         unlabelled: number of inputs without one.
         changes: number of samples of the last run whose ``split``, and whose ``label`` (or targets), is another now.
         subfolders: number of folders with images in a class folder, by label; they all have that label.
-        backbone: its name, weights, layers and preprocessing; of a custom ONNX file also where each feature set was found
-            (``features``) and where each setting was said (``settings``), tokens before the patches (``prefix_tokens``),
-            feature sets that may be class scores (``doubtful``), its class scores (``scores``), and what it sees in the
-            first photo (``look``: ``image`` and ``classes``). ``prepared`` says where it is from: ``exported`` or ``imported``
-            in this run, the ``store`` of prepared backbones, or this ``cache``.
+        backbone: its name, weights, layers, preprocessing and precision; of a custom ONNX file also where each feature set was
+            found (``features``) and where each setting was said (``settings``), tokens before the patches (``prefix_tokens``),
+            feature sets that may be class scores (``doubtful``), its class scores (``scores``), and what it sees in the first
+            photo (``look``: ``image`` and ``classes``). ``prepared`` says where it is from: ``exported`` or ``imported`` in
+            this run, the ``store`` of prepared backbones, or this ``cache``.
+        conversion: what the calibration of the backbone cost in this run: ``core_seconds``, ``images_per_core_second`` of both
+            networks, ``images`` of the run and ``pays_from``, the number of images from which on int8 is worth that; empty if
+            none was made.
         warnings: what was warned of, in order.
     """
 
@@ -45,6 +50,7 @@ class Summary:
     duplicates: int = 0
     failed: int = 0
     computed: int = 0
+    calibrated: int = 0
     cached: int = 0
     inference_calls: int = 0
     provider: str = ""
@@ -62,6 +68,7 @@ class Summary:
     changes: dict[str, int] = field(default_factory=dict)
     subfolders: dict[str, int] = field(default_factory=dict)
     backbone: dict[str, Any] = field(default_factory=dict)
+    conversion: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -78,18 +85,18 @@ class Summary:
         if not self.computed:
             what = "nothing to compute" if self.ok else "no input could be used"
             return "\n".join([*lines, f"{what}, 0 inference calls, {seconds_text(self.seconds['total'])}", *self._rest()])
-        each = {name: 1000 * self.seconds[name] / self.computed for name in ("read+decode", "backbone", "write")}
+        images = self.computed - self.calibrated
+        each = {name: 1000 * self.seconds[name] / max(images, 1) for name in ("read+decode", "backbone", "write")}
         views = f" in {self.views} views each" if self.views > 1 else ""
         lines.append(
-            f"{self.computed} images{views} on {self.provider} in {seconds_text(self.seconds['images'])}, "
+            f"{images} images{views} on {self.provider} in {seconds_text(self.seconds['images'])}, "
             f"{self.images_per_second:.0f} a second "
             f"(ms an image: decoding {each['read+decode']:.1f} in {self.workers} workers, "
             f"backbone {each['backbone']:.1f} in {self.lanes} lanes of {self.batch_size}, writing {each['write']:.1f})"
         )
         lines += self._rest()
         if self.seconds["images"] >= ADVICE_SECONDS:
-            advice = ADVICE[self.bottleneck, "cpu" if provider_of(self.provider).shares_cores else "gpu"]
-            lines.append(f"bottleneck: {self.bottleneck}; {advice}")
+            lines.append(f"bottleneck: {self.bottleneck}; {self._advice()}")
         return "\n".join(lines)
 
     def _rest(self) -> list[str]:
@@ -98,8 +105,25 @@ class Summary:
         if total - self.seconds["images"] < max(REST_SECONDS, REST_SHARE * total):
             return []
         parts = {name: self.seconds[name] for name in PARTS if self.seconds[name] >= REST_SHARE * total}
-        named = [f"{seconds_text(parts[name])} {PARTS[name]}" for name in sorted(parts, key=lambda name: -parts[name])]
+        what = PARTS | ({"convert": f"to calibrate it, with {self.calibrated} of the images"} if self.calibrated else {})
+        named = [f"{seconds_text(parts[name])} {what[name]}" for name in sorted(parts, key=lambda name: -parts[name])]
         return [f"{seconds_text(total)} in all: {', '.join(named)}"] if named else []
+
+    def _advice(self) -> str:
+        """What would make the bottleneck faster; nothing that the run has already, or that would not pay."""
+        of_gpu = not provider_of(self.provider).shares_cores
+        if self.bottleneck == "writing":
+            return "the disk of the cache is slow"
+        if self.bottleneck == "decoding":
+            fastest = self.backbone.get("preprocess", {}).get("pixel_path") == list(PIXEL_PATHS)[-1]
+            advice = "more cores or smaller photos" if fastest else "more cores, smaller photos, or another --pixel-path"
+            return f"the GPU waited for images; {advice} would help" if of_gpu else f"{advice} would help"
+        precision = self.backbone.get("precision", "fp32")
+        if of_gpu:
+            return "a smaller network would help" if precision == "fp16" else "--precision fp16 or a smaller network would help"
+        if precision != "fp32" or self.computed * self.views < INT8_PAYS:
+            return "a smaller network or a GPU would help"
+        return "--precision int8, a smaller network or a GPU would help"
 
 
 REST_SECONDS = 1.0  # less is not said ..
@@ -125,14 +149,7 @@ def stages(clock: Clock, total: float) -> dict[str, float]:
 
 
 ADVICE_SECONDS = 20.0  # shorter runs need no advice
-ADVICE = {
-    ("decoding", "cpu"): "more cores, smaller photos, or another --pixel-path would help",
-    ("decoding", "gpu"): "the GPU waited for images; more cores, smaller photos, or another --pixel-path would help",
-    ("backbone", "cpu"): "--precision int8, a smaller network or a GPU would help",
-    ("backbone", "gpu"): "--precision fp16 or a smaller network would help",
-    ("writing", "cpu"): "the disk of the cache is slow",
-    ("writing", "gpu"): "the disk of the cache is slow",
-}
+INT8_PAYS = 4000  # passes of the backbone from which on its calibration is sure to pay, see docs/int8.md
 
 
 def bottleneck(seconds: Clock, *, shares_cores: bool) -> str:

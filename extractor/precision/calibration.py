@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -29,7 +30,7 @@ from .registry import Conversion, TrainingImages
 
 log = logging.getLogger("penult.extractor")
 
-CALIBRATED, JUDGED = 128, 256  # images that give the ranges, and others that judge them; 512 would not give better ranges
+CALIBRATED, JUDGED = 64, 192  # images that give the ranges, and others that judge them; more would not give better ranges
 FEWEST = 8
 MAX_PIXEL_BYTES = 2**29  # with large crops, fewer images are taken
 CLEARANCE = 0.5  # of the training images: those whose rank is nearest to another split are not taken
@@ -62,7 +63,8 @@ class Calibrator(TrainingImages):
             InterruptedRunError: a signal came.
         """
         limit = max(min(CALIBRATED + JUDGED, MAX_PIXEL_BYTES // (3 * facts.preprocess.crop**2)), FEWEST)
-        digests, pixels = self._decoded(facts, limit)
+        images, pixels = self._decoded(facts, limit)
+        digests = list(images)
         if len(digests) < FEWEST:
             message = (
                 f"--precision int8 is calibrated on at least {FEWEST} training images, and finds {len(digests)} here that can "
@@ -71,8 +73,12 @@ class Calibrator(TrainingImages):
             raise BadDataError(message)
         count = min(CALIBRATED, len(digests) // 2)
         log.info("calibrating int8 on %d training images, judging it on %d others", count, len(digests) - count)
+        begin = time.process_time()
         with Stage("calibrating int8"):
             made = quantise(source, out, facts, pixels[:count], pixels[count:], self._check)
+        self.report.rates, self.report.paths = made.rates, images
+        spent_anyway = len(digests) / made.rates[1]  # on features that the run needs and does not compute again
+        self.report.core_seconds = max(time.process_time() - begin - spent_anyway, 0.0)
         calibration = made.facts.calibration
         log.info(
             "int8 by %s, %d layer(s) in float: cosine to float %.4f at worst, %.4f on average",
@@ -86,10 +92,12 @@ class Calibrator(TrainingImages):
         if self.stop:
             raise InterruptedRunError(self.stop.signum)
 
-    def _decoded(self, facts: BackboneFacts, limit: int) -> tuple[list[bytes], Pixels]:
+    def _decoded(self, facts: BackboneFacts, limit: int) -> tuple[dict[bytes, bytes], Pixels]:
+        """The paths of the images by their content digests, and their pixels, in the same order."""
         workers = self.workers or cores()
         reader = Reader(self.source.files, facts.preprocess, set(), WorkerPool(workers))
-        digests, pixels = [], []
+        images: dict[bytes, bytes] = {}
+        pixels = []
         todo = list(enumerate(self._candidates(workers)))
         with (
             closing(reader.stream(todo, self.stop)) as stream,
@@ -97,13 +105,13 @@ class Calibrator(TrainingImages):
         ):
             for outcome in stage.each(stream):
                 if outcome.row.ok and outcome.pixels is not None:
-                    digests.append(outcome.row.sha256)
+                    images[outcome.row.sha256] = outcome.row.path
                     pixels.append(outcome.pixels)
-                if len(digests) == limit:
+                if len(images) == limit:
                     break
         self._check()
         side = facts.preprocess.crop
-        return digests, np.stack(pixels) if pixels else np.empty((0, side, side, 3), np.uint8)
+        return images, np.stack(pixels) if pixels else np.empty((0, side, side, 3), np.uint8)
 
     def _candidates(self, workers: int) -> list[Sample]:
         """The training samples, ordered by the hash of their paths, or of their content if `extract` will split them.

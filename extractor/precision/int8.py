@@ -13,9 +13,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +31,7 @@ from extractor.graphs.reasons import reason
 from extractor.runtime.session import Embedder
 from store.errors import BadDataError
 
-from .ranges import BINS, METHODS, Observed, limits, ranges
+from .ranges import BINS, METHODS, Observed, histogram, ranges, reach_of
 
 log = logging.getLogger("penult.extractor")
 
@@ -40,11 +42,13 @@ OPERATORS = ("Conv", "Gemm", "MatMul", "Add", "Mul", "Relu", "Clip", "MaxPool", 
 # to a cosine of 0.80, and has 0.997 with float sums.
 OF_TRANSFORMERS = ("Conv", "Gemm", "MatMul")
 OPSET = 13  # the first with scales per channel
-HISTOGRAM_IMAGES, HISTOGRAM_VALUES = 64, 65536  # of each tensor, so that a large network takes seconds
-FLOAT_LAYERS = (1, 2, 4, 8)  # numbers of layers at the input that are tried in float; errors there spread to all that follow
-COMPARED = 64  # images that methods are compared on
+HISTOGRAM_IMAGES, HISTOGRAM_VALUES = 64, 65536  # of each tensor and image, so that a large network takes seconds
+FLOAT_LAYERS = (2, 4, 8)  # numbers of layers at the input that are tried in float; errors there spread to all that follow
+FIRST, SECOND = 32, 64  # images that all methods are compared on, and the best two
+HARDEST = 16  # images that layers in float are tried on
+QUANTISED = "quantize_onnx_initializer"  # ONNX Runtime's function that rounds a weight
 BOUND = 0.99  # cosine of every row to float32, see docs/int8.md
-PAYS = 0.9  # layers in float must bring the worst error down to this share
+PAYS = 0.9  # layers in float must bring the worst error, or the mean one, down to this share
 ENOUGH = 0.997  # cosine that is good enough: new images may do worse than the judged ones, but layers in float cost time
 
 Pixels = NDArray[np.uint8]
@@ -58,12 +62,14 @@ class Quantised:
 
     Attributes:
         facts: of the new file, calibration included.
-        exact, rounded: float and int8 features of all images, of every feature set ``(n, d)``.
+        exact, rounded: float and int8 features of the judging and then the calibrating images, of every feature set ``(n, d)``.
+        rates: images in a core-second by the float and by the int8 network.
     """
 
     facts: BackboneFacts
     exact: Features
     rounded: Features
+    rates: tuple[float, float]
 
 
 def quantise(
@@ -87,61 +93,135 @@ def quantise(
         BadDataError: a judged row has a cosine below `BOUND`; names the cosines. Or the network cannot be quantised.
         StorageError: the file cannot be written.
     """
-    import onnxruntime
-
     checkpoint()
     with tempfile.TemporaryDirectory(prefix="penult-", ignore_cleanup_errors=True) as folder, _no_root_messages():
         network = _Network(source, facts, Path(folder))
-        pixels = np.concatenate([judge, calibrate])
-        exact = embed(source, facts, pixels, checkpoint)
-        observed = network.observe(calibrate, checkpoint)
-        tried: list[dict[str, Any]] = []
+        exact, exact_rate = _timed(Embedder(source, facts.preprocess, outputs=facts.outputs), judge, checkpoint)
+        observed, others = network.observe(calibrate, checkpoint)
+        search = _Search(network, observed, exact, judge, checkpoint)
+        best = search.best()
+        if best.scores["min"] < BOUND:
+            raise _refusal(facts, best.scores, search.tried)
+        facts = replace(facts, precision="int8", calibration=_record(search, best, calibrate))
+        network.write(best.model, out, facts)
+        more, rate = _timed(best.embedder, calibrate, checkpoint)
+        _say_speed(facts, exact_rate, rate)
+        exact = [np.concatenate(pair) for pair in zip(exact, others, strict=True)]
+        rounded = [np.concatenate(pair) for pair in zip(best.rounded, more, strict=True)]
+        return Quantised(facts, exact, rounded, (exact_rate, rate))
 
-        def attempt(method: str, floats: Sequence[str], images: int) -> dict[str, Any]:
-            checkpoint()
-            candidate = network.candidate(ranges(observed, method), floats)
-            rounded = embed(candidate, facts, judge[:images], checkpoint)
-            cosine = cosines([each[: len(rounded[0])] for each in exact], rounded)
-            scores = {"method": method, "float_layers": list(floats), **summary(cosine)}
-            tried.append(scores)
-            log.debug("int8 by %(method)s, %(float_layers)s in float: cosine %(min).5f to float, mean %(mean).5f", scores)
-            return scores
 
-        compared = [attempt(method, (), COMPARED) for method in METHODS]
-        method = max(compared, key=lambda scores: float(scores["mean"]))["method"]
-        best = attempt(method, (), len(judge))
-        fronts = [network.weighted[:n] for n in FLOAT_LAYERS if 2 * n < len(network.weighted)]
-        last = network.weighted[1:][-1:]
-        tail: list[str] = []
-        for floats in [last, *fronts] if last else []:
-            if best["min"] >= ENOUGH:
+def _timed(embedder: Embedder, pixels: Pixels, checkpoint: Stop) -> tuple[Features, float]:
+    """`embed`, and the images in a core-second: other processes on the machine count less there than in seconds."""
+    embedder.embed(pixels[: embedder.batch_size])  # the first call is slower
+    begin = time.process_time()
+    features = embed(embedder, pixels, checkpoint)
+    return features, len(pixels) / max(time.process_time() - begin, 1e-9)
+
+
+def _record(search: _Search, best: _Candidate, calibrate: Pixels) -> dict[str, Any]:
+    """What the facts say of a calibration; its digest is over all that decides the features."""
+    import onnxruntime
+
+    decided = {
+        "method": best.scores["method"],
+        "float_layers": best.scores["float_layers"],
+        "ranges": {name: [float(low), float(high)] for name, (low, high) in sorted(best.ranges.items())},
+        "operators": search.network.operators,
+    }
+    return {
+        "sha256": hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest(),
+        **{key: best.scores[key] for key in ("method", "float_layers", "min", "p1", "mean")},
+        "images": len(calibrate),
+        "pixels_sha256": hashlib.sha256(calibrate.tobytes()).hexdigest(),
+        "judged": len(search.judge),
+        "tried": search.tried,
+        "onnxruntime": onnxruntime.__version__,
+    }
+
+
+@dataclass
+class _Candidate:
+    """An int8 network and how near its features are to float.
+
+    Attributes:
+        model: ``onnx.ModelProto``.
+        embedder: runs it.
+        ranges: of its tensors.
+        scores: ``method``, ``float_layers``, ``judged`` (how many images) and the `summary` of their cosines.
+        rounded: its features of the images that it was judged on.
+    """
+
+    model: Any
+    embedder: Embedder
+    ranges: Mapping[str, tuple[Any, Any]]
+    scores: dict[str, Any]
+    rounded: Features
+
+
+class _Search:
+    """The search for the candidate whose features are nearest to float.
+
+    All methods are compared on the `FIRST` images, the best two on the `SECOND`, and the better one is judged on all. Layers in
+    float are tried on the `HARDEST` of these, and the candidate that is chosen is judged on all of them, too.
+    """
+
+    def __init__(self, network: _Network, observed: Observed, exact: Features, judge: Pixels, checkpoint: Stop) -> None:
+        self.network, self.judge, self.tried = network, judge, list[dict[str, Any]]()
+        self._observed, self._exact, self._checkpoint = observed, exact, checkpoint
+
+    def best(self) -> _Candidate:
+        """The candidate to use, judged on all images."""
+        compared = [
+            self._attempt(method, ranges(self._observed, method), (), np.arange(len(self.judge))[:FIRST]) for method in METHODS
+        ]
+        compared = [self._judge_more(each, SECOND) for each in sorted(compared, key=_by_mean)[-2:]]
+        plain = self._judge_more(max(compared, key=_by_mean))
+        method, chosen = plain.scores["method"], plain.ranges
+        cosine = self._cosines(plain.rounded)
+        hardest = np.argsort(cosine)[:HARDEST]
+        errors, weighted, best = _errors(summary(cosine[hardest])), self.network.weighted, plain
+        last, tail = weighted[1:][-1:], list[str]()
+        for floats in [last, *(weighted[:n] for n in FLOAT_LAYERS if 2 * n < len(weighted))] if last else []:
+            if best.scores["min"] >= ENOUGH:
                 break
-            scores = attempt(method, [*floats, *tail], len(judge))
-            if 1 - scores["min"] < PAYS * (1 - best["min"]):
-                best = scores
+            candidate = self._attempt(method, chosen, [*floats, *tail], hardest)
+            smaller = _errors(candidate.scores)
+            if (smaller < PAYS * errors).any():
+                best, errors = candidate, smaller
                 tail = last if floats is last else tail
-        if best["min"] < BOUND:
-            raise _refusal(facts, best, tried)
-        settled = ranges(observed, method)
-        decided = {
-            "method": method,
-            "float_layers": best["float_layers"],
-            "ranges": {name: [float(low), float(high)] for name, (low, high) in sorted(settled.items())},
-            "operators": network.operators,
-        }
-        calibration = {
-            "sha256": hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest(),
-            **{key: best[key] for key in ("method", "float_layers", "min", "p1", "mean")},
-            "images": len(calibrate),
-            "pixels_sha256": hashlib.sha256(calibrate.tobytes()).hexdigest(),
-            "judged": len(judge),
-            "tried": tried,
-            "onnxruntime": onnxruntime.__version__,
-        }
-        facts = replace(facts, precision="int8", calibration=calibration)
-        network.candidate(settled, best["float_layers"], out, facts)
-        _say_speed(source, out, facts, pixels)
-        return Quantised(facts, exact, embed(out, facts, pixels, checkpoint))
+        return best if best is plain else self._judge_more(replace(best, rounded=[each[:0] for each in best.rounded]))
+
+    def _attempt(
+        self, method: str, chosen: Mapping[str, tuple[Any, Any]], floats: Sequence[str], rows: NDArray[np.intp]
+    ) -> _Candidate:
+        self._checkpoint()
+        model = self.network.quantised(chosen, floats)
+        embedder = self.network.open(model)
+        rounded = embed(embedder, self.judge[rows], self._checkpoint)
+        candidate = _Candidate(model, embedder, chosen, {"method": method, "float_layers": list(floats)}, rounded)
+        self._note(candidate, rows)
+        return candidate
+
+    def _judge_more(self, candidate: _Candidate, count: int | None = None) -> _Candidate:
+        """Judge a candidate on more images than the first ones, of which it has features."""
+        done = len(candidate.rounded[0])
+        more = self.judge[done:count]
+        if not len(more):
+            return candidate
+        rounded = embed(candidate.embedder, more, self._checkpoint)
+        rounded = [np.concatenate(pair) for pair in zip(candidate.rounded, rounded, strict=True)]
+        judged = replace(candidate, rounded=rounded, scores=dict(candidate.scores))
+        self._note(judged, np.arange(len(rounded[0])))
+        return judged
+
+    def _cosines(self, rounded: Features, rows: NDArray[np.intp] | None = None) -> NDArray[np.float64]:
+        return cosines([each if rows is None else each[rows] for each in self._exact], rounded)
+
+    def _note(self, candidate: _Candidate, rows: NDArray[np.intp]) -> None:
+        candidate.scores |= {"judged": len(rows), **summary(self._cosines(candidate.rounded, rows))}
+        self.tried.append(candidate.scores)
+        log.debug("int8 by %(method)s, %(float_layers)s in float: cosine %(min).5f to float, mean %(mean).5f", candidate.scores)
 
 
 class _Network:
@@ -178,6 +258,8 @@ class _Network:
                 node.name = f"{node.op_type}_{i}"
         constants = {tensor.name for tensor in model.graph.initializer}
         self.model, self._facts, self._folder = model, facts, folder
+        self._scales: dict[str, Any] = {}  # of weights, by name
+        self._weights: dict[Any, Any] = {}  # rounded
         transformer = any(node.op_type == "LayerNormalization" for node in model.graph.node)
         self.operators = OF_TRANSFORMERS if transformer else OPERATORS
         self.weighted = [
@@ -187,8 +269,11 @@ class _Network:
             message = f"{facts.name} has no layer that int8 could speed up; use --precision fp32"
             raise BadDataError(message)
 
-    def observe(self, pixels: Pixels, checkpoint: Stop) -> Observed:
-        """Run the float network, and record ranges and histograms of every tensor that may be quantised."""
+    def observe(self, pixels: Pixels, checkpoint: Stop) -> tuple[Observed, Features]:
+        """Run the float network: ranges and histograms of every tensor that may be quantised, and its features of the images.
+
+        It runs one image at a time: with larger batches, the tensors that it returns no longer fit the processor's caches.
+        """
         import onnx
 
         model = onnx.ModelProto()
@@ -208,30 +293,32 @@ class _Network:
         present = {value.name for value in graph.output}
         graph.output.extend(values[name] for name in selected if name not in present)
         session = cpu_session(model.SerializeToString())
-        first = session.get_inputs()[0].name
+        first, names_of_all = session.get_inputs()[0].name, [*selected, *self._facts.outputs]
+        size = self._facts.batch or 1
 
-        def runs(images: Pixels) -> Iterator[Iterator[tuple[str, NDArray[np.float32]]]]:
-            size = self._facts.batch or 1
+        def runs(images: Pixels) -> Iterator[list[NDArray[np.float32]]]:
             for begin in range(0, len(images), size):
                 checkpoint()
                 batch = images[np.arange(begin, begin + size) % len(images)]  # repeated images change no range
-                arrays = session.run(selected, {first: self._facts.preprocess.normalise(batch)})
-                yield zip(selected, arrays, strict=True)
+                yield session.run(names_of_all, {first: self._facts.preprocess.normalise(batch)})
 
         low, high = dict.fromkeys(selected, np.inf), dict.fromkeys(selected, -np.inf)
-        for tensors in runs(pixels):
-            for name, values_of in tensors:
+        features: list[list[NDArray[np.float32]]] = []
+        for arrays in runs(pixels):
+            for name, values_of in zip(selected, arrays, strict=False):
                 low[name] = min(low[name], float(values_of.min()))
                 high[name] = max(high[name], float(values_of.max()))
-        counts = {name: np.zeros(BINS, np.int64) for name in selected}
-        for tensors in runs(pixels[:HISTOGRAM_IMAGES]):
-            for name, values_of in tensors:
-                some = values_of.ravel()[:: -(-values_of.size // HISTOGRAM_VALUES)]
-                counts[name] += np.histogram(some, BINS, range=limits(low[name], high[name]))[0]
+            features.append(arrays[len(selected) :])
         if not np.isfinite([*low.values(), *high.values()]).all():
             message = f"{self._facts.name} gives values that are not finite; use --precision fp32"
             raise BadDataError(message)
-        return Observed(low, high, counts, followers)
+        counts = {name: np.zeros(BINS, np.int64) for name in selected}
+        for arrays in runs(pixels[:HISTOGRAM_IMAGES]):
+            for name, values_of in zip(selected, arrays, strict=False):
+                some = values_of.ravel()[:: -(-values_of.size // HISTOGRAM_VALUES)]
+                counts[name] += histogram(some, reach_of(low[name], high[name]))
+        rows = [np.concatenate(column)[: len(pixels)] for column in zip(*features, strict=True)]
+        return Observed(low, high, counts, followers), rows
 
     def _followers(self) -> dict[str, str]:
         users: dict[str, list[Any]] = {}
@@ -245,34 +332,62 @@ class _Network:
             if len(used) == 1 and used[0].op_type in ("Relu", "Clip") and used[0].input[0] == name and name not in outputs
         }
 
-    def candidate(
-        self,
-        tensor_ranges: Mapping[str, tuple[Any, Any]],
-        floats: Sequence[str],
-        out: Path | None = None,
-        facts: BackboneFacts | None = None,
-    ) -> Path:
-        """Write an int8 file with these ranges, and with these layers in float."""
-        from onnxruntime.quantization import QDQQuantizer, QuantType
+    def quantised(self, tensor_ranges: Mapping[str, tuple[Any, Any]], floats: Sequence[str]) -> Any:
+        """The int8 ``onnx.ModelProto`` with these ranges, and with these layers in float."""
+        from onnxruntime.quantization import QDQQuantizer, QuantType, qdq_quantizer
         from onnxruntime.quantization.calibrate import CalibrationMethod, TensorsData
+
+        scales = self._scales
+
+        class Quantizer(QDQQuantizer):  # type: ignore[misc]
+            """ONNX Runtime's, which takes most of its time for the scales of the weights: the same for every candidate."""
+
+            def _calc_initializer_quant_params(self) -> dict[str, Any]:
+                tensors = dict(self.tensors_to_quantize)  # type: ignore[has-type]
+                for name in scales:
+                    self.tensors_to_quantize.pop(name, None)  # type: ignore[has-type]
+                scales.update(super()._calc_initializer_quant_params())
+                self.tensors_to_quantize = tensors
+                return {name: deepcopy(scales[name]) for name in tensors if name in scales}
 
         settings = {"WeightSymmetric": True, "ActivationSymmetric": False, "MatMulConstBOnly": True}
         data = TensorsData(CalibrationMethod.MinMax, dict(tensor_ranges))
         types = (QuantType.QInt8, QuantType.QUInt8)
-        quantizer = QDQQuantizer(self.model, True, False, *types, data, [], list(floats), list(self.operators), settings)  # noqa: FBT003 - positional there
-        model = quantizer.quantize_model()
+        quantizer = Quantizer(self.model, True, False, *types, data, [], list(floats), list(self.operators), settings)  # noqa: FBT003 - positional there
+        with mock.patch.object(
+            qdq_quantizer, QUANTISED, self._remembering(getattr(qdq_quantizer, QUANTISED, None)), create=True
+        ):
+            model = quantizer.quantize_model()
         model.graph.ClearField("value_info")
-        del model.metadata_props[:]
         model.producer_name, model.producer_version = "penult", ""
-        backbone_facts.write_facts(model, facts or self._facts)
-        path = out or self._folder / "candidate.onnx"
+        return model
+
+    def _remembering(self, quantise_weight: Any) -> Callable[..., Any]:
+        """ONNX Runtime's function that rounds a weight, which is called once for each weight and scale."""
+
+        def remembered(weight: Any, kind: Any, zero_point: Any, scale: Any, *others: Any, **named: Any) -> Any:
+            key = (weight.name, kind, zero_point.tobytes(), scale.tobytes(), *others, *sorted(named.items()))
+            if key not in self._weights:
+                self._weights[key] = quantise_weight(weight, kind, zero_point, scale, *others, **named)
+            return self._weights[key]
+
+        return remembered
+
+    def open(self, model: Any) -> Embedder:
+        """A session of an int8 network."""
+        path = self._folder / "candidate.onnx"
+        self.write(model, path, self._facts)
+        return Embedder(path, self._facts.preprocess, outputs=self._facts.outputs)
+
+    def write(self, model: Any, path: Path, facts: BackboneFacts) -> None:
+        """Write an int8 network with its facts."""
+        del model.metadata_props[:]
+        backbone_facts.write_facts(model, facts)
         onnx_file.save(model, path)
-        return path
 
 
-def embed(model: Path, facts: BackboneFacts, pixels: Pixels, checkpoint: Stop = lambda: None) -> Features:
-    """Features of ``(n, h, w, 3)`` pixels on the CPU, of every feature set."""
-    embedder = Embedder(model, facts.preprocess, outputs=facts.outputs)
+def embed(embedder: Embedder, pixels: Pixels, checkpoint: Stop = lambda: None) -> Features:
+    """Features of ``(n, h, w, 3)`` pixels, of every feature set."""
     size = embedder.batch_size
     rows = []
     for future in [embedder.submit(pixels[begin : begin + size]) for begin in range(0, len(pixels), size)]:
@@ -301,20 +416,19 @@ def _refusal(facts: BackboneFacts, best: Mapping[str, Any], tried: Sequence[Mapp
     return error
 
 
-def _say_speed(source: Path, out: Path, facts: BackboneFacts, pixels: Pixels) -> None:
-    """Log the speed of both networks here, measured in turn; nothing depends on it, as the next run would measure otherwise."""
-    embedders = [Embedder(path, facts.preprocess, outputs=facts.outputs) for path in (source, out)]
-    batch = pixels[: embedders[0].batch_size]
-    seconds: list[list[float]] = [[], []]
-    for _ in range(4):
-        for embedder, taken in zip(embedders, seconds, strict=True):
-            begin = time.perf_counter()
-            embedder.embed(batch)
-            taken.append(time.perf_counter() - begin)
-    exact, rounded = (len(batch) / min(taken) for taken in seconds)
-    log.info("int8 makes %.0f images/s here, float %.0f (backbone alone)", rounded, exact)
+def _say_speed(facts: BackboneFacts, exact: float, rounded: float) -> None:
+    log.info("int8 computes %.0f images in a core-second here, float %.0f (backbone alone)", rounded, exact)
     if rounded < exact:
         log.warning("int8 is slower than float for %s on this machine: --precision fp32 is the better choice", facts.name)
+
+
+def _errors(scores: Mapping[str, Any]) -> NDArray[np.float64]:
+    """The worst and the mean error of cosines."""
+    return np.array([1 - scores["min"], 1 - scores["mean"]])
+
+
+def _by_mean(candidate: _Candidate) -> float:
+    return float(candidate.scores["mean"])
 
 
 @contextmanager

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -29,6 +30,37 @@ class Conversion(Protocol):
         """
 
 
+@dataclass
+class Report:
+    """What a conversion has to say to the run that it was made in; it fills it in.
+
+    Attributes:
+        core_seconds: what the run would not have taken without it.
+        rates: images in a core-second by the float network and by the converted one.
+        paths: of the images whose features the converted network has computed, by content digest.
+    """
+
+    core_seconds: float = 0.0
+    rates: tuple[float, float] = (0.0, 0.0)
+    paths: dict[bytes, bytes] = field(default_factory=dict)
+
+    def facts(self, images: int, views: int) -> dict[str, Any]:
+        """As JSON: what it cost, and from how many images on a run is shorter with it; None if never.
+
+        Args:
+            images: of the run.
+            views: of each image.
+        """
+        exact, converted = self.rates
+        if not converted:
+            return {}
+        saved = (1 / exact - 1 / converted) * views
+        pays_from = math.ceil(self.core_seconds / saved) if saved > 0 else None
+        rates = {"fp32": round(exact, 1), "int8": round(converted, 1)}
+        spent = round(self.core_seconds, 2)
+        return {"core_seconds": spent, "images_per_core_second": rates, "images": images, "pays_from": pays_from}
+
+
 @dataclass(frozen=True)
 class TrainingImages:
     """What a conversion may be calibrated on: the samples of a run, and the split that it will make if the source has none."""
@@ -40,6 +72,7 @@ class TrainingImages:
     seed: int
     workers: int | None
     stop: StopFlag
+    report: Report = field(default_factory=Report)
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,9 @@ from extractor.pipeline.run import run_extract
 from extractor.pipeline.settings import Options
 from extractor.pixels.preprocess import Preprocess
 from extractor.precision import calibration as calibrating
-from extractor.precision.int8 import BOUND, quantise
-from extractor.precision.ranges import METHODS, Observed, ranges
+from extractor.precision.int8 import BOUND, _Network, quantise
+from extractor.precision.ranges import METHODS, Observed, histogram, ranges
+from extractor.precision.registry import Report
 from extractor.runtime import session
 from store.cache import FeatureCache
 from store.errors import BadDataError, FingerprintMismatchError, InterruptedRunError, UsageError
@@ -174,6 +175,9 @@ def test_a_calibration_is_made_once(network: Path, digits: Path, tmp_path: Path,
     again = run_extract(ImageFolder(digits), Backbone(str(network)), cache, few)
     more = run_extract(ImageFolder(digits), Backbone(str(network)), cache, INT8)
     assert (first.computed, again.computed, more.computed) == (150, 0, 150)
+    assert first.conversion["images"] == 150
+    assert first.conversion["core_seconds"] > 0
+    assert (again.conversion, more.conversion) == ({}, {})
     (cache / "cache.json").unlink()  # the shards tell the fingerprint, and the file which network it was made of
     assert run_extract(ImageFolder(digits), Backbone(str(network)), cache, INT8).computed == 0
     assert (cache / "backbone.onnx").read_bytes() == before
@@ -218,6 +222,41 @@ def test_a_killed_calibration_leaves_only_what_the_next_run_removes(network: Pat
         (cache / name).write_bytes(b"cut sh")
     run_extract(ImageFolder(digits), Backbone(str(network)), cache, INT8)
     assert not list(cache.glob(".*.tmp"))
+
+
+def test_what_the_calibration_has_computed_is_not_computed_again(
+    network: Path, digits: Path, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    sizes: list[int] = []
+    submit = session.Embedder.submit
+
+    def counting(self: session.Embedder, batch: Any) -> Any:
+        sizes.append(len(batch) if self._model == tmp_path / "cache/backbone.onnx" else 0)
+        return submit(self, batch)
+
+    monkeypatch.setattr(session.Embedder, "submit", counting)
+    summary = run_extract(ImageFolder(digits), Backbone(str(network)), tmp_path / "cache", INT8)
+    cache, kept = FeatureCache(tmp_path / "cache"), read_calibration(tmp_path / "cache")
+    assert sum(sizes) == summary.computed - len(kept.sha256) == 300 - len(kept.sha256)
+    stored = cache.features(list(kept.sha256))
+    np.testing.assert_array_equal(stored, kept.rounded[0].astype(stored.dtype))
+    assert verify_cache(cache.path) == []
+
+
+@pytest.mark.parametrize(
+    ("rates", "views", "pays_from"), [((100.0, 200.0), 1, 1000), ((100.0, 200.0), 4, 250), ((200.0, 100.0), 1, None)]
+)
+def test_the_break_even_is_what_the_calibration_cost_over_what_an_image_saves(
+    rates: tuple[float, float], views: int, pays_from: int | None
+) -> None:
+    facts = Report(core_seconds=5.0, rates=rates).facts(1784, views)
+    assert facts == {
+        "core_seconds": 5.0,
+        "images_per_core_second": {"fp32": rates[0], "int8": rates[1]},
+        "images": 1784,
+        "pays_from": pays_from,
+    }
+    assert Report().facts(1784, views) == {}
 
 
 def test_only_training_images_are_looked_at(made: Pair) -> None:
@@ -400,6 +439,23 @@ def test_ranges_of_what_was_seen() -> None:
     assert widths["percentile 99.99"][1] < widths["percentile 99.999"][1] <= 8
     assert all(low < -2 and high > 2 for low, high in widths.values())
     assert ranges(observed, "min-max")["before"] == widths["min-max"]
+
+
+def test_the_histogram_is_numpys() -> None:
+    values = np.random.default_rng(0).normal(size=50_000).astype(np.float32)
+    reach = float(np.abs(values).max())
+    expected = np.histogram(values, 2048, range=(-reach, reach))[0]
+    assert np.abs(np.cumsum(histogram(values, reach) - expected)).max() <= 2  # values at an edge
+
+
+def test_the_quantisers_memory_changes_nothing(network: Path, tmp_path: Path) -> None:
+    images = np.random.default_rng(1).integers(0, 256, (8, SIDE, SIDE, 3), np.uint8)
+    fresh, used = (_Network(network, read_facts(network), tmp_path) for _ in range(2))
+    observed, _ = fresh.observe(images, lambda: None)
+    wanted = ranges(observed, "least squares"), fresh.weighted[:1]
+    used.quantised(ranges(observed, "min-max"), ())
+    used.quantised(ranges(observed, "min-max"), used.weighted[1:])
+    assert used.quantised(*wanted) == fresh.quantised(*wanted)
 
 
 def test_a_cpu_whose_8_bit_sums_overflow_gets_exact_kernels(network: Path, monkeypatch: Patch, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from extractor.data.reader import WorkerPool, ahead
 from extractor.graphs.backbone_facts import read_facts
 from extractor.pipeline.run import run_extract
 from extractor.pipeline.settings import Options
-from extractor.pipeline.summary import ADVICE, bottleneck
+from extractor.pipeline.summary import Summary, bottleneck
 from extractor.pixels.decoder import Decoder
 from extractor.pixels.preprocess import Preprocess
 from extractor.runtime import batch_size
@@ -189,4 +189,26 @@ def test_workers_that_were_asked_for_stay_as_many(monkeypatch: pytest.MonkeyPatc
 def test_the_bottleneck_is_named(seconds: dict[str, float], shares_cores: bool, found: str) -> None:
     clock = {name: seconds.get(name, 0.0) for name in ("read+decode", "backbone", "wait", "embed", "settle")}
     assert bottleneck(clock, shares_cores=shares_cores) == found
-    assert ADVICE[found, "cpu" if shares_cores else "gpu"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "provider", "precision", "pixel_path", "computed", "advice"),
+    [
+        ("backbone", "cpu", "fp32", "pillow", 50_000, "--precision int8, a smaller network or a GPU would help"),
+        ("backbone", "cpu", "fp32", "pillow", 500, "a smaller network or a GPU would help"),  # int8 would not pay
+        ("backbone", "cpu", "int8", "pillow", 50_000, "a smaller network or a GPU would help"),
+        ("backbone", "cuda", "fp32", "pillow", 50_000, "--precision fp16 or a smaller network would help"),
+        ("backbone", "cuda", "fp16", "pillow", 50_000, "a smaller network would help"),
+        ("decoding", "cpu", "fp32", "pillow", 500, "more cores, smaller photos, or another --pixel-path would help"),
+        ("decoding", "cpu", "int8", "pillow-draft", 500, "more cores or smaller photos would help"),
+        ("decoding", "cuda", "fp32", "pillow-draft", 500, "the GPU waited for images; more cores or smaller photos would help"),
+        ("writing", "cuda", "fp16", "pillow", 500, "the disk of the cache is slow"),
+    ],
+)
+def test_the_advice_names_nothing_that_the_run_has_or_that_would_not_pay(
+    stage: str, provider: str, precision: str, pixel_path: str, computed: int, advice: str
+) -> None:
+    seconds = dict.fromkeys(("read+decode", "backbone", "write"), 10.0) | {"total": 60.0}
+    backbone = {"precision": precision, "preprocess": {"pixel_path": pixel_path}}
+    run = Summary(provider=provider, computed=computed, bottleneck=stage, seconds=seconds, backbone=backbone)
+    assert run.text().splitlines()[-1] == f"bottleneck: {stage}; {advice}"
