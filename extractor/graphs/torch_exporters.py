@@ -14,6 +14,7 @@ import io
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,7 @@ def traced(network: Any, side: int, layers: int) -> Any:
     outputs = _outputs(layers)
     content: Any = io.BytesIO()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # it prints the graph where it fails
             for text in DEPRECATIONS:
                 warnings.filterwarnings("ignore", text, DeprecationWarning)
             warnings.simplefilter("error", TracerWarning)  # a value of this run would become a constant

@@ -190,7 +190,7 @@ def _run(source: Source, backbone: Backbone, cache: Path, options: Options, warn
     )
     if not table.counts["ok"]:
         log.warning("there are no features: none of the %d inputs could be used", len(table.rows))
-    elif not streamed.computed + opened.adopted:
+    elif not streamed.computed + streamed.adopted:
         log.info("nothing to compute: all features are cached%s", ", and the dataset is unchanged" if unchanged else "")
     budget = options.budget(len(request.samples))
     if summary.failed > budget:
