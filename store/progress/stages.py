@@ -228,12 +228,14 @@ class Watch:
                 log.log(level, "%s", standing.text, extra={"facts": standing.facts})
 
     def _run(self) -> None:
+        me = threading.current_thread()
         while True:
-            self.tick()
             with self._change:
-                if self._thread is not threading.current_thread():
+                if self._thread is me:
+                    self.clock.wait(self._change, self.due - self.clock.now())
+                if self._thread is not me:
                     return
-                self.clock.wait(self._change, self.due - self.clock.now())
+            self.tick()
 
 
 def _within(stack: list[Stage]) -> tuple[str, ...]:
