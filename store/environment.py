@@ -74,12 +74,10 @@ def end_with_parent(parent: int) -> None:
         os._exit(128 + signal.SIGKILL)
 
 
-def python(code: str, *arguments: object, site: bool = True) -> list[str]:
+def python(code: str, *arguments: object) -> list[str]:
     """A command that runs ``code`` in a new Python process; ``sys.argv[1:]`` there are the arguments, as text.
 
-    No module in its working directory or beside a script can shadow one of penult's. Without ``site`` it starts sooner: it
-    does not look through the files that packages have installed for the start of Python.
+    No module in its working directory or beside a script can shadow one of penult's.
     """
     start = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); "
-    path = sys.path if site else [*sys.path, str(Path(__file__).resolve().parents[1])]  # last, so that it shadows nothing
-    return [sys.executable, "-P", *([] if site else ["-S"]), "-c", start + code, json.dumps(path), *map(str, arguments)]
+    return [sys.executable, "-P", "-c", start + code, json.dumps(sys.path), *map(str, arguments)]

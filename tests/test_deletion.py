@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -198,10 +197,10 @@ def interrupted(*_: Any) -> None:
 def test_a_failed_save_leaves_nothing_and_takes_nothing(
     large: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: Path
 ) -> None:
-    tokens = iter(["00000000", "00000001"])
+    tokens, urandom = iter([bytes(4), bytes([0, 0, 0, 1])]), os.urandom
     (tmp_path / "x-00000000.data").write_bytes(b"mine")
     with monkeypatch.context() as patched:
-        patched.setattr(onnx_file, "secrets", SimpleNamespace(token_hex=lambda _: next(tokens)))
+        patched.setattr(os, "urandom", lambda size: next(tokens) if size == 4 else urandom(size))
         save(onnx.load(network), tmp_path / "x.onnx")
     assert (tmp_path / "x-00000000.data").read_bytes() == b"mine"
     before = contents(tmp_path)
@@ -365,7 +364,7 @@ def test_a_file_is_written_in_the_place_of_a_file_alone(tmp_path: Path, monkeypa
     for name in ("pipe", "folder"):
         with pytest.raises(OutputError, match="exists and is not a file"):
             atomic.commit(tmp_path / name, b"new")
-    monkeypatch.setattr(atomic.secrets, "token_hex", lambda _: HEX)
+    monkeypatch.setattr(os, "urandom", lambda _: bytes.fromhex(HEX))
     (tmp_path / f".final.{HEX}.tmp").write_bytes(b"another process's")
     with pytest.raises(StorageError, match="File exists"):
         atomic.commit(tmp_path / "final", b"new")

@@ -48,7 +48,7 @@ CASES: dict[str, tuple[str, dict[str, float], tuple[str, ...]]] = {  # a command
         "extract photos -m net.onnx -o new.cache",
         {
             "extractor.data.folders:ImageFolder.samples": 100,
-            "extractor.pipeline.prepare:export": 100,
+            "extractor.pipeline.prepare:obtain": 100,
             "extractor.pipeline.run:open_embedder": 100,
             EMBED: 25,
             "store.format.shard:write_shard": 100,
@@ -134,7 +134,7 @@ CASES: dict[str, tuple[str, dict[str, float], tuple[str, ...]]] = {  # a command
         {"extractor.graphs.onnx_file:save": 300},
         ("still making one file of the bundle, 4",),
     ),
-    "export": ("export net.onnx -o new.onnx", {"extractor.backbones.export:export": 300}, ("still exporting net.onnx, 4 min",)),
+    "export": ("export net.onnx -o new.onnx", {"extractor.backbones.export:obtain": 300}, ("still exporting net.onnx, 4 min",)),
     "run": (
         "run job.toml",
         {EMBED: 25, "classifiers.jobs.run:evaluate_bundle": 300},

@@ -58,7 +58,7 @@ def test_the_stages_of_a_run_add_up(tmp_path: Path, dataset: MakeDataset, backbo
     seconds = run.seconds
     assert seconds["total"] == pytest.approx(seconds["images"] + sum(seconds[name] for name in PARTS), abs=0.01)
     assert seconds["images"] == pytest.approx(seconds["wait"] + seconds["embed"] + seconds["settle"], abs=0.002)
-    assert min(seconds[name] for name in ("export", "start", "images")) > 0
+    assert min(seconds[name] for name in ("import", "start", "images")) > 0
     assert run.images_per_second == pytest.approx(run.computed / seconds["images"], rel=0.05)
     shown = re.search(r"(\d+) images on cpu in ([\d.]+) s, (\d+) a second", run.text())
     assert shown is not None

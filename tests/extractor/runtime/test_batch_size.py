@@ -208,7 +208,7 @@ def test_the_bottleneck_is_named(seconds: dict[str, float], shares_cores: bool, 
 def test_the_advice_names_nothing_that_the_run_has_or_that_would_not_pay(
     stage: str, provider: str, precision: str, pixel_path: str, computed: int, advice: str
 ) -> None:
-    seconds = dict.fromkeys(("read+decode", "backbone", "write"), 10.0) | {"total": 60.0}
+    seconds = dict.fromkeys(("read+decode", "backbone", "write"), 10.0) | {"images": 60.0, "total": 60.0}
     backbone = {"precision": precision, "preprocess": {"pixel_path": pixel_path}}
     run = Summary(provider=provider, computed=computed, bottleneck=stage, seconds=seconds, backbone=backbone)
     assert run.text().splitlines()[-1] == f"bottleneck: {stage}; {advice}"
