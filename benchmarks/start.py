@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
+from PIL import Image, ImageOps
+
 REPO = Path(__file__).resolve().parent.parent
 ASSETS = Path(os.environ.get("PENULT_TEST_ASSETS") or REPO.parent / "shared")
 PHOTOS, OTHERS, WEIGHTS = ASSETS / "data/hymenoptera", ASSETS / "data/photos", ASSETS / "weights/mobilenet_v2-imagenet.pth"
@@ -30,6 +32,11 @@ PAGE = REPO / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- made by benchmarks/start.py -->", "<!-- end -->"
 TURNS = 5
 BUSY = 2  # processes that compute something else
+MANY = 1784  # photos: each of them in several versions
+ALL = ("--val-fraction", "0", "--test-fraction", "0", "--overwrite")
+NETWORK = ("-m", "mobilenet_v2", "--weights", str(WEIGHTS), "--preset", "IMAGENET1K_V1")
+TEN = ("extract", "ten", *NETWORK, "-o", "ten.cache", *ALL)
+EXPORTED = ("extract", "many", "-m", "net.onnx", "-o", "many.cache", "--overwrite")
 LISTING = ("extract", "-m", "resnet18", "-o", "new.cache", "--dry-run", "--val-fraction", "0", "--test-fraction", "0")
 
 
@@ -42,6 +49,7 @@ class Row:
         line: arguments of ``penult``.
         bound: core-seconds that it may take; None if nothing is promised.
         busy: run beside `BUSY` other processes.
+        first: without the store of prepared backbones, as on a machine where the network was never used.
         photos: it needs what is not part of the project.
     """
 
@@ -49,6 +57,7 @@ class Row:
     line: tuple[str, ...]
     bound: float | None = None
     busy: bool = False
+    first: bool = False
     photos: bool = True
 
 
@@ -64,7 +73,13 @@ ROWS = (
         4.0,
         busy=True,
     ),
+    Row("`extract` of ten photos by name, the first time", TEN, 7.0, first=True),
+    Row("`extract` of ten photos by name, the network prepared before", TEN, 1.5),
+    Row(f"`extract` of {MANY:,} photos from an ONNX file", EXPORTED),
+    Row(f"`extract --precision int8` of {MANY:,} photos, the first time", (*EXPORTED, "--precision", "int8"), first=True),
+    Row(f"`extract --precision int8` of {MANY:,} photos, calibrated before", (*EXPORTED, "--precision", "int8")),
 )
+FP32, INT8 = ROWS[-3], ROWS[-2]
 
 
 @dataclass(frozen=True)
@@ -76,8 +91,9 @@ class Ran:
     stages: dict[str, float]
 
     @classmethod
-    def penult(cls, checkout: Path, folder: Path, *line: str) -> Ran:
-        variables = {**os.environ, "PYTHONPATH": str(checkout)}
+    def penult(cls, checkout: Path, folder: Path, *line: str, first: bool = False) -> Ran:
+        variables = {**os.environ, "PYTHONPATH": str(checkout), "PENULT_CACHE": str(folder / "penult")}
+        variables |= {"PENULT_CACHE_GIB": "0"} if first else {}
         variables.pop("PYTHONDONTWRITEBYTECODE", None)
         as_json = ["--json"] if line[0] == "train" else []
         begin = time.perf_counter()
@@ -120,22 +136,39 @@ def make_inputs(folder: Path, *, photos: bool) -> None:
     for i, file in enumerate(sorted(file for file in OTHERS.rglob("*") if file.is_file())):
         shutil.copyfile(file, folder / f"mixed/others/{i}{file.suffix}")
     shutil.copyfile(next(PHOTOS.glob("val/ants/*")), folder / "one.jpg")
-    network = ("-m", "mobilenet_v2", "--weights", str(WEIGHTS), "--preset", "IMAGENET1K_V1")
-    Ran.penult(REPO, folder, "extract", str(PHOTOS), *network, "-o", "photos.cache")
+    for name in ("ants", "bees"):
+        (folder / "ten" / name).mkdir(parents=True)
+        for file in sorted(PHOTOS.glob(f"train/{name}/*.jpg"))[:5]:
+            shutil.copyfile(file, folder / "ten" / name / file.name)
+    make_many(folder / "many")
+    Ran.penult(REPO, folder, "export", *NETWORK[1:], "-o", "net.onnx")
+    Ran.penult(REPO, folder, "extract", str(PHOTOS), *NETWORK, "-o", "photos.cache")
     held_out = ("--val-fraction", "0.618", "--test-fraction", "0")
-    Ran.penult(REPO, folder, "extract", "mixed", *network, *held_out, "-o", "mixed.cache", "--max-failures", "50")
+    Ran.penult(REPO, folder, "extract", "mixed", *NETWORK, *held_out, "-o", "mixed.cache", "--max-failures", "50")
     Ran.penult(REPO, folder, "train", "photos.cache", "-o", "photos.head")
 
 
-def measure(row: Row, folder: Path, checkouts: list[Path]) -> list[list[Ran]]:
-    """The runs of a command in each checkout, in turns; the first run of each compiles its modules and does not count."""
-    runs: list[list[Ran]] = [[] for _ in checkouts]
+def make_many(folder: Path) -> None:
+    """Photos of different content: parts of the real ones, mirrored or not."""
+    photos = sorted(file for place in (PHOTOS, OTHERS) for file in place.rglob("*.[jJ]*"))
+    (folder / "all").mkdir(parents=True)
+    for i in range(MANY):
+        with Image.open(photos[i % len(photos)]) as image:
+            cut, mirrored = divmod(i // len(photos), 2)
+            part = image.convert("RGB").crop((cut, cut, image.width - 2 * cut, image.height - cut))
+            (ImageOps.mirror(part) if mirrored else part).save(folder / "all" / f"{i:05d}.jpg", quality=90)
+
+
+def measure(rows: list[Row], folder: Path, checkouts: dict[str, list[Path]]) -> dict[str, list[list[Ran]]]:
+    """The runs of every command in each of its checkouts, in turns; the first turn compiles modules and does not count."""
+    runs: dict[str, list[list[Ran]]] = {row.name: [[] for _ in checkouts[row.name]] for row in rows}
     for turn in range(TURNS + 1):
-        for checkout, kept in zip(checkouts, runs, strict=True):
-            with others(BUSY if row.busy else 0):
-                ran = Ran.penult(checkout, folder, *row.line)
-            print(f"{row.name}: {ran.cores:.2f} core-s, {ran.wall:.2f} s", flush=True)
-            kept += [ran] if turn else []
+        for row in rows:
+            for checkout, kept in zip(checkouts[row.name], runs[row.name], strict=True):
+                with others(BUSY if row.busy else 0):
+                    ran = Ran.penult(checkout, folder, *row.line, first=row.first)
+                print(f"{row.name}: {ran.cores:.2f} core-s, {ran.wall:.2f} s", flush=True)
+                kept += [ran] if turn else []
     return runs
 
 
@@ -147,6 +180,15 @@ def stages(runs: list[Ran]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {each:.2f}" for name, each in seconds.items() if each >= 0.01)
 
 
+def of_photos(runs: dict[str, list[list[Ran]]], medians: dict[str, list[float]]) -> str:
+    ratios = [int8.cores / fp32.cores for int8, fp32 in zip(runs[INT8.name][0], runs[FP32.name][0], strict=True)]
+    return (
+        f" `train`, 245 images, by stage in seconds: {stages(runs[ROWS[4].name][0])}. int8, the first time, takes "
+        f"{statistics.median(ratios):.2f} times ({min(ratios):.2f} to {max(ratios):.2f}) what fp32 takes, in pairs of runs, "
+        f"and {medians[ROWS[-1].name][0] / medians[FP32.name][0]:.2f} times with a calibration that was made before."
+    )
+
+
 TEXT = """{begin}
 
 ## The first result
@@ -156,7 +198,7 @@ Core-seconds of whole commands, with imports and children: median of {turns} run
 
 {table}
 
-10,000 classes take {ratio:.1f} times as long to list as 2,000.{train}
+10,000 classes take {ratio:.1f} times as long to list as 2,000.{photos}
 
 {end}
 """
@@ -167,11 +209,11 @@ def main() -> None:
     parser.add_argument("--before", type=Path, help="An earlier checkout, which is measured in turns with this one.")
     before = parser.parse_args().before
     photos = PHOTOS.is_dir() and OTHERS.is_dir() and WEIGHTS.is_file()
-    checkouts = [REPO, *([before.resolve()] if before else [])]
     rows = [row for row in ROWS if photos or not row.photos]
+    checkouts = {row.name: [REPO, *([before.resolve()] if before and row.photos else [])] for row in rows}
     with tempfile.TemporaryDirectory() as name:
         make_inputs(Path(name), photos=photos)
-        runs = {row.name: measure(row, Path(name), checkouts if row.photos else checkouts[:1]) for row in rows}
+        runs = measure(rows, Path(name), checkouts)
     medians = {row.name: [statistics.median(ran.cores for ran in each) for each in runs[row.name]] for row in rows}
     lines = [f"| | core-seconds |{' before |' if before else ''} at most |", f"|---|---:|{'---:|' if before else ''}---:|"]
     for row in rows:
@@ -179,7 +221,7 @@ def main() -> None:
             f"{median:.2f} ({min(ran.cores for ran in each):.2f} to {max(ran.cores for ran in each):.2f})"
             for median, each in zip(medians[row.name], runs[row.name], strict=True)
         ]
-        cells += ["-"] * (len(checkouts) - len(cells))
+        cells += ["-"] * (bool(before) + 1 - len(cells))
         lines.append(f"| {row.name} | {' | '.join(cells)} | {'' if row.bound is None else row.bound} |")
     section = TEXT.format(
         begin=BEGIN,
@@ -190,7 +232,7 @@ def main() -> None:
         machine=platform.machine(),
         table="\n".join(lines),
         ratio=medians[ROWS[1].name][0] / medians[ROWS[0].name][0],
-        train=f" `train`, 245 images, by stage in seconds: {stages(runs[ROWS[4].name][0])}." if photos else "",
+        photos=of_photos(runs, medians) if photos else "",
     )
     text, _, rest = PAGE.read_text().partition(BEGIN)
     _, _, more = rest.partition(END + "\n")
