@@ -72,6 +72,8 @@ class Metrics(logging.Handler):
     def _read_last_success(self) -> float | None:
         from prometheus_client.parser import text_string_to_metric_families
 
+        if not self._path.is_file():  # a device such as /dev/full has no end
+            return None
         try:
             families = list(text_string_to_metric_families(self._path.read_text("utf-8")))
         except (OSError, ValueError):

@@ -48,7 +48,7 @@ def stop_on_signal(kept: str = "what is done is kept") -> Iterator[StopFlag]:
         if flag:
             os._exit(128 + signum)
         flag.signum = signum
-        log.warning("stopping after this batch; %s (a second signal exits at once)", kept)
+        log.warning("stopping as soon as this step ends; %s (a second signal exits at once)", kept)
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -40,8 +40,13 @@ def cache_folder() -> Path:
     Raises:
         RuntimeError: there is no home folder.
     """
-    chosen = os.environ.get("PENULT_CACHE")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "penult"
+    if chosen := os.environ.get("PENULT_CACHE"):
+        return Path(chosen)
+    caches = os.environ.get("XDG_CACHE_HOME")
+    if not caches and os.environ.get("HOME") == "":  # Python would take the root folder for it
+        message = "HOME is empty"
+        raise RuntimeError(message)
+    return Path(caches or Path.home() / ".cache") / "penult"
 
 
 def redirect_matplotlib() -> None:

@@ -297,9 +297,11 @@ def test_nobody_reading_on_has_an_exit_code_of_its_own(shown: str, tmp_path: Pat
         ("--version >&-", 0),
         ("info nowhere 2>&-", 66),
         ("info nowhere <&- >&- 2>&-", 66),
+        ("info nowhere 2>/dev/full", 66),  # the disk of the log is full
+        ("--version >/dev/full", 74),
     ],
 )
-def test_streams_that_are_closed_give_no_traceback(redirected: str, code: int, tmp_path: Path) -> None:
+def test_streams_that_are_closed_or_full_give_no_traceback(redirected: str, code: int, tmp_path: Path) -> None:
     command, bar, reader = redirected.partition(" | ")
     script = f"{{ {sys.executable} {REPO / 'cli.py'} {command}; echo $? >code; }}{bar}{reader}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path)

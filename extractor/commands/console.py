@@ -219,7 +219,12 @@ def say(text: str = "", *, err: bool = False, keep: str = "\t") -> None:
         keep: characters that are printed as they are; with the newline, of a text of several lines.
     """
     with BAR.cleared():
-        click.echo(printable(text, keep), err=err)
+        try:
+            click.echo(printable(text, keep), err=err)
+        except OSError as error:
+            if not err or isinstance(error, BrokenPipeError):
+                raise
+            # The disk of the log is full: what a command has to say is not worth its work.
 
 
 def say_text(text: str) -> None:

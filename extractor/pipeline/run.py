@@ -50,7 +50,7 @@ from .prepare import fingerprints, library_versions, prepare_backbone
 from .settings import Options
 from .split_rule import require_groups, resolve_splits, say_own_splits, say_splits
 from .summary import Summary, bottleneck, stages
-from .tally import Resumed, Tally, resumed
+from .tally import Tally, resumed
 
 log = logging.getLogger("penult.extractor")
 
@@ -127,7 +127,7 @@ class _Streamed:
         adopted: images that went through it when it was calibrated in this run.
         working: seconds spent on both.
         workers: decoding threads.
-        resumed: what earlier runs had left.
+        cached: inputs whose features were in the cache before.
     """
 
     rows: list[Row]
@@ -135,7 +135,7 @@ class _Streamed:
     adopted: int
     working: float
     workers: int
-    resumed: Resumed
+    cached: int
 
 
 def run_extract(source: Source, backbone: Backbone, cache: Path, options: Options) -> Summary:
@@ -167,10 +167,10 @@ def _run(source: Source, backbone: Backbone, cache: Path, options: Options, warn
         **table.counts,
         computed=streamed.computed + streamed.adopted,
         calibrated=streamed.adopted,
-        cached=streamed.resumed.cached,
+        cached=streamed.cached,
         inference_calls=opened.embedder.calls,
         provider=opened.embedder.provider,
-        images_per_second=round(streamed.computed / max(clock["images"], 1e-9), 1),
+        images_per_second=float(f"{streamed.computed / max(clock['images'], 1e-9):.4g}"),
         cache_bytes=sum(path.stat().st_size for path in shard_paths(cache)),
         batch_size=opened.embedder.batch_size,
         lanes=opened.embedder.lanes,
@@ -266,8 +266,8 @@ def _stream(request: _Request, writer: CacheWriter, opened: _Opened, stop: StopF
         log.warning("--limit leaves %d of the %d samples in the sample table; features are kept", *counts)
     with timed(clock, "compare"):
         outcomes, todo = plan(request.samples, before, writer.known, request.source.files, options)
-        cached = resumed(outcomes, todo, before, writer)
-    cached.say()
+        left = resumed(outcomes, todo, before, writer)
+    left.say()
     if pays_from := opened.report.facts(len(request.samples), options.views).get("pays_from"):
         log.info("%s pays from about %d images on; this run has %d", opened.facts.precision, pays_from, len(request.samples))
     adopted = _adopt(writer, opened.report) if options.drawn is None else 0
@@ -278,8 +278,9 @@ def _stream(request: _Request, writer: CacheWriter, opened: _Opened, stop: StopF
     reader = Reader(files, preprocess, writer.known, workers, ahead=ahead, views=options.drawn)
     total, computed, fail_fast = len(request.samples), 0, options.on_error == "fail"
     tally = Tally(outcomes, total)
+    new = set(opened.report.paths) if adopted else set[bytes]()
     with (
-        Stage("extracting", total, "images", done=total - len(todo), cached=cached.stored + adopted) as progress,
+        Stage("extracting", total, "images", done=total - len(todo), cached=left.stored + adopted) as progress,
         closing(reader.stream(todo, stop, opened.decoder)) as stream,
     ):
         batches = embedded(stream, embedder, pace, progress, clock, views=options.views, fail_fast=fail_fast)
@@ -287,6 +288,7 @@ def _stream(request: _Request, writer: CacheWriter, opened: _Opened, stop: StopF
             for outcome in result.outcomes:
                 outcomes[outcome.index] = outcome.row
                 tally.add(outcome.row)
+                new |= {outcome.row.sha256} if outcome.decoded else set()
             computed += result.computed
             done = {"event": "shard", "inputs": len(result.outcomes), "computed": result.computed, **tally.facts()}
             log.debug("%(done)d of %(total)d inputs done, %(computed)d computed", done, extra={"facts": done})
@@ -300,6 +302,7 @@ def _stream(request: _Request, writer: CacheWriter, opened: _Opened, stop: StopF
     if fail_fast:
         _fail_fast(rows)
     working = clock["images"] + (clock["convert"] if adopted else 0.0)
+    cached = sum(row.ok and row.sha256 not in new for row in rows)
     return _Streamed(rows, computed, adopted, working, workers.size, cached)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from extractor.machine import Clock, seconds_text
 from extractor.pixels.preprocess import PIXEL_PATHS
 from extractor.runtime.provider import provider_of
+from store.progress.wording import rate_text
 
 
 @dataclass
@@ -90,7 +91,7 @@ class Summary:
         views = f" in {self.views} views each" if self.views > 1 else ""
         lines.append(
             f"{images} images{views} on {self.provider} in {seconds_text(self.seconds['images'])}, "
-            f"{self.images_per_second:.0f} a second "
+            f"{rate_text(self.images_per_second)} "
             f"(ms an image: decoding {each['read+decode']:.1f} in {self.workers} workers, "
             f"backbone {each['backbone']:.1f} in {self.lanes} lanes of {self.batch_size}, writing {each['write']:.1f})"
         )

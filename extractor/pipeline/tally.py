@@ -39,6 +39,7 @@ class Resumed:
 
     @property
     def to_compute(self) -> int:
+        """Inputs whose features are computed, unless their files turn out to be copies, or renamed or touched ones."""
         return self.inputs - self.cached - self.failed
 
     def say(self) -> None:
@@ -46,7 +47,7 @@ class Resumed:
         if not (self.cached and self.to_compute):
             return
         failed = f", and {self.failed:,} that failed before" if self.failed else ""
-        text = f"found {self.cached:,} of {self.inputs:,} images in the cache{failed}: {self.to_compute:,} to compute"
+        text = f"found {self.cached:,} of {self.inputs:,} images in the cache{failed}; at most {self.to_compute:,} to compute"
         if self.stored:
             text += f". The last run did not finish: {self.stored:,} files are read again to recognise them"
         facts = {"event": "resumed", "inputs": self.inputs, "cached": self.cached, "to_compute": self.to_compute}

@@ -45,7 +45,7 @@ class Standing:
         if self.rate is None or self.done == self.total:
             return f"{counted}, {span(self.seconds)}"
         left = "" if self.left is None else f", {about(self.left)} left"
-        return f"{counted}, {_rate(self.rate)}{left}"
+        return f"{counted}, {rate_text(self.rate)}{left}"
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -79,7 +79,8 @@ def about(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60 // 10 * 10} min"
 
 
-def _rate(each_second: float) -> str:
+def rate_text(each_second: float) -> str:
+    """Steps a second, a minute or an hour: ``1,234 a second``, ``30 a minute``."""
     rates = (each_second, "a second"), (60 * each_second, "a minute"), (3600 * each_second, "an hour")
     rate, unit = next(((rate, unit) for rate, unit in rates if rate >= 1), rates[-1])
     return f"{rate:,.0f} {unit}" if rate >= 10 else f"{rate:.1f} {unit}"

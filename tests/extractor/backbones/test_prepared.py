@@ -320,7 +320,7 @@ def test_the_last_bytes_of_a_disk_are_left_to_the_run(
     assert list(store.iterdir()) == []
 
 
-@pytest.mark.parametrize("place", ["a file", "no home folder", "off"])
+@pytest.mark.parametrize("place", ["a file", "no home folder", "an empty name of it", "off"])
 def test_without_a_place_everything_is_exported_and_it_is_said_once(
     place: str,
     store: Path,
@@ -334,6 +334,9 @@ def test_without_a_place_everything_is_exported_and_it_is_said_once(
         for name in ("PENULT_CACHE", "XDG_CACHE_HOME", "HOME"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    if place == "an empty name of it":
+        for name in ("PENULT_CACHE", "XDG_CACHE_HOME", "HOME"):
+            monkeypatch.setenv(name, "")
     if place == "off":
         monkeypatch.setenv(prepared.LIMIT_VARIABLE, "0")
     for name in "ab":
@@ -341,6 +344,7 @@ def test_without_a_place_everything_is_exported_and_it_is_said_once(
     expected = {
         "a file": "not writable (Not a directory)",
         "no home folder": "PENULT_CACHE=FOLDER in the environment chooses one",
+        "an empty name of it": "PENULT_CACHE=FOLDER in the environment chooses one",
     }
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == (place != "off")

@@ -54,10 +54,9 @@ def test_what_an_interrupted_first_run_has_left_is_said_before_anything_is_compu
     summary = run_extract(ImageFolder(photos), backbone, tmp_path / "cache", OPTIONS)
     assert 0 < summary.computed < 40
     assert summary.cached == 40 - summary.computed == summary.to_json()["cached"]
-    rest = (
-        f"{summary.computed} to compute. The last run did not finish: {summary.cached} files are read again to recognise them"
-    )
-    assert found(caplog) == [f"found {summary.cached} of 40 images in the cache: {rest}"]
+    rest = f"The last run did not finish: {summary.cached} files are read again to recognise them"
+    counts = f"found {summary.cached} of 40 images in the cache; at most {summary.computed} to compute"
+    assert found(caplog) == [f"{counts}. {rest}"]
 
 
 def test_new_and_changed_and_failed_files_are_told_apart(
@@ -72,9 +71,11 @@ def test_new_and_changed_and_failed_files_are_told_apart(
     assert found(caplog) == [], "of a new cache, and where nothing is to be done"
     make_image(photos / "bees/900.jpg", seed=900)
     make_image(photos / "bees/000.jpg", seed=901)  # another picture under an old name
+    os.utime(photos / "ants/001.jpg", (1, 1))  # the same content: it is read, and not computed
+    (photos / "ants/002.jpg").rename(photos / "ants/902.jpg")
     third = run_extract(ImageFolder(photos), backbone, cache, options)
     assert (third.cached, third.computed) == (39, 2)
-    assert found(caplog) == ["found 39 of 42 images in the cache, and 1 that failed before: 2 to compute"]
+    assert found(caplog) == ["found 37 of 42 images in the cache, and 1 that failed before; at most 4 to compute"]
 
 
 def test_inputs_are_counted_by_status_as_they_come() -> None:
