@@ -25,7 +25,8 @@ from store.format.samples import Row
 from store.progress.stages import Stage
 from store.splits import assign_splits
 
-from .int8 import Pixels, quantise
+from .int8 import quantise
+from .quantiser import Pixels
 from .registry import Conversion, TrainingImages
 
 log = logging.getLogger("penult.extractor")

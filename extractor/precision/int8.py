@@ -11,49 +11,32 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 from numpy.typing import NDArray
 
-from extractor.graphs import backbone_facts, onnx_file
 from extractor.graphs.backbone_facts import BackboneFacts
-from extractor.graphs.cpu_session import cpu_session
-from extractor.graphs.graph import WEIGHTED
 from extractor.graphs.parity import cosines
-from extractor.graphs.reasons import reason
 from extractor.runtime.session import Embedder
 from store.errors import BadDataError
 
-from .ranges import BINS, METHODS, Observed, histogram, ranges, reach_of
+from .quantiser import Features, Network, Pixels, Stop
+from .ranges import METHODS, Observed, ranges
 
 log = logging.getLogger("penult.extractor")
 
-# Operators with integer kernels in ONNX Runtime, or that it passes integers through; the others stay float. Softmax,
-# normalisations and the final average are more accurate, and no slower, in float.
-OPERATORS = ("Conv", "Gemm", "MatMul", "Add", "Mul", "Relu", "Clip", "MaxPool", "AveragePool", "Concat")
-# A transformer's residual sums are many times as wide as what its layers add to them, which would drown in int8: ViT-B/16 fell
-# to a cosine of 0.80, and has 0.997 with float sums.
-OF_TRANSFORMERS = ("Conv", "Gemm", "MatMul")
-OPSET = 13  # the first with scales per channel
-HISTOGRAM_IMAGES, HISTOGRAM_VALUES = 64, 65536  # of each tensor and image, so that a large network takes seconds
 FLOAT_LAYERS = (2, 4, 8)  # numbers of layers at the input that are tried in float; errors there spread to all that follow
-FIRST, SECOND = 32, 64  # images that all methods are compared on, and the best two
+FIRST = 16  # images that all methods are compared on
+SECOND = 32  # images that the best two are compared on with layers in float, which decide more than the method does
 HARDEST = 16  # images that layers in float are tried on
-QUANTISED = "quantize_onnx_initializer"  # ONNX Runtime's function that rounds a weight
 BOUND = 0.99  # cosine of every row to float32, see docs/int8.md
 PAYS = 0.9  # layers in float must bring the worst error, or the mean one, down to this share
 ENOUGH = 0.997  # cosine that is good enough: new images may do worse than the judged ones, but layers in float cost time
-
-Pixels = NDArray[np.uint8]
-Features = list[NDArray[np.float32]]
-Stop = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -78,8 +61,8 @@ def quantise(
     """Quantise a float backbone to int8, after trying calibration methods and layers kept in float.
 
     Methods are compared by the mean cosine between float and int8 features, which varies least from one set of images to the
-    next. Then the last layer, and more and more layers at the input, stay in float if that helps, until every judged image is
-    above `ENOUGH`.
+    next. Then the last layer, unless it is averaged over places, and more and more layers at the input stay in float if that
+    helps, until every judged image is above `ENOUGH`.
 
     Args:
         source: the float ONNX file.
@@ -95,7 +78,7 @@ def quantise(
     """
     checkpoint()
     with tempfile.TemporaryDirectory(prefix="penult-", ignore_cleanup_errors=True) as folder, _no_root_messages():
-        network = _Network(source, facts, Path(folder))
+        network = Network(source, facts, Path(folder))
         exact, exact_rate = _timed(Embedder(source, facts.preprocess, outputs=facts.outputs), judge, checkpoint)
         observed, others = network.observe(calibrate, checkpoint)
         search = _Search(network, observed, exact, judge, checkpoint)
@@ -162,35 +145,43 @@ class _Candidate:
 class _Search:
     """The search for the candidate whose features are nearest to float.
 
-    All methods are compared on the `FIRST` images, the best two on the `SECOND`, and the better one is judged on all. Layers in
-    float are tried on the `HARDEST` of these, and the candidate that is chosen is judged on all of them, too.
+    All methods are compared on the `FIRST` images, and the best one is judged on all. Layers in float are tried on the
+    `HARDEST` of these. If some help, the best two methods are compared once more, with them, on the `SECOND` images, and the
+    better one is judged on all.
     """
 
-    def __init__(self, network: _Network, observed: Observed, exact: Features, judge: Pixels, checkpoint: Stop) -> None:
+    def __init__(self, network: Network, observed: Observed, exact: Features, judge: Pixels, checkpoint: Stop) -> None:
         self.network, self.judge, self.tried = network, judge, list[dict[str, Any]]()
         self._observed, self._exact, self._checkpoint = observed, exact, checkpoint
 
     def best(self) -> _Candidate:
         """The candidate to use, judged on all images."""
-        compared = [
-            self._attempt(method, ranges(self._observed, method), (), np.arange(len(self.judge))[:FIRST]) for method in METHODS
-        ]
-        compared = [self._judge_more(each, SECOND) for each in sorted(compared, key=_by_mean)[-2:]]
-        plain = self._judge_more(max(compared, key=_by_mean))
-        method, chosen = plain.scores["method"], plain.ranges
+        rows = np.arange(len(self.judge))
+        compared = [self._attempt(method, ranges(self._observed, method), (), rows[:FIRST]) for method in METHODS]
+        *_, second, first = sorted(compared, key=_by_mean)
+        plain = self._judge_more(first)
+        best = self._with_floats(plain)
+        if best is plain:
+            return plain
+        best = self._judge_more(replace(best, rounded=[each[:0] for each in best.rounded]), SECOND)
+        other = self._attempt(second.scores["method"], second.ranges, best.scores["float_layers"], rows[:SECOND])
+        return self._judge_more(max(best, other, key=_by_mean))
+
+    def _with_floats(self, plain: _Candidate) -> _Candidate:
+        """The candidate with as many layers in float as help; the same one if none do."""
         cosine = self._cosines(plain.rounded)
         hardest = np.argsort(cosine)[:HARDEST]
         errors, weighted, best = _errors(summary(cosine[hardest])), self.network.weighted, plain
-        last, tail = weighted[1:][-1:], list[str]()
-        for floats in [last, *(weighted[:n] for n in FLOAT_LAYERS if 2 * n < len(weighted))] if last else []:
+        last, tail = self.network.last, list[str]()
+        for floats in [*([last] if last else []), *(weighted[:n] for n in FLOAT_LAYERS if 2 * n < len(weighted))]:
             if best.scores["min"] >= ENOUGH:
                 break
-            candidate = self._attempt(method, chosen, [*floats, *tail], hardest)
+            candidate = self._attempt(plain.scores["method"], plain.ranges, [*floats, *tail], hardest)
             smaller = _errors(candidate.scores)
             if (smaller < PAYS * errors).any():
                 best, errors = candidate, smaller
                 tail = last if floats is last else tail
-        return best if best is plain else self._judge_more(replace(best, rounded=[each[:0] for each in best.rounded]))
+        return best
 
     def _attempt(
         self, method: str, chosen: Mapping[str, tuple[Any, Any]], floats: Sequence[str], rows: NDArray[np.intp]
@@ -222,168 +213,6 @@ class _Search:
         candidate.scores |= {"judged": len(rows), **summary(self._cosines(candidate.rounded, rows))}
         self.tried.append(candidate.scores)
         log.debug("int8 by %(method)s, %(float_layers)s in float: cosine %(min).5f to float, mean %(mean).5f", candidate.scores)
-
-
-class _Network:
-    """A float network prepared for quantisation: constants folded, batch norms merged, every node named, shapes known."""
-
-    def __init__(self, source: Path, facts: BackboneFacts, folder: Path) -> None:
-        import onnx
-        import onnxruntime
-
-        model = onnx_file.read_model(source)
-        if onnx_file.external_files(model):
-            message = f"{facts.name} has weights over 2 GB, which int8 is not made for; use --precision fp32"
-            raise BadDataError(message)
-        if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph.node):
-            message = f"{facts.name} is quantised already; use --precision fp32, which takes it as it is"
-            raise BadDataError(message)
-        optimised = folder / "optimised.onnx"
-        basic = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        try:
-            if model.opset_import[0].version < OPSET:
-                model = onnx.version_converter.convert_version(model, OPSET)
-            cpu_session(model.SerializeToString(), graph_optimization_level=basic, optimized_model_filepath=str(optimised))
-            model = onnx.shape_inference.infer_shapes(onnx.load(optimised))
-        except Exception as error:  # neither onnx nor onnxruntime has a public base of its exceptions
-            message = f"{facts.name} cannot be prepared for int8 ({reason(error)}); use --precision fp32"
-            raise BadDataError(message) from error
-        for i in reversed(range(len(model.opset_import))):  # ONNX Runtime names every domain it knows
-            if model.opset_import[i].domain not in {node.domain for node in model.graph.node}:
-                del model.opset_import[i]
-        del model.metadata_props[:]
-        names = [node.name for node in model.graph.node]
-        for i, node in enumerate(model.graph.node):
-            if not node.name or names.count(node.name) > 1:
-                node.name = f"{node.op_type}_{i}"
-        constants = {tensor.name for tensor in model.graph.initializer}
-        self.model, self._facts, self._folder = model, facts, folder
-        self._scales: dict[str, Any] = {}  # of weights, by name
-        self._weights: dict[Any, Any] = {}  # rounded
-        transformer = any(node.op_type == "LayerNormalization" for node in model.graph.node)
-        self.operators = OF_TRANSFORMERS if transformer else OPERATORS
-        self.weighted = [
-            node.name for node in model.graph.node if node.op_type in WEIGHTED and constants.intersection(node.input)
-        ]
-        if not self.weighted:
-            message = f"{facts.name} has no layer that int8 could speed up; use --precision fp32"
-            raise BadDataError(message)
-
-    def observe(self, pixels: Pixels, checkpoint: Stop) -> tuple[Observed, Features]:
-        """Run the float network: ranges and histograms of every tensor that may be quantised, and its features of the images.
-
-        It runs one image at a time: with larger batches, the tensors that it returns no longer fit the processor's caches.
-        """
-        import onnx
-
-        model = onnx.ModelProto()
-        model.CopyFrom(self.model)
-        graph = model.graph
-        values = {value.name: value for value in (*graph.value_info, *graph.input, *graph.output)}
-        constants = {tensor.name for tensor in graph.initializer}
-        nodes = [node for node in graph.node if node.op_type in self.operators]
-        names = dict.fromkeys(
-            name
-            for node in nodes
-            for name in (*node.input, *node.output)
-            if name in values and name not in constants and values[name].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
-        )
-        followers = self._followers()
-        selected = [name for name in names if name not in followers]
-        present = {value.name for value in graph.output}
-        graph.output.extend(values[name] for name in selected if name not in present)
-        session = cpu_session(model.SerializeToString())
-        first, names_of_all = session.get_inputs()[0].name, [*selected, *self._facts.outputs]
-        size = self._facts.batch or 1
-
-        def runs(images: Pixels) -> Iterator[list[NDArray[np.float32]]]:
-            for begin in range(0, len(images), size):
-                checkpoint()
-                batch = images[np.arange(begin, begin + size) % len(images)]  # repeated images change no range
-                yield session.run(names_of_all, {first: self._facts.preprocess.normalise(batch)})
-
-        low, high = dict.fromkeys(selected, np.inf), dict.fromkeys(selected, -np.inf)
-        features: list[list[NDArray[np.float32]]] = []
-        for arrays in runs(pixels):
-            for name, values_of in zip(selected, arrays, strict=False):
-                low[name] = min(low[name], float(values_of.min()))
-                high[name] = max(high[name], float(values_of.max()))
-            features.append(arrays[len(selected) :])
-        if not np.isfinite([*low.values(), *high.values()]).all():
-            message = f"{self._facts.name} gives values that are not finite; use --precision fp32"
-            raise BadDataError(message)
-        counts = {name: np.zeros(BINS, np.int64) for name in selected}
-        for arrays in runs(pixels[:HISTOGRAM_IMAGES]):
-            for name, values_of in zip(selected, arrays, strict=False):
-                some = values_of.ravel()[:: -(-values_of.size // HISTOGRAM_VALUES)]
-                counts[name] += histogram(some, reach_of(low[name], high[name]))
-        rows = [np.concatenate(column)[: len(pixels)] for column in zip(*features, strict=True)]
-        return Observed(low, high, counts, followers), rows
-
-    def _followers(self) -> dict[str, str]:
-        users: dict[str, list[Any]] = {}
-        for node in self.model.graph.node:
-            for name in node.input:
-                users.setdefault(name, []).append(node)
-        outputs = {value.name for value in self.model.graph.output}
-        return {
-            name: used[0].output[0]
-            for name, used in users.items()
-            if len(used) == 1 and used[0].op_type in ("Relu", "Clip") and used[0].input[0] == name and name not in outputs
-        }
-
-    def quantised(self, tensor_ranges: Mapping[str, tuple[Any, Any]], floats: Sequence[str]) -> Any:
-        """The int8 ``onnx.ModelProto`` with these ranges, and with these layers in float."""
-        from onnxruntime.quantization import QDQQuantizer, QuantType, qdq_quantizer
-        from onnxruntime.quantization.calibrate import CalibrationMethod, TensorsData
-
-        scales = self._scales
-
-        class Quantizer(QDQQuantizer):  # type: ignore[misc]
-            """ONNX Runtime's, which takes most of its time for the scales of the weights: the same for every candidate."""
-
-            def _calc_initializer_quant_params(self) -> dict[str, Any]:
-                tensors = dict(self.tensors_to_quantize)  # type: ignore[has-type]
-                for name in scales:
-                    self.tensors_to_quantize.pop(name, None)  # type: ignore[has-type]
-                scales.update(super()._calc_initializer_quant_params())
-                self.tensors_to_quantize = tensors
-                return {name: deepcopy(scales[name]) for name in tensors if name in scales}
-
-        settings = {"WeightSymmetric": True, "ActivationSymmetric": False, "MatMulConstBOnly": True}
-        data = TensorsData(CalibrationMethod.MinMax, dict(tensor_ranges))
-        types = (QuantType.QInt8, QuantType.QUInt8)
-        quantizer = Quantizer(self.model, True, False, *types, data, [], list(floats), list(self.operators), settings)  # noqa: FBT003 - positional there
-        with mock.patch.object(
-            qdq_quantizer, QUANTISED, self._remembering(getattr(qdq_quantizer, QUANTISED, None)), create=True
-        ):
-            model = quantizer.quantize_model()
-        model.graph.ClearField("value_info")
-        model.producer_name, model.producer_version = "penult", ""
-        return model
-
-    def _remembering(self, quantise_weight: Any) -> Callable[..., Any]:
-        """ONNX Runtime's function that rounds a weight, which is called once for each weight and scale."""
-
-        def remembered(weight: Any, kind: Any, zero_point: Any, scale: Any, *others: Any, **named: Any) -> Any:
-            key = (weight.name, kind, zero_point.tobytes(), scale.tobytes(), *others, *sorted(named.items()))
-            if key not in self._weights:
-                self._weights[key] = quantise_weight(weight, kind, zero_point, scale, *others, **named)
-            return self._weights[key]
-
-        return remembered
-
-    def open(self, model: Any) -> Embedder:
-        """A session of an int8 network."""
-        path = self._folder / "candidate.onnx"
-        self.write(model, path, self._facts)
-        return Embedder(path, self._facts.preprocess, outputs=self._facts.outputs)
-
-    def write(self, model: Any, path: Path, facts: BackboneFacts) -> None:
-        """Write an int8 network with its facts."""
-        del model.metadata_props[:]
-        backbone_facts.write_facts(model, facts)
-        onnx_file.save(model, path)
 
 
 def embed(embedder: Embedder, pixels: Pixels, checkpoint: Stop = lambda: None) -> Features:

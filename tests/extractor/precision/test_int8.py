@@ -28,8 +28,9 @@ from extractor.pipeline.run import run_extract
 from extractor.pipeline.settings import Options
 from extractor.pixels.preprocess import Preprocess
 from extractor.precision import calibration as calibrating
-from extractor.precision.int8 import BOUND, _Network, quantise
-from extractor.precision.ranges import METHODS, Observed, histogram, ranges
+from extractor.precision.int8 import BOUND, quantise
+from extractor.precision.quantiser import Network
+from extractor.precision.ranges import BINS, METHODS, Histogram, Observed, histogram, ranges
 from extractor.precision.registry import Report
 from extractor.runtime import session
 from store.cache import FeatureCache
@@ -429,10 +430,12 @@ def test_several_feature_sets_are_judged_each(digits: Path, tmp_path: Path, netw
 
 
 def test_ranges_of_what_was_seen() -> None:
-    edges = np.linspace(-8, 8, 2049)
-    values = np.concatenate([np.random.default_rng(0).normal(size=100_000), [8.0]])
-    counts = {"x": np.histogram(values, edges)[0]}
-    observed = Observed({"x": float(values.min())}, {"x": 8.0}, counts, {"before": "x"})
+    histogram_of_x = Histogram()
+    for part in np.split(np.random.default_rng(0).normal(size=(100_000)), 10):
+        assert histogram_of_x.add(part.astype(np.float32))
+    assert histogram_of_x.add(np.array([8.0], np.float32))
+    assert not histogram_of_x.add(np.array([9.0, np.nan], np.float32))
+    observed = Observed({"x": histogram_of_x}, {"before": "x"})
     widths: dict[str, Any] = {method: ranges(observed, method)["x"] for method in METHODS}
     assert widths["min-max"][1] == 8
     assert 3.5 < widths["percentile 99.99"][1] < 4.6
@@ -441,21 +444,42 @@ def test_ranges_of_what_was_seen() -> None:
     assert ranges(observed, "min-max")["before"] == widths["min-max"]
 
 
-def test_the_histogram_is_numpys() -> None:
-    values = np.random.default_rng(0).normal(size=50_000).astype(np.float32)
-    reach = float(np.abs(values).max())
-    expected = np.histogram(values, 2048, range=(-reach, reach))[0]
-    assert np.abs(np.cumsum(histogram(values, reach) - expected)).max() <= 2  # values at an edge
+def test_the_histogram_is_numpys_also_when_its_reach_grows() -> None:
+    values = np.random.default_rng(0).normal(size=30_000).astype(np.float32)
+    growing = Histogram()
+    for part in (values[:1] * 0, values[:10_000] / 7, values[10_000:20_000], values[20_000:] * 9):
+        assert growing.add(part)
+    every = np.concatenate([values[:1] * 0, values[:10_000] / 7, values[10_000:20_000], values[20_000:] * 9])
+    assert growing.low == every.min()
+    assert growing.high == every.max()
+    assert growing.counts.sum() == len(every)
+    assert 1 <= growing.reach / np.abs(every).max() < 2
+    expected = np.histogram(every, BINS, range=(-growing.reach, growing.reach))[0]
+    assert np.abs(np.cumsum(growing.counts - expected)).max() <= 2  # values at an edge
+    full = float(np.abs(values).max())
+    expected = np.histogram(values, BINS, range=(-full, full))[0]
+    assert np.abs(np.cumsum(histogram(values, full) - expected)).max() <= 2
 
 
-def test_the_quantisers_memory_changes_nothing(network: Path, tmp_path: Path) -> None:
+def test_the_quantiser_gives_what_onnx_runtimes_own_does(network: Path, tmp_path: Path) -> None:
+    from onnxruntime.quantization import QDQQuantizer, QuantType
+    from onnxruntime.quantization.calibrate import CalibrationMethod, TensorsData
+
     images = np.random.default_rng(1).integers(0, 256, (8, SIDE, SIDE, 3), np.uint8)
-    fresh, used = (_Network(network, read_facts(network), tmp_path) for _ in range(2))
-    observed, _ = fresh.observe(images, lambda: None)
-    wanted = ranges(observed, "least squares"), fresh.weighted[:1]
-    used.quantised(ranges(observed, "min-max"), ())
-    used.quantised(ranges(observed, "min-max"), used.weighted[1:])
-    assert used.quantised(*wanted) == fresh.quantised(*wanted)
+    used = Network(network, read_facts(network), tmp_path)
+    model = onnx.ModelProto()
+    model.CopyFrom(used.model)
+    observed, _ = used.observe(images, lambda: None)
+    wanted, floats = ranges(observed, "least squares"), used.weighted[:1]
+    data = TensorsData(CalibrationMethod.MinMax, dict(wanted))
+    settings = {"WeightSymmetric": True, "ActivationSymmetric": False, "MatMulConstBOnly": True}
+    types, operators = (QuantType.QInt8, QuantType.QUInt8), list(used.operators)
+    theirs = QDQQuantizer(model, True, False, *types, data, [], floats, operators, settings).quantize_model()
+    for method, layers in (("min-max", ()), ("min-max", used.weighted[1:])):
+        used.quantised(ranges(observed, method), layers)  # what it remembers of these changes nothing
+    ours = used.quantised(wanted, floats)
+    assert ours.graph.node == theirs.graph.node
+    assert ours.graph.initializer == theirs.graph.initializer
 
 
 def test_a_cpu_whose_8_bit_sums_overflow_gets_exact_kernels(network: Path, monkeypatch: Patch, tmp_path: Path) -> None:
