@@ -33,7 +33,7 @@ def cpu_session(model: Path | bytes, *, threads: int = 0, optimised: bool = True
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if _int8_saturates():  # exact int8 kernels; on other CPUs they would cost more than half of the speed
+    if int8_saturates():  # exact int8 kernels; on other CPUs they would cost more than half of the speed
         options.add_session_config_entry("session.x64quantprecision", "1")
     if not optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -52,7 +52,7 @@ def _open(model: bytes | str, options: Any) -> Any:
 
 
 @cache
-def _int8_saturates() -> bool:
+def int8_saturates() -> bool:
     """Whether this CPU's sums of two 8-bit products overflow 16 bits, as on x86 without VNNI; measured with ONNX Runtime."""
     import onnxruntime
     from onnx import TensorProto, helper

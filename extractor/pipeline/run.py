@@ -124,7 +124,7 @@ class _Streamed:
     Attributes:
         rows: of all inputs, unless the run stopped.
         computed: images that went through the backbone.
-        adopted: images that went through it when it was calibrated in this run.
+        adopted: images whose features came with its calibration.
         working: seconds spent on both.
         workers: decoding threads.
         cached: inputs whose features were in the cache before.
@@ -244,7 +244,7 @@ def _open(request: _Request, writer: CacheWriter, stop: StopFlag, clock: Clock) 
 
 
 def _adopt(writer: CacheWriter, report: Report) -> int:
-    """Write the features that the calibration has computed, so that its images are not computed twice; return their number."""
+    """Write the features that came with the calibration, so that its images are not computed again; return their number."""
     if not report.paths:
         return 0
     kept = read_calibration(writer.path)

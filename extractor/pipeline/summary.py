@@ -17,8 +17,9 @@ class Summary:
 
     Attributes:
         inputs, ok, duplicates, failed: outcome of every input; ok counts distinct contents.
-        computed: images that went through the backbone in this run.
-        calibrated: how many of them did so when it was calibrated: their time is in ``seconds["convert"]``.
+        computed: images whose features this run has added.
+        calibrated: how many of these were computed when the backbone was calibrated, in this run or before it (see
+            ``conversion``): their time is in ``seconds["convert"]``.
         cached: inputs whose features were in the cache when the run began.
         inference_calls: calls of the backbone in this run.
         images_per_second: ``computed`` without ``calibrated`` over ``seconds["images"]``; 0 if there were none.
@@ -39,9 +40,10 @@ class Summary:
             feature sets that may be class scores (``doubtful``), its class scores (``scores``), and what it sees in the first
             photo (``look``: ``image`` and ``classes``). ``prepared`` says where it is from: ``exported`` or ``imported`` in
             this run, the ``store`` of prepared backbones, or this ``cache``.
-        conversion: what the calibration of the backbone cost in this run: ``core_seconds``, ``images_per_core_second`` of both
-            networks, ``images`` of the run and ``pays_from``, the number of images from which on int8 is worth that; empty if
-            none was made.
+        conversion: of the backbone to int8. ``prepared`` says where it is from: ``calibrated`` in this run, or the ``store`` of
+            prepared backbones. If it was calibrated also what that cost: ``core_seconds``, ``images_per_core_second`` of both
+            networks, ``images`` of the run and ``pays_from``, the number of images from which on int8 is worth that. Empty if
+            it was in the cache, or there is none.
         warnings: what was warned of, in order.
     """
 
@@ -106,7 +108,8 @@ class Summary:
         if total - self.seconds["images"] < max(REST_SECONDS, REST_SHARE * total):
             return []
         parts = {name: self.seconds[name] for name in PARTS if self.seconds[name] >= REST_SHARE * total}
-        what = PARTS | ({"convert": f"to calibrate it, with {self.calibrated} of the images"} if self.calibrated else {})
+        work = "take its conversion from the store" if self.conversion.get("prepared") == "store" else "calibrate it"
+        what = PARTS | ({"convert": f"to {work}, with {self.calibrated} of the images"} if self.calibrated else {})
         named = [f"{seconds_text(parts[name])} {what[name]}" for name in sorted(parts, key=lambda name: -parts[name])]
         return [f"{seconds_text(total)} in all: {', '.join(named)}"] if named else []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,18 +15,22 @@ from typing import Any
 
 import numpy as np
 
+from extractor.backbones import prepared
 from extractor.data.reader import Reader, WorkerPool
 from extractor.data.samples import Sample
+from extractor.graphs import onnx_file
 from extractor.graphs.backbone_facts import BackboneFacts
-from extractor.machine import cores
+from extractor.graphs.cpu_session import int8_saturates
+from extractor.machine import cores, versions_of
 from extractor.pixels.images import ImageError
 from store.errors import BadDataError, InterruptedRunError, PenultError
-from store.format.calibration import Calibration, read_calibration
+from store.fingerprint import file_digest
+from store.format.calibration import NAME, Calibration, encode_calibration, read_calibration
 from store.format.samples import Row
 from store.progress.stages import Stage
 from store.splits import assign_splits
 
-from .int8 import quantise
+from .int8 import BOUND, quantise
 from .quantiser import Pixels
 from .registry import Conversion, TrainingImages
 
@@ -34,6 +39,8 @@ log = logging.getLogger("penult.extractor")
 CALIBRATED, JUDGED = 64, 192  # images that give the ranges, and others that judge them; more would not give better ranges
 FEWEST = 8
 MAX_PIXEL_BYTES = 2**29  # with large crops, fewer images are taken
+METHOD = 1  # version of the calibration: raised when the same images give another network, so that kept ones go
+DECIDING = ("numpy", "onnx", "onnxruntime", "onnxruntime-gpu")  # libraries that decide the network
 CLEARANCE = 0.5  # of the training images: those whose rank is nearest to another split are not taken
 
 
@@ -59,6 +66,8 @@ class Calibrator(TrainingImages):
     def __call__(self, source: Path, out: Path, facts: BackboneFacts) -> tuple[BackboneFacts, Calibration]:
         """Write the int8 file; return its facts, and the float and int8 features of the images that were used.
 
+        The store of prepared backbones keeps all of that for the same network and images.
+
         Raises:
             BadDataError: int8 is too coarse for this network, or there are too few images.
             InterruptedRunError: a signal came.
@@ -73,11 +82,24 @@ class Calibrator(TrainingImages):
             )
             raise BadDataError(message)
         count = min(CALIBRATED, len(digests) // 2)
+        self.report.paths, request = images, _request(source, facts, digests, pixels)
+        if taken := _take(request, out):
+            log.info("using the int8 conversion as prepared before, from the same %d images", len(digests))
+            self.report.prepared = "store"
+            return taken
+        made = self._made(source, out, facts, digests, pixels, count)
+        prepared.keep(request, out, made[0], {NAME: encode_calibration(made[1])})
+        return made
+
+    def _made(
+        self, source: Path, out: Path, facts: BackboneFacts, digests: list[bytes], pixels: Pixels, count: int
+    ) -> tuple[BackboneFacts, Calibration]:
+        """Calibrate on the first ``count`` images and judge on the others."""
         log.info("calibrating int8 on %d training images, judging it on %d others", count, len(digests) - count)
         begin = time.process_time()
         with Stage("calibrating int8"):
             made = quantise(source, out, facts, pixels[:count], pixels[count:], self._check)
-        self.report.rates, self.report.paths = made.rates, images
+        self.report.rates, self.report.prepared = made.rates, "calibrated"
         spent_anyway = len(digests) / made.rates[1]  # on features that the run needs and does not compute again
         self.report.core_seconds = max(time.process_time() - begin - spent_anyway, 0.0)
         calibration = made.facts.calibration
@@ -158,6 +180,33 @@ class Calibrator(TrainingImages):
             return hashlib.sha256(self.source.files.read(sample.path)[0]).digest()
         except ImageError:  # it will fail again when it is extracted, and be reported then
             return None
+
+
+def _request(source: Path, facts: BackboneFacts, digests: Sequence[bytes], pixels: Pixels) -> dict[str, Any]:
+    """Everything that decides an int8 file and its calibration, as JSON; the float file has its facts inside."""
+    return {
+        "name": facts.name,
+        "weights": facts.weights,
+        "precision": "int8",
+        "float_sha256": file_digest(source),
+        "images_sha256": hashlib.sha256(b"".join(digests)).hexdigest(),
+        "pixels_sha256": hashlib.sha256(pixels.tobytes()).hexdigest(),
+        "method": [METHOD, BOUND],
+        "saturates": int8_saturates(),
+        "libraries": versions_of(DECIDING),
+    }
+
+
+def _take(request: dict[str, Any], out: Path) -> tuple[BackboneFacts, Calibration] | None:
+    """The conversion as it was kept; None if there is none."""
+    with tempfile.TemporaryDirectory(prefix="penult-") as folder:
+        model, calibration = Path(folder, "int8.onnx"), Path(folder, NAME)
+        taken = prepared.take(request, model)  # not beside the float file, which it would take for a leftover
+        if taken is None or NAME not in taken.others:
+            return None
+        calibration.write_bytes(taken.others[NAME])
+        onnx_file.save(onnx_file.read_model(model), out)
+        return taken.facts, read_calibration(calibration.parent)
 
 
 def without(facts: BackboneFacts) -> BackboneFacts:

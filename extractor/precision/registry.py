@@ -35,17 +35,19 @@ class Report:
     """What a conversion has to say to the run that it was made in; it fills it in.
 
     Attributes:
+        prepared: where the conversion is from: ``calibrated`` in this run, or the ``store`` of prepared backbones; else empty.
         core_seconds: what the run would not have taken without it.
         rates: images in a core-second by the float network and by the converted one.
-        paths: of the images whose features the converted network has computed, by content digest.
+        paths: of the images whose features come with the conversion, by content digest.
     """
 
+    prepared: str = ""
     core_seconds: float = 0.0
     rates: tuple[float, float] = (0.0, 0.0)
     paths: dict[bytes, bytes] = field(default_factory=dict)
 
     def facts(self, images: int, views: int) -> dict[str, Any]:
-        """As JSON: what it cost, and from how many images on a run is shorter with it; None if never.
+        """As JSON: where it is from, what it cost, and from how many images on a run is shorter with it; None if never.
 
         Args:
             images: of the run.
@@ -53,12 +55,13 @@ class Report:
         """
         exact, converted = self.rates
         if not converted:
-            return {}
+            return {"prepared": self.prepared} if self.prepared else {}
         saved = (1 / exact - 1 / converted) * views
         pays_from = math.ceil(self.core_seconds / saved) if saved > 0 else None
         rates = {"fp32": round(exact, 1), "int8": round(converted, 1)}
         spent = round(self.core_seconds, 2)
-        return {"core_seconds": spent, "images_per_core_second": rates, "images": images, "pays_from": pays_from}
+        cost = {"core_seconds": spent, "images_per_core_second": rates, "images": images, "pays_from": pays_from}
+        return {"prepared": self.prepared, **cost}
 
 
 @dataclass(frozen=True)

@@ -36,17 +36,22 @@ class Calibration:
     rounded: Sequence[NDArray[np.float32]]
 
 
+def encode_calibration(calibration: Calibration) -> bytes:
+    """The content of a calibration file."""
+    datasets = {"sha256": np.frombuffer(b"".join(calibration.sha256), np.uint8).reshape(len(calibration.sha256), 32)}
+    for i, (exact, rounded) in enumerate(zip(calibration.exact, calibration.rounded, strict=True)):
+        datasets |= {f"fp32-{i}": np.ascontiguousarray(exact), f"int8-{i}": np.ascontiguousarray(rounded)}
+    attrs: dict[str, str | int] = {"rows": len(calibration.sha256), "layers": json.dumps(list(calibration.layers))}
+    return hdf5.build(ENCODING_TYPE, datasets, {**attrs, "calibration": calibration.calibration})[0]
+
+
 def write_calibration(cache: Path, calibration: Calibration) -> None:
     """Write the calibration file of a cache.
 
     Raises:
         StorageError: the disk is full or failed.
     """
-    datasets = {"sha256": np.frombuffer(b"".join(calibration.sha256), np.uint8).reshape(len(calibration.sha256), 32)}
-    for i, (exact, rounded) in enumerate(zip(calibration.exact, calibration.rounded, strict=True)):
-        datasets |= {f"fp32-{i}": np.ascontiguousarray(exact), f"int8-{i}": np.ascontiguousarray(rounded)}
-    attrs: dict[str, str | int] = {"rows": len(calibration.sha256), "layers": json.dumps(list(calibration.layers))}
-    atomic.commit(cache / NAME, hdf5.build(ENCODING_TYPE, datasets, {**attrs, "calibration": calibration.calibration})[0])
+    atomic.commit(cache / NAME, encode_calibration(calibration))
 
 
 def read_calibration(cache: Path) -> Calibration:

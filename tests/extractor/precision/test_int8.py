@@ -6,6 +6,7 @@ The network is a small one that was trained for seconds: random weights would pr
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from extractor.graphs.onnx_file import save
 from extractor.graphs.parity import cosines
 from extractor.pipeline.run import run_extract
 from extractor.pipeline.settings import Options
+from extractor.pipeline.summary import Summary
 from extractor.pixels.preprocess import Preprocess
 from extractor.precision import calibration as calibrating
 from extractor.precision.int8 import BOUND, quantise
@@ -129,6 +131,13 @@ def made(network: Path, digits: Path, tmp_path_factory: pytest.TempPathFactory) 
     for options in (Options(quiet=True), INT8):
         run_extract(ImageFolder(digits), Backbone(str(network)), folder / options.precision, options)
     return FeatureCache(folder / "fp32"), FeatureCache(folder / "int8")
+
+
+@pytest.fixture(autouse=True)
+def kept(tmp_path: Path, monkeypatch: Patch) -> Path:
+    """An empty store of prepared backbones for each test, so that all of them calibrate."""
+    monkeypatch.setenv("PENULT_CACHE", str(tmp_path / "penult"))
+    return tmp_path / "penult/backbones"
 
 
 def everything(cache: Path) -> dict[str, bytes]:
@@ -244,14 +253,63 @@ def test_what_the_calibration_has_computed_is_not_computed_again(
     assert verify_cache(cache.path) == []
 
 
+def test_a_conversion_is_kept_for_the_same_network_and_images(
+    network: Path,
+    trained: dict[str, np.ndarray],
+    kept: Path,
+    tmp_path: Path,
+    monkeypatch: Patch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    write_digits(tmp_path / "digits", limit=40)
+    every = Options(precision="int8", quiet=True, val_fraction=0, test_fraction=0)
+    calls = 0
+
+    def counting(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return quantise(*arguments)
+
+    def run(name: str, model: Path = network) -> tuple[Summary, int]:
+        before = calls
+        return run_extract(ImageFolder(tmp_path / "digits"), Backbone(str(model)), tmp_path / name, every), calls - before
+
+    monkeypatch.setattr(calibrating, "quantise", counting)
+    caplog.set_level(logging.INFO, "penult")
+    (first, made), (second, again) = run("a"), run("b")
+    assert (made, again) == (1, 0)
+    assert (first.conversion["prepared"], second.conversion) == ("calibrated", {"prepared": "store"})
+    assert (second.computed, second.calibrated, second.inference_calls) == (40, 40, 0)
+    assert "using the int8 conversion as prepared before" in caplog.text
+    before, after = (FeatureCache(tmp_path / name) for name in "ab")
+    assert before.fingerprint == after.fingerprint
+    for file in ("backbone.onnx", "calibration.h5"):
+        assert (before.path / file).read_bytes() == (after.path / file).read_bytes()
+    keys = [row.sha256 for row in before.rows()]
+    np.testing.assert_array_equal(before.features(keys), after.features(keys))
+    assert verify_cache(after.path) == []
+
+    assert run("other network", write_network(tmp_path / "other.onnx", trained, stretch=1.5))[1] == 1
+    file = next(kept.glob("*/calibration.h5"))
+    for damaged in kept.glob("*/calibration.h5"):
+        damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert [run(name)[1] for name in ("damaged", "made again")] == [1, 0]
+    assert "is damaged" in caplog.text
+    assert file.exists()
+    image, another = sorted((tmp_path / "digits").rglob("*.png"))[:2]
+    image.write_bytes(another.read_bytes() + b"1")  # other bytes, the pixels of another
+    assert [run(name)[1] for name in ("changed", "changed again")] == [1, 0]
+
+
 @pytest.mark.parametrize(
     ("rates", "views", "pays_from"), [((100.0, 200.0), 1, 1000), ((100.0, 200.0), 4, 250), ((200.0, 100.0), 1, None)]
 )
 def test_the_break_even_is_what_the_calibration_cost_over_what_an_image_saves(
     rates: tuple[float, float], views: int, pays_from: int | None
 ) -> None:
-    facts = Report(core_seconds=5.0, rates=rates).facts(1784, views)
+    facts = Report("calibrated", core_seconds=5.0, rates=rates).facts(1784, views)
     assert facts == {
+        "prepared": "calibrated",
         "core_seconds": 5.0,
         "images_per_core_second": {"fp32": rates[0], "int8": rates[1]},
         "images": 1784,
@@ -487,7 +545,7 @@ def test_a_cpu_whose_8_bit_sums_overflow_gets_exact_kernels(network: Path, monke
     images = np.random.default_rng(1).integers(0, 256, (32, SIDE, SIDE, 3), np.uint8)
     quantise(network, tmp_path / "int8.onnx", read_facts(network), images[:16], images[16:])
     here = session.Embedder(tmp_path / "int8.onnx")(pixels)
-    monkeypatch.setattr(cpu_session, "_int8_saturates", lambda: True)
+    monkeypatch.setattr(cpu_session, "int8_saturates", lambda: True)
     there = session.Embedder(tmp_path / "int8.onnx")(pixels)
     np.testing.assert_allclose(there, here, rtol=1e-5, atol=1e-6)
 
