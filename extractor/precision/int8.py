@@ -106,11 +106,13 @@ def _record(search: _Search, best: _Candidate, calibrate: Pixels) -> dict[str, A
     """What the facts say of a calibration; its digest is over all that decides the features."""
     import onnxruntime
 
-    decided = {
+    network = search.network
+    tensors = dict.fromkeys(name for node in network.model.graph.node for name in (*node.input, *node.output))
+    decided = {  # by their places in the graph: what they are called depends on the exporter
         "method": best.scores["method"],
-        "float_layers": best.scores["float_layers"],
-        "ranges": {name: [float(low), float(high)] for name, (low, high) in sorted(best.ranges.items())},
-        "operators": search.network.operators,
+        "float_layers": [network.weighted.index(name) for name in best.scores["float_layers"]],
+        "ranges": [[float(edge) for edge in best.ranges[name]] for name in tensors if name in best.ranges],
+        "operators": network.operators,
     }
     return {
         "sha256": hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest(),
