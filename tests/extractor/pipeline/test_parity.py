@@ -25,7 +25,6 @@ from store.cache import FeatureCache
 LAST = {
     "resnet18": "fc",
     "googlenet": "fc",
-    "inception_v3": "fc",
     "mobilenet_v3_large": "classifier.3",
     "squeezenet1_1": "classifier",
     "swin_t": "head",
@@ -35,8 +34,8 @@ LAST = {
 
 def by_torchvision(name: str, state: dict[str, torch.Tensor], paths: list[Path]) -> np.ndarray:
     """Penultimate features as one would compute them by hand."""
-    # With the weights of its preset, torchvision sets transform_input for these two.
-    transforms_input = {"transform_input": True} if name in ("googlenet", "inception_v3") else {}
+    # With the weights of its preset, torchvision sets transform_input for this one.
+    transforms_input = {"transform_input": True} if name == "googlenet" else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         network = torchvision.models.get_model(name, weights=None, **transforms_input)
