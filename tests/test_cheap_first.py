@@ -115,6 +115,7 @@ cli.main()
 """
 TORCH = ("torch", "torchvision", "lightning")
 PLOTS = ("scipy", "sklearn", "matplotlib", "jinja2")
+LINEAR = ("linear_model", "model_selection", "decomposition", "manifold", "neighbors", "metrics")
 OURS = ("extractor.backbones.export", "extractor.pipeline.run", "extractor.data.sources", "classifiers.reports")
 
 
@@ -123,7 +124,7 @@ OURS = ("extractor.backbones.export", "extractor.pipeline.run", "extractor.data.
     [
         ("info many.cache", (*TORCH, *PLOTS, *OURS, "onnx", "onnxruntime", "PIL", "pydantic", "classifiers.bundles")),
         ("predict a.head many/ants/0.jpg", (*TORCH, *PLOTS, *OURS, "rich", "classifiers.training", "classifiers.bundles.fuse")),
-        ("train many.cache --head logistic -o b.head", (*TORCH, OURS[1])),
+        ("train many.cache --head logistic -o b.head", (*TORCH, *(f"sklearn.{name}" for name in LINEAR), OURS[1])),
     ],
 )
 def test_quick_commands_do_without_what_takes_long_to_import(line: str, without: tuple[str, ...], place: Path) -> None:

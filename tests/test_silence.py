@@ -102,7 +102,7 @@ CASES: dict[str, tuple[str, dict[str, float], tuple[str, ...]]] = {  # a command
             "classifiers.heads.logistic:LogisticHead._path_of_fold": 100,
             "classifiers.heads.logistic:_Problem.fit": 100,
             "classifiers.bundles.novelty:_rows": 100,
-            "sklearn.decomposition:PCA.fit_transform": 100,
+            "classifiers.reports.feature_map:principal_axes": 100,
             "classifiers.training.train:bundle_report": 100,
             SAVE: 100,
         },
