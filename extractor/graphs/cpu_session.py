@@ -12,8 +12,6 @@ import numpy as np
 # instead of the zeros that the graph says.
 WRONG_FUSIONS = ("Pad_Fusion",)
 
-INTEGER_OPERATORS = (b"uantizeLinear", b"QLinear", b"Integer")  # parts of the names of all that compute with int8
-
 
 def cpu_session(model: Path | bytes, *, threads: int = 0, optimised: bool = True, **attributes: Any) -> Any:
     """Open an ONNX Runtime session on the CPU, from a file or its bytes.
@@ -35,8 +33,7 @@ def cpu_session(model: Path | bytes, *, threads: int = 0, optimised: bool = True
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    quantised = not isinstance(model, bytes) or any(mark in model for mark in INTEGER_OPERATORS)
-    if quantised and int8_saturates():  # exact int8 kernels; on other CPUs they would cost more than half of the speed
+    if int8_saturates():  # exact int8 kernels; on other CPUs they would cost more than half of the speed
         options.add_session_config_entry("session.x64quantprecision", "1")
     if not optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
